@@ -1,0 +1,222 @@
+"""The command line and the YAML file, both derived from the dataclasses of `megalong.config`.
+
+The YAML file has the same names as the flags, with or without their sections:
+
+    model:
+      num_layers: 12
+    lr: 6.0e-4
+
+A flag given on the command line wins over the file, the file over the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megalong.config import Config, ConfigError, flag_name
+
+
+def parse_arguments(arguments: list[str], description: str | None = None) -> Config:
+    """The configuration that a command line describes, not yet resolved.
+
+    Raises ConfigError for an unreadable file, an unknown key or a value of the wrong type in it;
+    argparse itself ends the process on an unknown flag.
+    """
+    parser = build_parser(description)
+    given = vars(parser.parse_args(arguments))
+    values = read_yaml(given.pop("config")) if "config" in given else {}
+    given.pop("local_rank", None)
+    values.update(given)
+    return config_from_values(values)
+
+
+def build_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """The parser: one group of flags per section; a flag that is not given leaves no trace."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="settings by flag name; flags given beside it win"
+    )
+    # The deepspeed launcher adds this one; LOCAL_RANK in the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    groups = {
+        section: parser.add_argument_group(section, section_type.__doc__)
+        for section, section_type in _sections().items()
+    }
+    for setting in _settings().values():
+        _add_flag(groups[setting.section], setting)
+    return parser
+
+
+def _add_flag(group: Any, setting: _Setting) -> None:
+    options: dict[str, Any] = {"dest": setting.name, "help": setting.help.replace("%", "%%")}
+    if setting.kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif setting.item is not None:
+        options |= {"nargs": "+", "type": setting.item, "metavar": setting.item.__name__.upper()}
+    elif setting.is_json:
+        options |= {"type": _json_or_word, "metavar": "RULE"}
+    else:
+        options |= {"type": setting.kind, "choices": setting.choices}
+    group.add_argument(flag_name(setting.name), **options)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The settings of a YAML file as one flat dict by field name.
+
+    Raises ConfigError naming the file, and the key where one is unknown or out of place.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path}: expected `name: value` lines, found {content!r}")
+    settings = _settings()
+    values: dict[str, Any] = {}
+
+    def take(key: Any, value: Any, section: str | None) -> None:
+        name = str(key).replace("-", "_")
+        where = f"--config {path}: {section + '.' if section else ''}{key}"
+        if name not in settings:
+            close = difflib.get_close_matches(name, settings, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"{where}: unknown key{hint}")
+        if section not in (None, settings[name].section):
+            raise ConfigError(f"{where}: belongs to the section {settings[name].section}")
+        if name in values:
+            raise ConfigError(f"{where}: given twice")
+        values[name] = _checked(value, settings[name], where)
+
+    for key, value in content.items():
+        if key in _sections():
+            if not isinstance(value, dict | None):
+                raise ConfigError(f"--config {path}: {key} is a section, found {value!r}")
+            for inner, inner_value in (value or {}).items():
+                take(inner, inner_value, key)
+        else:
+            take(key, value, None)
+    return values
+
+
+def config_from_values(values: dict[str, Any]) -> Config:
+    """The configuration with these fields set, by name, and the defaults for the others."""
+    sections: dict[str, dict[str, Any]] = {section: {} for section in _sections()}
+    settings = _settings()
+    for name, value in values.items():
+        sections[settings[name].section][name] = _freeze(value)
+    return Config(**{name: kind(**sections[name]) for name, kind in _sections().items()})
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as text that `--config` reads back to the same configuration."""
+    content = {
+        section: {name: _thaw(value) for name, value in vars(getattr(config, section)).items()}
+        for section in _sections()
+    }
+    return yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """One field of one section, as the command line and YAML need to know it.
+
+    kind: the type of its value, `int` for `int | None`; item: the type of a list's items.
+    """
+
+    section: str
+    name: str
+    kind: Any
+    default: Any
+    help: str
+    choices: tuple | None
+    item: type | None
+    is_json: bool
+
+
+def _sections() -> dict[str, Any]:
+    return {section.name: section.default_factory for section in dataclasses.fields(Config)}
+
+
+def _settings() -> dict[str, _Setting]:
+    settings = {}
+    for section, section_type in _sections().items():
+        hints = typing.get_type_hints(section_type)
+        for field in dataclasses.fields(section_type):
+            kind = hints[field.name]
+            if isinstance(kind, types.UnionType):
+                kind = next(k for k in kind.__args__ if k is not type(None))
+            shown = field.default is not None and kind is not bool
+            settings[field.name] = _Setting(
+                section=section,
+                name=field.name,
+                kind=kind,
+                default=field.default,
+                help=field.metadata["help"] + (f" (default: {field.default})" if shown else ""),
+                choices=field.metadata.get("choices"),
+                item=field.metadata.get("item"),
+                is_json=field.metadata.get("is_json", False),
+            )
+    return settings
+
+
+def _checked(value: Any, setting: _Setting, where: str) -> Any:
+    """A value from YAML in the setting's own type; ConfigError where it is of another."""
+    if value is None:
+        if setting.default is not None:
+            raise ConfigError(f"{where}: has no value")
+        return None
+    if setting.is_json:
+        return value  # a word or a table: DilatedPattern looks at it
+    if setting.item is not None:
+        if not isinstance(value, list) or any(type(item) is not setting.item for item in value):
+            raise ConfigError(
+                f"{where}: expected a list of {setting.item.__name__}, found {value!r}"
+            )
+        return value
+    if setting.kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            value = float(value)  # YAML takes 6e-4, without a point, for text
+        except ValueError:
+            pass
+    if type(value) is not setting.kind:
+        raise ConfigError(f"{where}: expected {setting.kind.__name__}, found {value!r}")
+    if setting.choices is not None and value not in setting.choices:
+        choices = ", ".join(map(str, setting.choices))
+        raise ConfigError(f"{where}: {value!r} is not one of {choices}")
+    return value
+
+
+def _json_or_word(text: str) -> Any:
+    if not text.lstrip().startswith("["):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not a JSON table: {error}") from error
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(_freeze(item) for item in value) if isinstance(value, list) else value
+
+
+def _thaw(value: Any) -> Any:
+    return [_thaw(item) for item in value] if isinstance(value, tuple) else value

@@ -1,0 +1,248 @@
+"""Which rows attend to which: segment lengths, dilation rates and head offsets.
+
+A pattern is a list of branches. Branch (w, r) cuts the sequence into segments of w positions;
+inside a segment a head with offset o keeps the rows o, o + r, o + 2r, ... and those rows attend
+to each other densely. Paper: LongNet (arXiv 2307.02486), section 2.2 (one branch, eq. 2-8), 2.3
+(several branches, eq. 9-12) and 2.4 (heads shifted against each other, eq. 13-15).
+
+Only Python integers live here: importing this module costs nothing and builds no tensor.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from operator import index
+
+OFFSET_RULES = ("mod", "block", "layer")
+
+
+@dataclass(frozen=True)
+class DilatedPattern:
+    """The branches of dilated attention. Immutable and hashable.
+
+    segment_lengths: positions per segment w, one per branch. Any w >= 1: it need not divide the
+        sequence (the last segment is shorter) and may exceed it (one segment).
+    dilation_rates: stride r between the kept rows, one per branch. Any r >= 1.
+    head_offsets: the first kept row o of each head, 0 <= o < r:
+        "mod"    kv_head mod r: the paper's rule (section 2.4) where heads == kv_heads; with
+                 grouped queries the heads of one group share their rows.
+        "block"  head // ceil(heads / r): what torchscale's code does.
+        "layer"  (kv_head + layer * kv_heads) mod r: depth walks through all the residues.
+        or a table of integers, branches x heads.
+    layer: index of the layer, from 0; only the "layer" rule looks at it.
+
+    Raises ValueError naming the field to change.
+    """
+
+    segment_lengths: tuple[int, ...]
+    dilation_rates: tuple[int, ...]
+    head_offsets: str | tuple[tuple[int, ...], ...] = "mod"
+    layer: int = 0
+
+    def __post_init__(self):
+        def set_field(name, value):  # the way to write in a frozen dataclass
+            object.__setattr__(self, name, value)
+
+        set_field("segment_lengths", _integers("segment_lengths", self.segment_lengths))
+        set_field("dilation_rates", _integers("dilation_rates", self.dilation_rates))
+        set_field("layer", _integers("layer", [self.layer])[0])
+        if not self.segment_lengths:
+            raise ValueError("segment_lengths is empty: give at least one branch, such as (2048,)")
+        if len(self.segment_lengths) != len(self.dilation_rates):
+            raise ValueError(
+                f"segment_lengths has {len(self.segment_lengths)} entries and dilation_rates has "
+                f"{len(self.dilation_rates)}: give one of each per branch"
+            )
+        for name in ("segment_lengths", "dilation_rates"):
+            if min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} must all be at least 1, got {getattr(self, name)}")
+        if self.layer < 0:
+            raise ValueError(f"layer must be at least 0, got {self.layer}")
+        if isinstance(self.head_offsets, str):
+            if self.head_offsets not in OFFSET_RULES:
+                raise ValueError(
+                    f"head_offsets must be one of {', '.join(OFFSET_RULES)} or a table of "
+                    f"integers (branches x heads), got {self.head_offsets!r}"
+                )
+        else:
+            set_field("head_offsets", self._checked_table())
+
+    def _checked_table(self) -> tuple[tuple[int, ...], ...]:
+        table = tuple(_integers("head_offsets", row) for row in self.head_offsets)
+        if len(table) != len(self.dilation_rates) or len({len(row) for row in table}) != 1:
+            raise ValueError(
+                f"head_offsets must hold one row per branch ({len(self.dilation_rates)}) and in "
+                f"each one integer per head, got rows of lengths {[len(row) for row in table]}"
+            )
+        for branch, (row, rate) in enumerate(zip(table, self.dilation_rates, strict=True)):
+            if any(not 0 <= offset < rate for offset in row):
+                raise ValueError(
+                    f"head_offsets of branch {branch} must lie in [0, {rate}), its dilation "
+                    f"rate, got {row}"
+                )
+        return table
+
+    @classmethod
+    def geometric(
+        cls, sequence_length: int, first_segment_length: int = 2048, ratio: int = 4, **fields
+    ) -> DilatedPattern:
+        """The default ladder: w_k = w_0 * ratio^k and r_k = ratio^k.
+
+        It ends with the first branch that spans the sequence, its w clipped to sequence_length.
+        Each branch then costs 1/ratio of the one before (eq. 16: 2 N d w / r^2), so the total
+        stays below 2 a/(a-1) w_0 N d with a = ratio (eq. 17-18): linear in N, however long the
+        ladder, while any two tokens are O(log N) layers apart (eq. 19-20).
+
+        fields: head_offsets and layer, passed on.
+        """
+        if sequence_length < 1 or first_segment_length < 1:
+            raise ValueError(
+                "sequence_length and first_segment_length must be at least 1, got "
+                f"{sequence_length} and {first_segment_length}"
+            )
+        if ratio < 2:
+            raise ValueError(f"ratio must be at least 2 for the ladder to grow, got {ratio}")
+        lengths, rates = [first_segment_length], [1]
+        while lengths[-1] < sequence_length:
+            lengths.append(lengths[-1] * ratio)
+            rates.append(rates[-1] * ratio)
+        lengths[-1] = min(lengths[-1], sequence_length)
+        return cls(tuple(lengths), tuple(rates), **fields)
+
+    @property
+    def branches(self) -> tuple[tuple[int, int], ...]:
+        """The (segment length, dilation rate) pairs."""
+        return tuple(zip(self.segment_lengths, self.dilation_rates, strict=True))
+
+    def at_layer(self, layer: int) -> DilatedPattern:
+        """The pattern as layer number `layer` (from 0) uses it."""
+        return replace(self, layer=layer)
+
+    def for_heads(self, heads: int, kv_heads: int, start: int, stop: int) -> DilatedPattern:
+        """The pattern of the query heads [start, stop) of a model with `heads` heads.
+
+        A tensor-parallel rank holds a slice of the heads; their offsets are those of the whole
+        model, so the slice is frozen into a table. Call at_layer first: a table has no layer.
+        """
+        if not 0 <= start < stop <= heads:
+            raise ValueError(f"head slice [{start}, {stop}) must lie inside [0, {heads})")
+        table = tuple(row[start:stop] for row in self.offsets(heads, kv_heads))
+        return replace(self, head_offsets=table)
+
+    def offsets(self, heads: int, kv_heads: int) -> tuple[tuple[int, ...], ...]:
+        """The offset of every query head in every branch: branches x heads integers."""
+        check_heads(heads, kv_heads)
+        if not isinstance(self.head_offsets, str):
+            if len(self.head_offsets[0]) != heads:
+                raise ValueError(
+                    f"head_offsets is a table for {len(self.head_offsets[0])} heads, but the "
+                    f"queries have {heads}"
+                )
+            return self.head_offsets
+        group = heads // kv_heads
+        rule = {
+            "mod": lambda head, rate: (head // group) % rate,
+            "block": lambda head, rate: head // -(-heads // rate),
+            "layer": lambda head, rate: (head // group + self.layer * kv_heads) % rate,
+        }[self.head_offsets]
+        return tuple(
+            tuple(rule(head, rate) for head in range(heads)) for rate in self.dilation_rates
+        )
+
+    def segments(
+        self, branch: int, sequence_length: int, document_starts: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, int]]:
+        """The [start, stop) of a branch's segments, in order; they restart at each document."""
+        length = self.segment_lengths[branch]
+        for start, stop in document_bounds(sequence_length, document_starts):
+            for segment_start in range(start, stop, length):
+                yield segment_start, min(segment_start + length, stop)
+
+    def sparse_rows(self, branch: int, segment: tuple[int, int], offset: int) -> range:
+        """The positions that take part in a branch, inside the segment [start, stop)."""
+        return range(segment[0] + offset, segment[1], self.dilation_rates[branch])
+
+    def attention_pairs(
+        self,
+        sequence_length: int,
+        heads: int,
+        kv_heads: int,
+        causal: bool,
+        document_starts: Sequence[int] | None = None,
+    ) -> int:
+        """The exact number of (query, key) pairs, summed over heads and branches, of one sequence.
+
+        A pair that two branches offer counts twice, as it does in the softmax.
+        """
+        documents = Counter(b - a for a, b in document_bounds(sequence_length, document_starts))
+        pairs = 0
+        for (length, rate), row in zip(self.branches, self.offsets(heads, kv_heads), strict=True):
+            segments = Counter()
+            for document, count in documents.items():
+                segments[length] += count * (document // length)
+                segments[document % length] += count
+            for segment, segment_count in segments.items():
+                for offset, head_count in Counter(row).items():
+                    n = len(range(offset, segment, rate))
+                    pairs += segment_count * head_count * (n * (n + 1) // 2 if causal else n * n)
+        return pairs
+
+    def attention_flops(
+        self,
+        sequence_length: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        causal: bool = True,
+        document_starts: Sequence[int] | None = None,
+    ) -> int:
+        """Floating-point operations of one forward pass over one sequence: 4 head_dim per pair.
+
+        Two products (q k and p v), each head_dim multiplications and additions; eq. 16 counts a
+        multiplication with its addition as one. A backward pass has four such products (eight
+        head_dim per pair), and one more where it recomputes the scores.
+        """
+        pairs = self.attention_pairs(sequence_length, heads, kv_heads, causal, document_starts)
+        return 4 * head_dim * pairs
+
+
+def document_bounds(
+    sequence_length: int, document_starts: Sequence[int] | None
+) -> list[tuple[int, int]]:
+    """The [start, stop) of the documents of a packed sequence, the empty ones left out.
+
+    document_starts: integers that begin with 0 and never decrease; None is one document.
+    """
+    if document_starts is None:
+        starts = (0,)
+    else:
+        starts = _integers("document_starts", document_starts)
+        if not starts or starts[0] != 0:
+            raise ValueError(f"document_starts must begin with 0, got {starts[:8]}")
+        if any(a > b for a, b in pairwise(starts)):
+            raise ValueError("document_starts must be increasing: sort it")
+        if starts[-1] > sequence_length:
+            raise ValueError(
+                f"document_starts ends at {starts[-1]}, beyond the sequence length "
+                f"{sequence_length}"
+            )
+    stops = (*starts[1:], sequence_length)
+    return [(a, b) for a, b in zip(starts, stops, strict=True) if a < b]
+
+
+def check_heads(heads: int, kv_heads: int) -> None:
+    """Raise ValueError unless the query heads share the key and value heads evenly."""
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        raise ValueError(
+            f"heads ({heads}) must be a multiple of kv_heads ({kv_heads}), both at least 1"
+        )
+
+
+def _integers(name: str, values) -> tuple[int, ...]:
+    try:
+        return tuple(index(value) for value in values)
+    except TypeError:
+        raise ValueError(f"{name} must hold integers, got {values!r}") from None

@@ -1,0 +1,119 @@
+"""The definition of dilated attention in plain PyTorch: slow, obvious, any dtype.
+
+One softmax over the multiset union of all branches' keys: a key that m branches offer counts m
+times. LongNet (arXiv 2307.02486) writes it as per-branch softmaxes mixed by their denominators
+(eq. 9-12) and says that this equals gathering the keys and taking one softmax over all of them.
+Memory and time are quadratic in the sequence length; autograd gives the gradient.
+
+Shape suffixes: b batch, i query position, j key position, h query heads, g kv heads, d head_dim,
+n branches.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from megalong.attention.pattern import DilatedPattern, document_bounds
+
+
+def dilated_attention_reference(
+    q, k, v, pattern, *, causal=True, scale=None, document_starts=None, mix_gradient="exact"
+):
+    """Output (batch, sequence, heads, head_dim) and log-sum-exp (batch, heads, sequence).
+
+    Arguments as in dilated_attention. Computes in the inputs' dtype, but at least float32; the
+    output has the inputs' dtype. Differentiable by autograd, except for the log-sum-exp, which
+    comes detached. mix_gradient="detached" treats the mixing weights of the branches as
+    constants, as torchscale does: same output, another gradient.
+    """
+    (_, length, heads, head_dim), kv_heads = q.shape, k.shape[2]
+    scale = head_dim**-0.5 if scale is None else scale
+    dtype = torch.promote_types(q.dtype, torch.float32)
+
+    offered_nhij = offered_keys(pattern, length, heads, kv_heads, causal, document_starts, q.device)
+    q_bhid = q.to(dtype).transpose(1, 2)
+    k_bhjd, v_bhjd = (
+        x.to(dtype).transpose(1, 2).repeat_interleave(heads // kv_heads, dim=1) for x in (k, v)
+    )
+    scores_bhij = q_bhid @ k_bhjd.mT * scale
+
+    multiplicity_hij = offered_nhij.sum(0)
+    out_bhid, lse_bhi = softmax_with_multiplicity(scores_bhij, v_bhjd, multiplicity_hij)
+    if mix_gradient == "detached":
+        out_bhid = torch.zeros_like(out_bhid)
+        for offered_hij in offered_nhij:
+            branch_bhid, branch_lse_bhi = softmax_with_multiplicity(
+                scores_bhij, v_bhjd, offered_hij
+            )
+            absent = branch_lse_bhi == -math.inf
+            weight_bhi = torch.exp(branch_lse_bhi - lse_bhi).masked_fill(absent, 0.0).detach()
+            out_bhid = out_bhid + weight_bhi[..., None] * branch_bhid
+    return out_bhid.transpose(1, 2).to(q.dtype), lse_bhi.detach()
+
+
+def offered_keys(
+    pattern: DilatedPattern, length, heads, kv_heads, causal, document_starts=None, device=None
+):
+    """(branches, heads, length, length) booleans: the branch offers key j to the head's query i."""
+    position = torch.arange(length, device=device)
+    document = torch.zeros_like(position)
+    local = torch.zeros_like(position)  # position within the document
+    for number, (start, stop) in enumerate(document_bounds(length, document_starts)):
+        document[start:stop] = number
+        local[start:stop] = torch.arange(stop - start, device=device)
+
+    branches = []
+    for (segment_length, rate), offsets in zip(
+        pattern.branches, pattern.offsets(heads, kv_heads), strict=True
+    ):
+        segment = local // segment_length
+        same_ij = (segment[:, None] == segment) & (document[:, None] == document)
+        if causal:
+            same_ij = same_ij & (position[:, None] >= position)
+        offset_h1 = torch.tensor(offsets, device=device)[:, None]
+        takes_part_hi = local % segment_length % rate == offset_h1
+        branches.append(same_ij & takes_part_hi[:, :, None] & takes_part_hi[:, None, :])
+    return torch.stack(branches)
+
+
+def softmax_with_multiplicity(scores_bhij, v_bhjd, multiplicity_hij):
+    """Attention in which key j stands multiplicity times in the softmax of query i.
+
+    A query without keys gets output 0 and log-sum-exp -inf.
+    """
+    scores_bhij = scores_bhij.masked_fill(multiplicity_hij == 0, -math.inf)
+    largest_bhi = scores_bhij.detach().amax(-1)
+    largest_bhi = largest_bhi.masked_fill(largest_bhi == -math.inf, 0.0)
+    weights_bhij = multiplicity_hij * torch.exp(scores_bhij - largest_bhi[..., None])
+    total_bhi = weights_bhij.sum(-1)
+    out_bhid = weights_bhij @ v_bhjd / total_bhi.masked_fill(total_bhi == 0, 1.0)[..., None]
+    return out_bhid, largest_bhi + torch.log(total_bhi.detach())
+
+
+def unsupported(q_bihd) -> str | None:
+    """Why this backend cannot run on such inputs; None where it can."""
+    return None
+
+
+def forward(q_bihd, k_bjgd, v_bjgd, pattern, *, causal, scale, document_starts):
+    """The backend's forward: output and log-sum-exp."""
+    return dilated_attention_reference(
+        q_bihd, k_bjgd, v_bjgd, pattern, causal=causal, scale=scale,
+        document_starts=document_starts,
+    )  # fmt: skip
+
+
+def backward(
+    grad_bihd, q_bihd, k_bjgd, v_bjgd, out_bihd, lse_bhi, pattern, *, causal, scale,
+    document_starts, mix_gradient,
+):  # fmt: skip
+    """The backend's backward: gradients of q, k and v, by running the definition once more."""
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (q_bihd, k_bjgd, v_bjgd)]
+        out, _ = dilated_attention_reference(
+            *inputs, pattern, causal=causal, scale=scale, document_starts=document_starts,
+            mix_gradient=mix_gradient,
+        )  # fmt: skip
+        return torch.autograd.grad(out, inputs, grad_bihd)

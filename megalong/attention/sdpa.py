@@ -1,0 +1,398 @@
+"""The PyTorch backend: dense attention on strided views, merged by log-sum-exp.
+
+Inside one segment the rows that take part form a smaller sequence whose neighbours lie r rows
+apart, and on it dilated attention is plain dense attention. So nothing is gathered: `plan` cuts a
+pattern into a few blocks, each of which is one strided view (batch, segments, rows, heads,
+head_dim) of q, k and v, and a dense attention that also returns its log-sum-exp runs on each.
+
+Forward: partial results are merged into one running output and log-sum-exp (LongNet, arXiv
+2307.02486, eq. 9-12). Backward: with the MERGED output and log-sum-exp, each block's own backward
+gives its share of the exact gradient, P = exp(s - lse) and dS = P * (dP - rowsum(dO * O)); the
+shares only add. Only q, k, v, output and log-sum-exp are kept between the two.
+
+Shape suffixes: b batch, s sequence, h query heads, g kv heads, d head_dim, c segments of a block,
+n rows of a segment, f batch and segments folded together.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from megalong.attention.pattern import DilatedPattern
+
+aten = torch.ops.aten
+
+
+# ------------------------------------------------------------------------------ the backend
+
+
+def unsupported(q_bshd) -> str | None:
+    """Why this backend cannot run on such inputs; None where it can."""
+    return None
+
+
+def forward(q_bshd, k_bsgd, v_bsgd, pattern, *, causal, scale, document_starts):
+    """Output (batch, sequence, heads, head_dim) and log-sum-exp (batch, heads, sequence)."""
+    q_bshd, k_bsgd, v_bsgd = map(_dense_rows, (q_bshd, k_bsgd, v_bsgd))
+    (batch, length, heads, _), kv_heads = q_bshd.shape, k_bsgd.shape[2]
+    dtype = torch.promote_types(q_bshd.dtype, torch.float32)
+    blocks = plan(pattern, length, heads, kv_heads, document_starts) if q_bshd.numel() else ()
+
+    if not (blocks and blocks[0].whole):
+        out_bshd = q_bshd.new_zeros(q_bshd.shape, dtype=dtype)
+        lse_bsh = q_bshd.new_full((batch, length, heads), -torch.inf, dtype=dtype)
+    for block in blocks:
+        out_fhnd, lse_fhn = attend(
+            block.fold(q_bshd), block.fold_kv(k_bsgd), block.fold_kv(v_bsgd), causal, scale
+        )
+        out_bcnhd, lse_bcnh = block.unfold(out_fhnd, batch), block.unfold(lse_fhn, batch)
+        if block.whole:  # its result becomes the running one
+            out_bshd = out_bcnhd.reshape(q_bshd.shape).to(dtype)
+            lse_bsh = lse_bcnh.reshape(batch, length, heads)
+        elif block.first:
+            block.view(out_bshd).copy_(out_bcnhd)
+            block.view(lse_bsh).copy_(lse_bcnh)
+        else:
+            _merge(block.view(out_bshd), block.view(lse_bsh), out_bcnhd.to(dtype), lse_bcnh)
+    return out_bshd.to(q_bshd.dtype), lse_bsh.transpose(1, 2)
+
+
+def backward(
+    grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, pattern, *, causal, scale,
+    document_starts, mix_gradient,
+):  # fmt: skip
+    """Gradients of q, k and v, from the merged output and log-sum-exp."""
+    q_bshd, k_bsgd, v_bsgd, grad_bshd = map(_dense_rows, (q_bshd, k_bsgd, v_bsgd, grad_bshd))
+    lse_bsh = lse_bhs.transpose(1, 2)
+    inputs = (q_bshd, k_bsgd, v_bsgd)
+    (batch, length, heads, _), kv_heads = q_bshd.shape, k_bsgd.shape[2]
+    dtype = torch.promote_types(q_bshd.dtype, torch.float32)
+    blocks = plan(pattern, length, heads, kv_heads, document_starts) if q_bshd.numel() else ()
+
+    adopts = blocks and blocks[0].whole and heads == kv_heads
+    if not adopts:
+        totals = [x.new_zeros(x.shape, dtype=dtype) for x in inputs]
+    for block in blocks:
+        q_fhnd, k_fhnd, v_fhnd = block.fold(q_bshd), block.fold_kv(k_bsgd), block.fold_kv(v_bsgd)
+        if mix_gradient == "detached":
+            # Constant mixing weights: delta is the branch's own rowsum(dO * O_branch).
+            out_fhnd, _ = attend(q_fhnd, k_fhnd, v_fhnd, causal, scale)
+        else:
+            out_fhnd = block.fold(out_bshd)
+        parts = attend_backward(
+            block.fold(grad_bshd), q_fhnd, k_fhnd, v_fhnd, out_fhnd, block.fold(lse_bsh),
+            causal, scale,
+        )  # fmt: skip
+        dq_bcnhd, dk_bcnhd, dv_bcnhd = parts = [block.unfold(part, batch) for part in parts]
+        if block.whole and adopts:
+            totals = [
+                part.reshape(x.shape).to(dtype) for part, x in zip(parts, inputs, strict=True)
+            ]
+        else:
+            block.view(totals[0]).add_(dq_bcnhd)
+            block.view_kv(totals[1]).add_(block.sum_shared(dk_bcnhd, dtype))
+            block.view_kv(totals[2]).add_(block.sum_shared(dv_bcnhd, dtype))
+    return tuple(total.to(q_bshd.dtype) for total in totals)
+
+
+def _dense_rows(x_bshd):
+    """The operators want each row's head_dim numbers side by side; other strides are free."""
+    return x_bshd if x_bshd.stride(-1) == 1 else x_bshd.contiguous()
+
+
+def _merge(out_bcnhd, lse_bcnh, new_out_bcnhd, new_lse_bcnh):
+    """Merge a partial softmax into the running one, in place.
+
+    The weight of the new part is e^new / (e^old + e^new) = sigmoid(new - old): 1 where nothing
+    was there yet (old = -inf).
+    """
+    out_bcnhd.lerp_(new_out_bcnhd, torch.sigmoid(new_lse_bcnh - lse_bcnh)[..., None])
+    torch.logaddexp(lse_bcnh, new_lse_bcnh, out=lse_bcnh)
+
+
+# --------------------------------------------------------------------------------- the plan
+
+
+class Progression(NamedTuple):
+    """Heads that one strided view can reach: head, kv head and offset each grow by a step."""
+
+    head: int
+    kv_head: int
+    offset: int
+    head_step: int
+    kv_step: int
+    offset_step: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """One dense attention: equal segments, evenly spaced, of heads with equally many rows."""
+
+    start: int  # of the first segment
+    segments: int
+    segment_step: int
+    rate: int  # distance between two rows
+    rows: int
+    heads: Progression
+    first: bool  # of the first branch: no other branch has written its rows yet
+    whole: bool  # of the first branch, and every row of every head
+
+    @property
+    def shared(self) -> bool:
+        """Its query heads all read the same rows of one kv head, through a stride of 0."""
+        h = self.heads
+        return h.count > 1 and h.kv_step == 0 and h.offset_step == 0
+
+    def view(self, x_bsh):
+        """x (batch, sequence, query heads, ...) -> (batch, segments, rows, heads, ...), a view."""
+        h = self.heads
+        return self._strided(x_bsh, h.head, h.head_step, h.count)
+
+    def view_kv(self, x_bsg):
+        """The same of a k or v, where shared rows appear once: heads is then 1."""
+        h = self.heads
+        return self._strided(x_bsg, h.kv_head, h.kv_step, 1 if self.shared else h.count)
+
+    def fold(self, x_bsh):
+        """A view's (batch * segments, heads, rows, ...), copied only if strides forbid a view."""
+        return self.view(x_bsh).transpose(2, 3).flatten(0, 1)
+
+    def fold_kv(self, x_bsg):
+        x_fhnd = self.view_kv(x_bsg).transpose(2, 3).flatten(0, 1)
+        return x_fhnd.expand(-1, self.heads.count, -1, -1)
+
+    def unfold(self, x_fhn, batch: int):
+        """(batch * segments, heads, rows, ...) -> (batch, segments, rows, heads, ...)."""
+        return x_fhn.unflatten(0, (batch, self.segments)).transpose(2, 3)
+
+    def sum_shared(self, x_bcnhd, dtype):
+        """The gradients of shared rows, summed over the query heads that read them."""
+        return x_bcnhd.sum(3, keepdim=True, dtype=dtype) if self.shared else x_bcnhd
+
+    def _strided(self, x, head, head_step, count):
+        batch_stride, row_stride, head_stride, *rest = x.stride()
+        h = self.heads
+        return x.as_strided(
+            (x.shape[0], self.segments, self.rows, count, *x.shape[3:]),
+            (
+                batch_stride,
+                self.segment_step * row_stride,
+                self.rate * row_stride,
+                head_step * head_stride + h.offset_step * row_stride,
+                *rest,
+            ),
+            x.storage_offset() + (self.start + h.offset) * row_stride + head * head_stride,
+        )
+
+
+@lru_cache(maxsize=256)
+def plan(
+    pattern: DilatedPattern, length: int, heads: int, kv_heads: int, document_starts
+) -> tuple[Block, ...]:
+    """The blocks of a pattern on sequences of `length`; branches of the smallest rate first."""
+    offsets = pattern.offsets(heads, kv_heads)
+    order = sorted(range(len(offsets)), key=lambda branch: pattern.dilation_rates[branch])
+    blocks = []
+    for branch in order:
+        rate = pattern.dilation_rates[branch]
+        segments = pattern.segments(branch, length, document_starts)
+        for start, count, step, segment in equal_segments(segments):
+            for run in equal_heads(offsets[branch], heads // kv_heads, segment, rate):
+                rows = len(range(run.offset, segment, rate))
+                whole = (rows * count, run.count) == (length, heads)
+                first = branch == order[0]
+                blocks.append(Block(start, count, step, rate, rows, run, first, whole and first))
+    return tuple(blocks)
+
+
+def equal_segments(segments) -> list[tuple[int, int, int, int]]:
+    """Segments of one length whose starts are evenly spaced: (first start, count, step, length)."""
+    starts_of = defaultdict(list)
+    for start, stop in segments:
+        starts_of[stop - start].append(start)
+    groups = []
+    for length, starts in starts_of.items():
+        while starts:
+            step = starts[1] - starts[0] if len(starts) > 1 else length
+            count = 1
+            while count < len(starts) and starts[count] == starts[0] + count * step:
+                count += 1
+            groups.append((starts[0], count, step, length))
+            starts = starts[count:]
+    return groups
+
+
+def equal_heads(offsets, group: int, segment: int, rate: int) -> list[Progression]:
+    """Cut the query heads that have rows in a segment into progressions of equally many rows.
+
+    Greedy: of the progressions that begin with the first head left, take the longest. With the
+    "mod" rule that gives min(r, heads / r) calls instead of one per offset: heads 0, 1, 2, ... of
+    offsets 0, 1, 2, ... lie on a diagonal, which is a stride as good as any other.
+    """
+    heads_with = defaultdict(list)
+    for head, offset in enumerate(offsets):
+        heads_with[len(range(offset, segment, rate))].append((head, head // group, offset))
+    heads_with.pop(0, None)
+    runs = []
+    for left in heads_with.values():
+        while left:
+            candidates = [_progression(left, other) for other in left[1:]] or [left[:1]]
+            best = max(candidates, key=len)
+            steps = (b - a for a, b in zip(*best[:2], strict=True)) if len(best) > 1 else (0, 0, 0)
+            runs.append(Progression(*best[0], *steps, len(best)))
+            left = [head for head in left if head not in best]
+    return runs
+
+
+def _progression(heads, second):
+    """The longest progression among `heads` that begins with the first of them and `second`."""
+    first, members = heads[0], set(heads)
+    steps = [b - a for a, b in zip(first, second, strict=True)]
+    if steps[2] < 0:  # a strided view cannot step backwards
+        return [first]
+    found, following = [], first
+    while following in members:
+        found.append(following)
+        following = tuple(a + step for a, step in zip(following, steps, strict=True))
+    return found
+
+
+# ------------------------------------------------------- dense attention with log-sum-exp
+
+
+class Operator(NamedTuple):
+    """A dense attention that returns its log-sum-exp, and its backward."""
+
+    forward: object
+    backward: object
+
+
+def attend(q_fhnd, k_fhnd, v_fhnd, causal: bool, scale: float):
+    """Dense attention: output like q, log-sum-exp (batch, heads, rows) in at least float32.
+
+    q, k and v have equally many heads and may be any views whose last stride is 1. causal needs
+    as many queries as keys; without it their numbers may differ.
+    """
+    return operator_for(q_fhnd).forward(q_fhnd, k_fhnd, v_fhnd, causal, scale)
+
+
+def attend_backward(grad_fhnd, q_fhnd, k_fhnd, v_fhnd, out_fhnd, lse_fhn, causal, scale):
+    """Gradients (dq, dk, dv) of attend; out and lse may be those of a softmax over more keys."""
+    return operator_for(q_fhnd).backward(
+        grad_fhnd, q_fhnd, k_fhnd, v_fhnd, out_fhnd, lse_fhn, causal, scale
+    )
+
+
+def operator_for(q_fhnd) -> Operator:
+    """The fastest operator for the device, dtype and head_dim of q."""
+    head_dim, dtype = q_fhnd.shape[-1], q_fhnd.dtype
+    if q_fhnd.device.type == "cpu":
+        return CPU
+    if q_fhnd.device.type == "cuda":
+        half = dtype in (torch.float16, torch.bfloat16)
+        ampere = torch.cuda.get_device_capability(q_fhnd.device) >= (8, 0)
+        if half and ampere and head_dim % 8 == 0 and head_dim <= 256:
+            return FLASH
+        if ((half and ampere) or dtype == torch.float32) and head_dim * dtype.itemsize % 16 == 0:
+            return EFFICIENT
+    return BLOCKWISE
+
+
+def _cpu_forward(q, k, v, causal, scale):
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+
+
+def _cpu_backward(grad, q, k, v, out, lse, causal, scale):
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, lse, 0.0, causal, scale=scale
+    )
+
+
+def _flash_forward(q, k, v, causal, scale):
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
+    return out, lse
+
+
+def _flash_backward(grad, q, k, v, out, lse, causal, scale):
+    no_dropout = torch.empty(2, dtype=torch.uint64, device=q.device)  # its random state, unread
+    return aten._scaled_dot_product_flash_attention_backward(
+        grad, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal,
+        no_dropout, no_dropout, scale=scale,
+    )  # fmt: skip
+
+
+def _efficient_forward(q, k, v, causal, scale):
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(
+        q, k, v, None, True, 0.0, causal, scale=scale
+    )
+    return out, lse[..., : q.shape[2]]  # the kernel pads the rows to a multiple of 32
+
+
+def _efficient_backward(grad, q, k, v, out, lse, causal, scale):
+    lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf).contiguous()
+    no_dropout = torch.empty((), dtype=torch.int64, device=q.device)
+    return aten._scaled_dot_product_efficient_attention_backward(
+        grad, q, k, v, None, out, lse, no_dropout, no_dropout, 0.0,
+        (True, True, True, False), causal, scale=scale,
+    )[:3]  # fmt: skip
+
+
+def _tiles(f, h, rows, keys):
+    """Slices of (batch, query rows) whose scores stay within 4M numbers: memory stays linear."""
+    budget = 2**22 // (h * keys)
+    row_step = min(max(budget, 1), rows)
+    f_step = max(budget // row_step, 1)
+    for f0 in range(0, f, f_step):
+        for n0 in range(0, rows, row_step):
+            yield slice(f0, f0 + f_step), slice(n0, min(n0 + row_step, rows))
+
+
+def _tile_scores(q, k, n, causal, scale):
+    scores = q @ k.mT * scale
+    if causal:
+        rows = torch.arange(n.start, n.stop, device=q.device)
+        keys = torch.arange(k.shape[2], device=q.device)
+        scores.masked_fill_(keys > rows[:, None], -torch.inf)
+    return scores
+
+
+def _blockwise_forward(q, k, v, causal, scale):
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    f, h, rows, d = q.shape
+    out = q.new_empty(f, rows, h, d).transpose(1, 2)
+    lse = q.new_empty(f, rows, h, dtype=dtype).transpose(1, 2)
+    for b, n in _tiles(f, h, rows, k.shape[2]):
+        keys = slice(0, n.stop if causal else k.shape[2])
+        q_tile, k_tile, v_tile = (x.to(dtype) for x in (q[b, :, n], k[b, :, keys], v[b, :, keys]))
+        scores = _tile_scores(q_tile, k_tile, n, causal, scale)
+        lse[b, :, n] = tile_lse = torch.logsumexp(scores, -1)
+        out[b, :, n] = torch.exp(scores - tile_lse[..., None]) @ v_tile
+    return out, lse
+
+
+def _blockwise_backward(grad, q, k, v, out, lse, causal, scale):
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
+    for b, n in _tiles(*q.shape[:3], k.shape[2]):
+        keys = slice(0, n.stop if causal else k.shape[2])
+        q_tile, g_tile, o_tile = (x[b, :, n].to(dtype) for x in (q, grad, out))
+        k_tile, v_tile = (x[b, :, keys].to(dtype) for x in (k, v))
+        p = torch.exp(_tile_scores(q_tile, k_tile, n, causal, scale) - lse[b, :, n, None])
+        delta = (g_tile * o_tile).sum(-1, keepdim=True)
+        ds = p * (g_tile @ v_tile.mT - delta) * scale
+        dq[b, :, n] = ds @ k_tile
+        dk[b, :, keys] += ds.mT @ q_tile
+        dv[b, :, keys] += p.mT @ g_tile
+    return dq, dk, dv
+
+
+CPU = Operator(_cpu_forward, _cpu_backward)
+FLASH = Operator(_flash_forward, _flash_backward)
+EFFICIENT = Operator(_efficient_forward, _efficient_backward)
+BLOCKWISE = Operator(_blockwise_forward, _blockwise_backward)

@@ -1,0 +1,157 @@
+"""Micro batches of a token stream, for one data-parallel rank and one slice of the sequence.
+
+A micro batch is a dict of CPU tensors: tokens and labels, int64 (micro_batch, slice), labels[t]
+being the token that follows tokens[t]; and positions, int64 (slice,), places in the whole
+sequence. labels are IGNORE_INDEX where there is nothing to predict.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from megalong.data.stream import TokenStream
+
+IGNORE_INDEX = -100
+
+Batch = dict[str, torch.Tensor]
+
+
+def training_batches(
+    stream: TokenStream,
+    *,
+    consumed_samples: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    sequence_range: tuple[int, int] | None = None,
+) -> Iterator[Batch]:
+    """Yields micro batches without end, from sample `consumed_samples` of the stream on.
+
+    Micro batch m of a global batch holds, on data-parallel rank d, the samples
+    consumed + (m * data_parallel_size + d) * micro_batch_size + j. So the samples of a global
+    batch depend on consumed_samples and global_batch_size only, on no other size.
+    sequence_range: (start, stop), the slice of the sequence to read; None: all of it.
+    Raises ValueError (at once) for sizes that do not divide and ranges out of bounds.
+    """
+    start, stop = _checked_range(stream, sequence_range)
+    _check_rank(data_parallel_rank, data_parallel_size)
+    stride = micro_batch_size * data_parallel_size
+    if micro_batch_size < 1 or global_batch_size < 1 or global_batch_size % stride:
+        raise ValueError(
+            f"--global-batch-size {global_batch_size} must be a multiple of --micro-batch-size "
+            f"{micro_batch_size} times the data-parallel size {data_parallel_size}"
+        )
+    if consumed_samples < 0:
+        raise ValueError(f"consumed_samples {consumed_samples} is negative")
+
+    def batches() -> Iterator[Batch]:
+        # All ranks together take `stride` samples at a time, global batches follow one another.
+        first = consumed_samples + data_parallel_rank * micro_batch_size
+        while True:
+            samples = range(first, first + micro_batch_size)
+            yield _batch([stream.sample(i, start, stop + 1) for i in samples], start, stop)
+            first += stride
+
+    return batches()
+
+
+def evaluation_batches(
+    stream: TokenStream,
+    *,
+    num_samples: int | None = None,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    sequence_range: tuple[int, int] | None = None,
+) -> Iterator[Batch]:
+    """Yields the micro batches of one pass over the stream's first epoch.
+
+    num_samples: stop after so many samples; None or more than there are: every token but the
+    first is predicted exactly once, in the last sample (shorter than N, the rest padded) too.
+    Every rank yields num_evaluation_batches() micro batches; rows without a sample, and padding,
+    have labels IGNORE_INDEX (and token 0, which causal attention keeps from the others).
+    """
+    start, stop = _checked_range(stream, sequence_range)
+    _check_rank(data_parallel_rank, data_parallel_size)
+    total = _evaluation_samples(stream, num_samples)
+    count = num_evaluation_batches(
+        stream,
+        num_samples=num_samples,
+        micro_batch_size=micro_batch_size,
+        data_parallel_size=data_parallel_size,
+    )
+
+    def batches() -> Iterator[Batch]:
+        for m in range(count):
+            first = (m * data_parallel_size + data_parallel_rank) * micro_batch_size
+            rows = [
+                _without_wrapping(stream, i, start, stop + 1) if i < total else np.zeros(0, int)
+                for i in range(first, first + micro_batch_size)
+            ]
+            yield _batch(rows, start, stop)
+
+    return batches()
+
+
+def num_evaluation_batches(
+    stream: TokenStream,
+    *,
+    num_samples: int | None = None,
+    micro_batch_size: int,
+    data_parallel_size: int,
+) -> int:
+    """Micro batches that evaluation_batches() yields on every rank."""
+    if micro_batch_size < 1:
+        raise ValueError(f"--micro-batch-size {micro_batch_size}: must be positive")
+    stride = micro_batch_size * data_parallel_size
+    return -(-_evaluation_samples(stream, num_samples) // stride)
+
+
+def _evaluation_samples(stream: TokenStream, num_samples: int | None) -> int:
+    predicted = stream.tokens_per_epoch - 1  # nothing predicts the first token
+    available = -(-predicted // stream.sequence_length)
+    if not available:
+        raise ValueError(
+            f"documents {stream.document_range.start} to {stream.document_range.stop} (end "
+            f"excluded) of {stream.documents.prefix} hold one token, so that there is nothing to "
+            "predict: give this part of --split a larger share"
+        )
+    return available if num_samples is None else min(num_samples, available)
+
+
+def _without_wrapping(stream: TokenStream, i: int, start: int, stop: int) -> np.ndarray:
+    """stream.sample(i, start, stop), cut where the first epoch ends."""
+    position = i * stream.sequence_length
+    end = min(position + stop, stream.tokens_per_epoch)
+    return stream.tokens(min(position + start, end), end)
+
+
+def _batch(rows: list[np.ndarray], start: int, stop: int) -> Batch:
+    """rows: the tokens [start, stop + 1) of each sample, or fewer where the stream ended."""
+    length = stop - start
+    tokens = np.zeros((len(rows), length), dtype=np.int64)
+    labels = np.full((len(rows), length), IGNORE_INDEX, dtype=np.int64)
+    for j, row in enumerate(rows):
+        tokens[j, : len(row)] = row[:length]
+        labels[j, : max(len(row) - 1, 0)] = row[1:]
+    return {
+        "tokens": torch.from_numpy(tokens),
+        "labels": torch.from_numpy(labels),
+        "positions": torch.arange(start, stop),
+    }
+
+
+def _checked_range(stream: TokenStream, sequence_range: tuple[int, int] | None) -> tuple[int, int]:
+    start, stop = sequence_range or (0, stream.sequence_length)
+    if not 0 <= start < stop <= stream.sequence_length:
+        raise ValueError(
+            f"sequence range {start} to {stop} is not inside a sequence of {stream.sequence_length}"
+        )
+    return start, stop
+
+
+def _check_rank(rank: int, size: int) -> None:
+    if not 0 <= rank < size:
+        raise ValueError(f"data-parallel rank {rank} of {size}")

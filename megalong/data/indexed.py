@@ -1,0 +1,166 @@
+"""Reading the documents of a .bin/.idx pair.
+
+The format is checked here first, since megatron.core answers a damaged pair with a bare assert or
+a numpy error, or not at all; then its IndexedDataset maps the files into memory.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megalong.data.writer import DTYPES, HEADER, MAGIC, VERSION
+
+
+class IndexedDocuments:
+    """The documents of PREFIX.bin and PREFIX.idx, written by megalong or by Megatron.
+
+    lengths: int64 (num_documents,), tokens in each document.
+    max_token_id: the largest id, from PREFIX.json; None where there is no such file.
+    Raises FileNotFoundError or ValueError that names the file and what is wrong with it.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = str(prefix)
+        _check_files_exist(self.prefix)
+        index = _read_index(self.prefix)
+        # A document is one or more whole sequences; files of megalong have one in each.
+        self._first_sequence = index.first_sequence
+        self._sequence_lengths = index.sequence_lengths
+        ends = np.concatenate([[0], np.cumsum(index.sequence_lengths, dtype=np.int64)])
+        self.lengths = np.diff(ends[index.first_sequence])
+        self.max_token_id = _sidecar_max_token_id(self.prefix, self.num_documents, self.num_tokens)
+        if not self.num_tokens:
+            raise ValueError(f"--data-path {self.prefix}: {self.prefix}.bin holds no tokens")
+        self._dataset = IndexedDataset(self.prefix, mmap=True)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens [start, stop) of a document; stop None: to its end.
+
+        Returns (stop - start,) in the data type of the file, a copy.
+        Raises IndexError for a range outside the document.
+        """
+        if not 0 <= document < self.num_documents:
+            raise IndexError(f"document {document} of {self.num_documents}")
+        length = int(self.lengths[document])
+        stop = length if stop is None else stop
+        if not 0 <= start <= stop <= length:
+            raise IndexError(f"tokens [{start}, {stop}) of document {document}, {length} long")
+        parts = [np.zeros(0, dtype=self._dataset.index.dtype)]
+        begin = 0  # where the sequence begins in the document
+        for sequence in range(self._first_sequence[document], self._first_sequence[document + 1]):
+            size = int(self._sequence_lengths[sequence])
+            low, high = max(start - begin, 0), min(stop - begin, size)
+            if low < high:
+                parts.append(self._dataset.get(sequence, low, high - low))
+            begin += size
+        # A copy, since the dataset closes its mapping under views when it is collected.
+        return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class _Index:
+    sequence_lengths: np.ndarray  # int32 (sequences,)
+    first_sequence: np.ndarray  # int64 (documents + 1,)
+
+
+def _check_files_exist(prefix: str) -> None:
+    missing = [
+        prefix + suffix for suffix in (".idx", ".bin") if not os.path.isfile(prefix + suffix)
+    ]
+    if not missing:
+        return
+    hint = ""
+    stem, suffix = os.path.splitext(prefix)
+    if suffix in (".bin", ".idx"):
+        hint = f"; give the prefix without {suffix}: {stem}"
+    elif len(missing) == 1:
+        hint = "; its pair is there: an interrupted copy?"
+    elif not os.path.isdir(os.path.dirname(prefix) or "."):
+        hint = f"; there is no folder {os.path.dirname(prefix)}"
+    else:
+        hint = "; give what tools/preprocess_data.py printed, PREFIX_KEY_document"
+    raise FileNotFoundError(f"--data-path {prefix}: no file {' and no file '.join(missing)}{hint}")
+
+
+def _read_index(prefix: str) -> _Index:
+    """Reads and checks the index against itself and against the size of the .bin."""
+    path = prefix + ".idx"
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        header = file.read(HEADER.size)
+    if not header.startswith(MAGIC[: len(header)]) or len(header) < len(MAGIC):
+        raise ValueError(f"{path}: not an index file (it does not begin with {MAGIC[:7].decode()})")
+    if len(header) < HEADER.size:
+        raise ValueError(f"{path}: cut short, {size} bytes do not hold the header")
+    _, version, code, sequences, documents = HEADER.unpack(header)
+    if version != VERSION:
+        raise ValueError(f"{path}: format version {version}, only {VERSION} is known")
+    if code not in DTYPES or DTYPES[code].kind == "f":
+        raise ValueError(f"{path}: data type code {code} is not one of token ids")
+    expected = HEADER.size + 12 * sequences + 8 * documents
+    if size < expected:
+        raise ValueError(
+            f"{path}: cut short, {size:,} bytes, but {sequences:,} sequences need {expected:,}"
+        )
+    if documents == 0:
+        raise ValueError(f"{path}: no document boundaries, at least one is expected")
+
+    content = np.memmap(path, mode="r", offset=HEADER.size, shape=(expected - HEADER.size,))
+    lengths = np.frombuffer(content, np.int32, sequences)
+    pointers = np.frombuffer(content, np.int64, sequences, 4 * sequences)
+    first_sequence = np.frombuffer(content, np.int64, documents, 12 * sequences)
+    if sequences and lengths.min() < 0:
+        raise ValueError(f"{path}: damaged, a sequence of {lengths.min()} tokens")
+    if (
+        first_sequence[0] != 0
+        or first_sequence[-1] != sequences
+        or (np.diff(first_sequence) < 0).any()
+    ):
+        raise ValueError(f"{path}: damaged, document boundaries do not run from 0 to {sequences:,}")
+    if sequences:
+        _check_bin(prefix, lengths, pointers, DTYPES[code].itemsize)
+    return _Index(lengths, first_sequence)
+
+
+def _check_bin(prefix: str, lengths: np.ndarray, pointers: np.ndarray, itemsize: int) -> None:
+    size = os.path.getsize(prefix + ".bin")
+    needed = int((pointers + lengths.astype(np.int64) * itemsize).max())
+    if size < needed:
+        raise ValueError(
+            f"{prefix}.bin: {size:,} bytes, but {prefix}.idx describes {needed:,}: cut short, or "
+            "the two files are not of one run"
+        )
+    if pointers.min() < 0 or (pointers % itemsize).any():
+        raise ValueError(f"{prefix}.idx: damaged, it points outside of the .bin or inside a token")
+
+
+def _sidecar_max_token_id(prefix: str, documents: int, tokens: int) -> int | None:
+    path = prefix + ".json"
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            sidecar = json.load(file)
+        counts = sidecar["documents"], sidecar["tokens"]
+        max_token_id = sidecar["max_token_id"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: not a description of tools/preprocess_data.py ({error})"
+        ) from error
+    if counts != (documents, tokens):
+        raise ValueError(
+            f"{path}: describes {counts[0]:,} documents and {counts[1]:,} tokens, but {prefix}.idx "
+            f"has {documents:,} and {tokens:,}: the files are not of one run"
+        )
+    return max_token_id

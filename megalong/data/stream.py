@@ -1,0 +1,164 @@
+"""One endless stream of tokens, and samples of fixed length cut from it.
+
+Documents are concatenated in an order drawn anew for every epoch from (seed, epoch) alone, so
+that what comes at a position never depends on how long the run is planned to be. Sample i is the
+N + 1 tokens from position i * N (its last token is the first of the next sample): nothing is
+stored per sample, and any slice of a sample, say one sequence rank's, is found by a binary search
+in the cumulative lengths of the epoch's documents.
+"""
+
+from typing import Protocol
+
+import numpy as np
+
+
+class Documents(Protocol):
+    """What a stream reads from: IndexedDocuments, or a stand-in."""
+
+    prefix: str
+    lengths: np.ndarray
+    max_token_id: int | None
+
+    def read(self, document: int, start: int, stop: int) -> np.ndarray: ...
+
+
+def split_documents(num_documents: int, split: str) -> tuple[range, range, range]:
+    """The documents to train on, to validate on and to test on, as consecutive ranges.
+
+    split: up to three relative weights, such as "969,30,1" or "90,10"; missing ones are 0.
+    Megatron's rule: boundaries are the cumulated shares times num_documents, rounded.
+    Raises ValueError naming --split for anything else.
+    """
+    try:
+        weights = [float(part) for part in split.split(",")]
+    except ValueError:
+        raise ValueError(f"--split {split!r}: numbers separated by commas are expected") from None
+    if len(weights) > 3:
+        raise ValueError(f"--split {split!r}: at most three numbers (train, validation, test)")
+    if not all(0 <= weight < float("inf") for weight in weights):
+        raise ValueError(f"--split {split!r}: the numbers must be finite and not negative")
+    total = sum(weights)
+    if total == 0:
+        raise ValueError(f"--split {split!r}: at least one number must be positive")
+    bounds = [0]
+    share = 0.0
+    for weight in weights + [0.0] * (3 - len(weights)):
+        share += weight / total
+        bounds.append(int(round(share * num_documents)))
+    return range(bounds[0], bounds[1]), range(bounds[1], bounds[2]), range(bounds[2], bounds[3])
+
+
+class TokenStream:
+    """The documents of a range as an endless stream of tokens, epoch after epoch.
+
+    documents: an IndexedDocuments. document_range: which of them. sequence_length: N.
+    seed: of the order of documents. shuffle: False keeps the file's order (evaluation).
+    vocab_size: where given, a token id outside [0, vocab_size) raises ValueError when it is read,
+        or at once if the largest id of the file is known.
+    Raises ValueError where the range holds no tokens.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        document_range: range,
+        sequence_length: int,
+        seed: int = 0,
+        *,
+        shuffle: bool = True,
+        vocab_size: int | None = None,
+    ) -> None:
+        if sequence_length < 1:
+            raise ValueError(f"--seq-length {sequence_length}: must be positive")
+        if seed < 0:
+            raise ValueError(f"--seed {seed}: must not be negative")
+        self.documents = documents
+        self.document_range = document_range
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.shuffle = shuffle
+        self.vocab_size = vocab_size
+        self._lengths = documents.lengths[document_range.start : document_range.stop]
+        self.tokens_per_epoch = int(self._lengths.sum())
+        if not self.tokens_per_epoch:
+            raise ValueError(
+                f"no tokens in documents {document_range.start} to {document_range.stop} (end "
+                f"excluded) of the {len(documents.lengths)} of {documents.prefix}: this part of "
+                "--split is empty, give it a larger share"
+            )
+        known = documents.max_token_id
+        if vocab_size is not None and known is not None and known >= vocab_size:
+            raise ValueError(
+                f"{documents.prefix} holds token id {known}, but the vocabulary has {vocab_size} "
+                "ids: was the data made with another --tokenizer-model?"
+            )
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Whole samples within one epoch: N + 1 tokens each, neighbours share one token."""
+        return (self.tokens_per_epoch - 1) // self.sequence_length
+
+    def sample(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens [start, stop) of sample i, in [0, N + 1); stop None: N + 1.
+
+        Returns int64 (stop - start,). Reads only these tokens.
+        """
+        stop = self.sequence_length + 1 if stop is None else stop
+        if i < 0 or not 0 <= start <= stop <= self.sequence_length + 1:
+            raise IndexError(f"tokens [{start}, {stop}) of sample {i}")
+        position = i * self.sequence_length
+        return self.tokens(position + start, position + stop)
+
+    def tokens(self, begin: int, end: int) -> np.ndarray:
+        """Tokens [begin, end) of the endless stream, int64 (end - begin,)."""
+        tokens = np.empty(end - begin, dtype=np.int64)
+        filled = 0
+        while filled < len(tokens):
+            document, start, length = self._locate(begin + filled)
+            stop = min(start + len(tokens) - filled, length)
+            tokens[filled : filled + stop - start] = self.documents.read(document, start, stop)
+            filled += stop - start
+        if self.vocab_size is not None and len(tokens):
+            self._check_ids(tokens, begin)
+        return tokens
+
+    def _locate(self, position: int) -> tuple[int, int, int]:
+        """The document at a position of the stream, the token inside it, and its length."""
+        epoch, position = divmod(position, self.tokens_per_epoch)
+        order, ends = self._epoch(epoch)
+        # side="right" steps over documents without tokens.
+        rank = int(np.searchsorted(ends, position, side="right"))
+        length = int(self._lengths[order[rank]])
+        start = position - (int(ends[rank]) - length)
+        return self.document_range.start + int(order[rank]), start, length
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's order of documents, and where each ends in the epoch, int64.
+
+        Two epochs are kept: a batch may lie across a boundary."""
+        if epoch not in self._epochs:
+            while len(self._epochs) >= 2:
+                self._epochs.pop(next(iter(self._epochs)))
+            order = self._order(epoch)
+            self._epochs[epoch] = order, np.cumsum(self._lengths[order], dtype=np.int64)
+        return self._epochs[epoch]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(len(self._lengths))
+        # Sorting raw random bits, not Generator.permutation: numpy promises the former's values
+        # across its versions, and a run must resume into the same order after an upgrade.
+        bits = np.random.PCG64(np.random.SeedSequence((self.seed, epoch)))
+        return np.argsort(bits.random_raw(len(self._lengths)), kind="stable")
+
+    def _check_ids(self, tokens: np.ndarray, begin: int) -> None:
+        if tokens.min() >= 0 and tokens.max() < self.vocab_size:
+            return
+        where = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
+        document, start, _ = self._locate(begin + where)
+        raise ValueError(
+            f"document {document} of {self.documents.prefix} holds token id {tokens[where]} (its "
+            f"token {start}), but the vocabulary has {self.vocab_size} ids: was the data made with "
+            "another --tokenizer-model?"
+        )

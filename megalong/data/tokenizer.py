@@ -1,0 +1,227 @@
+"""Tokenizers behind one small interface.
+
+A tokenizer here is a table of byte strings, one per id, and a way to cut a text into ids. The
+table makes decoding exact (concatenate the bytes) and says how many bytes each id stands for, so
+that bits per byte can be computed for any set of predicted tokens.
+"""
+
+import json
+import warnings
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import numpy as np
+
+SENTENCEPIECE_SPACE = "\u2581"  # SentencePiece writes a space as this character
+EOD_PIECE = "<eod>"
+
+# What a tokenizer meant for raw text must give back unchanged.
+_LOSSLESS_PROBE = " a  b\tc\n\n    d\r\n e\u0301 \u00e9\u3042\U0001f600\u2581\u2047\0 "
+
+
+def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None = None) -> "Tokenizer":
+    """Builds a tokenizer.
+
+    tokenizer_type: "SentencePieceTokenizer" (tokenizer_model: the .model file),
+        "HuggingFaceTokenizer" (tokenizer_model: a local folder) or "ByteTokenizer" (no model).
+    Raises ValueError for an unknown type or an unusable model, FileNotFoundError for a missing
+    one, ModuleNotFoundError where transformers is needed and not installed.
+    """
+    if tokenizer_type not in TOKENIZERS:
+        known = ", ".join(TOKENIZERS)
+        raise ValueError(f"--tokenizer-type {tokenizer_type}: unknown, choose one of {known}")
+    if tokenizer_type == "ByteTokenizer":
+        return ByteTokenizer()
+    if not tokenizer_model:
+        raise ValueError(f"--tokenizer-type {tokenizer_type} needs --tokenizer-model")
+    if not Path(tokenizer_model).exists():
+        raise FileNotFoundError(f"--tokenizer-model {tokenizer_model}: no such file or folder")
+    tokenizer = TOKENIZERS[tokenizer_type](tokenizer_model)
+    if tokenizer.decode(tokenizer.encode(_LOSSLESS_PROBE)) != _LOSSLESS_PROBE:
+        warnings.warn(
+            f"--tokenizer-model {tokenizer_model} does not give every text back unchanged (it "
+            "normalizes, adds a prefix, or has no byte fallback): bits per byte are approximate",
+            stacklevel=2,
+        )
+    return tokenizer
+
+
+class Tokenizer(ABC):
+    """Text to ids and back. `pieces[i]` is what id i stands for; special tokens: b""."""
+
+    def __init__(self, pieces: list[bytes], eod: int) -> None:
+        self.pieces = pieces
+        self._eod = eod
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text. No special token is added, and none can be smuggled in by the text.
+
+        Raises UnicodeEncodeError for text that UTF-8 cannot express (lone surrogates).
+        """
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids: every id is in [0, vocab_size)."""
+        return len(self.pieces)
+
+    @property
+    def eod(self) -> int:
+        """The id that ends a document."""
+        return self._eod
+
+    def decode(self, ids) -> str:
+        """The text of any sequence of ids. Special tokens are dropped; bytes that are not UTF-8
+        (a character cut in two) become U+FFFD. Raises IndexError for an id out of range."""
+        ids = [int(i) for i in ids]
+        if ids and min(ids) < 0:  # Python would count from the end of the table
+            raise IndexError(f"token id {min(ids)} is negative")
+        return b"".join([self.pieces[i] for i in ids]).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> np.ndarray:
+        """int32 (vocab_size,): the number of UTF-8 bytes that each id stands for."""
+        return np.array([len(piece) for piece in self.pieces], dtype=np.int32)
+
+
+class ByteTokenizer(Tokenizer):
+    """The 256 byte values, and 256 as the end of a document. Needs no model file."""
+
+    def __init__(self) -> None:
+        super().__init__([bytes([value]) for value in range(256)] + [b""], eod=256)
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model file, as tools/train_tokenizer.py writes it."""
+
+    def __init__(self, model_file: str) -> None:
+        import sentencepiece
+
+        try:
+            model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"--tokenizer-model {model_file}: not a SentencePiece model ({error})"
+            ) from error
+        self._model = model
+        eod = model.eos_id()
+        if eod < 0:
+            eod = model.piece_to_id(EOD_PIECE)
+            if model.is_unknown(eod):
+                raise ValueError(
+                    f"--tokenizer-model {model_file}: the model has neither an end-of-sentence "
+                    f"token nor a piece {EOD_PIECE} to end documents with"
+                )
+        super().__init__([self._piece_bytes(i) for i in range(model.get_piece_size())], eod)
+        # The library takes the space's stand-in for a space, so that this one character is
+        # spelled with byte tokens instead (where the model has them).
+        self._stand_in = [
+            model.piece_to_id(f"<0x{byte:02X}>") for byte in SENTENCEPIECE_SPACE.encode()
+        ]
+        self._has_bytes = all(model.is_byte(i) for i in self._stand_in)
+
+    def encode(self, text: str) -> list[int]:
+        text.encode("utf-8")  # a UnicodeEncodeError that says where, unlike the library's
+        if SENTENCEPIECE_SPACE not in text or not self._has_bytes:
+            return self._model.encode(text)
+        first, *rest = text.split(SENTENCEPIECE_SPACE)
+        ids = self._model.encode(first)
+        for part in rest:
+            ids += self._stand_in + self._model.encode(part)
+        return ids
+
+    def _piece_bytes(self, i: int) -> bytes:
+        model = self._model
+        if model.is_control(i) or model.is_unknown(i) or model.is_unused(i):
+            return b""
+        piece = model.id_to_piece(i)
+        if model.is_byte(i):
+            return bytes([int(piece[1:-1], 16)])  # "<0x0A>"
+        return piece.replace(SENTENCEPIECE_SPACE, " ").encode("utf-8")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A local folder that Transformers' AutoTokenizer loads as a fast tokenizer."""
+
+    def __init__(self, folder: str) -> None:
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise ModuleNotFoundError(
+                "--tokenizer-type HuggingFaceTokenizer needs the transformers package: "
+                "pip install transformers"
+            ) from error
+        try:
+            # Local files only: a job on a cluster must not depend on a download.
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--tokenizer-model {folder}: {error}") from error
+        if not tokenizer.is_fast:
+            raise ValueError(f"--tokenizer-model {folder}: not a fast tokenizer (tokenizer.json)")
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"--tokenizer-model {folder}: the tokenizer has no eos_token")
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.encode_special_tokens = True  # "<eos>" inside a text is just text
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        pieces = _huggingface_pieces(self._backend, set(tokenizer.all_special_ids), folder)
+        super().__init__(pieces, tokenizer.eos_token_id)
+
+    def encode(self, text: str) -> list[int]:
+        text.encode("utf-8")
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+
+def _huggingface_pieces(backend, special_ids: set[int], folder: str) -> list[bytes]:
+    """The bytes of every id of a fast tokenizer, from the two ways such vocabularies spell bytes:
+    GPT-2's alphabet of 256 printable characters, or SentencePiece's "\u2581" and "<0x0A>"."""
+    decoder = str(json.loads(backend.to_str())["decoder"])
+    if "ByteLevel" in decoder:
+        spell = _byte_level_bytes
+    elif SENTENCEPIECE_SPACE in decoder:
+        spell = _sentencepiece_bytes
+    else:
+        raise ValueError(
+            f"--tokenizer-model {folder}: how its tokens spell bytes is unknown (neither "
+            "byte-level nor SentencePiece-like), so that bits per byte cannot be computed"
+        )
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    added = backend.get_added_tokens_decoder()
+    pieces = [b""] * (max(vocabulary.values()) + 1)
+    for piece, i in vocabulary.items():
+        if i in added:  # stored as plain text, whatever the alphabet of the others
+            pieces[i] = b"" if added[i].special or i in special_ids else piece.encode("utf-8")
+        elif i not in special_ids:
+            pieces[i] = spell(piece)
+    return pieces
+
+
+def _byte_level_bytes(piece: str) -> bytes:
+    return bytes(_BYTE_OF_CHARACTER[character] for character in piece)
+
+
+def _sentencepiece_bytes(piece: str) -> bytes:
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace(SENTENCEPIECE_SPACE, " ").encode("utf-8")
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable Latin-1 characters stand for themselves, the other
+    bytes, in order, for the characters from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)) - set(printable))
+    alphabet = {chr(byte): byte for byte in printable}
+    alphabet.update({chr(256 + rank): byte for rank, byte in enumerate(others)})
+    return alphabet
+
+
+_BYTE_OF_CHARACTER = _byte_level_alphabet()
+
+TOKENIZERS = {
+    "SentencePieceTokenizer": SentencePieceTokenizer,
+    "HuggingFaceTokenizer": HuggingFaceTokenizer,
+    "ByteTokenizer": ByteTokenizer,
+}

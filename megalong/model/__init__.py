@@ -1,0 +1,1 @@
+"""The LongNet model: Megatron-core's GPTModel with dilated attention in its layers."""

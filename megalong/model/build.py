@@ -1,0 +1,106 @@
+"""From the configuration to a Megatron-core GPTModel with its initial weights."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+
+from megalong.config import Config
+from megalong.model.layer_spec import get_longnet_layer_spec, use_transformer_engine
+from megalong.model.names import canonical_name
+from megalong.model.rotary import LongRotaryEmbedding
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_model(config: Config, vocab_size: int) -> GPTModel:
+    """The model in float32 on the CPU, with the initial weights of `config.training.seed`.
+
+    vocab_size: the tokenizer's; the embedding is padded (`--make-vocab-size-divisible-by`).
+    Needs Megatron-core's groups (`megalong.parallel.launch`).
+    """
+    model_config = config.model
+    pattern = config.attention.pattern() if config.attention.attention == "dilated" else None
+    model = GPTModel(
+        config=transformer_config(config),
+        transformer_layer_spec=get_longnet_layer_spec(
+            pattern, model_config.normalization, model_config.transformer_impl
+        ),
+        vocab_size=padded_vocab_size(vocab_size, model_config.make_vocab_size_divisible_by),
+        max_sequence_length=model_config.seq_length,
+        position_embedding_type=model_config.position_embedding_type,
+        rotary_base=model_config.rotary_base,
+        share_embeddings_and_output_weights=not model_config.untie_embeddings_and_output_weights,
+    )
+    if model_config.position_embedding_type == "rope":
+        model.rotary_pos_emb = LongRotaryEmbedding(
+            model_config.kv_channels, model_config.rotary_base
+        )
+    initialize_weights(model, config)
+    return model
+
+
+def transformer_config(config: Config) -> TransformerConfig:
+    """Megatron-core's configuration object for ours."""
+    model = config.model
+    fused = torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        normalization=model.normalization,
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=model.swiglu,
+        activation_func=F.silu if model.swiglu else F.gelu,
+        add_bias_linear=model.add_bias_linear,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=config.training.precision == "bf16",
+        fp16=config.training.precision == "fp16",
+        params_dtype=torch.float32,
+        pipeline_dtype=DTYPES[config.training.precision],
+        use_cpu_initialization=not use_transformer_engine(model.transformer_impl),
+        perform_initialization=False,  # initialize_weights does it, the same in every layout
+        gradient_accumulation_fusion=False,  # writes to main_grad, which DeepSpeed does not have
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=fused and model.add_bias_linear,
+        persist_layer_norm=False,
+    )
+
+
+def padded_vocab_size(vocab_size: int, multiple: int) -> int:
+    """`vocab_size` rounded up to a multiple."""
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+@torch.no_grad()
+def initialize_weights(model: GPTModel, config: Config) -> None:
+    """Fill in the initial weights: each parameter from its own seed, made of the run's seed and the
+    parameter's global name, so that they do not depend on which rank holds what.
+
+    Matrices are normal with `init_method_std`; those that write to the residual stream are divided
+    by sqrt(2 x layers) (GPT-2's rule). Norm weights are one, biases zero.
+    """
+    std = config.model.init_method_std
+    residual_std = std / math.sqrt(2 * config.model.num_layers)
+    for local_name, parameter in model.named_parameters():
+        name = canonical_name(local_name)
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.ndim == 1:
+            parameter.fill_(1.0)
+        else:
+            writes_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+            seed = hashlib.sha256(f"{config.training.seed} {name}".encode()).digest()[:8]
+            generator = torch.Generator().manual_seed(int.from_bytes(seed, "big") >> 1)
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            parameter.copy_(values * (residual_std if writes_residual else std))

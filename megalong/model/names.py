@@ -1,0 +1,29 @@
+"""Canonical parameter names: the same for a parameter in every layout and with every module set.
+
+They are the names of Megatron-core's local GPTModel with global layer numbers, for instance
+`decoder.layers.17.self_attention.linear_qkv.weight`. Checkpoints, initial weights and conversion
+go by them.
+"""
+
+from __future__ import annotations
+
+import re
+
+_LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
+
+# Transformer Engine keeps a norm's weights inside the linear layer that follows it.
+_FUSED_NORMS = (
+    (re.compile(r"self_attention\.linear_qkv\.layer_norm_"), "input_layernorm."),
+    (re.compile(r"mlp\.linear_fc1\.layer_norm_"), "pre_mlp_layernorm."),
+)
+
+
+def canonical_name(local_name: str, first_layer: int = 0) -> str:
+    """The global name of a parameter that `named_parameters()` of a GPTModel calls `local_name`.
+
+    first_layer: number of layers before this pipeline stage.
+    """
+    name = _LAYER.sub(lambda match: str(int(match[0]) + first_layer), local_name)
+    for pattern, norm in _FUSED_NORMS:
+        name = pattern.sub(norm, name)
+    return name

@@ -1,0 +1,41 @@
+"""Rotary position encoding that stays exact at any position.
+
+Megatron-core multiplies float32 positions with float32 frequencies; past 2^24 tokens a float32 no
+longer holds the position, and long before that the angle has lost its fraction. Here the angle is
+computed in float64 and reduced to one turn, and only then becomes float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+
+class LongRotaryEmbedding(RotaryEmbedding):
+    """Angles of the rotary encoding for the positions `first_position`, `first_position` + 1, ...
+
+    A drop-in for GPTModel's `rotary_pos_emb` (RoPE, arXiv 2104.09864; half-rotation layout).
+    """
+
+    def __init__(self, kv_channels: int, rotary_base: float, first_position: int = 0):
+        super().__init__(kv_channels, 1.0, rotary_base=rotary_base, use_cpu_initialization=True)
+        exponents = torch.arange(0, kv_channels, 2, dtype=torch.float64) / kv_channels
+        self.frequencies = rotary_base**-exponents  # radians per position, float64
+        self.first_position = first_position
+
+    def forward(self, length: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Angles in [0, 2 pi), float32, (length, 1, 1, kv_channels), on the model's device."""
+        device = torch.cuda.current_device()  # the CPU where there is no GPU: see parallel/cpu.py
+        return self._angles(length, device)
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019  one module per model, and both live equally long
+    def _angles(self, length: int, device: Any) -> torch.Tensor:
+        positions = torch.arange(
+            self.first_position, self.first_position + length, dtype=torch.float64, device=device
+        )
+        angles = torch.outer(positions, self.frequencies.to(device)).remainder_(2 * math.pi).float()
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]

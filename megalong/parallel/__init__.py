@@ -1,0 +1,5 @@
+"""Ranks and groups: the mesh, DeepSpeed's view of it, and Megatron-core without a GPU."""
+
+from megalong.parallel.mesh import Mesh, check_precision, launch
+
+__all__ = ["Mesh", "check_precision", "launch"]

@@ -1,0 +1,1 @@
+"""Training: the DeepSpeed engine under Megatron-core's schedule, the loop, checkpoints, metrics."""

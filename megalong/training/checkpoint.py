@@ -1,0 +1,240 @@
+"""Checkpoints: save aside, rename, then move the pointer; resume bit for bit.
+
+A run folder holds
+
+    latest                     the name of the newest complete checkpoint
+    iter_0000200/              one checkpoint: tensors by torch.distributed.checkpoint, and
+        progress.json          iteration, consumed samples, loss scale
+        config.yaml            the resolved configuration
+    iter_0000300.tmp/          one that a killed run left unfinished; never read
+
+The tensors go by canonical parameter names (`megalong.model.names`), whole, in float32:
+`weights.<name>` (the master weights, of which the model's own are a rounding),
+`exp_avg.<name>`, `exp_avg_sq.<name>` (Adam's moments), and `random.<rank>.<generator>`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+
+from megalong.arguments import read_yaml, to_yaml
+from megalong.config import Config, ConfigError, ModelConfig, flag_name
+from megalong.model.names import canonical_name
+from megalong.parallel.mesh import Mesh
+from megalong.training.engine import TrainingEngine
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    adam_step: updates that Adam has made; smaller than `iteration` where fp16 steps were skipped.
+    loss_scaler: state of the fp16 dynamic loss scaler.
+    """
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    adam_step: int = 0
+    loss_scaler: dict[str, Any] | None = None
+
+
+def find_checkpoint(load: str | None, save: str | None) -> Path | None:
+    """The checkpoint that `--load` points at, or None for a run that starts at the beginning.
+
+    A run that is started again with the same `--save` and `--load` may have been killed before its
+    first checkpoint; anything else that is not there is an error.
+    """
+    if load is None:
+        return None
+    pointer = Path(load) / "latest"
+    if not pointer.exists():
+        if save is not None and Path(load).resolve() == Path(save).resolve():
+            return None
+        raise ConfigError(f"--load {load}: no checkpoint there (no file `latest`)")
+    checkpoint = Path(load) / pointer.read_text().strip()
+    if not (checkpoint / "progress.json").exists():
+        raise ConfigError(f"--load {load}: `latest` names {checkpoint.name}, which is not there")
+    return checkpoint
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """How far the run had come that wrote `checkpoint`."""
+    return Progress(**json.loads((checkpoint / "progress.json").read_text()))
+
+
+def check_same_model(checkpoint: Path, config: Config) -> None:
+    """Raise ConfigError naming the flags in which the checkpoint's model is another one."""
+    stored = read_yaml(str(checkpoint / "config.yaml"))
+    free = {"seq_length", "init_method_std", "transformer_impl"}
+    for name, ours in vars(config.model).items():
+        theirs = stored.get(name, getattr(ModelConfig, name))
+        if name not in free and theirs != ours:
+            raise ConfigError(
+                f"{flag_name(name)} is {ours}, but the checkpoint {checkpoint} was written with"
+                f" {theirs}: set it to that, or start a new run without --load"
+            )
+
+
+def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
+    """Fill a model that no engine holds yet, float32, with the checkpoint's master weights."""
+    tensors = {f"weights.{canonical_name(n)}": p.data for n, p in model.named_parameters()}
+    dcp.load(tensors, checkpoint_id=str(checkpoint))
+
+
+def load_optimizer(checkpoint: Path, engine: TrainingEngine, progress: Progress) -> None:
+    """Fill the engine's master weights and Adam moments, and this rank's random states."""
+    optimizer = engine.deepspeed.optimizer
+    _create_adam_state(engine, progress.adam_step)
+    for local_name, parameter in engine.model.named_parameters():
+        name = canonical_name(local_name)
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        tensors = {f"{kind}.{name}": torch.empty(shape) for kind in ("weights", *MOMENTS)}
+        dcp.load(tensors, checkpoint_id=str(checkpoint))
+        safe_set_full_fp32_param(parameter, tensors[f"weights.{name}"].to(engine.mesh.device))
+        for kind in MOMENTS:
+            value = tensors[f"{kind}.{name}"].to(engine.mesh.device)
+            safe_set_full_optimizer_state(parameter, value, kind)
+    if progress.loss_scaler is not None:
+        vars(optimizer.loss_scaler).update(progress.loss_scaler)
+    _load_random_states(checkpoint, engine.mesh)
+
+
+def save_checkpoint(
+    engine: TrainingEngine, config: Config, iteration: int, consumed_samples: int
+) -> Path:
+    """Write one checkpoint of the run; called by every rank. Returns its folder.
+
+    Until the rename the folder is called `.tmp`, and until the pointer moves nobody reads it: a
+    run killed at any moment leaves the previous checkpoint in force.
+    """
+    mesh = engine.mesh
+    folder = Path(config.run.save) / f"iter_{iteration:07d}"
+    aside = folder.with_suffix(".tmp")
+    if mesh.is_main:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    dist.barrier()
+    dcp.save(_tensors(engine), checkpoint_id=str(aside))
+    if mesh.is_main:
+        progress = Progress(
+            iteration=iteration,
+            consumed_samples=consumed_samples,
+            adam_step=_adam_step(engine),
+            loss_scaler=_loss_scaler_state(engine),
+        )
+        (aside / "progress.json").write_text(json.dumps(asdict(progress)))
+        (aside / "config.yaml").write_text(to_yaml(config))
+        for file in aside.iterdir():
+            _flush_to_disk(file)
+        _flush_to_disk(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(aside, folder)
+        pointer = folder.parent / "latest.tmp"
+        pointer.write_text(folder.name)
+        _flush_to_disk(pointer)
+        os.replace(pointer, folder.parent / "latest")
+        _flush_to_disk(folder.parent)
+    dist.barrier()
+    return folder
+
+
+def _tensors(engine: TrainingEngine) -> dict[str, torch.Tensor]:
+    """Everything to save, on the CPU. Every rank has whole tensors; the writer takes each once."""
+    tensors = {}
+    for local_name, parameter in engine.model.named_parameters():
+        name = canonical_name(local_name)
+        tensors[f"weights.{name}"] = safe_get_full_fp32_param(parameter).cpu()
+        for kind in MOMENTS:
+            tensors[f"{kind}.{name}"] = safe_get_full_optimizer_state(parameter, kind).cpu()
+    tensors.update(_random_states(engine.mesh))
+    return tensors
+
+
+def _random_states(mesh: Mesh) -> dict[str, torch.Tensor]:
+    """The states of this rank's random generators, as integer tensors."""
+    _, python_state, _ = random.getstate()
+    _, numpy_state, numpy_position, *_ = np.random.get_state()
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(python_state),
+        "numpy": torch.tensor([*numpy_state.tolist(), numpy_position]),
+    }
+    if mesh.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(mesh.device)
+    return {f"random.{mesh.rank}.{name}": state for name, state in states.items()}
+
+
+def _load_random_states(checkpoint: Path, mesh: Mesh) -> None:
+    states = _random_states(mesh)
+    stored = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+    if not states.keys() <= stored.keys():
+        return  # written by fewer ranks: the generators start fresh on those that are new
+    dcp.load(states, checkpoint_id=str(checkpoint))
+    values = {name.rsplit(".", 1)[1]: state for name, state in states.items()}
+    torch.set_rng_state(values["torch"])
+    version, _, gauss = random.getstate()
+    random.setstate((version, tuple(values["python"].tolist()), gauss))
+    *numpy_state, numpy_position = values["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(numpy_state, dtype=np.uint32), numpy_position))
+    if "cuda" in values:
+        torch.cuda.set_rng_state(values["cuda"], mesh.device)
+
+
+def _create_adam_state(engine: TrainingEngine, step: int) -> None:
+    """Give every flat partition its Adam state, which AdamW itself makes at its first step, so that
+    DeepSpeed's `safe_set_full_optimizer_state` has something to set."""
+    zero = engine.deepspeed.optimizer
+    inner = zero.optimizer
+    for group in inner.param_groups:
+        for partition in group["params"]:
+            inner.state[partition] = {
+                "step": torch.tensor(float(step), device=_step_device(group, partition)),
+                **{kind: torch.zeros_like(partition, dtype=torch.float32) for kind in MOMENTS},
+            }
+    link = getattr(zero, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:  # ZeRO 1 and 2 map each parameter to its piece of the partition
+        link()
+
+
+def _step_device(group: dict[str, Any], partition: torch.Tensor) -> torch.device:
+    # torch's fused AdamW wants its step counter on the device, the others on the CPU.
+    return partition.device if group.get("fused") else torch.device("cpu")
+
+
+def _adam_step(engine: TrainingEngine) -> int:
+    states = engine.deepspeed.optimizer.optimizer.state.values()
+    return max((int(state["step"]) for state in states if "step" in state), default=0)
+
+
+def _loss_scaler_state(engine: TrainingEngine) -> dict[str, Any] | None:
+    scaler = getattr(engine.deepspeed.optimizer, "loss_scaler", None)
+    if scaler is None or not getattr(scaler, "dynamic", False):
+        return None
+    return {k: v for k, v in vars(scaler).items() if isinstance(v, int | float | bool)}
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

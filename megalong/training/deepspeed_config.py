@@ -1,0 +1,125 @@
+"""DeepSpeed's settings, made from ours and merged with the user's own JSON file.
+
+What a flag owns, the file may repeat but not contradict; everything else in the file is passed on.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megalong.config import ConfigError, TrainingConfig
+
+
+def deepspeed_config(training: TrainingConfig, data_parallel_size: int) -> dict[str, Any]:
+    """The dict for `deepspeed.initialize(config=...)`.
+
+    Raises ConfigError naming both values where `--deepspeed-config` contradicts a flag.
+    """
+    settings: dict[str, Any] = {}
+    if training.deepspeed_config is not None:
+        settings = _read(training.deepspeed_config)
+        _refuse_contradictions(settings, training, data_parallel_size)
+    return _merge(settings, _settings_of_flags(training))
+
+
+def _settings_of_flags(training: TrainingConfig) -> dict[str, Any]:
+    return {
+        # Megatron-core's schedule runs the micro batches and scales the loss by their number;
+        # engine.step() is the only boundary that DeepSpeed sees.
+        "managed_gradient_accumulation": False,
+        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_clipping": training.clip_grad,
+        "zero_optimization": {"stage": training.zero_stage},
+        "bf16": {"enabled": training.precision == "bf16"},
+        "fp16": {
+            "enabled": training.precision == "fp16",
+            "loss_scale": training.loss_scale or 0,
+            "initial_scale_power": int(training.initial_loss_scale).bit_length() - 1,
+        },
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+
+
+def _refuse_contradictions(
+    settings: dict[str, Any], training: TrainingConfig, data_parallel_size: int
+) -> None:
+    micro_batches = training.global_batch_size // (training.micro_batch_size * data_parallel_size)
+    owned: list[tuple[tuple[str, ...], Any, str]] = [
+        (("train_batch_size",), training.global_batch_size, "--global-batch-size"),
+        (
+            ("train_micro_batch_size_per_gpu",),
+            training.micro_batch_size,
+            "--micro-batch-size",
+        ),
+        (
+            ("gradient_accumulation_steps",),
+            micro_batches,
+            "--global-batch-size / (--micro-batch-size x data-parallel ranks)",
+        ),
+        (("gradient_clipping",), training.clip_grad, "--clip-grad"),
+        (("zero_optimization", "stage"), training.zero_stage, "--zero-stage"),
+        (("bf16", "enabled"), training.precision == "bf16", "--precision bf16"),
+        (("fp16", "enabled"), training.precision == "fp16", "--precision fp16"),
+        (("fp16", "loss_scale"), training.loss_scale or 0, "--loss-scale"),
+        (("optimizer", "params", "lr"), training.lr, "--lr"),
+        (
+            ("optimizer", "params", "betas"),
+            [training.adam_beta1, training.adam_beta2],
+            "--adam-beta1 --adam-beta2",
+        ),
+        (("optimizer", "params", "eps"), training.adam_eps, "--adam-eps"),
+        (("optimizer", "params", "weight_decay"), training.weight_decay, "--weight-decay"),
+        (("managed_gradient_accumulation",), False, "megalong's schedule"),
+    ]
+    where = f"--deepspeed-config {training.deepspeed_config}"
+    for path, ours, flag in owned:
+        theirs = _get(settings, path)
+        if theirs not in (None, "auto", ours):
+            raise ConfigError(
+                f"{where} sets {'.'.join(path)} to {_show(theirs)}, but {flag} is {_show(ours)}:"
+                " make them agree, or leave it out of the file"
+            )
+    optimizer = settings.pop("optimizer", {}).get("type", "AdamW")
+    if optimizer.lower() not in ("adam", "adamw"):
+        raise ConfigError(f"{where} asks for the optimizer {optimizer}; megalong trains with AdamW")
+    if "scheduler" in settings:
+        raise ConfigError(
+            f"{where} has a scheduler; set --lr-decay-style, --lr-warmup-iters, --lr-decay-iters"
+            " and --min-lr instead"
+        )
+    settings.pop("train_batch_size", None)
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"--deepspeed-config {path}: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--deepspeed-config {path}: not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"--deepspeed-config {path}: expected a JSON object")
+    return settings
+
+
+def _get(settings: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        if not isinstance(settings, dict) or key not in settings:
+            return None
+        settings = settings[key]
+    return settings
+
+
+def _merge(base: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in ours.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value)

@@ -1,0 +1,164 @@
+"""One optimizer step: a DeepSpeed engine around the model, driven by Megatron-core's schedule.
+
+Gradient scale. The gradient wanted is that of (sum of token losses) / (tokens of the global batch).
+DeepSpeed averages gradients over data-parallel ranks and Megatron-core's schedule divides a loss by
+the number of micro batches, so the local loss of a micro batch is multiplied by both beforehand.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megalong.config import Config
+from megalong.data.batches import IGNORE_INDEX, Batch
+from megalong.parallel.cpu import cuda_means_cpu
+from megalong.parallel.mesh import Mesh
+from megalong.training.deepspeed_config import deepspeed_config
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports.
+
+    loss: mean token loss over the global batch, in nats.
+    grad_norm: L2 norm of the global gradient before clipping; None where the step was skipped.
+    skipped: the fp16 gradients overflowed, the weights were left alone.
+    """
+
+    loss: float
+    grad_norm: float | None
+    skipped: bool
+
+
+class ScheduleModule(torch.nn.Module):
+    """What Megatron-core's schedule sees as the model: calls go through the DeepSpeed engine,
+    attributes come from the GPTModel inside it."""
+
+    def __init__(self, engine: Any, model: torch.nn.Module):
+        super().__init__()
+        # Kept out of the module tree: this is a view, and owns no parameters.
+        object.__setattr__(self, "engine", engine)
+        self.config = model.config
+        self.model_type = model.model_type
+        self.share_embeddings_and_output_weights = model.share_embeddings_and_output_weights
+        self.set_input_tensor = model.set_input_tensor
+        self.vp_stage = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.engine(*args, **kwargs)
+
+
+class TrainingEngine:
+    """The model, its optimizer, and the two things that are done with them: a training step, and
+    the token losses of held-out batches."""
+
+    def __init__(self, model: torch.nn.Module, config: Config, mesh: Mesh):
+        import deepspeed
+
+        from megalong.parallel.deepspeed_mpu import DeepSpeedMPU
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        training = config.training
+        self.mesh = mesh
+        self.micro_batch_size = training.micro_batch_size
+        self.seq_length = config.model.seq_length
+        self.num_microbatches = training.global_batch_size // (
+            training.micro_batch_size * mesh.data_parallel_size
+        )
+        self.tokens_per_step = training.global_batch_size * config.model.seq_length
+        self.model = model
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=_adamw(model, config, fused=mesh.device.type == "cuda"),
+            config=deepspeed_config(training, mesh.data_parallel_size),
+            mpu=DeepSpeedMPU,
+        )
+        model.config.grad_scale_func = self.deepspeed.scale
+        self.module = ScheduleModule(self.deepspeed, model)
+
+    def train_step(self, batches: Iterator[Batch], learning_rate: float) -> StepResult:
+        """Forward and backward over one global batch, then one optimizer update.
+
+        batches: yields this rank's micro batches, see `megalong.data.batches`.
+        """
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.deepspeed.train()
+        scale = self.mesh.data_parallel_size * self.num_microbatches / self.tokens_per_step
+        results = self._run(batches, self.num_microbatches, partial(_training_loss, scale=scale))
+        self.deepspeed.step()
+        loss_sum = self.mesh.sum_over_data(torch.stack(results).sum())
+        skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
+        grad_norm = None if skipped else float(self.deepspeed.get_global_grad_norm())
+        return StepResult(loss_sum.item() / self.tokens_per_step, grad_norm, skipped)
+
+    def token_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses of one micro batch without gradient.
+
+        Returns the token losses in nats, float32 (micro batch, sequence), zero where the label is
+        IGNORE_INDEX, and the mask of the labels that count, bool, same shape.
+        """
+        self.deepspeed.eval()
+        with torch.no_grad():
+            [(losses, mask)] = self._run(iter([batch]), 1, _held_out_losses, forward_only=True)
+        return losses, mask
+
+    def _run(self, batches, num_microbatches, loss_function, forward_only=False) -> list[Any]:
+        with cuda_means_cpu():
+            return get_forward_backward_func()(
+                forward_step_func=partial(_forward_step, self.mesh.device, loss_function),
+                data_iterator=batches,
+                model=self.module,
+                num_microbatches=num_microbatches,
+                seq_length=self.seq_length,
+                micro_batch_size=self.micro_batch_size,
+                forward_only=forward_only,
+            )
+
+
+def _forward_step(device, loss_function, batches: Iterator[Batch], module: torch.nn.Module):
+    """Megatron-core's forward step: the model's token losses, and how to make a loss of them."""
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
+    labels = batch["labels"]
+    mask = labels != IGNORE_INDEX
+    losses = module(
+        input_ids=batch["tokens"],
+        position_ids=batch["positions"],
+        attention_mask=None,
+        labels=labels.clamp(min=0),
+    )
+    return losses, partial(loss_function, mask=mask)
+
+
+def _training_loss(losses: torch.Tensor, mask: torch.Tensor, scale: float):
+    loss_sum = (losses.float() * mask).sum()
+    return loss_sum * scale, loss_sum.detach()
+
+
+def _held_out_losses(losses: torch.Tensor, mask: torch.Tensor):
+    losses = losses.float() * mask
+    return losses.sum(), (losses, mask)
+
+
+def _adamw(model: torch.nn.Module, config: Config, fused: bool) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only: not on norms, not on biases."""
+    training = config.training
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": training.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=training.lr,
+        betas=(training.adam_beta1, training.adam_beta2),
+        eps=training.adam_eps,
+        fused=fused,
+    )

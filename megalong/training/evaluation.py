@@ -1,0 +1,79 @@
+"""Held-out loss: perplexity, bits per byte, and the loss against the position in the context."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megalong.data.batches import Batch
+from megalong.parallel.mesh import Mesh
+from megalong.training.engine import TrainingEngine
+
+POSITION_BUCKETS = 32
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out losses, in nats per token unless said otherwise.
+
+    tokens: predictions that counted.
+    bits_per_byte: total bits of all predictions / bytes of text that the predicted tokens stand
+        for, so that tokenizers can be compared; end-of-document tokens cost bits and stand for
+        no byte.
+    loss_by_position: mean loss in equal buckets of positions, from the first of the context to the
+        last; None where a bucket held no prediction.
+    """
+
+    loss: float
+    tokens: int
+    bits_per_byte: float
+    loss_by_position: list[float | None]
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+def evaluate(
+    engine: TrainingEngine,
+    batches: Iterable[Batch],
+    token_bytes: np.ndarray,
+    mesh: Mesh,
+    on_batch: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Evaluate on this rank's micro batches and reduce over all ranks; the same result on each.
+
+    batches: every rank gives the same number of micro batches (see
+        `megalong.data.batches.evaluation_batches`).
+    token_bytes: UTF-8 bytes that each token id stands for, (vocab size,).
+    on_batch: called after each micro batch, to show progress.
+    """
+    bytes_of_token = torch.as_tensor(token_bytes, dtype=torch.float64, device=mesh.device)
+    buckets = min(POSITION_BUCKETS, engine.seq_length)
+    loss_sums = torch.zeros(buckets, dtype=torch.float64, device=mesh.device)
+    counts = torch.zeros_like(loss_sums)
+    total_bytes = torch.zeros(1, dtype=torch.float64, device=mesh.device)
+    for batch in batches:
+        losses, mask = engine.token_losses(batch)
+        bucket = batch["positions"].to(mesh.device) * buckets // engine.seq_length
+        loss_sums.index_add_(0, bucket, losses.double().sum(0))
+        counts.index_add_(0, bucket, mask.double().sum(0))
+        labels = batch["labels"].to(mesh.device)
+        total_bytes += bytes_of_token[labels[mask]].sum()
+        on_batch()
+    for tensor in (loss_sums, counts, total_bytes):
+        mesh.sum_over_data(tensor)
+    loss_sum, tokens = loss_sums.sum().item(), int(counts.sum().item())
+    return Evaluation(
+        loss=loss_sum / tokens,
+        tokens=tokens,
+        bits_per_byte=loss_sum / math.log(2) / total_bytes.item(),
+        loss_by_position=[
+            total / count if count else None
+            for total, count in zip(loss_sums.tolist(), counts.tolist(), strict=True)
+        ],
+    )

@@ -1,0 +1,213 @@
+"""The training loop: step, log, save, evaluate."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalong.arguments import to_yaml
+from megalong.config import Config
+from megalong.data.batches import evaluation_batches, training_batches
+from megalong.model.build import build_model
+from megalong.parallel.mesh import Mesh
+from megalong.training import checkpoint as checkpoints
+from megalong.training.engine import StepResult, TrainingEngine
+from megalong.training.evaluation import Evaluation, evaluate
+from megalong.training.learning_rate import learning_rate
+from megalong.training.metrics import MetricsLog
+from megalong.training.run_data import RunData
+
+
+class Trainer:
+    """One run: from the configuration and the data to the trained model in the run folder."""
+
+    def __init__(self, config: Config, data: RunData, mesh: Mesh):
+        self.config, self.data, self.mesh = config, data, mesh
+        self.progress = checkpoints.Progress()
+        checkpoint = checkpoints.find_checkpoint(config.run.load, config.run.save)
+        model = build_model(config, data.tokenizer.vocab_size)
+        if checkpoint is not None:
+            self.progress = checkpoints.read_progress(checkpoint)
+            checkpoints.load_weights(checkpoint, model)
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.engine = TrainingEngine(model, config, mesh)
+        if checkpoint is not None:
+            checkpoints.load_optimizer(checkpoint, self.engine, self.progress)
+        self.metrics = self._open_run_folder() if mesh.is_main else None
+        self._announce(checkpoint)
+
+    def train(self) -> None:
+        """Train from where the run stands to `--train-iters`, then evaluate."""
+        training, run = self.config.training, self.config.run
+        batches = training_batches(
+            self.data.train,
+            consumed_samples=self.progress.consumed_samples,
+            global_batch_size=training.global_batch_size,
+            micro_batch_size=training.micro_batch_size,
+            data_parallel_rank=self.mesh.data_parallel_rank,
+            data_parallel_size=self.mesh.data_parallel_size,
+        )
+        iteration = saved = self.progress.iteration
+        if iteration:
+            self._evaluate_if_due(iteration)
+        timer = _StepTimer(iteration, training.train_iters)
+        while iteration < training.train_iters:
+            iteration += 1
+            rate = learning_rate(iteration, training)
+            result = self.engine.train_step(batches, rate)
+            if not math.isfinite(result.loss):
+                raise FloatingPointError(
+                    f"the loss is {result.loss} at iteration {iteration}: lower --lr or"
+                    f" --clip-grad, and --load the checkpoint of iteration {saved}"
+                )
+            if iteration % run.log_interval == 0 or iteration == training.train_iters:
+                self._log(iteration, rate, result, timer)
+            if run.save is not None and self._due(iteration, run.save_interval):
+                self._save(iteration)
+                saved = iteration
+            self._evaluate_if_due(iteration)
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def _due(self, iteration: int, interval: int) -> bool:
+        return iteration % interval == 0 or iteration == self.config.training.train_iters
+
+    def _log(self, iteration: int, rate: float, result: StepResult, timer: _StepTimer) -> None:
+        if not self.mesh.is_main:
+            return
+        seconds_per_step, seconds_left = timer.lap(iteration)
+        tokens_per_second = self.engine.tokens_per_step / seconds_per_step
+        consumed_samples = iteration * self.config.training.global_batch_size
+        self.metrics.training(
+            {
+                "iteration": iteration,
+                "consumed_samples": consumed_samples,
+                "consumed_tokens": consumed_samples * self.config.model.seq_length,
+                "loss": result.loss,
+                "learning_rate": rate,
+                "grad_norm": result.grad_norm,
+                "tokens_per_second": tokens_per_second,
+            }
+        )
+        norm = "skipped" if result.grad_norm is None else f"{result.grad_norm:.3f}"
+        say(
+            f"iteration {iteration}/{self.config.training.train_iters}"
+            f" | loss {result.loss:.4f} | lr {rate:.3e} | grad norm {norm}"
+            f" | {tokens_per_second:,.0f} tokens/s | {clock(seconds_left)} left"
+        )
+
+    def _save(self, iteration: int) -> None:
+        if self.metrics is not None:
+            self.metrics.make_durable()
+        consumed_samples = iteration * self.config.training.global_batch_size
+        folder = checkpoints.save_checkpoint(self.engine, self.config, iteration, consumed_samples)
+        if self.mesh.is_main:
+            say(f"saved {folder}")
+
+    def _evaluate_if_due(self, iteration: int) -> None:
+        if iteration == self.config.training.train_iters:
+            for split in ("validation", "test"):
+                self._evaluate(iteration, split, whole=self.config.run.full_validation)
+        elif iteration % self.config.run.eval_interval == 0:
+            self._evaluate(iteration, "validation", whole=False)
+
+    def _evaluate(self, iteration: int, split: str, whole: bool) -> None:
+        stream = self.data.held_out.get(split)
+        if stream is None:
+            return
+        training, eval_iters = self.config.training, self.config.run.eval_iters
+        whole = whole or eval_iters == 0
+        batches = evaluation_batches(
+            stream,
+            num_samples=None if whole else eval_iters * training.global_batch_size,
+            micro_batch_size=training.micro_batch_size,
+            data_parallel_rank=self.mesh.data_parallel_rank,
+            data_parallel_size=self.mesh.data_parallel_size,
+        )
+        result = evaluate(self.engine, batches, self.data.token_bytes, self.mesh)
+        if self.mesh.is_main:
+            self._report(iteration, split, result)
+
+    def _report(self, iteration: int, split: str, result: Evaluation) -> None:
+        self.metrics.evaluation(
+            {
+                "iteration": iteration,
+                "split": split,
+                "loss": result.loss,
+                "perplexity": result.perplexity,
+                "bits_per_byte": result.bits_per_byte,
+                "tokens": result.tokens,
+                "loss_by_position": result.loss_by_position,
+            }
+        )
+        say(
+            f"{split} at iteration {iteration} | loss {result.loss:.4f}"
+            f" | perplexity {result.perplexity:.2f} | {result.bits_per_byte:.3f} bits per byte"
+            f" | {result.tokens:,} tokens"
+        )
+
+    def _open_run_folder(self) -> MetricsLog:
+        if self.config.run.save is not None:
+            folder = Path(self.config.run.save)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(to_yaml(self.config))
+        return MetricsLog(self.config, self.progress.iteration)
+
+    def _announce(self, checkpoint: Path | None) -> None:
+        if not self.mesh.is_main:
+            return
+        attention, training = self.config.attention, self.config.training
+        branches = zip(attention.segment_lengths, attention.dilation_rates, strict=True)
+        say(
+            f"{self.parameters:,} parameters, {self.mesh.world_size} ranks on"
+            f" {self.mesh.device.type}, {training.precision}, ZeRO {training.zero_stage}"
+        )
+        if attention.attention == "dilated":
+            ladder = ", ".join(f"{length}/{rate}" for length, rate in branches)
+            say(f"dilated attention, segment length/dilation rate: {ladder}")
+        else:
+            say("dense attention")
+        say(
+            f"{training.train_iters:,} iterations of {training.global_batch_size:,} sequences of"
+            f" {self.config.model.seq_length:,} tokens; one epoch is"
+            f" {self.data.train.tokens_per_epoch:,} tokens"
+        )
+        if checkpoint is not None:
+            say(f"resuming from {checkpoint}")
+        elif self.config.run.load is not None:
+            say(f"no checkpoint in {self.config.run.load} yet: starting at the beginning")
+
+
+@dataclass
+class _StepTimer:
+    """Time per step since the last lap, and the time left at the pace of the whole session."""
+
+    first_iteration: int
+    last_iteration: int
+
+    def __post_init__(self):
+        self._start = self._lap_start = time.perf_counter()
+        self._lap_iteration = self.first_iteration
+
+    def lap(self, iteration: int) -> tuple[float, float]:
+        """Seconds per step since the last call, and estimated seconds to the last iteration."""
+        now = time.perf_counter()
+        per_step = (now - self._lap_start) / (iteration - self._lap_iteration)
+        pace = (now - self._start) / (iteration - self.first_iteration)
+        self._lap_start, self._lap_iteration = now, iteration
+        return per_step, pace * (self.last_iteration - iteration)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss, or m:ss below an hour."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def say(line: str) -> None:
+    """One line to the terminal, at once."""
+    print(line, file=sys.stdout, flush=True)

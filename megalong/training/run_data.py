@@ -1,0 +1,62 @@
+"""The tokenizer and the token streams of a run, opened before any process group exists, so that bad
+input ends the run at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megalong.config import Config, ConfigError
+from megalong.data.indexed import IndexedDocuments
+from megalong.data.stream import TokenStream, split_documents
+from megalong.data.tokenizer import Tokenizer, build_tokenizer
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads.
+
+    held_out: the streams of "validation" and "test", where `--split` gives them documents.
+    token_bytes: UTF-8 bytes that each token id stands for, int32 (vocab size,).
+    """
+
+    tokenizer: Tokenizer
+    token_bytes: np.ndarray
+    train: TokenStream
+    held_out: dict[str, TokenStream]
+
+
+def open_run_data(config: Config) -> RunData:
+    """Open everything that `config.data` names; ConfigError naming the flag or file where it fails."""
+    try:
+        return _open(config)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _open(config: Config) -> RunData:
+    data = config.data
+    tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model)
+    documents = IndexedDocuments(data.data_path)
+    ranges = split_documents(documents.num_documents, data.split)
+    if not ranges[0]:
+        raise ConfigError(f"--split {data.split} leaves no document for training")
+
+    def stream(document_range: range, shuffle: bool) -> TokenStream:
+        return TokenStream(
+            documents,
+            document_range,
+            config.model.seq_length,
+            config.training.seed,
+            shuffle=shuffle,
+            vocab_size=tokenizer.vocab_size,
+        )
+
+    held_out = zip(("validation", "test"), ranges[1:], strict=True)
+    return RunData(
+        tokenizer=tokenizer,
+        token_bytes=tokenizer.token_bytes(),
+        train=stream(ranges[0], shuffle=True),
+        held_out={name: stream(part, shuffle=False) for name, part in held_out if part},
+    )

@@ -1,0 +1,49 @@
+"""Pretrain a LongNet.
+
+    deepspeed pretrain_longnet.py --data-path DATA --tokenizer-model FILE --save RUN [flags]
+    torchrun --nproc_per_node 8 pretrain_longnet.py ...
+    python pretrain_longnet.py ...                        (one process)
+
+A run small enough for a laptop's CPU, on the data that `make quickstart` leaves behind:
+
+    python pretrain_longnet.py --precision fp32 --num-layers 2 --hidden-size 128 \\
+        --num-attention-heads 4 --seq-length 1024 --train-iters 20 --lr 3e-3 \\
+        --segment-lengths 256 512 1024 --dilation-rates 1 2 4 \\
+        --data-path runs/quickstart/data/python_text_document \\
+        --tokenizer-model runs/quickstart/tokenizer.model --save runs/first
+
+`--help` lists all flags; `--config FILE.yaml` takes the same from a file.
+"""
+
+import os
+import sys
+
+from megalong.arguments import parse_arguments
+from megalong.config import ConfigError, world_size
+
+
+def main(arguments: list[str]) -> None:
+    config = parse_arguments(arguments, description=__doc__).resolve(world_size())
+
+    # The slow imports wait until the flags are known to be right, and the processes wait for each
+    # other only once each of them has found its data.
+    from megalong.parallel import check_precision, launch
+    from megalong.training.run_data import open_run_data
+
+    check_precision(config.training.precision)
+    data = open_run_data(config)
+
+    from megalong.training.loop import Trainer
+
+    with launch(config.training.seed) as mesh:
+        Trainer(config, data, mesh).train()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ConfigError as error:
+        # Every rank finds the same mistake; one of them says so.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

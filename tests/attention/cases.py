@@ -1,0 +1,151 @@
+"""Cases of dilated attention for backend tests: named corners and seeded random ones.
+
+Every backend is held against the reference on the same cases, so this module knows no backend.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+
+from megalong.attention import DilatedPattern
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    length: int
+    pattern: DilatedPattern
+    heads: int = 4
+    kv_heads: int = 4
+    head_dim: int = 8
+    batch: int = 1
+    causal: bool = True
+    document_starts: tuple[int, ...] | None = None
+    mix_gradient: str = "exact"
+    scale: float | None = None
+    layout: str = "bshd"  # order of the axes in memory
+    seed: int = 0
+
+    def inputs(self, dtype=torch.float64, device="cpu"):
+        """q, k, v and the output's gradient, each (batch, sequence, heads, head_dim)."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def draw(heads):
+            shape = (self.batch, self.length, heads, self.head_dim)
+            x = torch.randn(shape, generator=generator, dtype=torch.float64)
+            x = x.to(device=device, dtype=dtype)
+            if self.layout == "sbhd":
+                return x.transpose(0, 1).contiguous().transpose(0, 1)
+            if self.layout == "bhsd":
+                return x.transpose(1, 2).contiguous().transpose(1, 2)
+            if self.layout == "slice":  # as cut from a fused projection, with gaps
+                return torch.cat([x, x], dim=-1)[..., : self.head_dim]
+            return x
+
+        return draw(self.heads), draw(self.kv_heads), draw(self.kv_heads), draw(self.heads)
+
+    @property
+    def options(self) -> dict:
+        """Keyword arguments of dilated_attention and of the reference."""
+        return {
+            "causal": self.causal,
+            "scale": self.scale,
+            "document_starts": self.document_starts,
+            "mix_gradient": self.mix_gradient,
+        }
+
+
+def corners() -> list[Case]:
+    """What goes wrong first: tails, lengths that divide nothing, rows in no branch."""
+    P = DilatedPattern
+    ladder = P((8, 16, 32), (1, 2, 4))
+    uneven = P((5, 7, 23), (1, 3, 4))
+    return [
+        Case("one-token", 1, ladder),
+        Case("whole-segments", 64, ladder, batch=2),
+        Case("tail", 61, ladder, batch=2),
+        Case("tail-megatron-layout", 61, ladder, batch=3, layout="sbhd"),
+        Case("whole-megatron-layout", 64, ladder, batch=2, layout="sbhd"),
+        Case("w-exceeds-length", 19, P((64, 128), (1, 4))),
+        Case("rate-does-not-divide-w", 47, uneven),
+        Case("rate-does-not-divide-w-bidirectional", 47, uneven, causal=False, batch=2),
+        Case("rate-exceeds-w", 20, P((3, 4), (1, 7))),
+        Case("no-dense-branch", 33, P((8, 16), (2, 4))),
+        Case("rows-in-no-branch", 33, P((16,), (5,)), heads=2, kv_heads=2),
+        Case("first-branch-covers-by-single-rows", 9, P((1, 4), (2, 3), ((0,) * 4, (2, 1, 0, 1)))),
+        Case("offset-beyond-tail", 17, P((16,), (8,)), heads=8, kv_heads=8),
+        Case("two-dense-branches", 40, P((8, 20), (1, 1)), batch=2),
+        Case("same-branch-twice", 24, P((8, 8), (2, 2))),
+        Case("branches-out-of-order", 50, P((32, 8, 16), (4, 1, 2)), batch=2),
+        Case("paper-misalignment", 96, P((24, 48), (6, 12)), heads=12, kv_heads=12),
+        Case("one-head", 40, ladder, heads=1, kv_heads=1),
+        Case("heads-do-not-divide-rate", 40, P((8, 40), (1, 5)), heads=7, kv_heads=7),
+        Case("grouped", 45, ladder, heads=12, kv_heads=3, batch=2),
+        Case("grouped-block", 45, P((8, 16, 32), (1, 2, 4), "block"), heads=12, kv_heads=3),
+        Case("one-kv-head", 45, uneven, heads=6, kv_heads=1, batch=2),
+        Case("layer-offsets", 45, P((8, 32), (1, 8), "layer", layer=3), heads=6, kv_heads=3),
+        Case(
+            "explicit-table",
+            45,
+            P((8, 32), (3, 8), ((2, 0, 1, 1), (7, 0, 3, 5))),
+            kv_heads=2,
+            causal=False,
+        ),
+        Case("documents", 60, ladder, document_starts=(0, 3, 20, 41), batch=2),
+        Case("equal-documents", 60, ladder, document_starts=(0, 20, 40), batch=2, kv_heads=2),
+        Case("empty-documents", 30, ladder, document_starts=(0, 0, 7, 7, 7, 30, 30)),
+        Case("documents-of-one", 6, ladder, document_starts=tuple(range(6)), causal=False),
+        Case("documents-bidirectional", 50, uneven, document_starts=(0, 31), causal=False),
+        Case("detached", 61, ladder, mix_gradient="detached", batch=2),
+        Case("detached-no-dense-branch", 33, P((8, 16), (2, 4)), mix_gradient="detached"),
+        Case("head-dim-one", 40, ladder, head_dim=1),
+        Case("head-dim-odd", 40, ladder, head_dim=13, layout="bhsd"),
+        Case("head-dim-large", 40, ladder, head_dim=160, layout="slice"),
+        Case("scale-small", 40, ladder, scale=1e-6),
+        Case("scale-large", 40, ladder, scale=30.0),
+        Case("long-tail-tiles", 600, P((300, 512), (1, 2)), heads=2, kv_heads=1),
+    ]
+
+
+def random_case(seed: int) -> Case:
+    """A case drawn from everything that the contract allows; the same for the same seed."""
+    rng = random.Random(seed)
+    length = rng.choice([rng.randint(1, 40), rng.randint(1, 150), rng.randint(1, 600)])
+    kv_heads = rng.randint(1, 6)
+    heads = kv_heads * rng.randint(1, 12 // kv_heads)
+
+    branches = rng.randint(1, 4)
+    segment_lengths = [rng.choice([rng.randint(1, 16), rng.randint(1, 800)]) for _ in range(branches)]
+    rates = [rng.choice([1, rng.randint(1, 4), rng.randint(1, 16)]) for _ in range(branches)]
+    if rng.random() < 0.3:  # a regular ladder
+        width, ratio = rng.choice([4, 8, 16]), rng.choice([2, 4])
+        segment_lengths = [width * ratio**i for i in range(branches)]
+        rates = [ratio**i for i in range(branches)]
+    offsets = rng.choice(["mod", "block", "layer", "table"])
+    if offsets == "table":
+        offsets = [[rng.randrange(rate) for _ in range(heads)] for rate in rates]
+
+    document_starts = None
+    if rng.random() < 0.35:
+        count = rng.randint(1, 6)
+        document_starts = (0, *sorted(rng.randint(0, length) for _ in range(count)))
+        if rng.random() < 0.3:  # equal documents
+            document_starts = tuple(range(0, length, max(1, length // count)))
+    return Case(
+        name=f"random-{seed}",
+        length=length,
+        pattern=DilatedPattern(segment_lengths, rates, offsets, layer=rng.randint(0, 5)),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=rng.choice([1, 3, 4, 8, 16, 17, 32]),
+        batch=rng.choice([1, 1, 2, 3]),
+        causal=rng.random() < 0.6,
+        document_starts=document_starts,
+        mix_gradient=rng.choice(["exact", "exact", "detached"]),
+        scale=rng.choice([None, None, 0.3]),
+        layout=rng.choice(["bshd", "sbhd", "bhsd", "slice"]),
+        seed=seed,
+    )

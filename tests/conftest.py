@@ -1,0 +1,31 @@
+"""What every test shares: one thread per process, and a small corpus of real text."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported, and inherited by every process that a test starts: tests run side by
+# side, and bit-for-bit comparisons want the same number of threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Prefix of a preprocessed corpus: 60 modules of the standard library, one token a byte."""
+    folder = tmp_path_factory.mktemp("corpus")
+    modules = sorted(Path(json.__file__).parent.parent.glob("*.py"))[:60]
+    with (folder / "text.jsonl").open("w") as file:
+        for module in modules:
+            text = module.read_text(encoding="utf-8", errors="ignore")[:4000]
+            file.write(json.dumps({"text": text}) + "\n")
+    command = [sys.executable, str(REPOSITORY / "tools" / "preprocess_data.py")]
+    command += ["--input", str(folder / "text.jsonl"), "--output-prefix", str(folder / "code")]
+    command += ["--tokenizer-type", "ByteTokenizer", "--append-eod"]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder / "code_text_document"

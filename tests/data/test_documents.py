@@ -1,0 +1,117 @@
+"""Finding files and reading documents: kinds of file, broken content, names of places."""
+
+import gzip
+import json
+
+import pytest
+
+from megalong.data.documents import BrokenDocument, find_files, raw_documents, texts
+
+
+def read(path, keys=("text",)):
+    """All texts of a file under the first key, broken ones as their message."""
+    found = []
+    for document in raw_documents(str(path)):
+        try:
+            values = texts(document, list(keys))
+        except BrokenDocument as error:
+            values = {keys[0]: error}
+        found += [str(values[key]) for key in keys if key in values]
+    return found
+
+
+def test_find_files_keeps_the_order_given_and_sorts_inside_folders(tmp_path):
+    for name in ["b/2.txt", "b/1.txt", "b/sub/3.txt", "b/.hidden/4.txt", "b/.5.txt", "a.txt"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "x[1].txt").touch()
+
+    def names(*inputs):
+        found = find_files([str(tmp_path / name) for name in inputs])
+        return [path.removeprefix(f"{tmp_path}/") for path in found]
+
+    assert names("b", "a.txt") == ["b/1.txt", "b/2.txt", "b/sub/3.txt", "a.txt"]
+    assert names("b/*.txt", "b/1.txt") == ["b/1.txt", "b/2.txt"]
+    assert names("**/3.txt") == ["b/sub/3.txt"]
+    assert names("x[1].txt") == ["x[1].txt"]
+
+
+def test_find_files_refuses_what_names_nothing(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"--input .*empty: an empty folder"):
+        find_files([str(tmp_path / "empty")])
+    for name in ("missing.txt", "*.jsonl"):
+        with pytest.raises(FileNotFoundError, match="no such file, folder or match"):
+            find_files([str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".JSON.GZ"])
+def test_json_lines(tmp_path, suffix):
+    path = tmp_path / f"documents{suffix}"
+    rows = ["one", "two\n\twith \u00e9 \U0001f600", ""]
+    content = "\n\n".join(json.dumps({"text": row}) for row in rows).encode()
+    path.write_bytes(gzip.compress(content) if suffix.lower().endswith(".gz") else content)
+    assert read(path) == rows
+    assert sum(document.size for document in raw_documents(str(path))) == path.stat().st_size
+
+
+@pytest.mark.parametrize("name", ["program.py", "notes", "book.txt.gz"])
+def test_plain_text_is_one_document(tmp_path, name):
+    text = "line\r\n\n  last line without an end \u00e9"
+    content = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert read(tmp_path / name, ("body", "title")) == [text]
+
+
+def test_byte_order_mark(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "x"}\n')
+    assert read(path) == ["x"]
+
+
+def test_broken_lines_are_named_and_the_rest_is_kept(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [
+        b'{"text": "good"}',
+        b'{"text": "cut',
+        b'{"other": 1}',
+        b'{"text": 7}',
+        b'["text"]',
+        b'{"text": "\xff"}',
+        b'{"text": "half \\ud83d"}',
+        b"[" * 100_000,
+        b'{"text": "good too"}',
+    ]
+    path.write_bytes(b"\n".join(lines))
+    found = read(path)
+    assert found[0] == "good" and found[-1] == "good too" and len(found) == len(lines)
+    for number, reason in enumerate(
+        ["JSON", "no key 'text'", "int", "list", "UTF-8", "surrogate", "JSON"], start=2
+    ):
+        assert f"{path}:{number}: " in found[number - 1] and reason in found[number - 1]
+
+
+def test_keys_are_read_independently(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x", "title": null}\n{"title": "y"}\n')
+    found = read(path, ("text", "title"))
+    assert found[0] == "x" and "NoneType" in found[1] and "no key" in found[2] and found[3] == "y"
+
+
+def test_gzip_cut_short(tmp_path):
+    rows = "".join(json.dumps({"text": f"{i:x}" * 50}) + "\n" for i in range(5000)).encode()
+    whole = gzip.compress(rows)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(whole[: len(whole) // 2])
+    found = read(path)
+    assert len(found) > 100 and "unreadable from here on" in found[-1]
+    assert f"{path}:{len(found)}" in found[-1]
+    for name in ("b.jsonl.gz", "b.txt.gz"):
+        (tmp_path / name).write_bytes(b"this is not gzip")
+        assert "unreadable" in read(tmp_path / name)[-1]
+
+
+def test_undecodable_text_file(tmp_path):
+    path = tmp_path / "latin1.txt"
+    path.write_bytes("caf\u00e9".encode("latin-1"))
+    assert read(path) == [f"{path}: not UTF-8 (byte 3)"]

@@ -1,0 +1,87 @@
+"""Tokenizers of Transformers, made here in a local folder. Transformers is an optional package."""
+
+import pytest
+
+from megalong.data.tokenizer import build_tokenizer
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+TEXTS = [
+    "  Hello \u00e9\u0301 \u4f60\U0001f600\n\n\tdef f():\r\n    return 1\0 ",
+    "<|end|>",
+    "\u2581 \u2581x",
+]
+
+
+def save(folder, model, *, pre_tokenizer=None, decoder=None, normalizer=None, eos="<|end|>"):
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer, backend.decoder, backend.normalizer = pre_tokenizer, decoder, normalizer
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos)
+    fast.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def byte_level(tmp_path):
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(alphabet)}
+    vocabulary |= {"He": 256, "\u0120\u0120": 257}
+    model = tokenizers.models.BPE(vocab=vocabulary, merges=[("H", "e"), ("\u0120", "\u0120")])
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return save(
+        tmp_path / "byte_level",
+        model,
+        pre_tokenizer=byte_level,
+        decoder=tokenizers.decoders.ByteLevel(),
+    )
+
+
+@pytest.fixture
+def byte_fallback(tmp_path):
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    vocabulary |= {"\u2581": 256, "H": 257, "e": 258, "He": 259}
+    model = tokenizers.models.BPE(vocab=vocabulary, merges=[("H", "e")], byte_fallback=True)
+    decoders = tokenizers.decoders
+    return save(
+        tmp_path / "byte_fallback",
+        model,
+        normalizer=tokenizers.normalizers.Replace(" ", "\u2581"),
+        decoder=decoders.Sequence(
+            [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        ),
+    )
+
+
+def test_byte_level_is_exact(byte_level):
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", byte_level)
+    assert tokenizer.vocab_size == 259 and tokenizer.eod == 258
+    assert 256 in tokenizer.encode("Hello") and 257 in tokenizer.encode("  x")
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
+        assert tokenizer.eod not in ids
+
+
+def test_byte_fallback_is_exact_but_for_the_stand_in_of_the_space(byte_fallback):
+    with pytest.warns(UserWarning, match="unchanged"):
+        tokenizer = build_tokenizer("HuggingFaceTokenizer", byte_fallback)
+    for text in TEXTS[:2]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
+        assert tokenizer.eod not in ids
+
+
+def test_what_cannot_be_used_is_refused(tmp_path):
+    words = tokenizers.models.WordLevel(vocab={"a": 0, "[UNK]": 1}, unk_token="[UNK]")
+    folder = save(tmp_path / "words", words)
+    with pytest.raises(ValueError, match="how its tokens spell bytes is unknown"):
+        build_tokenizer("HuggingFaceTokenizer", folder)
+    folder = save(tmp_path / "no_eos", words, eos=None)
+    with pytest.raises(ValueError, match="no eos_token"):
+        build_tokenizer("HuggingFaceTokenizer", folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="--tokenizer-model .*empty"):
+        build_tokenizer("HuggingFaceTokenizer", str(tmp_path / "empty"))

@@ -1,0 +1,280 @@
+"""tools/preprocess_data.py as a user runs it: what it writes, refuses, names and leaves behind."""
+
+import gzip
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megalong.data.tokenizer import build_tokenizer
+
+TOOL = "tools/preprocess_data.py"
+BYTES = ("--tokenizer-type", "ByteTokenizer")
+
+
+def write_jsonl(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def read_texts(prefix, tokenizer) -> list[str]:
+    """Every document of a pair, through Megatron's own reader, as text."""
+    dataset = IndexedDataset(str(prefix), mmap=True)
+    return [tokenizer.decode(dataset[i].tolist()) for i in range(len(dataset))]
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
+def wait_for(condition, seconds: float = 20):
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return value
+
+
+def test_round_trip_of_every_document(tmp_path, corpus, corpus_texts, tokenizer_model, run_tool):
+    done = run_tool(
+        TOOL,
+        *("--input", corpus, "--output-prefix", tmp_path / "out" / "code", "--append-eod"),
+        *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer_model),
+    )
+    assert done.returncode == 0, done.stderr
+    prefix = tmp_path / "out" / "code_text_document"
+    assert names(tmp_path / "out") == {prefix.name + s for s in (".bin", ".idx", ".json")}
+    tokenizer = build_tokenizer("SentencePieceTokenizer", tokenizer_model)
+    assert read_texts(prefix, tokenizer) == corpus_texts
+
+    dataset = IndexedDataset(str(prefix), mmap=True)
+    assert dataset.index.dtype is np.uint16
+    assert dataset.document_indices.tolist() == list(range(len(corpus_texts) + 1))
+    assert all(dataset[i][-1] == tokenizer.eod for i in range(len(dataset)))
+    tokens = np.fromfile(f"{prefix}.bin", np.uint16)
+    sidecar = json.loads(Path(f"{prefix}.json").read_text())
+    size = sum(len(text.encode()) for text in corpus_texts)
+    assert sidecar == {
+        "documents": len(corpus_texts),
+        "tokens": len(tokens),
+        "bytes": size,
+        "longest_document": int(dataset.sequence_lengths.max()),
+        "max_token_id": int(tokens.max()),
+        "tokenizer_type": "SentencePieceTokenizer",
+        "vocab_size": 1024,
+        "eod": 1,
+        "append_eod": True,
+        "version": 1,
+    }
+    assert f"{len(corpus_texts)} documents, {len(tokens):,} tokens, {size:,} bytes" in done.stdout
+    assert f"{size / len(tokens):.3f} bytes per token" in done.stdout
+    assert "0 documents skipped" in done.stdout
+
+
+def test_keys_gzip_folders_and_plain_text(tmp_path, run_tool):
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    first = write_jsonl(tmp_path / "first.jsonl", [{"text": "a", "title": "A\n"}])
+    (folder / "b.jsonl.gz").write_bytes(
+        gzip.compress(b'{"title": "B", "text": "b"}\n\n{"text": "c", "title": ""}')
+    )
+    (folder / "sub" / "z.txt").write_bytes(b"plain\r\n")
+    done = run_tool(
+        TOOL,
+        *("--input", first, folder, "--json-keys", "text", "title"),
+        *("--output-prefix", tmp_path / "out", *BYTES),
+    )
+    assert done.returncode == 0, done.stderr
+    tokenizer = build_tokenizer("ByteTokenizer")
+    assert read_texts(tmp_path / "out_text_document", tokenizer) == ["a", "b", "c", "plain\r\n"]
+    assert read_texts(tmp_path / "out_title_document", tokenizer) == ["A\n", "B"]
+    assert "1 empty" in done.stdout
+
+
+def test_output_is_the_same_with_any_number_of_workers(tmp_path, corpus, run_tool):
+    lines = corpus.read_bytes().splitlines(keepends=True)
+    for part in range(3):
+        (tmp_path / f"{part}.jsonl").write_bytes(b"".join(lines[part::3]) + b"broken\n")
+    for i in range(200):
+        (tmp_path / f"small{i}.py").write_text(f"x = {i}\n" * i)
+    results = {}
+    for workers in (1, 3):
+        prefix = tmp_path / "out" / str(workers)
+        done = run_tool(
+            TOOL,
+            *("--input", tmp_path / "*.jsonl", tmp_path / "*.py", "--output-prefix", prefix),
+            *("--workers", workers, *BYTES),
+        )
+        assert done.returncode == 0, done.stderr
+        assert "3 documents skipped" in done.stdout
+        named = [line for line in done.stderr.splitlines() if line.startswith("skipped")]
+        files = [Path(f"{prefix}_text_document{s}").read_bytes() for s in (".bin", ".idx", ".json")]
+        results[workers] = named, files
+    assert results[1] == results[3] and len(results[1][0]) == 3
+
+
+def test_broken_documents_are_named_counted_and_left_out(tmp_path, run_tool):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "x"}\n{"text": \n{"no": 1}\n{"text": []}\n\xff\n{"text": "y"}\n')
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"\xfe")
+    arguments = ("--input", path, bad, "--output-prefix", tmp_path / "out", *BYTES)
+    done = run_tool(TOOL, *arguments)
+    assert done.returncode == 0
+    assert read_texts(tmp_path / "out_text_document", build_tokenizer("ByteTokenizer")) == ["x", "y"]
+    for number in (2, 3, 4, 5):
+        assert f"skipped {path}:{number}: " in done.stderr
+    assert f"skipped {bad}: not UTF-8" in done.stderr
+    assert "5 documents skipped" in done.stdout
+
+    before = names(tmp_path)
+    done = run_tool(TOOL, *arguments, "--overwrite", "--strict")
+    assert done.returncode == 1 and f"error: {path}:2: not valid JSON" in done.stderr
+    assert names(tmp_path) == before  # the earlier output is untouched
+
+
+def test_many_broken_documents_do_not_flood_the_terminal(tmp_path, run_tool):
+    path = tmp_path / "a.jsonl"
+    path.write_text("broken\n" * 500 + '{"text": "x"}\n')
+    done = run_tool(TOOL, "--input", path, "--output-prefix", tmp_path / "out", *BYTES)
+    assert done.returncode == 0 and "500 documents skipped" in done.stdout
+    assert done.stderr.count("skipped") == 100 and "100 problems named" in done.stderr
+
+
+def test_large_vocabularies_are_int32(tmp_path, monkeypatch):
+    from megalong.data import preprocess as module
+    from megalong.progress import Progress
+
+    class Large:
+        vocab_size, eod = 65_500, 65_499
+
+        def encode(self, text):
+            return [65_498] * len(text)
+
+    monkeypatch.setattr(module, "build_tokenizer", lambda *_: Large())
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "xyz"}])
+    module.preprocess(
+        [str(path)],
+        str(tmp_path / "out"),
+        module.TokenizingTask("Large", None, ("text",), append_eod=True),
+        progress=Progress(None, enabled=False),
+    )
+    dataset = IndexedDataset(str(tmp_path / "out_text_document"), mmap=True)
+    assert dataset.index.dtype is np.int32
+    assert dataset[0].tolist() == [65_498] * 3 + [65_499]
+    sidecar = json.loads((tmp_path / "out_text_document.json").read_text())
+    assert sidecar["max_token_id"] == 65_499
+
+
+def test_existing_output_is_refused_or_replaced(tmp_path, run_tool):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "old"}])
+    arguments = ("--input", path, "--output-prefix", tmp_path / "out", *BYTES)
+    assert run_tool(TOOL, *arguments).returncode == 0
+    write_jsonl(path, [{"text": "new"}])
+    done = run_tool(TOOL, *arguments)
+    assert done.returncode == 1 and "out_text_document.bin exists" in done.stderr
+    tokenizer = build_tokenizer("ByteTokenizer")
+    assert read_texts(tmp_path / "out_text_document", tokenizer) == ["old"]
+    assert run_tool(TOOL, *arguments, "--overwrite").returncode == 0
+    assert read_texts(tmp_path / "out_text_document", tokenizer) == ["new"]
+
+
+def test_bad_input_is_one_clear_error(tmp_path, run_tool):
+    def failure(*arguments) -> str:
+        done = run_tool(TOOL, "--output-prefix", tmp_path / "out" / "x", *arguments)
+        assert done.returncode == 1 and "Traceback" not in done.stderr and not done.stdout
+        assert not names(tmp_path / "out")
+        return done.stderr.splitlines()[-1]
+
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    one = write_jsonl(tmp_path / "one.jsonl", [{"text": "x"}])
+    assert "error: --input" in failure("--input", tmp_path / "*.nothing", *BYTES)
+    assert "no document with text" in failure("--input", empty, *BYTES)
+    assert "'body'" in failure("--input", one, "--json-keys", "body", *BYTES)
+    assert "named twice" in failure("--input", one, "--json-keys", "text", "text", *BYTES)
+    sentencepiece = ("--tokenizer-type", "SentencePieceTokenizer")
+    assert "--tokenizer-model" in failure("--input", one, *sentencepiece)
+    assert "no such file" in failure("--input", one, *sentencepiece, "--tokenizer-model", "none")
+
+
+@pytest.fixture
+def long_job(tmp_path, corpus, tokenizer_model, start_tool):
+    """Starts a run of some seconds with two workers; gives it once it has begun to write."""
+    for i in range(30):
+        os.symlink(corpus, tmp_path / f"{i}.jsonl")
+    partial = tmp_path / "out" / "x_text_document.bin.partial"
+    arguments = (
+        *("--input", tmp_path / "*.jsonl", "--output-prefix", tmp_path / "out" / "x"),
+        *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer_model),
+        *("--workers", 2),
+    )
+    process = start_tool(TOOL, *arguments)
+    wait_for(lambda: partial.exists() and partial.stat().st_size > 0)
+    assert process.poll() is None
+    return process, arguments
+
+
+def workers_of(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [
+        int(child)
+        for child in children
+        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_killed_run_leaves_nothing_under_the_final_name(tmp_path, long_job, run_tool):
+    process, _ = long_job
+    workers = workers_of(process.pid)
+    assert len(workers) == 2
+    process.kill()
+    process.wait()
+    assert not {name for name in names(tmp_path / "out") if not name.endswith(".partial")}
+    wait_for(lambda: not any(map(is_running, workers)))  # nobody is left waiting for it
+
+    path = write_jsonl(tmp_path / "short.json", [{"text": "x"}])
+    done = run_tool(TOOL, "--input", path, "--output-prefix", tmp_path / "out" / "x", *BYTES)
+    assert done.returncode == 0, done.stderr
+    assert names(tmp_path / "out") == {f"x_text_document{s}" for s in (".bin", ".idx", ".json")}
+    tokenizer = build_tokenizer("ByteTokenizer")
+    assert read_texts(tmp_path / "out" / "x_text_document", tokenizer) == ["x"]
+
+
+def test_a_dead_worker_does_not_hang_the_parent(tmp_path, long_job):
+    process, _ = long_job
+    os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "error: a tokenizing worker died near " in stderr and "Traceback" not in stderr
+    assert not names(tmp_path / "out")
+
+
+@pytest.mark.parametrize("sent, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_cleans_up(tmp_path, long_job, sent, status):
+    process, _ = long_job
+    workers = workers_of(process.pid)
+    process.send_signal(sent)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == status and "Traceback" not in stderr
+    assert not names(tmp_path / "out")
+    wait_for(lambda: not any(map(is_running, workers)))
+
+
+def test_two_runs_do_not_write_the_same_output(tmp_path, long_job, run_tool):
+    process, arguments = long_job
+    done = run_tool(TOOL, *arguments)
+    assert done.returncode == 1 and "another process is writing" in done.stderr
+    assert process.poll() is None and names(tmp_path / "out") == {"x_text_document.bin.partial"}

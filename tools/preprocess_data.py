@@ -1,0 +1,95 @@
+"""Tokenizes text into Megatron's .bin/.idx files.
+
+    python tools/preprocess_data.py --input stdlib.jsonl --output-prefix data/stdlib \\
+        --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model --append-eod
+
+writes data/stdlib_text_document.bin, .idx, and .json (counts, tokenizer); train on it with
+--data-path data/stdlib_text_document. Inputs are files, folders or glob patterns: JSON lines
+(.jsonl, .json), one document a line, and anything else as plain text, one document a file; .gz of
+either. What is broken is named on standard error, skipped and counted; --strict makes it an error.
+The output has its final name only when it is complete. It does not depend on --workers.
+Exit status: 0, or 1 after an error (nothing is written then).
+"""
+
+import argparse
+import os
+import signal
+import sys
+
+from megalong.data.documents import find_files
+from megalong.data.preprocess import Summary, TokenizingTask, WorkerDied, preprocess
+from megalong.data.tokenizer import TOKENIZERS
+from megalong.progress import Progress, human_bytes
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, help="files, folders, or glob patterns")
+    add(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        help="keys of JSON lines; one output each. Plain text goes to the first (default: text)",
+    )
+    add("--output-prefix", required=True, help="writes PREFIX_KEY_document.bin, .idx and .json")
+    add("--tokenizer-type", required=True, choices=list(TOKENIZERS))
+    add("--tokenizer-model", help="SentencePiece: the .model file; Hugging Face: a local folder")
+    add("--append-eod", action="store_true", help="end every document with the eod token")
+    add("--workers", type=int, default=1, help="tokenizing processes (default: 1)")
+    add("--overwrite", action="store_true", help="replace existing output files")
+    add("--strict", action="store_true", help="stop at the first broken document")
+    args = parser.parse_args()
+    if args.workers < 1:
+        parser.error("--workers must be at least 1")
+    return args
+
+
+def print_summary(summary: Summary) -> None:
+    for part in summary.keys.values():
+        print(
+            f"{part.prefix}: {part.documents:,} documents, {part.tokens:,} tokens, "
+            f"{part.bytes:,} bytes, {part.bytes / part.tokens:.3f} bytes per token, "
+            f"longest document {part.longest:,} tokens, {part.empty:,} empty ones left out"
+        )
+    size = sum(part.bytes for part in summary.keys.values())
+    seconds = max(summary.seconds, 1e-9)
+    print(
+        f"{summary.files:,} files, {summary.skipped:,} documents skipped, {summary.seconds:.1f} s "
+        f"({human_bytes(size / seconds)}/s)"
+    )
+
+
+def main() -> int:
+    args = parse_arguments()
+    # A scheduler's SIGTERM ends the run the ordinary way, which removes the partial files.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    task = TokenizingTask(
+        args.tokenizer_type, args.tokenizer_model, tuple(args.json_keys), args.append_eod
+    )
+    try:
+        files = find_files(args.input)
+        with Progress(sum(map(os.path.getsize, files)), "B", "tokenizing") as progress:
+            summary = preprocess(
+                files,
+                args.output_prefix,
+                task,
+                workers=args.workers,
+                overwrite=args.overwrite,
+                strict=args.strict,
+                progress=progress,
+            )
+    except (ValueError, OSError, ImportError, WorkerDied) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    print_summary(summary)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Trains a SentencePiece BPE tokenizer with byte fallback on text.
+
+    python tools/train_tokenizer.py --input stdlib.jsonl --output-prefix tokenizer --vocab-size 4096
+
+writes tokenizer.model. Inputs are files, folders or globs: JSON lines (.jsonl, .json; the texts
+under --json-keys), anything else is plain text; .gz of either. The tokenizer is lossless (every
+text comes back unchanged), ends documents with <eod>, and the same input gives the same file.
+Use it with --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from megalong.data.documents import BrokenDocument, find_files, raw_documents, texts
+from megalong.data.tokenizer import SentencePieceTokenizer
+from megalong.data.tokenizer_training import sample_chunks, train_sentencepiece
+from megalong.progress import Progress
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, help="files, folders, or glob patterns")
+    add("--output-prefix", required=True, help="writes PREFIX.model")
+    add("--vocab-size", type=int, required=True, help="number of ids, special ones included")
+    add("--json-keys", nargs="+", default=["text"], help="keys of JSON lines whose text is used")
+    add(
+        "--character-coverage",
+        type=float,
+        default=0.9995,
+        help="share of the text's characters that get an id of their own; the rest is spelled "
+        "in bytes (default: %(default)s)",
+    )
+    add(
+        "--max-bytes",
+        type=int,
+        default=100_000_000,
+        help="train on a uniform sample of so many bytes of text (default: %(default)s)",
+    )
+    add("--seed", type=int, default=1234, help="of that sample (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace an existing model")
+    add("--verbose", action="store_true", help="show the library's own log")
+    args = parser.parse_args()
+    if args.max_bytes <= 0:
+        parser.error("--max-bytes must be positive")
+    if not 0 < args.character_coverage <= 1:
+        parser.error("--character-coverage must be in (0, 1]")
+    return args
+
+
+def read_texts(files: list[str], json_keys: list[str], progress: Progress) -> Iterator[str]:
+    """Yields every text of the files; names what is broken on standard error and goes on."""
+    for file in files:
+        for document in raw_documents(file):
+            try:
+                values = texts(document, json_keys).values()
+            except BrokenDocument as error:
+                values = [error]
+            for value in values:
+                if isinstance(value, BrokenDocument):
+                    progress.print(f"skipped {value}")
+                else:
+                    yield value
+            progress.update(document.size)
+
+
+def main() -> int:
+    args = parse_arguments()
+    start = time.monotonic()
+    output = Path(args.output_prefix + ".model")
+    try:
+        if output.exists() and not args.overwrite:
+            raise FileExistsError(f"{output} exists: choose another --output-prefix or --overwrite")
+        files = find_files(args.input)
+        with Progress(sum(map(os.path.getsize, files)), "B", "reading") as progress:
+            found = read_texts(files, args.json_keys, progress)
+            chunks = sample_chunks(found, args.max_bytes, args.seed)
+        model = train_sentencepiece(
+            chunks,
+            args.vocab_size,
+            character_coverage=args.character_coverage,
+            verbose=args.verbose,
+        )
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = output.with_name(output.name + ".partial")
+        temporary.write_bytes(model)
+        os.replace(temporary, output)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    tokenizer = SentencePieceTokenizer(str(output))
+    seconds = time.monotonic() - start
+    print(f"{output}: {tokenizer.vocab_size} ids, end of document {tokenizer.eod}, {seconds:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
