@@ -32,6 +32,7 @@ class Progress:
     ) -> None:
         self.total = total
         self.unit = unit
+        self._unit = "" if unit == "B" else unit
         self.description = description
         self.message = ""
         self.count = initial
@@ -97,23 +98,22 @@ class Progress:
                 filled = round(24 * share)
                 parts.append("[" + "#" * filled + "." * (24 - filled) + "]")
             parts.append(f"{100 * share:3.0f}%")
-            parts.append(f"{self._amount(self.count)}/{self._amount(self.total)}")
+            parts.append(f"{self._amount(self.count)}/{self._amount(self.total)} {self._unit}")
         else:
-            parts.append(self._amount(self.count))
-        parts.append(f"{self._amount(rate, rate=True)}/s")
+            parts.append(f"{self._amount(self.count)} {self._unit}")
+        parts.append(f"{self._amount(rate)}/s")
         if self.total and self.count < self.total and rate > 0:
             parts.append(f"{clock((self.total - self.count) / rate)} left")
         else:
             parts.append(clock(self.seconds))
         if self.message:
             parts.append(self.message)
-        return "  ".join(parts)
+        return "  ".join(part.rstrip() for part in parts)
 
-    def _amount(self, value: float, rate: bool = False) -> str:
+    def _amount(self, value: float) -> str:
         if self.unit == "B":
             return human_bytes(value)
-        number = f"{value:.3g}" if rate and value < 100 else f"{value:,.0f}"
-        return f"{number} {self.unit}".strip()
+        return f"{value:,.0f}" if isinstance(value, int) or value >= 100 else f"{value:.3g}"
 
 
 def human_bytes(value: float) -> str:

@@ -17,6 +17,7 @@ n rows of a segment, f batch and segments folded together.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -26,6 +27,7 @@ import torch
 from megalong.attention.pattern import DilatedPattern
 
 aten = torch.ops.aten
+TILE_SCORES = 2**22  # scores that the blockwise operator holds at once
 
 
 # ------------------------------------------------------------------------------ the backend
@@ -101,7 +103,7 @@ def backward(
 
 
 def _dense_rows(x_bshd):
-    """The operators want each row's head_dim numbers side by side; other strides are free."""
+    """The operators want the numbers of a row side by side; every other stride is free."""
     return x_bshd if x_bshd.stride(-1) == 1 else x_bshd.contiguous()
 
 
@@ -151,13 +153,12 @@ class Block:
 
     def view(self, x_bsh):
         """x (batch, sequence, query heads, ...) -> (batch, segments, rows, heads, ...), a view."""
-        h = self.heads
-        return self._strided(x_bsh, h.head, h.head_step, h.count)
+        return self._strided(x_bsh, self.heads.head, self.heads.head_step, self.heads.count)
 
     def view_kv(self, x_bsg):
         """The same of a k or v, where shared rows appear once: heads is then 1."""
-        h = self.heads
-        return self._strided(x_bsg, h.kv_head, h.kv_step, 1 if self.shared else h.count)
+        count = 1 if self.shared else self.heads.count
+        return self._strided(x_bsg, self.heads.kv_head, self.heads.kv_step, count)
 
     def fold(self, x_bsh):
         """A view's (batch * segments, heads, rows, ...), copied only if strides forbid a view."""
@@ -203,7 +204,9 @@ def plan(
         rate = pattern.dilation_rates[branch]
         segments = pattern.segments(branch, length, document_starts)
         for start, count, step, segment in equal_segments(segments):
-            for run in equal_heads(offsets[branch], heads // kv_heads, segment, rate):
+            # Beyond r only the remainder decides which heads have one row more than others.
+            reduced = segment if segment < rate else rate + segment % rate
+            for run in equal_heads(offsets[branch], heads // kv_heads, reduced, rate):
                 rows = len(range(run.offset, segment, rate))
                 whole = (rows * count, run.count) == (length, heads)
                 first = branch == order[0]
@@ -228,7 +231,8 @@ def equal_segments(segments) -> list[tuple[int, int, int, int]]:
     return groups
 
 
-def equal_heads(offsets, group: int, segment: int, rate: int) -> list[Progression]:
+@lru_cache(maxsize=1024)
+def equal_heads(offsets, group: int, segment: int, rate: int) -> tuple[Progression, ...]:
     """Cut the query heads that have rows in a segment into progressions of equally many rows.
 
     Greedy: of the progressions that begin with the first head left, take the longest. With the
@@ -247,7 +251,7 @@ def equal_heads(offsets, group: int, segment: int, rate: int) -> list[Progressio
             steps = (b - a for a, b in zip(*best[:2], strict=True)) if len(best) > 1 else (0, 0, 0)
             runs.append(Progression(*best[0], *steps, len(best)))
             left = [head for head in left if head not in best]
-    return runs
+    return tuple(runs)
 
 
 def _progression(heads, second):
@@ -269,8 +273,8 @@ def _progression(heads, second):
 class Operator(NamedTuple):
     """A dense attention that returns its log-sum-exp, and its backward."""
 
-    forward: object
-    backward: object
+    forward: Callable
+    backward: Callable
 
 
 def attend(q_fhnd, k_fhnd, v_fhnd, causal: bool, scale: float):
@@ -344,8 +348,8 @@ def _efficient_backward(grad, q, k, v, out, lse, causal, scale):
 
 
 def _tiles(f, h, rows, keys):
-    """Slices of (batch, query rows) whose scores stay within 4M numbers: memory stays linear."""
-    budget = 2**22 // (h * keys)
+    """Slices of (batch, query rows) that bound the scores held at once: memory stays linear."""
+    budget = TILE_SCORES // (h * keys)
     row_step = min(max(budget, 1), rows)
     f_step = max(budget // row_step, 1)
     for f0 in range(0, f, f_step):

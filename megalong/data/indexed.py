@@ -6,6 +6,7 @@ a numpy error, or not at all; then its IndexedDataset maps the files into memory
 
 import json
 import os
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +35,10 @@ class IndexedDocuments:
         self.max_token_id = _sidecar_max_token_id(self.prefix, self.num_documents, self.num_tokens)
         if not self.num_tokens:
             raise ValueError(f"--data-path {self.prefix}: {self.prefix}.bin holds no tokens")
-        self._dataset = IndexedDataset(self.prefix, mmap=True)
+        with warnings.catch_warnings():
+            # It logs, for which it wants to know its rank; this need not be a distributed run.
+            warnings.filterwarnings("ignore", "Could not determine rank")
+            self._dataset = IndexedDataset(self.prefix, mmap=True)
 
     @property
     def num_documents(self) -> int:

@@ -44,7 +44,7 @@ def split_documents(num_documents: int, split: str) -> tuple[range, range, range
     share = 0.0
     for weight in weights + [0.0] * (3 - len(weights)):
         share += weight / total
-        bounds.append(int(round(share * num_documents)))
+        bounds.append(round(share * num_documents))
     return range(bounds[0], bounds[1]), range(bounds[1], bounds[2]), range(bounds[2], bounds[3])
 
 

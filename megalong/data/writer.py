@@ -59,7 +59,7 @@ class DocumentWriter:
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
         # Opened for appending, so that a file another process is writing is not cut before the
         # lock says so; what a killed process left behind is.
-        self._bin = open(self._partial(".bin"), "ab")
+        self._bin = open(self._partial(".bin"), "ab")  # noqa: SIM115, closed by __exit__
         try:
             fcntl.flock(self._bin, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -65,7 +67,7 @@ def launch(seed: int) -> Iterator[Mesh]:
     """Join the process group of this launch and build the mesh; leave both at the end.
 
     Under torchrun or the deepspeed launcher the environment names the ranks; a plain `python` run
-    is a group of one. NCCL and one GPU per process where there are GPUs, gloo otherwise.
+    is a group of one. All random generators start from `seed`. NCCL and one GPU per process where there are GPUs, gloo otherwise.
     """
     import deepspeed
     from megatron.core import parallel_state, tensor_parallel
@@ -82,6 +84,9 @@ def launch(seed: int) -> Iterator[Mesh]:
         )
         try:
             parallel_state.initialize_model_parallel()
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
             tensor_parallel.model_parallel_cuda_manual_seed(seed)
             yield Mesh(
                 data_parallel_size=parallel_state.get_data_parallel_world_size(),

@@ -38,9 +38,7 @@ from megalong.arguments import read_yaml, to_yaml
 from megalong.config import Config, ConfigError, ModelConfig, flag_name
 from megalong.model.names import canonical_name
 from megalong.parallel.mesh import Mesh
-from megalong.training.engine import TrainingEngine
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from megalong.training.engine import MOMENTS, TrainingEngine
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,8 @@ def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
 def load_optimizer(checkpoint: Path, engine: TrainingEngine, progress: Progress) -> None:
     """Fill the engine's master weights and Adam moments, and this rank's random states."""
     optimizer = engine.deepspeed.optimizer
-    _create_adam_state(engine, progress.adam_step)
+    for state in optimizer.optimizer.state.values():
+        state["step"].fill_(progress.adam_step)
     for local_name, parameter in engine.model.named_parameters():
         name = canonical_name(local_name)
         shape = getattr(parameter, "ds_shape", parameter.shape)
@@ -199,30 +198,8 @@ def _load_random_states(checkpoint: Path, mesh: Mesh) -> None:
         torch.cuda.set_rng_state(values["cuda"], mesh.device)
 
 
-def _create_adam_state(engine: TrainingEngine, step: int) -> None:
-    """Give every flat partition its Adam state, which AdamW itself makes at its first step, so that
-    DeepSpeed's `safe_set_full_optimizer_state` has something to set."""
-    zero = engine.deepspeed.optimizer
-    inner = zero.optimizer
-    for group in inner.param_groups:
-        for partition in group["params"]:
-            inner.state[partition] = {
-                "step": torch.tensor(float(step), device=_step_device(group, partition)),
-                **{kind: torch.zeros_like(partition, dtype=torch.float32) for kind in MOMENTS},
-            }
-    link = getattr(zero, "_lazy_init_hp_params_optimizer_state", None)
-    if link is not None:  # ZeRO 1 and 2 map each parameter to its piece of the partition
-        link()
-
-
-def _step_device(group: dict[str, Any], partition: torch.Tensor) -> torch.device:
-    # torch's fused AdamW wants its step counter on the device, the others on the CPU.
-    return partition.device if group.get("fused") else torch.device("cpu")
-
-
 def _adam_step(engine: TrainingEngine) -> int:
-    states = engine.deepspeed.optimizer.optimizer.state.values()
-    return max((int(state["step"]) for state in states if "step" in state), default=0)
+    return int(next(iter(engine.deepspeed.optimizer.optimizer.state.values()))["step"])
 
 
 def _loss_scaler_state(engine: TrainingEngine) -> dict[str, Any] | None:

@@ -22,6 +22,8 @@ from megalong.parallel.cpu import cuda_means_cpu
 from megalong.parallel.mesh import Mesh
 from megalong.training.deepspeed_config import deepspeed_config
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -80,6 +82,7 @@ class TrainingEngine:
             config=deepspeed_config(training, mesh.data_parallel_size),
             mpu=DeepSpeedMPU,
         )
+        _create_adam_state(self.deepspeed.optimizer)
         model.config.grad_scale_func = self.deepspeed.scale
         self.module = ScheduleModule(self.deepspeed, model)
 
@@ -162,3 +165,25 @@ def _adamw(model: torch.nn.Module, config: Config, fused: bool) -> torch.optim.A
         eps=training.adam_eps,
         fused=fused,
     )
+
+
+def _create_adam_state(zero_optimizer: Any) -> None:
+    """Give every partition of the optimizer its Adam state now.
+
+    AdamW would do so at its first step, but ZeRO 1 and 2 tell each parameter where its piece of the
+    state is after the step of the first parameter group, when the other groups have none yet.
+    """
+    adam = zero_optimizer.optimizer
+    partitions = [p for group in adam.param_groups for p in group["params"]]
+    # ZeRO 3 puts its partitions into the groups one at a time, while it steps.
+    partitions = getattr(zero_optimizer, "fp32_partitioned_groups_flat", partitions)
+    for partition in partitions:
+        # torch's fused AdamW wants its step counter on the device, the other on the CPU.
+        step_device = partition.device if adam.defaults["fused"] else "cpu"
+        adam.state[partition] = {
+            "step": torch.zeros((), dtype=torch.float32, device=step_device),
+            **{kind: torch.zeros_like(partition, dtype=torch.float32) for kind in MOMENTS},
+        }
+    link = getattr(zero_optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        link()

@@ -1,4 +1,4 @@
-"""Real inputs for the data tests: a corpus, a tokenizer trained on it, and the tools as commands."""
+"""Real inputs for the data tests: a corpus, a tokenizer trained on it, the tools as commands."""
 
 import json
 import os
@@ -97,7 +97,7 @@ def write_documents(tmp_path):
         with DocumentWriter(prefix, dtype) as writer:
             tokens = np.array([token for document in documents for token in document], dtype)
             writer.add(tokens, [len(document) for document in documents])
-            writer.commit({"max_token_id": int(tokens.max(initial=-1))})
+            writer.commit({"max_token_id": int(tokens.max(initial=0))})
         return prefix
 
     return write

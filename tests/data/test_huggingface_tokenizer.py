@@ -83,5 +83,5 @@ def test_what_cannot_be_used_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no eos_token"):
         build_tokenizer("HuggingFaceTokenizer", folder)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="--tokenizer-model .*empty"):
+    with pytest.raises(ValueError, match=r"--tokenizer-model .*empty"):
         build_tokenizer("HuggingFaceTokenizer", str(tmp_path / "empty"))

@@ -52,7 +52,9 @@ def test_what_was_read_outlives_the_documents(write_documents, recwarn):
     del documents
     gc.collect()
     assert part.tolist() == DOCUMENTS[3]
-    assert not [w for w in recwarn if issubclass(w.category, pytest.PytestUnraisableExceptionWarning)]
+    assert not [
+        w for w in recwarn if issubclass(w.category, pytest.PytestUnraisableExceptionWarning)
+    ]
 
 
 def test_ranges_outside_a_document_are_refused(write_documents):
@@ -130,7 +132,7 @@ def test_bin_shorter_than_the_index_says(write_documents):
 def test_no_tokens(write_documents):
     for documents in ([], [[], []]):
         prefix = write_documents(documents, name=f"empty{len(documents)}")
-        with pytest.raises(ValueError, match="--data-path .* holds no tokens"):
+        with pytest.raises(ValueError, match=r"--data-path .* holds no tokens"):
             IndexedDocuments(prefix)
 
 

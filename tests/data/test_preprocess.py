@@ -126,7 +126,10 @@ def test_broken_documents_are_named_counted_and_left_out(tmp_path, run_tool):
     arguments = ("--input", path, bad, "--output-prefix", tmp_path / "out", *BYTES)
     done = run_tool(TOOL, *arguments)
     assert done.returncode == 0
-    assert read_texts(tmp_path / "out_text_document", build_tokenizer("ByteTokenizer")) == ["x", "y"]
+    assert read_texts(tmp_path / "out_text_document", build_tokenizer("ByteTokenizer")) == [
+        "x",
+        "y",
+    ]
     for number in (2, 3, 4, 5):
         assert f"skipped {path}:{number}: " in done.stderr
     assert f"skipped {bad}: not UTF-8" in done.stderr

@@ -19,7 +19,7 @@ TEXTS = [
     "\n" * 50 + " " * 333 + "\t" * 77,
     "line\r\nline\r\n\r\r\n",
     "a\0b\0",
-    "caf\u00e9 e\u0301 \u4f60\u597d \u0645\u0631\u062d\u0628\u0627 \U0001f600\U0001f468\u200d\U0001f469",
+    "caf\u00e9 e\u0301 \u4f60\u597d \u0645\u0631 \U0001f600\U0001f468\u200d\U0001f469",
     "\u2581 \u2581\u2581x\u2585\u2047 \u00a0\u3000\u2028",
     "\ufeff\ufffd\uffff\U0010ffff\x85\x7f",
     "<eod> </s> <unk> <0x0A> <|endoftext|>",
@@ -95,11 +95,11 @@ def test_errors_name_the_flag(tmp_path):
         build_tokenizer("Word")
     with pytest.raises(ValueError, match="needs --tokenizer-model"):
         build_tokenizer("SentencePieceTokenizer")
-    with pytest.raises(FileNotFoundError, match="--tokenizer-model .*missing.model"):
+    with pytest.raises(FileNotFoundError, match=r"--tokenizer-model .*missing\.model"):
         build_tokenizer("SentencePieceTokenizer", str(tmp_path / "missing.model"))
     garbage = tmp_path / "garbage.model"
     garbage.write_bytes(b"no model")
-    with pytest.raises(ValueError, match="garbage.model: not a SentencePiece model"):
+    with pytest.raises(ValueError, match=r"garbage\.model: not a SentencePiece model"):
         build_tokenizer("SentencePieceTokenizer", str(garbage))
 
 

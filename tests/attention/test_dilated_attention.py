@@ -1,0 +1,200 @@
+"""The public function: layouts, causality, documents, autograd and error messages."""
+
+import pytest
+import torch
+from attention_cases import assert_agree, corners, random_case, run_backend, run_reference
+
+from megalong.attention import DilatedPattern, dense_attention, dilated_attention
+from megalong.attention.dilated_attention import BACKEND_VARIABLE, choose_backend
+
+PATTERN = DilatedPattern((8, 16, 32), (1, 2, 4))
+
+
+def qkv(length=40, heads=4, kv_heads=4, head_dim=8, dtype=torch.float64, batch=2):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(batch, length, h, head_dim, generator=generator, dtype=dtype)
+        for h in (heads, kv_heads, kv_heads)
+    ]
+
+
+def test_one_dense_branch_is_dense_attention():
+    q, k, v = qkv(kv_heads=2)
+    whole = DilatedPattern((40,), (1,))
+    for causal in (True, False):
+        torch.testing.assert_close(
+            dilated_attention(q, k, v, whole, causal=causal, scale=0.2),
+            dense_attention(q, k, v, causal=causal, scale=0.2),
+        )
+
+
+def test_same_branch_twice_changes_the_log_sum_exp_only():
+    q, k, v = qkv()
+    once, lse = dilated_attention(q, k, v, DilatedPattern((8,), (1,)), return_lse=True)
+    twice, lse_twice = dilated_attention(q, k, v, DilatedPattern((8, 8), (1, 1)), return_lse=True)
+    torch.testing.assert_close(once, twice)
+    torch.testing.assert_close(lse + torch.log(torch.tensor(2.0)), lse_twice)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("case", corners()[1:4], ids=lambda case: case.name)
+def test_backends(case, backend):
+    inputs = case.inputs()
+    assert_agree(run_backend(case, inputs, backend), run_reference(case, inputs), 1e-12)
+
+
+def test_views_of_a_fused_projection():
+    """Megatron's layout: (sequence, batch, kv_heads, (group + 2) * head_dim), split and turned."""
+    length, batch, kv_heads, group, head_dim = 37, 2, 2, 3, 8
+    fused = torch.randn(length, batch, kv_heads, (group + 2) * head_dim, dtype=torch.float64)
+    fused.requires_grad_()
+    q, k, v = fused.split([group * head_dim, head_dim, head_dim], dim=-1)
+    q = q.reshape(length, batch, kv_heads * group, head_dim)
+    views = [x.transpose(0, 1) for x in (q, k, v)]
+    out = dilated_attention(*views, PATTERN)
+    expected = dilated_attention(*(x.contiguous() for x in views), PATTERN)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
+    a, b = (torch.autograd.grad((x**2).sum(), fused, retain_graph=True)[0] for x in (out, expected))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_any_strides():
+    q, k, v = qkv()
+    turned = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, k, v)]
+    assert turned[0].stride(-1) != 1
+    torch.testing.assert_close(
+        dilated_attention(*turned, PATTERN), dilated_attention(q, k, v, PATTERN)
+    )
+    shared = k[:, :, :1].expand_as(k)
+    torch.testing.assert_close(
+        dilated_attention(q, shared, shared, PATTERN),
+        dilated_attention(q, k[:, :, :1], k[:, :, :1], DilatedPattern((8, 16, 32), (1, 2, 4),
+            PATTERN.offsets(4, 4))),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_position_sees_the_future(seed):
+    case = random_case(seed, 100)
+    q, k, v, _ = case.inputs()
+    options = {**case.options, "causal": True}
+    cut = case.length // 2
+    later = [x.clone() for x in (q, k, v)]
+    for x in later:
+        x[:, cut:] = 10 * torch.randn_like(x[:, cut:])
+    before = dilated_attention(q, k, v, case.pattern, **options)[:, :cut]
+    assert torch.equal(before, dilated_attention(*later, case.pattern, **options)[:, :cut])
+
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = dilated_attention(*inputs, case.pattern, **options)
+    for gradient in torch.autograd.grad(out[:, :cut].sum(), inputs):
+        assert not gradient[:, cut:].any()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_documents_are_as_if_alone(causal):
+    q, k, v = qkv(length=60, kv_heads=2)
+    starts = [0, 11, 11, 35]
+    packed, lse = dilated_attention(
+        q, k, v, PATTERN, causal=causal, document_starts=torch.tensor(starts), return_lse=True
+    )
+    for start, stop in ((0, 11), (11, 35), (35, 60)):
+        alone, alone_lse = dilated_attention(
+            *(x[:, start:stop] for x in (q, k, v)), PATTERN, causal=causal, return_lse=True
+        )
+        torch.testing.assert_close(packed[:, start:stop], alone)
+        torch.testing.assert_close(lse[:, :, start:stop], alone_lse)
+
+
+def test_slices_of_heads_make_up_the_whole():
+    """What tensor parallelism relies on."""
+    q, k, v = qkv(heads=8, kv_heads=4)
+    pattern = DilatedPattern((8, 32), (1, 8), "layer", layer=3)
+    whole = dilated_attention(q, k, v, pattern)
+    halves = [
+        dilated_attention(
+            q[:, :, 4 * n : 4 * n + 4], k[:, :, 2 * n : 2 * n + 2], v[:, :, 2 * n : 2 * n + 2],
+            pattern.for_heads(8, 4, 4 * n, 4 * n + 4),
+        )
+        for n in range(2)
+    ]  # fmt: skip
+    torch.testing.assert_close(torch.cat(halves, dim=2), whole)
+
+
+def test_log_sum_exp_is_not_differentiable():
+    q, k, v = (x.requires_grad_() for x in qkv(dtype=torch.bfloat16))
+    for backend in ("sdpa", "reference"):
+        out, lse = dilated_attention(q, k, v, PATTERN, backend=backend, return_lse=True)
+        assert out.requires_grad and not lse.requires_grad
+        assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+        assert lse.shape == (2, 4, 40)
+
+
+def test_gradient_for_some_inputs_only():
+    q, k, v = qkv()
+    k.requires_grad_()
+    dilated_attention(q, k, v, PATTERN).sum().backward()
+    assert k.grad is not None and q.grad is None
+
+
+def test_recomputation_and_autocast_do_not_change_it():
+    from torch.utils.checkpoint import checkpoint
+
+    q, k, v = (x.requires_grad_() for x in qkv(dtype=torch.float32))
+    plain = torch.autograd.grad(dilated_attention(q, k, v, PATTERN).sum(), (q, k, v))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = checkpoint(dilated_attention, q, k, v, PATTERN, use_reentrant=False)
+        again = torch.autograd.grad(out.sum(), (q, k, v))
+    assert out.dtype == torch.float32
+    for a, b in zip(plain, again, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [{"length": 0}, {"batch": 0}])
+def test_nothing_in_nothing_out(shape):
+    q, k, v = (x.requires_grad_() for x in qkv(**shape))
+    out, lse = dilated_attention(q, k, v, PATTERN, return_lse=True)
+    out.sum().backward()
+    assert out.shape == q.shape == q.grad.shape
+    assert lse.shape == (q.shape[0], 4, q.shape[1])
+
+
+def test_environment_overrides_auto(monkeypatch):
+    q = qkv()[0]
+    assert choose_backend("auto", q).__name__.endswith(".sdpa")
+    monkeypatch.setenv(BACKEND_VARIABLE, "reference")
+    assert choose_backend("auto", q).__name__.endswith(".reference")
+    assert choose_backend("sdpa", q).__name__.endswith(".sdpa")
+    monkeypatch.setenv(BACKEND_VARIABLE, "fastest")
+    with pytest.raises(ValueError, match=BACKEND_VARIABLE):
+        choose_backend("auto", q)
+
+
+def test_refuses():
+    q, k, v = qkv()
+
+    def refuse(message, *tensors, pattern=PATTERN, **options):
+        with pytest.raises(ValueError, match=message):
+            dilated_attention(*(tensors or (q, k, v)), pattern, **options)
+
+    refuse(r"q must be \(batch, sequence, heads, head_dim\)", q[0], k, v)
+    refuse("k is torch.float32 on cpu and q is torch.float64", q, k.float(), v)
+    refuse("k is .* on meta", q, k.to("meta"), v)
+    refuse("q must be float64, float32", q.long(), k, v)
+    refuse("agree in sequence", q, k[:, 1:], v[:, 1:])
+    refuse("agree in batch", q, k[1:], v[1:])
+    refuse("agree in head_dim", q, k[..., 1:], v[..., 1:])
+    refuse("k and v must have one shape", q, k, v[..., 1:])
+    refuse("multiple of kv_heads", q, k[:, :, 1:], v[:, :, 1:])
+    refuse("head_dim must be at least 1", q[..., :0], k[..., :0], v[..., :0])
+    refuse("pattern must be a DilatedPattern", pattern=((8,), (1,)))
+    refuse("table for 2 heads", pattern=DilatedPattern((8,), (2,), ((0, 1),)))
+    refuse('mix_gradient must be "exact" or "detached"', mix_gradient="none")
+    refuse("backend .* must be auto, sdpa, reference", backend="flash")
+    refuse("scale must be positive", scale=-1.0)
+    refuse("must begin with 0", document_starts=(1, 5))
+    refuse("must begin with 0", document_starts=())
+    refuse("must be increasing", document_starts=(0, 9, 5))
+    refuse("beyond the sequence length 40", document_starts=(0, 41))
+    refuse("must hold integers", document_starts=torch.tensor([0.0, 5.0]))
+    refuse("must be 1-D", document_starts=torch.tensor([[0, 5]]))

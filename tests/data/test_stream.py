@@ -1,0 +1,178 @@
+"""The order of the token stream, what a sample is, and that neither depends on anything else."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+
+from megalong.data.indexed import IndexedDocuments
+from megalong.data.stream import TokenStream, split_documents
+
+
+@pytest.fixture
+def documents(write_documents) -> IndexedDocuments:
+    """40 documents of 0 to 29 tokens; token values are unique: their place in the file."""
+    lengths = np.random.default_rng(5).integers(0, 30, 40)
+    lengths[[0, 7, 39]] = 0
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    return IndexedDocuments(write_documents([list(range(a, b)) for a, b in pairwise(starts)]))
+
+
+@pytest.mark.parametrize("split", ["969,30,1", "1", "90,10", "1,1,1", "0,0,5", "99.5,0.5", "8,1,1"])
+@pytest.mark.parametrize("num_documents", [1, 2, 3, 10, 999, 123_457])
+def test_split_is_megatrons(split, num_documents):
+    matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    expected = []
+    for bounds in matrix:
+        low, high = bounds if bounds is not None else (1.0, 1.0)
+        expected.append((round(low * num_documents), round(high * num_documents)))
+    ranges = split_documents(num_documents, split)
+    for part, (low, high) in zip(ranges, expected, strict=True):
+        assert len(part) == high - low
+        assert not part or (part.start, part.stop) == (low, high)
+    assert sum(map(len, ranges)) == num_documents
+
+
+@pytest.mark.parametrize(
+    "split", ["", "a,b", "1,,2", "1;2", "1,2,3,4", "-1,2", "0,0", "nan", "inf,1"]
+)
+def test_bad_splits_name_the_flag(split):
+    with pytest.raises(ValueError, match="--split"):
+        split_documents(10, split)
+
+
+def test_an_epoch_has_every_token_once_with_documents_whole(documents):
+    part = range(3, 30)
+    stream = TokenStream(documents, part, 16, seed=1)
+    size = stream.tokens_per_epoch
+    assert size == documents.lengths[3:30].sum()
+    assert stream.samples_per_epoch == (size - 1) // 16
+    expected = [token for i in part for token in documents.read(i)]
+    epochs = [stream.tokens(e * size, (e + 1) * size) for e in range(4)]
+    for tokens in epochs:
+        assert tokens.dtype == np.int64
+        assert sorted(tokens) == expected and tokens.tolist() != expected
+        # Inside a document the next token follows; there are as many breaks as documents.
+        breaks = int((np.diff(tokens) != 1).sum())
+        assert breaks <= int((documents.lengths[3:30] > 0).sum()) - 1
+    assert len({tuple(tokens) for tokens in epochs}) == 4
+
+
+def test_order_depends_on_seed_and_epoch_only(documents):
+    part = range(40)
+
+    def first_epoch(seed, **options):
+        stream = TokenStream(documents, part, 8, seed, **options)
+        return stream.tokens(0, stream.tokens_per_epoch).tolist()
+
+    assert first_epoch(1) == first_epoch(1)
+    assert first_epoch(1) != first_epoch(2)
+    assert first_epoch(9, shuffle=False) == list(range(documents.num_tokens))
+
+
+def test_order_is_fixed_for_all_time():
+    """A run must resume into the same order after an upgrade of numpy, or of megalong."""
+
+    class Ten:
+        prefix, lengths, max_token_id = "ten", np.ones(10, np.int64), None
+
+        def read(self, document, start, stop):
+            return np.full(stop - start, document)
+
+    stream = TokenStream(Ten(), range(10), 10, seed=1234)
+    assert stream.tokens(0, 20).tolist() == [
+        *(5, 6, 3, 9, 7, 4, 1, 2, 8, 0),
+        *(9, 2, 0, 7, 6, 1, 8, 4, 5, 3),
+    ]
+
+
+def test_samples_overlap_by_one_token_and_cross_epochs(documents):
+    stream = TokenStream(documents, range(40), 50, seed=3)
+    for i in range(3 * stream.samples_per_epoch):
+        sample = stream.sample(i)
+        assert sample.shape == (51,)
+        assert sample.tolist() == stream.tokens(50 * i, 50 * i + 51).tolist()
+        assert sample[-1] == stream.sample(i + 1)[0]
+
+
+def test_a_sample_may_span_many_epochs(documents):
+    part = range(1, 4)
+    stream = TokenStream(documents, part, 1000, seed=3)
+    size = stream.tokens_per_epoch
+    assert size < 100 and stream.samples_per_epoch == 0
+    for e in range(9):
+        tokens = stream.sample(0)[e * size : (e + 1) * size]
+        assert sorted(tokens) == sorted(stream.tokens(0, size))
+
+
+def test_slices_are_parts_of_the_sample_in_any_order_of_reading(documents):
+    stream = TokenStream(documents, range(40), 64, seed=3)
+    whole = [stream.sample(i) for i in range(30)]
+    fresh = TokenStream(documents, range(40), 64, seed=3)
+    random = np.random.default_rng(0)
+    for i in random.permutation(30):
+        low, high = sorted(random.integers(0, 66, 2))
+        assert fresh.sample(i, low, high).tolist() == whole[i][low:high].tolist()
+    assert fresh.sample(3, 64).tolist() == whole[3][64:].tolist()
+
+
+def test_a_slice_reads_only_what_it_must(documents, monkeypatch):
+    stream = TokenStream(documents, range(40), 400, seed=3)
+    read = []
+    original = IndexedDocuments.read
+
+    def counted(self, document, start, stop):
+        read.append(stop - start)
+        return original(self, document, start, stop)
+
+    monkeypatch.setattr(IndexedDocuments, "read", counted)
+    stream.sample(1, 100, 120)
+    assert sum(read) == 20
+
+
+def test_at_most_two_epochs_are_kept(documents):
+    stream = TokenStream(documents, range(40), 50, seed=3)
+    for i in range(10 * stream.samples_per_epoch):
+        stream.sample(i)
+        assert len(stream._epochs) <= 2
+
+
+def test_wrong_ids_are_named(documents, write_documents):
+    with pytest.raises(ValueError, match=r"token id \d+, but .* 100 ids.*--tokenizer-model"):
+        TokenStream(documents, range(40), 8, vocab_size=100)
+
+    # Without a sidecar only reading shows it.
+    documents.max_token_id = None
+    stream = TokenStream(documents, range(40), 8, shuffle=False, vocab_size=100)
+    assert stream.tokens(0, 100).tolist() == list(range(100))
+    document = int(np.searchsorted(np.cumsum(documents.lengths), 100, side="right"))
+    inside = 100 - int(documents.lengths[:document].sum())
+    with pytest.raises(
+        ValueError, match=rf"document {document} of .* token id 100 \(its token {inside}\)"
+    ):
+        stream.tokens(90, 110)
+
+    negative = IndexedDocuments(write_documents([[1, -3, 2]], name="negative", dtype=np.int32))
+    with pytest.raises(ValueError, match="token id -3"):
+        TokenStream(negative, range(1), 2, vocab_size=100).sample(0)
+
+
+def test_an_empty_part_names_the_flag(documents):
+    for part in (range(5, 5), range(39, 40), range(40, 40)):
+        with pytest.raises(ValueError, match="--split is empty"):
+            TokenStream(documents, part, 8)
+
+
+def test_bad_arguments(documents):
+    with pytest.raises(ValueError, match="--seq-length 0"):
+        TokenStream(documents, range(40), 0)
+    with pytest.raises(ValueError, match="--seed -1"):
+        TokenStream(documents, range(40), 8, -1)
+    stream = TokenStream(documents, range(40), 8)
+    for arguments in [(-1,), (0, 0, 10), (0, 5, 4), (0, -1, 4)]:
+        with pytest.raises(IndexError):
+            stream.sample(*arguments)

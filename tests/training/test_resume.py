@@ -1,0 +1,128 @@
+"""A run killed at any moment, and started again, leaves what an uninterrupted run leaves."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from megalong.training.metrics import read_metrics
+from tests.launching import PRETRAIN, REPOSITORY, ranks_command, run, small_run_flags
+
+SCHEDULE = {"train_iters": 12, "save_interval": 3, "eval_interval": 4}
+
+
+def command(ranks: int, corpus: Path, folder: Path, **changes) -> list[str]:
+    flags = small_run_flags(corpus, **SCHEDULE | changes, save=folder, load=folder)
+    return ranks_command(ranks, PRETRAIN, *flags)
+
+
+def numbers(folder: Path) -> list[dict]:
+    """The records of a run without the one number that is a clock's."""
+    records = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
+
+
+def final_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    reader = dcp.FileSystemReader(str(folder / (folder / "latest").read_text()))
+    metadata = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+    }
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def assert_same_run(folder: Path, reference: Path) -> None:
+    assert numbers(folder) == numbers(reference)
+    ours, theirs = final_tensors(folder), final_tensors(reference)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def kill_when(command: list[str], moment) -> int:
+    """Start the command in its own process group and SIGKILL all of it at the moment.
+
+    moment: called again and again; True is the moment. Returns the exit code, negative if killed.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not moment():
+        time.sleep(0.001)
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    return process.wait()
+
+
+def lines_of(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.parametrize(
+    "ranks, changes",
+    [
+        (2, {"zero_stage": 1}),
+        (2, {"zero_stage": 3, "precision": "bf16"}),
+        (1, {"zero_stage": 2, "precision": "bf16"}),
+    ],
+    ids=["2 ranks ZeRO 1 fp32", "2 ranks ZeRO 3 bf16", "1 rank ZeRO 2 bf16"],
+)
+def test_killed_runs_continue_bit_for_bit(corpus, tmp_path, ranks, changes):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(command(ranks, corpus, whole, **changes))
+    records = numbers(whole)
+    assert [r["iteration"] for r in records if "split" not in r] == list(range(1, 13))
+    assert [r["iteration"] for r in records if "split" in r] == [4, 8, 12, 12]
+
+    metrics = killed / "metrics.jsonl"
+    start = command(ranks, corpus, killed, **changes)
+    # Before the first checkpoint, between steps.
+    assert kill_when(start, lambda: lines_of(metrics) >= 2) < 0
+    # In the middle of a save.
+    assert kill_when(start, lambda: (killed / "iter_0000006.tmp").exists()) < 0
+    assert (killed / "latest").read_text() == "iter_0000003"
+    # A short while after a checkpoint, in the middle of whatever it is.
+    delay = random.Random(ranks).uniform(0.0, 0.3)
+
+    def soon_after_the_next_checkpoint() -> bool:
+        if (killed / "latest").read_text() == "iter_0000006":
+            time.sleep(delay)
+            return True
+        return False
+
+    kill_when(start, soon_after_the_next_checkpoint)
+    run(start)
+    assert_same_run(killed, whole)
+    # Starting a finished run again changes nothing.
+    run(start)
+    assert_same_run(killed, whole)
+
+
+def test_more_iterations_continue_the_same_stream(corpus, tmp_path):
+    """Six iterations, then six more, are twelve, past the end of an epoch as well."""
+    constant = {"lr_decay_style": "constant", "eval_interval": 100, "global_batch_size": 64}
+    constant |= {"micro_batch_size": 16, "split": "10,80,10", "seq_length": 32}
+    constant |= {"segment_lengths": "8 32", "dilation_rates": "1 3"}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(command(1, corpus, whole, **constant))
+    run(command(1, corpus, parts, **constant | {"train_iters": 6}))
+    run(command(1, corpus, parts, **constant))
+    losses = [
+        [r["loss"] for r in numbers(folder) if "split" not in r] for folder in (whole, parts)
+    ]
+    assert losses[0] == losses[1]
