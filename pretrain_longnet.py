@@ -27,6 +27,9 @@ def main(arguments: list[str]) -> None:
 
     # The slow imports wait until the flags are known to be right, and the processes wait for each
     # other only once each of them has found its data.
+    from megalong.quiet import quiet_libraries
+
+    quiet_libraries()
     from megalong.parallel import check_precision, launch
     from megalong.training.run_data import open_run_data
 

@@ -12,6 +12,7 @@ A flag given on the command line wins over the file, the file over the default.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -193,10 +194,8 @@ def _checked(value: Any, setting: _Setting, where: str) -> Any:
             )
         return value
     if setting.kind is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)  # YAML takes 6e-4, without a point, for text
-        except ValueError:
-            pass
     if type(value) is not setting.kind:
         raise ConfigError(f"{where}: expected {setting.kind.__name__}, found {value!r}")
     if setting.choices is not None and value not in setting.choices:

@@ -177,19 +177,12 @@ class Block:
         return x_bcnhd.sum(3, keepdim=True, dtype=dtype) if self.shared else x_bcnhd
 
     def _strided(self, x, head, head_step, count):
-        batch_stride, row_stride, head_stride, *rest = x.stride()
-        h = self.heads
-        return x.as_strided(
-            (x.shape[0], self.segments, self.rows, count, *x.shape[3:]),
-            (
-                batch_stride,
-                self.segment_step * row_stride,
-                self.rate * row_stride,
-                head_step * head_stride + h.offset_step * row_stride,
-                *rest,
-            ),
-            x.storage_offset() + (self.start + h.offset) * row_stride + head * head_stride,
-        )
+        h, (batch, row, next_head, *rest) = self.heads, x.stride()
+        shape = (x.shape[0], self.segments, self.rows, count, *x.shape[3:])
+        diagonal = head_step * next_head + h.offset_step * row
+        strides = (batch, self.segment_step * row, self.rate * row, diagonal, *rest)
+        start = x.storage_offset() + (self.start + h.offset) * row + head * next_head
+        return x.as_strided(shape, strides, start)
 
 
 @lru_cache(maxsize=256)

@@ -6,6 +6,7 @@ that bits per byte can be computed for any set of predicted tokens.
 """
 
 import json
+import re
 import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -93,6 +94,11 @@ class ByteTokenizer(Tokenizer):
         return list(text.encode("utf-8"))
 
 
+_CUT_CHARACTERS = 4096
+_WORD_END = re.compile("[^ ] ")
+_WORD_END_BYTES = re.compile(b"[^ ] ")
+
+
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model file, as tools/train_tokenizer.py writes it."""
 
@@ -121,15 +127,32 @@ class SentencePieceTokenizer(Tokenizer):
             model.piece_to_id(f"<0x{byte:02X}>") for byte in SENTENCEPIECE_SPACE.encode()
         ]
         self._has_bytes = all(model.is_byte(i) for i in self._stand_in)
+        # A model whose pieces never go on after a word and its space, and that leaves spaces as
+        # they are, gives the same ids for a text cut between words.
+        spaces = b"".join(self.pieces[i] for i in model.encode(" a  b "))
+        self._may_cut = spaces == b" a  b " and not any(map(_WORD_END_BYTES.search, self.pieces))
 
     def encode(self, text: str) -> list[int]:
         text.encode("utf-8")  # a UnicodeEncodeError that says where, unlike the library's
         if SENTENCEPIECE_SPACE not in text or not self._has_bytes:
-            return self._model.encode(text)
+            return self._encode(text)
         first, *rest = text.split(SENTENCEPIECE_SPACE)
-        ids = self._model.encode(first)
+        ids = self._encode(first)
         for part in rest:
-            ids += self._stand_in + self._model.encode(part)
+            ids += self._stand_in + self._encode(part)
+        return ids
+
+    def _encode(self, text: str) -> list[int]:
+        """The library's time grows faster than the text, so that long documents are cut."""
+        if len(text) <= _CUT_CHARACTERS or not self._may_cut:
+            return self._model.encode(text)
+        ids: list[int] = []
+        start = 0
+        while start < len(text):
+            end = _WORD_END.search(text, start + _CUT_CHARACTERS)
+            stop = end.start() + 1 if end else len(text)
+            ids += self._model.encode(text[start:stop])
+            start = stop
         return ids
 
     def _piece_bytes(self, i: int) -> bytes:

@@ -11,6 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
 from megalong.config import Config
+from megalong.device import use_gpu
 from megalong.model.layer_spec import get_longnet_layer_spec, use_transformer_engine
 from megalong.model.names import canonical_name
 from megalong.model.rotary import LongRotaryEmbedding
@@ -48,7 +49,7 @@ def build_model(config: Config, vocab_size: int) -> GPTModel:
 def transformer_config(config: Config) -> TransformerConfig:
     """Megatron-core's configuration object for ours."""
     model = config.model
-    fused = torch.cuda.is_available()
+    fused = use_gpu()
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -18,6 +17,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from megalong.attention import DilatedPattern
 from megalong.config import ConfigError
+from megalong.device import use_gpu
 from megalong.model.core_attention import DenseCoreAttention, DilatedCoreAttention
 
 
@@ -37,7 +37,7 @@ def get_longnet_layer_spec(
         spec = get_gpt_layer_with_transformer_engine_spec()
     else:
         spec = get_gpt_layer_local_spec(normalization=normalization)
-        if not torch.cuda.is_available():
+        if not use_gpu():
             # apex's norm may be installed on a machine whose GPU is away.
             spec.submodules.input_layernorm = WrappedTorchNorm
             spec.submodules.pre_mlp_layernorm = WrappedTorchNorm
@@ -52,7 +52,7 @@ def use_transformer_engine(transformer_impl: str) -> bool:
     """Whether the layers are made of Transformer Engine modules."""
     if transformer_impl == "local":
         return False
-    usable = torch.cuda.is_available() and _transformer_engine_installed()
+    usable = use_gpu() and _transformer_engine_installed()
     if transformer_impl == "transformer_engine" and not usable:
         raise ConfigError(
             "--transformer-impl transformer_engine needs a GPU and the package transformer_engine:"

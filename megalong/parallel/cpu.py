@@ -1,4 +1,4 @@
-"""Megatron-core on a machine without a GPU.
+"""Megatron-core and DeepSpeed on a machine without a GPU.
 
 Megatron-core names `torch.cuda` in a few places whatever the device: where it asks for the current
 device, synchronises, reads random states, and where its schedules create a counter. Without a GPU
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from megalong.device import use_gpu
 
 
 def enable_megatron_without_gpu() -> None:
@@ -32,9 +34,17 @@ def enable_megatron_without_gpu() -> None:
     megatron_random._set_cuda_rng_state = set_state
 
 
+def skip_deepspeed_shared_memory_kernels() -> None:
+    """Keep DeepSpeed from compiling, at its start on a CPU, kernels that only inference uses: that
+    takes half a minute on a fresh machine and needs a C++ compiler."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def cuda_means_cpu() -> contextlib.AbstractContextManager[Any]:
     """A context in which `device="cuda"` creates tensors on the CPU, where there is no GPU."""
-    return contextlib.nullcontext() if torch.cuda.is_available() else _CudaMeansCpu()
+    return contextlib.nullcontext() if use_gpu() else _CudaMeansCpu()
 
 
 class _CudaMeansCpu(TorchFunctionMode):

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megalong.config import ConfigError
+from megalong.device import use_gpu
 from megalong.parallel import cpu
 
 
@@ -67,20 +68,22 @@ def launch(seed: int) -> Iterator[Mesh]:
     """Join the process group of this launch and build the mesh; leave both at the end.
 
     Under torchrun or the deepspeed launcher the environment names the ranks; a plain `python` run
-    is a group of one. All random generators start from `seed`. NCCL and one GPU per process where there are GPUs, gloo otherwise.
+    is a group of one. NCCL and one GPU per process where there are GPUs, gloo otherwise. All random
+    generators start from `seed`.
     """
     import deepspeed
     from megatron.core import parallel_state, tensor_parallel
 
-    use_gpu = torch.cuda.is_available()
+    on_gpu = use_gpu()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if use_gpu:
+    if on_gpu:
         torch.cuda.set_device(local_rank)
     else:
         cpu.enable_megatron_without_gpu()
+        cpu.skip_deepspeed_shared_memory_kernels()
     with _single_process_environment():
         deepspeed.init_distributed(
-            "nccl" if use_gpu else "gloo", auto_mpi_discovery=False, verbose=False
+            "nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
         )
         try:
             parallel_state.initialize_model_parallel()
@@ -91,7 +94,7 @@ def launch(seed: int) -> Iterator[Mesh]:
             yield Mesh(
                 data_parallel_size=parallel_state.get_data_parallel_world_size(),
                 data_parallel_rank=parallel_state.get_data_parallel_rank(),
-                device=torch.device("cuda", local_rank) if use_gpu else torch.device("cpu"),
+                device=torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"),
                 world_size=dist.get_world_size(),
                 rank=dist.get_rank(),
             )

@@ -7,7 +7,7 @@ the number of micro batches, so the local loss of a micro batch is multiplied by
 
 from __future__ import annotations
 
-import logging
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -66,7 +66,6 @@ class TrainingEngine:
 
         from megalong.parallel.deepspeed_mpu import DeepSpeedMPU
 
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         training = config.training
         self.mesh = mesh
         self.micro_batch_size = training.micro_batch_size
@@ -76,12 +75,13 @@ class TrainingEngine:
         )
         self.tokens_per_step = training.global_batch_size * config.model.seq_length
         self.model = model
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=_adamw(model, config, fused=mesh.device.type == "cuda"),
-            config=deepspeed_config(training, mesh.data_parallel_size),
-            mpu=DeepSpeedMPU,
-        )
+        with contextlib.redirect_stdout(None):  # it prints its memory use while it starts
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=_adamw(model, config, fused=mesh.device.type == "cuda"),
+                config=deepspeed_config(training, mesh.data_parallel_size),
+                mpu=DeepSpeedMPU,
+            )
         _create_adam_state(self.deepspeed.optimizer)
         model.config.grad_scale_func = self.deepspeed.scale
         self.module = ScheduleModule(self.deepspeed, model)

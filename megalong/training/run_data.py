@@ -28,7 +28,10 @@ class RunData:
 
 
 def open_run_data(config: Config) -> RunData:
-    """Open everything that `config.data` names; ConfigError naming the flag or file where it fails."""
+    """Open everything that `config.data` names.
+
+    Raises ConfigError naming the flag or the file where that fails.
+    """
     try:
         return _open(config)
     except (ValueError, OSError) as error:

@@ -117,8 +117,8 @@ def test_blocks_are_views():
         assert block.fold(x).untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
 
 
-MEASURE_PEAK = """
-import resource, sys, torch
+MEASURE_PEAK = r"""
+import re, sys, torch
 from megalong.attention import DilatedPattern, dilated_attention
 
 def forward_and_backward(length):
@@ -126,11 +126,13 @@ def forward_and_backward(length):
     pattern = DilatedPattern.geometric(length, 256)
     dilated_attention(q, k, v, pattern, backend="sdpa").sum().backward()
 
+def resident_kib(field):  # not ru_maxrss, which a process inherits from its parent
+    return int(re.search(rf"{field}:\s*(\d+)", open("/proc/self/status").read())[1])
+
 forward_and_backward(1024)
-pages = int(open("/proc/self/statm").read().split()[1])
+before = resident_kib("VmRSS")
 forward_and_backward(int(sys.argv[1]))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(peak - pages * resource.getpagesize())
+print(1024 * (resident_kib("VmHWM") - before))
 """
 
 

@@ -62,6 +62,14 @@ def test_round_trip_of_source_code(tokenizer, corpus_texts):
         check_exact(tokenizer, text)
 
 
+def test_cutting_long_texts_does_not_change_the_ids(tokenizer_model, corpus_texts):
+    tokenizer = build_tokenizer("SentencePieceTokenizer", tokenizer_model)
+    library = sentencepiece.SentencePieceProcessor(model_file=tokenizer_model)
+    assert max(map(len, corpus_texts)) > 20_000
+    for text in [*corpus_texts, " " * 10_000, "x" * 10_000, " x" * 10_000, "\n" * 9000 + " y"]:
+        assert tokenizer.encode(text) == library.encode(text)
+
+
 def test_special_tokens_stand_for_no_bytes(tokenizer):
     token_bytes = tokenizer.token_bytes()
     assert token_bytes.dtype == np.int32 and token_bytes.shape == (tokenizer.vocab_size,)

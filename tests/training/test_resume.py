@@ -122,7 +122,5 @@ def test_more_iterations_continue_the_same_stream(corpus, tmp_path):
     run(command(1, corpus, whole, **constant))
     run(command(1, corpus, parts, **constant | {"train_iters": 6}))
     run(command(1, corpus, parts, **constant))
-    losses = [
-        [r["loss"] for r in numbers(folder) if "split" not in r] for folder in (whole, parts)
-    ]
+    losses = [[r["loss"] for r in numbers(folder) if "split" not in r] for folder in (whole, parts)]
     assert losses[0] == losses[1]

@@ -24,7 +24,7 @@ import argparse
 import json
 import os
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -166,10 +166,18 @@ def peak_memory(args, name: str, length: int) -> int:
         time_once(args, name, length, MEASURES[1])
         return torch.cuda.max_memory_allocated() - before
     time_once(args, name, 256, MEASURES[1])  # libraries loaded, threads started
-    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    before = resident_bytes("VmRSS")
     time_once(args, name, length, MEASURES[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return peak - resident_pages * resource.getpagesize()
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(field: str) -> int:
+    """Resident memory now (VmRSS) or at its peak (VmHWM), in bytes.
+
+    getrusage would not do: its peak is inherited from the process that started this one.
+    """
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{field}:\s*(\d+)", status)[1])
 
 
 def print_ratios(length: int, rows: list[dict]):

@@ -1,0 +1,24 @@
+"""Messages of the libraries below us that a megalong user can do nothing about."""
+
+import logging
+import os
+import warnings
+
+_WARNINGS = (
+    r".*(Apex is|Transformer Engine and Apex are) not installed",
+    r".*full scope is deprecated",
+    r".*torch.distributed.*is deprecated",
+    r".*torch.distributed is disabled, unavailable or uninitialized",
+)
+
+
+def quiet_libraries() -> None:
+    """Silence them in this process. Called before megatron.core and deepspeed are imported."""
+    from megalong.device import use_gpu
+
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not use_gpu():
+        # Names the device that DeepSpeed would find, and warn about, by itself.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
