@@ -1,5 +1,6 @@
 """A run killed at any moment, and started again, leaves what an uninterrupted run leaves."""
 
+import contextlib
 import os
 import random
 import signal
@@ -62,10 +63,8 @@ def kill_when(command: list[str], moment) -> int:
     )
     while process.poll() is None and not moment():
         time.sleep(0.001)
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     return process.wait()
 
 

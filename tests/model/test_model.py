@@ -1,0 +1,147 @@
+"""The model: Megatron-core's GPTModel with our attention, positions and initial weights."""
+
+import math
+
+import pytest
+import torch
+
+from megalong.arguments import parse_arguments
+from megalong.model.build import build_model, initialize_weights, padded_vocab_size
+from megalong.model.names import canonical_name
+from megalong.model.rotary import LongRotaryEmbedding
+from megalong.parallel import launch
+from tests.launching import small_run_flags
+
+VOCAB_SIZE = 257
+LENGTH = 128
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mesh():
+    with launch(seed=1) as mesh:
+        yield mesh
+
+
+def build(**changes):
+    config = parse_arguments(small_run_flags("unused", **changes)).resolve(1)
+    return build_model(config, VOCAB_SIZE), config
+
+
+def logits(model, tokens):
+    positions = torch.arange(tokens.shape[1])
+    with torch.no_grad():
+        return model(input_ids=tokens, position_ids=positions, attention_mask=None)
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(VOCAB_SIZE, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def test_one_full_branch_is_the_vanilla_transformer(tokens):
+    dense, _ = build(attention="dense")
+    dilated, _ = build(segment_lengths=LENGTH, dilation_rates=1)
+    torch.testing.assert_close(logits(dilated, tokens), logits(dense, tokens), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"normalization": "LayerNorm", "no_swiglu": True, "add_bias_linear": True},
+        {"num_query_groups": 1, "untie_embeddings_and_output_weights": True},
+        {"position_embedding_type": "none", "head_offsets": "block"},
+        {"head_offsets": "layer", "kv_channels": 32},
+    ],
+    ids=lambda changes: " ".join(map(str, changes)) or "defaults",
+)
+def test_no_logit_depends_on_a_later_token(changes, tokens):
+    model, _ = build(**changes)
+    changed = tokens.clone()
+    changed[:, 77:] = (changed[:, 77:] + 1) % VOCAB_SIZE
+    before, after = logits(model, tokens), logits(model, changed)
+    assert torch.equal(before[:, :77], after[:, :77])
+    assert not torch.equal(before[:, 77:], after[:, 77:])
+
+
+def test_layers_have_their_own_offsets_under_the_layer_rule():
+    model, _ = build(head_offsets="layer")
+    offsets = [
+        layer.self_attention.core_attention.pattern.offsets(4, 2) for layer in model.decoder.layers
+    ]
+    assert offsets[0] != offsets[1]
+
+
+def test_an_initial_weight_depends_on_seed_and_name_only():
+    model, config = build()
+    other, _ = build(num_layers=4)  # the first layers of a deeper model, but for the depth's scale
+    ours, theirs = dict(model.named_parameters()), dict(other.named_parameters())
+    name = "decoder.layers.1.self_attention.linear_qkv.weight"
+    assert torch.equal(ours[name], theirs[name])
+    assert ours[name].std().item() == pytest.approx(config.model.init_method_std, rel=0.05)
+    residual = "decoder.layers.1.mlp.linear_fc2.weight"
+    torch.testing.assert_close(ours[residual], theirs[residual] * math.sqrt(2))
+    before = ours[name].clone()
+    initialize_weights(model, config)
+    assert torch.equal(ours[name], before)
+    reseeded, _ = build(seed=2)
+    assert not torch.equal(dict(reseeded.named_parameters())[name], before)
+
+
+def test_every_parameter_is_initialized_and_named_canonically():
+    model, _ = build(untie_embeddings_and_output_weights=True, add_bias_linear=True)
+    for name, parameter in model.named_parameters():
+        assert torch.isfinite(parameter).all()
+        assert canonical_name(name) == name
+        expected = 0 if name.endswith("bias") else 1 if parameter.ndim == 1 else None
+        assert expected is None or (parameter == expected).all()
+
+
+@pytest.mark.parametrize(
+    "local, first_layer, name",
+    [
+        ("embedding.word_embeddings.weight", 0, "embedding.word_embeddings.weight"),
+        ("decoder.layers.3.mlp.linear_fc1.weight", 8, "decoder.layers.11.mlp.linear_fc1.weight"),
+        (
+            "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight",
+            0,
+            "decoder.layers.0.input_layernorm.weight",
+        ),
+        (
+            "decoder.layers.0.mlp.linear_fc1.layer_norm_bias",
+            2,
+            "decoder.layers.2.pre_mlp_layernorm.bias",
+        ),
+    ],
+)
+def test_canonical_names(local, first_layer, name):
+    assert canonical_name(local, first_layer) == name
+
+
+def test_rotary_angles_agree_with_megatron_where_float32_can_count():
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    ours = LongRotaryEmbedding(64, 10000.0)(500)
+    theirs = RotaryEmbedding(64, 1.0, use_cpu_initialization=True)(500)
+    assert ours.shape == theirs.shape
+    torch.testing.assert_close(ours.cos(), theirs.cos(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours.sin(), theirs.sin(), rtol=0, atol=1e-4)
+
+
+def test_rotary_angles_stay_exact_at_a_billion():
+    """Integer arithmetic on the frequencies' own float64 values gives the turn exactly."""
+    from fractions import Fraction
+
+    first = 2**30 + 1
+    rotary = LongRotaryEmbedding(64, 10000.0, first_position=first)
+    angles = rotary(2)[1, 0, 0, :32]
+    turn = Fraction(2 * math.pi)
+    for angle, frequency in zip(angles.tolist(), rotary.frequencies.tolist(), strict=True):
+        exact = float((Fraction(frequency) * (first + 1)) % turn)
+        distance = abs(angle - exact)
+        # float64 leaves 2^30 x 2^-53 of the angle, float32 one part in 2^24 of a turn.
+        assert min(distance, 2 * math.pi - distance) < 1e-6
+
+
+def test_padded_vocab_size():
+    assert [padded_vocab_size(n, 128) for n in (1, 128, 129)] == [128, 128, 256]

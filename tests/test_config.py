@@ -1,0 +1,129 @@
+"""Flags, YAML, defaults, and the refusals: each names what is wrong and what to set."""
+
+import pytest
+import yaml
+
+from megalong.arguments import build_parser, config_from_values, parse_arguments, to_yaml
+from megalong.attention import DilatedPattern
+from megalong.config import ConfigError
+
+NEEDED = ["--data-path", "data", "--tokenizer-type", "ByteTokenizer"]
+
+
+def resolve(*flags: str, ranks: int = 1):
+    return parse_arguments([*NEEDED, *map(str, flags)]).resolve(ranks)
+
+
+def test_every_flag_has_help():
+    for action in build_parser()._actions:
+        assert action.help, action.option_strings
+
+
+def test_defaults_that_depend_on_others():
+    config = resolve("--hidden-size", 512, "--num-attention-heads", 8, "--seq-length", 32768)
+    assert config.model.kv_channels == 64
+    assert config.model.num_query_groups == 8
+    assert config.model.ffn_hidden_size == 1408  # 8/3 x 512, a multiple of 64
+    assert resolve("--no-swiglu", "--hidden-size", 768).model.ffn_hidden_size == 3072
+    assert config.attention.pattern() == DilatedPattern.geometric(32768)
+    assert config.training.lr_decay_iters == config.training.train_iters
+    assert resolve("--micro-batch-size", 3, ranks=4).training.global_batch_size == 12
+    assert resolve("--zero-stage", 0).training.zero_stage == 1
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model:\n  num_layers: 3\n  hidden-size: 96\nlr: 6e-4\nsegment_lengths: [16, 64]\n"
+        "dilation-rates: [1, 4]\nhead_offsets: [[0, 0], [0, 1]]\nswiglu: false\n"
+    )
+    config = parse_arguments(["--config", str(file), "--num-layers", "5", *NEEDED])
+    assert config.model.num_layers == 5
+    assert config.model.hidden_size == 96
+    assert config.training.lr == 6e-4
+    assert not config.model.swiglu
+    assert config.attention.head_offsets == ((0, 0), (0, 1))
+    assert config.attention.segment_lengths == (16, 64)
+
+
+def test_the_resolved_configuration_reads_back(tmp_path):
+    config = resolve("--head-offsets", "[[0,0],[0,1]]", "--num-attention-heads", 2,
+                     "--segment-lengths", 8, 32, "--dilation-rates", 1, 2)  # fmt: skip
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert parse_arguments(["--config", str(file)]) == config
+    assert parse_arguments(["--config", str(file)]).resolve(1) == config
+    assert set(yaml.safe_load(file.read_text())) == set(vars(config))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("num_layer: 3", "num_layer: unknown key; did you mean num_layers?"),
+        ("training:\n  num_layers: 3", "belongs to the section model"),
+        ("num_layers: 3\nmodel:\n  num-layers: 3", "given twice"),
+        ("num_layers: many", "expected int, found 'many'"),
+        ("num_layers: true", "expected int, found True"),
+        ("num_layers:", "has no value"),
+        ("swiglu: 1", "expected bool, found 1"),
+        ("lr: fast", "expected float, found 'fast'"),
+        ("precision: fp8", "'fp8' is not one of fp32, bf16, fp16"),
+        ("segment_lengths: 2048", "expected a list of int"),
+        ("model: 3", "model is a section"),
+        ("just words", "expected `name: value` lines"),
+        ("a: [1, 2", "not YAML"),
+    ],
+)
+def test_bad_yaml_names_file_and_key(tmp_path, text, message):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        parse_arguments(["--config", str(file)])
+    assert str(file) in str(error.value) and message in str(error.value)
+
+
+def test_a_missing_yaml_is_named():
+    with pytest.raises(ConfigError, match=r"--config no.yaml: No such file"):
+        parse_arguments(["--config", "no.yaml"])
+
+
+@pytest.mark.parametrize(
+    "flags, ranks, message",
+    [
+        ("--hidden-size 100 --num-attention-heads 3", 1, "--hidden-size 100 does not divide"),
+        ("--num-attention-heads 12 --num-query-groups 5", 1, "--num-query-groups 5"),
+        ("--kv-channels 33", 1, "even --kv-channels"),
+        ("--global-batch-size 6 --micro-batch-size 2", 2, "set --global-batch-size 8"),
+        ("--micro-batch-size 0", 1, "--micro-batch-size 0 must be positive"),
+        ("--num-layers -1", 1, "--num-layers -1 must be positive"),
+        ("--segment-lengths 8 16 --dilation-rates 1", 1, "has 2 values and --dilation-rates 1"),
+        ("--segment-lengths 8 16", 1, "--segment-lengths is given without --dilation-rates"),
+        ("--dilation-rates 8 16", 1, "--dilation-rates is given without --segment-lengths"),
+        ("--segment-lengths 8 --dilation-rates 0", 1, "--dilation-rates"),
+        ("--head-offsets sideways", 1, "--head-offsets"),
+        ("--head-offsets [[0]]", 1, "--head-offsets"),
+        ("--lr-warmup-iters 20 --train-iters 10", 1, "--lr-warmup-iters 20"),
+        ("--min-lr 1.0", 1, "--min-lr 1.0 must lie between"),
+        ("--adam-beta1 1.0", 1, "--adam-beta1"),
+        ("--clip-grad -1", 1, "--clip-grad must not be negative"),
+        ("--initial-loss-scale 3", 1, "power of two"),
+        ("--eval-iters -1", 1, "--eval-iters -1"),
+        ("--log-interval 0", 1, "--log-interval 0"),
+        ("--tokenizer-type SentencePieceTokenizer", 1, "--tokenizer-model is missing"),
+    ],
+)
+def test_what_cannot_work_is_refused(flags, ranks, message):
+    with pytest.raises(ConfigError) as error:
+        resolve(*flags.split(), ranks=ranks)
+    assert message in str(error.value)
+
+
+def test_data_path_is_needed():
+    with pytest.raises(ConfigError, match="--data-path is missing"):
+        config_from_values({"tokenizer_type": "ByteTokenizer"}).resolve(1)
+
+
+def test_an_unknown_flag_ends_the_parser(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--num-layer", "3"])
+    assert "--num-layer" in capsys.readouterr().err

@@ -1,0 +1,82 @@
+"""Whatever is wrong ends a run with one clear line, exit code 2, and no traceback."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.launching import PRETRAIN, ranks_command, run, small_run_flags
+
+
+def refused(command) -> str:
+    done = run(command, check=False)
+    assert done.returncode != 0
+    assert 'Traceback (most recent call last):\n  File "' + PRETRAIN not in done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def one_process(*arguments):
+    import sys
+
+    return [sys.executable, PRETRAIN, *arguments]
+
+
+def test_every_rank_finds_it_and_one_says_it(corpus, tmp_path):
+    line = refused(ranks_command(2, PRETRAIN, *small_run_flags(corpus, global_batch_size=6)))
+    assert "--global-batch-size 6" in line and "set --global-batch-size 8" in line
+
+
+@pytest.mark.parametrize(
+    "changes, names",
+    [
+        ({"data_path": "nowhere/data"}, ["--data-path", "nowhere/data"]),
+        ({"split": "0,1,1"}, ["--split 0,1,1", "training"]),
+        ({"split": "a,b"}, ["--split"]),
+        (
+            {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": "no.model"},
+            ["--tokenizer-model no.model"],
+        ),
+        ({"load": "nowhere"}, ["--load nowhere"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_flags(corpus, changes, names):
+    line = refused(one_process(*small_run_flags(corpus, **changes)))
+    for name in names:
+        assert name in line
+
+
+def test_an_index_cut_short(corpus, tmp_path):
+    for ending in (".bin", ".idx"):
+        shutil.copy(f"{corpus}{ending}", tmp_path / f"cut{ending}")
+    index = tmp_path / "cut.idx"
+    index.write_bytes(index.read_bytes()[:-20])
+    line = refused(one_process(*small_run_flags(tmp_path / "cut")))
+    assert str(index) in line
+
+
+@pytest.mark.parametrize("with_description", [True, False])
+def test_a_vocabulary_smaller_than_the_ids(corpus, tmp_path, with_description):
+    """Known at once where the preprocessor left its description, else when the token is read."""
+    import numpy as np
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "large.bin"), dtype=np.uint16)
+    for _ in range(20):
+        builder.add_document([5, 300, 7] * 100, [300])
+    builder.finalize(str(tmp_path / "large.idx"))
+    if with_description:
+        description = json.loads((corpus.parent / f"{corpus.name}.json").read_text())
+        description["max_token_id"] = 300
+        (tmp_path / "large.json").write_text(json.dumps(description))
+    line = refused(one_process(*small_run_flags(tmp_path / "large")))
+    assert "300" in line and "--tokenizer-model" in line
+
+
+def test_resuming_another_model(corpus, tmp_path):
+    folder = tmp_path / "run"
+    run(one_process(*small_run_flags(corpus, train_iters=1, save=folder)))
+    flags = small_run_flags(corpus, num_layers=3, save=folder, load=folder)
+    line = refused(one_process(*flags))
+    assert "--num-layers is 3" in line and "with 2" in line
