@@ -20,26 +20,27 @@ import sys
 
 from megalong.arguments import parse_arguments
 from megalong.config import ConfigError, world_size
+from megalong.data.stream import DataError
 
 
 def main(arguments: list[str]) -> None:
     config = parse_arguments(arguments, description=__doc__).resolve(world_size())
 
     # The slow imports wait until the flags are known to be right, and the processes wait for each
-    # other only once each of them has found its data.
+    # other only once each of them has found its data and its checkpoint.
     from megalong.quiet import quiet_libraries
 
     quiet_libraries()
     from megalong.parallel import check_precision, launch
+    from megalong.training.checkpoint import open_checkpoint
+    from megalong.training.loop import Trainer
     from megalong.training.run_data import open_run_data
 
     check_precision(config.training.precision)
     data = open_run_data(config)
-
-    from megalong.training.loop import Trainer
-
+    checkpoint = open_checkpoint(config)
     with launch(config.training.seed) as mesh:
-        Trainer(config, data, mesh).train()
+        Trainer(config, data, checkpoint, mesh).train()
 
 
 if __name__ == "__main__":
@@ -49,4 +50,7 @@ if __name__ == "__main__":
         # Every rank finds the same mistake; one of them says so.
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)  # one rank read it
         sys.exit(2)

@@ -27,7 +27,7 @@ def run(command: list[str], timeout: float = 300, check: bool = True):
     return done
 
 
-def small_run_flags(data_path: Path, **changes: object) -> list[str]:
+def small_run_flags(corpus: Path, **changes: object) -> list[str]:
     """Flags of a training run that takes a second: two layers, 128 tokens, three branches."""
     flags = {
         "num_layers": 2,
@@ -43,7 +43,7 @@ def small_run_flags(data_path: Path, **changes: object) -> list[str]:
         "lr": 3e-3,
         "lr_warmup_iters": 2,
         "precision": "fp32",
-        "data_path": data_path,
+        "data_path": corpus,
         "tokenizer_type": "ByteTokenizer",
         "split": "80,15,5",
         "eval_iters": 1,

@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
         help="keys of JSON lines; one output each. Plain text goes to the first (default: text)",
     )
     add("--output-prefix", required=True, help="writes PREFIX_KEY_document.bin, .idx and .json")
-    add("--tokenizer-type", required=True, choices=list(TOKENIZERS))
+    add("--tokenizer-type", default="SentencePieceTokenizer", choices=list(TOKENIZERS))
     add("--tokenizer-model", help="SentencePiece: the .model file; Hugging Face: a local folder")
     add("--append-eod", action="store_true", help="end every document with the eod token")
     add("--workers", type=int, default=1, help="tokenizing processes (default: 1)")

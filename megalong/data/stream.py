@@ -12,6 +12,10 @@ from typing import Protocol
 import numpy as np
 
 
+class DataError(ValueError):
+    """Data that cannot be trained on, found when it is read; the message names the document."""
+
+
 class Documents(Protocol):
     """What a stream reads from: IndexedDocuments, or a stand-in."""
 
@@ -53,8 +57,8 @@ class TokenStream:
 
     documents: an IndexedDocuments. document_range: which of them. sequence_length: N.
     seed: of the order of documents. shuffle: False keeps the file's order (evaluation).
-    vocab_size: where given, a token id outside [0, vocab_size) raises ValueError when it is read,
-        or at once if the largest id of the file is known.
+    vocab_size: where given, a token id outside [0, vocab_size) raises DataError when it is read,
+        or ValueError at once if the largest id of the file is known.
     Raises ValueError where the range holds no tokens.
     """
 
@@ -157,7 +161,7 @@ class TokenStream:
             return
         where = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
         document, start, _ = self._locate(begin + where)
-        raise ValueError(
+        raise DataError(
             f"document {document} of {self.documents.prefix} holds token id {tokens[where]} (its "
             f"token {start}), but the vocabulary has {self.vocab_size} ids: was the data made with "
             "another --tokenizer-model?"

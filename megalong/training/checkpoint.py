@@ -55,12 +55,14 @@ class Progress:
     loss_scaler: dict[str, Any] | None = None
 
 
-def find_checkpoint(load: str | None, save: str | None) -> Path | None:
+def open_checkpoint(config: Config) -> Path | None:
     """The checkpoint that `--load` points at, or None for a run that starts at the beginning.
 
     A run that is started again with the same `--save` and `--load` may have been killed before its
-    first checkpoint; anything else that is not there is an error.
+    first checkpoint; anything else that is not there is an error, and so is a checkpoint of
+    another model: ConfigError.
     """
+    load, save = config.run.load, config.run.save
     if load is None:
         return None
     pointer = Path(load) / "latest"
@@ -71,6 +73,7 @@ def find_checkpoint(load: str | None, save: str | None) -> Path | None:
     checkpoint = Path(load) / pointer.read_text().strip()
     if not (checkpoint / "progress.json").exists():
         raise ConfigError(f"--load {load}: `latest` names {checkpoint.name}, which is not there")
+    _check_same_model(checkpoint, config)
     return checkpoint
 
 
@@ -79,7 +82,7 @@ def read_progress(checkpoint: Path) -> Progress:
     return Progress(**json.loads((checkpoint / "progress.json").read_text()))
 
 
-def check_same_model(checkpoint: Path, config: Config) -> None:
+def _check_same_model(checkpoint: Path, config: Config) -> None:
     """Raise ConfigError naming the flags in which the checkpoint's model is another one."""
     stored = read_yaml(str(checkpoint / "config.yaml"))
     free = {"seq_length", "init_method_std", "transformer_impl"}

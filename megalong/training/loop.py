@@ -22,12 +22,14 @@ from megalong.training.run_data import RunData
 
 
 class Trainer:
-    """One run: from the configuration and the data to the trained model in the run folder."""
+    """One run: from the configuration and the data to the trained model in the run folder.
 
-    def __init__(self, config: Config, data: RunData, mesh: Mesh):
+    checkpoint: where to go on from (`megalong.training.checkpoint.open_checkpoint`), or None.
+    """
+
+    def __init__(self, config: Config, data: RunData, checkpoint: Path | None, mesh: Mesh):
         self.config, self.data, self.mesh = config, data, mesh
         self.progress = checkpoints.Progress()
-        checkpoint = checkpoints.find_checkpoint(config.run.load, config.run.save)
         model = build_model(config, data.tokenizer.vocab_size)
         if checkpoint is not None:
             self.progress = checkpoints.read_progress(checkpoint)

@@ -68,7 +68,7 @@ def test_a_vocabulary_smaller_than_the_ids(corpus, tmp_path, with_description):
     builder.finalize(str(tmp_path / "large.idx"))
     if with_description:
         description = json.loads((corpus.parent / f"{corpus.name}.json").read_text())
-        description["max_token_id"] = 300
+        description |= {"documents": 20, "tokens": 6000, "max_token_id": 300}
         (tmp_path / "large.json").write_text(json.dumps(description))
     line = refused(one_process(*small_run_flags(tmp_path / "large")))
     assert "300" in line and "--tokenizer-model" in line
@@ -76,7 +76,7 @@ def test_a_vocabulary_smaller_than_the_ids(corpus, tmp_path, with_description):
 
 def test_resuming_another_model(corpus, tmp_path):
     folder = tmp_path / "run"
-    run(one_process(*small_run_flags(corpus, train_iters=1, save=folder)))
+    run(one_process(*small_run_flags(corpus, train_iters=2, save=folder)))
     flags = small_run_flags(corpus, num_layers=3, save=folder, load=folder)
     line = refused(one_process(*flags))
     assert "--num-layers is 3" in line and "with 2" in line

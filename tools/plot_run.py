@@ -1,0 +1,98 @@
+"""Plot a run: the loss curve, and the loss against the position in the context.
+
+    python tools/plot_run.py RUN [--output FOLDER]
+
+reads RUN/metrics.jsonl and writes loss_curve.png and loss_by_position.png (into RUN by default).
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+import yaml
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from megalong.training.metrics import read_metrics
+
+TRAINING_COLOR, HELD_OUT_COLORS = "#4878a8", {"validation": "#c85a3c", "test": "#5a8f4e"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="run folder, with metrics.jsonl")
+    parser.add_argument("--output", type=Path, help="folder for the plots (default: the run's)")
+    arguments = parser.parse_args()
+    metrics = arguments.run / "metrics.jsonl"
+    if not metrics.exists():
+        parser.error(f"{metrics}: no such file; a run with --save {arguments.run} writes it")
+    records = read_metrics(metrics)
+    if not records:
+        parser.error(f"{metrics}: no records yet")
+    config = yaml.safe_load((arguments.run / "config.yaml").read_text())
+    output = arguments.output or arguments.run
+    output.mkdir(parents=True, exist_ok=True)
+    plot_loss_curve(records, output / "loss_curve.png")
+    plot_loss_by_position(records, config, output / "loss_by_position.png")
+
+
+def plot_loss_curve(records: list[dict], path: Path) -> None:
+    """Training loss against tokens seen, with the held-out losses as points."""
+    training = [r for r in records if "split" not in r]
+    tokens_at = {r["iteration"]: r["consumed_tokens"] for r in training}
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(
+        [r["consumed_tokens"] for r in training],
+        [r["loss"] for r in training],
+        color=TRAINING_COLOR, linewidth=1, label="training, one batch",
+    )  # fmt: skip
+    for split, color in HELD_OUT_COLORS.items():
+        held_out = [r for r in records if r.get("split") == split and r["iteration"] in tokens_at]
+        if held_out:
+            x = [tokens_at[r["iteration"]] for r in held_out]
+            y = [r["loss"] for r in held_out]
+            axes.plot(x, y, "o-", color=color, label=f"{split}, {y[-1]:.3f} at the end")
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title="Loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_loss_by_position(records: list[dict], config: dict, path: Path) -> None:
+    """The last held-out loss against the position in the context; falling means that the model
+    uses what came long before."""
+    held_out = {r["split"]: r for r in records if "split" in r}  # the last of each split
+    if not held_out:
+        return
+    seq_length = config["model"]["seq_length"]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for split, record in held_out.items():
+        losses = record["loss_by_position"]
+        width = seq_length / len(losses)
+        axes.stairs(
+            [float("nan") if loss is None else loss for loss in losses],
+            [i * width for i in range(len(losses) + 1)],
+            baseline=None, color=HELD_OUT_COLORS[split], linewidth=1.5,
+            label=f"{split}, iteration {record['iteration']}, {record['tokens']:,} tokens",
+        )  # fmt: skip
+    for length in config["attention"]["segment_lengths"]:
+        if config["attention"]["attention"] == "dilated" and length < seq_length:
+            axes.axvline(length, color="gray", linewidth=0.6, linestyle=":")
+    axes.set(
+        xlabel="position in the context (tokens; dotted: segment lengths)",
+        ylabel="loss (nats per token)",
+        title="Held-out loss against position",
+        xlim=(0, seq_length),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
