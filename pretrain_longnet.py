@@ -17,6 +17,7 @@ A run small enough for a laptop's CPU, on the data that `make quickstart` leaves
 
 import os
 import sys
+import time
 
 from megalong.arguments import parse_arguments
 from megalong.config import ConfigError, world_size
@@ -46,11 +47,10 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ConfigError as error:
-        # Every rank finds the same mistake; one of them says so.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)  # one rank read it
+    except (ConfigError, DataError) as error:
+        # Every rank finds a wrong flag, and one of them should say so: the launcher ends the others
+        # when the first process is gone. What only this rank has found, it says all the same.
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

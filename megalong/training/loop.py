@@ -10,9 +10,15 @@ from pathlib import Path
 
 from megalong.arguments import to_yaml
 from megalong.config import Config
-from megalong.data.batches import evaluation_batches, training_batches
+from megalong.data.batches import (
+    evaluation_batches,
+    num_evaluation_batches,
+    training_batches,
+)
 from megalong.model.build import build_model
 from megalong.parallel.mesh import Mesh
+from megalong.progress import Progress as ProgressBar
+from megalong.progress import clock
 from megalong.training import checkpoint as checkpoints
 from megalong.training.engine import StepResult, TrainingEngine
 from megalong.training.evaluation import Evaluation, evaluate
@@ -122,14 +128,21 @@ class Trainer:
             return
         training, eval_iters = self.config.training, self.config.run.eval_iters
         whole = whole or eval_iters == 0
+        size = {
+            "num_samples": None if whole else eval_iters * training.global_batch_size,
+            "micro_batch_size": training.micro_batch_size,
+            "data_parallel_size": self.mesh.data_parallel_size,
+        }
         batches = evaluation_batches(
-            stream,
-            num_samples=None if whole else eval_iters * training.global_batch_size,
-            micro_batch_size=training.micro_batch_size,
-            data_parallel_rank=self.mesh.data_parallel_rank,
-            data_parallel_size=self.mesh.data_parallel_size,
+            stream, data_parallel_rank=self.mesh.data_parallel_rank, **size
         )
-        result = evaluate(self.engine, batches, self.data.token_bytes, self.mesh)
+        with ProgressBar(
+            num_evaluation_batches(stream, **size),
+            description=f"evaluating on {split}",
+            interval=30.0,
+            enabled=self.mesh.is_main,
+        ) as bar:
+            result = evaluate(self.engine, batches, self.data.token_bytes, self.mesh, bar.update)
         if self.mesh.is_main:
             self._report(iteration, split, result)
 
@@ -201,13 +214,6 @@ class _StepTimer:
         pace = (now - self._start) / (iteration - self.first_iteration)
         self._lap_start, self._lap_iteration = now, iteration
         return per_step, pace * (self.last_iteration - iteration)
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss, or m:ss below an hour."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def say(line: str) -> None:

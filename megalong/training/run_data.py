@@ -34,7 +34,7 @@ def open_run_data(config: Config) -> RunData:
     """
     try:
         return _open(config)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise ConfigError(str(error)) from error
 
 
