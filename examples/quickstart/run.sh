@@ -20,7 +20,7 @@ python "$here/examples/quickstart/collect_python_source.py" --output "$data/pyth
 
 say "2/5  Training a SentencePiece tokenizer (BPE with byte fallback) on it"
 python "$here/tools/train_tokenizer.py" --overwrite \
-    --input "$data/python.jsonl" --output-prefix "$run/tokenizer" --vocab-size 4096
+    --input "$data/python.jsonl" --output-prefix "$run/tokenizer" --vocab-size 2048
 
 say "3/5  Turning the text into tokens: Megatron's .bin and .idx"
 python "$here/tools/preprocess_data.py" --overwrite \
@@ -34,9 +34,10 @@ deepspeed --num_gpus 2 --master_port "${MASTER_PORT:-29500}" "$here/pretrain_lon
     --num-layers 4 --hidden-size 192 --num-attention-heads 4 --seq-length 2048 \
     --segment-lengths 256 512 1024 2048 --dilation-rates 1 2 4 8 \
     --precision fp32 --zero-stage 1 --micro-batch-size 1 --global-batch-size 2 \
-    --train-iters 300 --lr 2e-3 --lr-warmup-iters 20 --adam-beta2 0.95 \
+    --untie-embeddings-and-output-weights --init-method-std 0.05 \
+    --train-iters 400 --lr 2e-3 --lr-warmup-iters 20 --adam-beta2 0.95 \
     --data-path "$data/python_text_document" --tokenizer-model "$run/tokenizer.model" \
-    --split 94,2,4 --log-interval 10 --eval-interval 100 --eval-iters 4 --full-validation \
+    --split 88,2,10 --log-interval 10 --eval-interval 100 --eval-iters 4 --full-validation \
     --save "$run" --load "$run" --save-interval 100
 
 say "5/5  Plots and report"
