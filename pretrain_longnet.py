@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, FloatingPointError) as error:
         # Every rank finds a wrong flag, and one of them should say so: the launcher ends the others
         # when the first process is gone. What only this rank has found, it says all the same.
         if os.environ.get("RANK", "0") != "0":

@@ -146,7 +146,7 @@ class RunConfig:
     save_interval: int | None = _flag(
         None, "iterations between checkpoints (default: only at the end)"
     )
-    log_interval: int = _flag(1, "iterations between log lines")
+    log_interval: int = _flag(1, "iterations between log lines; the mean of their losses is logged")
     eval_interval: int | None = _flag(
         None, "iterations between evaluations (default: only at the end)"
     )

@@ -47,7 +47,7 @@ def plot_loss_curve(records: list[dict], path: Path) -> None:
     axes.plot(
         [r["consumed_tokens"] for r in training],
         [r["loss"] for r in training],
-        color=TRAINING_COLOR, linewidth=1, label="training, one batch",
+        color=TRAINING_COLOR, linewidth=1, label="training",
     )  # fmt: skip
     for split, color in HELD_OUT_COLORS.items():
         held_out = [r for r in records if r.get("split") == split and r["iteration"] in tokens_at]

@@ -12,7 +12,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megalong.config import Config
 from megalong.device import use_gpu
-from megalong.model.layer_spec import get_longnet_layer_spec, use_transformer_engine
+from megalong.model.layer_spec import get_longnet_block_spec, use_transformer_engine
 from megalong.model.names import canonical_name
 from megalong.model.rotary import LongRotaryEmbedding
 
@@ -27,10 +27,11 @@ def build_model(config: Config, vocab_size: int) -> GPTModel:
     """
     model_config = config.model
     pattern = config.attention.pattern() if config.attention.attention == "dilated" else None
+    megatron_config = transformer_config(config)
     model = GPTModel(
-        config=transformer_config(config),
-        transformer_layer_spec=get_longnet_layer_spec(
-            pattern, model_config.normalization, model_config.transformer_impl
+        config=megatron_config,
+        transformer_layer_spec=get_longnet_block_spec(
+            megatron_config, pattern, model_config.transformer_impl
         ),
         vocab_size=padded_vocab_size(vocab_size, model_config.make_vocab_size_divisible_by),
         max_sequence_length=model_config.seq_length,

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from functools import partial
 
+from megatron.core.fusions.fused_layer_norm import HAVE_FUSED_LAYER_NORM, FusedLayerNorm
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 
 from megalong.attention import DilatedPattern
 from megalong.config import ConfigError
@@ -37,15 +43,35 @@ def get_longnet_layer_spec(
         spec = get_gpt_layer_with_transformer_engine_spec()
     else:
         spec = get_gpt_layer_local_spec(normalization=normalization)
-        if not use_gpu():
-            # apex's norm may be installed on a machine whose GPU is away.
-            spec.submodules.input_layernorm = WrappedTorchNorm
-            spec.submodules.pre_mlp_layernorm = WrappedTorchNorm
+        spec.submodules.input_layernorm = _local_norm(normalization)
+        spec.submodules.pre_mlp_layernorm = _local_norm(normalization)
     core_attention = (
         DenseCoreAttention if pattern is None else partial(DilatedCoreAttention, pattern=pattern)
     )
     spec.submodules.self_attention.submodules.core_attention = core_attention
     return spec
+
+
+def get_longnet_block_spec(
+    config: TransformerConfig, pattern: DilatedPattern | None, transformer_impl: str = "auto"
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage and the final norm.
+
+    Megatron-core would choose the final norm by what is installed alone: Transformer Engine's, on
+    a machine without a GPU too, or apex's, which has no RMSNorm.
+    """
+    layer = get_longnet_layer_spec(pattern, config.normalization, transformer_impl)
+    if use_transformer_engine(transformer_impl):
+        from megatron.core.extensions.transformer_engine import TENorm as norm
+    else:
+        norm = _local_norm(config.normalization)
+    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), norm)
+
+
+def _local_norm(normalization: str) -> type:
+    """apex's fused LayerNorm where it is installed and there is a GPU, else PyTorch's norms."""
+    fused = normalization == "LayerNorm" and HAVE_FUSED_LAYER_NORM and use_gpu()
+    return FusedLayerNorm if fused else WrappedTorchNorm
 
 
 def use_transformer_engine(transformer_impl: str) -> bool:

@@ -19,7 +19,7 @@ import json
 import os
 import random
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,14 @@ class Progress:
 
     adam_step: updates that Adam has made; smaller than `iteration` where fp16 steps were skipped.
     loss_scaler: state of the fp16 dynamic loss scaler.
+    losses: those of the iterations since the last one that was logged.
     """
 
     iteration: int = 0
     consumed_samples: int = 0
     adam_step: int = 0
     loss_scaler: dict[str, Any] | None = None
+    losses: list[float] = field(default_factory=list)
 
 
 def open_checkpoint(config: Config) -> Path | None:
@@ -121,9 +123,11 @@ def load_optimizer(checkpoint: Path, engine: TrainingEngine, progress: Progress)
 
 
 def save_checkpoint(
-    engine: TrainingEngine, config: Config, iteration: int, consumed_samples: int
+    engine: TrainingEngine, config: Config, iteration: int, losses: list[float]
 ) -> Path:
     """Write one checkpoint of the run; called by every rank. Returns its folder.
+
+    losses: see `Progress`.
 
     Until the rename the folder is called `.tmp`, and until the pointer moves nobody reads it: a
     run killed at any moment leaves the previous checkpoint in force.
@@ -139,9 +143,10 @@ def save_checkpoint(
     if mesh.is_main:
         progress = Progress(
             iteration=iteration,
-            consumed_samples=consumed_samples,
+            consumed_samples=iteration * config.training.global_batch_size,
             adam_step=_adam_step(engine),
             loss_scaler=_loss_scaler_state(engine),
+            losses=losses,
         )
         (aside / "progress.json").write_text(json.dumps(asdict(progress)))
         (aside / "config.yaml").write_text(to_yaml(config))

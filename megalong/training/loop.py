@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megalong.arguments import to_yaml
 from megalong.config import Config
@@ -20,7 +20,7 @@ from megalong.parallel.mesh import Mesh
 from megalong.progress import Progress as ProgressBar
 from megalong.progress import clock
 from megalong.training import checkpoint as checkpoints
-from megalong.training.engine import StepResult, TrainingEngine
+from megalong.training.engine import TrainingEngine
 from megalong.training.evaluation import Evaluation, evaluate
 from megalong.training.learning_rate import learning_rate
 from megalong.training.metrics import MetricsLog
@@ -58,23 +58,42 @@ class Trainer:
             data_parallel_rank=self.mesh.data_parallel_rank,
             data_parallel_size=self.mesh.data_parallel_size,
         )
-        iteration = saved = self.progress.iteration
+        first = iteration = saved = self.progress.iteration
         if iteration:
             self._evaluate_if_due(iteration)
-        timer = _StepTimer(iteration, training.train_iters)
+        losses, seconds = list(self.progress.losses), []  # of the steps since the last log
+        start = time.perf_counter()
         while iteration < training.train_iters:
             iteration += 1
             rate = learning_rate(iteration, training)
+            step_start = time.perf_counter()
             result = self.engine.train_step(batches, rate)
+            seconds.append(time.perf_counter() - step_start)
+            losses.append(result.loss)
             if not math.isfinite(result.loss):
                 raise FloatingPointError(
                     f"the loss is {result.loss} at iteration {iteration}: lower --lr or"
                     f" --clip-grad, and --load the checkpoint of iteration {saved}"
                 )
-            if iteration % run.log_interval == 0 or iteration == training.train_iters:
-                self._log(iteration, rate, result, timer)
+            if self._due(iteration, run.log_interval):
+                pace = (time.perf_counter() - start) / (iteration - first)
+                self._log(
+                    {
+                        "iteration": iteration,
+                        "consumed_samples": iteration * training.global_batch_size,
+                        "consumed_tokens": iteration * self.engine.tokens_per_step,
+                        "loss": sum(losses) / len(losses),
+                        "learning_rate": rate,
+                        "grad_norm": result.grad_norm,
+                        "tokens_per_second": self.engine.tokens_per_step
+                        * len(seconds)
+                        / sum(seconds),
+                    },
+                    seconds_left=pace * (training.train_iters - iteration),
+                )
+                losses, seconds = [], []
             if run.save is not None and self._due(iteration, run.save_interval):
-                self._save(iteration)
+                self._save(iteration, losses)
                 saved = iteration
             self._evaluate_if_due(iteration)
         if self.metrics is not None:
@@ -83,35 +102,21 @@ class Trainer:
     def _due(self, iteration: int, interval: int) -> bool:
         return iteration % interval == 0 or iteration == self.config.training.train_iters
 
-    def _log(self, iteration: int, rate: float, result: StepResult, timer: _StepTimer) -> None:
+    def _log(self, record: dict[str, Any], seconds_left: float) -> None:
         if not self.mesh.is_main:
             return
-        seconds_per_step, seconds_left = timer.lap(iteration)
-        tokens_per_second = self.engine.tokens_per_step / seconds_per_step
-        consumed_samples = iteration * self.config.training.global_batch_size
-        self.metrics.training(
-            {
-                "iteration": iteration,
-                "consumed_samples": consumed_samples,
-                "consumed_tokens": consumed_samples * self.config.model.seq_length,
-                "loss": result.loss,
-                "learning_rate": rate,
-                "grad_norm": result.grad_norm,
-                "tokens_per_second": tokens_per_second,
-            }
-        )
-        norm = "skipped" if result.grad_norm is None else f"{result.grad_norm:.3f}"
+        self.metrics.training(record)
+        norm = "skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
         say(
-            f"iteration {iteration}/{self.config.training.train_iters}"
-            f" | loss {result.loss:.4f} | lr {rate:.3e} | grad norm {norm}"
-            f" | {tokens_per_second:,.0f} tokens/s | {clock(seconds_left)} left"
+            f"iteration {record['iteration']}/{self.config.training.train_iters}"
+            f" | loss {record['loss']:.4f} | lr {record['learning_rate']:.3e} | grad norm {norm}"
+            f" | {record['tokens_per_second']:,.0f} tokens/s | {clock(seconds_left)} left"
         )
 
-    def _save(self, iteration: int) -> None:
+    def _save(self, iteration: int, losses: list[float]) -> None:
         if self.metrics is not None:
             self.metrics.make_durable()
-        consumed_samples = iteration * self.config.training.global_batch_size
-        folder = checkpoints.save_checkpoint(self.engine, self.config, iteration, consumed_samples)
+        folder = checkpoints.save_checkpoint(self.engine, self.config, iteration, losses)
         if self.mesh.is_main:
             say(f"saved {folder}")
 
@@ -194,26 +199,6 @@ class Trainer:
             say(f"resuming from {checkpoint}")
         elif self.config.run.load is not None:
             say(f"no checkpoint in {self.config.run.load} yet: starting at the beginning")
-
-
-@dataclass
-class _StepTimer:
-    """Time per step since the last lap, and the time left at the pace of the whole session."""
-
-    first_iteration: int
-    last_iteration: int
-
-    def __post_init__(self):
-        self._start = self._lap_start = time.perf_counter()
-        self._lap_iteration = self.first_iteration
-
-    def lap(self, iteration: int) -> tuple[float, float]:
-        """Seconds per step since the last call, and estimated seconds to the last iteration."""
-        now = time.perf_counter()
-        per_step = (now - self._lap_start) / (iteration - self._lap_iteration)
-        pace = (now - self._start) / (iteration - self.first_iteration)
-        self._lap_start, self._lap_iteration = now, iteration
-        return per_step, pace * (self.last_iteration - iteration)
 
 
 def say(line: str) -> None:
