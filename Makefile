@@ -4,13 +4,24 @@ VENV ?= .venv
 RUN ?= runs/quickstart
 bin := $(VENV)/bin
 
-.PHONY: quickstart test lint format setup clean
+OUT ?= runs/gpu
+
+.PHONY: quickstart test gpu lint format setup clean
 
 quickstart: setup
 	PATH="$(abspath $(bin)):$$PATH" bash examples/quickstart/run.sh $(RUN)
 
 test: setup
 	$(bin)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+# On a machine with an NVIDIA GPU, with the Python at hand: tests, then benchmarks into $(OUT).
+gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest tests/attention/triton/test_gpu.py
+	for head_dim in 64 128; do \
+	    PYTHONPATH=. $(PYTHON) tools/benchmarks/attention.py --device cuda --dtype bfloat16 \
+	        --heads 16 --head-dim $$head_dim --lengths 2048 8192 32768 131072 524288 \
+	        --longest-dense 32768 --output $(OUT)/d$$head_dim || exit 1; \
+	done
 
 lint: setup
 	$(bin)/ruff check .

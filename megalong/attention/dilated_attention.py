@@ -24,11 +24,12 @@ from megalong.attention.pattern import DilatedPattern, check_heads, document_bou
 
 BACKENDS = MappingProxyType(
     {
+        "triton": "megalong.attention.triton",
         "sdpa": "megalong.attention.sdpa",
         "reference": "megalong.attention.reference",
     }
 )
-AUTO = ("sdpa",)  # what "auto" tries, in this order
+AUTO = ("triton", "sdpa")  # what "auto" tries, in this order
 BACKEND_VARIABLE = "MEGALONG_ATTENTION_BACKEND"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -59,7 +60,7 @@ def dilated_attention(
     pattern: segment lengths, dilation rates and head offsets.
     causal: a query sees only keys at its own position and before.
     scale: factor on the scores, positive; None is head_dim ** -0.5.
-    backend: "sdpa", "reference", or "auto", which the environment variable
+    backend: "triton", "sdpa", "reference", or "auto", which the environment variable
         MEGALONG_ATTENTION_BACKEND overrides.
     document_starts: the first position of each document packed into the sequence, increasing from
         0, the same for every batch row; a sequence of integers or a 1-D tensor (one on a GPU is

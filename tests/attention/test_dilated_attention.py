@@ -190,7 +190,7 @@ def test_refuses():
     refuse("pattern must be a DilatedPattern", pattern=((8,), (1,)))
     refuse("table for 2 heads", pattern=DilatedPattern((8,), (2,), ((0, 1),)))
     refuse('mix_gradient must be "exact" or "detached"', mix_gradient="none")
-    refuse("backend .* must be auto, sdpa, reference", backend="flash")
+    refuse("backend .* must be auto, triton, sdpa, reference", backend="flash")
     refuse("scale must be positive", scale=-1.0)
     refuse("must begin with 0", document_starts=(1, 5))
     refuse("must begin with 0", document_starts=())

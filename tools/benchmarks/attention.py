@@ -9,6 +9,8 @@ In a minute: --lengths 2048 8192 --repeats 1. On a GPU:
     python tools/benchmarks/attention.py --device cuda --dtype bfloat16 --heads 16 --head-dim 128 \\
         --lengths 2048 8192 32768 131072 524288 --longest-dense 131072 --output runs/gpu
 
+("make gpu" does this for head_dim 64 and 128, after the tests that need a GPU.)
+
 The contenders take turns within each repeat, so that a slow moment of the machine hits all of
 them, and medians are reported. "forward" runs without autograd; "forward+backward" includes both.
 Peak memory is of forward and backward, inputs included: on a GPU what PyTorch allocated, on a CPU
@@ -33,17 +35,56 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megalong.attention import DilatedPattern, dense_attention, dilated_attention
+from megalong.attention import DilatedPattern, dense_attention, dilated_attention, sdpa
 
 # Name -> function of a pattern that returns attention(q, k, v), all (batch, sequence, heads,
 # head_dim). A new backend or a rival implementation is one more line.
 CONTENDERS = {
     "dense": lambda pattern: dense_attention,
+    "dense (cuDNN)": lambda pattern: cudnn_attention,
+    "dilated (gather)": lambda pattern: partial(gathered_attention, pattern=pattern),
     "dilated (sdpa)": lambda pattern: partial(dilated_attention, pattern=pattern, backend="sdpa"),
+    "dilated (triton)": lambda pattern: partial(
+        dilated_attention, pattern=pattern, backend="triton"
+    ),
 }
-QUADRATIC = {"dense"}  # skipped beyond --longest-dense
+QUADRATIC = {"dense", "dense (cuDNN)"}  # skipped beyond --longest-dense
+ON_CPU = ["dense", "dilated (sdpa)"]  # the default there; the others are measured on a GPU
 MEASURES = ("forward", "forward+backward")
+
+
+def cudnn_attention(q, k, v):
+    """Dense causal attention by cuDNN."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return dense_attention(q, k, v)
+
+
+def gathered_attention(q, k, v, pattern):
+    """How dilated attention is usually written: copy the rows of a branch, attend, scatter, mix.
+
+    As in torchscale, the mixing weights carry no gradient. Causal; the segment lengths must be
+    multiples of the rates and divide the sequence, as those of a geometric ladder of powers do.
+    """
+    batch, length, heads, head_dim = q.shape
+    offsets = torch.tensor(pattern.offsets(heads, k.shape[2]), device=q.device)
+    k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (k, v))
+    every_head = torch.arange(heads, device=q.device)
+    outs, lses = [], []
+    for (width, rate), offset in zip(pattern.branches, offsets, strict=True):
+        shape = (batch, length // width, width // rate, rate, heads)
+        rows = (slice(None), slice(None), slice(None), offset, every_head)
+        folded = [x.view(*shape, head_dim)[rows].flatten(0, 1).transpose(1, 2) for x in (q, k, v)]
+        out, lse = sdpa.attend(*folded, True, head_dim**-0.5)
+        full_out = out.new_zeros(*shape, head_dim)
+        full_out[rows] = out.transpose(1, 2).unflatten(0, shape[:2])
+        full_lse = lse.new_full(shape, -torch.inf)
+        full_lse[rows] = lse.detach().transpose(1, 2).unflatten(0, shape[:2])
+        outs.append(full_out.view(q.shape))
+        lses.append(full_lse.view(q.shape[:3]))
+    weights = torch.stack(lses).softmax(0).to(q.dtype)
+    return sum(weight[..., None] * out for weight, out in zip(weights, outs, strict=True))
 
 
 def main():
@@ -76,7 +117,7 @@ def parse_arguments():
     add("--head-dim", type=int, default=64)
     add("--first-segment-length", type=int, default=2048, help="of the pattern's ladder")
     add("--ratio", type=int, default=4, help="of the pattern's ladder")
-    add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    add("--contenders", nargs="+", choices=CONTENDERS, help="default: all that the device can run")
     add("--device", default="cpu")
     add("--dtype", default="float32", choices=("float64", "float32", "bfloat16", "float16"))
     add("--repeats", type=int, default=3, help="medians are over so many runs")
@@ -84,6 +125,7 @@ def parse_arguments():
     add("--measure-memory", choices=CONTENDERS, help=argparse.SUPPRESS)  # one child's only task
     args = parser.parse_args()
     args.kv_heads = args.kv_heads or args.heads
+    args.contenders = args.contenders or (ON_CPU if args.device == "cpu" else list(CONTENDERS))
     return args
 
 

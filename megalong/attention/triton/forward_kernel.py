@@ -1,0 +1,163 @@
+"""The forward kernel: one tile of queries of one head in one segment of one branch.
+
+Shape suffixes: m queries of the tile, n keys of the tile, d head_dim (padded to BLOCK_D).
+"""
+
+import triton
+import triton.language as tl
+
+from megalong.attention.triton.geometry import (
+    LN2,
+    LOG2E,
+    NEG_INF,
+    compact_rows,
+    load_rows,
+    locate,
+    rows_of,
+    store_rows,
+)
+
+
+@triton.jit
+def attend(
+    q_md, k_ptr, v_ptr, k_step, v_step, t_m, keys, stop, scale2,
+    CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Softmax of a tile of queries over the keys [0, stop), online: one pass over the keys.
+
+    Returns per query the largest score (in base 2), the sum of exp2(score - largest) and the
+    sum of exp2(score - largest) * v; -inf, 0 and 0 for a query without keys.
+    """
+    largest_m = tl.full([q_md.shape[0]], NEG_INF, ACC)
+    total_m = tl.zeros([q_md.shape[0]], ACC)
+    acc_md = tl.zeros([q_md.shape[0], BLOCK_D], ACC)
+    for n0 in tl.range(0, stop, BLOCK_N):
+        t_n = n0 + tl.arange(0, BLOCK_N)
+        k_nd = load_rows(k_ptr, k_step, t_n, t_n < keys, HEAD_DIM, BLOCK_D)
+        s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision=PRECISION, out_dtype=ACC)
+        seen = (t_n < keys)[None, :]
+        if CAUSAL:
+            seen = seen & (t_n[None, :] <= t_m[:, None])
+        s_mn = tl.where(seen, s_mn * scale2, NEG_INF)
+        new_m = tl.maximum(largest_m, tl.max(s_mn, 1))
+        finite_m = tl.where(new_m == NEG_INF, 0.0, new_m)  # no key yet: exp2(-inf), not exp2(nan)
+        p_mn = tl.exp2(s_mn - finite_m[:, None])
+        shrink_m = tl.exp2(largest_m - finite_m)
+        total_m = total_m * shrink_m + tl.sum(p_mn, 1)
+        v_nd = load_rows(v_ptr, v_step, t_n, t_n < keys, HEAD_DIM, BLOCK_D)
+        acc_md = tl.dot(
+            p_mn.to(v_nd.dtype), v_nd, acc_md * shrink_m[:, None],
+            input_precision=PRECISION, out_dtype=ACC,
+        )  # fmt: skip
+        largest_m = new_m
+    return largest_m, total_m, acc_md
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    out_batch, out_row, out_head,
+    tile_ptr, document_ptr, branch_ptr, offset_ptr,
+    tiles, branches, heads, kv_heads, queries, partial_rows, gathered_keys, shift, scale,
+    EPILOGUE: tl.constexpr, ATTENDS: tl.constexpr, GATHERED: tl.constexpr,
+    CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: batch * kv_heads * tiles * (heads / kv_heads), the heads of a group next to each other.
+
+    EPILOGUE says what becomes of the tile's softmax:
+    "partial" partial (batch, heads, partial_rows, head_dim) and partial_lse (batch, heads,
+              partial_rows), in base 2: written compactly, for a later merge.
+    "merge"   out (batch, queries, heads, head_dim) and lse (batch, heads, queries), natural:
+              the tile merged with the partials of all sparse branches (LongNet eq. 9-12).
+    "delta"   partial_lse: rowsum(dO * O) of this branch alone, with dO read from out.
+
+    q, k, v, out: last stride 1, other strides given. ATTENDS: False where the base offers no keys.
+    GATHERED: the keys are `gathered_keys` neighbouring rows, the same for all heads, and query t
+    sees the keys up to t + shift.
+    """
+    pid = tl.program_id(0)
+    group = heads // kv_heads
+    line = pid // group % tiles
+    batch_kv_head = pid // group // tiles
+    kv_head = batch_kv_head % kv_heads
+    batch = (batch_kv_head // kv_heads).to(tl.int64)
+    head = kv_head * group + pid % group
+
+    branch, tile, document_line, start, length, rate, compact = locate(
+        tile_ptr, document_ptr, branch_ptr, branches, line
+    )
+    offset = tl.load(offset_ptr + branch * heads + head)
+    rows = rows_of(length, offset, rate)
+    t_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid_m = t_m < rows
+    first = start + offset
+
+    if ATTENDS:
+        q_md = load_rows(
+            q_ptr + batch * q_batch + head.to(tl.int64) * q_head + first * q_row,
+            q_row * rate.to(tl.int64), t_m, valid_m, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
+        if GATHERED:
+            keys = gathered_keys
+            first_key = tl.zeros_like(first)
+            key_rate = tl.full([], 1, tl.int64)
+        else:
+            keys = rows
+            first_key = first
+            key_rate = rate.to(tl.int64)
+        stop = keys
+        if CAUSAL:
+            stop = tl.minimum(keys, (tile + 1) * BLOCK_M + shift)
+        stop = tl.where(tile * BLOCK_M < rows, stop, 0)  # a head that has no row in this tile
+        largest_m, total_m, acc_md = attend(
+            q_md,
+            k_ptr + batch * k_batch + kv_head.to(tl.int64) * k_head + first_key * k_row,
+            v_ptr + batch * v_batch + kv_head.to(tl.int64) * v_head + first_key * v_row,
+            k_row * key_rate, v_row * key_rate, t_m + shift, keys, stop, scale * LOG2E,
+            CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_N, ACC, PRECISION,
+        )  # fmt: skip
+    else:
+        largest_m = tl.full([BLOCK_M], NEG_INF, ACC)
+        total_m = tl.zeros([BLOCK_M], ACC)
+        acc_md = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+
+    batch_head = batch * heads + head
+    partial_ptr += batch_head * partial_rows * HEAD_DIM
+    partial_lse_ptr += batch_head * partial_rows
+    if EPILOGUE == "merge":
+        local_m = (first - tl.load(document_line)).to(tl.int32) + t_m
+        for sparse in tl.range(0, branches - 1):
+            covered_m, row_m = compact_rows(
+                local_m, valid_m, document_line, branch_ptr, sparse,
+                tl.load(offset_ptr + sparse * heads + head),
+            )  # fmt: skip
+            lse_m = tl.load(partial_lse_ptr + row_m, mask=covered_m, other=NEG_INF)
+            out_md = load_rows(partial_ptr, HEAD_DIM, row_m, covered_m, HEAD_DIM, BLOCK_D)
+            new_m = tl.maximum(largest_m, lse_m)
+            finite_m = tl.where(new_m == NEG_INF, 0.0, new_m)
+            shrink_m = tl.exp2(largest_m - finite_m)
+            weight_m = tl.exp2(lse_m - finite_m)
+            acc_md = acc_md * shrink_m[:, None] + out_md.to(ACC) * weight_m[:, None]
+            total_m = total_m * shrink_m + weight_m
+            largest_m = new_m
+
+    empty_m = total_m == 0.0
+    safe_m = tl.where(empty_m, 1.0, total_m)
+    acc_md = acc_md / safe_m[:, None]
+    lse_m = largest_m + tl.log2(safe_m)  # -inf where empty
+    out_ptr += batch * out_batch + head.to(tl.int64) * out_head + first * out_row
+    if EPILOGUE == "merge":
+        store_rows(out_ptr, out_row, t_m, valid_m, acc_md, HEAD_DIM, BLOCK_D)
+        tl.store(lse_ptr + batch_head * queries + first + t_m, lse_m * LN2, mask=valid_m)
+    elif EPILOGUE == "partial":
+        row_m = compact + t_m
+        store_rows(partial_ptr, HEAD_DIM, row_m, valid_m, acc_md, HEAD_DIM, BLOCK_D)
+        tl.store(partial_lse_ptr + row_m, lse_m, mask=valid_m)
+    else:
+        out_step = out_row * rate.to(tl.int64)
+        grad_md = load_rows(out_ptr, out_step, t_m, valid_m, HEAD_DIM, BLOCK_D)
+        delta_m = tl.sum(grad_md.to(ACC) * acc_md, 1)
+        tl.store(partial_lse_ptr + compact + t_m, delta_m, mask=valid_m)

@@ -1,0 +1,136 @@
+"""Compile kernels for a GPU that is not there, and count what ptxas made of them.
+
+    python tests/attention/triton/compile_kernels.py 90 bfloat16 forward:64 dkdv:128 rare:64 ...
+
+prints one line of JSON for each variant of each kernel and head_dim: registers, bytes of stack
+(spills), shared memory, and the tensor-core instructions found. It needs no GPU, only the ptxas
+and cuobjdump inside the triton package. A process of its own: the kernels must not have been
+imported under TRITON_INTERPRET.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megalong.attention.triton.backward_kernels import (
+    delta_kernel,
+    dkdv_kernel,
+    dq_kernel,
+)
+from megalong.attention.triton.configurations import configuration, padded_head_dim
+from megalong.attention.triton.forward_kernel import forward_kernel
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+VARIANTS = {
+    "forward": [
+        ("sparse", forward_kernel, {"EPILOGUE": "partial"}),
+        ("base", forward_kernel, {"EPILOGUE": "merge"}),
+    ],
+    "dq": [("sparse", dq_kernel, {"MERGE": False}), ("base", dq_kernel, {"MERGE": True})],
+    "dkdv": [("sparse", dkdv_kernel, {"MERGE": False}), ("base", dkdv_kernel, {"MERGE": True})],
+}
+# What training seldom or never runs, but must compile. "ones": Triton turns an integer argument
+# that is 1 (one head, one batch row, one slot) into a constant, which has other methods.
+VARIANTS["rare"] = [
+    ("delta", delta_kernel, {}),
+    ("branch-delta", forward_kernel, {"EPILOGUE": "delta"}),
+    ("forward-no-base", forward_kernel, {"EPILOGUE": "merge", "ATTENDS": False}),
+    ("dq-no-base", dq_kernel, {"MERGE": True, "ATTENDS": False}),
+    ("dkdv-no-base", dkdv_kernel, {"MERGE": True, "ATTENDS": False}),
+    ("forward-gathered", forward_kernel, {"EPILOGUE": "merge", "GATHERED": True}),
+    ("dq-gathered", dq_kernel, {"MERGE": True, "GATHERED": True}),
+    ("dkdv-gathered", dkdv_kernel, {"MERGE": True, "GATHERED": True}),
+    ("dq-detached", dq_kernel, {"MERGE": False, "DETACHED": True}),
+    ("dkdv-detached", dkdv_kernel, {"MERGE": False, "DETACHED": True}),
+]
+for kind, kernel, constants in [
+    item for name in ("forward", "dq", "dkdv") for item in VARIANTS[name]
+]:
+    for causal in (True, False):
+        for gathered in (True, False):
+            name = f"{kernel.__name__}-{kind}-ones-{causal}-{gathered}"
+            options = {"CAUSAL": causal, "GATHERED": gathered, "ONES": True}
+            VARIANTS["rare"].append((name, kernel, {**constants, **options}))
+ACCUMULATED = {"lse_ptr", "partial_lse_ptr", "delta_ptr", "partial_dk_ptr", "partial_dv_ptr"}
+TABLES = {"tile_ptr": "i32", "document_ptr": "i64", "branch_ptr": "i32", "offset_ptr": "i32"}
+TABLES["class_ptr"] = "i32"
+
+
+def compile_kernel(kernel, generation: int, dtype: str, constants: dict, warps: int, stages: int):
+    """The compiled kernel, with arguments typed and aligned as real launches have them."""
+    signature, attributes = {}, {}
+    for number, name in enumerate(kernel.arg_names):
+        aligned = name.endswith(("_ptr", "_batch", "_row", "_head"))
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            share = name == "partial_ptr" and kernel is not forward_kernel
+            wide = name in ACCUMULATED or share
+            signature[name] = "*" + TABLES.get(name, "fp32" if wide else SHORT[dtype])
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+        if aligned and name not in constants:
+            attributes[number,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
+
+
+def resources(compiled) -> dict:
+    """Registers, spilled bytes, shared memory and tensor-core instructions of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+
+        def dump(option):
+            command = [str(TOOLS / "cuobjdump"), option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", dump("-res-usage")).groups()
+        assembly = dump("-sass")
+    return {
+        "registers": int(registers),
+        "stack": int(stack),
+        "shared": compiled.metadata.shared,
+        "hgmma": len(re.findall(r"\bHGMMA\.", assembly)),
+        "hmma": len(re.findall(r"\bHMMA\.", assembly)),
+        "local": len(re.findall(r"\b(?:STL|LDL)\b", assembly)),
+    }
+
+
+def main(generation: str, dtype: str, *wanted: str) -> None:
+    for item in wanted:
+        name, head_dim = item.split(":")[0], int(item.split(":")[1])
+        size = "forward" if name == "rare" else name
+        chosen = configuration(size, head_dim, getattr(torch, dtype), int(generation))
+        defaults = {
+            "CAUSAL": True, "ATTENDS": True, "GATHERED": False, "DETACHED": False,
+            "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim),
+            "BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n, "ACC": triton.language.float32,
+            "PRECISION": "tf32x3" if dtype == "float32" else "ieee",
+        }  # fmt: skip
+        for variant, kernel, chosen_constants in VARIANTS[name]:
+            constants = {**defaults, **chosen_constants}
+            if constants.pop("ONES", False):
+                integers = [a for a in kernel.arg_names if not a.endswith("_ptr") and a.islower()]
+                constants |= dict.fromkeys(integers, 1)
+                del constants["scale"]
+            constants = {key: x for key, x in constants.items() if key in kernel.arg_names}
+            compiled = compile_kernel(
+                kernel, int(generation), dtype, constants, chosen.warps, chosen.stages
+            )
+            line = {"kernel": name, "head_dim": head_dim, "variant": variant, "tile": chosen}
+            print(json.dumps({**line, **resources(compiled)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,259 @@
+"""The kernels in Triton's interpreter, on the CPU. A pytest file of a process of its own.
+
+TRITON_INTERPRET is read when the kernels are first imported, so test_interpreted.py runs this file
+in a fresh process with the variable set; the name keeps it out of the ordinary collection. To run
+it by hand:
+
+    TRITON_INTERPRET=1 python -m pytest tests/attention/triton/interpret_kernels.py
+
+The interpreter multiplies bfloat16 wrongly, so bfloat16 is left to the GPU tests.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from attention_cases import assert_agree, corners, random_case, run_backend, run_reference
+from triton.runtime import interpreter
+
+from megalong.attention import DilatedPattern, dilated_attention
+from megalong.attention.dilated_attention import choose_backend
+from megalong.attention.triton import configurations, launch
+from megalong.attention.triton.rows import attend_rows, attend_rows_backward
+
+CORNERS = {case.name: case for case in corners()}
+RANDOM = 150
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_device_functions():
+    """Patch `triton.language` once per module, not once per call of a device function.
+
+    The interpreter repeats that at every call, which triples the time of small kernels.
+    """
+    patched = set()
+
+    def call(function, *args, **kwargs):
+        module = id(function.fn.__globals__)
+        if module not in patched:
+            patched.add(module)
+            interpreter._patch_lang(function.fn)
+        return function.rewrite()(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def always_poisoned(poisoned):
+    pass
+
+
+def small_case(seed: int):
+    """A random case of a few tiles: the interpreter runs some fifty programs a second."""
+    case = random_case(seed, longest=34, most_heads=2, most_batch=2)
+    segments = sum(
+        len(list(case.pattern.segments(branch, case.length, case.document_starts)))
+        for branch in range(len(case.pattern.branches))
+    )
+    if segments * case.heads * case.batch > 60:
+        case = random_case(seed, longest=10, most_heads=2, most_batch=1)
+    return case
+
+
+def agree(case, dtype, tolerances):
+    inputs = case.inputs(dtype)
+    found = run_backend(case, inputs, "triton")
+    expected = run_reference(case, [x.double() for x in inputs])
+    assert found["out"].dtype == found["dk"].dtype == dtype
+    assert found["lse"].dtype == launch.accumulator(dtype)
+    for names, tolerance in tolerances.items():
+        assert_agree(
+            {name: found[name].double() for name in names.split()},
+            {name: expected[name] for name in names.split()},
+            tolerance,
+        )
+
+
+@pytest.mark.parametrize("name", CORNERS)
+def test_corner_in_float64(name, monkeypatch):
+    """Everything but rounding: an error here is a wrong row, mask or weight."""
+    if CORNERS[name].length > 200:
+        monkeypatch.setattr(
+            configurations, "INTERPRETED", configurations.Configuration(64, 32, 1, 1)
+        )
+    agree(thinned(CORNERS[name]), torch.float64, {"out lse dq dk dv": 1e-11})
+
+
+def thinned(case):
+    """The same corner with fewer batch rows and heads: its length and pattern are the point."""
+    plain = case.heads == case.kv_heads == 4 and case.pattern.head_offsets == "mod"
+    heads = {"heads": 2, "kv_heads": 2} if plain else {}
+    return dataclasses.replace(case, batch=1, **heads)
+
+
+@pytest.mark.parametrize("seed", range(RANDOM))
+def test_random_case_in_float32(seed, monkeypatch):
+    if seed % 4 == 0:  # blocks of unequal sides, either way
+        blocks = (32, 16) if seed % 8 else (16, 32)
+        monkeypatch.setattr(
+            configurations, "INTERPRETED", configurations.Configuration(*blocks, 1, 1)
+        )
+    agree(small_case(seed), torch.float32, {"out lse": 2e-6, "dq dk dv": 1e-5})
+
+
+@pytest.mark.parametrize("seed", range(RANDOM, RANDOM + 12))
+def test_random_case_in_float16(seed):
+    """Inputs, partial outputs and probabilities carry 11 bits."""
+    agree(small_case(seed), torch.float16, {"lse": 2e-6, "out": 4e-3, "dq dk dv": 2e-2})
+
+
+@pytest.mark.parametrize(
+    "name", ["grouped", "grouped-block", "documents", "no-dense-branch", "rows-in-no-branch"]
+)
+def test_gradcheck(name):
+    case = CORNERS[name]
+    heads = {"grouped": (2, 1), "grouped-block": (4, 2)}.get(name, (2, 2))
+    sparse_only = name in ("no-dense-branch", "rows-in-no-branch")
+    pattern = (
+        DilatedPattern((8,), (5,))
+        if sparse_only
+        else DilatedPattern((4, 8), (1, 3), case.pattern.head_offsets)
+    )
+    generator = torch.Generator().manual_seed(0)
+    qkv = [
+        torch.randn(1, 9, h, 1, generator=generator, dtype=torch.float64, requires_grad=True)
+        for h in (heads[0], heads[1], heads[1])
+    ]
+    starts = (0, 3) if name == "documents" else None
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: dilated_attention(
+            q, k, v, pattern, backend="triton", causal=case.causal, document_starts=starts
+        ),
+        qkv,
+        fast_mode=True,
+    )
+
+
+PATTERNS = [
+    (DilatedPattern((8,), (1,)), "exact", (1, 3)),
+    (DilatedPattern((8, 16), (1, 2)), "exact", (2, 5)),
+    (DilatedPattern((8, 16, 24, 4, 16), (1, 2, 3, 1, 4)), "exact", (2, 5)),
+    (DilatedPattern((8, 16), (2, 4)), "exact", (2, 5)),
+    (DilatedPattern((8, 16, 24), (2, 4, 1)), "detached", (2, 6)),
+    (DilatedPattern((8, 16, 24, 8), (2, 4, 1, 3)), "detached", (2, 6)),
+]
+
+
+@pytest.mark.parametrize(("pattern", "mix_gradient", "expected"), PATTERNS)
+def test_launches_do_not_depend_on_the_number_of_branches(
+    pattern, mix_gradient, expected, monkeypatch
+):
+    names = []
+    original = launch.launch
+
+    def counting(kernel, programs, *args, **kwargs):
+        if programs:
+            names.append(kernel.__name__)
+        return original(kernel, programs, *args, **kwargs)
+
+    monkeypatch.setattr(launch, "launch", counting)
+    q = torch.randn(1, 24, 1, 16, requires_grad=True)
+    out = dilated_attention(q, q, q, pattern, backend="triton", mix_gradient=mix_gradient)
+    forward = len(names)
+    out.sum().backward()
+    assert (forward, len(names) - forward) == expected
+
+
+def test_strides_of_zero_and_last_strides():
+    """What expand and transpose leave: repeated heads, gradients of a sum, rows with gaps."""
+    pattern = DilatedPattern((8, 16), (1, 2))
+    q = torch.randn(1, 20, 2, 8, dtype=torch.float64)
+    k = torch.randn(1, 20, 1, 8, dtype=torch.float64).expand(1, 20, 2, 8)
+    turned = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, k, k)]
+    gradients = []
+    for backend, tensors in (("triton", (q, k, k)), ("triton", turned), ("sdpa", (q, k, k))):
+        tensors = [x.detach().requires_grad_() for x in tensors]
+        out = dilated_attention(*tensors, pattern, backend=backend)
+        gradients.append([out, *torch.autograd.grad(out.sum(), tensors)])
+    for found in gradients[:2]:
+        torch.testing.assert_close(found, gradients[2], rtol=0, atol=1e-12)
+
+
+def dense_rows(q, k, v, causal, shift, scale):
+    """attend_rows in plain PyTorch: output and log-sum-exp."""
+    group = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
+    if causal:
+        i, j = (torch.arange(n) for n in scores.shape[-2:])
+        scores = scores.masked_fill(j > i[:, None] + shift, -torch.inf)
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.exp(scores - lse[..., None]).nan_to_num()
+    return torch.einsum("bhij,bjhd->bihd", weights, v), lse
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "shift", "causal"),
+    [
+        (20, 60, 40, True),
+        (20, 60, 0, False),
+        (33, 70, 35, True),
+        (17, 5, 3, True),
+        (20, 10, -6, True),
+        (20, 16, 100, True),
+        (1, 1, 0, True),
+    ],
+)
+def test_attend_rows(queries, keys, shift, causal):
+    """Queries of one rank against gathered keys, as the last rows of a longer sequence."""
+    generator = torch.Generator().manual_seed(queries)
+    q, grad = (
+        torch.randn(1, 3 * queries, 2, 8, generator=generator, dtype=torch.float64)[:, 1::3]
+        for _ in range(2)
+    )
+    k, v = (torch.randn(1, keys, 1, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    options = {"causal": causal, "query_shift": shift, "scale": 0.3}
+    with torch.no_grad():
+        out, lse = attend_rows(q, k, v, **options)
+        found = attend_rows_backward(grad, q, k, v, out, lse, **options)
+    expected, expected_lse = dense_rows(q, k, v, causal, shift, 0.3)
+    torch.testing.assert_close(out, expected.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(lse, expected_lse.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        found, torch.autograd.grad(expected, (q, k, v), grad), rtol=0, atol=1e-12
+    )
+
+
+def test_attend_rows_merge_to_attention_over_all_keys():
+    """What the sequence axis does: parts by key, merged log-sum-exp, gradients that add."""
+    q, k, v, grad = (torch.randn(1, 40, 2, 8, dtype=torch.float64) for _ in range(4))
+    local = q[:, 24:]
+    parts = [
+        ((local, k[:, :24], v[:, :24]), {"causal": False, "query_shift": 0}),
+        ((local, k[:, 24:], v[:, 24:]), {"causal": True, "query_shift": 0}),
+    ]
+    results = [attend_rows(*tensors, scale=0.3, **options) for tensors, options in parts]
+    lse = torch.logaddexp(results[0][1], results[1][1])
+    out = sum(o * torch.exp(part - lse).transpose(1, 2)[..., None] for o, part in results)
+    whole, whole_lse = attend_rows(local, k, v, causal=True, query_shift=24, scale=0.3)
+    torch.testing.assert_close(out, whole, rtol=0, atol=1e-13)
+    torch.testing.assert_close(lse, whole_lse, rtol=0, atol=1e-13)
+
+    def backward(*tensors, **options):
+        return attend_rows_backward(grad[:, 24:], *tensors, out, lse, scale=0.3, **options)
+
+    shares = [backward(*tensors, **options) for tensors, options in parts]
+    expected = backward(local, k, v, causal=True, query_shift=24)
+    torch.testing.assert_close(shares[0][0] + shares[1][0], expected[0], rtol=0, atol=1e-13)
+    for number in (1, 2):
+        keys = torch.cat([shares[0][number], shares[1][number]], dim=1)
+        torch.testing.assert_close(keys, expected[number], rtol=0, atol=1e-13)
+
+
+def test_auto_takes_the_interpreter_but_not_for_bfloat16():
+    q = torch.randn(1, 4, 1, 16)
+    assert choose_backend("auto", q).__name__.endswith(".triton")
+    assert choose_backend("auto", q.bfloat16()).__name__.endswith(".sdpa")
