@@ -14,6 +14,7 @@ import triton.language as tl
 
 from megalong.attention.triton.geometry import (
     LOG2E,
+    VARYING,
     compact_rows,
     load_rows,
     locate,
@@ -22,7 +23,7 @@ from megalong.attention.triton.geometry import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def delta_kernel(
     out_ptr, grad_ptr, delta_ptr,
     out_batch, out_row, out_head, grad_batch, grad_row, grad_head,
@@ -44,7 +45,7 @@ def delta_kernel(
     tl.store(delta_ptr + batch_head * queries + row_m, delta_m, mask=valid_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, partial_ptr,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
@@ -163,7 +164,7 @@ def add_class_shares(
     return x_nd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def dkdv_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     partial_dk_ptr, partial_dv_ptr,

@@ -10,6 +10,7 @@ from megalong.attention.triton.geometry import (
     LN2,
     LOG2E,
     NEG_INF,
+    VARYING,
     compact_rows,
     load_rows,
     locate,
@@ -54,7 +55,7 @@ def attend(
     return largest_m, total_m, acc_md
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,

@@ -13,6 +13,18 @@ LOG2E = tl.constexpr(1.4426950408889634)  # softmax runs in base 2: exp(x) = exp
 LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
 
+# Integer arguments that change with the length of a sequence and with the documents in it. Triton
+# would compile once more for each that turns into 1 or into a multiple of 16.
+VARYING = (
+    "tiles",
+    "queries",
+    "partial_rows",
+    "delta_rows",
+    "gathered_keys",
+    "gathered_queries",
+    "shift",
+)
+
 
 @triton.jit
 def locate(tile_ptr, document_ptr, branch_ptr, branches, line):

@@ -57,6 +57,7 @@ def attend_rows_backward(
     grad_bmhd, q_bmhd, k_bngd, v_bngd, out_bmhd = map(
         dense_rows, (grad_bmhd, q_bmhd, k_bngd, v_bngd, out_bmhd)
     )
+    lse_bhm = lse_bhm.contiguous()
     batch, queries, heads, head_dim = q_bmhd.shape
     keys, kv_heads = k_bngd.shape[1:3]
     dq_bmhd, dk_bngd, dv_bngd = gradients = [empty_rows(x) for x in (q_bmhd, k_bngd, v_bngd)]
