@@ -68,25 +68,24 @@ def plot_loss_by_position(records: list[dict], config: dict, path: Path) -> None
     held_out = {r["split"]: r for r in records if "split" in r}  # the last of each split
     if not held_out:
         return
-    seq_length = config["model"]["seq_length"]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for split, record in held_out.items():
-        losses = record["loss_by_position"]
-        width = seq_length / len(losses)
+        edges = [max(edge, 2) for edge in record["position_edges"]]  # zero has no logarithm
         axes.stairs(
-            [float("nan") if loss is None else loss for loss in losses],
-            [i * width for i in range(len(losses) + 1)],
-            baseline=None, color=HELD_OUT_COLORS[split], linewidth=1.5,
+            [float("nan") if loss is None else loss for loss in record["loss_by_position"]],
+            edges, baseline=None, color=HELD_OUT_COLORS[split], linewidth=1.5,
             label=f"{split}, iteration {record['iteration']}, {record['tokens']:,} tokens",
         )  # fmt: skip
-    for length in config["attention"]["segment_lengths"]:
-        if config["attention"]["attention"] == "dilated" and length < seq_length:
-            axes.axvline(length, color="gray", linewidth=0.6, linestyle=":")
+    if config["attention"]["attention"] == "dilated":
+        for length in set(config["attention"]["segment_lengths"]):
+            if length < edges[-1]:
+                axes.axvline(length, color="gray", linewidth=0.6, linestyle=":")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set(
         xlabel="position in the context (tokens; dotted: segment lengths)",
         ylabel="loss (nats per token)",
         title="Held-out loss against position",
-        xlim=(0, seq_length),
     )
     axes.grid(alpha=0.3)
     axes.legend()

@@ -15,6 +15,7 @@ The tensors go by canonical parameter names (`megalong.model.names`), whole, in 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -45,16 +46,19 @@ from megalong.training.engine import MOMENTS, TrainingEngine
 class Progress:
     """How far a run has come.
 
+    consumed_tokens: where the run stands in the training stream, whatever the sequence length and
+        batch size were on the way.
+    losses: those of the iterations since the last one that was logged.
     adam_step: updates that Adam has made; smaller than `iteration` where fp16 steps were skipped.
     loss_scaler: state of the fp16 dynamic loss scaler.
-    losses: those of the iterations since the last one that was logged.
     """
 
     iteration: int = 0
     consumed_samples: int = 0
+    consumed_tokens: int = 0
+    losses: list[float] = field(default_factory=list)
     adam_step: int = 0
     loss_scaler: dict[str, Any] | None = None
-    losses: list[float] = field(default_factory=list)
 
 
 def open_checkpoint(config: Config) -> Path | None:
@@ -122,18 +126,16 @@ def load_optimizer(checkpoint: Path, engine: TrainingEngine, progress: Progress)
     _load_random_states(checkpoint, engine.mesh)
 
 
-def save_checkpoint(
-    engine: TrainingEngine, config: Config, iteration: int, losses: list[float]
-) -> Path:
+def save_checkpoint(engine: TrainingEngine, config: Config, progress: Progress) -> Path:
     """Write one checkpoint of the run; called by every rank. Returns its folder.
 
-    losses: see `Progress`.
+    progress: how far the run has come; what the optimizer knows of it is filled in here.
 
     Until the rename the folder is called `.tmp`, and until the pointer moves nobody reads it: a
     run killed at any moment leaves the previous checkpoint in force.
     """
     mesh = engine.mesh
-    folder = Path(config.run.save) / f"iter_{iteration:07d}"
+    folder = Path(config.run.save) / f"iter_{progress.iteration:07d}"
     aside = folder.with_suffix(".tmp")
     if mesh.is_main:
         shutil.rmtree(aside, ignore_errors=True)
@@ -141,12 +143,8 @@ def save_checkpoint(
     dist.barrier()
     dcp.save(_tensors(engine), checkpoint_id=str(aside))
     if mesh.is_main:
-        progress = Progress(
-            iteration=iteration,
-            consumed_samples=iteration * config.training.global_batch_size,
-            adam_step=_adam_step(engine),
-            loss_scaler=_loss_scaler_state(engine),
-            losses=losses,
+        progress = dataclasses.replace(
+            progress, adam_step=_adam_step(engine), loss_scaler=_loss_scaler_state(engine)
         )
         (aside / "progress.json").write_text(json.dumps(asdict(progress)))
         (aside / "config.yaml").write_text(to_yaml(config))

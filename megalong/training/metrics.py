@@ -15,7 +15,8 @@ class MetricsLog:
 
     One JSON object a line. Training records have iteration, consumed_samples, consumed_tokens,
     loss, learning_rate, grad_norm, tokens_per_second; evaluations have iteration, split, loss,
-    perplexity, bits_per_byte, tokens, loss_by_position. Only the main process has one.
+    perplexity, bits_per_byte, tokens, position_edges, loss_by_position. Only the main process has
+    one.
     """
 
     def __init__(self, config: Config, resumed_iteration: int):

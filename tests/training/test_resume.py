@@ -124,3 +124,9 @@ def test_more_iterations_continue_the_same_stream(corpus, tmp_path):
     run(command(1, corpus, parts, **constant))
     losses = [[r["loss"] for r in numbers(folder) if "split" not in r] for folder in (whole, parts)]
     assert losses[0] == losses[1]
+
+    # Two more with sequences twice as long: the same stream goes on where it stood.
+    longer = {"seq_length": 64, "global_batch_size": 32, "train_iters": 14}
+    run(command(1, corpus, parts, **constant | longer))
+    tokens = [r["consumed_tokens"] for r in numbers(parts) if "split" not in r]
+    assert tokens == [32 * 64 * i for i in range(1, 15)]
