@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-from megalong.arguments import to_yaml
 from megalong.config import Config
 from megalong.data.batches import (
     evaluation_batches,
@@ -25,16 +24,21 @@ from megalong.training.evaluation import Evaluation, evaluate, position_edges
 from megalong.training.learning_rate import learning_rate
 from megalong.training.metrics import MetricsLog
 from megalong.training.run_data import RunData
+from megalong.training.run_folder import open_run_folder
 
 
 class Trainer:
     """One run: from the configuration and the data to the trained model in the run folder.
 
+    given: the configuration before it was resolved, to be written down beside `config`.
     checkpoint: where to go on from (`megalong.training.checkpoint.open_checkpoint`), or None.
     """
 
-    def __init__(self, config: Config, data: RunData, checkpoint: Path | None, mesh: Mesh):
+    def __init__(
+        self, config: Config, given: Config, data: RunData, checkpoint: Path | None, mesh: Mesh
+    ):
         self.config, self.data, self.mesh = config, data, mesh
+        self.lock = open_run_folder(config, given) if mesh.is_main else None
         self.progress = checkpoints.Progress()
         model = build_model(config, data.tokenizer.vocab_size)
         if checkpoint is not None:
@@ -44,7 +48,7 @@ class Trainer:
         self.engine = TrainingEngine(model, config, mesh)
         if checkpoint is not None:
             checkpoints.load_optimizer(checkpoint, self.engine, self.progress)
-        self.metrics = self._open_run_folder() if mesh.is_main else None
+        self.metrics = MetricsLog(config, self.progress.iteration) if mesh.is_main else None
         self._announce(checkpoint)
 
     def train(self) -> None:
@@ -69,7 +73,7 @@ class Trainer:
             step_start = time.perf_counter()
             result = self.engine.train_step(batches, rate)
             seconds.append(time.perf_counter() - step_start)
-            self._advance(iteration, result.loss)
+            self._advance(iteration, result)
             if self._due(iteration, run.log_interval):
                 pace = (time.perf_counter() - start) / (iteration - first_iteration)
                 self._log(rate, result, seconds, pace * (training.train_iters - iteration))
@@ -80,11 +84,14 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.close()
 
-    def _advance(self, iteration: int, loss: float) -> None:
-        if not math.isfinite(loss):
+    def _advance(self, iteration: int, result: StepResult) -> None:
+        # fp16 skips a step now and then, by design; anything else that is not finite is the end.
+        broken = result.skipped and self.config.training.precision != "fp16"
+        if broken or not math.isfinite(result.loss):
+            what = "gradients are not finite" if broken else f"loss is {result.loss}"
             raise FloatingPointError(
-                f"the loss is {loss} at iteration {iteration}: lower --lr or --clip-grad, and go on"
-                " from the last checkpoint with --load"
+                f"the {what} at iteration {iteration}: lower --lr or --clip-grad, and go on from"
+                " the last checkpoint with --load"
             )
         self.progress = dataclasses.replace(
             self.progress,
@@ -92,7 +99,7 @@ class Trainer:
             consumed_samples=self.progress.consumed_samples
             + self.config.training.global_batch_size,
             consumed_tokens=self.progress.consumed_tokens + self.engine.tokens_per_step,
-            losses=[*self.progress.losses, loss],
+            losses=[*self.progress.losses, result.loss],
         )
 
     def _due(self, iteration: int, interval: int) -> bool:
@@ -169,6 +176,7 @@ class Trainer:
             {
                 "iteration": iteration,
                 "split": split,
+                "consumed_tokens": self.progress.consumed_tokens,
                 "loss": result.loss,
                 "perplexity": result.perplexity,
                 "bits_per_byte": result.bits_per_byte,
@@ -182,13 +190,6 @@ class Trainer:
             f" | perplexity {result.perplexity:.2f} | {result.bits_per_byte:.3f} bits per byte"
             f" | {result.tokens:,} tokens"
         )
-
-    def _open_run_folder(self) -> MetricsLog:
-        if self.config.run.save is not None:
-            folder = Path(self.config.run.save)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(to_yaml(self.config))
-        return MetricsLog(self.config, self.progress.iteration)
 
     def _announce(self, checkpoint: Path | None) -> None:
         if not self.mesh.is_main:
@@ -213,6 +214,8 @@ class Trainer:
             say(f"resuming from {checkpoint}")
         elif self.config.run.load is not None:
             say(f"no checkpoint in {self.config.run.load} yet: starting at the beginning")
+        if self.progress.iteration >= training.train_iters:
+            say(f"--train-iters {training.train_iters} are done: evaluating only")
 
 
 def say(line: str) -> None:

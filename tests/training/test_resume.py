@@ -3,11 +3,11 @@
 import contextlib
 import os
 import random
-import signal
 import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -56,17 +56,20 @@ def kill_soon_after(command: list[str], checkpoint: Path, delay: float) -> None:
     """Run the command; SIGKILL all its processes `delay` seconds after the checkpoint appears."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     process = subprocess.Popen(
-        command,
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     while process.poll() is None and not checkpoint.exists():
         time.sleep(0.01)
     time.sleep(delay)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        # The launcher gives each rank a session of its own: a process group is not all of them.
+        launcher = psutil.Process(process.pid)
+        family = [*launcher.children(recursive=True), launcher]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        _, alive = psutil.wait_procs(family, timeout=30)
+        assert not alive
     process.wait()
 
 
@@ -76,13 +79,14 @@ def kill_soon_after(command: list[str], checkpoint: Path, delay: float) -> None:
         # (point, count): see killed_run.py; behind it, the checkpoint that is in force after it.
         (2, {"zero_stage": 1}, [("step", 2, None), ("write", 2, 3), ("rename", 1, 3)]),
         (2, {"zero_stage": 3, "precision": "bf16"}, [("pointer", 2, 3), ("step", 4, 6)]),
+        (2, {"zero_stage": 1, "precision": "bf16"}, [("step", 5, 3)]),
         (
             1,
             {"zero_stage": 2, "precision": "bf16", "log_interval": 2},
             [("write", 1, None), ("pointer", 3, 6)],
         ),
     ],
-    ids=["2 ranks ZeRO 1 fp32", "2 ranks ZeRO 3 bf16", "1 rank ZeRO 2 bf16"],
+    ids=["2 ranks ZeRO 1 fp32", "2 ranks ZeRO 3 bf16", "2 ranks ZeRO 1 bf16", "1 rank ZeRO 2 bf16"],
 )
 def test_killed_runs_continue_bit_for_bit(corpus, tmp_path, ranks, changes, kills):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -125,3 +129,8 @@ def test_more_iterations_continue_the_same_stream(corpus, tmp_path):
     run(command(1, corpus, parts, **constant | longer))
     tokens = [r["consumed_tokens"] for r in numbers(parts) if "split" not in r]
     assert tokens == [32 * 64 * i for i in range(1, 15)]
+
+    # And on two ranks instead of one.
+    run(command(2, corpus, parts, **constant | longer | {"train_iters": 15}))
+    tokens = [r["consumed_tokens"] for r in numbers(parts) if "split" not in r]
+    assert tokens == [32 * 64 * i for i in range(1, 16)]
