@@ -25,7 +25,8 @@ from megalong.data.stream import DataError
 
 
 def main(arguments: list[str]) -> None:
-    config = parse_arguments(arguments, description=__doc__).resolve(world_size())
+    given = parse_arguments(arguments, description=__doc__)
+    config = given.resolve(world_size())
 
     # The slow imports wait until the flags are known to be right, and the processes wait for each
     # other only once each of them has found its data and its checkpoint.
@@ -34,14 +35,18 @@ def main(arguments: list[str]) -> None:
     quiet_libraries()
     from megalong.parallel import check_precision, launch
     from megalong.training.checkpoint import open_checkpoint
+    from megalong.training.deepspeed_config import deepspeed_config
     from megalong.training.loop import Trainer
     from megalong.training.run_data import open_run_data
+    from megalong.training.run_folder import prepare_run_folder
 
     check_precision(config.training.precision)
+    deepspeed_config(config.training, world_size())
     data = open_run_data(config)
+    prepare_run_folder(config)
     checkpoint = open_checkpoint(config)
     with launch(config.training.seed) as mesh:
-        Trainer(config, data, checkpoint, mesh).train()
+        Trainer(config, given, data, checkpoint, mesh).train()
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ from megalong.config import Config, ConfigError, flag_name
 def parse_arguments(arguments: list[str], description: str | None = None) -> Config:
     """The configuration that a command line describes, not yet resolved.
 
-    Raises ConfigError for an unreadable file, an unknown key or a value of the wrong type in it;
-    argparse itself ends the process on an unknown flag.
+    Raises ConfigError for an unknown flag, an unreadable file, an unknown key or a value of the
+    wrong type.
     """
     parser = build_parser(description)
     given = vars(parser.parse_args(arguments))
@@ -43,7 +43,7 @@ def parse_arguments(arguments: list[str], description: str | None = None) -> Con
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """The parser: one group of flags per section; a flag that is not given leaves no trace."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -61,6 +61,12 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     for setting in _settings().values():
         _add_flag(groups[setting.section], setting)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        """One line, like every other mistake, instead of the usage of fifty flags."""
+        raise ConfigError(f"{message}; --help lists all flags")
 
 
 def _add_flag(group: Any, setting: _Setting) -> None:
@@ -127,12 +133,25 @@ def config_from_values(values: dict[str, Any]) -> Config:
     return Config(**{name: kind(**sections[name]) for name, kind in _sections().items()})
 
 
-def to_yaml(config: Config) -> str:
-    """The configuration as text that `--config` reads back to the same configuration."""
+def to_yaml(config: Config, only_given: bool = False) -> str:
+    """The configuration as text that `--config` reads back to the same configuration.
+
+    only_given: leave out what has its default value, and `load`, which belongs to one start.
+    """
+    settings = _settings()
+
+    def wanted(name: str, value: Any) -> bool:
+        return not only_given or (value != settings[name].default and name != "load")
+
     content = {
-        section: {name: _thaw(value) for name, value in vars(getattr(config, section)).items()}
+        section: {
+            name: _thaw(value)
+            for name, value in vars(getattr(config, section)).items()
+            if wanted(name, value)
+        }
         for section in _sections()
     }
+    content = {section: values for section, values in content.items() if values}
     return yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
 
 
@@ -186,7 +205,9 @@ def _checked(value: Any, setting: _Setting, where: str) -> Any:
             raise ConfigError(f"{where}: has no value")
         return None
     if setting.is_json:
-        return value  # a word or a table: DilatedPattern looks at it
+        if not isinstance(value, str | list):
+            raise ConfigError(f"{where}: expected a word or a table, found {value!r}")
+        return value  # DilatedPattern looks at what is in it
     if setting.item is not None:
         if not isinstance(value, list) or any(type(item) is not setting.item for item in value):
             raise ConfigError(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megalong.attention import DilatedPattern
+from megalong.attention.dilated_attention import BACKEND_VARIABLE, BACKENDS
 
 
 class ConfigError(ValueError):
@@ -57,9 +58,9 @@ class ModelConfig:
     )
     make_vocab_size_divisible_by: int = _flag(128, "pad the vocabulary to a multiple of this")
     transformer_impl: str = _flag(
-        "auto",
+        "local",
         "layer modules; auto takes Transformer Engine where it is installed and there is a GPU",
-        choices=("auto", "local", "transformer_engine"),
+        choices=("local", "transformer_engine", "auto"),
     )
 
 
@@ -78,8 +79,8 @@ class AttentionConfig:
     head_offsets: str | tuple[tuple[int, ...], ...] = _flag(
         "mod",
         "which positions a head takes in a branch: mod (kv head mod r, the paper's rule), block"
-        " (torchscale's), layer (mod, shifted by one each layer), or a table of branches x heads"
-        " as JSON",
+        " (torchscale's), layer (mod, shifted by the kv heads each layer), or a table of branches"
+        " x heads as JSON",
         is_json=True,
     )
 
@@ -143,13 +144,9 @@ class RunConfig:
 
     save: str | None = _flag(None, "run folder: checkpoints, metrics.jsonl, config.yaml")
     load: str | None = _flag(None, "run folder to resume from")
-    save_interval: int | None = _flag(
-        None, "iterations between checkpoints (default: only at the end)"
-    )
+    save_interval: int = _flag(1000, "iterations between checkpoints; the last is always saved")
     log_interval: int = _flag(1, "iterations between log lines; the mean of their losses is logged")
-    eval_interval: int | None = _flag(
-        None, "iterations between evaluations (default: only at the end)"
-    )
+    eval_interval: int = _flag(1000, "iterations between evaluations; there is one at the end")
     eval_iters: int = _flag(10, "global batches in one evaluation; 0 is the whole split")
     full_validation: bool = _flag(False, "the evaluation at the end covers the whole split")
     tensorboard_dir: str | None = _flag(
@@ -177,7 +174,7 @@ class Config:
             model=_resolve_model(self.model),
             attention=_resolve_attention(self.attention, self.model.seq_length),
             training=_resolve_training(self.training, data_parallel_size),
-            run=_resolve_run(self.run, self.training),
+            run=_resolve_run(self.run),
         )
         _check_model(resolved.model)
         _check_attention(resolved)
@@ -187,8 +184,19 @@ class Config:
 
 
 def world_size() -> int:
-    """Number of processes of this launch, as torchrun and the deepspeed launcher announce it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of processes of this launch, as torchrun and the deepspeed launcher announce it.
+
+    Raises ConfigError where SLURM started several processes that do not know of each other.
+    """
+    if "RANK" in os.environ:
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if "SLURM_PROCID" in os.environ and int(tasks) > 1:
+        raise ConfigError(
+            f"srun started {tasks} processes without RANK, WORLD_SIZE and MASTER_ADDR: start one"
+            " torchrun a node (srun --ntasks-per-node=1 torchrun ...), or set the three"
+        )
+    return 1
 
 
 # Filling in the defaults that depend on other fields.
@@ -244,16 +252,11 @@ def _resolve_training(training: TrainingConfig, data_parallel_size: int) -> Trai
     )
 
 
-def _resolve_run(run: RunConfig, training: TrainingConfig) -> RunConfig:
+def _resolve_run(run: RunConfig) -> RunConfig:
     tensorboard_dir = run.tensorboard_dir
     if tensorboard_dir is None and run.save is not None:
         tensorboard_dir = os.path.join(run.save, "tensorboard")
-    return dataclasses.replace(
-        run,
-        tensorboard_dir=tensorboard_dir,
-        save_interval=_default(run.save_interval, training.train_iters),
-        eval_interval=_default(run.eval_interval, training.train_iters),
-    )
+    return dataclasses.replace(run, tensorboard_dir=tensorboard_dir)
 
 
 # The rules. Each names the flags and what to set instead.
@@ -264,6 +267,7 @@ def _check_model(model: ModelConfig) -> None:
     _require_positive(
         model, "ffn_hidden_size", "kv_channels", "num_query_groups", "make_vocab_size_divisible_by"
     )
+    _require_more_than_zero(model, "norm_epsilon", "rotary_base", "init_method_std")
     if model.num_attention_heads % model.num_query_groups:
         raise ConfigError(
             f"--num-attention-heads {model.num_attention_heads} does not divide by"
@@ -285,6 +289,9 @@ def _check_attention(config: Config) -> None:
             f"--segment-lengths has {len(lengths)} values and --dilation-rates {len(rates)}:"
             " a branch is one of each"
         )
+    backend = os.environ.get(BACKEND_VARIABLE) or "auto"
+    if backend != "auto" and backend not in BACKENDS:
+        raise ConfigError(f"{BACKEND_VARIABLE}={backend}: choose auto, {', '.join(BACKENDS)}")
     try:
         pattern = config.attention.pattern()
         pattern.offsets(config.model.num_attention_heads, config.model.num_query_groups)
@@ -304,6 +311,9 @@ def _check_training(training: TrainingConfig, data_parallel_size: int) -> None:
             f" --micro-batch-size {training.micro_batch_size} x {data_parallel_size} data-parallel"
             f" ranks: set --global-batch-size {larger}, or change the other two"
         )
+    _require_more_than_zero(training, "lr", "lr_decay_power")
+    if not 0 <= training.seed < 2**32:
+        raise ConfigError(f"--seed {training.seed} must lie in [0, 2^32)")
     if not 0 <= training.lr_warmup_iters <= training.lr_decay_iters:
         raise ConfigError(
             f"--lr-warmup-iters {training.lr_warmup_iters} must lie between 0 and --lr-decay-iters"
@@ -315,8 +325,10 @@ def _check_training(training: TrainingConfig, data_parallel_size: int) -> None:
         if not 0 <= getattr(training, name) < 1:
             raise ConfigError(f"{flag_name(name)} must lie in [0, 1)")
     for name in ("clip_grad", "weight_decay", "adam_eps"):
-        if getattr(training, name) < 0:
-            raise ConfigError(f"{flag_name(name)} must not be negative")
+        if not 0 <= getattr(training, name) < math.inf:
+            raise ConfigError(f"{flag_name(name)} must be a number and not negative")
+    if training.loss_scale is not None and training.loss_scale <= 0:
+        raise ConfigError(f"--loss-scale {training.loss_scale} must be positive")
     if training.initial_loss_scale < 1 or math.log2(training.initial_loss_scale) % 1:
         raise ConfigError(
             f"--initial-loss-scale {training.initial_loss_scale:g} must be a power of two"
@@ -347,6 +359,12 @@ def flag_name(field_name: str) -> str:
 def _require_positive(section: Any, *names: str) -> None:
     for name in names:
         if getattr(section, name) <= 0:
+            raise ConfigError(f"{flag_name(name)} {getattr(section, name)} must be positive")
+
+
+def _require_more_than_zero(section: Any, *names: str) -> None:
+    for name in names:
+        if not 0 < getattr(section, name) < math.inf:
             raise ConfigError(f"{flag_name(name)} {getattr(section, name)} must be positive")
 
 

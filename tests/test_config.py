@@ -5,7 +5,7 @@ import yaml
 
 from megalong.arguments import build_parser, config_from_values, parse_arguments, to_yaml
 from megalong.attention import DilatedPattern
-from megalong.config import ConfigError
+from megalong.config import ConfigError, world_size
 
 NEEDED = ["--data-path", "data", "--tokenizer-type", "ByteTokenizer"]
 
@@ -71,6 +71,7 @@ def test_the_resolved_configuration_reads_back(tmp_path):
         ("segment_lengths: 2048", "expected a list of int"),
         ("model: 3", "model is a section"),
         ("just words", "expected `name: value` lines"),
+        ("head_offsets: 5", "expected a word or a table"),
         ("a: [1, 2", "not YAML"),
     ],
 )
@@ -105,10 +106,16 @@ def test_a_missing_yaml_is_named():
         ("--lr-warmup-iters 20 --train-iters 10", 1, "--lr-warmup-iters 20"),
         ("--min-lr 1.0", 1, "--min-lr 1.0 must lie between"),
         ("--adam-beta1 1.0", 1, "--adam-beta1"),
-        ("--clip-grad -1", 1, "--clip-grad must not be negative"),
+        ("--clip-grad -1", 1, "--clip-grad must be a number"),
         ("--initial-loss-scale 3", 1, "power of two"),
         ("--eval-iters -1", 1, "--eval-iters -1"),
         ("--log-interval 0", 1, "--log-interval 0"),
+        ("--seed 99999999999", 1, "--seed 99999999999"),
+        ("--rotary-base 0", 1, "--rotary-base 0"),
+        ("--norm-epsilon -1", 1, "--norm-epsilon -1"),
+        ("--clip-grad nan", 1, "--clip-grad"),
+        ("--loss-scale -5", 1, "--loss-scale -5"),
+        ("--lr 0", 1, "--lr 0"),
         ("--tokenizer-type SentencePieceTokenizer", 1, "--tokenizer-model is missing"),
     ],
 )
@@ -123,7 +130,47 @@ def test_data_path_is_needed():
         config_from_values({"tokenizer_type": "ByteTokenizer"}).resolve(1)
 
 
-def test_an_unknown_flag_ends_the_parser(capsys):
-    with pytest.raises(SystemExit):
-        parse_arguments(["--num-layer", "3"])
-    assert "--num-layer" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "flags, names",
+    [
+        (["--num-layer", "3"], ["--num-layer"]),
+        (["--num-layers", "three"], ["--num-layers", "three"]),
+        (["--precision", "fp8"], ["--precision", "fp8", "bf16"]),
+        (["--head-offsets", "[[0,"], ["--head-offsets"]),
+    ],
+)
+def test_a_bad_flag_is_one_line(flags, names):
+    with pytest.raises(ConfigError) as error:
+        parse_arguments(flags)
+    for name in names:
+        assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_was_given_is_written_without_what_follows_from_it():
+    given = parse_arguments(
+        [*NEEDED, "--lr", "0.5", "--load", "old", "--segment-lengths", "8", "64"]
+    )
+    assert yaml.safe_load(to_yaml(given, only_given=True)) == {
+        "attention": {"segment_lengths": [8, 64]},
+        "training": {"lr": 0.5},
+        "data": {"data_path": "data", "tokenizer_type": "ByteTokenizer"},
+    }
+
+
+def test_processes_that_do_not_know_of_each_other(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert world_size() == 1
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    with pytest.raises(ConfigError, match="srun started 2 processes"):
+        world_size()
+    monkeypatch.setenv("RANK", "0")
+    assert world_size() == 4
+
+
+def test_an_unknown_backend_in_the_environment(monkeypatch):
+    monkeypatch.setenv("MEGALONG_ATTENTION_BACKEND", "fast")
+    with pytest.raises(ConfigError, match="MEGALONG_ATTENTION_BACKEND=fast"):
+        resolve()

@@ -26,13 +26,14 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="run folder, with metrics.jsonl")
     parser.add_argument("--output", type=Path, help="folder for the plots (default: the run's)")
     arguments = parser.parse_args()
-    metrics = arguments.run / "metrics.jsonl"
-    if not metrics.exists():
-        parser.error(f"{metrics}: no such file; a run with --save {arguments.run} writes it")
+    metrics, resolved = arguments.run / "metrics.jsonl", arguments.run / "config.yaml"
+    for file in (metrics, resolved):
+        if not file.exists():
+            parser.error(f"{file}: no such file; a run with --save {arguments.run} writes it")
     records = read_metrics(metrics)
     if not records:
         parser.error(f"{metrics}: no records yet")
-    config = yaml.safe_load((arguments.run / "config.yaml").read_text())
+    config = yaml.safe_load(resolved.read_text())
     output = arguments.output or arguments.run
     output.mkdir(parents=True, exist_ok=True)
     plot_loss_curve(records, output / "loss_curve.png")
@@ -42,7 +43,6 @@ def main() -> None:
 def plot_loss_curve(records: list[dict], path: Path) -> None:
     """Training loss against tokens seen, with the held-out losses as points."""
     training = [r for r in records if "split" not in r]
-    tokens_at = {r["iteration"]: r["consumed_tokens"] for r in training}
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(
         [r["consumed_tokens"] for r in training],
@@ -50,9 +50,9 @@ def plot_loss_curve(records: list[dict], path: Path) -> None:
         color=TRAINING_COLOR, linewidth=1, label="training",
     )  # fmt: skip
     for split, color in HELD_OUT_COLORS.items():
-        held_out = [r for r in records if r.get("split") == split and r["iteration"] in tokens_at]
+        held_out = [r for r in records if r.get("split") == split]
         if held_out:
-            x = [tokens_at[r["iteration"]] for r in held_out]
+            x = [r["consumed_tokens"] for r in held_out]
             y = [r["loss"] for r in held_out]
             axes.plot(x, y, "o-", color=color, label=f"{split}, {y[-1]:.3f} at the end")
     axes.set(xlabel="tokens", ylabel="loss (nats per token)", title="Loss")
@@ -68,25 +68,24 @@ def plot_loss_by_position(records: list[dict], config: dict, path: Path) -> None
     held_out = {r["split"]: r for r in records if "split" in r}  # the last of each split
     if not held_out:
         return
-    seq_length = config["model"]["seq_length"]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for split, record in held_out.items():
-        losses = record["loss_by_position"]
-        width = seq_length / len(losses)
+        edges = [max(edge, 2) for edge in record["position_edges"]]  # zero has no logarithm
         axes.stairs(
-            [float("nan") if loss is None else loss for loss in losses],
-            [i * width for i in range(len(losses) + 1)],
-            baseline=None, color=HELD_OUT_COLORS[split], linewidth=1.5,
+            [float("nan") if loss is None else loss for loss in record["loss_by_position"]],
+            edges, baseline=None, color=HELD_OUT_COLORS[split], linewidth=1.5,
             label=f"{split}, iteration {record['iteration']}, {record['tokens']:,} tokens",
         )  # fmt: skip
-    for length in config["attention"]["segment_lengths"]:
-        if config["attention"]["attention"] == "dilated" and length < seq_length:
-            axes.axvline(length, color="gray", linewidth=0.6, linestyle=":")
+    if config["attention"]["attention"] == "dilated":
+        for length in set(config["attention"]["segment_lengths"]):
+            if length < edges[-1]:
+                axes.axvline(length, color="gray", linewidth=0.6, linestyle=":")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set(
         xlabel="position in the context (tokens; dotted: segment lengths)",
         ylabel="loss (nats per token)",
         title="Held-out loss against position",
-        xlim=(0, seq_length),
     )
     axes.grid(alpha=0.3)
     axes.legend()

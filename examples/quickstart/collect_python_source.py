@@ -4,8 +4,8 @@
 
 Every Python installation has it, so the quickstart needs no download: about 10 MB of varied,
 well-written text. Output: JSON lines, one file each, {"text": source, "path": relative path}.
-The files are shuffled with a fixed seed, so that a split by documents (the first 97% to train on,
-the rest to validate on) holds out a fair sample of the library and not its last folders.
+The files are shuffled with a fixed seed, so that a split by documents (the first ones to train on,
+the rest held out) holds out a fair sample of the library and not its last folders.
 Deterministic for a given Python version.
 """
 

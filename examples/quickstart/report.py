@@ -24,10 +24,10 @@ def main() -> None:
     print(f"loss curve:               {run / 'loss_curve.png'}")
     print(f"loss against position:    {run / 'loss_by_position.png'}")
     print(f"checkpoints and metrics:  {run}")
-    losses = result["loss_by_position"]
-    early, late = mean(losses[: len(losses) // 8]), mean(losses[-len(losses) // 2 :])
+    half = result["position_edges"][-1] // 2
+    early, late = mean_loss(result, 0, 16), mean_loss(result, half, 2 * half)
     print(
-        f"loss in the first eighth of the context {early:.3f}, in its second half {late:.3f}"
+        f"loss at the first 16 tokens of the context {early:.3f}, in its second half {late:.3f}"
         " nats per token"
     )
     took = ""
@@ -39,8 +39,15 @@ def main() -> None:
     )
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def mean_loss(result: dict, start: int, stop: int) -> float:
+    """Mean loss over the positions [start, stop), which are edges of buckets."""
+    edges, losses = result["position_edges"], result["loss_by_position"]
+    inside = [
+        (loss, b - a)
+        for a, b, loss in zip(edges, edges[1:], losses, strict=False)
+        if start <= a and b <= stop
+    ]
+    return sum(loss * width for loss, width in inside) / sum(width for _, width in inside)
 
 
 def gzip_bits_per_byte(run: Path) -> float:

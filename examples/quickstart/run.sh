@@ -31,14 +31,14 @@ python "$here/tools/preprocess_data.py" --overwrite \
 # A second start of this script goes on where the first one was stopped, thanks to --load.
 say "4/5  Pretraining a LongNet on 2 ranks, context 2048, four branches"
 deepspeed --num_gpus 2 --master_port "${MASTER_PORT:-29500}" "$here/pretrain_longnet.py" \
-    --num-layers 4 --hidden-size 192 --num-attention-heads 4 --seq-length 2048 \
-    --segment-lengths 256 512 1024 2048 --dilation-rates 1 2 4 8 \
+    --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 2048 \
+    --segment-lengths 512 1024 2048 2048 --dilation-rates 1 2 4 8 \
     --precision fp32 --zero-stage 1 --micro-batch-size 1 --global-batch-size 2 \
-    --untie-embeddings-and-output-weights --init-method-std 0.05 \
-    --train-iters 400 --lr 2e-3 --lr-warmup-iters 20 --adam-beta2 0.95 \
+    --untie-embeddings-and-output-weights --init-method-std 0.06 \
+    --train-iters 560 --lr 3e-3 --lr-warmup-iters 20 --adam-beta2 0.95 \
     --data-path "$data/python_text_document" --tokenizer-model "$run/tokenizer.model" \
-    --split 88,2,10 --log-interval 10 --eval-interval 100 --eval-iters 4 --full-validation \
-    --save "$run" --load "$run" --save-interval 100
+    --split 88,2,10 --log-interval 20 --eval-interval 140 --eval-iters 8 --full-validation \
+    --save "$run" --load "$run" --save-interval 140
 
 say "5/5  Plots and report"
 python "$here/tools/plot_run.py" "$run"

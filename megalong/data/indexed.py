@@ -19,7 +19,8 @@ class IndexedDocuments:
     """The documents of PREFIX.bin and PREFIX.idx, written by megalong or by Megatron.
 
     lengths: int64 (num_documents,), tokens in each document.
-    max_token_id: the largest id, from PREFIX.json; None where there is no such file.
+    max_token_id, vocab_size: the largest id, and the number of ids of the tokenizer, both from
+        PREFIX.json; None where there is no such file.
     Raises FileNotFoundError or ValueError that names the file and what is wrong with it.
     """
 
@@ -32,7 +33,9 @@ class IndexedDocuments:
         self._sequence_lengths = index.sequence_lengths
         ends = np.concatenate([[0], np.cumsum(index.sequence_lengths, dtype=np.int64)])
         self.lengths = np.diff(ends[index.first_sequence])
-        self.max_token_id = _sidecar_max_token_id(self.prefix, self.num_documents, self.num_tokens)
+        description = _read_description(self.prefix, self.num_documents, self.num_tokens)
+        self.max_token_id: int | None = description.get("max_token_id")
+        self.vocab_size: int | None = description.get("vocab_size")
         if not self.num_tokens:
             raise ValueError(f"--data-path {self.prefix}: {self.prefix}.bin holds no tokens")
         with warnings.catch_warnings():
@@ -149,15 +152,15 @@ def _check_bin(prefix: str, lengths: np.ndarray, pointers: np.ndarray, itemsize:
         raise ValueError(f"{prefix}.idx: damaged, it points outside of the .bin or inside a token")
 
 
-def _sidecar_max_token_id(prefix: str, documents: int, tokens: int) -> int | None:
+def _read_description(prefix: str, documents: int, tokens: int) -> dict:
+    """The content of PREFIX.json, or {} where there is none."""
     path = prefix + ".json"
     if not os.path.isfile(path):
-        return None
+        return {}
     try:
         with open(path, encoding="utf-8") as file:
             sidecar = json.load(file)
         counts = sidecar["documents"], sidecar["tokens"]
-        max_token_id = sidecar["max_token_id"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: not a description of tools/preprocess_data.py ({error})"
@@ -167,4 +170,4 @@ def _sidecar_max_token_id(prefix: str, documents: int, tokens: int) -> int | Non
             f"{path}: describes {counts[0]:,} documents and {counts[1]:,} tokens, but {prefix}.idx "
             f"has {documents:,} and {tokens:,}: the files are not of one run"
         )
-    return max_token_id
+    return sidecar

@@ -77,6 +77,11 @@ def launch(seed: int) -> Iterator[Mesh]:
     on_gpu = use_gpu()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if on_gpu:
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {local_rank} of this node has no GPU: {torch.cuda.device_count()} are"
+                " visible; start as many processes, or set DS_ACCELERATOR=cpu"
+            )
         torch.cuda.set_device(local_rank)
     else:
         cpu.enable_megatron_without_gpu()

@@ -15,6 +15,7 @@ The tensors go by canonical parameter names (`megalong.model.names`), whole, in 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -33,28 +34,33 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megalong.arguments import read_yaml, to_yaml
-from megalong.config import Config, ConfigError, ModelConfig, flag_name
+from megalong.config import AttentionConfig, Config, ConfigError, ModelConfig, flag_name
 from megalong.model.names import canonical_name
 from megalong.parallel.mesh import Mesh
 from megalong.training.engine import MOMENTS, TrainingEngine
+from megalong.training.run_folder import same_folder
 
 
 @dataclass(frozen=True)
 class Progress:
     """How far a run has come.
 
+    consumed_tokens: where the run stands in the training stream, whatever the sequence length and
+        batch size were on the way.
+    losses: those of the iterations since the last one that was logged.
     adam_step: updates that Adam has made; smaller than `iteration` where fp16 steps were skipped.
     loss_scaler: state of the fp16 dynamic loss scaler.
-    losses: those of the iterations since the last one that was logged.
     """
 
     iteration: int = 0
     consumed_samples: int = 0
+    consumed_tokens: int = 0
+    losses: list[float] = field(default_factory=list)
     adam_step: int = 0
     loss_scaler: dict[str, Any] | None = None
-    losses: list[float] = field(default_factory=list)
 
 
 def open_checkpoint(config: Config) -> Path | None:
@@ -62,20 +68,22 @@ def open_checkpoint(config: Config) -> Path | None:
 
     A run that is started again with the same `--save` and `--load` may have been killed before its
     first checkpoint; anything else that is not there is an error, and so is a checkpoint of
-    another model: ConfigError.
+    another model or, in the same folder, of a run on other data: ConfigError.
     """
-    load, save = config.run.load, config.run.save
+    load = config.run.load
     if load is None:
         return None
+    continues = same_folder(load, config.run.save)
     pointer = Path(load) / "latest"
     if not pointer.exists():
-        if save is not None and Path(load).resolve() == Path(save).resolve():
+        if continues:
             return None
         raise ConfigError(f"--load {load}: no checkpoint there (no file `latest`)")
     checkpoint = Path(load) / pointer.read_text().strip()
-    if not (checkpoint / "progress.json").exists():
-        raise ConfigError(f"--load {load}: `latest` names {checkpoint.name}, which is not there")
-    _check_same_model(checkpoint, config)
+    for name in ("progress.json", "config.yaml", ".metadata"):
+        if not (checkpoint / name).exists():
+            raise ConfigError(f"--load {load}: {checkpoint.name} is damaged, it has no {name}")
+    _check_same_run(checkpoint, config, continues)
     return checkpoint
 
 
@@ -84,23 +92,45 @@ def read_progress(checkpoint: Path) -> Progress:
     return Progress(**json.loads((checkpoint / "progress.json").read_text()))
 
 
-def _check_same_model(checkpoint: Path, config: Config) -> None:
-    """Raise ConfigError naming the flags in which the checkpoint's model is another one."""
+# What may differ between a checkpoint and the run that goes on from it.
+_FREE_MODEL_FIELDS = {"seq_length", "init_method_std", "transformer_impl"}
+# What a run in the same folder keeps: its data order and its held-out documents hang on it, and its
+# losses would not be one curve.
+_RUN_FIELDS = ["seed", "split", "data_path"]
+_RUN_FIELDS += [field.name for field in dataclasses.fields(AttentionConfig)]
+
+
+def _check_same_run(checkpoint: Path, config: Config, continues: bool) -> None:
     stored = read_yaml(str(checkpoint / "config.yaml"))
-    free = {"seq_length", "init_method_std", "transformer_impl"}
-    for name, ours in vars(config.model).items():
-        theirs = stored.get(name, getattr(ModelConfig, name))
-        if name not in free and theirs != ours:
+    sections = (config.model, config.attention, config.training, config.data)
+    ours = {name: value for section in sections for name, value in vars(section).items()}
+    names = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in _FREE_MODEL_FIELDS]
+    names += ["tokenizer_type", "tokenizer_model"]
+    if continues:
+        names += _RUN_FIELDS
+    for name in names:
+        theirs = stored.get(name)
+        if _comparable(name, ours[name]) != _comparable(name, theirs):
+            way_out = "start a new run without --load"
+            if name in _RUN_FIELDS:
+                way_out = "--save into another folder"
             raise ConfigError(
-                f"{flag_name(name)} is {ours}, but the checkpoint {checkpoint} was written with"
-                f" {theirs}: set it to that, or start a new run without --load"
+                f"{flag_name(name)} is {ours[name]}, but the checkpoint {checkpoint} was written"
+                f" with {theirs}: set it to that, or {way_out}"
             )
+
+
+def _comparable(name: str, value: Any) -> Any:
+    """Data and tokenizers may have moved to another folder since; YAML has lists for tuples."""
+    if name in ("data_path", "tokenizer_model") and value is not None:
+        return Path(value).name
+    return json.dumps(value)
 
 
 def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
     """Fill a model that no engine holds yet, float32, with the checkpoint's master weights."""
     tensors = {f"weights.{canonical_name(n)}": p.data for n, p in model.named_parameters()}
-    dcp.load(tensors, checkpoint_id=str(checkpoint))
+    _read(checkpoint, tensors)
 
 
 def load_optimizer(checkpoint: Path, engine: TrainingEngine, progress: Progress) -> None:
@@ -112,28 +142,42 @@ def load_optimizer(checkpoint: Path, engine: TrainingEngine, progress: Progress)
         name = canonical_name(local_name)
         shape = getattr(parameter, "ds_shape", parameter.shape)
         tensors = {f"{kind}.{name}": torch.empty(shape) for kind in ("weights", *MOMENTS)}
-        dcp.load(tensors, checkpoint_id=str(checkpoint))
+        _read(checkpoint, tensors)
         safe_set_full_fp32_param(parameter, tensors[f"weights.{name}"].to(engine.mesh.device))
         for kind in MOMENTS:
             value = tensors[f"{kind}.{name}"].to(engine.mesh.device)
             safe_set_full_optimizer_state(parameter, value, kind)
-    if progress.loss_scaler is not None:
+    if progress.loss_scaler is not None and _loss_scaler_state(engine) is not None:
         vars(optimizer.loss_scaler).update(progress.loss_scaler)
     _load_random_states(checkpoint, engine.mesh)
 
 
-def save_checkpoint(
-    engine: TrainingEngine, config: Config, iteration: int, losses: list[float]
-) -> Path:
+def _read(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill the tensors from the checkpoint. Every rank reads for itself: nobody waits for anybody.
+
+    Raises ConfigError where the files do not hold what they should.
+    """
+    try:
+        dcp.load(tensors, checkpoint_id=str(checkpoint), no_dist=True)
+    except (Exception, CheckpointException) as error:  # whatever the damage leads to
+        cause = error
+        if isinstance(error, CheckpointException):
+            cause, _ = next(iter(error.failures.values()))
+        raise ConfigError(
+            f"--load: the checkpoint {checkpoint} cannot be read: {cause!r}"
+        ) from error
+
+
+def save_checkpoint(engine: TrainingEngine, config: Config, progress: Progress) -> Path:
     """Write one checkpoint of the run; called by every rank. Returns its folder.
 
-    losses: see `Progress`.
+    progress: how far the run has come; what the optimizer knows of it is filled in here.
 
     Until the rename the folder is called `.tmp`, and until the pointer moves nobody reads it: a
     run killed at any moment leaves the previous checkpoint in force.
     """
     mesh = engine.mesh
-    folder = Path(config.run.save) / f"iter_{iteration:07d}"
+    folder = Path(config.run.save) / f"iter_{progress.iteration:07d}"
     aside = folder.with_suffix(".tmp")
     if mesh.is_main:
         shutil.rmtree(aside, ignore_errors=True)
@@ -141,12 +185,8 @@ def save_checkpoint(
     dist.barrier()
     dcp.save(_tensors(engine), checkpoint_id=str(aside))
     if mesh.is_main:
-        progress = Progress(
-            iteration=iteration,
-            consumed_samples=iteration * config.training.global_batch_size,
-            adam_step=_adam_step(engine),
-            loss_scaler=_loss_scaler_state(engine),
-            losses=losses,
+        progress = dataclasses.replace(
+            progress, adam_step=_adam_step(engine), loss_scaler=_loss_scaler_state(engine)
         )
         (aside / "progress.json").write_text(json.dumps(asdict(progress)))
         (aside / "config.yaml").write_text(to_yaml(config))
@@ -195,7 +235,7 @@ def _load_random_states(checkpoint: Path, mesh: Mesh) -> None:
     stored = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
     if not states.keys() <= stored.keys():
         return  # written by fewer ranks: the generators start fresh on those that are new
-    dcp.load(states, checkpoint_id=str(checkpoint))
+    _read(checkpoint, states)
     values = {name.rsplit(".", 1)[1]: state for name, state in states.items()}
     torch.set_rng_state(values["torch"])
     version, _, gauss = random.getstate()

@@ -72,18 +72,30 @@ def _refuse_contradictions(
         ),
         (("optimizer", "params", "eps"), training.adam_eps, "--adam-eps"),
         (("optimizer", "params", "weight_decay"), training.weight_decay, "--weight-decay"),
+        (("optimizer", "params", "adam_w_mode"), True, "AdamW, megalong's optimizer,"),
+        (
+            ("fp16", "initial_scale_power"),
+            int(training.initial_loss_scale).bit_length() - 1,
+            "the power of two of --initial-loss-scale",
+        ),
+        (("data_types", "grad_accum_dtype"), "fp32", "megalong's gradient accumulation"),
         (("managed_gradient_accumulation",), False, "megalong's schedule"),
     ]
     where = f"--deepspeed-config {training.deepspeed_config}"
+    for section in ("zero_optimization", "bf16", "fp16", "data_types", "optimizer"):
+        if not isinstance(settings.get(section, {}), dict):
+            raise ConfigError(f"{where}: {section} must be an object in braces")
     for path, ours, flag in owned:
         theirs = _get(settings, path)
+        if path == ("zero_optimization", "stage") and theirs == 0:
+            theirs = 1  # the same arithmetic, see Config.resolve
         if theirs not in (None, "auto", ours):
             raise ConfigError(
                 f"{where} sets {'.'.join(path)} to {_show(theirs)}, but {flag} is {_show(ours)}:"
                 " make them agree, or leave it out of the file"
             )
     optimizer = settings.pop("optimizer", {}).get("type", "AdamW")
-    if optimizer.lower() not in ("adam", "adamw"):
+    if str(optimizer).lower() not in ("adam", "adamw"):
         raise ConfigError(f"{where} asks for the optimizer {optimizer}; megalong trains with AdamW")
     if "scheduler" in settings:
         raise ConfigError(

@@ -8,18 +8,18 @@ the number of micro batches, so the local loss of a micro batch is multiplied by
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megalong.config import Config
+from megalong.config import Config, ConfigError
 from megalong.data.batches import IGNORE_INDEX, Batch
-from megalong.parallel.cpu import cuda_means_cpu
 from megalong.parallel.mesh import Mesh
+from megalong.parallel.schedule import ScheduleModule, run_schedule
 from megalong.training.deepspeed_config import deepspeed_config
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -31,30 +31,13 @@ class StepResult:
 
     loss: mean token loss over the global batch, in nats.
     grad_norm: L2 norm of the global gradient before clipping; None where the step was skipped.
-    skipped: the fp16 gradients overflowed, the weights were left alone.
+    skipped: the gradients were not finite, and DeepSpeed left the weights alone: an overflow of
+        fp16, after which the loss scale is lowered, or with any other precision a run gone wrong.
     """
 
     loss: float
     grad_norm: float | None
     skipped: bool
-
-
-class ScheduleModule(torch.nn.Module):
-    """What Megatron-core's schedule sees as the model: calls go through the DeepSpeed engine,
-    attributes come from the GPTModel inside it."""
-
-    def __init__(self, engine: Any, model: torch.nn.Module):
-        super().__init__()
-        # Kept out of the module tree: this is a view, and owns no parameters.
-        object.__setattr__(self, "engine", engine)
-        self.config = model.config
-        self.model_type = model.model_type
-        self.share_embeddings_and_output_weights = model.share_embeddings_and_output_weights
-        self.set_input_tensor = model.set_input_tensor
-        self.vp_stage = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.engine(*args, **kwargs)
 
 
 class TrainingEngine:
@@ -75,13 +58,20 @@ class TrainingEngine:
         )
         self.tokens_per_step = training.global_batch_size * config.model.seq_length
         self.model = model
-        with contextlib.redirect_stdout(None):  # it prints its memory use while it starts
-            self.deepspeed, *_ = deepspeed.initialize(
-                model=model,
-                optimizer=_adamw(model, config, fused=mesh.device.type == "cuda"),
-                config=deepspeed_config(training, mesh.data_parallel_size),
-                mpu=DeepSpeedMPU,
-            )
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use
+                self.deepspeed, *_ = deepspeed.initialize(
+                    model=model,
+                    optimizer=_adamw(model, config, fused=mesh.device.type == "cuda"),
+                    config=deepspeed_config(training, mesh.data_parallel_size),
+                    mpu=DeepSpeedMPU,
+                )
+        except Exception as error:
+            if training.deepspeed_config is None:
+                raise
+            raise ConfigError(
+                f"DeepSpeed refuses --deepspeed-config {training.deepspeed_config}: {error}"
+            ) from error
         _create_adam_state(self.deepspeed.optimizer)
         model.config.grad_scale_func = self.deepspeed.scale
         self.module = ScheduleModule(self.deepspeed, model)
@@ -114,16 +104,15 @@ class TrainingEngine:
         return losses, mask
 
     def _run(self, batches, num_microbatches, loss_function, forward_only=False) -> list[Any]:
-        with cuda_means_cpu():
-            return get_forward_backward_func()(
-                forward_step_func=partial(_forward_step, self.mesh.device, loss_function),
-                data_iterator=batches,
-                model=self.module,
-                num_microbatches=num_microbatches,
-                seq_length=self.seq_length,
-                micro_batch_size=self.micro_batch_size,
-                forward_only=forward_only,
-            )
+        return run_schedule(
+            partial(_forward_step, self.mesh.device, loss_function),
+            batches,
+            self.module,
+            num_microbatches=num_microbatches,
+            seq_length=self.seq_length,
+            micro_batch_size=self.micro_batch_size,
+            forward_only=forward_only,
+        )
 
 
 def _forward_step(device, loss_function, batches: Iterator[Batch], module: torch.nn.Module):

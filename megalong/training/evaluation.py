@@ -13,8 +13,6 @@ from megalong.data.batches import Batch
 from megalong.parallel.mesh import Mesh
 from megalong.training.engine import TrainingEngine
 
-POSITION_BUCKETS = 32
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -24,8 +22,8 @@ class Evaluation:
     bits_per_byte: total bits of all predictions / bytes of text that the predicted tokens stand
         for, so that tokenizers can be compared; end-of-document tokens cost bits and stand for
         no byte.
-    loss_by_position: mean loss in equal buckets of positions, from the first of the context to the
-        last; None where a bucket held no prediction.
+    loss_by_position: mean loss in each bucket of `position_edges`, so that one can see whether the
+        model uses its context; None where a bucket held no prediction.
     """
 
     loss: float
@@ -36,6 +34,18 @@ class Evaluation:
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
+
+
+def position_edges(seq_length: int) -> list[int]:
+    """Edges of the buckets of positions: 0, 4, 6, 8, 12, 16, 24, ... up to the sequence length.
+
+    Two buckets an octave: what a model gains from context it gains over orders of magnitude.
+    """
+    edges, power = [0], 4
+    while power < seq_length:
+        edges += [power, power + power // 2]
+        power *= 2
+    return [edge for edge in edges if edge < seq_length] + [seq_length]
 
 
 def evaluate(
@@ -53,13 +63,13 @@ def evaluate(
     on_batch: called after each micro batch, to show progress.
     """
     bytes_of_token = torch.as_tensor(token_bytes, dtype=torch.float64, device=mesh.device)
-    buckets = min(POSITION_BUCKETS, engine.seq_length)
-    loss_sums = torch.zeros(buckets, dtype=torch.float64, device=mesh.device)
+    edges = torch.tensor(position_edges(engine.seq_length), device=mesh.device)
+    loss_sums = torch.zeros(len(edges) - 1, dtype=torch.float64, device=mesh.device)
     counts = torch.zeros_like(loss_sums)
     total_bytes = torch.zeros(1, dtype=torch.float64, device=mesh.device)
     for batch in batches:
         losses, mask = engine.token_losses(batch)
-        bucket = batch["positions"].to(mesh.device) * buckets // engine.seq_length
+        bucket = torch.bucketize(batch["positions"].to(mesh.device), edges[1:], right=True)
         loss_sums.index_add_(0, bucket, losses.double().sum(0))
         counts.index_add_(0, bucket, mask.double().sum(0))
         labels = batch["labels"].to(mesh.device)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from megalong.arguments import to_yaml
 from megalong.config import Config
 from megalong.data.batches import (
     evaluation_batches,
@@ -20,21 +19,26 @@ from megalong.parallel.mesh import Mesh
 from megalong.progress import Progress as ProgressBar
 from megalong.progress import clock
 from megalong.training import checkpoint as checkpoints
-from megalong.training.engine import TrainingEngine
-from megalong.training.evaluation import Evaluation, evaluate
+from megalong.training.engine import StepResult, TrainingEngine
+from megalong.training.evaluation import Evaluation, evaluate, position_edges
 from megalong.training.learning_rate import learning_rate
 from megalong.training.metrics import MetricsLog
 from megalong.training.run_data import RunData
+from megalong.training.run_folder import open_run_folder
 
 
 class Trainer:
     """One run: from the configuration and the data to the trained model in the run folder.
 
+    given: the configuration before it was resolved, to be written down beside `config`.
     checkpoint: where to go on from (`megalong.training.checkpoint.open_checkpoint`), or None.
     """
 
-    def __init__(self, config: Config, data: RunData, checkpoint: Path | None, mesh: Mesh):
+    def __init__(
+        self, config: Config, given: Config, data: RunData, checkpoint: Path | None, mesh: Mesh
+    ):
         self.config, self.data, self.mesh = config, data, mesh
+        self.lock = open_run_folder(config, given) if mesh.is_main else None
         self.progress = checkpoints.Progress()
         model = build_model(config, data.tokenizer.vocab_size)
         if checkpoint is not None:
@@ -44,7 +48,7 @@ class Trainer:
         self.engine = TrainingEngine(model, config, mesh)
         if checkpoint is not None:
             checkpoints.load_optimizer(checkpoint, self.engine, self.progress)
-        self.metrics = self._open_run_folder() if mesh.is_main else None
+        self.metrics = MetricsLog(config, self.progress.iteration) if mesh.is_main else None
         self._announce(checkpoint)
 
     def train(self) -> None:
@@ -52,71 +56,87 @@ class Trainer:
         training, run = self.config.training, self.config.run
         batches = training_batches(
             self.data.train,
-            consumed_samples=self.progress.consumed_samples,
+            # A run that goes on with longer sequences goes on at the same place of the stream.
+            consumed_samples=-(-self.progress.consumed_tokens // self.config.model.seq_length),
             global_batch_size=training.global_batch_size,
             micro_batch_size=training.micro_batch_size,
             data_parallel_rank=self.mesh.data_parallel_rank,
             data_parallel_size=self.mesh.data_parallel_size,
         )
-        first = iteration = saved = self.progress.iteration
-        if iteration:
-            self._evaluate_if_due(iteration)
-        losses, seconds = list(self.progress.losses), []  # of the steps since the last log
-        start = time.perf_counter()
-        while iteration < training.train_iters:
-            iteration += 1
+        start, first_iteration = time.perf_counter(), self.progress.iteration
+        seconds = []  # of the steps since the last log
+        if first_iteration:
+            self._evaluate_if_due(first_iteration)
+        while self.progress.iteration < training.train_iters:
+            iteration = self.progress.iteration + 1
             rate = learning_rate(iteration, training)
             step_start = time.perf_counter()
             result = self.engine.train_step(batches, rate)
             seconds.append(time.perf_counter() - step_start)
-            losses.append(result.loss)
-            if not math.isfinite(result.loss):
-                raise FloatingPointError(
-                    f"the loss is {result.loss} at iteration {iteration}: lower --lr or"
-                    f" --clip-grad, and --load the checkpoint of iteration {saved}"
-                )
+            self._advance(iteration, result)
             if self._due(iteration, run.log_interval):
-                pace = (time.perf_counter() - start) / (iteration - first)
-                self._log(
-                    {
-                        "iteration": iteration,
-                        "consumed_samples": iteration * training.global_batch_size,
-                        "consumed_tokens": iteration * self.engine.tokens_per_step,
-                        "loss": sum(losses) / len(losses),
-                        "learning_rate": rate,
-                        "grad_norm": result.grad_norm,
-                        "tokens_per_second": self.engine.tokens_per_step
-                        * len(seconds)
-                        / sum(seconds),
-                    },
-                    seconds_left=pace * (training.train_iters - iteration),
-                )
-                losses, seconds = [], []
+                pace = (time.perf_counter() - start) / (iteration - first_iteration)
+                self._log(rate, result, seconds, pace * (training.train_iters - iteration))
+                seconds = []
             if run.save is not None and self._due(iteration, run.save_interval):
-                self._save(iteration, losses)
-                saved = iteration
+                self._save()
             self._evaluate_if_due(iteration)
         if self.metrics is not None:
             self.metrics.close()
 
+    def _advance(self, iteration: int, result: StepResult) -> None:
+        # fp16 skips a step now and then, by design; anything else that is not finite is the end.
+        broken = result.skipped and self.config.training.precision != "fp16"
+        if broken or not math.isfinite(result.loss):
+            what = "gradients are not finite" if broken else f"loss is {result.loss}"
+            raise FloatingPointError(
+                f"the {what} at iteration {iteration}: lower --lr or --clip-grad, and go on from"
+                " the last checkpoint with --load"
+            )
+        self.progress = dataclasses.replace(
+            self.progress,
+            iteration=iteration,
+            consumed_samples=self.progress.consumed_samples
+            + self.config.training.global_batch_size,
+            consumed_tokens=self.progress.consumed_tokens + self.engine.tokens_per_step,
+            losses=[*self.progress.losses, result.loss],
+        )
+
     def _due(self, iteration: int, interval: int) -> bool:
         return iteration % interval == 0 or iteration == self.config.training.train_iters
 
-    def _log(self, record: dict[str, Any], seconds_left: float) -> None:
+    def _log(
+        self, rate: float, result: StepResult, seconds: list[float], seconds_left: float
+    ) -> None:
+        """Log the iterations since the last log, which took `seconds` each, and forget them."""
+        progress = self.progress
+        self.progress = dataclasses.replace(progress, losses=[])
         if not self.mesh.is_main:
             return
-        self.metrics.training(record)
-        norm = "skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
+        loss = sum(progress.losses) / len(progress.losses)
+        tokens_per_second = self.engine.tokens_per_step * len(seconds) / sum(seconds)
+        self.metrics.training(
+            {
+                "iteration": progress.iteration,
+                "consumed_samples": progress.consumed_samples,
+                "consumed_tokens": progress.consumed_tokens,
+                "loss": loss,
+                "learning_rate": rate,
+                "grad_norm": result.grad_norm,
+                "tokens_per_second": tokens_per_second,
+            }
+        )
+        norm = "skipped" if result.grad_norm is None else f"{result.grad_norm:.3f}"
         say(
-            f"iteration {record['iteration']}/{self.config.training.train_iters}"
-            f" | loss {record['loss']:.4f} | lr {record['learning_rate']:.3e} | grad norm {norm}"
-            f" | {record['tokens_per_second']:,.0f} tokens/s | {clock(seconds_left)} left"
+            f"iteration {progress.iteration}/{self.config.training.train_iters}"
+            f" | loss {loss:.4f} | lr {rate:.3e} | grad norm {norm}"
+            f" | {tokens_per_second:,.0f} tokens/s | {clock(seconds_left)} left"
         )
 
-    def _save(self, iteration: int, losses: list[float]) -> None:
+    def _save(self) -> None:
         if self.metrics is not None:
             self.metrics.make_durable()
-        folder = checkpoints.save_checkpoint(self.engine, self.config, iteration, losses)
+        folder = checkpoints.save_checkpoint(self.engine, self.config, self.progress)
         if self.mesh.is_main:
             say(f"saved {folder}")
 
@@ -156,10 +176,12 @@ class Trainer:
             {
                 "iteration": iteration,
                 "split": split,
+                "consumed_tokens": self.progress.consumed_tokens,
                 "loss": result.loss,
                 "perplexity": result.perplexity,
                 "bits_per_byte": result.bits_per_byte,
                 "tokens": result.tokens,
+                "position_edges": position_edges(self.config.model.seq_length),
                 "loss_by_position": result.loss_by_position,
             }
         )
@@ -168,13 +190,6 @@ class Trainer:
             f" | perplexity {result.perplexity:.2f} | {result.bits_per_byte:.3f} bits per byte"
             f" | {result.tokens:,} tokens"
         )
-
-    def _open_run_folder(self) -> MetricsLog:
-        if self.config.run.save is not None:
-            folder = Path(self.config.run.save)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(to_yaml(self.config))
-        return MetricsLog(self.config, self.progress.iteration)
 
     def _announce(self, checkpoint: Path | None) -> None:
         if not self.mesh.is_main:
@@ -199,6 +214,8 @@ class Trainer:
             say(f"resuming from {checkpoint}")
         elif self.config.run.load is not None:
             say(f"no checkpoint in {self.config.run.load} yet: starting at the beginning")
+        if self.progress.iteration >= training.train_iters:
+            say(f"--train-iters {training.train_iters} are done: evaluating only")
 
 
 def say(line: str) -> None:

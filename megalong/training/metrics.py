@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, and one line on the terminal."""
+"""Where a run's numbers go: metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ class MetricsLog:
     """Writes records to `metrics.jsonl` in the run folder and to TensorBoard.
 
     One JSON object a line. Training records have iteration, consumed_samples, consumed_tokens,
-    loss, learning_rate, grad_norm, tokens_per_second; evaluations have iteration, split, loss,
-    perplexity, bits_per_byte, tokens, loss_by_position. Only the main process has one.
+    loss, learning_rate, grad_norm, tokens_per_second; evaluations have iteration, split,
+    consumed_tokens, loss, perplexity, bits_per_byte, tokens, position_edges, loss_by_position.
+    Only the main process has one.
     """
 
     def __init__(self, config: Config, resumed_iteration: int):

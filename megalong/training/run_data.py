@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megalong.config import Config, ConfigError
+from megalong.data.batches import num_evaluation_batches
 from megalong.data.indexed import IndexedDocuments
 from megalong.data.stream import TokenStream, split_documents
 from megalong.data.tokenizer import Tokenizer, build_tokenizer
@@ -42,6 +43,12 @@ def _open(config: Config) -> RunData:
     data = config.data
     tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model)
     documents = IndexedDocuments(data.data_path)
+    made_with = documents.vocab_size
+    if made_with is not None and made_with != tokenizer.vocab_size:
+        raise ConfigError(
+            f"--data-path {data.data_path} was made with a tokenizer of {made_with} ids, and"
+            f" --tokenizer-model {data.tokenizer_model} has {tokenizer.vocab_size}: give the same"
+        )
     ranges = split_documents(documents.num_documents, data.split)
     if not ranges[0]:
         raise ConfigError(f"--split {data.split} leaves no document for training")
@@ -56,10 +63,13 @@ def _open(config: Config) -> RunData:
             vocab_size=tokenizer.vocab_size,
         )
 
-    held_out = zip(("validation", "test"), ranges[1:], strict=True)
+    parts = zip(("validation", "test"), ranges[1:], strict=True)
+    held_out = {name: stream(part, shuffle=False) for name, part in parts if part}
+    for part in held_out.values():  # a split too small to evaluate on is found now, not at the end
+        num_evaluation_batches(part, micro_batch_size=1, data_parallel_size=1)
     return RunData(
         tokenizer=tokenizer,
         token_bytes=tokenizer.token_bytes(),
         train=stream(ranges[0], shuffle=True),
-        held_out={name: stream(part, shuffle=False) for name, part in held_out if part},
+        held_out=held_out,
     )

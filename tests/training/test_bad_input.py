@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 
@@ -17,8 +18,6 @@ def refused(command) -> str:
 
 
 def one_process(*arguments):
-    import sys
-
     return [sys.executable, PRETRAIN, *arguments]
 
 
@@ -74,9 +73,56 @@ def test_a_vocabulary_smaller_than_the_ids(corpus, tmp_path, with_description):
     assert "300" in line and "--tokenizer-model" in line
 
 
-def test_resuming_another_model(corpus, tmp_path):
-    folder = tmp_path / "run"
+@pytest.fixture(scope="module")
+def finished_run(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
     run(one_process(*small_run_flags(corpus, train_iters=2, save=folder)))
-    flags = small_run_flags(corpus, num_layers=3, save=folder, load=folder)
-    line = refused(one_process(*flags))
-    assert "--num-layers is 3" in line and "with 2" in line
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes, names",
+    [
+        ({"num_layers": 3}, ["--num-layers is 3", "with 2"]),
+        ({"seed": 7}, ["--seed is 7", "--save into another folder"]),
+        ({"split": "50,40,10"}, ["--split is 50,40,10"]),
+        ({"dilation_rates": "1 2 4"}, ["--dilation-rates is (1, 2, 4)", "[1, 2, 3]"]),
+    ],
+    ids=["model", "seed", "split", "pattern"],
+)
+def test_resuming_another_run(corpus, finished_run, changes, names):
+    line = refused(
+        one_process(*small_run_flags(corpus, **changes, save=finished_run, load=finished_run))
+    )
+    for name in names:
+        assert name in line
+
+
+def test_saving_over_another_run(corpus, finished_run):
+    before = (finished_run / "metrics.jsonl").read_bytes()
+    line = refused(one_process(*small_run_flags(corpus, save=finished_run)))
+    assert f"--load {finished_run} to go on" in line
+    assert (finished_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_damaged_checkpoint(corpus, finished_run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished_run, copy)
+    [tensors] = (copy / "iter_0000002").glob("*.distcp")
+    tensors.write_bytes(tensors.read_bytes()[:1000])
+    line = refused(one_process(*small_run_flags(corpus, save=copy, load=copy)))
+    assert "iter_0000002 cannot be read" in line
+
+
+def test_two_runs_in_one_folder(corpus, finished_run):
+    import fcntl
+
+    with (finished_run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        line = refused(one_process(*small_run_flags(corpus, save=finished_run, load=finished_run)))
+    assert "another run is writing there" in line
+
+
+def test_gradients_that_are_not_finite(corpus):
+    line = refused(one_process(*small_run_flags(corpus, lr=1e30, lr_warmup_iters=0)))
+    assert "not finite at iteration" in line or "the loss is" in line

@@ -3,11 +3,11 @@
 import contextlib
 import os
 import random
-import signal
 import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -15,12 +15,16 @@ import torch.distributed.checkpoint as dcp
 from megalong.training.metrics import read_metrics
 from tests.launching import PRETRAIN, REPOSITORY, ranks_command, run, small_run_flags
 
+KILLED_RUN = __file__.replace("test_resume", "killed_run")
 SCHEDULE = {"train_iters": 12, "save_interval": 3, "eval_interval": 4}
 
 
+def flags(corpus: Path, folder: Path, **changes) -> list[str]:
+    return small_run_flags(corpus, **SCHEDULE | changes, save=folder, load=folder)
+
+
 def command(ranks: int, corpus: Path, folder: Path, **changes) -> list[str]:
-    flags = small_run_flags(corpus, **SCHEDULE | changes, save=folder, load=folder)
-    return ranks_command(ranks, PRETRAIN, *flags)
+    return ranks_command(ranks, PRETRAIN, *flags(corpus, folder, **changes))
 
 
 def numbers(folder: Path) -> list[dict]:
@@ -48,40 +52,43 @@ def assert_same_run(folder: Path, reference: Path) -> None:
         assert torch.equal(tensor, theirs[name]), name
 
 
-def kill_when(command: list[str], moment) -> int:
-    """Start the command in its own process group and SIGKILL all of it at the moment.
-
-    moment: called again and again; True is the moment. Returns the exit code, negative if killed.
-    """
+def kill_soon_after(command: list[str], checkpoint: Path, delay: float) -> None:
+    """Run the command; SIGKILL all its processes `delay` seconds after the checkpoint appears."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     process = subprocess.Popen(
-        command,
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while process.poll() is None and not moment():
-        time.sleep(0.001)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    return process.wait()
-
-
-def lines_of(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.01)
+    time.sleep(delay)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        # The launcher gives each rank a session of its own: a process group is not all of them.
+        launcher = psutil.Process(process.pid)
+        family = [*launcher.children(recursive=True), launcher]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        _, alive = psutil.wait_procs(family, timeout=30)
+        assert not alive
+    process.wait()
 
 
 @pytest.mark.parametrize(
-    "ranks, changes",
+    "ranks, changes, kills",
     [
-        (2, {"zero_stage": 1}),
-        (2, {"zero_stage": 3, "precision": "bf16"}),
-        (1, {"zero_stage": 2, "precision": "bf16", "log_interval": 2}),
+        # (point, count): see killed_run.py; behind it, the checkpoint that is in force after it.
+        (2, {"zero_stage": 1}, [("step", 2, None), ("write", 2, 3), ("rename", 1, 3)]),
+        (2, {"zero_stage": 3, "precision": "bf16"}, [("pointer", 2, 3), ("step", 4, 6)]),
+        (2, {"zero_stage": 1, "precision": "bf16"}, [("step", 5, 3)]),
+        (
+            1,
+            {"zero_stage": 2, "precision": "bf16", "log_interval": 2},
+            [("write", 1, None), ("pointer", 3, 6)],
+        ),
     ],
-    ids=["2 ranks ZeRO 1 fp32", "2 ranks ZeRO 3 bf16", "1 rank ZeRO 2 bf16"],
+    ids=["2 ranks ZeRO 1 fp32", "2 ranks ZeRO 3 bf16", "2 ranks ZeRO 1 bf16", "1 rank ZeRO 2 bf16"],
 )
-def test_killed_runs_continue_bit_for_bit(corpus, tmp_path, ranks, changes):
+def test_killed_runs_continue_bit_for_bit(corpus, tmp_path, ranks, changes, kills):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(command(ranks, corpus, whole, **changes))
     records = numbers(whole)
@@ -89,23 +96,15 @@ def test_killed_runs_continue_bit_for_bit(corpus, tmp_path, ranks, changes):
     assert [r["iteration"] for r in records if "split" not in r] == [*range(interval, 13, interval)]
     assert [r["iteration"] for r in records if "split" in r] == [4, 8, 12, 12]
 
-    metrics = killed / "metrics.jsonl"
+    for point, count, in_force in kills:
+        arguments = (point, count, *flags(corpus, killed, **changes))
+        assert run(ranks_command(ranks, KILLED_RUN, *arguments), check=False).returncode != 0
+        latest = killed / "latest"
+        found = latest.read_text() if latest.exists() else None
+        assert found == (in_force and f"iter_{in_force:07d}"), (point, count)
+    # And somewhere, wherever the clock has it.
     start = command(ranks, corpus, killed, **changes)
-    # Before the first checkpoint, between steps.
-    assert kill_when(start, lambda: lines_of(metrics) >= 2 // interval) < 0
-    # In the middle of a save.
-    assert kill_when(start, lambda: (killed / "iter_0000006.tmp").exists()) < 0
-    assert (killed / "latest").read_text() == "iter_0000003"
-    # A short while after a checkpoint, in the middle of whatever it is.
-    delay = random.Random(ranks).uniform(0.0, 0.3)
-
-    def soon_after_the_next_checkpoint() -> bool:
-        if (killed / "latest").read_text() == "iter_0000006":
-            time.sleep(delay)
-            return True
-        return False
-
-    kill_when(start, soon_after_the_next_checkpoint)
+    kill_soon_after(start, killed / "iter_0000009", random.Random(ranks).uniform(0.0, 0.3))
     run(start)
     assert_same_run(killed, whole)
     # Starting a finished run again changes nothing.
@@ -124,3 +123,14 @@ def test_more_iterations_continue_the_same_stream(corpus, tmp_path):
     run(command(1, corpus, parts, **constant))
     losses = [[r["loss"] for r in numbers(folder) if "split" not in r] for folder in (whole, parts)]
     assert losses[0] == losses[1]
+
+    # Two more with sequences twice as long: the same stream goes on where it stood.
+    longer = {"seq_length": 64, "global_batch_size": 32, "train_iters": 14}
+    run(command(1, corpus, parts, **constant | longer))
+    tokens = [r["consumed_tokens"] for r in numbers(parts) if "split" not in r]
+    assert tokens == [32 * 64 * i for i in range(1, 15)]
+
+    # And on two ranks instead of one.
+    run(command(2, corpus, parts, **constant | longer | {"train_iters": 15}))
+    tokens = [r["consumed_tokens"] for r in numbers(parts) if "split" not in r]
+    assert tokens == [32 * 64 * i for i in range(1, 16)]

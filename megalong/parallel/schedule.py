@@ -1,0 +1,56 @@
+"""Megatron-core's schedules, over a model that a DeepSpeed engine holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megalong.parallel.cpu import cuda_means_cpu
+
+
+class ScheduleModule(torch.nn.Module):
+    """What Megatron-core's schedule sees as the model: calls go through the DeepSpeed engine,
+    attributes come from the GPTModel inside it."""
+
+    def __init__(self, engine: Any, model: torch.nn.Module):
+        super().__init__()
+        # Kept out of the module tree: this is a view, and owns no parameters.
+        object.__setattr__(self, "engine", engine)
+        self.config = model.config
+        self.model_type = model.model_type
+        self.share_embeddings_and_output_weights = model.share_embeddings_and_output_weights
+        self.set_input_tensor = model.set_input_tensor
+        self.vp_stage = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.engine(*args, **kwargs)
+
+
+def run_schedule(
+    forward_step: Callable[..., Any],
+    batches: Iterator[Any],
+    module: ScheduleModule,
+    *,
+    num_microbatches: int,
+    seq_length: int,
+    micro_batch_size: int,
+    forward_only: bool = False,
+) -> list[Any]:
+    """Forward, and backward unless `forward_only`, over the micro batches.
+
+    forward_step: of (batches, module); returns the output and a function that makes of it the loss
+        to differentiate and a value to report. Returns the reported values, one a micro batch.
+    """
+    with cuda_means_cpu():
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=batches,
+            model=module,
+            num_microbatches=num_microbatches,
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            forward_only=forward_only,
+        )

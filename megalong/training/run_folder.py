@@ -1,0 +1,65 @@
+"""The run folder: opened by one run at a time, and never taken over by another by accident.
+
+flags.yaml     what was given on the command line; start a like run with --config
+config.yaml    the resolved configuration: what ran
+metrics.jsonl, tensorboard/, iter_*/, latest: see metrics.py and checkpoint.py
+"""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+from typing import IO
+
+from megalong.arguments import to_yaml
+from megalong.config import Config, ConfigError
+
+
+def prepare_run_folder(config: Config) -> None:
+    """Make the folders of `--save` and `--tensorboard-dir`.
+
+    Raises ConfigError where one cannot be made, or where `--save` holds a run that this one would
+    overwrite because `--load` does not name it.
+    """
+    run = config.run
+    for flag, folder in (("--save", run.save), ("--tensorboard-dir", run.tensorboard_dir)):
+        if folder is not None:
+            try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"{flag} {folder}: {error.strerror}") from error
+    if run.save is None or same_folder(run.load, run.save):
+        return
+    for name in ("latest", "metrics.jsonl"):
+        if (Path(run.save) / name).exists():
+            raise ConfigError(
+                f"--save {run.save} holds another run already ({name}): --load {run.save} to go on"
+                " with it, or save elsewhere"
+            )
+
+
+def same_folder(one: str | None, other: str | None) -> bool:
+    """Whether two paths are given and name one folder."""
+    return one is not None and other is not None and Path(one).resolve() == Path(other).resolve()
+
+
+def open_run_folder(config: Config, given: Config) -> IO[str] | None:
+    """Take the folder of `--save` and write down the configuration; by the main process only.
+
+    Returns the locked file, to be kept open as long as the run lasts (a killed process lets go of
+    it). Raises ConfigError while another run holds the folder.
+    """
+    if config.run.save is None:
+        return None
+    folder = Path(config.run.save)
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ConfigError(f"--save {folder}: another run is writing there") from None
+    except OSError:
+        pass  # some network file systems have no locks
+    (folder / "flags.yaml").write_text(to_yaml(given, only_given=True))
+    (folder / "config.yaml").write_text(to_yaml(config))
+    return lock

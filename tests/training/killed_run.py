@@ -1,0 +1,63 @@
+"""A training run whose first rank kills itself at a chosen point: `killed_run.py POINT N FLAGS`.
+
+POINT is "step" (in the middle of the N-th optimizer step of this process), or a point of its N-th
+save: "write" (the tensors are written, nothing else), "rename" (everything is written, under the
+temporary name) or "pointer" (renamed, but `latest` still names the one before).
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pretrain_longnet
+from megalong.training import checkpoint, engine
+
+
+def kill_at(point: str, count: int) -> None:
+    """Arm the kill: it goes off when the point is reached for the count-th time."""
+    reached = 0
+
+    def here() -> None:
+        nonlocal reached
+        reached += 1
+        if reached == count and os.environ.get("RANK", "0") == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def after(module, name: str, counts=lambda kwargs: True) -> None:
+        original = getattr(module, name)
+
+        def wrapped(*args, **kwargs):
+            result = original(*args, **kwargs)
+            if counts(kwargs):
+                here()
+            return result
+
+        setattr(module, name, wrapped)
+
+    def before_replacing(is_it) -> None:
+        original = os.replace
+
+        def wrapped(source, target):
+            if is_it(Path(target).name):
+                here()
+            original(source, target)
+
+        checkpoint.os.replace = wrapped
+
+    if point == "step":
+        # The gradients are there, the update is not. Evaluations run forward only.
+        after(engine.TrainingEngine, "_run", lambda kwargs: not kwargs.get("forward_only"))
+    elif point == "write":
+        after(checkpoint.dcp, "save")
+    elif point == "rename":
+        before_replacing(lambda name: name.startswith("iter_"))
+    elif point == "pointer":
+        before_replacing(lambda name: name == "latest")
+    else:
+        raise ValueError(point)
+
+
+if __name__ == "__main__":
+    kill_at(sys.argv[1], int(sys.argv[2]))
+    pretrain_longnet.main(sys.argv[3:])
