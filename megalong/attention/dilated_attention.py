@@ -1,10 +1,12 @@
 """Dilated attention: the public function, the choice of backend, the autograd Function.
 
-A backend is a module with three functions:
+A backend is a module with five functions:
     unsupported(q) -> str | None                                  why not, or None
     forward(q, k, v, pattern, *, causal, scale, document_starts) -> (out, lse)
     backward(grad_out, q, k, v, out, lse, pattern, *, causal, scale, document_starts,
              mix_gradient) -> (dq, dk, dv)
+    attend_rows(q, k, v, *, scale) -> (out, lse)                  dense, queries beside other keys
+    attend_rows_backward(grad_out, q, k, v, out, lse, *, scale) -> (dq, dk, dv)
 It sees checked inputs only. To add one, name its module in BACKENDS and its place in AUTO.
 
 Shape suffixes: b batch, s sequence, h query heads, d head_dim.
@@ -74,19 +76,9 @@ def dilated_attention(
     sequence) in natural units and float32 (float64 for float64 inputs). lse is not
     differentiable, in any backend. Raises ValueError naming the argument to change.
     """
-    _check_tensors(q, k, v)
-    if not isinstance(pattern, DilatedPattern):
-        raise ValueError(f"pattern must be a DilatedPattern, got {type(pattern).__name__}")
     if mix_gradient not in ("exact", "detached"):
         raise ValueError(f'mix_gradient must be "exact" or "detached", got {mix_gradient!r}')
-    if document_starts is not None:
-        document_starts = _document_tuple(document_starts)
-        document_bounds(q.shape[1], document_starts)
-    pattern.offsets(q.shape[2], k.shape[2])  # a table must fit the heads
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not 0 < scale < math.inf:  # the kernels mask by -inf before they scale
-        raise ValueError(f"scale must be positive and finite, got {scale}")
-
+    scale, document_starts = check_arguments(q, k, v, pattern, scale, document_starts, q.shape[1])
     out_bshd, lse_bhs = _DilatedAttention.apply(
         q, k, v, pattern, choose_backend(backend, q), bool(causal), scale,
         document_starts, mix_gradient,
@@ -134,6 +126,24 @@ def choose_backend(name: str, q: torch.Tensor) -> ModuleType:
             return module
         reasons.append(f"{candidate}: {reason}")
     raise ValueError(f"no attention backend can run on these inputs ({'; '.join(reasons)})")
+
+
+def check_arguments(q, k, v, pattern, scale, document_starts, sequence_length: int):
+    """The scale and the document starts (a tuple or None) to compute with.
+
+    Raises ValueError naming the argument to change. sequence_length: what document_starts divide.
+    """
+    _check_tensors(q, k, v)
+    if not isinstance(pattern, DilatedPattern):
+        raise ValueError(f"pattern must be a DilatedPattern, got {type(pattern).__name__}")
+    if document_starts is not None:
+        document_starts = _document_tuple(document_starts)
+        document_bounds(sequence_length, document_starts)
+    pattern.offsets(q.shape[2], k.shape[2])  # a table must fit the heads
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not 0 < scale < math.inf:  # the kernels mask by -inf before they scale
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+    return scale, document_starts
 
 
 def _check_tensors(q, k, v):

@@ -30,13 +30,9 @@ def dilated_attention_reference(
     """
     (_, length, heads, head_dim), kv_heads = q.shape, k.shape[2]
     scale = head_dim**-0.5 if scale is None else scale
-    dtype = torch.promote_types(q.dtype, torch.float32)
 
     offered_nhij = offered_keys(pattern, length, heads, kv_heads, causal, document_starts, q.device)
-    q_bhid = q.to(dtype).transpose(1, 2)
-    k_bhjd, v_bhjd = (
-        x.to(dtype).transpose(1, 2).repeat_interleave(heads // kv_heads, dim=1) for x in (k, v)
-    )
+    q_bhid, k_bhjd, v_bhjd = _per_head(q, k, v)
     scores_bhij = q_bhid @ k_bhjd.mT * scale
 
     multiplicity_hij = offered_nhij.sum(0)
@@ -109,11 +105,62 @@ def backward(
     grad_bihd, q_bihd, k_bjgd, v_bjgd, out_bihd, lse_bhi, pattern, *, causal, scale,
     document_starts, mix_gradient,
 ):  # fmt: skip
-    """The backend's backward: gradients of q, k and v, by running the definition once more."""
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (q_bihd, k_bjgd, v_bjgd)]
-        out, _ = dilated_attention_reference(
-            *inputs, pattern, causal=causal, scale=scale, document_starts=document_starts,
-            mix_gradient=mix_gradient,
-        )  # fmt: skip
-        return torch.autograd.grad(out, inputs, grad_bihd)
+    """The backend's backward: gradients of q, k and v.
+
+    From the output and log-sum-exp it is given, which may be those of a softmax over more keys
+    than these; "detached" runs the definition once more and leaves the gradient to autograd.
+    """
+    if mix_gradient == "detached":
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (q_bihd, k_bjgd, v_bjgd)]
+            out, _ = dilated_attention_reference(
+                *inputs, pattern, causal=causal, scale=scale, document_starts=document_starts,
+                mix_gradient=mix_gradient,
+            )  # fmt: skip
+            return torch.autograd.grad(out, inputs, grad_bihd)
+    length, heads, kv_heads, device = *q_bihd.shape[1:3], k_bjgd.shape[2], q_bihd.device
+    offered_nhij = offered_keys(pattern, length, heads, kv_heads, causal, document_starts, device)
+    return _gradients(
+        grad_bihd, q_bihd, k_bjgd, v_bjgd, out_bihd, lse_bhi, offered_nhij.sum(0), scale
+    )
+
+
+def attend_rows(q_bihd, k_bjgd, v_bjgd, *, scale):
+    """The backend's dense attention of queries to other rows: output and log-sum-exp."""
+    q_bhid, k_bhjd, v_bhjd = _per_head(q_bihd, k_bjgd, v_bjgd)
+    scores_bhij = q_bhid @ k_bhjd.mT * scale
+    once_hij = torch.ones_like(scores_bhij[0], dtype=torch.bool)
+    out_bhid, lse_bhi = softmax_with_multiplicity(scores_bhij, v_bhjd, once_hij)
+    return out_bhid.transpose(1, 2).to(q_bihd.dtype), lse_bhi
+
+
+def attend_rows_backward(grad_bihd, q_bihd, k_bjgd, v_bjgd, out_bihd, lse_bhi, *, scale):
+    """Shares of the gradients of q, k and v, from the output and log-sum-exp of all parts."""
+    return _gradients(grad_bihd, q_bihd, k_bjgd, v_bjgd, out_bihd, lse_bhi, 1, scale)
+
+
+def _gradients(grad_bihd, q_bihd, k_bjgd, v_bjgd, out_bihd, lse_bhi, multiplicity_hij, scale):
+    """The gradients that go through these keys: P = exp(scores - lse), dS = P (dP - rowsum(dO O)).
+
+    The merged output sum_j P_j v_j has d out / d score_j = P_j (v_j - out), however many other
+    keys there are.
+    """
+    q_bhid, k_bhjd, v_bhjd = _per_head(q_bihd, k_bjgd, v_bjgd)
+    grad_bhid, out_bhid = (x.to(q_bhid.dtype).transpose(1, 2) for x in (grad_bihd, out_bihd))
+    scores_bhij = q_bhid @ k_bhjd.mT * scale
+    lse_bhi = lse_bhi.masked_fill(lse_bhi == -math.inf, math.inf)  # queries without keys
+    p_bhij = multiplicity_hij * torch.exp(scores_bhij - lse_bhi[..., None])
+    delta_bhi = (grad_bhid * out_bhid).sum(-1)
+    ds_bhij = p_bhij * (grad_bhid @ v_bhjd.mT - delta_bhi[..., None]) * scale
+    shares = ds_bhij.mT @ q_bhid, p_bhij.mT @ grad_bhid
+    dk_bgjd, dv_bgjd = (x.unflatten(1, (k_bjgd.shape[2], -1)).sum(2) for x in shares)
+    gradients = ds_bhij @ k_bhjd, dk_bgjd, dv_bgjd
+    return tuple(x.transpose(1, 2).to(q_bihd.dtype) for x in gradients)
+
+
+def _per_head(q_bihd, k_bjgd, v_bjgd):
+    """q, k and v as (batch, heads, rows, head_dim), at least float32, keys once for each head."""
+    dtype = torch.promote_types(q_bihd.dtype, torch.float32)
+    group = q_bihd.shape[2] // k_bjgd.shape[2]
+    k_bjhd, v_bjhd = (x.repeat_interleave(group, dim=2) for x in (k_bjgd, v_bjgd))
+    return tuple(x.to(dtype).transpose(1, 2) for x in (q_bihd, k_bjhd, v_bjhd))

@@ -102,6 +102,32 @@ def backward(
     return tuple(total.to(q_bshd.dtype) for total in totals)
 
 
+def attend_rows(q_bmhd, k_bngd, v_bngd, *, scale):
+    """Dense attention of the queries to other rows: output like q, log-sum-exp (b, h, queries)."""
+    q_bhmd, k_bhnd, v_bhnd = _per_head(q_bmhd, k_bngd, v_bngd)
+    out_bhmd, lse_bhm = attend(q_bhmd, k_bhnd, v_bhnd, False, scale)
+    return out_bhmd.transpose(1, 2), lse_bhm
+
+
+def attend_rows_backward(grad_bmhd, q_bmhd, k_bngd, v_bngd, out_bmhd, lse_bhm, *, scale):
+    """Shares of the gradients of q, k and v, from the output and log-sum-exp of all parts."""
+    grad_bhmd, out_bhmd = grad_bmhd.transpose(1, 2), out_bmhd.transpose(1, 2)
+    dq_bhmd, *shares = attend_backward(
+        grad_bhmd, *_per_head(q_bmhd, k_bngd, v_bngd), out_bhmd, lse_bhm, False, scale
+    )
+    dtype = torch.promote_types(q_bmhd.dtype, torch.float32)
+    kv_heads = k_bngd.shape[2]
+    dk_bgnd, dv_bgnd = (x.unflatten(1, (kv_heads, -1)).sum(2, dtype=dtype) for x in shares)
+    return dq_bhmd.transpose(1, 2), dk_bgnd.transpose(1, 2), dv_bgnd.transpose(1, 2)
+
+
+def _per_head(q_bmhd, k_bngd, v_bngd):
+    """q, k and v as (batch, heads, rows, head_dim), the keys of a group repeated for its heads."""
+    group = q_bmhd.shape[2] // k_bngd.shape[2]
+    k_bnhd, v_bnhd = (x.repeat_interleave(group, dim=2) for x in (k_bngd, v_bngd))
+    return tuple(x.transpose(1, 2) for x in (q_bmhd, k_bnhd, v_bnhd))
+
+
 def _dense_rows(x_bshd):
     """The operators want the numbers of a row side by side; every other stride is free."""
     return x_bshd if x_bshd.stride(-1) == 1 else x_bshd.contiguous()

@@ -44,3 +44,19 @@ def backward(grad, q, k, v, out, lse, pattern, **options):
     from megalong.attention.triton import launch
 
     return launch.backward(grad, q, k, v, out, lse, pattern, **options)
+
+
+def attend_rows(q, k, v, *, scale):
+    """The backend's dense attention of queries to other rows: output and log-sum-exp."""
+    from megalong.attention.triton import rows
+
+    return rows.attend_rows(q, k, v, causal=False, query_shift=0, scale=scale)
+
+
+def attend_rows_backward(grad, q, k, v, out, lse, *, scale):
+    """Shares of the gradients of q, k and v, from the output and log-sum-exp of all parts."""
+    from megalong.attention.triton import rows
+
+    return rows.attend_rows_backward(
+        grad, q, k, v, out, lse, causal=False, query_shift=0, scale=scale
+    )

@@ -1,0 +1,140 @@
+"""A sequence cut into shards, and what dilated attention makes of the borders. Integers only.
+
+Rank p of a sequence group holds the positions [p l, (p + 1) l). Segments that lie inside one shard
+are local. Of a segment that crosses a border, every rank holds some of the sparse rows: its own
+rows attend to each other where they are, and those of the other ranks have to come over.
+Paper: LongNet (arXiv 2307.02486), section 3.1, which says it for one segment of all ranks.
+
+`local_parts` describes the first half as ordinary dilated attention on (pieces of) the shard;
+`crossings` lists the segments of the second half.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+from megalong.attention.pattern import DilatedPattern
+
+
+@dataclass(frozen=True)
+class Shards:
+    """`count` contiguous shards of `length` positions each, seen from number `rank`."""
+
+    rank: int
+    count: int
+    length: int
+
+    @property
+    def start(self) -> int:
+        return self.rank * self.length
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+    @property
+    def sequence_length(self) -> int:
+        return self.count * self.length
+
+
+@dataclass(frozen=True)
+class LocalPart:
+    """Dilated attention on the positions [start, stop) of the shard, counted from its beginning."""
+
+    start: int
+    stop: int
+    pattern: DilatedPattern
+    document_starts: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """A segment [start, stop) of a branch that reaches over a border of this shard."""
+
+    branch: int
+    start: int
+    stop: int
+
+    def ranks(self, length: int) -> range:
+        """The shards, of `length` positions, that hold a part of it."""
+        return range(self.start // length, -(-self.stop // length))
+
+    def rows(self, offset: int, rate: int, start: int, stop: int) -> range:
+        """Its positions that take part in the branch and lie in [start, stop)."""
+        first = self.start + offset
+        first += max(0, -(-(start - first) // rate)) * rate
+        return range(first, max(min(self.stop, stop), first), rate)
+
+
+def segment_at(
+    position: int, segment_length: int, sequence_length: int, document_starts=None
+) -> tuple[int, int]:
+    """The [start, stop) of the segment that holds a position; they restart at each document."""
+    start, stop = 0, sequence_length
+    if document_starts is not None:
+        after = bisect_right(document_starts, position)
+        start = document_starts[after - 1]
+        stop = document_starts[after] if after < len(document_starts) else sequence_length
+    start += (position - start) // segment_length * segment_length
+    return start, min(start + segment_length, stop)
+
+
+def crossings(pattern: DilatedPattern, shards: Shards, document_starts=None) -> list[Crossing]:
+    """The segments of all branches that cross a border of this shard: at most two a branch."""
+    found = []
+    for branch, length in enumerate(pattern.segment_lengths):
+        ends = dict.fromkeys(
+            segment_at(position, length, shards.sequence_length, document_starts)
+            for position in (shards.start, shards.stop - 1)
+        )
+        found += [
+            Crossing(branch, start, stop)
+            for start, stop in ends
+            if start < shards.start or stop > shards.stop
+        ]
+    return found
+
+
+def local_parts(
+    pattern: DilatedPattern, shards: Shards, heads: int, kv_heads: int, document_starts=None
+) -> list[LocalPart]:
+    """What this shard attends to within itself, as dilated attention of its own.
+
+    One part where segment lengths divide the shard length or are multiples of it: a shard inside a
+    longer segment is one segment itself, in which the offsets are shifted. Documents, or any other
+    length, add a few parts, because the first segment of a branch then ends somewhere inside.
+    """
+    offsets = pattern.offsets(heads, kv_heads)
+    first_document = shards.stop  # where one begins inside the shard
+    if document_starts is not None:
+        inside = [s - shards.start for s in document_starts if shards.start <= s < shards.stop]
+        first_document = shards.start + inside[0] if inside else shards.stop
+
+    parts, whole = [], []  # whole: branches that need no cut before the first document
+    for branch, (length, rate) in enumerate(pattern.branches):
+        if first_document == shards.start:
+            break  # nothing continues from the shard before
+        start, _ = segment_at(shards.start, length, shards.sequence_length, document_starts)
+        into = shards.start - start  # positions of the segment that lie before the shard
+        shifted = tuple((offset - into) % rate for offset in offsets[branch])
+        cut = start + length  # where the next segment begins
+        if into == 0 or cut >= first_document:
+            whole.append((length, rate, shifted if into else offsets[branch]))
+            continue
+        for x, y, table in (
+            (shards.start, cut, shifted),
+            (cut, first_document, offsets[branch]),
+        ):
+            piece = DilatedPattern((length,), (rate,), (table,))
+            parts.append(LocalPart(x - shards.start, y - shards.start, piece, None))
+    if whole:
+        lengths, rates, tables = zip(*whole, strict=True)
+        piece = DilatedPattern(lengths, rates, tables)
+        parts.insert(0, LocalPart(0, first_document - shards.start, piece, None))
+    if first_document < shards.stop:
+        start = first_document - shards.start
+        piece = DilatedPattern(pattern.segment_lengths, pattern.dilation_rates, offsets)
+        starts = tuple(s - start for s in inside)
+        parts.append(LocalPart(start, shards.length, piece, starts))
+    return parts

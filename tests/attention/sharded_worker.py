@@ -1,0 +1,108 @@
+"""Random cases of sharded attention, on however many ranks this was started with.
+
+Every rank holds the whole sequence too and compares its slice with the single-rank function.
+Arguments: number of cases, first seed, backend, and a JSON list of the first failures is printed.
+"""
+
+import random
+import sys
+
+import torch
+import torch.distributed as dist
+
+from megalong.attention import DilatedPattern, dilated_attention_reference
+from megalong.attention.exchange import SequenceGroup
+from megalong.attention.sequence_parallel import sequence_parallel_attention
+from megalong.attention.sequence_plan import subgroup_sizes
+
+
+def random_case(seed: int, ranks: int) -> dict:
+    """Lengths of a shard from 1 to 24, up to four branches of every kind, documents in a third."""
+    draw = random.Random(seed)
+    shard = draw.randint(1, 24)
+    total = shard * ranks
+    widths, rates = [], []
+    for _ in range(draw.randint(1, 4)):
+        divisors = [d for d in range(1, shard + 1) if shard % d == 0]
+        kind = draw.choice(("divides", "spans", "spans", "whole", "any"))
+        width = {
+            "divides": draw.choice(divisors),
+            "spans": shard * draw.randint(2, ranks),
+            "whole": draw.randint(total, 2 * total),
+            "any": draw.randint(1, total),
+        }[kind]
+        widths.append(width)
+        rates.append(draw.choice((1, 2, 3, draw.randint(1, max(width // 2, 1)), shard + 1)))
+    kv_heads = draw.choice((1, 2, 3))
+    heads = kv_heads * draw.choice((1, 2, 3))
+    rule = draw.choice(("mod", "mod", "block", "layer", "table"))
+    if rule == "table":
+        rule = tuple(tuple(draw.randrange(rate) for _ in range(heads)) for rate in rates)
+    documents = None
+    if draw.random() < 1 / 3:
+        starts = [draw.randint(0, total) for _ in range(draw.randint(0, 5))]
+        documents = (0, *sorted(starts))
+    return {
+        "pattern": DilatedPattern(tuple(widths), tuple(rates), rule, layer=draw.randint(0, 3)),
+        "shape": (draw.randint(1, 2), total, heads, kv_heads, draw.choice((1, 4, 8))),
+        "causal": draw.random() < 0.6,
+        "document_starts": documents,
+        "scale": draw.choice((None, 0.3)),
+    }
+
+
+def check(seed: int, group, backend: str) -> tuple[float, float, str]:
+    """The largest errors, of output and log-sum-exp and of the gradients, and the case."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    case = random_case(seed, ranks)
+    batch, total, heads, kv_heads, head_dim = case["shape"]
+    pattern = case["pattern"]
+    generator = torch.Generator().manual_seed(seed)
+    whole = [
+        torch.randn(batch, total, h, head_dim, dtype=torch.float64, generator=generator)
+        for h in (heads, kv_heads, kv_heads, heads)
+    ]
+    *inputs, grad = whole
+    options = {k: case[k] for k in ("causal", "document_starts", "scale")}
+
+    reference = [x.clone().requires_grad_() for x in inputs]
+    out, lse = dilated_attention_reference(*reference, pattern, **options)
+    out.backward(grad)
+
+    shard = total // ranks
+    here = slice(rank * shard, (rank + 1) * shard)
+    sequence = SequenceGroup.create(group, subgroup_sizes(pattern, shard, ranks))
+    local = [x[:, here].clone().requires_grad_() for x in inputs]
+    my_out, my_lse = sequence_parallel_attention(
+        *local, pattern, sequence, **options, return_lse=True, backend=backend
+    )
+    my_out.backward(grad[:, here])
+    forward = max(difference(my_out, out[:, here]), difference(my_lse, lse[:, :, here]))
+    backward = max(
+        difference(mine.grad, theirs.grad[:, here])
+        for mine, theirs in zip(local, reference, strict=True)
+    )
+    return forward, backward, str(case)
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    same = one == other  # two infinities
+    return (one - other).masked_fill(same, 0.0).abs().max().item() if one.numel() else 0.0
+
+
+def main(count: str, first_seed: str, backend: str) -> None:
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    failed = 0
+    for seed in range(int(first_seed), int(first_seed) + int(count)):
+        forward, backward, case = check(seed, dist.group.WORLD, backend)
+        if not (forward < 1e-10 and backward < 1e-10):
+            failed += 1
+            print(f"rank {dist.get_rank()} seed {seed}: {forward:.1e} {backward:.1e} {case}")
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
