@@ -41,11 +41,11 @@ def main(arguments: list[str]) -> None:
     from megalong.training.run_folder import prepare_run_folder
 
     check_precision(config.training.precision)
-    deepspeed_config(config.training, world_size())
+    deepspeed_config(config, config.parallel.data_parallel_size(world_size()))
     data = open_run_data(config)
     prepare_run_folder(config)
     checkpoint = open_checkpoint(config)
-    with launch(config.training.seed) as mesh:
+    with launch(config) as mesh:
         Trainer(config, given, data, checkpoint, mesh).train()
 
 

@@ -16,48 +16,49 @@ from typing import Any
 
 from megalong.attention import DilatedPattern
 from megalong.attention.dilated_attention import BACKEND_VARIABLE, BACKENDS
+from megalong.flags import (
+    ConfigError,
+    flag,
+    flag_name,
+    require_more_than_zero,
+    require_positive,
+)
+from megalong.layout import ParallelConfig
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot work; the message names the flags and what to set instead."""
-
-
-def _flag(default: Any, help: str, **options: Any) -> Any:
-    """A dataclass field that knows how to be a command-line flag (see `megalong.arguments`)."""
-    return field(default=default, metadata={"help": help, **options})
+__all__ = ["Config", "ConfigError", "flag_name", "world_size"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The Transformer: what the weights are."""
 
-    num_layers: int = _flag(12, "number of Transformer layers")
-    hidden_size: int = _flag(768, "width of the residual stream")
-    ffn_hidden_size: int | None = _flag(
+    num_layers: int = flag(12, "number of Transformer layers")
+    hidden_size: int = flag(768, "width of the residual stream")
+    ffn_hidden_size: int | None = flag(
         None, "width of the MLP (default: 4 x hidden size; 8/3 x, a multiple of 64, with SwiGLU)"
     )
-    num_attention_heads: int = _flag(12, "number of query heads")
-    num_query_groups: int | None = _flag(
+    num_attention_heads: int = flag(12, "number of query heads")
+    num_query_groups: int | None = flag(
         None, "number of key/value heads, GQA (default: as many as query heads)"
     )
-    kv_channels: int | None = _flag(None, "head dimension (default: hidden size / heads)")
-    seq_length: int = _flag(8192, "tokens in one training sequence")
-    normalization: str = _flag("RMSNorm", "norm module", choices=("RMSNorm", "LayerNorm"))
-    norm_epsilon: float = _flag(1e-5, "epsilon of the norm")
-    swiglu: bool = _flag(True, "SwiGLU MLP; --no-swiglu gives GELU")
-    add_bias_linear: bool = _flag(False, "biases in the linear layers")
-    position_embedding_type: str = _flag("rope", "position encoding", choices=("rope", "none"))
-    rotary_base: float = _flag(10000.0, "base of the rotary frequencies")
-    untie_embeddings_and_output_weights: bool = _flag(
+    kv_channels: int | None = flag(None, "head dimension (default: hidden size / heads)")
+    seq_length: int = flag(8192, "tokens in one training sequence")
+    normalization: str = flag("RMSNorm", "norm module", choices=("RMSNorm", "LayerNorm"))
+    norm_epsilon: float = flag(1e-5, "epsilon of the norm")
+    swiglu: bool = flag(True, "SwiGLU MLP; --no-swiglu gives GELU")
+    add_bias_linear: bool = flag(False, "biases in the linear layers")
+    position_embedding_type: str = flag("rope", "position encoding", choices=("rope", "none"))
+    rotary_base: float = flag(10000.0, "base of the rotary frequencies")
+    untie_embeddings_and_output_weights: bool = flag(
         False, "separate weights for the embedding and the output layer"
     )
-    init_method_std: float = _flag(
+    init_method_std: float = flag(
         0.02,
         "standard deviation of the initial weights (divided by sqrt(2 x layers) for the"
         " projections that write to the residual stream)",
     )
-    make_vocab_size_divisible_by: int = _flag(128, "pad the vocabulary to a multiple of this")
-    transformer_impl: str = _flag(
+    make_vocab_size_divisible_by: int = flag(128, "pad the vocabulary to a multiple of this")
+    transformer_impl: str = flag(
         "local",
         "layer modules; auto takes Transformer Engine where it is installed and there is a GPU",
         choices=("local", "transformer_engine", "auto"),
@@ -68,15 +69,15 @@ class ModelConfig:
 class AttentionConfig:
     """The attention pattern (LongNet, arXiv 2307.02486, section 3.2)."""
 
-    attention: str = _flag("dilated", "kind of attention", choices=("dilated", "dense"))
-    segment_lengths: tuple[int, ...] | None = _flag(
+    attention: str = flag("dilated", "kind of attention", choices=("dilated", "dense"))
+    segment_lengths: tuple[int, ...] | None = flag(
         None,
         "segment length of each branch (default: a ladder 2048 x 4^k up to the sequence length,"
         " with dilation rates 4^k)",
         item=int,
     )
-    dilation_rates: tuple[int, ...] | None = _flag(None, "dilation rate of each branch", item=int)
-    head_offsets: str | tuple[tuple[int, ...], ...] = _flag(
+    dilation_rates: tuple[int, ...] | None = flag(None, "dilation rate of each branch", item=int)
+    head_offsets: str | tuple[tuple[int, ...], ...] = flag(
         "mod",
         "which positions a head takes in a branch: mod (kv head mod r, the paper's rule), block"
         " (torchscale's), layer (mod, shifted by the kv heads each layer), or a table of branches"
@@ -94,32 +95,29 @@ class AttentionConfig:
 class TrainingConfig:
     """Batches, optimizer, schedule, precision."""
 
-    micro_batch_size: int = _flag(1, "sequences in one forward pass on one rank")
-    global_batch_size: int | None = _flag(
+    micro_batch_size: int = flag(1, "sequences in one forward pass on one rank")
+    global_batch_size: int | None = flag(
         None, "sequences in one optimizer step (default: micro batch x data-parallel ranks)"
     )
-    train_iters: int = _flag(1000, "optimizer steps")
-    lr: float = _flag(6e-4, "peak learning rate")
-    min_lr: float = _flag(0.0, "learning rate at the end of the decay")
-    lr_decay_style: str = _flag(
+    train_iters: int = flag(1000, "optimizer steps")
+    lr: float = flag(6e-4, "peak learning rate")
+    min_lr: float = flag(0.0, "learning rate at the end of the decay")
+    lr_decay_style: str = flag(
         "polynomial", "shape of the decay", choices=("polynomial", "cosine", "constant")
     )
-    lr_decay_power: float = _flag(1.0, "power of the polynomial decay; 1 is linear")
-    lr_decay_iters: int | None = _flag(
-        None, "iteration at which the decay ends (default: the last)"
-    )
-    lr_warmup_iters: int = _flag(0, "iterations of linear warm-up")
-    weight_decay: float = _flag(0.01, "AdamW weight decay, on matrices only")
-    clip_grad: float = _flag(1.0, "clip the global gradient norm to this; 0 turns it off")
-    adam_beta1: float = _flag(0.9, "Adam's beta1")
-    adam_beta2: float = _flag(0.98, "Adam's beta2")
-    adam_eps: float = _flag(1e-8, "Adam's epsilon")
-    precision: str = _flag("bf16", "number format of the model", choices=("fp32", "bf16", "fp16"))
-    loss_scale: float | None = _flag(None, "static loss scale for fp16 (default: dynamic)")
-    initial_loss_scale: float = _flag(2.0**16, "first dynamic loss scale for fp16, a power of two")
-    seed: int = _flag(1234, "seed of the initial weights and of the data order")
-    zero_stage: int = _flag(1, "ZeRO stage", choices=(0, 1, 2, 3))
-    deepspeed_config: str | None = _flag(
+    lr_decay_power: float = flag(1.0, "power of the polynomial decay; 1 is linear")
+    lr_decay_iters: int | None = flag(None, "iteration at which the decay ends (default: the last)")
+    lr_warmup_iters: int = flag(0, "iterations of linear warm-up")
+    weight_decay: float = flag(0.01, "AdamW weight decay, on matrices only")
+    clip_grad: float = flag(1.0, "clip the global gradient norm to this; 0 turns it off")
+    adam_beta1: float = flag(0.9, "Adam's beta1")
+    adam_beta2: float = flag(0.98, "Adam's beta2")
+    adam_eps: float = flag(1e-8, "Adam's epsilon")
+    precision: str = flag("bf16", "number format of the model", choices=("fp32", "bf16", "fp16"))
+    loss_scale: float | None = flag(None, "static loss scale for fp16 (default: dynamic)")
+    initial_loss_scale: float = flag(2.0**16, "first dynamic loss scale for fp16, a power of two")
+    seed: int = flag(1234, "seed of the initial weights and of the data order")
+    deepspeed_config: str | None = flag(
         None, "JSON file with further DeepSpeed settings, merged with those of the flags"
     )
 
@@ -128,28 +126,28 @@ class TrainingConfig:
 class DataConfig:
     """Tokens in, and how they are divided."""
 
-    data_path: str | None = _flag(None, "prefix of the .bin/.idx pair of tools/preprocess_data.py")
-    split: str = _flag("969,30,1", "shares of the documents for training, validation, test")
-    tokenizer_type: str = _flag(
+    data_path: str | None = flag(None, "prefix of the .bin/.idx pair of tools/preprocess_data.py")
+    split: str = flag("969,30,1", "shares of the documents for training, validation, test")
+    tokenizer_type: str = flag(
         "SentencePieceTokenizer",
         "tokenizer",
         choices=("SentencePieceTokenizer", "ByteTokenizer", "HuggingFaceTokenizer"),
     )
-    tokenizer_model: str | None = _flag(None, "file (or folder) of the tokenizer")
+    tokenizer_model: str | None = flag(None, "file (or folder) of the tokenizer")
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Where a run keeps its things, and how often it looks up."""
 
-    save: str | None = _flag(None, "run folder: checkpoints, metrics.jsonl, config.yaml")
-    load: str | None = _flag(None, "run folder to resume from")
-    save_interval: int = _flag(1000, "iterations between checkpoints; the last is always saved")
-    log_interval: int = _flag(1, "iterations between log lines; the mean of their losses is logged")
-    eval_interval: int = _flag(1000, "iterations between evaluations; there is one at the end")
-    eval_iters: int = _flag(10, "global batches in one evaluation; 0 is the whole split")
-    full_validation: bool = _flag(False, "the evaluation at the end covers the whole split")
-    tensorboard_dir: str | None = _flag(
+    save: str | None = flag(None, "run folder: checkpoints, metrics.jsonl, config.yaml")
+    load: str | None = flag(None, "run folder to resume from")
+    save_interval: int = flag(1000, "iterations between checkpoints; the last is always saved")
+    log_interval: int = flag(1, "iterations between log lines; the mean of their losses is logged")
+    eval_interval: int = flag(1000, "iterations between evaluations; there is one at the end")
+    eval_iters: int = flag(10, "global batches in one evaluation; 0 is the whole split")
+    full_validation: bool = flag(False, "the evaluation at the end covers the whole split")
+    tensorboard_dir: str | None = flag(
         None, "TensorBoard folder (default: tensorboard/ in the run folder)"
     )
 
@@ -160,27 +158,38 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
-    def resolve(self, data_parallel_size: int) -> Config:
+    def resolve(self, world_size: int) -> Config:
         """The same configuration with every default that depends on another field filled in.
 
-        Raises ConfigError where the result cannot work on `data_parallel_size` ranks.
+        Raises ConfigError where the result cannot work on `world_size` ranks.
         """
+        data_parallel_size = self.parallel.data_parallel_size(world_size)
         resolved = dataclasses.replace(
             self,
             model=_resolve_model(self.model),
             attention=_resolve_attention(self.attention, self.model.seq_length),
+            parallel=_resolve_parallel(self.parallel),
             training=_resolve_training(self.training, data_parallel_size),
             run=_resolve_run(self.run),
         )
         _check_model(resolved.model)
         _check_attention(resolved)
         _check_training(resolved.training, data_parallel_size)
+        resolved.parallel.check(resolved.model, resolved.num_microbatches(data_parallel_size))
         _check_run(resolved)
         return resolved
+
+    def num_microbatches(self, data_parallel_size: int) -> int:
+        """Micro batches of one optimizer step on one rank (after `resolve`)."""
+        assert self.training.global_batch_size is not None
+        return self.training.global_batch_size // (
+            self.training.micro_batch_size * data_parallel_size
+        )
 
 
 def world_size() -> int:
@@ -203,7 +212,7 @@ def world_size() -> int:
 
 
 def _resolve_model(model: ModelConfig) -> ModelConfig:
-    _require_positive(model, "num_layers", "hidden_size", "num_attention_heads", "seq_length")
+    require_positive(model, "num_layers", "hidden_size", "num_attention_heads", "seq_length")
     ffn_hidden_size = model.ffn_hidden_size
     if ffn_hidden_size is None:
         # A gated MLP has three matrices instead of two: 8/3 of the width keeps the parameters.
@@ -239,17 +248,20 @@ def _resolve_attention(attention: AttentionConfig, seq_length: int) -> Attention
 
 
 def _resolve_training(training: TrainingConfig, data_parallel_size: int) -> TrainingConfig:
-    _require_positive(training, "micro_batch_size", "train_iters")
+    require_positive(training, "micro_batch_size", "train_iters")
     return dataclasses.replace(
         training,
         global_batch_size=_default(
             training.global_batch_size, training.micro_batch_size * data_parallel_size
         ),
         lr_decay_iters=_default(training.lr_decay_iters, training.train_iters),
-        # DeepSpeed cannot run a backward pass that it does not own without a ZeRO optimizer;
-        # stage 1 on one rank is the same arithmetic.
-        zero_stage=max(1, training.zero_stage),
     )
+
+
+def _resolve_parallel(parallel: ParallelConfig) -> ParallelConfig:
+    # DeepSpeed cannot run a backward pass that it does not own without a ZeRO optimizer; stage 1 on
+    # one rank is the same arithmetic.
+    return dataclasses.replace(parallel, zero_stage=max(1, parallel.zero_stage))
 
 
 def _resolve_run(run: RunConfig) -> RunConfig:
@@ -264,10 +276,10 @@ def _resolve_run(run: RunConfig) -> RunConfig:
 
 def _check_model(model: ModelConfig) -> None:
     assert model.num_query_groups is not None and model.kv_channels is not None
-    _require_positive(
+    require_positive(
         model, "ffn_hidden_size", "kv_channels", "num_query_groups", "make_vocab_size_divisible_by"
     )
-    _require_more_than_zero(model, "norm_epsilon", "rotary_base", "init_method_std")
+    require_more_than_zero(model, "norm_epsilon", "rotary_base", "init_method_std")
     if model.num_attention_heads % model.num_query_groups:
         raise ConfigError(
             f"--num-attention-heads {model.num_attention_heads} does not divide by"
@@ -311,7 +323,7 @@ def _check_training(training: TrainingConfig, data_parallel_size: int) -> None:
             f" --micro-batch-size {training.micro_batch_size} x {data_parallel_size} data-parallel"
             f" ranks: set --global-batch-size {larger}, or change the other two"
         )
-    _require_more_than_zero(training, "lr", "lr_decay_power")
+    require_more_than_zero(training, "lr", "lr_decay_power")
     if not 0 <= training.seed < 2**32:
         raise ConfigError(f"--seed {training.seed} must lie in [0, 2^32)")
     if not 0 <= training.lr_warmup_iters <= training.lr_decay_iters:
@@ -337,7 +349,7 @@ def _check_training(training: TrainingConfig, data_parallel_size: int) -> None:
 
 def _check_run(config: Config) -> None:
     run = config.run
-    _require_positive(run, "save_interval", "log_interval", "eval_interval")
+    require_positive(run, "save_interval", "log_interval", "eval_interval")
     if run.eval_iters < 0:
         raise ConfigError(
             f"--eval-iters {run.eval_iters} must not be negative; 0 is the whole split"
@@ -349,23 +361,6 @@ def _check_run(config: Config) -> None:
             f"--tokenizer-model is missing: {config.data.tokenizer_type} needs the file that"
             " tools/train_tokenizer.py wrote (ByteTokenizer needs none)"
         )
-
-
-def flag_name(field_name: str) -> str:
-    """The command-line flag of a field: `num_layers` is `--num-layers`."""
-    return "--" + field_name.replace("_", "-")
-
-
-def _require_positive(section: Any, *names: str) -> None:
-    for name in names:
-        if getattr(section, name) <= 0:
-            raise ConfigError(f"{flag_name(name)} {getattr(section, name)} must be positive")
-
-
-def _require_more_than_zero(section: Any, *names: str) -> None:
-    for name in names:
-        if not 0 < getattr(section, name) < math.inf:
-            raise ConfigError(f"{flag_name(name)} {getattr(section, name)} must be positive")
 
 
 def _default(value: Any, otherwise: Any) -> Any:

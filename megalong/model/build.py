@@ -12,15 +12,20 @@ from megatron.core.transformer import TransformerConfig
 
 from megalong.config import Config
 from megalong.device import use_gpu
+from megalong.layout import ParallelConfig
 from megalong.model.layer_spec import get_longnet_block_spec, use_transformer_engine
-from megalong.model.names import canonical_name
+from megalong.model.names import named_parameters
 from megalong.model.rotary import LongRotaryEmbedding
+from megalong.model.tensor_slices import cut_dimension, tensor_slice
+from megalong.parallel.cpu import cuda_means_cpu
+from megalong.parallel.mesh import Mesh
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build_model(config: Config, vocab_size: int) -> GPTModel:
-    """The model in float32 on the CPU, with the initial weights of `config.training.seed`.
+def build_model(config: Config, vocab_size: int, mesh: Mesh) -> GPTModel:
+    """This rank's part of the model, in float32 on the CPU, with the initial weights of
+    `config.training.seed`.
 
     vocab_size: the tokenizer's; the embedding is padded (`--make-vocab-size-divisible-by`).
     Needs Megatron-core's groups (`megalong.parallel.launch`).
@@ -28,30 +33,44 @@ def build_model(config: Config, vocab_size: int) -> GPTModel:
     model_config = config.model
     pattern = config.attention.pattern() if config.attention.attention == "dilated" else None
     megatron_config = transformer_config(config)
-    model = GPTModel(
-        config=megatron_config,
-        transformer_layer_spec=get_longnet_block_spec(
-            megatron_config, pattern, model_config.transformer_impl
-        ),
-        vocab_size=padded_vocab_size(vocab_size, model_config.make_vocab_size_divisible_by),
-        max_sequence_length=model_config.seq_length,
-        position_embedding_type=model_config.position_embedding_type,
-        rotary_base=model_config.rotary_base,
-        share_embeddings_and_output_weights=not model_config.untie_embeddings_and_output_weights,
-    )
-    if model_config.position_embedding_type == "rope":
-        model.rotary_pos_emb = LongRotaryEmbedding(
-            model_config.kv_channels, model_config.rotary_base
+    with cuda_means_cpu():
+        model = GPTModel(
+            config=megatron_config,
+            transformer_layer_spec=get_longnet_block_spec(
+                megatron_config, pattern, model_config.transformer_impl, mesh.sequence
+            ),
+            vocab_size=padded_vocab_size(vocab_size, model_config.make_vocab_size_divisible_by),
+            max_sequence_length=model_config.seq_length,
+            pre_process=mesh.is_first_stage,
+            post_process=mesh.is_last_stage,
+            position_embedding_type=model_config.position_embedding_type,
+            rotary_base=model_config.rotary_base,
+            share_embeddings_and_output_weights=(
+                not model_config.untie_embeddings_and_output_weights
+            ),
         )
-    initialize_weights(model, config)
+    if model_config.position_embedding_type == "rope":
+        shard = model_config.seq_length // mesh.sequence.size
+        model.rotary_pos_emb = LongRotaryEmbedding(
+            model_config.kv_channels,
+            model_config.rotary_base,
+            first_position=mesh.sequence.rank * shard,
+        )
+    initialize_weights(model, config, mesh)
     return model
 
 
 def transformer_config(config: Config) -> TransformerConfig:
     """Megatron-core's configuration object for ours."""
-    model = config.model
+    model, parallel = config.model, config.parallel
     fused = use_gpu()
     return TransformerConfig(
+        # Not the context-parallel size: of the sequence axis Megatron-core knows the group alone.
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        sequence_parallel=parallel.divides_norms,
+        recompute_granularity=parallel.recompute_granularity,
+        **_full_recompute(parallel),
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -79,23 +98,51 @@ def transformer_config(config: Config) -> TransformerConfig:
     )
 
 
+def _full_recompute(parallel: ParallelConfig) -> dict[str, object]:
+    if parallel.recompute_granularity != "full":
+        return {}
+    return {
+        "recompute_method": parallel.recompute_method,
+        "recompute_num_layers": parallel.recompute_num_layers,
+    }
+
+
+def number_of_parameters(config: Config, vocab_size: int) -> int:
+    """Parameters of the whole model, whatever part of it a rank holds; a tied embedding once."""
+    model = config.model
+    heads = model.num_attention_heads + 2 * model.num_query_groups
+    hidden, channels, mlp = model.hidden_size, model.kv_channels, model.ffn_hidden_size
+    mlp_inputs = mlp * (2 if model.swiglu else 1)
+    norm = hidden * (2 if model.normalization == "LayerNorm" else 1)
+    layer = heads * channels * hidden + model.num_attention_heads * channels * hidden
+    layer += (mlp_inputs + mlp) * hidden + 2 * norm
+    if model.add_bias_linear:
+        layer += heads * channels + hidden + mlp_inputs + hidden
+    embedding = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by) * hidden
+    embeddings = embedding * (2 if model.untie_embeddings_and_output_weights else 1)
+    return model.num_layers * layer + norm + embeddings
+
+
 def padded_vocab_size(vocab_size: int, multiple: int) -> int:
     """`vocab_size` rounded up to a multiple."""
     return math.ceil(vocab_size / multiple) * multiple
 
 
 @torch.no_grad()
-def initialize_weights(model: GPTModel, config: Config) -> None:
+def initialize_weights(model: GPTModel, config: Config, mesh: Mesh) -> None:
     """Fill in the initial weights: each parameter from its own seed, made of the run's seed and the
-    parameter's global name, so that they do not depend on which rank holds what.
+    parameter's global name, and from it the rank's part, so that they are the same in every layout.
 
     Matrices are normal with `init_method_std`; those that write to the residual stream are divided
     by sqrt(2 x layers) (GPT-2's rule). Norm weights are one, biases zero.
     """
+    ranks, gated = mesh.tensor_parallel_size, config.model.swiglu
     std = config.model.init_method_std
     residual_std = std / math.sqrt(2 * config.model.num_layers)
-    for local_name, parameter in model.named_parameters():
-        name = canonical_name(local_name)
+    for name, parameter in named_parameters(model):
+        dimension = cut_dimension(name)
+        # DeepSpeed counts a parameter once in the gradient norm, unless it is told of its parts.
+        parameter.tensor_model_parallel = dimension is not None and ranks > 1
         if name.endswith("bias"):
             parameter.zero_()
         elif parameter.ndim == 1:
@@ -104,5 +151,9 @@ def initialize_weights(model: GPTModel, config: Config) -> None:
             writes_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
             seed = hashlib.sha256(f"{config.training.seed} {name}".encode()).digest()[:8]
             generator = torch.Generator().manual_seed(int.from_bytes(seed, "big") >> 1)
-            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            shape = list(parameter.shape)
+            if dimension is not None:
+                shape[dimension] *= ranks
+            values = torch.randn(shape, generator=generator, dtype=torch.float32)
+            values = tensor_slice(name, values, mesh.tensor_parallel_rank, ranks, gated)
             parameter.copy_(values * (residual_std if writes_residual else std))

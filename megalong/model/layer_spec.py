@@ -7,7 +7,9 @@ installed and there is a GPU, apex's fused LayerNorm where that is installed, el
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
+import torch
 from megatron.core.fusions.fused_layer_norm import HAVE_FUSED_LAYER_NORM, FusedLayerNorm
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -15,15 +17,15 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
 
 from megalong.attention import DilatedPattern
-from megalong.config import ConfigError
+from megalong.attention.exchange import SequenceGroup
 from megalong.device import use_gpu
+from megalong.flags import ConfigError
 from megalong.model.core_attention import DenseCoreAttention, DilatedCoreAttention
 
 
@@ -31,12 +33,14 @@ def get_longnet_layer_spec(
     pattern: DilatedPattern | None,
     normalization: str = "RMSNorm",
     transformer_impl: str = "auto",
+    sequence: SequenceGroup | None = None,
 ) -> ModuleSpec:
     """The spec of one layer, for `megatron.core.models.gpt.GPTModel`.
 
     pattern: the dilated attention pattern; None gives dense attention (the vanilla Transformer).
     normalization: "RMSNorm" or "LayerNorm".
     transformer_impl: "local", "transformer_engine", or "auto" for the better of those available.
+    sequence: the ranks that share the sequence; None where each has all of it.
     Raises ConfigError where Transformer Engine is asked for and cannot be used.
     """
     if use_transformer_engine(transformer_impl):
@@ -45,22 +49,24 @@ def get_longnet_layer_spec(
         spec = get_gpt_layer_local_spec(normalization=normalization)
         spec.submodules.input_layernorm = _local_norm(normalization)
         spec.submodules.pre_mlp_layernorm = _local_norm(normalization)
-    core_attention = (
-        DenseCoreAttention if pattern is None else partial(DilatedCoreAttention, pattern=pattern)
-    )
+    kind = DenseCoreAttention if pattern is None else partial(DilatedCoreAttention, pattern=pattern)
+    core_attention = partial(kind, sequence=sequence)
     spec.submodules.self_attention.submodules.core_attention = core_attention
     return spec
 
 
 def get_longnet_block_spec(
-    config: TransformerConfig, pattern: DilatedPattern | None, transformer_impl: str = "auto"
+    config: TransformerConfig,
+    pattern: DilatedPattern | None,
+    transformer_impl: str = "auto",
+    sequence: SequenceGroup | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the final norm.
 
     Megatron-core would choose the final norm by what is installed alone: Transformer Engine's, on
     a machine without a GPU too, or apex's, which has no RMSNorm.
     """
-    layer = get_longnet_layer_spec(pattern, config.normalization, transformer_impl)
+    layer = get_longnet_layer_spec(pattern, config.normalization, transformer_impl, sequence)
     if use_transformer_engine(transformer_impl):
         from megatron.core.extensions.transformer_engine import TENorm as norm
     else:
@@ -71,7 +77,22 @@ def get_longnet_block_spec(
 def _local_norm(normalization: str) -> type:
     """apex's fused LayerNorm where it is installed and there is a GPU, else PyTorch's norms."""
     fused = normalization == "LayerNorm" and HAVE_FUSED_LAYER_NORM and use_gpu()
-    return FusedLayerNorm if fused else WrappedTorchNorm
+    return FusedLayerNorm if fused else _TorchNorm
+
+
+class _TorchNorm:
+    """Makes PyTorch's norm of `config.normalization`; a class, because Megatron-core wants one.
+
+    Megatron-core's own refuses Megatron's sequence parallelism, under which these parameters see a
+    part of the tokens on each tensor rank and have to say so.
+    """
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float, **unused: Any):
+        norm = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}[config.normalization]
+        module = norm(hidden_size, eps=eps)
+        for parameter in module.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return module
 
 
 def use_transformer_engine(transformer_impl: str) -> bool:

@@ -8,6 +8,9 @@ go by them.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+
+import torch
 
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
 
@@ -17,13 +20,26 @@ _FUSED_NORMS = (
     (re.compile(r"mlp\.linear_fc1\.layer_norm_"), "pre_mlp_layernorm."),
 )
 
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
 
-def canonical_name(local_name: str, first_layer: int = 0) -> str:
+
+def canonical_name(local_name: str, first_layer: int = 0, tied: bool = False) -> str:
     """The global name of a parameter that `named_parameters()` of a GPTModel calls `local_name`.
 
-    first_layer: number of layers before this pipeline stage.
+    first_layer: number of layers before this pipeline stage. tied: the output layer's weight is the
+    embedding's, of which the last of several stages has a copy.
     """
     name = _LAYER.sub(lambda match: str(int(match[0]) + first_layer), local_name)
     for pattern, norm in _FUSED_NORMS:
         name = pattern.sub(norm, name)
-    return name
+    return EMBEDDING if tied and name == OUTPUT else name
+
+
+def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The parameters of a GPTModel, or of one pipeline stage of it, by canonical name."""
+    layers = model.decoder.layers
+    first_layer = layers[0].layer_number - 1 if len(layers) else 0  # Megatron-core counts from one
+    tied = model.share_embeddings_and_output_weights
+    for name, parameter in model.named_parameters():
+        yield canonical_name(name, first_layer, tied), parameter

@@ -1,5 +1,5 @@
 """Ranks and groups: the mesh, DeepSpeed's view of it, and Megatron-core without a GPU."""
 
-from megalong.parallel.mesh import Mesh, check_precision, launch
+from megalong.parallel.mesh import Mesh, build_mesh, check_precision, launch, process_group
 
-__all__ = ["Mesh", "check_precision", "launch"]
+__all__ = ["Mesh", "build_mesh", "check_precision", "launch", "process_group"]

@@ -43,13 +43,15 @@ def skip_deepspeed_shared_memory_kernels() -> None:
 
 
 def cuda_means_cpu() -> contextlib.AbstractContextManager[Any]:
-    """A context in which `device="cuda"` creates tensors on the CPU, where there is no GPU."""
+    """A context in which `device="cuda"` and `.cuda()` mean the CPU, where there is no GPU."""
     return contextlib.nullcontext() if use_gpu() else _CudaMeansCpu()
 
 
 class _CudaMeansCpu(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if function is torch.Tensor.cuda:
+            return args[0]
         if kwargs.get("device") == "cuda":
             kwargs["device"] = "cpu"
         return function(*args, **kwargs)

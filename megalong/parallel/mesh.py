@@ -16,8 +16,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megalong.config import ConfigError
+from megalong.attention.exchange import SequenceGroup
+from megalong.attention.sequence_plan import subgroup_sizes
+from megalong.config import Config
 from megalong.device import use_gpu
+from megalong.flags import ConfigError
 from megalong.parallel import cpu
 
 
@@ -25,10 +28,16 @@ from megalong.parallel import cpu
 class Mesh:
     """This process's place: sizes, ranks, groups and device.
 
+    sequence: the ranks that share this one's sequence, and its place among them.
     data_parallel_size, data_parallel_rank: replicas of the model that see different sequences.
-    is_main: the one process that writes metrics, prints, and keeps the run folder.
     """
 
+    sequence: SequenceGroup
+    tensor_group: dist.ProcessGroup
+    tensor_parallel_size: int
+    tensor_parallel_rank: int
+    pipeline_parallel_size: int
+    pipeline_parallel_rank: int
     data_parallel_size: int
     data_parallel_rank: int
     device: torch.device
@@ -37,15 +46,44 @@ class Mesh:
 
     @property
     def is_main(self) -> bool:
+        """The one process that writes metrics, prints, and keeps the run folder."""
         return self.rank == 0
 
-    def sum_over_data(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` summed over the ranks that see different tokens, in place; returns it."""
-        if self.data_parallel_size > 1:
-            from megatron.core import parallel_state
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_parallel_rank == 0
 
-            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-            dist.all_reduce(tensor, group=group)
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_parallel_rank == self.pipeline_parallel_size - 1
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks that hold the same layers, or parts of them: all those of a pipeline stage."""
+        return self.tensor_parallel_size * self.sequence.size * self.data_parallel_size
+
+    @property
+    def stage_rank(self) -> int:
+        """This rank's number among those of its pipeline stage."""
+        shard = self.sequence.rank + self.sequence.size * self.data_parallel_rank
+        return self.tensor_parallel_rank + self.tensor_parallel_size * shard
+
+    @property
+    def reports_losses(self) -> bool:
+        """Whether this rank's token losses count: the last stage has them, every tensor rank the
+        same ones."""
+        return self.is_last_stage and self.tensor_parallel_rank == 0
+
+    def sequence_range(self, seq_length: int) -> tuple[int, int]:
+        """The positions [start, stop) of a sequence that this rank holds."""
+        shard = seq_length // self.sequence.size
+        return self.sequence.rank * shard, (self.sequence.rank + 1) * shard
+
+    def sum_of_losses(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of `tensor` over the ranks whose losses count, on every rank; in place."""
+        if not self.reports_losses:
+            tensor.zero_()
+        dist.all_reduce(tensor)
         return tensor
 
 
@@ -64,15 +102,23 @@ def check_precision(precision: str) -> None:
 
 
 @contextlib.contextmanager
-def launch(seed: int) -> Iterator[Mesh]:
+def launch(config: Config) -> Iterator[Mesh]:
     """Join the process group of this launch and build the mesh; leave both at the end.
 
+    config: resolved. All random generators start from its seed.
+    """
+    with process_group() as device, build_mesh(config, device) as mesh:
+        yield mesh
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[torch.device]:
+    """Join the process group of this launch, and yield this process's device.
+
     Under torchrun or the deepspeed launcher the environment names the ranks; a plain `python` run
-    is a group of one. NCCL and one GPU per process where there are GPUs, gloo otherwise. All random
-    generators start from `seed`.
+    is a group of one. NCCL and one GPU per process where there are GPUs, gloo otherwise.
     """
     import deepspeed
-    from megatron.core import parallel_state, tensor_parallel
 
     on_gpu = use_gpu()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -91,21 +137,52 @@ def launch(seed: int) -> Iterator[Mesh]:
             "nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
         )
         try:
-            parallel_state.initialize_model_parallel()
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
-            tensor_parallel.model_parallel_cuda_manual_seed(seed)
-            yield Mesh(
-                data_parallel_size=parallel_state.get_data_parallel_world_size(),
-                data_parallel_rank=parallel_state.get_data_parallel_rank(),
-                device=torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"),
-                world_size=dist.get_world_size(),
-                rank=dist.get_rank(),
-            )
+            yield torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
         finally:
-            parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def build_mesh(config: Config, device: torch.device) -> Iterator[Mesh]:
+    """Divide the process group as `config.parallel` says; undone at the end."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel, seed = config.parallel, config.training.seed
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.sequence_parallel_size,
+    )
+    try:
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        yield Mesh(
+            sequence=_sequence_group(config),
+            tensor_group=parallel_state.get_tensor_model_parallel_group(),
+            tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+            tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+            pipeline_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+            pipeline_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            device=device,
+            world_size=dist.get_world_size(),
+            rank=dist.get_rank(),
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def _sequence_group(config: Config) -> SequenceGroup:
+    """The ranks of this one's sequence, with the subgroups that the pattern needs."""
+    from megatron.core import parallel_state
+
+    size = config.parallel.sequence_parallel_size
+    shard = config.model.seq_length // size
+    sizes = subgroup_sizes(config.attention.pattern(), shard, size)
+    return SequenceGroup.create(parallel_state.get_context_parallel_group(), sizes)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,28 @@ class ScheduleModule(torch.nn.Module):
         self.vp_stage = None
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.engine(*args, **kwargs)
+        output = self.engine(*args, **kwargs)
+        return _AnnounceBackward.apply(output, self.engine)
+
+
+class _AnnounceBackward(torch.autograd.Function):
+    """The identity; its backward tells DeepSpeed that another backward pass begins.
+
+    DeepSpeed takes that from the forward pass before it, but a pipeline ends with several backward
+    passes in a row, of which it would overlook all but the first. And it looks for fp16's loss
+    scale on every rank, when the last stage has applied it for all.
+    """
+
+    @staticmethod
+    def forward(ctx, output, engine):
+        ctx.engine = engine
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.engine.optimizer.clear_backward_seen_flag()
+        ctx.engine._manual_backward_expected = True
+        return gradient, None
 
 
 def run_schedule(

@@ -37,8 +37,10 @@ from deepspeed.utils import (
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megalong.arguments import read_yaml, to_yaml
-from megalong.config import AttentionConfig, Config, ConfigError, ModelConfig, flag_name
-from megalong.model.names import canonical_name
+from megalong.config import AttentionConfig, Config, ModelConfig
+from megalong.flags import ConfigError, flag_name
+from megalong.model.names import EMBEDDING, named_parameters
+from megalong.model.tensor_slices import cut_dimension, join_slices, tensor_slice
 from megalong.parallel.mesh import Mesh
 from megalong.training.engine import MOMENTS, TrainingEngine
 from megalong.training.run_folder import same_folder
@@ -127,29 +129,45 @@ def _comparable(name: str, value: Any) -> Any:
     return json.dumps(value)
 
 
-def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
+def load_weights(checkpoint: Path, model: torch.nn.Module, config: Config, mesh: Mesh) -> None:
     """Fill a model that no engine holds yet, float32, with the checkpoint's master weights."""
-    tensors = {f"weights.{canonical_name(n)}": p.data for n, p in model.named_parameters()}
-    _read(checkpoint, tensors)
+    for name, parameter in named_parameters(model):
+        parameter.data.copy_(
+            _read_slice(checkpoint, "weights", name, parameter.shape, config, mesh)
+        )
 
 
-def load_optimizer(checkpoint: Path, engine: TrainingEngine, progress: Progress) -> None:
+def load_optimizer(
+    checkpoint: Path, engine: TrainingEngine, config: Config, progress: Progress
+) -> None:
     """Fill the engine's master weights and Adam moments, and this rank's random states."""
-    optimizer = engine.deepspeed.optimizer
+    optimizer, mesh = engine.deepspeed.optimizer, engine.mesh
     for state in optimizer.optimizer.state.values():
         state["step"].fill_(progress.adam_step)
-    for local_name, parameter in engine.model.named_parameters():
-        name = canonical_name(local_name)
+    for name, parameter in named_parameters(engine.model):
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        tensors = {f"{kind}.{name}": torch.empty(shape) for kind in ("weights", *MOMENTS)}
-        _read(checkpoint, tensors)
-        safe_set_full_fp32_param(parameter, tensors[f"weights.{name}"].to(engine.mesh.device))
+        values = {
+            kind: _read_slice(checkpoint, kind, name, shape, config, mesh).to(mesh.device)
+            for kind in ("weights", *MOMENTS)
+        }
+        safe_set_full_fp32_param(parameter, values["weights"])
         for kind in MOMENTS:
-            value = tensors[f"{kind}.{name}"].to(engine.mesh.device)
-            safe_set_full_optimizer_state(parameter, value, kind)
+            safe_set_full_optimizer_state(parameter, values[kind], kind)
     if progress.loss_scaler is not None and _loss_scaler_state(engine) is not None:
         vars(optimizer.loss_scaler).update(progress.loss_scaler)
     _load_random_states(checkpoint, engine.mesh)
+
+
+def _read_slice(
+    checkpoint: Path, kind: str, name: str, shape: torch.Size, config: Config, mesh: Mesh
+) -> torch.Tensor:
+    """This tensor-parallel rank's part, of `shape`, of one tensor; float32, on the CPU."""
+    ranks, dimension, whole_shape = mesh.tensor_parallel_size, cut_dimension(name), list(shape)
+    if dimension is not None:
+        whole_shape[dimension] *= ranks
+    tensor = torch.empty(whole_shape)
+    _read(checkpoint, {f"{kind}.{name}": tensor})
+    return tensor_slice(name, tensor, mesh.tensor_parallel_rank, ranks, config.model.swiglu)
 
 
 def _read(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -183,7 +201,7 @@ def save_checkpoint(engine: TrainingEngine, config: Config, progress: Progress) 
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     dist.barrier()
-    dcp.save(_tensors(engine), checkpoint_id=str(aside))
+    dcp.save(_tensors(engine, config), checkpoint_id=str(aside))
     if mesh.is_main:
         progress = dataclasses.replace(
             progress, adam_step=_adam_step(engine), loss_scaler=_loss_scaler_state(engine)
@@ -204,16 +222,32 @@ def save_checkpoint(engine: TrainingEngine, config: Config, progress: Progress) 
     return folder
 
 
-def _tensors(engine: TrainingEngine) -> dict[str, torch.Tensor]:
-    """Everything to save, on the CPU. Every rank has whole tensors; the writer takes each once."""
-    tensors = {}
-    for local_name, parameter in engine.model.named_parameters():
-        name = canonical_name(local_name)
-        tensors[f"weights.{name}"] = safe_get_full_fp32_param(parameter).cpu()
-        for kind in MOMENTS:
-            tensors[f"{kind}.{name}"] = safe_get_full_optimizer_state(parameter, kind).cpu()
-    tensors.update(_random_states(engine.mesh))
+def _tensors(engine: TrainingEngine, config: Config) -> dict[str, torch.Tensor]:
+    """What this rank has to save, on the CPU.
+
+    The ranks of a pipeline stage put every tensor together, one after the other, and take turns
+    in keeping it: each has an equal share of the stage to hold in memory and to write.
+    """
+    mesh, tensors = engine.mesh, {}
+    for turn, (name, parameter) in enumerate(named_parameters(engine.model)):
+        if name == EMBEDDING and not mesh.is_first_stage:
+            continue  # the last stage's copy of a tied embedding
+        parts = {"weights": safe_get_full_fp32_param(parameter)}
+        parts |= {kind: safe_get_full_optimizer_state(parameter, kind) for kind in MOMENTS}
+        for kind, part in parts.items():
+            whole = _join_over_tensor_ranks(name, part, config.model.swiglu, mesh)
+            if turn % mesh.stage_size == mesh.stage_rank:
+                tensors[f"{kind}.{name}"] = whole.cpu()
+    tensors.update(_random_states(mesh))
     return tensors
+
+
+def _join_over_tensor_ranks(name: str, part: torch.Tensor, gated: bool, mesh: Mesh) -> torch.Tensor:
+    if cut_dimension(name) is None or mesh.tensor_parallel_size == 1:
+        return part
+    parts = [torch.empty_like(part) for _ in range(mesh.tensor_parallel_size)]
+    dist.all_gather(parts, part.contiguous(), group=mesh.tensor_group)
+    return join_slices(name, parts, gated)
 
 
 def _random_states(mesh: Mesh) -> dict[str, torch.Tensor]:

@@ -9,22 +9,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megalong.config import ConfigError, TrainingConfig
+from megalong.config import Config
+from megalong.flags import ConfigError
 
 
-def deepspeed_config(training: TrainingConfig, data_parallel_size: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
     """The dict for `deepspeed.initialize(config=...)`.
 
     Raises ConfigError naming both values where `--deepspeed-config` contradicts a flag.
     """
     settings: dict[str, Any] = {}
-    if training.deepspeed_config is not None:
-        settings = _read(training.deepspeed_config)
-        _refuse_contradictions(settings, training, data_parallel_size)
-    return _merge(settings, _settings_of_flags(training))
+    if config.training.deepspeed_config is not None:
+        settings = _read(config.training.deepspeed_config)
+        _refuse_contradictions(settings, config, data_parallel_size)
+    return _merge(settings, _settings_of_flags(config))
 
 
-def _settings_of_flags(training: TrainingConfig) -> dict[str, Any]:
+def _settings_of_flags(config: Config) -> dict[str, Any]:
+    training = config.training
     return {
         # Megatron-core's schedule runs the micro batches and scales the loss by their number;
         # engine.step() is the only boundary that DeepSpeed sees.
@@ -32,7 +34,7 @@ def _settings_of_flags(training: TrainingConfig) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_clipping": training.clip_grad,
-        "zero_optimization": {"stage": training.zero_stage},
+        "zero_optimization": {"stage": config.parallel.zero_stage},
         "bf16": {"enabled": training.precision == "bf16"},
         "fp16": {
             "enabled": training.precision == "fp16",
@@ -44,9 +46,10 @@ def _settings_of_flags(training: TrainingConfig) -> dict[str, Any]:
 
 
 def _refuse_contradictions(
-    settings: dict[str, Any], training: TrainingConfig, data_parallel_size: int
+    settings: dict[str, Any], config: Config, data_parallel_size: int
 ) -> None:
-    micro_batches = training.global_batch_size // (training.micro_batch_size * data_parallel_size)
+    training = config.training
+    micro_batches = config.num_microbatches(data_parallel_size)
     owned: list[tuple[tuple[str, ...], Any, str]] = [
         (("train_batch_size",), training.global_batch_size, "--global-batch-size"),
         (
@@ -60,7 +63,7 @@ def _refuse_contradictions(
             "--global-batch-size / (--micro-batch-size x data-parallel ranks)",
         ),
         (("gradient_clipping",), training.clip_grad, "--clip-grad"),
-        (("zero_optimization", "stage"), training.zero_stage, "--zero-stage"),
+        (("zero_optimization", "stage"), config.parallel.zero_stage, "--zero-stage"),
         (("bf16", "enabled"), training.precision == "bf16", "--precision bf16"),
         (("fp16", "enabled"), training.precision == "fp16", "--precision fp16"),
         (("fp16", "loss_scale"), training.loss_scale or 0, "--loss-scale"),
@@ -78,6 +81,7 @@ def _refuse_contradictions(
             int(training.initial_loss_scale).bit_length() - 1,
             "the power of two of --initial-loss-scale",
         ),
+        (("zero_optimization", "reduce_scatter"), True, "megalong's gradient scale"),
         (("data_types", "grad_accum_dtype"), "fp32", "megalong's gradient accumulation"),
         (("managed_gradient_accumulation",), False, "megalong's schedule"),
     ]

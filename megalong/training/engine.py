@@ -1,8 +1,10 @@
 """One optimizer step: a DeepSpeed engine around the model, driven by Megatron-core's schedule.
 
 Gradient scale. The gradient wanted is that of (sum of token losses) / (tokens of the global batch).
-DeepSpeed averages gradients over data-parallel ranks and Megatron-core's schedule divides a loss by
-the number of micro batches, so the local loss of a micro batch is multiplied by both beforehand.
+DeepSpeed averages gradients over data-parallel ranks and sums them over the ranks of a sequence,
+except for ZeRO 3, whose reduce-scatter averages over both; Megatron-core's schedule divides a loss
+by the number of micro batches and multiplies it by the ranks of a sequence. The loss of a micro
+batch on this rank is scaled beforehand to undo all that.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ from typing import Any
 
 import torch
 
-from megalong.config import Config, ConfigError
+from megalong.config import Config
 from megalong.data.batches import IGNORE_INDEX, Batch
+from megalong.flags import ConfigError
+from megalong.parallel.gradients import TiedEmbedding, sum_divided_norms
 from megalong.parallel.mesh import Mesh
 from megalong.parallel.schedule import ScheduleModule, run_schedule
 from megalong.training.deepspeed_config import deepspeed_config
@@ -53,17 +57,23 @@ class TrainingEngine:
         self.mesh = mesh
         self.micro_batch_size = training.micro_batch_size
         self.seq_length = config.model.seq_length
-        self.num_microbatches = training.global_batch_size // (
-            training.micro_batch_size * mesh.data_parallel_size
-        )
+        self.num_microbatches = config.num_microbatches(mesh.data_parallel_size)
+        shards = 1 if config.parallel.zero_stage == 3 else mesh.sequence.size
+        self.loss_scale = mesh.data_parallel_size / shards  # see above
         self.tokens_per_step = training.global_batch_size * config.model.seq_length
         self.model = model
+        sum_divided_norms(model)
+        self.tied_embedding = TiedEmbedding(model)
+        settings = deepspeed_config(config, mesh.data_parallel_size)
+        optimizer = _adamw(model, config, fused=mesh.device.type == "cuda")
         try:
+            if config.parallel.zero_stage == 3:
+                _divide_weights(model, settings)
             with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use
                 self.deepspeed, *_ = deepspeed.initialize(
                     model=model,
-                    optimizer=_adamw(model, config, fused=mesh.device.type == "cuda"),
-                    config=deepspeed_config(training, mesh.data_parallel_size),
+                    optimizer=optimizer,
+                    config=settings,
                     mpu=DeepSpeedMPU,
                 )
         except Exception as error:
@@ -84,24 +94,26 @@ class TrainingEngine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         self.deepspeed.train()
-        scale = self.mesh.data_parallel_size * self.num_microbatches / self.tokens_per_step
+        scale = self.loss_scale * self.num_microbatches / self.tokens_per_step
         results = self._run(batches, self.num_microbatches, partial(_training_loss, scale=scale))
+        self.tied_embedding.sum_gradients()
         self.deepspeed.step()
-        loss_sum = self.mesh.sum_over_data(torch.stack(results).sum())
+        nothing = torch.zeros((), device=self.mesh.device)  # of a stage that sees no losses
+        loss_sum = self.mesh.sum_of_losses(sum(results, start=nothing))
         skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
         grad_norm = None if skipped else float(self.deepspeed.get_global_grad_norm())
         return StepResult(loss_sum.item() / self.tokens_per_step, grad_norm, skipped)
 
-    def token_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses of one micro batch without gradient.
+    def token_losses(self, batches: list[Batch]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Losses of some micro batches without gradient; called by all ranks alike.
 
-        Returns the token losses in nats, float32 (micro batch, sequence), zero where the label is
-        IGNORE_INDEX, and the mask of the labels that count, bool, same shape.
+        Returns for each the token losses in nats, float32 (micro batch, this rank's slice of the
+        sequence), zero where the label is IGNORE_INDEX, and the mask of the labels that count,
+        bool, same shape; nothing at all on pipeline stages before the last.
         """
         self.deepspeed.eval()
         with torch.no_grad():
-            [(losses, mask)] = self._run(iter([batch]), 1, _held_out_losses, forward_only=True)
-        return losses, mask
+            return self._run(iter(batches), len(batches), _held_out_losses, forward_only=True)
 
     def _run(self, batches, num_microbatches, loss_function, forward_only=False) -> list[Any]:
         return run_schedule(
@@ -137,6 +149,24 @@ def _training_loss(losses: torch.Tensor, mask: torch.Tensor, scale: float):
 def _held_out_losses(losses: torch.Tensor, mask: torch.Tensor):
     losses = losses.float() * mask
     return losses.sum(), (losses, mask)
+
+
+def _divide_weights(model: torch.nn.Module, settings: dict[str, Any]) -> None:
+    """Divide the weights for ZeRO 3 over all ranks that hold the same ones.
+
+    Left to itself, DeepSpeed divides them over the data-parallel ranks alone, and then forgets the
+    gradients of the other ranks of a sequence.
+    """
+    import deepspeed
+
+    from megalong.parallel.deepspeed_mpu import DeepSpeedMPU
+
+    deepspeed.zero.Init(
+        module=model,
+        data_parallel_group=DeepSpeedMPU.get_sequence_data_parallel_group(),
+        config_dict_or_path=settings,
+        mpu=DeepSpeedMPU,
+    )
 
 
 def _adamw(model: torch.nn.Module, config: Config, fused: bool) -> torch.optim.AdamW:

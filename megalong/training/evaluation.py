@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -67,16 +68,20 @@ def evaluate(
     loss_sums = torch.zeros(len(edges) - 1, dtype=torch.float64, device=mesh.device)
     counts = torch.zeros_like(loss_sums)
     total_bytes = torch.zeros(1, dtype=torch.float64, device=mesh.device)
-    for batch in batches:
-        losses, mask = engine.token_losses(batch)
-        bucket = torch.bucketize(batch["positions"].to(mesh.device), edges[1:], right=True)
-        loss_sums.index_add_(0, bucket, losses.double().sum(0))
-        counts.index_add_(0, bucket, mask.double().sum(0))
-        labels = batch["labels"].to(mesh.device)
-        total_bytes += bytes_of_token[labels[mask]].sum()
-        on_batch()
+    remaining = iter(batches)
+    # As many at a time as fill the pipeline.
+    while some := list(islice(remaining, mesh.pipeline_parallel_size)):
+        # Stages before the last have no losses, and come here to pass activations on.
+        for batch, (losses, mask) in zip(some, engine.token_losses(some), strict=False):
+            bucket = torch.bucketize(batch["positions"].to(mesh.device), edges[1:], right=True)
+            loss_sums.index_add_(0, bucket, losses.double().sum(0))
+            counts.index_add_(0, bucket, mask.double().sum(0))
+            labels = batch["labels"].to(mesh.device)
+            total_bytes += bytes_of_token[labels[mask]].sum()
+        for _ in some:
+            on_batch()
     for tensor in (loss_sums, counts, total_bytes):
-        mesh.sum_over_data(tensor)
+        mesh.sum_of_losses(tensor)
     loss_sum, tokens = loss_sums.sum().item(), int(counts.sum().item())
     return Evaluation(
         loss=loss_sum / tokens,

@@ -14,7 +14,7 @@ from megalong.data.batches import (
     num_evaluation_batches,
     training_batches,
 )
-from megalong.model.build import build_model
+from megalong.model.build import build_model, number_of_parameters
 from megalong.parallel.mesh import Mesh
 from megalong.progress import Progress as ProgressBar
 from megalong.progress import clock
@@ -40,14 +40,13 @@ class Trainer:
         self.config, self.data, self.mesh = config, data, mesh
         self.lock = open_run_folder(config, given) if mesh.is_main else None
         self.progress = checkpoints.Progress()
-        model = build_model(config, data.tokenizer.vocab_size)
+        model = build_model(config, data.tokenizer.vocab_size, mesh)
         if checkpoint is not None:
             self.progress = checkpoints.read_progress(checkpoint)
-            checkpoints.load_weights(checkpoint, model)
-        self.parameters = sum(p.numel() for p in model.parameters())
+            checkpoints.load_weights(checkpoint, model, config, mesh)
         self.engine = TrainingEngine(model, config, mesh)
         if checkpoint is not None:
-            checkpoints.load_optimizer(checkpoint, self.engine, self.progress)
+            checkpoints.load_optimizer(checkpoint, self.engine, config, self.progress)
         self.metrics = MetricsLog(config, self.progress.iteration) if mesh.is_main else None
         self._announce(checkpoint)
 
@@ -62,6 +61,7 @@ class Trainer:
             micro_batch_size=training.micro_batch_size,
             data_parallel_rank=self.mesh.data_parallel_rank,
             data_parallel_size=self.mesh.data_parallel_size,
+            sequence_range=self.mesh.sequence_range(self.config.model.seq_length),
         )
         start, first_iteration = time.perf_counter(), self.progress.iteration
         seconds = []  # of the steps since the last log
@@ -159,7 +159,10 @@ class Trainer:
             "data_parallel_size": self.mesh.data_parallel_size,
         }
         batches = evaluation_batches(
-            stream, data_parallel_rank=self.mesh.data_parallel_rank, **size
+            stream,
+            data_parallel_rank=self.mesh.data_parallel_rank,
+            sequence_range=self.mesh.sequence_range(self.config.model.seq_length),
+            **size,
         )
         with ProgressBar(
             num_evaluation_batches(stream, **size),
@@ -196,9 +199,13 @@ class Trainer:
             return
         attention, training = self.config.attention, self.config.training
         branches = zip(attention.segment_lengths, attention.dilation_rates, strict=True)
+        mesh, parallel = self.mesh, self.config.parallel
+        parameters = number_of_parameters(self.config, self.data.tokenizer.vocab_size)
         say(
-            f"{self.parameters:,} parameters, {self.mesh.world_size} ranks on"
-            f" {self.mesh.device.type}, {training.precision}, ZeRO {training.zero_stage}"
+            f"{parameters:,} parameters, {training.precision}, on {mesh.world_size}"
+            f" {mesh.device.type} ranks: sequence {mesh.sequence.size} x tensor"
+            f" {mesh.tensor_parallel_size} x pipeline {mesh.pipeline_parallel_size} x data"
+            f" {mesh.data_parallel_size}, ZeRO {parallel.zero_stage}"
         )
         if attention.attention == "dilated":
             ladder = ", ".join(f"{length}/{rate}" for length, rate in branches)

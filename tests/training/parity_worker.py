@@ -3,39 +3,27 @@
 Rank 0 writes {case: (losses, grad norms, weights by canonical name)} to the file it is given.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 
 from megalong.arguments import parse_arguments
 from megalong.config import world_size
 from megalong.data.batches import training_batches
 from megalong.model.build import build_model
-from megalong.model.names import canonical_name
-from megalong.parallel import launch
+from megalong.model.names import named_parameters
+from megalong.model.tensor_slices import join_slices
+from megalong.parallel import build_mesh, process_group
 from megalong.training.engine import TrainingEngine
 from megalong.training.learning_rate import learning_rate
 from megalong.training.run_data import open_run_data
 from tests.launching import small_run_flags
 
-CASES = {
-    "zero1": {"zero_stage": 1},
-    "zero2": {"zero_stage": 2},
-    "zero3": {"zero_stage": 3},
-    "zero3 gelu layernorm bias untied": {
-        "zero_stage": 3,
-        "no_swiglu": True,
-        "normalization": "LayerNorm",
-        "add_bias_linear": True,
-        "untie_embeddings_and_output_weights": True,
-    },
-    "zero1 dense": {"attention": "dense"},
-    "zero1 bf16": {"precision": "bf16"},
-    "zero2 bf16": {"zero_stage": 2, "precision": "bf16"},
-    "zero3 bf16": {"zero_stage": 3, "precision": "bf16"},
-}
 STEPS = 3
 
 # Adam with its usual epsilon forgets the scale of the gradients, so that a wrong scale would go
@@ -43,21 +31,94 @@ STEPS = 3
 # to a whole step. With an epsilon of the gradients' own size a weight says what its gradient was.
 OPTIMIZER = {"adam_eps": 1e-3, "lr": 1e-2}
 
+# What is trained, in every layout. The lengths fit 128 tokens on up to four sequence ranks: local
+# branches, one over two ranks, one over all, and a rate that divides neither shard nor segment.
+MODELS = {
+    "tied": {
+        "num_layers": 4,
+        "segment_lengths": "16 32 64 128",
+        "dilation_rates": "1 2 3 5",
+        "head_offsets": "layer",
+    },
+    "untied gelu layernorm bias": {
+        "num_layers": 4,
+        "segment_lengths": "16 32 64 128",
+        "dilation_rates": "1 2 3 5",
+        "no_swiglu": True,
+        "normalization": "LayerNorm",
+        "add_bias_linear": True,
+        "untie_embeddings_and_output_weights": True,
+    },
+    "dense": {"attention": "dense", "num_layers": 2},
+    "bf16": {"precision": "bf16"},
+    "fp16": {"precision": "fp16", "initial_loss_scale": 1024},
+    "recompute selective": {"recompute_granularity": "selective", "num_layers": 4},
+    "recompute full": {"recompute_granularity": "full", "num_layers": 4},
+    "no norm division": {"no_sequence_parallel": True, "num_layers": 4},
+}
 
-def main(data_path: str, output: str) -> None:
+AXES = {
+    "sp": "sequence_parallel_size",
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+}
+
+# Layout -> ranks. dp is what the rest leaves.
+LAYOUTS = {
+    "one": 1,
+    "dp2": 2,
+    "sp2": 2,
+    "tp2": 2,
+    "pp2": 2,
+    "sp4": 4,
+    "sp2 tp2": 4,
+    "sp2 pp2": 4,
+    "tp2 pp2": 4,
+    "sp2 dp2": 4,
+    "sp4 tp2": 8,
+    "sp2 tp2 pp2": 8,
+    "sp2 tp2 dp2": 8,
+}
+
+
+def cases(ranks: int) -> dict[str, dict[str, object]]:
+    """Name of a case -> its flags, for so many ranks; a name is "layout | ZeRO stage | model"."""
+    found = {}
+    for layout, size in LAYOUTS.items():
+        if size != ranks:
+            continue
+        axes = {AXES[word[:2]]: int(word[2:]) for word in layout.split() if word[:2] in AXES}
+        stages = (1,) if "pp" in layout else (1, 2, 3)
+        for stage, model in itertools.product(stages, MODELS):
+            few = ("tied", "untied gelu layernorm bias", "bf16") if stage > 1 else MODELS
+            if model in few:
+                name = f"{layout} | ZeRO {stage} | {model}"
+                found[name] = {**OPTIMIZER, **MODELS[model], **axes, "zero_stage": stage}
+    return found
+
+
+def main(data_path: str, output: str, *wanted: str) -> None:
+    # DeepSpeed offers fp16 only to processors that compute in it; PyTorch does, on any.
+    get_accelerator().is_fp16_supported = lambda: True
     results = {}
-    with launch(seed=1) as mesh:
-        for case, changes in CASES.items():
-            flags = small_run_flags(Path(data_path), **OPTIMIZER, **changes)
-            result = train(parse_arguments(flags).resolve(world_size()), mesh)
-            results[case] = result
+    with process_group() as device:
+        for case, changes in cases(world_size()).items():
+            if wanted and not all(word in case for word in wanted):
+                continue
+            flags = small_run_flags(Path(data_path), **changes)
+            config = parse_arguments(flags).resolve(world_size())
+            with build_mesh(config, device) as mesh:
+                try:
+                    results[case] = train(config, mesh)
+                except Exception as e:
+                    import traceback; traceback.print_exc(); print("FAILED", case, flush=True)
         if mesh.is_main:
             torch.save(results, output)
 
 
 def train(config, mesh):
     data = open_run_data(config)
-    engine = TrainingEngine(build_model(config, data.tokenizer.vocab_size), config, mesh)
+    engine = TrainingEngine(build_model(config, data.tokenizer.vocab_size, mesh), config, mesh)
     batches = training_batches(
         data.train,
         consumed_samples=0,
@@ -65,14 +126,26 @@ def train(config, mesh):
         micro_batch_size=config.training.micro_batch_size,
         data_parallel_rank=mesh.data_parallel_rank,
         data_parallel_size=mesh.data_parallel_size,
+        sequence_range=mesh.sequence_range(config.model.seq_length),
     )
     steps = [
         engine.train_step(batches, learning_rate(i, config.training)) for i in range(1, STEPS + 1)
     ]
-    weights = {
-        canonical_name(name): safe_get_full_fp32_param(parameter).cpu()
-        for name, parameter in engine.model.named_parameters()
+    mine = {
+        name: safe_get_full_fp32_param(parameter).cpu()
+        for name, parameter in named_parameters(engine.model)
     }
+    of_ranks = [None] * mesh.world_size
+    dist.all_gather_object(of_ranks, (mesh.tensor_parallel_rank, mine))
+    weights = {}
+    for name in {name for _, theirs in of_ranks for name in theirs}:
+        parts = {}
+        for tensor_rank, theirs in of_ranks:
+            if name in theirs:  # replicas must agree to the last bit
+                known = parts.setdefault(tensor_rank, theirs[name])
+                assert torch.equal(known, theirs[name]), name
+        in_order = [parts[rank] for rank in sorted(parts)]
+        weights[name] = join_slices(name, in_order, config.model.swiglu)
     return [step.loss for step in steps], [step.grad_norm for step in steps], weights
 
 

@@ -1,0 +1,35 @@
+"""What the sections of the configuration are made of: fields that are flags, and their errors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import field
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work; the message names the flags and what to set instead."""
+
+
+def flag(default: Any, help: str, **options: Any) -> Any:
+    """A dataclass field that knows how to be a command-line flag (see `megalong.arguments`)."""
+    return field(default=default, metadata={"help": help, **options})
+
+
+def flag_name(field_name: str) -> str:
+    """The command-line flag of a field: `num_layers` is `--num-layers`."""
+    return "--" + field_name.replace("_", "-")
+
+
+def require_positive(section: Any, *names: str) -> None:
+    """Raise ConfigError unless these fields are at least one."""
+    for name in names:
+        if getattr(section, name) <= 0:
+            raise ConfigError(f"{flag_name(name)} {getattr(section, name)} must be positive")
+
+
+def require_more_than_zero(section: Any, *names: str) -> None:
+    """Raise ConfigError unless these fields are positive and finite."""
+    for name in names:
+        if not 0 < getattr(section, name) < math.inf:
+            raise ConfigError(f"{flag_name(name)} {getattr(section, name)} must be positive")

@@ -1,0 +1,174 @@
+"""How the ranks divide the work: all parallel degrees in one object, and every rule they obey.
+
+The axes are tensor (innermost), sequence, data and pipeline; the data-parallel size is what the
+other three leave of the ranks. `ParallelConfig.check` refuses what cannot work, before anything is
+launched, and says which layout would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from megalong.flags import ConfigError, flag, require_positive
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the ranks divide the work."""
+
+    sequence_parallel_size: int = flag(1, "ranks that share one sequence, a shard each")
+    tensor_model_parallel_size: int = flag(1, "ranks that share each layer's matrices and heads")
+    pipeline_model_parallel_size: int = flag(1, "pipeline stages, each with a part of the layers")
+    num_layers_per_virtual_pipeline_stage: int | None = flag(
+        None, "layers in a chunk of the interleaved pipeline schedule"
+    )
+    sequence_parallel: bool = flag(
+        True,
+        "with tensor parallelism, divide norms and residuals over the tensor ranks too (Megatron's"
+        " sequence parallelism)",
+    )
+    zero_stage: int = flag(1, "ZeRO stage", choices=(0, 1, 2, 3))
+    recompute_granularity: str | None = flag(
+        None,
+        "recompute activations in the backward pass: of the attention alone, or of whole layers",
+        choices=("selective", "full"),
+    )
+    recompute_method: str = flag(
+        "uniform",
+        "with --recompute-granularity full: every group of layers, or the first ones of a stage",
+        choices=("uniform", "block"),
+    )
+    recompute_num_layers: int = flag(
+        1, "layers in a group (uniform), or layers of a stage that are recomputed (block)"
+    )
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Ranks that hold one copy of the model and work on one sequence."""
+        return (
+            self.tensor_model_parallel_size
+            * self.sequence_parallel_size
+            * self.pipeline_model_parallel_size
+        )
+
+    @property
+    def divides_norms(self) -> bool:
+        """Whether Megatron's sequence parallelism of the norm regions is in use."""
+        return self.sequence_parallel and self.tensor_model_parallel_size > 1
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Replicas of the model among `world_size` ranks; ConfigError unless that is whole."""
+        require_positive(
+            self,
+            "tensor_model_parallel_size",
+            "sequence_parallel_size",
+            "pipeline_model_parallel_size",
+        )
+        if world_size % self.ranks_per_replica:
+            raise ConfigError(
+                f"{world_size} ranks do not divide by --tensor-model-parallel-size"
+                f" {self.tensor_model_parallel_size} x --sequence-parallel-size"
+                f" {self.sequence_parallel_size} x --pipeline-model-parallel-size"
+                f" {self.pipeline_model_parallel_size}: start a multiple of"
+                f" {self.ranks_per_replica} ranks, or "
+                + self._smaller("sequence_parallel_size", self._fitting_sequence_size(world_size))
+            )
+        return world_size // self.ranks_per_replica
+
+    def _fitting_sequence_size(self, world_size: int) -> int | None:
+        others = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        if world_size % others:
+            return None
+        return _largest_divisor(world_size // others, self.sequence_parallel_size)
+
+    @staticmethod
+    def _smaller(name: str, value: int | None) -> str:
+        if value is None:
+            return "make the three smaller"
+        return f"set --{name.replace('_', '-')} {value}"
+
+    def check(self, model: Any, num_microbatches: int) -> None:
+        """Raise ConfigError where this layout cannot train such a model (resolved configurations).
+
+        num_microbatches: of one optimizer step, on one rank.
+        """
+        self._check_tensor(model)
+        self._check_sequence(model)
+        self._check_pipeline(model, num_microbatches)
+        self._check_recompute(model)
+
+    def _check_tensor(self, model: Any) -> None:
+        size = self.tensor_model_parallel_size
+        for flag_, value in (
+            ("--num-attention-heads", model.num_attention_heads),
+            ("--num-query-groups", model.num_query_groups),
+            ("--ffn-hidden-size", model.ffn_hidden_size),
+            ("--make-vocab-size-divisible-by", model.make_vocab_size_divisible_by),
+        ):
+            if value % size:
+                raise ConfigError(
+                    f"{flag_} {value} does not divide by --tensor-model-parallel-size {size}, whose"
+                    f" ranks share it: set --tensor-model-parallel-size"
+                    f" {_largest_divisor(value, size)}, or {flag_} {_next_multiple(value, size)}"
+                )
+
+    def _check_sequence(self, model: Any) -> None:
+        size, length = self.sequence_parallel_size, model.seq_length
+        if length % size:
+            raise ConfigError(
+                f"--seq-length {length} does not divide by --sequence-parallel-size {size}: set"
+                f" --seq-length {_next_multiple(length, size)}, or --sequence-parallel-size"
+                f" {_largest_divisor(length, size)}"
+            )
+        shard, tensor = length // size, self.tensor_model_parallel_size
+        if self.divides_norms and shard % tensor:
+            raise ConfigError(
+                f"a shard of --seq-length / --sequence-parallel-size = {shard} tokens does not"
+                f" divide by --tensor-model-parallel-size {tensor}, over which --sequence-parallel"
+                f" divides the norms: set --seq-length {_next_multiple(length, size * tensor)}, or"
+                " --no-sequence-parallel"
+            )
+
+    def _check_pipeline(self, model: Any, num_microbatches: int) -> None:
+        size, layers = self.pipeline_model_parallel_size, model.num_layers
+        if layers % size:
+            raise ConfigError(
+                f"--num-layers {layers} does not divide by --pipeline-model-parallel-size {size}:"
+                f" set --pipeline-model-parallel-size {_largest_divisor(layers, size)}, or"
+                f" --num-layers {_next_multiple(layers, size)}"
+            )
+        if size > 1 and self.zero_stage > 1:
+            raise ConfigError(
+                f"--zero-stage {self.zero_stage} does not work with --pipeline-model-parallel-size"
+                f" {size}: its gradients cannot wait for the other micro batches of the pipeline."
+                " Set --zero-stage 1, or --pipeline-model-parallel-size 1 and share the model over"
+                f" --tensor-model-parallel-size {self.tensor_model_parallel_size * size} instead"
+            )
+        if self.num_layers_per_virtual_pipeline_stage is not None:
+            raise ConfigError(
+                "--num-layers-per-virtual-pipeline-stage: the interleaved schedule is not exact"
+                " under a DeepSpeed engine, which adds a chunk's gradients again in the backward"
+                " pass of every other chunk; leave it out, and raise --global-batch-size for"
+                f" smaller bubbles ({num_microbatches} micro batches on {size} stages now)"
+            )
+
+    def _check_recompute(self, model: Any) -> None:
+        require_positive(self, "recompute_num_layers")
+        stage = model.num_layers // self.pipeline_model_parallel_size
+        count = self.recompute_num_layers
+        if self.recompute_granularity == "full" and count > stage:
+            raise ConfigError(
+                f"--recompute-num-layers {count} is more than the {stage} layers of a pipeline"
+                f" stage: set it to {stage} or less"
+            )
+
+
+def _next_multiple(value: int, of: int) -> int:
+    return -(-value // of) * of
+
+
+def _largest_divisor(value: int, limit: int) -> int:
+    candidates: Iterable[int] = range(min(value, limit), 0, -1)
+    return next(size for size in candidates if value % size == 0)

@@ -1,0 +1,56 @@
+"""Gradients that are sums over other ranks than data-parallel ones; DeepSpeed leaves them to us."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+
+def sum_divided_norms(model: torch.nn.Module) -> None:
+    """Sum, in every backward pass, the gradients of parameters that saw a part of the tokens on
+    each tensor-parallel rank (Megatron's sequence parallelism tags them `sequence_parallel`).
+
+    Before DeepSpeed looks at them, whatever the ZeRO stage. They are vectors.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    for parameter in model.parameters():
+        if getattr(parameter, "sequence_parallel", False):
+            parameter.register_hook(lambda gradient: _sum(gradient, group))
+
+
+def _sum(gradient: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    total = gradient.float()
+    if total is gradient:
+        total = gradient.clone()  # autograd may hold on to the one it gave us
+    dist.all_reduce(total, group=group)
+    return total.to(gradient.dtype)
+
+
+class TiedEmbedding:
+    """The copies of the embedding on the first and on the last of several pipeline stages.
+
+    Each collects the gradients of its own use; both must take the same step, that of the sum.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        """Called before DeepSpeed sees the model."""
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        self.weight = None
+        if stages == 1 or not model.share_embeddings_and_output_weights:
+            return
+        if model.pre_process or model.post_process:
+            self.weight = model.shared_embedding_or_output_weight()
+            self.weight.ds_pipe_replicated = model.post_process  # counted once in the norm
+
+    def sum_gradients(self) -> None:
+        """Add the two accumulated gradients up, on both; after backward, before the step."""
+        if self.weight is not None:
+            gradient = _accumulated_gradient(self.weight)
+            dist.all_reduce(gradient, group=parallel_state.get_embedding_group())
+
+
+def _accumulated_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Where DeepSpeed's optimizers for ZeRO 1 keep it, by the names of the different ones."""
+    kept = (getattr(parameter, name, None) for name in ("_hp_grad", "grad_accum", "grad"))
+    return next(gradient for gradient in kept if gradient is not None)
