@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -64,12 +65,12 @@ def check_precision(precision: str) -> None:
 
 
 @contextlib.contextmanager
-def launch(seed: int) -> Iterator[Mesh]:
+def launch(seed: int, timeout_minutes: int = 10) -> Iterator[Mesh]:
     """Join the process group of this launch and build the mesh; leave both at the end.
 
     Under torchrun or the deepspeed launcher the environment names the ranks; a plain `python` run
     is a group of one. NCCL and one GPU per process where there are GPUs, gloo otherwise. All random
-    generators start from `seed`.
+    generators start from `seed`. A collective that takes longer than `timeout_minutes` is an error.
     """
     import deepspeed
     from megatron.core import parallel_state, tensor_parallel
@@ -88,10 +89,13 @@ def launch(seed: int) -> Iterator[Mesh]:
         cpu.skip_deepspeed_shared_memory_kernels()
     with _single_process_environment():
         deepspeed.init_distributed(
-            "nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
+            "nccl" if on_gpu else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(minutes=timeout_minutes),
         )
         try:
-            parallel_state.initialize_model_parallel()
+            parallel_state.initialize_model_parallel(distributed_timeout_minutes=timeout_minutes)
             random.seed(seed)
             np.random.seed(seed)
             torch.manual_seed(seed)
