@@ -55,7 +55,14 @@ class _Spoke:
         self.news, self._leaving = threading.Event(), False
         [(port, token)] = _shared([None])
         rank, host = dist.get_rank(), socket.gethostname()
-        self._connection = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60)
+        hub = os.environ["MASTER_ADDR"]
+        try:
+            self._connection = socket.create_connection((hub, port), timeout=60)
+        except OSError as error:
+            raise ConnectionError(
+                f"rank {rank} on {host} cannot reach rank 0 at {hub}, port {port} ({error}): open"
+                " the ports between the nodes, or set MASTER_ADDR to an address that they share"
+            ) from error
         self._connection.settimeout(None)
         _keep_alive(self._connection)
         name = f"rank {rank} on {host} (process {os.getpid()})"

@@ -18,10 +18,11 @@ STUBS = Path(__file__).parent / "stubs"
 SCHEDULE = {"train_iters": 100, "save_interval": 40, "eval_interval": 30, "log_interval": 2}
 
 
-def job(script: str, corpus: Path, folder: Path, output: Path) -> Job:
+def job(script: str, corpus: Path, folder: Path, output: Path, signals: str = "tasks") -> Job:
+    """A job in its batch script. signals: see the stub of srun."""
     command = ["sbatch", f"examples/slurm/{script}.sbatch", *small_run_flags(corpus, **SCHEDULE)]
     path = os.pathsep.join([str(STUBS), str(Path(sys.executable).parent), os.environ["PATH"]])
-    return Job(command, output, RUN=str(folder), PATH=path)
+    return Job(command, output, RUN=str(folder), PATH=path, SRUN_SIGNALS=signals)
 
 
 def test_stopped_requeued_and_finished(corpus, tmp_path):
@@ -29,8 +30,9 @@ def test_stopped_requeued_and_finished(corpus, tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "run"
     run(ranks_command(2, PRETRAIN, *small_run_flags(corpus, **SCHEDULE, save=whole)))
 
-    for script, iteration in (("srun_torchrun", 2), ("deepspeed", 50)):
-        with job(script, corpus, folder, tmp_path / script) as stopped:
+    starts = (("srun_torchrun", "tasks", 2), ("deepspeed", "step", 50))
+    for script, signals, iteration in starts:
+        with job(script, corpus, folder, tmp_path / script, signals) as stopped:
             stopped.wait_for(f"iteration {iteration}/100")
             stopped.process.send_signal(signal.SIGUSR1)
             assert stopped.wait() == 0, stopped.text()
@@ -45,15 +47,36 @@ def test_stopped_requeued_and_finished(corpus, tmp_path):
     assert_same_run(folder, whole)
 
 
+CANCELLED = """
+srun() {  # a step that saves when it is told to end
+    trap 'echo saved >"$run/stopped"; exit 143' TERM
+    echo running
+    while true; do sleep 0.1; done
+}
+source examples/slurm/common.sh
+run_step training
+"""
+
+
+def test_a_cancelled_job_is_not_requeued(tmp_path):
+    environment = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "node0", "GRACE_SECONDS": "0"}
+    environment |= {"RUN": str(tmp_path / "run"), "PATH": f"{STUBS}:{os.environ['PATH']}"}
+    with Job(["bash", "-c", CANCELLED], tmp_path / "out", **environment) as cancelled:
+        cancelled.wait_for("running")
+        cancelled.process.send_signal(signal.SIGTERM)
+        assert cancelled.wait() == 1
+    assert cancelled.text() == "running\nsaved\n"
+
+
 def test_shellcheck():
     """Every shell script of the repository, the stubs included."""
-    listed = subprocess.check_output(["git", "ls-files", "-z"], cwd=REPOSITORY, text=True)
     scripts = []
-    for name in listed.split("\0")[:-1]:
-        path = REPOSITORY / name
-        with path.open("rb") as file:
-            if path.suffix in (".sh", ".sbatch") or file.readline().rstrip().endswith(b"bash"):
-                scripts.append(name)
+    for folder in (".ci", "examples", "tests", "tools"):
+        for path in sorted((REPOSITORY / folder).rglob("*")):
+            shell = path.suffix in (".sh", ".sbatch") or (
+                path.is_file() and path.read_bytes().startswith(b"#!/usr/bin/env bash")
+            )
+            scripts += [str(path.relative_to(REPOSITORY))] if shell else []
     assert {"examples/slurm/common.sh", "tests/slurm/stubs/srun", ".ci/run"} <= {*scripts}
     shellcheck = str(Path(sys.executable).with_name("shellcheck"))
     subprocess.run([shellcheck, "--external-sources", *scripts], cwd=REPOSITORY, check=True)
