@@ -108,14 +108,14 @@ class Job:
     def text(self) -> str:
         return self.output.read_text()
 
-    def wait_for(self, words: str, timeout: float = 60) -> None:
+    def wait_for(self, words: str, timeout: float = 240) -> None:
         """Wait until the output has these words."""
         deadline = time.monotonic() + timeout
         while words not in self.text():
             assert self.process.poll() is None and time.monotonic() < deadline, self.text()
             time.sleep(0.02)
 
-    def wait(self, timeout: float = 60) -> int:
+    def wait(self, timeout: float = 240) -> int:
         """The exit code, when the launcher has ended."""
         try:
             return self.process.wait(timeout)

@@ -43,6 +43,11 @@ def watch_peers(expected_errors: tuple[type[Exception], ...]) -> Iterator[None]:
         surprise = isinstance(error, Exception) and not isinstance(error, expected_errors)
         if surprise and watch.news.wait(NEWS_BEHIND_ERROR):
             threading.Event().wait()  # until the watch ends the process: a traceback adds nothing
+        if surprise and "timed out" in str(error).lower():
+            error.add_note(
+                "A rank hangs, or is that much slower than the others: see its output, or raise"
+                " --distributed-timeout-minutes. Start again with --load to go on."
+            )
         watch.leave(FAILING)
         raise
     watch.leave(LEAVING)
@@ -151,7 +156,7 @@ def _shared(value: list) -> list:
 def _end(word: str, name: str, speaks: bool) -> None:
     """End this process because of another; `speaks`: and say so."""
     if word == LOST:
-        message = f"{name} was lost: it was killed, or its node is gone. Ending all ranks"
+        message = f"{name} was lost: its process was killed, or its node is gone. Ending all ranks"
     else:
         time.sleep(OWN_WORDS)
         message = f"{name} failed, see its own error. Ending all ranks"

@@ -36,11 +36,10 @@ class StopRequest:
         it, and ends the process at once, even in the middle of a collective that never returns.
     """
 
-    def __init__(self, exit_minutes: float | None = None, forwarded_within: float = 5.0):
+    def __init__(self, exit_minutes: float | None = None, forwarded_within: float = 10.0):
         self._deadline = math.inf if exit_minutes is None else time.monotonic() + 60 * exit_minutes
         self._forwarded_within = forwarded_within
-        self._reason = 0
-        self._first = 0.0
+        self._reason, self._first, self._stopped = 0, 0.0, False
 
     def __enter__(self) -> StopRequest:
         # Python runs its signal handlers between two instructions of the main thread, never inside
@@ -59,7 +58,8 @@ class StopRequest:
         traceback: TracebackType | None,
     ) -> None:
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            # The signal that stopped the others may still be on its way to this one.
+            signal.signal(number, signal.SIG_IGN if self._stopped else handler)
         signal.set_wakeup_fd(self._wakeup)
         self._writer.close()  # ends the thread
 
@@ -75,6 +75,7 @@ class StopRequest:
         dist.all_reduce(reasons, op=dist.ReduceOp.MAX)
         reason = int(reasons)
         if reason:
+            self._stopped = True
             raise Stopped(
                 "--exit-duration-in-mins" if reason == CLOCK else signal.Signals(reason).name
             )
