@@ -92,8 +92,8 @@ class StopRequest:
             self._reason, self._first = number, time.monotonic()
         elif time.monotonic() - self._first > self._forwarded_within:
             name = signal.Signals(number).name
-            print(f"error: {name} again: ending at once, nothing saved", file=sys.stderr)
-            sys.stderr.flush()
+            message = f"error: {name} again: ending at once, nothing saved"
+            print(message, file=sys.stderr, flush=True)
             os._exit(128 + number)
 
 
