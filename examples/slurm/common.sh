@@ -37,9 +37,9 @@ ranks_per_node=${SLURM_GPUS_ON_NODE:-1}
 #   export NCCL_CROSS_NIC=0
 # Which of these took effect: look for "NET/IB" (good) or "NET/Socket" (slow) in the output.
 #   export NCCL_DEBUG=INFO NCCL_DEBUG_SUBSYS=INIT,NET
-# PyTorch's record of the last collectives of each rank, written when one times out (after
-# --distributed-timeout-minutes): which rank hung where.
-#   export TORCH_NCCL_TRACE_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1
+# PyTorch's record of each rank's last collectives, to be written when one times out (after
+# --distributed-timeout-minutes): it shows which rank hung where.
+#   export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_DUMP_TEMP_FILE=$PWD/$run/collectives_of_rank_
 # Leave TORCH_NCCL_ASYNC_ERROR_HANDLING alone: its default ends a rank whose collective failed.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
@@ -48,12 +48,8 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-170}
 
 # wait_for PROCESS: its exit status; bash's own `wait` returns early when a trap has run.
 wait_for() {
-    local status
-    while true; do
-        wait "$1"
-        status=$?
-        kill -0 "$1" 2>/dev/null || return "$status"
-    done
+    while kill -0 "$1" 2>/dev/null; do wait "$1"; done
+    wait "$1" # bash remembers
 }
 
 # run_step LAUNCHER...: run it on every node until the end, and requeue the job if the training has

@@ -19,12 +19,12 @@ descendants() {
 }
 
 tell_ranks() {
-    descendants "$launcher" | xargs --no-run-if-empty kill -USR1 2>/dev/null
+    local ranks
+    mapfile -t ranks < <(descendants "$launcher")
+    kill -USR1 "${ranks[@]}" 2>/dev/null
 }
 trap tell_ranks USR1 TERM
 
-while true; do # bash's wait returns early when a trap has run
-    wait "$launcher"
-    status=$?
-    kill -0 "$launcher" 2>/dev/null || exit "$status"
-done
+# bash's wait returns early when a trap has run, and remembers the status of what has ended.
+while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; done
+wait "$launcher"
