@@ -6,7 +6,7 @@ bin := $(VENV)/bin
 
 OUT ?= runs/gpu
 
-.PHONY: quickstart test gpu lint format setup clean
+.PHONY: quickstart test gpu docker-check lint format setup clean
 
 quickstart: setup
 	PATH="$(abspath $(bin)):$$PATH" bash examples/quickstart/run.sh $(RUN)
@@ -22,6 +22,10 @@ gpu:
 	        --heads 16 --head-dim $$head_dim --lengths 2048 8192 32768 131072 524288 \
 	        --longest-dense 32768 --output $(OUT)/d$$head_dim || exit 1; \
 	done
+
+# The Dockerfile's steps, carried out without Docker in a fresh environment.
+docker-check:
+	$(PYTHON) tests/docker/check_dockerfile.py
 
 lint: setup
 	$(bin)/ruff check .

@@ -23,6 +23,8 @@ from megalong.arguments import parse_arguments
 from megalong.config import ConfigError, world_size
 from megalong.data.stream import DataError
 
+USER_ERRORS = (ConfigError, DataError, FloatingPointError)  # one line says it all
+
 
 def main(arguments: list[str]) -> None:
     given = parse_arguments(arguments, description=__doc__)
@@ -33,26 +35,31 @@ def main(arguments: list[str]) -> None:
     from megalong.quiet import quiet_libraries
 
     quiet_libraries()
-    from megalong.parallel import check_precision, launch
+    from megalong.parallel import check_precision, launch, watch_peers
     from megalong.training.checkpoint import open_checkpoint
     from megalong.training.deepspeed_config import deepspeed_config
     from megalong.training.loop import Trainer
     from megalong.training.run_data import open_run_data
     from megalong.training.run_folder import prepare_run_folder
+    from megalong.training.stopping import StopRequest
 
     check_precision(config.training.precision)
     deepspeed_config(config, config.parallel.data_parallel_size(world_size()))
     data = open_run_data(config)
     prepare_run_folder(config)
     checkpoint = open_checkpoint(config)
-    with launch(config) as mesh:
-        Trainer(config, given, data, checkpoint, mesh).train()
+    with (
+        launch(config) as mesh,
+        watch_peers(USER_ERRORS),
+        StopRequest(config.run.exit_duration_in_mins) as stop,
+    ):
+        Trainer(config, given, data, checkpoint, mesh, stop).train()
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ConfigError, DataError, FloatingPointError) as error:
+    except USER_ERRORS as error:
         # Every rank finds a wrong flag, and one of them should say so: the launcher ends the others
         # when the first process is gone. What only this rank has found, it says all the same.
         if os.environ.get("RANK", "0") != "0":

@@ -150,6 +150,12 @@ class RunConfig:
     tensorboard_dir: str | None = flag(
         None, "TensorBoard folder (default: tensorboard/ in the run folder)"
     )
+    exit_duration_in_mins: int | None = flag(
+        None, "minutes after which the run saves a checkpoint and ends, as it does on SIGTERM"
+    )
+    distributed_timeout_minutes: int = flag(
+        10, "minutes that a rank waits for the others in a collective before it gives the run up"
+    )
 
 
 @dataclass(frozen=True)
@@ -349,7 +355,11 @@ def _check_training(training: TrainingConfig, data_parallel_size: int) -> None:
 
 def _check_run(config: Config) -> None:
     run = config.run
-    require_positive(run, "save_interval", "log_interval", "eval_interval")
+    require_positive(
+        run, "save_interval", "log_interval", "eval_interval", "distributed_timeout_minutes"
+    )
+    if run.exit_duration_in_mins is not None:
+        require_positive(run, "exit_duration_in_mins")
     if run.eval_iters < 0:
         raise ConfigError(
             f"--eval-iters {run.eval_iters} must not be negative; 0 is the whole split"

@@ -1,9 +1,16 @@
 """Start real processes: a script on several ranks, or a training run."""
 
+import contextlib
+import fcntl
 import os
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PRETRAIN = str(REPOSITORY / "pretrain_longnet.py")
@@ -25,6 +32,20 @@ def run(command: list[str], timeout: float = 300, check: bool = True):
     if check:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Path:
+    """A file that `make` writes once for all of pytest's worker processes; the others wait."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    path, aside = folder / name, folder / f"{name}.tmp"
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            make(aside)
+            aside.rename(path)
+    return path
 
 
 def small_run_flags(corpus: Path, **changes: object) -> list[str]:
@@ -53,3 +74,72 @@ def small_run_flags(corpus: Path, **changes: object) -> list[str]:
         words.append("--" + name.replace("_", "-"))
         words += [] if value is True else str(value).split()
     return words
+
+
+def deepspeed_command(ranks: int, script: str, *arguments: object) -> list[str]:
+    """The same with the deepspeed launcher."""
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
+    launcher += ["--master_port", str(free_port())]
+    return [*launcher, script, *map(str, arguments)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Job:
+    """A launcher in the background: its output, and its ranks as processes of this machine.
+
+    A context, at the end of which nothing of it is left alive.
+    """
+
+    def __init__(self, command: list[str], output: Path, **environment: str):
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
+        self.output = output
+        with output.open("w") as file:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=file, stderr=subprocess.STDOUT
+            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for member in self._family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        self.process.kill()
+        self.process.wait()
+
+    def rank(self, rank: int) -> psutil.Process:
+        """The process of one rank, which has to be running."""
+        for member in self._family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if member.environ().get("RANK") == str(rank) and PRETRAIN in member.cmdline():
+                    return member
+        raise LookupError(f"no rank {rank}\n{self.text()}")
+
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def wait_for(self, words: str, timeout: float = 240) -> None:
+        """Wait until the output has these words."""
+        deadline = time.monotonic() + timeout
+        while words not in self.text():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.text()
+            time.sleep(0.02)
+
+    def wait(self, timeout: float = 240) -> int:
+        """The exit code, when the launcher has ended."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running\n{self.text()}") from None
+
+    def _family(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []

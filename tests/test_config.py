@@ -28,7 +28,7 @@ def test_defaults_that_depend_on_others():
     assert config.attention.pattern() == DilatedPattern.geometric(32768)
     assert config.training.lr_decay_iters == config.training.train_iters
     assert resolve("--micro-batch-size", 3, ranks=4).training.global_batch_size == 12
-    assert resolve("--zero-stage", 0).training.zero_stage == 1
+    assert resolve("--zero-stage", 0).parallel.zero_stage == 1
 
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):

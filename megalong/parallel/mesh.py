@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -107,16 +108,20 @@ def launch(config: Config) -> Iterator[Mesh]:
 
     config: resolved. All random generators start from its seed.
     """
-    with process_group() as device, build_mesh(config, device) as mesh:
+    with (
+        process_group(config.run.distributed_timeout_minutes) as device,
+        build_mesh(config, device) as mesh,
+    ):
         yield mesh
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[torch.device]:
+def process_group(timeout_minutes: int = 10) -> Iterator[torch.device]:
     """Join the process group of this launch, and yield this process's device.
 
     Under torchrun or the deepspeed launcher the environment names the ranks; a plain `python` run
-    is a group of one. NCCL and one GPU per process where there are GPUs, gloo otherwise.
+    is a group of one. NCCL and one GPU per process where there are GPUs, gloo otherwise. A
+    collective that takes longer than `timeout_minutes` is an error.
     """
     import deepspeed
 
@@ -134,7 +139,10 @@ def process_group() -> Iterator[torch.device]:
         cpu.skip_deepspeed_shared_memory_kernels()
     with _single_process_environment():
         deepspeed.init_distributed(
-            "nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
+            "nccl" if on_gpu else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(minutes=timeout_minutes),
         )
         try:
             yield torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
@@ -152,6 +160,7 @@ def build_mesh(config: Config, device: torch.device) -> Iterator[Mesh]:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.sequence_parallel_size,
+        distributed_timeout_minutes=config.run.distributed_timeout_minutes,
     )
     try:
         random.seed(seed)

@@ -24,7 +24,8 @@ from megalong.training.evaluation import Evaluation, evaluate, position_edges
 from megalong.training.learning_rate import learning_rate
 from megalong.training.metrics import MetricsLog
 from megalong.training.run_data import RunData
-from megalong.training.run_folder import open_run_folder
+from megalong.training.run_folder import leave_unfinished, open_run_folder, same_folder
+from megalong.training.stopping import Stopped, StopRequest
 
 
 class Trainer:
@@ -32,12 +33,19 @@ class Trainer:
 
     given: the configuration before it was resolved, to be written down beside `config`.
     checkpoint: where to go on from (`megalong.training.checkpoint.open_checkpoint`), or None.
+    stop: asked after each step whether the run has to end early.
     """
 
     def __init__(
-        self, config: Config, given: Config, data: RunData, checkpoint: Path | None, mesh: Mesh
+        self,
+        config: Config,
+        given: Config,
+        data: RunData,
+        checkpoint: Path | None,
+        mesh: Mesh,
+        stop: StopRequest,
     ):
-        self.config, self.data, self.mesh = config, data, mesh
+        self.config, self.data, self.mesh, self.stop = config, data, mesh, stop
         self.lock = open_run_folder(config, given) if mesh.is_main else None
         self.progress = checkpoints.Progress()
         model = build_model(config, data.tokenizer.vocab_size, mesh)
@@ -47,11 +55,24 @@ class Trainer:
         self.engine = TrainingEngine(model, config, mesh)
         if checkpoint is not None:
             checkpoints.load_optimizer(checkpoint, self.engine, config, self.progress)
+        resumes = checkpoint is not None and same_folder(config.run.load, config.run.save)
+        self.saved_iteration = self.progress.iteration if resumes else None
         self.metrics = MetricsLog(config, self.progress.iteration) if mesh.is_main else None
         self._announce(checkpoint)
 
     def train(self) -> None:
-        """Train from where the run stands to `--train-iters`, then evaluate."""
+        """Train from where the run stands to `--train-iters`, then evaluate.
+
+        A run that is asked to stop saves a checkpoint and returns early.
+        """
+        try:
+            self._train()
+        except Stopped as request:
+            self._end_early(str(request))
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def _train(self) -> None:
         training, run = self.config.training, self.config.run
         batches = training_batches(
             self.data.train,
@@ -78,11 +99,24 @@ class Trainer:
                 pace = (time.perf_counter() - start) / (iteration - first_iteration)
                 self._log(rate, result, seconds, pace * (training.train_iters - iteration))
                 seconds = []
+            self.stop.check(self.mesh.device)
             if run.save is not None and self._due(iteration, run.save_interval):
                 self._save()
             self._evaluate_if_due(iteration)
-        if self.metrics is not None:
-            self.metrics.close()
+
+    def _end_early(self, reason: str) -> None:
+        """Save what there is, and say how to go on. An evaluation under way is made again then."""
+        iteration, save = self.progress.iteration, self.config.run.save
+        if save is not None and iteration != self.saved_iteration:
+            self._save()
+        if not self.mesh.is_main:
+            return
+        what = f"stopped by {reason} after iteration {iteration}"
+        if save is None:
+            say(f"{what}; without --save nothing is kept")
+            return
+        leave_unfinished(self.config, what)
+        say(f"{what}; the same command with --load {save} goes on from there")
 
     def _advance(self, iteration: int, result: StepResult) -> None:
         # fp16 skips a step now and then, by design; anything else that is not finite is the end.
@@ -137,6 +171,7 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.make_durable()
         folder = checkpoints.save_checkpoint(self.engine, self.config, self.progress)
+        self.saved_iteration = self.progress.iteration
         if self.mesh.is_main:
             say(f"saved {folder}")
 
@@ -170,7 +205,12 @@ class Trainer:
             interval=30.0,
             enabled=self.mesh.is_main,
         ) as bar:
-            result = evaluate(self.engine, batches, self.data.token_bytes, self.mesh, bar.update)
+
+            def on_batch() -> None:
+                bar.update()
+                self.stop.check(self.mesh.device)
+
+            result = evaluate(self.engine, batches, self.data.token_bytes, self.mesh, on_batch)
         if self.mesh.is_main:
             self._report(iteration, split, result)
 

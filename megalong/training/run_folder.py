@@ -2,6 +2,7 @@
 
 flags.yaml     what was given on the command line; start a like run with --config
 config.yaml    the resolved configuration: what ran
+stopped        there while the run waits to be started again: it was asked to stop, and did
 metrics.jsonl, tensorboard/, iter_*/, latest: see metrics.py and checkpoint.py
 """
 
@@ -62,4 +63,10 @@ def open_run_folder(config: Config, given: Config) -> IO[str] | None:
         pass  # some network file systems have no locks
     (folder / "flags.yaml").write_text(to_yaml(given, only_given=True))
     (folder / "config.yaml").write_text(to_yaml(config))
+    (folder / "stopped").unlink(missing_ok=True)
     return lock
+
+
+def leave_unfinished(config: Config, why: str) -> None:
+    """Leave the file `stopped`, by which a job script knows that the run is to be started again."""
+    (Path(config.run.save) / "stopped").write_text(why + "\n")

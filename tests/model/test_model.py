@@ -18,13 +18,21 @@ LENGTH = 128
 
 @pytest.fixture(scope="module", autouse=True)
 def mesh():
-    with launch(seed=1) as mesh:
+    with launch(resolved()) as mesh:
         yield mesh
 
 
-def build(**changes):
-    config = parse_arguments(small_run_flags("unused", **changes)).resolve(1)
-    return build_model(config, VOCAB_SIZE), config
+def resolved(**changes):
+    return parse_arguments(small_run_flags("unused", **changes)).resolve(1)
+
+
+@pytest.fixture
+def build(mesh):
+    def build(**changes):
+        config = resolved(**changes)
+        return build_model(config, VOCAB_SIZE, mesh), config
+
+    return build
 
 
 def logits(model, tokens):
@@ -38,7 +46,7 @@ def tokens():
     return torch.randint(VOCAB_SIZE, (2, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def test_one_full_branch_is_the_vanilla_transformer(tokens):
+def test_one_full_branch_is_the_vanilla_transformer(tokens, build):
     dense, _ = build(attention="dense")
     dilated, _ = build(segment_lengths=LENGTH, dilation_rates=1)
     torch.testing.assert_close(logits(dilated, tokens), logits(dense, tokens), rtol=1e-4, atol=1e-5)
@@ -55,7 +63,7 @@ def test_one_full_branch_is_the_vanilla_transformer(tokens):
     ],
     ids=lambda changes: " ".join(map(str, changes)) or "defaults",
 )
-def test_no_logit_depends_on_a_later_token(changes, tokens):
+def test_no_logit_depends_on_a_later_token(changes, tokens, build):
     model, _ = build(**changes)
     changed = tokens.clone()
     changed[:, 77:] = (changed[:, 77:] + 1) % VOCAB_SIZE
@@ -64,7 +72,7 @@ def test_no_logit_depends_on_a_later_token(changes, tokens):
     assert not torch.equal(before[:, 77:], after[:, 77:])
 
 
-def test_layers_have_their_own_offsets_under_the_layer_rule():
+def test_layers_have_their_own_offsets_under_the_layer_rule(build):
     model, _ = build(head_offsets="layer")
     offsets = [
         layer.self_attention.core_attention.pattern.offsets(4, 2) for layer in model.decoder.layers
@@ -72,7 +80,7 @@ def test_layers_have_their_own_offsets_under_the_layer_rule():
     assert offsets[0] != offsets[1]
 
 
-def test_an_initial_weight_depends_on_seed_and_name_only():
+def test_an_initial_weight_depends_on_seed_and_name_only(build, mesh):
     model, config = build()
     other, _ = build(num_layers=4)  # the first layers of a deeper model, but for the depth's scale
     ours, theirs = dict(model.named_parameters()), dict(other.named_parameters())
@@ -82,13 +90,13 @@ def test_an_initial_weight_depends_on_seed_and_name_only():
     residual = "decoder.layers.1.mlp.linear_fc2.weight"
     torch.testing.assert_close(ours[residual], theirs[residual] * math.sqrt(2))
     before = ours[name].clone()
-    initialize_weights(model, config)
+    initialize_weights(model, config, mesh)
     assert torch.equal(ours[name], before)
     reseeded, _ = build(seed=2)
     assert not torch.equal(dict(reseeded.named_parameters())[name], before)
 
 
-def test_every_parameter_is_initialized_and_named_canonically():
+def test_every_parameter_is_initialized_and_named_canonically(build):
     model, _ = build(untie_embeddings_and_output_weights=True, add_bias_linear=True)
     for name, parameter in model.named_parameters():
         assert torch.isfinite(parameter).all()

@@ -16,7 +16,7 @@ def merged(tmp_path, settings, ranks=2):
     file = tmp_path / "ds.json"
     file.write_text(settings if isinstance(settings, str) else json.dumps(settings))
     flags = [*FLAGS, "--deepspeed-config", str(file)]
-    return deepspeed_config(parse_arguments(flags).resolve(ranks).training, ranks)
+    return deepspeed_config(parse_arguments(flags).resolve(ranks), ranks)
 
 
 def test_what_no_flag_owns_is_passed_on(tmp_path):
@@ -73,4 +73,4 @@ def test_contradictions_name_both_values(tmp_path, settings, names):
 def test_a_missing_file_is_named():
     flags = [*FLAGS, "--deepspeed-config", "no.json"]
     with pytest.raises(ConfigError, match=r"--deepspeed-config no.json: No such file"):
-        deepspeed_config(parse_arguments(flags).resolve(1).training, 1)
+        deepspeed_config(parse_arguments(flags).resolve(1), 1)

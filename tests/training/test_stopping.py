@@ -1,0 +1,88 @@
+"""A run that is asked to stop saves, ends with 0, and goes on bit for bit; a lost rank ends it."""
+
+import signal
+import sys
+import time
+
+import pytest
+import torch
+
+from megalong.training import stopping
+from tests.launching import PRETRAIN, Job, deepspeed_command, ranks_command, small_run_flags
+
+ENDLESS = {"train_iters": 100_000, "lr_decay_iters": 100, "save_interval": 100_000}
+
+
+def test_one_rank_is_told_and_all_stop(corpus, tmp_path):
+    """By SIGUSR1 to the rank that does not keep the folder. How the run goes on then, and that it
+    is the same as an uninterrupted one, is in tests/slurm."""
+    folder = tmp_path / "run"
+    flags = small_run_flags(corpus, **ENDLESS, save=folder, load=folder)
+    with Job(ranks_command(2, PRETRAIN, *flags), tmp_path / "out") as job:
+        job.wait_for("iteration 2/")
+        job.rank(1).send_signal(signal.SIGUSR1)
+        assert job.wait() == 0, job.text()
+    [line] = [line for line in job.text().splitlines() if line.startswith("stopped by SIGUSR1")]
+    assert f"--load {folder}" in line
+    assert (folder / "stopped").read_text().startswith("stopped by SIGUSR1 after iteration ")
+    assert (folder / "latest").exists()
+
+
+@pytest.mark.parametrize("launcher", [ranks_command, deepspeed_command])
+def test_the_launcher_is_told(corpus, tmp_path, launcher):
+    """Both launchers pass SIGTERM on, and wait half a minute before they kill."""
+    folder = tmp_path / "run"
+    flags = small_run_flags(corpus, **ENDLESS, save=folder, load=folder)
+    with Job(launcher(2, PRETRAIN, *flags), tmp_path / "out") as job:
+        job.wait_for("iteration 2/")
+        # The `deepspeed` command itself leaves its children alone: the signal is for its launcher.
+        target = job.rank(0).parent()
+        target.send_signal(signal.SIGTERM)
+        job.wait()
+    assert "stopped by SIGTERM after iteration" in job.text()
+    assert (folder / "latest").exists() and (folder / "stopped").exists()
+
+
+@pytest.mark.parametrize("launcher, lost", [(ranks_command, 2), (deepspeed_command, 0)])
+def test_a_killed_rank_ends_the_job(corpus, tmp_path, launcher, lost):
+    flags = small_run_flags(corpus, **ENDLESS)
+    with Job(launcher(4, PRETRAIN, *flags), tmp_path / "out") as job:
+        job.wait_for("iteration 2/")
+        others = [job.rank(rank) for rank in range(4) if rank != lost]
+        start = time.monotonic()
+        job.rank(lost).kill()
+        assert job.wait() != 0
+        assert time.monotonic() - start < 60
+        assert not any(other.is_running() for other in others)
+    [line] = [line for line in job.text().splitlines() if line.startswith("error: rank")]
+    assert line.startswith(f"error: rank {lost} on ") and "was lost" in line and "--load" in line
+
+
+def test_the_clock_stops_a_run(monkeypatch):
+    monkeypatch.setattr(stopping.dist, "all_reduce", lambda tensor, op: None)
+    cpu = torch.device("cpu")
+    stopping.StopRequest(exit_minutes=1).check(cpu)
+    with pytest.raises(stopping.Stopped, match="--exit-duration-in-mins"):
+        stopping.StopRequest(exit_minutes=0).check(cpu)
+
+
+SECOND_SIGNAL = """
+import hashlib
+from megalong.training.stopping import StopRequest
+with StopRequest(forwarded_within=0.5):
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in C, like a collective that hangs
+"""
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    """Not one that a launcher forwards at the same moment, though."""
+    with Job([sys.executable, "-c", SECOND_SIGNAL], tmp_path / "out") as job:
+        job.wait_for("ready")
+        job.process.send_signal(signal.SIGUSR1)
+        job.process.send_signal(signal.SIGTERM)
+        time.sleep(1.0)
+        assert job.process.poll() is None
+        job.process.send_signal(signal.SIGTERM)
+        assert job.wait(20) == 128 + signal.SIGTERM
+    assert "error: SIGTERM again" in job.text()
