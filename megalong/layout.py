@@ -58,6 +58,18 @@ class ParallelConfig:
         """Whether Megatron's sequence parallelism of the norm regions is in use."""
         return self.sequence_parallel and self.tensor_model_parallel_size > 1
 
+    def chunks_per_stage(self, model: Any) -> int:
+        """Chunks of layers that a pipeline stage holds: one, unless the schedule is interleaved."""
+        if self.num_layers_per_virtual_pipeline_stage is None:
+            return 1
+        stage = model.num_layers // self.pipeline_model_parallel_size
+        return stage // self.num_layers_per_virtual_pipeline_stage
+
+    def virtual_pipeline_size(self, model: Any) -> int | None:
+        """The same as Megatron-core wants it: None for one."""
+        chunks = self.chunks_per_stage(model)
+        return chunks if chunks > 1 else None
+
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of the model among `world_size` ranks; ConfigError unless that is whole."""
         require_positive(
@@ -146,12 +158,30 @@ class ParallelConfig:
                 " Set --zero-stage 1, or --pipeline-model-parallel-size 1 and share the model over"
                 f" --tensor-model-parallel-size {self.tensor_model_parallel_size * size} instead"
             )
-        if self.num_layers_per_virtual_pipeline_stage is not None:
+        self._check_interleaved(layers // size, num_microbatches)
+
+    def _check_interleaved(self, stage_layers: int, num_microbatches: int) -> None:
+        flag_, size = "--num-layers-per-virtual-pipeline-stage", self.pipeline_model_parallel_size
+        if self.num_layers_per_virtual_pipeline_stage is None:
+            return
+        require_positive(self, "num_layers_per_virtual_pipeline_stage")
+        layers = self.num_layers_per_virtual_pipeline_stage
+        if size == 1:
             raise ConfigError(
-                "--num-layers-per-virtual-pipeline-stage: the interleaved schedule is not exact"
-                " under a DeepSpeed engine, which adds a chunk's gradients again in the backward"
-                " pass of every other chunk; leave it out, and raise --global-batch-size for"
-                f" smaller bubbles ({num_microbatches} micro batches on {size} stages now)"
+                f"{flag_} {layers} interleaves the stages of a pipeline, and there is one: set"
+                " --pipeline-model-parallel-size 2 or more, or leave it out"
+            )
+        if stage_layers % layers:
+            raise ConfigError(
+                f"{flag_} {layers} does not divide the {stage_layers} layers of a stage: set it to"
+                f" {_largest_divisor(stage_layers, layers)}"
+            )
+        if num_microbatches % size:
+            raise ConfigError(
+                f"{flag_}: the interleaved schedule takes micro batches in groups of"
+                f" --pipeline-model-parallel-size {size}, and a step has {num_microbatches}: set"
+                f" --global-batch-size to {_next_multiple(num_microbatches, size)} /"
+                f" {num_microbatches} of what it is, or leave {flag_} out"
             )
 
     def _check_recompute(self, model: Any) -> None:

@@ -16,6 +16,7 @@ from megalong.layout import ParallelConfig
 from megalong.model.layer_spec import get_longnet_block_spec, use_transformer_engine
 from megalong.model.names import named_parameters
 from megalong.model.rotary import LongRotaryEmbedding
+from megalong.model.stage import PipelineStage
 from megalong.model.tensor_slices import cut_dimension, tensor_slice
 from megalong.parallel.cpu import cuda_means_cpu
 from megalong.parallel.mesh import Mesh
@@ -23,40 +24,60 @@ from megalong.parallel.mesh import Mesh
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build_model(config: Config, vocab_size: int, mesh: Mesh) -> GPTModel:
+def build_model(config: Config, vocab_size: int, mesh: Mesh) -> PipelineStage:
     """This rank's part of the model, in float32 on the CPU, with the initial weights of
     `config.training.seed`.
 
     vocab_size: the tokenizer's; the embedding is padded (`--make-vocab-size-divisible-by`).
     Needs Megatron-core's groups (`megalong.parallel.launch`).
     """
+    megatron_config = transformer_config(config)
+    chunks = config.parallel.chunks_per_stage(config.model)
+    stage = PipelineStage(
+        [
+            _chunk(config, megatron_config, vocab_size, mesh, chunk, chunks)
+            for chunk in range(chunks)
+        ]
+    )
+    initialize_weights(stage, config, mesh)
+    return stage
+
+
+def _chunk(
+    config: Config,
+    megatron_config: TransformerConfig,
+    vocab_size: int,
+    mesh: Mesh,
+    chunk: int,
+    chunks: int,
+) -> GPTModel:
+    """Chunk number `chunk` of the `chunks` that this stage holds."""
     model_config = config.model
     pattern = config.attention.pattern() if config.attention.attention == "dilated" else None
-    megatron_config = transformer_config(config)
+    numbered = chunk if chunks > 1 else None  # None is Megatron-core's word for one chunk
     with cuda_means_cpu():
         model = GPTModel(
             config=megatron_config,
             transformer_layer_spec=get_longnet_block_spec(
-                megatron_config, pattern, model_config.transformer_impl, mesh.sequence
+                megatron_config, pattern, model_config.transformer_impl, mesh.sequence, numbered
             ),
             vocab_size=padded_vocab_size(vocab_size, model_config.make_vocab_size_divisible_by),
             max_sequence_length=model_config.seq_length,
-            pre_process=mesh.is_first_stage,
-            post_process=mesh.is_last_stage,
+            pre_process=mesh.is_first_stage and chunk == 0,
+            post_process=mesh.is_last_stage and chunk == chunks - 1,
             position_embedding_type=model_config.position_embedding_type,
             rotary_base=model_config.rotary_base,
             share_embeddings_and_output_weights=(
                 not model_config.untie_embeddings_and_output_weights
             ),
+            vp_stage=numbered,
         )
     if model_config.position_embedding_type == "rope":
-        shard = model_config.seq_length // mesh.sequence.size
         model.rotary_pos_emb = LongRotaryEmbedding(
             model_config.kv_channels,
             model_config.rotary_base,
-            first_position=mesh.sequence.rank * shard,
+            first_position=mesh.sequence_range(model_config.seq_length)[0],
         )
-    initialize_weights(model, config, mesh)
     return model
 
 
@@ -68,6 +89,11 @@ def transformer_config(config: Config) -> TransformerConfig:
         # Not the context-parallel size: of the sequence axis Megatron-core knows the group alone.
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_size(model),
+        # Batched sends and receives mix up activations and gradients between two stages that are
+        # each other's next and previous one, as two interleaved stages are.
+        overlap_p2p_comm=parallel.virtual_pipeline_size(model) is not None,
+        batch_p2p_comm=parallel.virtual_pipeline_size(model) is None,
         sequence_parallel=parallel.divides_norms,
         recompute_granularity=parallel.recompute_granularity,
         **_full_recompute(parallel),
@@ -129,7 +155,7 @@ def padded_vocab_size(vocab_size: int, multiple: int) -> int:
 
 
 @torch.no_grad()
-def initialize_weights(model: GPTModel, config: Config, mesh: Mesh) -> None:
+def initialize_weights(stage: PipelineStage, config: Config, mesh: Mesh) -> None:
     """Fill in the initial weights: each parameter from its own seed, made of the run's seed and the
     parameter's global name, and from it the rank's part, so that they are the same in every layout.
 
@@ -139,7 +165,7 @@ def initialize_weights(model: GPTModel, config: Config, mesh: Mesh) -> None:
     ranks, gated = mesh.tensor_parallel_size, config.model.swiglu
     std = config.model.init_method_std
     residual_std = std / math.sqrt(2 * config.model.num_layers)
-    for name, parameter in named_parameters(model):
+    for name, parameter in named_parameters(stage):
         dimension = cut_dimension(name)
         # DeepSpeed counts a parameter once in the gradient norm, unless it is told of its parts.
         parameter.tensor_model_parallel = dimension is not None and ranks > 1

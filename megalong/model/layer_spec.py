@@ -60,8 +60,9 @@ def get_longnet_block_spec(
     pattern: DilatedPattern | None,
     transformer_impl: str = "auto",
     sequence: SequenceGroup | None = None,
+    chunk: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage and the final norm.
+    """The layers of this pipeline stage, or of a chunk of it, and the final norm.
 
     Megatron-core would choose the final norm by what is installed alone: Transformer Engine's, on
     a machine without a GPU too, or apex's, which has no RMSNorm.
@@ -71,7 +72,7 @@ def get_longnet_block_spec(
         from megatron.core.extensions.transformer_engine import TENorm as norm
     else:
         norm = _local_norm(config.normalization)
-    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), norm)
+    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, chunk), norm)
 
 
 def _local_norm(normalization: str) -> type:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 import torch
 
+from megalong.model.stage import PipelineStage
+
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
 
 # Transformer Engine keeps a norm's weights inside the linear layer that follows it.
@@ -36,10 +38,11 @@ def canonical_name(local_name: str, first_layer: int = 0, tied: bool = False) ->
     return EMBEDDING if tied and name == OUTPUT else name
 
 
-def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The parameters of a GPTModel, or of one pipeline stage of it, by canonical name."""
-    layers = model.decoder.layers
-    first_layer = layers[0].layer_number - 1 if len(layers) else 0  # Megatron-core counts from one
-    tied = model.share_embeddings_and_output_weights
-    for name, parameter in model.named_parameters():
-        yield canonical_name(name, first_layer, tied), parameter
+def named_parameters(stage: PipelineStage) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The parameters of a pipeline stage by canonical name."""
+    for model in stage.chunks:
+        layers = model.decoder.layers
+        first_layer = layers[0].layer_number - 1 if len(layers) else 0  # Megatron-core's 1 is our 0
+        tied = model.share_embeddings_and_output_weights
+        for name, parameter in model.named_parameters():
+            yield canonical_name(name, first_layer, tied), parameter

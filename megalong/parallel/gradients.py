@@ -33,15 +33,11 @@ class TiedEmbedding:
     Each collects the gradients of its own use; both must take the same step, that of the sum.
     """
 
-    def __init__(self, model: torch.nn.Module):
-        """Called before DeepSpeed sees the model."""
-        stages = parallel_state.get_pipeline_model_parallel_world_size()
-        self.weight = None
-        if stages == 1 or not model.share_embeddings_and_output_weights:
-            return
-        if model.pre_process or model.post_process:
-            self.weight = model.shared_embedding_or_output_weight()
-            self.weight.ds_pipe_replicated = model.post_process  # counted once in the norm
+    def __init__(self, weight: torch.nn.Parameter | None, is_copy: bool):
+        """Called before DeepSpeed sees the model. weight: None where there is no other copy."""
+        self.weight = weight
+        if weight is not None:
+            weight.ds_pipe_replicated = is_copy  # counted once in the norm
 
     def sum_gradients(self) -> None:
         """Add the two accumulated gradients up, on both; after backward, before the step."""

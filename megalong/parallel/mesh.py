@@ -160,6 +160,7 @@ def build_mesh(config: Config, device: torch.device) -> Iterator[Mesh]:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.sequence_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_size(config.model),
         distributed_timeout_minutes=config.run.distributed_timeout_minutes,
     )
     try:

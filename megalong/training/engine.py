@@ -21,6 +21,7 @@ import torch
 from megalong.config import Config
 from megalong.data.batches import IGNORE_INDEX, Batch
 from megalong.flags import ConfigError
+from megalong.model.stage import PipelineStage
 from megalong.parallel.gradients import TiedEmbedding, sum_divided_norms
 from megalong.parallel.mesh import Mesh
 from megalong.parallel.schedule import ScheduleModule, run_schedule
@@ -48,7 +49,7 @@ class TrainingEngine:
     """The model, its optimizer, and the two things that are done with them: a training step, and
     the token losses of held-out batches."""
 
-    def __init__(self, model: torch.nn.Module, config: Config, mesh: Mesh):
+    def __init__(self, model: PipelineStage, config: Config, mesh: Mesh):
         import deepspeed
 
         from megalong.parallel.deepspeed_mpu import DeepSpeedMPU
@@ -63,7 +64,7 @@ class TrainingEngine:
         self.tokens_per_step = training.global_batch_size * config.model.seq_length
         self.model = model
         sum_divided_norms(model)
-        self.tied_embedding = TiedEmbedding(model)
+        self.tied_embedding = TiedEmbedding(model.copied_embedding, is_copy=model.is_last)
         settings = deepspeed_config(config, mesh.data_parallel_size)
         optimizer = _adamw(model, config, fused=mesh.device.type == "cuda")
         try:
@@ -84,7 +85,10 @@ class TrainingEngine:
             ) from error
         _create_adam_state(self.deepspeed.optimizer)
         model.config.grad_scale_func = self.deepspeed.scale
-        self.module = ScheduleModule(self.deepspeed, model)
+        self.modules = [
+            ScheduleModule(self.deepspeed, chunk, number)
+            for number, chunk in enumerate(model.chunks)
+        ]
 
     def train_step(self, batches: Iterator[Batch], learning_rate: float) -> StepResult:
         """Forward and backward over one global batch, then one optimizer update.
@@ -112,14 +116,18 @@ class TrainingEngine:
         bool, same shape; nothing at all on pipeline stages before the last.
         """
         self.deepspeed.eval()
+        filled = batches
+        if len(self.modules) > 1:  # the interleaved schedule takes them in groups of all stages
+            filled = batches + batches[-1:] * (-len(batches) % self.mesh.pipeline_parallel_size)
         with torch.no_grad():
-            return self._run(iter(batches), len(batches), _held_out_losses, forward_only=True)
+            results = self._run(iter(filled), len(filled), _held_out_losses, forward_only=True)
+        return results[: len(batches)]
 
     def _run(self, batches, num_microbatches, loss_function, forward_only=False) -> list[Any]:
         return run_schedule(
             partial(_forward_step, self.mesh.device, loss_function),
             batches,
-            self.module,
+            self.modules,
             num_microbatches=num_microbatches,
             seq_length=self.seq_length,
             micro_batch_size=self.micro_batch_size,

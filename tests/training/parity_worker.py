@@ -1,9 +1,10 @@
 """Three training steps for each case, on however many ranks this was started with.
 
-Rank 0 writes {case: (losses, grad norms, weights by canonical name)} to the file it is given, where
-a case is (layout, ZeRO stage, model).
+Rank 0 writes {case: (losses, grad norms, weights by canonical name, evaluation)} to the file it is
+given, where a case is (layout, ZeRO stage, model).
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from deepspeed.utils import safe_get_full_fp32_param
 
 from megalong.arguments import parse_arguments
 from megalong.config import world_size
-from megalong.data.batches import training_batches
+from megalong.data.batches import evaluation_batches, training_batches
 from megalong.model.build import build_model
 from megalong.model.names import named_parameters
 from megalong.model.tensor_slices import join_slices
 from megalong.parallel import build_mesh, process_group
 from megalong.training.engine import TrainingEngine
+from megalong.training.evaluation import evaluate
 from megalong.training.learning_rate import learning_rate
 from megalong.training.run_data import open_run_data
 from tests.launching import small_run_flags
@@ -38,6 +40,7 @@ MODELS = {
     "tied": {**BRANCHES, "num_layers": 4, "head_offsets": "layer"},
     "untied gelu layernorm bias": {
         **BRANCHES,
+        "num_layers": 4,
         "no_swiglu": True,
         "normalization": "LayerNorm",
         "add_bias_linear": True,
@@ -55,6 +58,7 @@ AXES = {
     "sp": "sequence_parallel_size",
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
+    "vp": "num_layers_per_virtual_pipeline_stage",  # the interleaved schedule
 }
 
 # Layout -> ranks. dp is what the rest leaves.
@@ -64,10 +68,12 @@ LAYOUTS = {
     "sp2": 2,
     "tp2": 2,
     "pp2": 2,
+    "pp2 vp1": 2,
     "sp4": 4,
     "sp2 tp2": 4,
     "sp2 pp2": 4,
     "tp2 pp2": 4,
+    "sp2 pp2 vp1": 4,
     "sp2 dp2": 4,
     "sp4 tp2": 8,
     "sp2 tp2 pp2": 8,
@@ -80,12 +86,13 @@ def cases() -> list[tuple[str, int, str]]:
     stage that there is; what else there is on two ranks, where most of it shows."""
     found = []
     for layout, ranks in LAYOUTS.items():
-        models = MODELS if ranks <= 2 else list(MODELS)[:2]
+        models = list(MODELS) if ranks <= 2 and "vp" not in layout else list(MODELS)[:2]
         stages = (1,) if "pp" in layout else (1, 2, 3)
         found += [(layout, 1, model) for model in models]
         found += [(layout, stage, "tied") for stage in stages[1:]]
-        if ranks <= 2:
+        if ranks == 2:
             found += [(layout, stage, "bf16") for stage in stages[1:]]
+            found += [(layout, 1, "bf16")] if "vp" in layout else []
     return found
 
 
@@ -130,6 +137,15 @@ def train(config, mesh):
     steps = [
         engine.train_step(batches, learning_rate(i, config.training)) for i in range(1, STEPS + 1)
     ]
+    held_out = evaluation_batches(
+        data.held_out["validation"],
+        num_samples=7,
+        micro_batch_size=config.training.micro_batch_size,
+        data_parallel_rank=mesh.data_parallel_rank,
+        data_parallel_size=mesh.data_parallel_size,
+        sequence_range=mesh.sequence_range(config.model.seq_length),
+    )
+    evaluation = evaluate(engine, held_out, data.token_bytes, mesh)
     mine = {
         name: safe_get_full_fp32_param(parameter).cpu()
         for name, parameter in named_parameters(engine.model)
@@ -145,7 +161,8 @@ def train(config, mesh):
                 assert torch.equal(known, theirs[name]), name
         in_order = [parts[rank] for rank in sorted(parts)]
         weights[name] = join_slices(name, in_order, config.model.swiglu)
-    return [step.loss for step in steps], [step.grad_norm for step in steps], weights
+    losses, norms = [step.loss for step in steps], [step.grad_norm for step in steps]
+    return losses, norms, weights, dataclasses.asdict(evaluation)
 
 
 if __name__ == "__main__":

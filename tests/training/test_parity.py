@@ -1,4 +1,5 @@
-"""Every layout computes what one process computes: loss, grad norm and every updated weight."""
+"""Every layout computes what one process computes: loss, grad norm, every updated weight, and the
+held-out loss at every position."""
 
 from functools import cache
 
@@ -15,7 +16,7 @@ EXACT = [case for case in cases() if case[2] not in LOW_PRECISION]
 
 @pytest.fixture(scope="module")
 def result_of(corpus, tmp_path_factory):
-    """A function from a case to its (losses, grad norms, weights); one launch for all cases of
+    """A function from a case to its (losses, grad norms, weights, evaluation); one launch for all cases of
     equally many ranks."""
 
     @cache
@@ -29,6 +30,10 @@ def result_of(corpus, tmp_path_factory):
 
 
 def assert_same(one, two, tolerance: float) -> None:
+    assert one[3]["tokens"] == two[3]["tokens"]
+    for what in ("loss", "bits_per_byte", "loss_by_position"):
+        torch.testing.assert_close(one[3][what], two[3][what], rtol=tolerance, atol=0, msg=what)
+
     torch.testing.assert_close(one[0], two[0], rtol=tolerance, atol=0, msg="losses")
     torch.testing.assert_close(one[1], two[1], rtol=tolerance, atol=0, msg="grad norms")
     assert one[2].keys() == two[2].keys()
@@ -49,8 +54,8 @@ def test_layout_equals_one_process(result_of, case):
 )
 def test_low_precision_follows_float32(result_of, case):
     """bf16 keeps 8 bits: losses within half a percent, grad norms within five, and it learns."""
-    losses, norms, _ = result_of(case)
-    exact_losses, exact_norms, _ = result_of(("one", 1, "whole norms"))  # the same model
+    losses, norms, *_ = result_of(case)
+    exact_losses, exact_norms, *_ = result_of(("one", 1, "whole norms"))  # the same model
     torch.testing.assert_close(losses, exact_losses, rtol=5e-3, atol=0)
     torch.testing.assert_close(norms, exact_norms, rtol=5e-2, atol=0)
     assert losses[-1] < losses[0]

@@ -1,0 +1,38 @@
+"""What one pipeline stage holds of the model: one GPTModel, or several under the interleaved
+schedule, where a stage has every n-th chunk of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+
+class PipelineStage(torch.nn.Module):
+    """The chunks of the model that this rank has a part of, in the order of their layers."""
+
+    def __init__(self, chunks: Sequence[GPTModel]):
+        super().__init__()
+        self.chunks = torch.nn.ModuleList(chunks)
+
+    def forward(self, *args, chunk: int = 0, **kwargs) -> torch.Tensor:
+        """The output of one chunk; the arguments are those of GPTModel."""
+        return self.chunks[chunk](*args, **kwargs)
+
+    @property
+    def config(self):
+        """Megatron-core's configuration, which the chunks share."""
+        return self.chunks[0].config
+
+    @property
+    def copied_embedding(self) -> torch.nn.Parameter | None:
+        """The embedding, where it is also the output layer and another stage has a copy."""
+        first, last = self.chunks[0], self.chunks[-1]
+        if not first.share_embeddings_and_output_weights or first.pre_process == last.post_process:
+            return None
+        return (first if first.pre_process else last).shared_embedding_or_output_weight()
+
+    @property
+    def is_last(self) -> bool:
+        return self.chunks[-1].post_process
