@@ -24,26 +24,10 @@ Shape suffixes: b batch, s sequence, g kv heads, d head_dim, n rows.
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-
-
-@dataclass
-class Traffic:
-    """What went over the network: calls and bytes by collective.
-
-    Bytes are those of the larger of the two buffers of a collective (as NCCL's tests count them).
-    """
-
-    calls: Counter[str] = field(default_factory=Counter)
-    bytes: Counter[str] = field(default_factory=Counter)
-
-    def count(self, collective: str, tensor: torch.Tensor) -> None:
-        self.calls[collective] += 1
-        self.bytes[collective] += tensor.numel() * tensor.element_size()
 
 
 @dataclass(frozen=True)
@@ -59,17 +43,28 @@ class SequenceGroup:
     size: int
     group: dist.ProcessGroup | None
     subgroups: dict[int, dist.ProcessGroup]
-    traffic: Traffic = field(default_factory=Traffic)
 
     @classmethod
     def create(cls, group: dist.ProcessGroup, subgroup_sizes=()) -> SequenceGroup:
-        """Make the subgroups of these sizes; called by all ranks of `group`, and by nobody else."""
+        """Make the subgroups of these sizes; called by all ranks of the world, each with the group
+        of its own sequence and the same sizes.
+
+        All of them take part in making every group: PyTorch's other way, among the members alone,
+        names a group by how many groups a process has, and hangs where two have different numbers.
+        """
         ranks = dist.get_process_group_ranks(group)
         rank, size = ranks.index(dist.get_rank()), len(ranks)
+        sizes = sorted(set(subgroup_sizes) - {1, size})
         subgroups = {size: group}
-        for m in sorted(set(subgroup_sizes) - {1, size}):
-            first = rank // m * m
-            subgroups[m] = dist.new_group(ranks[first : first + m], use_local_synchronization=True)
+        sequences: list[list[int]] = [[]] * dist.get_world_size()
+        if sizes:
+            dist.all_gather_object(sequences, ranks)
+        for m in sizes:
+            for sequence in sorted({tuple(members) for members in sequences}):
+                for first in range(0, size, m):
+                    made = dist.new_group(sequence[first : first + m])
+                    if dist.get_rank() in sequence[first : first + m]:
+                        subgroups[m] = made
         return cls(rank, size, group, subgroups)
 
 
@@ -116,7 +111,6 @@ class GatherRows:
         own = self.rows.take(k_bsgd, v_bsgd)
         group = sequence.subgroups[self.ranks]
         gathered = own.new_empty(dist.get_world_size(group) * len(own), *own.shape[1:])
-        sequence.traffic.count("all_gather", gathered)
         return gathered, dist.all_gather_into_tensor(gathered, own, group=group, async_op=True)
 
     def start_back(self, sequence: SequenceGroup, gradients: torch.Tensor):
@@ -125,7 +119,6 @@ class GatherRows:
         own = gradients.new_empty(
             len(gradients) // dist.get_world_size(group), *gradients.shape[1:]
         )
-        sequence.traffic.count("reduce_scatter", gradients)
         return own, dist.reduce_scatter_tensor(own, gradients, group=group, async_op=True)
 
 
@@ -147,7 +140,6 @@ class SendRows:
     @staticmethod
     def _exchange(sequence: SequenceGroup, rows: torch.Tensor, sent, received):
         arriving = rows.new_empty(sum(received), *rows.shape[1:])
-        sequence.traffic.count("all_to_all", max(rows, arriving, key=len))
         work = dist.all_to_all_single(
             arriving, rows, list(received), list(sent), group=sequence.group, async_op=True
         )

@@ -30,6 +30,30 @@ def subgroup_sizes(pattern: DilatedPattern, shard_length: int, ranks: int) -> li
     return sorted(sizes)
 
 
+def gathered_rows(pattern: DilatedPattern, shards: Shards, heads: int, kv_heads: int) -> int:
+    """Rows that the subgroups' all-gathers of one layer put on a rank, its own among them.
+
+    Summed over the branches that gather, streams x m ceil(l / r); each row is 2 x batch x head_dim
+    numbers. The backward pass reduce-scatters as many. No documents.
+    """
+    rows = 0
+    for (width, rate), offsets in zip(
+        pattern.branches, pattern.offsets(heads, kv_heads), strict=True
+    ):
+        if _gathers(width, rate, shards.length, shards.count):
+            members = len(_subgroup(shards, min(width // shards.length, shards.count)))
+            if members > 1:
+                streams = len(_streams(offsets, heads // kv_heads))
+                rows += streams * members * -(-shards.length // rate)
+    return rows
+
+
+def _subgroup(shards: Shards, size: int) -> range:
+    """The ranks of this one's subgroup of `size`: fewer at the end of the sequence."""
+    first = shards.rank // size * size
+    return range(first, min(first + size, shards.count))
+
+
 def _gathers(width: int, rate: int, shard_length: int, ranks: int) -> bool:
     """Whether the segments of a branch span several whole shards, each with rows of its own."""
     whole = width % shard_length == 0 or width >= ranks * shard_length
@@ -108,7 +132,8 @@ def make_plan(
     for branch, (width, rate) in zip(branches, pattern.branches, strict=True):
         if document_starts is None and _gathers(width, rate, shards.length, shards.count):
             size = min(width // shards.length, shards.count)
-            gathered.setdefault(size, []).append(branch)
+            if len(_subgroup(shards, size)) > 1:
+                gathered.setdefault(size, []).append(branch)
         else:
             sent.append(branch)
     exchanges = [
@@ -154,13 +179,12 @@ def _streams(offsets: tuple[int, ...], group: int) -> tuple[_Stream, ...]:
 def _gather(size, branches, pattern, shards, causal, device):
     """The exchange inside a subgroup. Each rank's list: by branch, by stream, ceil(l / r) rows."""
     rows_a_rank = sum(len(b.streams) * -(-shards.length // b.rate) for b in branches)
-    first_rank = shards.rank // size * size
+    members = _subgroup(shards, size)
     positions, kv_heads, pieces, parts = [], [], [], []
     base = 0  # of the branch in a rank's list
     for branch in branches:
         most = -(-shards.length // branch.rate)
-        start = first_rank * shards.length
-        stop = min(start + size * shards.length, shards.sequence_length)
+        start, stop = members.start * shards.length, members.stop * shards.length
         segment = Crossing(branch.index, start, stop)
         piece = _PieceBuilder()
         attending = _PartBuilder()

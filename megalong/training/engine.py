@@ -25,6 +25,7 @@ from megalong.model.stage import PipelineStage
 from megalong.parallel.gradients import TiedEmbedding, sum_divided_norms
 from megalong.parallel.mesh import Mesh
 from megalong.parallel.schedule import ScheduleModule, run_schedule
+from megalong.parallel.traffic import Counts, CountTraffic, axes_of_groups
 from megalong.training.deepspeed_config import deepspeed_config
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -85,6 +86,9 @@ class TrainingEngine:
             ) from error
         _create_adam_state(self.deepspeed.optimizer)
         model.config.grad_scale_func = self.deepspeed.scale
+        self.traffic: Counts | None = None  # of one step on this rank, until it is taken
+        self._axes = axes_of_groups(list(mesh.sequence.subgroups.values()))
+        self._steps = 0
         self.modules = [
             ScheduleModule(self.deepspeed, chunk, number)
             for number, chunk in enumerate(model.chunks)
@@ -98,6 +102,30 @@ class TrainingEngine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         self.deepspeed.train()
+        self._steps += 1
+        # The second step is like all that follow; in the first, ZeRO 3 is still finding its way.
+        counting = self._steps == 2
+        with CountTraffic(self._axes) if counting else contextlib.nullcontext() as counter:
+            result = self._train_step(batches)
+        if counting:
+            self.traffic = counter.counts
+        return result
+
+    def take_traffic(self) -> dict[str, Any] | None:
+        """What this rank sent and received in a step (`megalong.parallel.traffic`): "per_step", by
+        axis and collective, and "per_layer", the bytes of the sequence axis by collective for one
+        layer and micro batch. Once, after it was counted; None before and afterwards."""
+        counts, self.traffic = self.traffic, None
+        if not counts:
+            return None
+        layers = sum(len(chunk.decoder.layers) for chunk in self.model.chunks)
+        per_layer = {
+            collective: count["bytes"] / (layers * self.num_microbatches)
+            for collective, count in counts.get("sequence", {}).items()
+        }
+        return {"per_step": counts, "per_layer": per_layer}
+
+    def _train_step(self, batches: Iterator[Batch]) -> StepResult:
         scale = self.loss_scale * self.num_microbatches / self.tokens_per_step
         results = self._run(batches, self.num_microbatches, partial(_training_loss, scale=scale))
         self.tied_embedding.sum_gradients()

@@ -149,17 +149,19 @@ class Trainer:
             return
         loss = sum(progress.losses) / len(progress.losses)
         tokens_per_second = self.engine.tokens_per_step * len(seconds) / sum(seconds)
-        self.metrics.training(
-            {
-                "iteration": progress.iteration,
-                "consumed_samples": progress.consumed_samples,
-                "consumed_tokens": progress.consumed_tokens,
-                "loss": loss,
-                "learning_rate": rate,
-                "grad_norm": result.grad_norm,
-                "tokens_per_second": tokens_per_second,
-            }
-        )
+        record = {
+            "iteration": progress.iteration,
+            "consumed_samples": progress.consumed_samples,
+            "consumed_tokens": progress.consumed_tokens,
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": tokens_per_second,
+        }
+        traffic = self.engine.take_traffic()
+        if traffic:
+            record["traffic"] = traffic
+        self.metrics.training(record)
         norm = "skipped" if result.grad_norm is None else f"{result.grad_norm:.3f}"
         say(
             f"iteration {progress.iteration}/{self.config.training.train_iters}"

@@ -16,6 +16,8 @@ class MetricsLog:
     One JSON object a line. Training records have iteration, consumed_samples, consumed_tokens,
     loss, learning_rate, grad_norm, tokens_per_second; evaluations have iteration, split,
     consumed_tokens, loss, perplexity, bits_per_byte, tokens, position_edges, loss_by_position.
+    One training record of a run has traffic: what the main process sent and received in a step, by
+    axis and collective (`megalong.parallel.traffic`).
     Only the main process has one.
     """
 

@@ -1,7 +1,7 @@
 """Random cases of sharded attention, on however many ranks this was started with.
 
-Every rank holds the whole sequence too and compares its slice with the single-rank function.
-Arguments: number of cases, first seed, backend, and a JSON list of the first failures is printed.
+Every rank holds the whole sequence too and compares its slice with the definition. Arguments:
+number of cases, first seed, backend. Prints the cases that fail and exits 1.
 """
 
 import random
@@ -13,7 +13,9 @@ import torch.distributed as dist
 from megalong.attention import DilatedPattern, dilated_attention_reference
 from megalong.attention.exchange import SequenceGroup
 from megalong.attention.sequence_parallel import sequence_parallel_attention
-from megalong.attention.sequence_plan import subgroup_sizes
+from megalong.attention.sequence_plan import gathered_rows, subgroup_sizes
+from megalong.attention.shards import Shards
+from megalong.parallel.traffic import CountTraffic
 
 
 def random_case(seed: int, ranks: int) -> dict:
@@ -73,16 +75,29 @@ def check(seed: int, group, backend: str) -> tuple[float, float, str]:
     here = slice(rank * shard, (rank + 1) * shard)
     sequence = SequenceGroup.create(group, subgroup_sizes(pattern, shard, ranks))
     local = [x[:, here].clone().requires_grad_() for x in inputs]
-    my_out, my_lse = sequence_parallel_attention(
-        *local, pattern, sequence, **options, return_lse=True, backend=backend
-    )
-    my_out.backward(grad[:, here])
+    with CountTraffic({}) as counter:
+        my_out, my_lse = sequence_parallel_attention(
+            *local, pattern, sequence, **options, return_lse=True, backend=backend
+        )
+        my_out.backward(grad[:, here])
+    check_traffic(counter.counts.get("other", {}), case, Shards(rank, ranks, shard))
     forward = max(difference(my_out, out[:, here]), difference(my_lse, lse[:, :, here]))
     backward = max(
         difference(mine.grad, theirs.grad[:, here])
         for mine, theirs in zip(local, reference, strict=True)
     )
     return forward, backward, str(case)
+
+
+def check_traffic(counts: dict, case: dict, shards: Shards) -> None:
+    """What is gathered is what `gathered_rows` says, forward and backward, to the byte."""
+    if case["document_starts"] is not None:
+        return  # every rank is sent what it needs, and nothing is gathered
+    batch, _, heads, kv_heads, head_dim = case["shape"]
+    rows = gathered_rows(case["pattern"], shards, heads, kv_heads)
+    for collective in ("all_gather", "reduce_scatter"):
+        counted = counts.get(collective, {"bytes": 0})["bytes"]
+        assert counted == rows * 2 * batch * head_dim * 8, (collective, case)
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -16,8 +16,8 @@ EXACT = [case for case in cases() if case[2] not in LOW_PRECISION]
 
 @pytest.fixture(scope="module")
 def result_of(corpus, tmp_path_factory):
-    """A function from a case to its (losses, grad norms, weights, evaluation); one launch for all cases of
-    equally many ranks."""
+    """A function from a case to its (losses, grad norms, weights, evaluation); one launch for all
+    cases of equally many ranks."""
 
     @cache
     def results(ranks: int):

@@ -115,6 +115,7 @@ def backward(
 ):  # fmt: skip
     """Gradients of q, k and v, from the merged output and log-sum-exp."""
     grad_bshd, q_bshd, k_bsgd, v_bsgd = map(dense_rows, (grad_bshd, q_bshd, k_bsgd, v_bsgd))
+    lse_bhs = lse_bhs.contiguous()
     (batch, length, heads, head_dim), kv_heads = q_bshd.shape, k_bsgd.shape[2]
     dq_bshd, dk_bsgd, dv_bsgd = gradients = [empty_rows(x) for x in (q_bshd, k_bsgd, v_bsgd)]
     if not q_bshd.numel():

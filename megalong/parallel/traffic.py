@@ -1,0 +1,111 @@
+"""What goes over the network in a step: calls and bytes, by axis of the mesh and by collective.
+
+Counted where every library ends up, at PyTorch's own collective operators, so that Megatron-core's
+and DeepSpeed's are in it as well as ours. That looks at every operator of the step, and is done for
+one step of a run only: the next ones do the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# PyTorch's operators under the names people know.
+_NAMES = {
+    "allreduce_": "all_reduce",
+    "allreduce_coalesced_": "all_reduce",
+    "allgather_": "all_gather",
+    "_allgather_base_": "all_gather",
+    "allgather_coalesced_": "all_gather",
+    "allgather_into_tensor_coalesced_": "all_gather",
+    "reduce_scatter_": "reduce_scatter",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "alltoall_": "all_to_all",
+    "alltoall_base_": "all_to_all",
+    "broadcast_": "broadcast",
+    "reduce_": "reduce",
+    "send": "send",
+    "recv_": "receive",
+    "recv_any_source_": "receive",
+}
+
+Counts = dict[str, dict[str, dict[str, int]]]
+
+
+class CountTraffic(TorchDispatchMode):
+    """A context that counts this process's collectives.
+
+    counts: axis -> collective -> {"calls", "bytes"}; bytes are those of the larger of a call's
+        buffers. A group of one rank sends nothing and is left out.
+    """
+
+    def __init__(self, axis_of_group: dict[str, str]):
+        """axis_of_group: the name of a process group -> its axis; unknown ones are "other"."""
+        super().__init__()
+        self.counts: Counts = {}
+        self._axis_of_group = axis_of_group
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "c10d":
+            self._count(operator.__name__.split(".")[0], args)
+        return operator(*args, **(kwargs or {}))
+
+    def _count(self, operator: str, args: tuple[Any, ...]) -> None:
+        name = _NAMES.get(operator)
+        group = next((g for arg in args if (g := _group(arg)) is not None), None)
+        if name is None or group is None or group.size() == 1:
+            return
+        axis = self._axis_of_group.get(group.group_name, "other")
+        count = self.counts.setdefault(axis, {}).setdefault(name, {"calls": 0, "bytes": 0})
+        count["calls"] += 1
+        count["bytes"] += max(sum(x.nbytes for x in _tensors(arg)) for arg in args)
+
+
+def axes_of_groups(sequence_groups: list[dist.ProcessGroup]) -> dict[str, str]:
+    """The names of this rank's process groups -> "tensor", "sequence", "data" or "pipeline".
+
+    sequence_groups: the group of the sequence and its subgroups. "data" is what reduces gradients
+    and shards the optimizer: over replicas and, where there are several, shards of a sequence.
+    """
+    from megatron.core import parallel_state as state
+
+    groups = {
+        "sequence": sequence_groups,
+        "data": [
+            state.get_data_parallel_group(),
+            state.get_data_parallel_group(with_context_parallel=True),
+        ],
+        "tensor": [state.get_tensor_model_parallel_group()],
+        "pipeline": [
+            state.get_pipeline_model_parallel_group(),
+            state.get_embedding_group(check_initialized=False),
+        ],
+    }
+    return {
+        group.group_name: axis
+        for axis, members in groups.items()
+        for group in members
+        if isinstance(group, dist.ProcessGroup)
+    }
+
+
+def _group(argument: Any) -> dist.ProcessGroup | None:
+    if isinstance(argument, torch.ScriptObject):
+        try:
+            return dist.ProcessGroup.unbox(argument)
+        except (RuntimeError, TypeError):
+            return None  # the kind of reduction
+    return argument if isinstance(argument, dist.ProcessGroup) else None
+
+
+def _tensors(argument: Any) -> Iterator[torch.Tensor]:
+    if isinstance(argument, torch.Tensor):
+        yield argument
+    elif isinstance(argument, list | tuple):
+        for item in argument:
+            yield from _tensors(item)

@@ -1,0 +1,108 @@
+"""Attention over a sharded sequence: against the definition on the whole sequence, the bytes that
+go over the network, and the integers of the plan."""
+
+import os
+
+import pytest
+import torch
+
+from megalong.attention import DilatedPattern
+from megalong.attention.exchange import GatherRows, SendRows
+from megalong.attention.sequence_plan import make_plan, subgroup_sizes
+from megalong.attention.shards import Crossing, Shards, crossings, local_parts, segment_at
+from tests.launching import ranks_command, run
+
+WORKER = __file__.replace("test_sequence_parallel", "sharded_worker")
+
+
+@pytest.mark.parametrize("ranks, seed", [(2, 0), (3, 1000), (4, 2000), (8, 3000)])
+def test_random_cases_equal_the_definition(ranks, seed):
+    """60 a launch: any width and rate, documents over borders, GQA, causal and not; float64, 1e-10,
+    outputs, log-sum-exps and gradients."""
+    run(ranks_command(ranks, WORKER, 60, seed, "sdpa"))
+
+
+def test_the_reference_backend_is_sharded_as_well():
+    run(ranks_command(3, WORKER, 20, 4000, "reference"))
+
+
+def test_the_triton_backend_is_sharded_as_well(monkeypatch):
+    monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")
+    run(ranks_command(2, WORKER, 6, 5000, "triton"))
+
+
+# Four ranks of 16 positions.
+LADDER = DilatedPattern((8, 16, 32, 64), (1, 2, 4, 8))
+
+
+def plan_of(rank, pattern=LADDER, documents=None, causal=True, heads=4, kv_heads=2):
+    shards = Shards(rank, 4, 16)
+    return make_plan(pattern, shards, heads, kv_heads, causal, documents, torch.device("cpu"))
+
+
+def test_one_collective_for_each_size_of_subgroup():
+    pattern = DilatedPattern((8, 32, 32, 64, 128), (1, 2, 4, 8, 16))
+    for rank in range(4):
+        sizes = [exchange.ranks for exchange, _ in plan_of(rank, pattern).exchanges]
+        assert sizes == [2, 4]
+    assert subgroup_sizes(pattern, 16, 4) == [2, 4]
+
+
+def test_local_branches_exchange_nothing_and_stay_as_they_are():
+    pattern = DilatedPattern((4, 16), (1, 3))
+    for rank in range(4):
+        plan = plan_of(rank, pattern)
+        assert plan.exchanges == ()
+        [part] = plan.local
+        assert (part.start, part.stop, part.document_starts) == (0, 16, None)
+        assert part.pattern.offsets(4, 2) == pattern.offsets(4, 2)
+
+
+def test_rows_that_are_rarer_than_shards_go_where_they_are_needed():
+    """r > l: most ranks have no row, and nobody is sent what none of its queries sees."""
+    pattern = DilatedPattern((64,), (32,), ((0, 1, 2, 3),))
+    for rank in range(4):
+        [(exchange, parts)] = plan_of(rank, pattern).exchanges
+        assert isinstance(exchange, SendRows)
+        # rows 0..3 and 32..35: the third rank's queries see the first rank's rows
+        assert sum(exchange.received) == (4 if rank == 2 else 0)
+        assert sum(exchange.sent) == (4 if rank == 0 else 0)
+        assert len(parts) == (1 if rank == 2 else 0)
+
+
+def test_earlier_ranks_are_attended_to_in_full_and_later_ones_not_at_all():
+    pattern = DilatedPattern((64,), (2,))
+    for rank in range(4):
+        [(exchange, parts)] = plan_of(rank, pattern).exchanges
+        assert isinstance(exchange, GatherRows)
+        assert {len(part.key_rows) for part in parts} == ({8 * rank} if rank else set())
+        [(_, parts)] = plan_of(rank, pattern, causal=False).exchanges
+        assert {len(part.key_rows) for part in parts} == {24}
+
+
+@pytest.mark.parametrize(
+    "position, documents, expected",
+    [
+        (0, None, (0, 8)),
+        (17, None, (16, 24)),
+        (63, None, (56, 64)),
+        (17, (0, 15), (15, 23)),
+        (14, (0, 15), (8, 15)),
+        (40, (0, 15, 15, 39), (39, 47)),
+        (63, (0, 60, 64), (60, 64)),
+    ],
+)
+def test_segment_at(position, documents, expected):
+    assert segment_at(position, 8, 64, documents) == expected
+
+
+def test_crossings_are_those_of_the_borders():
+    assert crossings(LADDER, Shards(1, 4, 16)) == [Crossing(2, 0, 32), Crossing(3, 0, 64)]
+    found = crossings(DilatedPattern((8,), (1,)), Shards(1, 4, 16), (0, 13, 27))
+    assert found == [Crossing(0, 13, 21), Crossing(0, 27, 35)]
+
+
+def test_a_shard_in_the_middle_of_a_segment_has_shifted_offsets():
+    [part] = local_parts(DilatedPattern((48,), (5,)), Shards(1, 3, 16), heads=3, kv_heads=3)
+    # 16 positions lie before the shard: those 16 + t with (16 + t) mod 5 = 0, 1, 2
+    assert part.pattern.offsets(3, 3) == ((4, 0, 1),)
