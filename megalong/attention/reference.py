@@ -110,10 +110,12 @@ def backward(
     document_starts, mix_gradient,
 ):  # fmt: skip
     """The backend's backward: gradients of q, k and v, by running the definition once more."""
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (q_bihd, k_bjgd, v_bjgd)]
-        out, _ = dilated_attention_reference(
-            *inputs, pattern, causal=causal, scale=scale, document_starts=document_starts,
+
+    def output(*qkv):
+        return dilated_attention_reference(
+            *qkv, pattern, causal=causal, scale=scale, document_starts=document_starts,
             mix_gradient=mix_gradient,
-        )  # fmt: skip
-        return torch.autograd.grad(out, inputs, grad_bihd)
+        )[0]  # fmt: skip
+
+    # Not autograd.grad: that records nothing inside an operator, which is where this may run.
+    return torch.func.vjp(output, q_bihd, k_bjgd, v_bjgd)[1](grad_bihd)
