@@ -66,3 +66,26 @@ def test_flex_attention(contenders, kv_heads, pattern):
     found = contenders["dilated (flex)"](pattern, q, k)(q, k, v)
     wanted = expected("dilated (flex)", pattern, q, k, v)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_benchmark_measures_and_reports(tmp_path):
+    command = [sys.executable, str(TOOLS / "attention.py"), "--quick", "--patterns", "L"]
+    command += ["--kv-heads", "2", "--contenders", "dilated (gather)", "dilated (sdpa)"]
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    subprocess.run(
+        [*command, "--output", str(tmp_path)], check=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    report = json.loads((tmp_path / "attention.json").read_text())
+    assert len(report["results"]) == 4
+    for row in report["results"]:
+        assert row["peak_memory_bytes"] > 0
+        times = [row[kind] for kind in ("forward", "backward", "forward+backward")]
+        assert all(x["least"] <= x["seconds"] <= x["largest"] for x in times)
+        assert times[1]["seconds"] <= times[2]["seconds"]
+        flops = [x["teraflops"] * x["seconds"] for x in times]
+        assert flops[1] == pytest.approx(2.5 * flops[0])
+    for row in report["losses"]:
+        assert row["seconds"] < row["ours"]
+    assert (tmp_path / "attention.png").stat().st_size > 10_000
+    assert "dilated (sdpa)" in (tmp_path / "attention.txt").read_text()

@@ -16,7 +16,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from megalong.attention import dense_attention, dilated_attention, sdpa
 
@@ -87,6 +86,8 @@ def flex(pattern, q, k):
 
     Blocks are 128 x 128 positions, and one with a single pair is computed whole.
     """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # seconds
+
     length, heads = q.shape[1:3]
     offsets = torch.tensor(pattern.offsets(heads, k.shape[2]), device=q.device)
 

@@ -1,4 +1,4 @@
-"""Time the tile sizes that the Triton kernels could have, and write the best as a line of the table.
+"""Time the tile sizes that the Triton kernels could have; write the best as a line of their table.
 
 On the GPU to tune for (some minutes for each head_dim, most of them compiling):
 
@@ -128,8 +128,7 @@ def tune(args):
 def milliseconds(kernel: str, pattern, q, k, v, grad) -> float:
     """Median time of the pass that the kernel is part of; infinite if it does not run."""
     import triton
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources, PTXASError
+    from triton.errors import TritonError
 
     from megalong.attention.triton import launch
 
@@ -139,15 +138,13 @@ def milliseconds(kernel: str, pattern, q, k, v, grad) -> float:
         return launch.forward(q, k, v, pattern, **options)
 
     def backward():
-        return launch.backward(
-            grad, q, k, v, out, lse, pattern, **options, mix_gradient="exact"
-        )
+        return launch.backward(grad, q, k, v, out, lse, pattern, **options, mix_gradient="exact")
 
     try:
         out, lse = forward()
         function = forward if kernel == "forward" else backward
         return triton.testing.do_bench(function, return_mode="median")
-    except (OutOfResources, PTXASError, CompilationError, RuntimeError) as error:
+    except (TritonError, RuntimeError) as error:
         print(f"{type(error).__name__}: {str(error).splitlines()[0][:90]}")
         return float("inf")
 

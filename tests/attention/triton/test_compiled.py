@@ -23,7 +23,7 @@ from megalong.attention.triton.configurations import (
     newest_that_fits,
 )
 
-TOOL = Path(__file__).parents[3] / "tools" / "benchmarks" / "kernel_resources.py"
+TOOLS = Path(__file__).parents[3] / "tools" / "benchmarks"
 ITEMS = [f"{kernel}:{d}" for d in (64, 128, 256) for kernel in ("forward", "dq", "dkdv")]
 # Bytes of stack allowed, (sparse, base). Whatever is not here must not spill at all.
 STACK = {
@@ -38,15 +38,19 @@ STACK = {
 }
 
 
-def compiled(generation, dtype, items, folder):
-    """The lines of kernel_resources.py, in a process where nothing is interpreted or cached."""
+def run(command, folder):
+    """The lines a tool prints, in a process where nothing is interpreted or cached."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder)
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    command = [sys.executable, str(TOOL), str(generation), dtype, *items]
+    command = [sys.executable, str(TOOLS / command[0]), *command[1:]]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def compiled(generation, dtype, items, folder):
+    return run(["kernel_resources.py", str(generation), dtype, *items], folder)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +92,15 @@ def test_newer_gpus_take_lines_that_fit(tmp_path):
         for line in compiled(generation, "bfloat16", ["forward:128"], tmp_path):
             assert line["tile"] == list(configuration("forward", 128, torch.bfloat16, lines))
             assert line["shared"] <= shared, line
+
+
+def test_tuning_says_what_the_compiler_makes_of_candidates(tmp_path):
+    """Without a GPU; the times need one."""
+    options = ["--generation", "80", "--head-dim", "64", "--kernels", "dq", "--most", "2"]
+    lines = run(["tune_attention.py", "--compile-only", *options], tmp_path)
+    assert len(lines) == 4
+    for line in lines:
+        assert line["tile"][:3] == [64, 32, 4] and line["fits"] and line["hmma"] > 0
 
 
 def test_lines_from_a_file(tmp_path, monkeypatch):
