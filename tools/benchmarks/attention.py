@@ -42,15 +42,12 @@ import time
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+from attention_report import MEASURES, Setting, losses, losses_text, plot, row_text
 from contenders import CONTENDERS, ON_CPU
 
 from megalong.attention import DilatedPattern
-
-MEASURES = ("forward", "backward", "forward+backward")
-OURS = ("dilated (triton)", "dilated (sdpa)")  # the first that was measured; the rest is baseline
 
 # Dense bfloat16 FLOP/s (half of what is advertised "with sparsity") and bytes/s, by a part of the
 # device's name; the first that fits. From NVIDIA's data sheets of the A100 (2021), H100 (2023),
@@ -68,14 +65,6 @@ PEAKS = {
 }
 
 
-class Setting(NamedTuple):
-    """What is measured by sequence length."""
-
-    pattern: str
-    head_dim: int
-    kv_heads: int
-
-
 def main():
     args = parse_arguments()
     settings = [Setting(*x) for x in product(args.patterns, args.head_dims, args.kv_heads)]
@@ -87,17 +76,25 @@ def main():
         for row in measure(args, setting, length):
             print(row_text(row), flush=True)
             results.append(row)
-    lost = losses(results)
-    text = "\n".join([row_text(row) for row in results] + losses_text(lost))
-    print("\n".join(losses_text(lost)))
+        write(args, results)  # each time: a run that is cut off leaves what it has
+    print("\n".join(losses_text(losses(results))))
     if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
-        flags = {k: v for k, v in vars(args).items() if k not in ("output", "measure_memory")}
-        report = {"machine": machine(args), "flags": flags, "results": results, "losses": lost}
-        (args.output / "attention.json").write_text(json.dumps(report, indent=1) + "\n")
-        (args.output / "attention.txt").write_text(f"{machine(args)}\n{flags}\n\n{text}\n")
-        plot(results, args, args.output / "attention.png")
+        title = f"{machine(args)['device']}, {args.dtype}, {args.heads} heads, causal"
+        plot(results, title, args.output / "attention.png")
         print(f"wrote {args.output}/attention.json, attention.txt and attention.png")
+
+
+def write(args, results: list[dict]):
+    """attention.json and attention.txt, if there is a folder for them."""
+    if not args.output:
+        return
+    args.output.mkdir(parents=True, exist_ok=True)
+    lost, about = losses(results), machine(args)
+    flags = {k: v for k, v in vars(args).items() if k not in ("output", "measure_memory")}
+    report = {"machine": about, "flags": flags, "results": results, "losses": lost}
+    (args.output / "attention.json").write_text(json.dumps(report, indent=1) + "\n")
+    lines = [f"{about}", f"{flags}", "", *map(row_text, results), *losses_text(lost)]
+    (args.output / "attention.txt").write_text("\n".join(lines) + "\n")
 
 
 def parse_arguments():
@@ -330,84 +327,6 @@ def cpu_name() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
-
-
-# ------------------------------------------------------------------------------ reporting
-
-
-def row_text(row: dict) -> str:
-    text = "{pattern} d{head_dim:<3} kv{kv_heads:<3} {length:>8}  {contender:<16}".format(**row)
-    if "error" in row:
-        return f"{text}  {row['error']}"
-    for kind in MEASURES:
-        found = row[kind]
-        text += f"  {kind} {found['seconds'] * 1e3:9.3f} ms {found['teraflops']:7.3g} TFLOP/s"
-        if found["share_of_roofline"]:
-            text += f" {found['share_of_roofline']:4.0%}"
-    return f"{text}  peak {row['peak_memory_bytes'] / 2**20:7.0f} MiB"
-
-
-def losses(results: list[dict]) -> list[dict]:
-    """Where a baseline is faster than what we offer: settings, lengths, measures and times."""
-    lost, cases = [], {}
-    for row in results:
-        if "error" not in row:
-            key = tuple(row[x] for x in (*Setting._fields, "length"))
-            cases.setdefault(key, {})[row["contender"]] = row
-    for case, kind in product(cases.values(), MEASURES):
-        name = next((name for name in OURS if name in case), None)
-        for baseline, row in case.items() if name else ():
-            if baseline != name and row[kind]["seconds"] < case[name][kind]["seconds"]:
-                where = {x: row[x] for x in (*Setting._fields, "length")}
-                times = {"seconds": row[kind]["seconds"], "ours": case[name][kind]["seconds"]}
-                lost.append({**where, "measure": kind, "baseline": baseline, **times})
-    return lost
-
-
-def losses_text(lost: list[dict]) -> list[str]:
-    if not lost:
-        return ["", "no baseline is faster anywhere"]
-    line = "{pattern} d{head_dim} kv{kv_heads} {length:>8}  {measure:<16}  {baseline} {x:.2f}x"
-    text = [line.format(**row, x=row["ours"] / row["seconds"]) for row in lost]
-    return ["", "faster than ours are", *text]
-
-
-def plot(results: list[dict], args, path: Path):
-    """A row of panels for each setting; time and TFLOP/s for each measure, roofline, memory."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [row for row in results if "error" not in row]
-    settings = list(dict.fromkeys(Setting(*(row[x] for x in Setting._fields)) for row in rows))
-    panels = [(f"{kind}: seconds", lambda r, kind=kind: r[kind]["seconds"]) for kind in MEASURES]
-    both = MEASURES[2]
-    panels.append((f"{both}: TFLOP/s", lambda r: r[both]["teraflops"]))
-    if peaks(args):
-        panels.append((f"{both}: share of roofline", lambda r: r[both]["share_of_roofline"]))
-    panels.append((f"{both}: peak MiB", lambda r: r["peak_memory_bytes"] / 2**20))
-
-    size = (4 * len(panels), 3.6 * len(settings))
-    figure, grid = plt.subplots(
-        len(settings), len(panels), figsize=size, layout="constrained", squeeze=False
-    )
-    for setting, axes in zip(settings, grid, strict=True):
-        title = f"{setting.pattern}, head_dim {setting.head_dim}, {setting.kv_heads} kv heads"
-        for axis, (name, value) in zip(axes, panels, strict=True):
-            for contender in args.contenders:
-                mine = [r for r in rows if r["contender"] == contender]
-                mine = [r for r in mine if Setting(*(r[x] for x in Setting._fields)) == setting]
-                points = [(r["length"], value(r)) for r in mine]
-                axis.plot(*zip(*points, strict=True) if points else ([], []), "o-", label=contender)
-            axis.set(title=f"{title}\n{name}", xlabel="sequence length (tokens)")
-            axis.set_xscale("log", base=2)
-            if "share" not in name:
-                axis.set_yscale("log")
-            axis.grid(alpha=0.3)
-        axes[0].legend(fontsize="small")
-    figure.suptitle(f"{machine(args)['device']}, {args.dtype}, {args.heads} heads, causal")
-    figure.savefig(path, dpi=80)
 
 
 if __name__ == "__main__":
