@@ -133,7 +133,7 @@ class _DilatedAttention(torch.autograd.Function):
 # The same as one opaque operator and one for its gradients, so that no graph breaks inside, with
 # any backend. Operators take numbers, strings, tensors and lists of integers: the pattern comes
 # as its segment lengths, rates and (flattened, branches x heads) offsets, the documents as a
-# tensor. `_empty_results` says what the results look like before there are any.
+# tensor. What is registered as fake says how the results look before there are any.
 
 
 @torch.library.custom_op("megalong::dilated_attention", mutates_args=())

@@ -59,6 +59,20 @@ def test_compiled_equals_eager(case, backend):
     assert_agree(compiled, run(case, inputs, backend=backend), 0)
 
 
+def test_shared_keys_and_values():
+    """Strides of zero, and one tensor as two inputs."""
+    q = torch.randn(2, 40, 4, 8, dtype=torch.float64)
+    k = torch.randn(2, 40, 1, 8, dtype=torch.float64).requires_grad_()
+
+    def loss(q, k):
+        shared = k.expand(2, 40, 4, 8)
+        return dilated_attention(q, shared, shared, LADDER).square().sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    gradients = [torch.autograd.grad(function(q, k), k)[0] for function in (loss, compiled)]
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.skipif(not shutil.which("c++"), reason="inductor needs a C++ compiler")
 def test_inductor():
     case = next(case for case in CORNERS if case.name == "grouped")

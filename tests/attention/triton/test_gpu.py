@@ -180,7 +180,7 @@ def test_contenders_compute_the_same(name, kv_heads, monkeypatch):
     try:
         out = contenders[name](pattern, *qkv[:2])(*qkv)
     except RuntimeError as error:
-        if "cuDNN" in name and "No available kernel" in str(error):
+        if "cuDNN" in name and ("No available" in str(error) or "No viable" in str(error)):
             pytest.skip(str(error))
         raise
     found = [out.detach(), *torch.autograd.grad(out, qkv, inputs[3])]
