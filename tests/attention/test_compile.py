@@ -1,10 +1,8 @@
 """torch.compile: one operator in the graph, without a break, with the results of eager mode."""
 
-import shutil
-
 import pytest
 import torch
-from attention_cases import assert_agree, corners, random_case
+from attention_cases import assert_agree, corners, needs_inductor, random_case
 
 from megalong.attention import DilatedPattern, dilated_attention
 from megalong.attention.dilated_attention import _backward_operator, _operator
@@ -73,7 +71,7 @@ def test_shared_keys_and_values():
     assert torch.equal(*gradients)
 
 
-@pytest.mark.skipif(not shutil.which("c++"), reason="inductor needs a C++ compiler")
+@needs_inductor
 def test_inductor():
     case = next(case for case in CORNERS if case.name == "grouped")
 

@@ -3,13 +3,13 @@
 import importlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from attention_cases import needs_inductor
 
 from megalong.attention import DilatedPattern, dilated_attention
 
@@ -57,7 +57,7 @@ def test_contender_is_its_attention(contenders, name, kv_heads, pattern):
     )  # fmt: skip
 
 
-@pytest.mark.skipif(not shutil.which("c++"), reason="FlexAttention on a CPU needs a C++ compiler")
+@needs_inductor
 @pytest.mark.parametrize(("kv_heads", "pattern"), [(8, "uneven"), (2, "rows in no branch")])
 def test_flex_attention(contenders, kv_heads, pattern):
     """On a CPU its forward alone exists; test_gpu.py has both."""

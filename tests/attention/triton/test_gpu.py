@@ -162,9 +162,17 @@ def test_rows_against_gathered_keys():
         torch.testing.assert_close(found.double(), value.detach(), rtol=0, atol=3e-5)
 
 
-@pytest.mark.parametrize("kv_heads", [8, 2])
 @pytest.mark.parametrize(
-    "name", ["dense (flash)", "dense (cuDNN)", "dilated (flex)", "dilated (gather)"]
+    ("name", "kv_heads"),
+    [
+        ("dense (flash)", 8),
+        ("dense (flash)", 2),
+        ("dense (cuDNN)", 8),
+        ("dense (cuDNN)", 2),
+        ("dilated (flex)", 2),  # compiles for half a minute
+        ("dilated (gather)", 8),
+        ("dilated (gather)", 2),
+    ],
 )
 def test_contenders_compute_the_same(name, kv_heads, monkeypatch):
     """What the benchmark compares us with, within the rounding of bfloat16."""
