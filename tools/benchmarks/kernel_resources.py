@@ -46,7 +46,7 @@ VARIANTS = {
     "dkdv": [("sparse", dkdv_kernel, {"MERGE": False}), ("base", dkdv_kernel, {"MERGE": True})],
 }
 # What training seldom or never runs, but must compile. "ones": Triton turns an integer argument
-# that is 1 (one head, one batch row, one slot) into a constant, which has other methods.
+# that is 1 (a stride, and whatever VARYING leaves out) into a constant, which has other methods.
 VARIANTS["rare"] = [
     ("delta", delta_kernel, {}),
     ("branch-delta", forward_kernel, {"EPILOGUE": "delta"}),
