@@ -3,6 +3,8 @@
 import pytest
 import torch
 from attention_cases import assert_agree, corners, needs_inductor, random_case
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 
 from megalong.attention import DilatedPattern, dilated_attention
 from megalong.attention.dilated_attention import _backward_operator, _operator
@@ -92,7 +94,7 @@ def test_inductor():
 
 
 def test_lengths_and_documents_do_not_compile_again():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(backend=counter, fullgraph=True, dynamic=True)
     def attend(q, starts):
@@ -132,7 +134,7 @@ def test_shapes_without_numbers():
     q, k, out = attend("meta", requires_grad=True)
     out.sum().backward()
     assert q.grad.shape == q.shape and k.grad.shape == k.shape
-    with torch._subclasses.FakeTensorMode():
+    with FakeTensorMode():
         assert attend("cuda")[2].device.type == "cuda"
 
 
