@@ -145,38 +145,43 @@ def measure(args, setting: Setting, length: int) -> list[dict]:
     flush_cache(args)
     before = torch.cuda.memory_allocated() if on_gpu(args) else 0
     pattern, tensors = inputs(args, setting, length)
-    rows, running = [], {}
-    for name in args.contenders:
-        if not wanted(args, name, length):
-            continue
-        rows.append({**setting._asdict(), "length": length, "contender": name})
+    names = [name for name in args.contenders if wanted(args, name, length)]
+    rows = {name: {**setting._asdict(), "length": length, "contender": name} for name in names}
+    running = {}
+    for name, row in rows.items():
         try:
-            running[name] = CONTENDERS[name](pattern, *tensors[:2])
-            warm_up(args, setting, name, running[name], tensors)
+            attention = CONTENDERS[name](pattern, *tensors[:2])
+            warm_up(args, setting, name, attention, tensors)
+            running[name] = attention
         except Exception as error:  # out of memory, not supported: that is a result, too
-            running.pop(name, None)
-            rows[-1]["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:150]
     times = {name: [] for name in running}
     for _ in range(args.repeats):
         for name, attention in running.items():
             times[name].append(time_once(args, attention, *tensors))
-    for row in rows:
-        name = row["contender"]
-        if name not in running:
-            continue
-        for kind, (flops, floor) in work(args, setting, length, name, pattern).items():
-            runs = [run[kind] for run in times[name]]
-            seconds = statistics.median(runs)
-            row[kind] = {"seconds": seconds, "least": min(runs), "largest": max(runs)}
-            row[kind]["teraflops"] = flops / seconds / 1e12
-            row[kind]["share_of_roofline"] = floor and floor / seconds
+    for name, attention in running.items():
+        rows[name] |= rates(times[name], work(args, setting, length, name, pattern))
         if on_gpu(args):
             torch.cuda.reset_peak_memory_stats()
-            time_once(args, running[name], *tensors)
-            row["peak_memory_bytes"] = torch.cuda.max_memory_allocated() - before
+            time_once(args, attention, *tensors)
+            peak = torch.cuda.max_memory_allocated() - before
         else:
-            row["peak_memory_bytes"] = peak_of_child(args, setting, length, name)
-    return rows
+            peak = peak_of_child(args, setting, length, name)
+        rows[name]["peak_memory_bytes"] = peak
+    return list(rows.values())
+
+
+def rates(runs: list[dict], work: dict) -> dict:
+    """Median and extreme times of each measure, and what they mean."""
+    found = {}
+    for kind, (flops, floor) in work.items():
+        times = [run[kind] for run in runs]
+        seconds = statistics.median(times)
+        found[kind] = {
+            "seconds": seconds, "least": min(times), "largest": max(times),
+            "teraflops": flops / seconds / 1e12, "share_of_roofline": floor and floor / seconds,
+        }  # fmt: skip
+    return found
 
 
 def wanted(args, name: str, length: int) -> bool:

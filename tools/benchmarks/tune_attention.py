@@ -145,7 +145,7 @@ def milliseconds(kernel: str, pattern, q, k, v, grad) -> float:
         function = forward if kernel == "forward" else backward
         return triton.testing.do_bench(function, return_mode="median")
     except (TritonError, RuntimeError) as error:
-        print(f"{type(error).__name__}: {str(error).splitlines()[0][:90]}")
+        print(f"{type(error).__name__}: {error}".splitlines()[0][:100])
         return float("inf")
 
 
