@@ -111,13 +111,15 @@ def backward(
     than these; "detached" runs the definition once more and leaves the gradient to autograd.
     """
     if mix_gradient == "detached":
-        with torch.enable_grad():
-            inputs = [x.detach().requires_grad_() for x in (q_bihd, k_bjgd, v_bjgd)]
-            out, _ = dilated_attention_reference(
-                *inputs, pattern, causal=causal, scale=scale, document_starts=document_starts,
+
+        def output(*qkv):
+            return dilated_attention_reference(
+                *qkv, pattern, causal=causal, scale=scale, document_starts=document_starts,
                 mix_gradient=mix_gradient,
-            )  # fmt: skip
-            return torch.autograd.grad(out, inputs, grad_bihd)
+            )[0]  # fmt: skip
+
+        # Not autograd.grad: that records nothing inside an operator, which is where this may run.
+        return torch.func.vjp(output, q_bihd, k_bjgd, v_bjgd)[1](grad_bihd)
     length, heads, kv_heads, device = *q_bihd.shape[1:3], k_bjgd.shape[2], q_bihd.device
     offered_nhij = offered_keys(pattern, length, heads, kv_heads, causal, document_starts, device)
     return _gradients(

@@ -18,7 +18,11 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from megalong.attention.dilated_attention import check_arguments, choose_backend
+from megalong.attention.dilated_attention import (
+    checked_documents,
+    checked_scale,
+    choose_backend,
+)
 from megalong.attention.exchange import SequenceGroup
 from megalong.attention.pattern import DilatedPattern
 from megalong.attention.sequence_plan import make_plan, merge
@@ -51,9 +55,8 @@ def sequence_parallel_attention(
     exact. lse is that of the shard's queries, (batch, heads, shard).
     """
     shards = Shards(sequence.rank, sequence.size, q.shape[1])
-    scale, document_starts = check_arguments(
-        q, k, v, pattern, scale, document_starts, shards.sequence_length
-    )
+    scale = checked_scale(q, k, v, pattern, scale)
+    document_starts = checked_documents(document_starts, shards.sequence_length)
     plan = make_plan(
         pattern, shards, q.shape[2], k.shape[2], bool(causal), document_starts, q.device
     )

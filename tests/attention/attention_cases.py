@@ -6,11 +6,20 @@ Every backend is held against the reference on the same cases, so this module kn
 from __future__ import annotations
 
 import random
+import shutil
+import sysconfig
 from dataclasses import dataclass
+from pathlib import Path
 
+import pytest
 import torch
 
 from megalong.attention import DilatedPattern, dilated_attention, dilated_attention_reference
+
+needs_inductor = pytest.mark.skipif(
+    not (shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()),
+    reason="torch.compile on a CPU needs g++ and Python's headers",
+)
 
 
 @dataclass(frozen=True)

@@ -14,4 +14,6 @@ def poisoned(monkeypatch):
         return empty.fill_(torch.nan) if empty.is_floating_point() else empty
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_new)
-    monkeypatch.setattr(torch, "empty_like", lambda x: empty_like(x).fill_(torch.nan))
+    monkeypatch.setattr(
+        torch, "empty_like", lambda x, **options: empty_like(x, **options).fill_(torch.nan)
+    )

@@ -1,38 +1,91 @@
-"""What the benchmark compares must compute the same function."""
+"""What the benchmark compares must compute the same function; and the benchmark itself."""
 
-import importlib.util
+import importlib
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from attention_cases import needs_inductor
 
 from megalong.attention import DilatedPattern, dilated_attention
 
-TOOL = Path(__file__).parents[2] / "tools" / "benchmarks" / "attention.py"
+TOOLS = Path(__file__).parents[2] / "tools" / "benchmarks"
+PATTERNS = {
+    "ladder": DilatedPattern.geometric(256, 16),
+    "uneven": DilatedPattern((32, 64, 500), (1, 6, 12)),
+    "rows in no branch": DilatedPattern((64,), (4,), "block"),
+}
 
 
 @pytest.fixture(scope="module")
-def benchmark_tool():
-    spec = importlib.util.spec_from_file_location("attention_benchmark", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def contenders():
+    sys.path.insert(0, str(TOOLS))
+    yield importlib.import_module("contenders").CONTENDERS
+    sys.path.remove(str(TOOLS))
 
 
-@pytest.mark.parametrize("kv_heads", [8, 2])
-@pytest.mark.parametrize("name", ["dilated (gather)", "dilated (sdpa)"])
-def test_contender_is_dilated_attention(benchmark_tool, name, kv_heads):
-    pattern = DilatedPattern.geometric(256, 16)
-    q, k, v = (
-        torch.randn(2, 256, heads, 8, dtype=torch.float64, requires_grad=True)
-        for heads in (8, kv_heads, kv_heads)
-    )
+def tensors(kv_heads, dtype=torch.float64, length=256, head_dim=8, device="cpu", **options):
+    generator = torch.Generator().manual_seed(0)
+    for heads in (8, kv_heads, kv_heads):
+        x = torch.randn(2, length, heads, head_dim, generator=generator, dtype=torch.float64)
+        yield x.to(device=device, dtype=dtype).requires_grad_(**options)
+
+
+def expected(name, pattern, q, k, v):
+    if name.startswith("dense"):
+        pattern = DilatedPattern((q.shape[1],), (1,))
     mix_gradient = "detached" if "gather" in name else "exact"
-    expected = dilated_attention(q, k, v, pattern, backend="reference", mix_gradient=mix_gradient)
-    found = benchmark_tool.CONTENDERS[name](pattern)(q, k, v)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    return dilated_attention(q, k, v, pattern, backend="reference", mix_gradient=mix_gradient)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize("name", ["dense (flash)", "dilated (gather)", "dilated (sdpa)"])
+def test_contender_is_its_attention(contenders, name, kv_heads, pattern):
+    """The interpreter's tests hold "dilated (triton)" against the same reference."""
+    q, k, v = tensors(kv_heads)
+    found, wanted = contenders[name](pattern, q, k)(q, k, v), expected(name, pattern, q, k, v)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
     grad = torch.randn_like(found)
     torch.testing.assert_close(
-        torch.autograd.grad(found, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad),
+        torch.autograd.grad(found, (q, k, v), grad), torch.autograd.grad(wanted, (q, k, v), grad),
         rtol=0, atol=1e-12,
     )  # fmt: skip
+
+
+@needs_inductor
+@pytest.mark.parametrize(("kv_heads", "pattern"), [(8, "uneven"), (2, "rows in no branch")])
+def test_flex_attention(contenders, kv_heads, pattern):
+    """On a CPU its forward alone exists; test_gpu.py has both."""
+    pattern = PATTERNS[pattern]
+    q, k, v = (x.detach() for x in tensors(kv_heads, torch.float32, head_dim=16))
+    found = contenders["dilated (flex)"](pattern, q, k)(q, k, v)
+    wanted = expected("dilated (flex)", pattern, q, k, v)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_benchmark_measures_and_reports(tmp_path):
+    command = [sys.executable, str(TOOLS / "attention.py"), "--quick", "--patterns", "L"]
+    command += ["--kv-heads", "2", "--contenders", "dilated (gather)", "dilated (sdpa)"]
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    subprocess.run(
+        [*command, "--output", str(tmp_path)], check=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    report = json.loads((tmp_path / "attention.json").read_text())
+    assert len(report["results"]) == 4
+    for row in report["results"]:
+        assert row["peak_memory_bytes"] > 0
+        times = [row[kind] for kind in ("forward", "backward", "forward+backward")]
+        assert all(x["least"] <= x["seconds"] <= x["largest"] for x in times)
+        assert times[1]["seconds"] <= times[2]["seconds"]
+        flops = [x["teraflops"] * x["seconds"] for x in times]
+        assert flops[1] == pytest.approx(2.5 * flops[0])
+    for row in report["losses"]:
+        assert row["seconds"] < row["ours"]
+    assert (tmp_path / "attention.png").stat().st_size > 10_000
+    assert "dilated (sdpa)" in (tmp_path / "attention.txt").read_text()

@@ -1,23 +1,31 @@
-"""Time and memory of one attention layer: dilated against dense, by sequence length.
+"""Time, memory and arithmetic rate of one attention layer: dilated against dense, by length.
 
-On a CPU, from the repository's root (about five minutes on two cores):
+On a CPU, from the repository's root (about five minutes on two cores; --quick: half a minute):
 
     python tools/benchmarks/attention.py --output runs/attention-benchmark
 
-In a minute: --lengths 2048 8192 --repeats 1. On a GPU:
+On a GPU ("make gpu" does about this, after the tests that need a GPU):
 
-    python tools/benchmarks/attention.py --device cuda --dtype bfloat16 --heads 16 --head-dim 128 \\
-        --lengths 2048 8192 32768 131072 524288 --longest-dense 131072 --output runs/gpu
+    python tools/benchmarks/attention.py --device cuda --dtype bfloat16 --heads 16 \\
+        --patterns A B L --head-dims 64 128 --kv-heads 16 4 2 --repeats 20 \\
+        --lengths 2048 8192 32768 131072 1048576 --longest-dense 131072 --output runs/gpu
 
-("make gpu" does this for head_dim 64 and 128, after the tests that need a GPU.)
+Patterns, with w0 = --first-segment-length, up to the length of the sequence:
+    A   w = w0 * 4^k, r = 4^k      B   w = w0 * 4^k, r = 2^k
+    L   the paper's: w = w0 * (1, 2, 4, 8, 16), r = (1, 2, 4, 6, 12), at every length
+Contenders, all causal: see contenders.py. They take turns within each repeat, so that a slow moment
+of the machine hits all of them. "forward" runs without autograd; "backward" is the backward pass
+alone; "forward+backward" both. Medians are reported, with the least and the largest time. On a GPU
+times lie between two events after its L2 cache was flushed.
 
-The contenders take turns within each repeat, so that a slow moment of the machine hits all of
-them, and medians are reported. "forward" runs without autograd; "forward+backward" includes both.
+TFLOP/s count useful work: 4 head_dim operations forward and 2.5 times as many backward for each
+pair of a query and a key that the pattern offers (a dense contender's pairs are all of the causal
+ones). The roofline is the longer of work / peak rate and bytes / bandwidth, where every input is
+read and every result is written once; the share is that time / the measured time.
+
 Peak memory is of forward and backward, inputs included: on a GPU what PyTorch allocated, on a CPU
-the growth of the resident memory of a fresh process (Linux). Attention is causal; the pattern is
-DilatedPattern.geometric for each length. Writes attention.json and attention.png into --output.
-
-To add a contender, give it a line in CONTENDERS.
+the growth of the resident memory of a fresh process (Linux). Writes attention.json, attention.txt
+and attention.png into --output; the first two list where we lose to a baseline.
 """
 
 from __future__ import annotations
@@ -31,76 +39,62 @@ import statistics
 import subprocess
 import sys
 import time
-from functools import partial
+from functools import cache
+from itertools import product
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from attention_report import MEASURES, Setting, losses, losses_text, plot, row_text
+from contenders import CONTENDERS, ON_CPU
 
-from megalong.attention import DilatedPattern, dense_attention, dilated_attention, sdpa
+from megalong.attention import DilatedPattern
 
-# Name -> function of a pattern that returns attention(q, k, v), all (batch, sequence, heads,
-# head_dim). A new backend or a rival implementation is one more line.
-CONTENDERS = {
-    "dense": lambda pattern: dense_attention,
-    "dense (cuDNN)": lambda pattern: cudnn_attention,
-    "dilated (gather)": lambda pattern: partial(gathered_attention, pattern=pattern),
-    "dilated (sdpa)": lambda pattern: partial(dilated_attention, pattern=pattern, backend="sdpa"),
-    "dilated (triton)": lambda pattern: partial(
-        dilated_attention, pattern=pattern, backend="triton"
-    ),
+# Dense bfloat16 FLOP/s (half of what is advertised "with sparsity") and bytes/s, by a part of the
+# device's name; the first that fits. From NVIDIA's data sheets of the A100 (2021), H100 (2023),
+# H200 (2024) and HGX B200 (2025).
+PEAKS = {
+    "A100-SXM4-80GB": (312e12, 2.039e12),
+    "A100 80GB PCIe": (312e12, 1.935e12),
+    "A100": (312e12, 1.555e12),
+    "H100 PCIe": (756e12, 2.0e12),
+    "H100 NVL": (835e12, 3.9e12),
+    "H100": (989e12, 3.35e12),
+    "H200 NVL": (835e12, 4.8e12),
+    "H200": (989e12, 4.8e12),
+    "B200": (2250e12, 8.0e12),
 }
-QUADRATIC = {"dense", "dense (cuDNN)"}  # skipped beyond --longest-dense
-ON_CPU = ["dense", "dilated (sdpa)"]  # the default there; the others are measured on a GPU
-MEASURES = ("forward", "forward+backward")
-
-
-def cudnn_attention(q, k, v):
-    """Dense causal attention by cuDNN."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return dense_attention(q, k, v)
-
-
-def gathered_attention(q, k, v, pattern):
-    """How dilated attention is usually written: copy the rows of a branch, attend, scatter, mix.
-
-    As in torchscale, the mixing weights carry no gradient. Causal; the segment lengths must be
-    multiples of the rates and divide the sequence, as those of a geometric ladder of powers do.
-    """
-    batch, length, heads, head_dim = q.shape
-    offsets = torch.tensor(pattern.offsets(heads, k.shape[2]), device=q.device)
-    k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (k, v))
-    every_head = torch.arange(heads, device=q.device)
-    outs, lses = [], []
-    for (width, rate), offset in zip(pattern.branches, offsets, strict=True):
-        shape = (batch, length // width, width // rate, rate, heads)
-        rows = (slice(None), slice(None), slice(None), offset, every_head)
-        folded = [x.view(*shape, head_dim)[rows].flatten(0, 1).transpose(1, 2) for x in (q, k, v)]
-        out, lse = sdpa.attend(*folded, True, head_dim**-0.5)
-        full_out = out.new_zeros(*shape, head_dim)
-        full_out[rows] = out.transpose(1, 2).unflatten(0, shape[:2])
-        full_lse = lse.new_full(shape, -torch.inf)
-        full_lse[rows] = lse.detach().transpose(1, 2).unflatten(0, shape[:2])
-        outs.append(full_out.view(q.shape))
-        lses.append(full_lse.view(q.shape[:3]))
-    weights = torch.stack(lses).softmax(0).to(q.dtype)
-    return sum(weight[..., None] * out for weight, out in zip(weights, outs, strict=True))
 
 
 def main():
     args = parse_arguments()
+    settings = [Setting(*x) for x in product(args.patterns, args.head_dims, args.kv_heads)]
     if args.measure_memory:
-        print(peak_memory(args, args.measure_memory, args.lengths[0]))
+        print(resident_peak(args, settings[0], args.lengths[0], args.measure_memory))
         return
-    results = [row for length in args.lengths for row in measure(args, length)]
-    for length in args.lengths:
-        print_ratios(length, [row for row in results if row["length"] == length])
+    results = []
+    for setting, length in product(settings, args.lengths):
+        for row in measure(args, setting, length):
+            print(row_text(row), flush=True)
+            results.append(row)
+        write(args, results)  # each time: a run that is cut off leaves what it has
+    print("\n".join(losses_text(losses(results))))
     if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
-        report = {"machine": machine(args), "settings": settings(args), "results": results}
-        (args.output / "attention.json").write_text(json.dumps(report, indent=1) + "\n")
-        plot(results, args, args.output / "attention.png")
-        print(f"wrote {args.output}/attention.json and attention.png")
+        title = f"{machine(args)['device']}, {args.dtype}, {args.heads} heads, causal"
+        plot(results, title, args.output / "attention.png")
+        print(f"wrote {args.output}/attention.json, attention.txt and attention.png")
+
+
+def write(args, results: list[dict]):
+    """attention.json and attention.txt, if there is a folder for them."""
+    if not args.output:
+        return
+    args.output.mkdir(parents=True, exist_ok=True)
+    lost, about = losses(results), machine(args)
+    flags = {k: v for k, v in vars(args).items() if k not in ("output", "measure_memory")}
+    report = {"machine": about, "flags": flags, "results": results, "losses": lost}
+    (args.output / "attention.json").write_text(json.dumps(report, indent=1) + "\n")
+    lines = [f"{about}", f"{flags}", "", *map(row_text, results), *losses_text(lost)]
+    (args.output / "attention.txt").write_text("\n".join(lines) + "\n")
 
 
 def parse_arguments():
@@ -109,107 +103,208 @@ def parse_arguments():
     )
     lengths = [2048, 4096, 8192, 16384, 32768, 65536]
     add = parser.add_argument
+    add("--patterns", nargs="+", default=["A"], choices=("A", "B", "L"))
+    add("--head-dims", type=int, nargs="+", default=[64])
+    add("--heads", type=int, default=4)
+    add("--kv-heads", type=int, nargs="+", help="default: as many as heads")
     add("--lengths", type=int, nargs="+", default=lengths, help="sequence lengths, in tokens")
     add("--longest-dense", type=int, default=32768, help="no dense attention beyond this length")
+    add("--flex-lengths", type=int, nargs="*", default=[], help="it compiles for each: only these")
     add("--batch", type=int, default=1)
-    add("--heads", type=int, default=4)
-    add("--kv-heads", type=int, help="default: as many as heads")
-    add("--head-dim", type=int, default=64)
-    add("--first-segment-length", type=int, default=2048, help="of the pattern's ladder")
-    add("--ratio", type=int, default=4, help="of the pattern's ladder")
+    add("--first-segment-length", type=int, default=2048, help="w0 of the patterns")
     add("--contenders", nargs="+", choices=CONTENDERS, help="default: all that the device can run")
     add("--device", default="cpu")
     add("--dtype", default="float32", choices=("float64", "float32", "bfloat16", "float16"))
     add("--repeats", type=int, default=3, help="medians are over so many runs")
-    add("--output", type=Path, help="folder for attention.json and attention.png")
+    add("--quick", action="store_true", help="short sequences and one run: to see that all works")
+    add("--output", type=Path, help="folder for the results")
     add("--measure-memory", choices=CONTENDERS, help=argparse.SUPPRESS)  # one child's only task
     args = parser.parse_args()
-    args.kv_heads = args.kv_heads or args.heads
-    args.contenders = args.contenders or (ON_CPU if args.device == "cpu" else list(CONTENDERS))
+    if args.quick:
+        args.lengths, args.first_segment_length, args.repeats = [512, 1024], 128, 1
+    args.kv_heads = args.kv_heads or [args.heads]
+    args.contenders = args.contenders or list(CONTENDERS if on_gpu(args) else ON_CPU)
     return args
 
 
-def measure(args, length: int) -> list[dict]:
+def pattern_of(name: str, length: int, first: int) -> DilatedPattern:
+    if name == "L":
+        widths = [first * factor for factor in (1, 2, 4, 8, 16)]
+        return DilatedPattern(widths, (1, 2, 4, 6, 12))
+    ladder = DilatedPattern.geometric(length, first, 4)
+    if name == "A":
+        return ladder
+    return DilatedPattern(ladder.segment_lengths, [2**k for k in range(len(ladder.branches))])
+
+
+# ------------------------------------------------------------------------------ measuring
+
+
+def measure(args, setting: Setting, length: int) -> list[dict]:
     """One row for each contender at one length."""
-    names = [n for n in args.contenders if length <= args.longest_dense or n not in QUADRATIC]
-    seconds = {name: {measure: [] for measure in MEASURES} for name in names}
-    for name in names:  # warm up, on less where the run itself takes seconds
-        time_once(args, name, min(length, 4096), MEASURES[1])
+    flush_cache(args)
+    before = torch.cuda.memory_allocated() if on_gpu(args) else 0
+    pattern, tensors = inputs(args, setting, length)
+    names = [name for name in args.contenders if wanted(args, name, length)]
+    rows = {name: {**setting._asdict(), "length": length, "contender": name} for name in names}
+    running = {}
+    for name, row in rows.items():
+        try:
+            attention = CONTENDERS[name](pattern, *tensors[:2])
+            warm_up(args, setting, name, attention, tensors)
+            running[name] = attention
+        except Exception as error:  # out of memory, not supported: that is a result, too
+            row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:150]
+    times = {name: [] for name in running}
     for _ in range(args.repeats):
-        for name in names:
-            for kind in MEASURES:
-                seconds[name][kind].append(time_once(args, name, length, kind))
-    rows = []
-    for name in names:
-        row = {"contender": name, "length": length}
-        row |= {f"{kind}_seconds": statistics.median(seconds[name][kind]) for kind in MEASURES}
-        row |= {f"{kind}_runs": seconds[name][kind] for kind in MEASURES}
-        row["peak_memory_bytes"] = memory_of(args, name, length)
-        rows.append(row)
-        print(
-            f"{length:>8} tokens  {name:<16}"
-            + "".join(f"  {kind} {row[f'{kind}_seconds'] * 1e3:9.1f} ms" for kind in MEASURES)
-            + f"  peak {row['peak_memory_bytes'] / 2**20:8.0f} MiB",
-            flush=True,
-        )
-    return rows
+        for name, attention in running.items():
+            times[name].append(time_once(args, attention, *tensors))
+    for name, attention in running.items():
+        rows[name] |= rates(times[name], work(args, setting, length, name, pattern))
+        if on_gpu(args):
+            torch.cuda.reset_peak_memory_stats()
+            time_once(args, attention, *tensors)
+            peak = torch.cuda.max_memory_allocated() - before
+        else:
+            peak = peak_of_child(args, setting, length, name)
+        rows[name]["peak_memory_bytes"] = peak
+    return list(rows.values())
 
 
-def time_once(args, name: str, length: int, kind: str) -> float:
-    attention, q, k, v = setting(args, name, length, requires_grad=kind == MEASURES[1])
-    synchronize(args)
-    start = time.perf_counter()
-    with torch.set_grad_enabled(kind == MEASURES[1]):
-        out = attention(q, k, v)
-        if kind == MEASURES[1]:
-            out.backward(q.detach())
-    synchronize(args)
-    return time.perf_counter() - start
+def rates(runs: list[dict], work: dict) -> dict:
+    """Median and extreme times of each measure, and what they mean."""
+    found = {}
+    for kind, (flops, floor) in work.items():
+        times = [run[kind] for run in runs]
+        seconds = statistics.median(times)
+        found[kind] = {
+            "seconds": seconds, "least": min(times), "largest": max(times),
+            "teraflops": flops / seconds / 1e12, "share_of_roofline": floor and floor / seconds,
+        }  # fmt: skip
+    return found
 
 
-def setting(args, name: str, length: int, requires_grad: bool):
-    """A contender's function and random inputs for it."""
-    pattern = DilatedPattern.geometric(length, args.first_segment_length, args.ratio)
+def wanted(args, name: str, length: int) -> bool:
+    if "flex" in name:
+        return length in args.flex_lengths
+    return "dense" not in name or length <= args.longest_dense
+
+
+def inputs(args, setting: Setting, length: int):
+    """The pattern, and q, k, v and the gradient of the output."""
     generator = torch.Generator(args.device).manual_seed(0)
+    heads = (args.heads, setting.kv_heads, setting.kv_heads, args.heads)
     tensors = [
         torch.randn(
-            args.batch, length, heads, args.head_dim, generator=generator, device=args.device,
-            dtype=getattr(torch, args.dtype), requires_grad=requires_grad,
+            args.batch, length, h, setting.head_dim, generator=generator, device=args.device,
+            dtype=getattr(torch, args.dtype), requires_grad=number < 3,
         )
-        for heads in (args.heads, args.kv_heads, args.kv_heads)
+        for number, h in enumerate(heads)
     ]  # fmt: skip
-    return CONTENDERS[name](pattern), *tensors
+    return pattern_of(setting.pattern, length, args.first_segment_length), tensors
 
 
-def synchronize(args):
-    if args.device.startswith("cuda"):
+def warm_up(args, setting: Setting, name: str, attention, tensors):
+    """Compile, choose algorithms, start threads; on a CPU, where runs take long, with less."""
+    if not on_gpu(args) and "flex" not in name:
+        pattern, tensors = inputs(args, setting, min(tensors[0].shape[1], 2048))
+        attention = CONTENDERS[name](pattern, *tensors[:2])
+    time_once(args, attention, *tensors)
+
+
+def time_once(args, attention, q, k, v, grad) -> dict[str, float]:
+    """Seconds of each of MEASURES."""
+    flush_cache(args)
+    with torch.no_grad():
+        marks = [mark(args)]
+        attention(q, k, v)
+        marks.append(mark(args))
+    flush_cache(args)
+    marks.append(mark(args))
+    out = attention(q, k, v)
+    marks.append(mark(args))
+    torch.autograd.grad(out, (q, k, v), grad)
+    marks.append(mark(args))
+    spans = zip(MEASURES, ((0, 1), (3, 4), (2, 4)), strict=True)
+    if on_gpu(args):
         torch.cuda.synchronize()
+        return {kind: marks[a].elapsed_time(marks[b]) / 1e3 for kind, (a, b) in spans}
+    return {kind: marks[b] - marks[a] for kind, (a, b) in spans}
 
 
-def memory_of(args, name: str, length: int) -> int:
-    """Peak bytes of one forward and backward; on a CPU a fresh process measures itself."""
-    if args.device.startswith("cuda"):
-        return peak_memory(args, name, length)
+def mark(args):
+    if not on_gpu(args):
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def flush_cache(args):
+    if on_gpu(args):
+        larger_than_cache(args.device).zero_()
+
+
+@cache
+def larger_than_cache(device: str) -> torch.Tensor:
+    return torch.empty(2**28, dtype=torch.int8, device=device)
+
+
+def on_gpu(args) -> bool:
+    return args.device.startswith("cuda")
+
+
+def work(args, setting: Setting, length: int, name: str, pattern: DilatedPattern) -> dict:
+    """{measure: (useful FLOPs, least seconds on this device or None)}."""
+    if name.startswith("dense"):
+        pattern = DilatedPattern((length,), (1,))
+    forward = args.batch * pattern.attention_flops(
+        length, args.heads, setting.kv_heads, setting.head_dim, causal=True
+    )
+    flops = {"forward": forward, "backward": 2.5 * forward, "forward+backward": 3.5 * forward}
+    # Forward: q, k, v in, output and log-sum-exp out. Backward: these and the output's gradient in,
+    # three gradients out.
+    rows = args.batch * length * (args.heads + setting.kv_heads)
+    item, lse = getattr(torch, args.dtype).itemsize, 4 * args.batch * length * args.heads
+    forward_bytes = 2 * rows * setting.head_dim * item + lse
+    backward_bytes = 4 * rows * setting.head_dim * item + lse
+    moved = (forward_bytes, backward_bytes, forward_bytes + backward_bytes)
+    peak = peaks(args)
+    floors = [
+        peak and max(flops[kind] / peak[0], count / peak[1])
+        for kind, count in zip(MEASURES, moved, strict=True)
+    ]
+    return {kind: (flops[kind], floor) for kind, floor in zip(MEASURES, floors, strict=True)}
+
+
+def peaks(args) -> tuple[float, float] | None:
+    if not on_gpu(args) or args.dtype not in ("bfloat16", "float16"):
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def peak_of_child(args, setting: Setting, length: int, name: str) -> int:
+    """A fresh process measures itself: this one's memory has seen other contenders."""
     command = [sys.executable, __file__, "--measure-memory", name, "--lengths", str(length)]
-    for field in ("batch", "heads", "kv_heads", "head_dim", "first_segment_length", "ratio"):
+    command += ["--patterns", setting.pattern, "--head-dims", str(setting.head_dim)]
+    command += ["--kv-heads", str(setting.kv_heads), "--dtype", args.dtype]
+    for field in ("batch", "heads", "first_segment_length"):
         command += [f"--{field.replace('_', '-')}", str(getattr(args, field))]
-    command += ["--dtype", args.dtype]
     path = os.pathsep.join(entry for entry in sys.path if entry)
     environment = {**os.environ, "PYTHONPATH": path}
     result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return int(result.stdout)
 
 
-def peak_memory(args, name: str, length: int) -> int:
-    if args.device.startswith("cuda"):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        time_once(args, name, length, MEASURES[1])
-        return torch.cuda.max_memory_allocated() - before
-    time_once(args, name, 256, MEASURES[1])  # libraries loaded, threads started
+def resident_peak(args, setting: Setting, length: int, name: str) -> int:
+    def run(length):
+        pattern, tensors = inputs(args, setting, length)
+        time_once(args, CONTENDERS[name](pattern, *tensors[:2]), *tensors)
+
+    run(256)  # libraries loaded, threads started
     before = resident_bytes("VmRSS")
-    time_once(args, name, length, MEASURES[1])
+    run(length)
     return resident_bytes("VmHWM") - before
 
 
@@ -222,22 +317,9 @@ def resident_bytes(field: str) -> int:
     return 1024 * int(re.search(rf"{field}:\s*(\d+)", status)[1])
 
 
-def print_ratios(length: int, rows: list[dict]):
-    """How many times faster than the first contender the others are."""
-    base, *others = rows
-    for row in others:
-        ratios = [base[f"{kind}_seconds"] / row[f"{kind}_seconds"] for kind in MEASURES]
-        print(
-            f"{length:>8} tokens  {row['contender']} is "
-            + ", ".join(f"{r:.1f}x ({kind})" for r, kind in zip(ratios, MEASURES, strict=True))
-            + f" as fast as {base['contender']}"
-        )
-
-
 def machine(args) -> dict:
-    cuda = args.device.startswith("cuda")
     return {
-        "device": torch.cuda.get_device_name() if cuda else cpu_name(),
+        "device": torch.cuda.get_device_name() if on_gpu(args) else cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -250,36 +332,6 @@ def cpu_name() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
-
-
-def settings(args) -> dict:
-    return {k: v for k, v in vars(args).items() if k not in ("output", "measure_memory")}
-
-
-def plot(results: list[dict], args, path: Path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    panels = [(f"{kind}_seconds", kind, "seconds", 1) for kind in MEASURES]
-    panels.append(("peak_memory_bytes", "peak memory, forward+backward", "MiB", 2**20))
-    for axis, (field, title, unit, divisor) in zip(axes, panels, strict=True):
-        for name in args.contenders:
-            rows = [row for row in results if row["contender"] == name]
-            lengths = [row["length"] for row in rows]
-            axis.plot(lengths, [row[field] / divisor for row in rows], "o-", label=name)
-        axis.set(title=title, xlabel="sequence length (tokens)", ylabel=unit)
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.suptitle(
-        f"{machine(args)['device']}, {args.dtype}, {args.heads} heads of {args.head_dim}, "
-        f"ladder {args.first_segment_length} x {args.ratio}^k, causal"
-    )
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,14 @@ LOG2E = tl.constexpr(1.4426950408889634)  # softmax runs in base 2: exp(x) = exp
 LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
 
-# Integer arguments that change with the length of a sequence and with the documents in it. Triton
-# would compile once more for each that turns into 1 or into a multiple of 16.
+# Integer arguments that change with the length of a sequence, the documents in it, the pattern and
+# the heads. Triton would compile once more for each that turns into 1 or into a multiple of 16.
 VARYING = (
     "tiles",
+    "branches",
+    "heads",
+    "kv_heads",
+    "slots",
     "queries",
     "partial_rows",
     "delta_rows",

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
+from megalong.attention.layout import dense_rows, empty_rows
 from megalong.attention.triton.backward_kernels import delta_kernel, dkdv_kernel, dq_kernel
 from megalong.attention.triton.configurations import (
     configuration,
@@ -29,17 +30,6 @@ def launch(kernel, programs: int, device: torch.device, *arguments, **names):
     if programs:
         with torch.cuda.device(device.index if device.type == "cuda" else -1):
             kernel[(programs,)](*arguments, **names, enable_fp_fusion=True)
-
-
-def dense_rows(x_bshd: torch.Tensor) -> torch.Tensor:
-    """The kernels want the numbers of a row side by side; every other stride is free."""
-    return x_bshd if x_bshd.stride(-1) == 1 else x_bshd.contiguous()
-
-
-def empty_rows(x_bshd: torch.Tensor) -> torch.Tensor:
-    """Uninitialised, with x's order of the axes in memory where that keeps rows dense."""
-    empty = torch.empty_like(x_bshd)
-    return empty if empty.stride(-1) == 1 else x_bshd.new_empty(x_bshd.shape)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import torch
 
+from megalong.attention.layout import dense_rows, empty_rows
 from megalong.attention.pattern import DilatedPattern
 from megalong.attention.triton.launch import (
     accumulator,
-    dense_rows,
-    empty_rows,
     launch_delta,
     launch_dkdv,
     launch_dq,

@@ -254,6 +254,21 @@ def test_attend_rows_merge_to_attention_over_all_keys():
         torch.testing.assert_close(keys, expected[number], rtol=0, atol=1e-13)
 
 
+def test_compiled_equals_eager():
+    case = small_case(3)
+    *qkv, grad = case.inputs(torch.float32)
+
+    def attend(q, k, v):
+        return dilated_attention(q, k, v, case.pattern, backend="triton", **case.options)
+
+    results = []
+    for function in (attend, torch.compile(attend, backend="aot_eager", fullgraph=True)):
+        inputs = [x.detach().requires_grad_() for x in qkv]
+        out = function(*inputs)
+        results.append([out.detach(), *torch.autograd.grad(out, inputs, grad)])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 def test_auto_takes_the_interpreter_but_not_for_bfloat16():
     q = torch.randn(1, 4, 1, 16)
     assert choose_backend("auto", q).__name__.endswith(".triton")

@@ -12,11 +12,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-HERE = Path(__file__).parent
+from megalong.attention.triton import configurations
+from megalong.attention.triton.configurations import (
+    FILE_VARIABLE,
+    SHARED_MEMORY,
+    Configuration,
+    configuration,
+    newest_that_fits,
+)
+
+TOOLS = Path(__file__).parents[3] / "tools" / "benchmarks"
 ITEMS = [f"{kernel}:{d}" for d in (64, 128, 256) for kernel in ("forward", "dq", "dkdv")]
-# Bytes of shared memory of a block: what sm_86 and sm_89 have too, and what sm_90 has.
-SHARED = {80: 99 * 1024, 90: 227 * 1024}
 # Bytes of stack allowed, (sparse, base). Whatever is not here must not spill at all.
 STACK = {
     (80, "bfloat16", "dkdv", 64): (96, 56),
@@ -30,15 +38,19 @@ STACK = {
 }
 
 
-def compiled(generation, dtype, items, folder):
-    """The lines of compile_kernels.py, in a process where nothing is interpreted or cached."""
+def run(command, folder):
+    """The lines a tool prints, in a process where nothing is interpreted or cached."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder)
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    command = [sys.executable, str(HERE / "compile_kernels.py"), str(generation), dtype, *items]
+    command = [sys.executable, str(TOOLS / command[0]), *command[1:]]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def compiled(generation, dtype, items, folder):
+    return run(["kernel_resources.py", str(generation), dtype, *items], folder)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +71,7 @@ def test_resources(generation, dtype, items, tmp_path):
     for line in lines:
         allowed = STACK.get((generation, dtype, line["kernel"], line["head_dim"]), (0, 0))
         assert line["stack"] <= allowed[line["variant"] == "base"], line
-        assert line["shared"] <= SHARED[generation], line
+        assert line["shared"] <= SHARED_MEMORY[generation], line
         if generation == 90 and dtype != "float32":
             assert line["hgmma"] > 0, line
         else:
@@ -69,3 +81,37 @@ def test_resources(generation, dtype, items, tmp_path):
 def test_rare_variants_compile(tmp_path):
     """The interpreter runs much that does not compile."""
     assert len(compiled(80, "bfloat16", ["rare:16"], tmp_path)) >= 30
+
+
+def test_newer_gpus_take_lines_that_fit(tmp_path):
+    """sm_100 has the shared memory of sm_90, sm_120 that of sm_89: neither has lines of its own."""
+    assert newest_that_fits((8, 6), 99 * 1024) == 80
+    assert newest_that_fits((9, 0), 227 * 1024) == 90
+    for generation, shared, lines in ((100, 227 * 1024, 90), (120, 99 * 1024, 80)):
+        assert newest_that_fits(divmod(generation, 10), shared) == lines
+        for line in compiled(generation, "bfloat16", ["forward:128"], tmp_path):
+            assert line["tile"] == list(configuration("forward", 128, torch.bfloat16, lines))
+            assert line["shared"] <= shared, line
+
+
+def test_tuning_says_what_the_compiler_makes_of_candidates(tmp_path):
+    """Without a GPU; the times need one."""
+    options = ["--generation", "80", "--head-dim", "64", "--kernels", "dq", "--most", "2"]
+    lines = run(["tune_attention.py", "--compile-only", *options], tmp_path)
+    assert len(lines) == 4
+    for line in lines:
+        assert line["tile"][:3] == [64, 32, 4] and line["fits"] and line["hmma"] > 0
+
+
+def test_lines_from_a_file(tmp_path, monkeypatch):
+    """Its lines win, others stay, and a broken one is refused by name."""
+    file = tmp_path / "tuned.json"
+    monkeypatch.setenv(FILE_VARIABLE, str(file))
+    file.write_text('{"sm_90 half 128": [[64, 64, 4, 2], [64, 32, 4, 2], [32, 64, 4, 2]]}')
+    found = configuration("dkdv", 100, torch.bfloat16, 90)
+    assert found == Configuration(32, 64, 4, 2)
+    assert configuration("dkdv", 64, torch.bfloat16, 90) == Configuration(32, 128, 8, 3)
+    configurations.table_with.cache_clear()
+    file.write_text('{"sm_90 half 128": [[64, 64, 4]]}')
+    with pytest.raises(ValueError, match=r"sm_90 half 128.* is no line of the table"):
+        configuration("forward", 128, torch.bfloat16, 90)

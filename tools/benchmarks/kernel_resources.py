@@ -1,11 +1,11 @@
 """Compile kernels for a GPU that is not there, and count what ptxas made of them.
 
-    python tests/attention/triton/compile_kernels.py 90 bfloat16 forward:64 dkdv:128 rare:64 ...
+    python tools/benchmarks/kernel_resources.py 90 bfloat16 forward:64 dkdv:128 rare:64 ...
 
-prints one line of JSON for each variant of each kernel and head_dim: registers, bytes of stack
-(spills), shared memory, and the tensor-core instructions found. It needs no GPU, only the ptxas
-and cuobjdump inside the triton package. A process of its own: the kernels must not have been
-imported under TRITON_INTERPRET.
+prints one line of JSON for each variant of each kernel and head_dim, as configurations.py has them:
+registers, bytes of stack (spills), shared memory, and the tensor-core instructions found. It needs
+no GPU, only the ptxas and cuobjdump inside the triton package. Not under TRITON_INTERPRET.
+tune_attention.py uses it, and so do the tests.
 """
 
 import json
@@ -25,11 +25,18 @@ from megalong.attention.triton.backward_kernels import (
     dkdv_kernel,
     dq_kernel,
 )
-from megalong.attention.triton.configurations import configuration, padded_head_dim
+from megalong.attention.triton.configurations import (
+    SHARED_MEMORY,
+    Configuration,
+    configuration,
+    newest_that_fits,
+    padded_head_dim,
+)
 from megalong.attention.triton.forward_kernel import forward_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+SHARED_OF = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 120: 99 * 1024}  # others: 227 KiB
 VARIANTS = {
     "forward": [
         ("sparse", forward_kernel, {"EPILOGUE": "partial"}),
@@ -39,7 +46,7 @@ VARIANTS = {
     "dkdv": [("sparse", dkdv_kernel, {"MERGE": False}), ("base", dkdv_kernel, {"MERGE": True})],
 }
 # What training seldom or never runs, but must compile. "ones": Triton turns an integer argument
-# that is 1 (one head, one batch row, one slot) into a constant, which has other methods.
+# that is 1 (a stride, and whatever VARYING leaves out) into a constant, which has other methods.
 VARIANTS["rare"] = [
     ("delta", delta_kernel, {}),
     ("branch-delta", forward_kernel, {"EPILOGUE": "delta"}),
@@ -107,29 +114,36 @@ def resources(compiled) -> dict:
     }
 
 
+def resources_of(name: str, head_dim: int, dtype: str, generation: int, chosen: Configuration):
+    """One dictionary for each variant of a kernel, or of "rare", in a configuration."""
+    defaults = {
+        "CAUSAL": True, "ATTENDS": True, "GATHERED": False, "DETACHED": False,
+        "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim),
+        "BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n, "ACC": triton.language.float32,
+        "PRECISION": "tf32x3" if dtype == "float32" else "ieee",
+    }  # fmt: skip
+    for variant, kernel, variant_constants in VARIANTS[name]:
+        constants = {**defaults, **variant_constants}
+        if constants.pop("ONES", False):
+            integers = [a for a in kernel.arg_names if not a.endswith("_ptr") and a.islower()]
+            constants |= dict.fromkeys(integers, 1)
+            del constants["scale"]
+        constants = {key: x for key, x in constants.items() if key in kernel.arg_names}
+        compiled = compile_kernel(kernel, generation, dtype, constants, chosen.warps, chosen.stages)
+        line = {"kernel": name, "head_dim": head_dim, "variant": variant, "tile": chosen}
+        yield {**line, **resources(compiled)}
+
+
 def main(generation: str, dtype: str, *wanted: str) -> None:
+    """A generation that the table does not know (100, 120) takes the lines that would run on it."""
+    number = int(generation)
+    lines = newest_that_fits(divmod(number, 10), SHARED_OF.get(number, SHARED_MEMORY[90]))
     for item in wanted:
         name, head_dim = item.split(":")[0], int(item.split(":")[1])
         size = "forward" if name == "rare" else name
-        chosen = configuration(size, head_dim, getattr(torch, dtype), int(generation))
-        defaults = {
-            "CAUSAL": True, "ATTENDS": True, "GATHERED": False, "DETACHED": False,
-            "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim),
-            "BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n, "ACC": triton.language.float32,
-            "PRECISION": "tf32x3" if dtype == "float32" else "ieee",
-        }  # fmt: skip
-        for variant, kernel, chosen_constants in VARIANTS[name]:
-            constants = {**defaults, **chosen_constants}
-            if constants.pop("ONES", False):
-                integers = [a for a in kernel.arg_names if not a.endswith("_ptr") and a.islower()]
-                constants |= dict.fromkeys(integers, 1)
-                del constants["scale"]
-            constants = {key: x for key, x in constants.items() if key in kernel.arg_names}
-            compiled = compile_kernel(
-                kernel, int(generation), dtype, constants, chosen.warps, chosen.stages
-            )
-            line = {"kernel": name, "head_dim": head_dim, "variant": variant, "tile": chosen}
-            print(json.dumps({**line, **resources(compiled)}), flush=True)
+        chosen = configuration(size, head_dim, getattr(torch, dtype), lines)
+        for line in resources_of(name, head_dim, dtype, number, chosen):
+            print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

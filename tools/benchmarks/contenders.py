@@ -1,0 +1,132 @@
+"""The attentions that attention.py measures: ours, and what ours has to beat.
+
+CONTENDERS: name -> function of (pattern, q, k) that returns attention(q, k, v), where q and k only
+show shapes and device. q: (batch, sequence, heads, head_dim), k and v with kv_heads. What depends
+on the pattern alone (a block mask, a compilation) is done once, in the outer function. Attention is
+causal, its scale head_dim ** -0.5. A new backend or a rival implementation is one more entry.
+
+"dilated (sdpa)" is PyTorch's flash attention on strided views, one per branch and group of heads,
+merged by log-sum-exp: nothing is copied, so on a GPU this is what the Triton kernels have to beat.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megalong.attention import dense_attention, dilated_attention, sdpa
+
+
+def dense(backend: SDPBackend, pattern, q, k):
+    """Dense attention by one of PyTorch's fused backends."""
+
+    def attention(q, k, v):
+        with sdpa_kernel(backend):
+            return dense_attention(q, k, v)
+
+    return attention
+
+
+def ours(backend: str, pattern, q, k):
+    return partial(dilated_attention, pattern=pattern, backend=backend)
+
+
+def gathered(pattern, q, k):
+    """How dilated attention is usually written: copy the rows of a branch, attend, scatter, mix.
+
+    As in torchscale, segments are filled up with zeros to equal, divisible lengths (which a causal
+    query never sees), and the mixing weights carry no gradient.
+    """
+    heads, kv_heads = q.shape[2], k.shape[2]
+    offsets = torch.tensor(pattern.offsets(heads, kv_heads), device=q.device)
+    every_head = torch.arange(heads, device=q.device)
+
+    def attention(q, k, v):
+        length, head_dim = q.shape[1], q.shape[3]
+        k, v = (x.repeat_interleave(heads // kv_heads, dim=2) for x in (k, v))
+        outs, lses = [], []
+        for (width, rate), offset in zip(pattern.branches, offsets, strict=True):
+            width = min(width, length)
+            rows = (slice(None), slice(None), slice(None), offset, every_head)
+            folded = [fold(x, width, rate) for x in (q, k, v)]
+            shape = folded[0].shape[:-1]  # (batch, segments, rows, rate, heads)
+            taken = [x[rows].flatten(0, 1).transpose(1, 2) for x in folded]
+            out, lse = sdpa.attend(*taken, True, head_dim**-0.5)
+            full_out = out.new_zeros(*shape, head_dim)
+            full_out[rows] = out.transpose(1, 2).unflatten(0, shape[:2])
+            full_lse = lse.new_full(shape, -torch.inf)
+            full_lse[rows] = lse.detach().transpose(1, 2).unflatten(0, shape[:2])
+            outs.append(unfold(full_out, width, length))
+            lses.append(unfold(full_lse, width, length))
+        weights = torch.stack(lses).softmax(0).nan_to_num().to(q.dtype)
+        return sum(weight[..., None] * out for weight, out in zip(weights, outs, strict=True))
+
+    return attention
+
+
+def fold(x_bshd, width: int, rate: int):
+    """(batch, segments, rows, rate, heads, head_dim), with zeros at the ends of segments."""
+    length = x_bshd.shape[1]
+    x_bshd = F.pad(x_bshd, (0, 0, 0, 0, 0, -length % width)) if length % width else x_bshd
+    x_bcwhd = x_bshd.unflatten(1, (-1, width))
+    x_bcwhd = F.pad(x_bcwhd, (0, 0, 0, 0, 0, -width % rate)) if width % rate else x_bcwhd
+    return x_bcwhd.unflatten(2, (-1, rate))
+
+
+def unfold(x_bcnrh, width: int, length: int):
+    """The inverse of fold: (batch, length, heads, ...)."""
+    return x_bcnrh.flatten(2, 3)[:, :, :width].flatten(1, 2)[:, :length]
+
+
+def flex(pattern, q, k):
+    """FlexAttention: a block mask of the pairs that a branch offers, log(multiplicity) on scores.
+
+    Blocks are 128 x 128 positions, and one with a single pair is computed whole.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # seconds
+
+    length, heads = q.shape[1:3]
+    offsets = torch.tensor(pattern.offsets(heads, k.shape[2]), device=q.device)
+
+    def multiplicity(batch, head, i, j):
+        count = 0
+        for branch, (width, rate) in enumerate(pattern.branches):
+            offset = offsets[branch, head]
+            offered = (i // width == j // width) & (i % width % rate == offset)
+            count = count + (offered & (j % width % rate == offset)).to(torch.int32)
+        return count
+
+    def mask(batch, head, i, j):
+        return (i >= j) & (multiplicity(batch, head, i, j) > 0)
+
+    def score(score, batch, head, i, j):
+        return score + torch.log(multiplicity(batch, head, i, j).to(torch.float32))
+
+    torch.compiler.reset()  # each mask is a compilation of its own, and their number is limited
+    on_gpu = q.device.type == "cuda"
+    make_mask = torch.compile(create_block_mask) if on_gpu else create_block_mask
+    block_mask = make_mask(mask, None, heads, length, length, device=q.device.type)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attention(q, k, v):
+        out_bhsd = compiled(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), score_mod=score,
+            block_mask=block_mask, enable_gqa=q.shape[2] != k.shape[2],
+        )  # fmt: skip
+        return out_bhsd.transpose(1, 2)
+
+    return attention
+
+
+CONTENDERS = {
+    "dense (flash)": partial(dense, SDPBackend.FLASH_ATTENTION),
+    "dense (cuDNN)": partial(dense, SDPBackend.CUDNN_ATTENTION),
+    "dilated (flex)": flex,
+    "dilated (gather)": gathered,
+    "dilated (sdpa)": partial(ours, "sdpa"),
+    "dilated (triton)": partial(ours, "triton"),
+}
+ON_CPU = ("dense (flash)", "dilated (gather)", "dilated (sdpa)")  # measured there by default
