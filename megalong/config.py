@@ -186,7 +186,11 @@ class Config:
         _check_model(resolved.model)
         _check_attention(resolved)
         _check_training(resolved.training, data_parallel_size)
-        resolved.parallel.check(resolved.model, resolved.num_microbatches(data_parallel_size))
+        resolved.parallel.check(
+            resolved.model,
+            resolved.training.global_batch_size,
+            resolved.num_microbatches(data_parallel_size),
+        )
         _check_run(resolved)
         return resolved
 

@@ -101,14 +101,14 @@ class ParallelConfig:
             return "make the three smaller"
         return f"set --{name.replace('_', '-')} {value}"
 
-    def check(self, model: Any, num_microbatches: int) -> None:
+    def check(self, model: Any, global_batch_size: int, num_microbatches: int) -> None:
         """Raise ConfigError where this layout cannot train such a model (resolved configurations).
 
         num_microbatches: of one optimizer step, on one rank.
         """
         self._check_tensor(model)
         self._check_sequence(model)
-        self._check_pipeline(model, num_microbatches)
+        self._check_pipeline(model, global_batch_size, num_microbatches)
         self._check_recompute(model)
 
     def _check_tensor(self, model: Any) -> None:
@@ -143,7 +143,7 @@ class ParallelConfig:
                 " --no-sequence-parallel"
             )
 
-    def _check_pipeline(self, model: Any, num_microbatches: int) -> None:
+    def _check_pipeline(self, model: Any, global_batch_size: int, num_microbatches: int) -> None:
         size, layers = self.pipeline_model_parallel_size, model.num_layers
         if layers % size:
             raise ConfigError(
@@ -158,9 +158,11 @@ class ParallelConfig:
                 " Set --zero-stage 1, or --pipeline-model-parallel-size 1 and share the model over"
                 f" --tensor-model-parallel-size {self.tensor_model_parallel_size * size} instead"
             )
-        self._check_interleaved(layers // size, num_microbatches)
+        self._check_interleaved(layers // size, global_batch_size, num_microbatches)
 
-    def _check_interleaved(self, stage_layers: int, num_microbatches: int) -> None:
+    def _check_interleaved(
+        self, stage_layers: int, global_batch_size: int, num_microbatches: int
+    ) -> None:
         flag_, size = "--num-layers-per-virtual-pipeline-stage", self.pipeline_model_parallel_size
         if self.num_layers_per_virtual_pipeline_stage is None:
             return
@@ -173,15 +175,16 @@ class ParallelConfig:
             )
         if stage_layers % layers:
             raise ConfigError(
-                f"{flag_} {layers} does not divide the {stage_layers} layers of a stage: set it to"
-                f" {_largest_divisor(stage_layers, layers)}"
+                f"{flag_} {layers} does not divide the {stage_layers} layers of a stage: set"
+                f" {flag_} {_largest_divisor(stage_layers, layers)}"
             )
         if num_microbatches % size:
+            sequences = global_batch_size // num_microbatches  # in a micro batch, over all replicas
+            larger = _next_multiple(num_microbatches, size) * sequences
             raise ConfigError(
                 f"{flag_}: the interleaved schedule takes micro batches in groups of"
                 f" --pipeline-model-parallel-size {size}, and a step has {num_microbatches}: set"
-                f" --global-batch-size to {_next_multiple(num_microbatches, size)} /"
-                f" {num_microbatches} of what it is, or leave {flag_} out"
+                f" --global-batch-size {larger}, or leave {flag_} out"
             )
 
     def _check_recompute(self, model: Any) -> None:
@@ -191,7 +194,7 @@ class ParallelConfig:
         if self.recompute_granularity == "full" and count > stage:
             raise ConfigError(
                 f"--recompute-num-layers {count} is more than the {stage} layers of a pipeline"
-                f" stage: set it to {stage} or less"
+                f" stage: set --recompute-num-layers {stage} or less"
             )
 
 
