@@ -8,7 +8,7 @@ import torch
 
 from megalong.attention import DilatedPattern
 from megalong.attention.exchange import GatherRows, SendRows
-from megalong.attention.sequence_plan import make_plan, subgroup_sizes
+from megalong.attention.sequence_plan import gathered_rows, make_plan, pairs_of_rank, subgroup_sizes
 from megalong.attention.shards import Crossing, Shards, crossings, local_parts, segment_at
 from tests.launching import ranks_command, run
 
@@ -106,3 +106,24 @@ def test_a_shard_in_the_middle_of_a_segment_has_shifted_offsets():
     [part] = local_parts(DilatedPattern((48,), (5,)), Shards(1, 3, 16), heads=3, kv_heads=3)
     # 16 positions lie before the shard: those 16 + t with (16 + t) mod 5 = 0, 1, 2
     assert part.pattern.offsets(3, 3) == ((4, 0, 1),)
+
+
+@pytest.mark.parametrize(
+    "widths, rates", [((8, 16, 32, 64), (1, 2, 4, 8)), ((5, 24, 61), (2, 3, 7))]
+)
+def test_the_ranks_share_all_the_pairs(widths, rates):
+    pattern = DilatedPattern(widths, rates)
+    shares = [pairs_of_rank(pattern, Shards(rank, 4, 16), 4, 2) for rank in range(4)]
+    assert sum(shares) == pattern.attention_pairs(64, 4, 2, causal=True)
+
+
+def test_traffic_does_not_grow_with_the_ranks():
+    """Local length and w / r fixed: from 2 to 8192 ranks a rank gets the same number of rows."""
+    shard, rows = 2048, 64
+
+    def gathered(ranks):
+        width = ranks * shard
+        pattern = DilatedPattern((rows, shard, width), (1, shard // rows, width // rows))
+        return gathered_rows(pattern, Shards(0, ranks, shard), 4, 2)
+
+    assert {gathered(2**k) for k in range(1, 6)} == {2 * rows}

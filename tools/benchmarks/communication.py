@@ -1,0 +1,249 @@
+"""Bytes and time of sharded attention, while ranks and sequence grow together.
+
+On this machine, with gloo (two minutes):
+
+    python tools/benchmarks/communication.py --output runs/communication
+
+With NCCL, on as many GPUs as there are: --device cuda --ranks 2 4 8 --shard-length 131072.
+
+Every rank keeps a shard of the same length, and the sequence is as long as the ranks make it. The
+pattern has local branches, one over two ranks and one over all ranks, its dilation rate growing
+with its segment, so that segment length / dilation rate is the same everywhere: the paper's case
+(LongNet, arXiv 2307.02486, section 3.1), for which the traffic of a rank does not grow.
+
+Measured for each number of ranks, as rank 0 sees it: bytes by collective of one layer, forward and
+backward, beside what `gathered_rows` says they are; medians of the time of one layer, and of the
+same with the local branches alone. Then the time of a layer is projected to clusters of given
+speed: compute from the exact number of (query, key) pairs of the busiest rank, and communication,
+in the worst case overlapped with nothing, from bytes and latency. Writes communication.json and
+communication.png into --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megalong.attention import DilatedPattern
+from megalong.attention.exchange import SequenceGroup
+from megalong.attention.sequence_parallel import sequence_parallel_attention
+from megalong.attention.sequence_plan import gathered_rows, pairs_of_rank, subgroup_sizes
+from megalong.attention.shards import Shards
+from megalong.parallel.traffic import CountTraffic
+
+COLLECTIVES = ("all_gather", "reduce_scatter", "all_to_all")
+
+
+def main() -> None:
+    args = parse_arguments()
+    if "RANK" in os.environ:
+        measure_as_rank(args)
+        return
+    args.output.mkdir(parents=True, exist_ok=True)
+    measured = []
+    for ranks in args.ranks:
+        row = start_ranks(args, ranks)
+        measured.append(row)
+        print(
+            f"{ranks:3d} ranks, {row['sequence_length']:,} tokens: {row['bytes']:,} bytes a layer"
+            f" and rank (formula: {row['formula_bytes']:,}), {row['seconds']:.3f} s a layer,"
+            f" {row['local_seconds']:.3f} s of it local"
+        )
+    projected = [project(args, ranks) for ranks in args.projected_ranks]
+    for row in projected:
+        print(
+            f"{row['ranks']:6,} ranks, {row['sequence_length']:>13,} tokens: compute"
+            f" {1e3 * row['compute_seconds']:.1f} ms, communication"
+            f" {1e3 * row['communication_seconds']:.2f} ms a layer, busiest rank"
+            f" {row['imbalance']:.3f} x the mean"
+        )
+    report = {"settings": settings(args), "measured": measured, "projected": projected}
+    (args.output / "communication.json").write_text(json.dumps(report, indent=1) + "\n")
+    plot(report, args.output / "communication.png")
+    print(f"wrote {args.output}/communication.json and communication.png")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--ranks", type=int, nargs="+", default=[2, 4, 8, 16], help="processes to measure with")
+    add("--shard-length", type=int, default=2048, help="tokens a rank holds")
+    add("--segment-rows", type=int, default=512, help="segment length / dilation rate")
+    add("--heads", type=int, default=4)
+    add("--kv-heads", type=int, default=2)
+    add("--head-dim", type=int, default=64)
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add("--dtype", default="float32", choices=("float32", "bfloat16"))
+    add("--repeats", type=int, default=5, help="medians are over so many runs")
+    add("--output", type=Path, default=Path("runs/communication"))
+    add("--projected-ranks", type=int, nargs="+", default=[8, 64, 512, 4096, 8192])
+    add("--projected-shard-length", type=int, default=131072)
+    add("--projected-segment-rows", type=int, default=2048)
+    add("--projected-heads", type=int, default=16)
+    add("--projected-kv-heads", type=int, default=4)
+    add("--projected-head-dim", type=int, default=128)
+    add("--bandwidth", type=float, default=50.0, help="GB/s a rank sends and receives")
+    add("--latency", type=float, default=20.0, help="microseconds a step of a collective")
+    add("--tflops", type=float, default=400.0, help="of attention on one rank, bf16")
+    return parser.parse_args()
+
+
+def settings(args) -> dict:
+    return {
+        name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
+    }
+
+
+def pattern_for(shard_length: int, rows: int, ranks: int) -> DilatedPattern:
+    """Local branches, one over two ranks, one over all: w / r is `rows` in each."""
+    widths = rows, shard_length, 2 * shard_length, ranks * shard_length
+    return DilatedPattern(widths, tuple(width // rows for width in widths))
+
+
+def start_ranks(args, ranks: int) -> dict:
+    """Measure on this many processes of this machine; rank 0's row."""
+    file = args.output / f"ranks-{ranks}.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={ranks}", *sys.argv, "--output", str(file)]
+    subprocess.run(command, check=True)
+    row = json.loads(file.read_text())
+    file.unlink()
+    return row
+
+
+def measure_as_rank(args) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    device = torch.device(args.device, rank if args.device == "cuda" else None)
+    if args.device == "cuda":
+        torch.cuda.set_device(device)
+    shard, dtype = args.shard_length, getattr(torch, args.dtype)
+    pattern = pattern_for(shard, args.segment_rows, ranks)
+    sequence = SequenceGroup.create(dist.group.WORLD, subgroup_sizes(pattern, shard, ranks))
+    q, k, v = (
+        torch.randn(1, shard, heads, args.head_dim, device=device, dtype=dtype).requires_grad_()
+        for heads in (args.heads, args.kv_heads, args.kv_heads)
+    )
+    local = [branch for branch in pattern.branches if branch[0] <= shard]
+    local_pattern = DilatedPattern(*map(tuple, zip(*local, strict=True)))
+
+    def layer(chosen: DilatedPattern) -> float:
+        dist.barrier()
+        start = time.perf_counter()
+        out = sequence_parallel_attention(q, k, v, chosen, sequence)
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        dist.barrier()
+        return time.perf_counter() - start
+
+    layer(pattern)  # warm up
+    with CountTraffic({}) as counter:
+        layer(pattern)
+    seconds = [(layer(pattern), layer(local_pattern)) for _ in range(args.repeats)]
+    counts = counter.counts.get("other", {})
+    rows = gathered_rows(pattern, Shards(rank, ranks, shard), args.heads, args.kv_heads)
+    numbers = rows * 2 * args.head_dim
+    # forward in the tensors' dtype, gradients in float32
+    formula = numbers * (torch.empty(0, dtype=dtype).element_size() + 4)
+    by_collective = {name: counts[name] for name in COLLECTIVES if name in counts}
+    whole, alone = (statistics.median(column) for column in zip(*seconds, strict=True))
+    row = {
+        "ranks": ranks,
+        "sequence_length": ranks * shard,
+        "branches": pattern.branches,
+        "bytes": sum(count["bytes"] for count in by_collective.values()),
+        "formula_bytes": formula,
+        "by_collective": by_collective,
+        "seconds": whole,
+        "local_seconds": alone,
+    }
+    if rank == 0:
+        args.output.write_text(json.dumps(row))
+    dist.destroy_process_group()
+
+
+def project(args, ranks: int) -> dict:
+    """The time of one layer, forward and backward, in bf16, on ranks of the given speed."""
+    shard, rows = args.projected_shard_length, args.projected_segment_rows
+    heads, kv_heads, head_dim = (
+        args.projected_heads, args.projected_kv_heads, args.projected_head_dim,
+    )  # fmt: skip
+    pattern = DilatedPattern.geometric(ranks * shard, first_segment_length=rows)
+    # The first, a middle and the last rank of the longest segment bound the others' work.
+    pairs = [
+        pairs_of_rank(pattern, Shards(rank, ranks, shard), heads, kv_heads)
+        for rank in sorted({0, ranks // 2, ranks - 1})
+    ]
+    total = pattern.attention_pairs(ranks * shard, heads, kv_heads, causal=True)
+    # 4 head_dim operations a pair forward, 10 backward, where the scores are recomputed
+    compute = 14 * head_dim * max(pairs) / (1e12 * args.tflops)
+    moved = gathered_rows(pattern, Shards(0, ranks, shard), heads, kv_heads) * 2 * head_dim
+    bytes_ = moved * (2 + 4)
+    calls = len(subgroup_sizes(pattern, shard, ranks))
+    steps = sum(m.bit_length() for m in subgroup_sizes(pattern, shard, ranks))
+    return {
+        "ranks": ranks,
+        "sequence_length": ranks * shard,
+        "collectives": 2 * calls,
+        "bytes": bytes_,
+        "compute_seconds": compute,
+        "communication_seconds": bytes_ / (1e9 * args.bandwidth) + 2 * steps * 1e-6 * args.latency,
+        "imbalance": max(pairs) / (total / ranks),
+    }
+
+
+def plot(report: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    measured, projected = report["measured"], report["projected"]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2))
+    ranks = [row["ranks"] for row in measured]
+    left.plot(ranks, [row["bytes"] / 2**20 for row in measured], "o", label="counted")
+    left.plot(ranks, [row["formula_bytes"] / 2**20 for row in measured], "-", label="formula")
+    left.set(
+        title="Traffic of a rank, one layer", ylabel="MiB, forward and backward", ylim=(0, None)
+    )
+    middle.plot(ranks, [row["seconds"] for row in measured], "o-", label="whole layer")
+    middle.plot(ranks, [row["local_seconds"] for row in measured], "o--", label="local branches")
+    middle.set(title="Time of a layer, measured", ylabel="seconds (processes share the cores)")
+    for axes in (left, middle):
+        axes.set(xlabel="ranks; the sequence grows with them", xscale="log", xticks=ranks)
+        axes.set_xticklabels([str(count) for count in ranks])
+        axes.minorticks_off()
+    tokens = [row["sequence_length"] for row in projected]
+    right.plot(tokens, [1e3 * row["compute_seconds"] for row in projected], "o-", label="compute")
+    right.plot(
+        tokens,
+        [1e3 * row["communication_seconds"] for row in projected],
+        "o--",
+        label="communication, if nothing hid it",
+    )
+    right.set(
+        title="Time of a layer, projected", xlabel="tokens in the sequence", xscale="log",
+        ylabel="milliseconds, forward and backward", ylim=(0, None),
+    )  # fmt: skip
+    for axes in (left, middle, right):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
