@@ -34,9 +34,14 @@ import torch
 import torch.distributed as dist
 
 from megalong.attention import DilatedPattern
-from megalong.attention.exchange import SequenceGroup
+from megalong.attention.exchange import SendRows, SequenceGroup
 from megalong.attention.sequence_parallel import sequence_parallel_attention
-from megalong.attention.sequence_plan import gathered_rows, pairs_of_rank, subgroup_sizes
+from megalong.attention.sequence_plan import (
+    gathered_rows,
+    make_plan,
+    pairs_of_rank,
+    subgroup_sizes,
+)
 from megalong.attention.shards import Shards
 from megalong.parallel.traffic import CountTraffic
 
@@ -183,26 +188,35 @@ def project(args, ranks: int) -> dict:
     )  # fmt: skip
     pattern = DilatedPattern.geometric(ranks * shard, first_segment_length=rows)
     # The first, a middle and the last rank of the longest segment bound the others' work.
-    pairs = [
-        pairs_of_rank(pattern, Shards(rank, ranks, shard), heads, kv_heads)
-        for rank in sorted({0, ranks // 2, ranks - 1})
-    ]
+    places = [Shards(rank, ranks, shard) for rank in sorted({0, ranks // 2, ranks - 1})]
+    pairs = [pairs_of_rank(pattern, place, heads, kv_heads) for place in places]
     total = pattern.attention_pairs(ranks * shard, heads, kv_heads, causal=True)
     # 4 head_dim operations a pair forward, 10 backward, where the scores are recomputed
     compute = 14 * head_dim * max(pairs) / (1e12 * args.tflops)
-    moved = gathered_rows(pattern, Shards(0, ranks, shard), heads, kv_heads) * 2 * head_dim
-    bytes_ = moved * (2 + 4)
-    calls = len(subgroup_sizes(pattern, shard, ranks))
-    steps = sum(m.bit_length() for m in subgroup_sizes(pattern, shard, ranks))
+    rows_moved = gathered_rows(pattern, places[0], heads, kv_heads)
+    rows_moved += max(rows_sent(pattern, place, heads, kv_heads) for place in places)
+    bytes_ = rows_moved * 2 * head_dim * (2 + 4)
+    sizes = subgroup_sizes(pattern, shard, ranks)
+    steps = sum(m.bit_length() for m in sizes)
     return {
         "ranks": ranks,
         "sequence_length": ranks * shard,
-        "collectives": 2 * calls,
+        "subgroup_sizes": sizes,
         "bytes": bytes_,
         "compute_seconds": compute,
         "communication_seconds": bytes_ / (1e9 * args.bandwidth) + 2 * steps * 1e-6 * args.latency,
         "imbalance": max(pairs) / (total / ranks),
     }
+
+
+def rows_sent(pattern: DilatedPattern, place: Shards, heads: int, kv_heads: int) -> int:
+    """Rows of the all-to-all of the branches whose rows are rarer than shards."""
+    plan = make_plan(pattern, place, heads, kv_heads, True, None, torch.device("cpu"))
+    return sum(
+        max(sum(exchange.sent), sum(exchange.received))
+        for exchange, _ in plan.exchanges
+        if isinstance(exchange, SendRows)
+    )
 
 
 def plot(report: dict, path: Path) -> None:
@@ -216,9 +230,8 @@ def plot(report: dict, path: Path) -> None:
     ranks = [row["ranks"] for row in measured]
     left.plot(ranks, [row["bytes"] / 2**20 for row in measured], "o", label="counted")
     left.plot(ranks, [row["formula_bytes"] / 2**20 for row in measured], "-", label="formula")
-    left.set(
-        title="Traffic of a rank, one layer", ylabel="MiB, forward and backward", ylim=(0, None)
-    )
+    left.set(title="Traffic of a rank, one layer", ylabel="MiB, forward and backward")
+    left.set_ylim(bottom=0)
     middle.plot(ranks, [row["seconds"] for row in measured], "o-", label="whole layer")
     middle.plot(ranks, [row["local_seconds"] for row in measured], "o--", label="local branches")
     middle.set(title="Time of a layer, measured", ylabel="seconds (processes share the cores)")
