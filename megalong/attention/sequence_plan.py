@@ -264,7 +264,7 @@ def _send(branches, pattern, shards, causal, document_starts, device):
     positions, kv_heads, pieces, sent = [], [], [], []
     received = []
     parts = {crossing: {} for crossing in mine}  # stream -> places of its keys
-    base = 0  # of what arrives next
+    first_out = first_in = 0  # of the rows for and from the peer, in the two lists
     for peer in range(shards.count):
         leaving = 0
         arriving = 0
@@ -273,26 +273,26 @@ def _send(branches, pattern, shards, causal, document_starts, device):
             if peer == shards.rank or peer not in crossing.ranks(shards.length):
                 continue
             for stream in rate_of[crossing.branch].streams:
-                own, theirs = (
-                    rows_in(crossing, stream, shards.rank),
-                    rows_in(crossing, stream, peer),
-                )
+                own = rows_in(crossing, stream, shards.rank)
+                theirs = rows_in(crossing, stream, peer)
                 if sees(peer, shards.rank) and len(theirs):
                     here = _range_tensor(own) - shards.start
-                    place = sum(map(len, positions))
+                    place = first_out + leaving
                     piece = piece_of.setdefault(crossing, _PieceBuilder())
                     piece.add(torch.arange(place, place + len(here)), here, stream.kv_head)
                     positions.append(here)
                     kv_heads.append(torch.full((len(here),), stream.kv_head))
                     leaving += len(own)
                 if sees(shards.rank, peer) and len(own):
-                    places = torch.arange(base + arriving, base + arriving + len(theirs))
+                    place = first_in + arriving
+                    places = torch.arange(place, place + len(theirs))
                     parts[crossing].setdefault(stream, []).append(places)
                     arriving += len(theirs)
         pieces += [piece.build(device) for piece in piece_of.values()]
         sent.append(leaving)
         received.append(arriving)
-        base += arriving
+        first_out += leaving
+        first_in += arriving
 
     foreign = []
     for crossing, places_of in parts.items():

@@ -121,7 +121,7 @@ def start_ranks(args, ranks: int) -> dict:
     file = args.output / f"ranks-{ranks}.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={ranks}", *sys.argv, "--output", str(file)]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     row = json.loads(file.read_text())
     file.unlink()
     return row
