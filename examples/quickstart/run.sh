@@ -29,11 +29,11 @@ python "$here/tools/preprocess_data.py" --overwrite \
     --append-eod --workers 2
 
 # A second start of this script goes on where the first one was stopped, thanks to --load.
-say "4/5  Pretraining a LongNet on 2 ranks, context 2048, four branches"
+say "4/5  Pretraining a LongNet, four branches; its context of 2048 is spread over 2 ranks"
 deepspeed --num_gpus 2 --master_port "${MASTER_PORT:-29500}" "$here/pretrain_longnet.py" \
     --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 2048 \
     --segment-lengths 512 1024 2048 2048 --dilation-rates 1 2 4 8 \
-    --precision fp32 --zero-stage 1 --micro-batch-size 1 --global-batch-size 2 \
+    --sequence-parallel-size 2 --precision fp32 --micro-batch-size 2 --global-batch-size 2 \
     --untie-embeddings-and-output-weights --init-method-std 0.06 \
     --train-iters 560 --lr 3e-3 --lr-warmup-iters 20 --adam-beta2 0.95 \
     --data-path "$data/python_text_document" --tokenizer-model "$run/tokenizer.model" \

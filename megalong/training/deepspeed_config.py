@@ -35,6 +35,8 @@ def _settings_of_flags(config: Config) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_clipping": training.clip_grad,
         "zero_optimization": {"stage": config.parallel.zero_stage},
+        # An offloaded optimizer steps with PyTorch's AdamW, as everywhere, on the CPU.
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": training.precision == "bf16"},
         "fp16": {
             "enabled": training.precision == "fp16",
@@ -82,6 +84,7 @@ def _refuse_contradictions(
             "the power of two of --initial-loss-scale",
         ),
         (("zero_optimization", "reduce_scatter"), True, "megalong's gradient scale"),
+        (("zero_force_ds_cpu_optimizer",), False, "AdamW, megalong's optimizer,"),
         (("data_types", "grad_accum_dtype"), "fp32", "megalong's gradient accumulation"),
         (("managed_gradient_accumulation",), False, "megalong's schedule"),
     ]
@@ -105,6 +108,11 @@ def _refuse_contradictions(
         raise ConfigError(
             f"{where} has a scheduler; set --lr-decay-style, --lr-warmup-iters, --lr-decay-iters"
             " and --min-lr instead"
+        )
+    if "activation_checkpointing" in settings:
+        raise ConfigError(
+            f"{where} has activation_checkpointing, which is for models written with DeepSpeed's"
+            " own checkpoint function; set --recompute-granularity instead"
         )
     settings.pop("train_batch_size", None)
 

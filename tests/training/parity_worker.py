@@ -52,6 +52,7 @@ MODELS = {
     "recompute selective": {"recompute_granularity": "selective"},
     "recompute full": {"recompute_granularity": "full"},
     "whole norms": {"no_sequence_parallel": True},
+    "offloaded optimizer": {"deepspeed_config": Path(__file__).parent / "offload.json"},
 }
 
 AXES = {
@@ -91,7 +92,8 @@ def cases() -> list[tuple[str, int, str]]:
         found += [(layout, 1, model) for model in models]
         found += [(layout, stage, "tied") for stage in stages[1:]]
         if ranks == 2:
-            found += [(layout, stage, "bf16") for stage in stages[1:]]
+            for model in ("bf16", "offloaded optimizer"):
+                found += [(layout, stage, model) for stage in stages[1:]]
             found += [(layout, 1, "bf16")] if "vp" in layout else []
     return found
 

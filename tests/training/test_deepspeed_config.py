@@ -55,6 +55,7 @@ def test_what_no_flag_owns_is_passed_on(tmp_path):
         ({"optimizer": {"type": "Lamb"}}, ["Lamb", "AdamW"]),
         ({"optimizer": {"params": {"lr": 0.1}}}, ["optimizer.params.lr", "0.1", "--lr", "0.001"]),
         ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "--lr-decay-style"]),
+        ({"activation_checkpointing": {}}, ["activation_checkpointing", "--recompute-granularity"]),
         ({"optimizer": "AdamW"}, ["optimizer must be an object"]),
         ({"optimizer": {"type": None}}, ["None", "AdamW"]),
         ({"zero_optimization": 3}, ["zero_optimization must be an object"]),
