@@ -15,9 +15,10 @@ from pathlib import Path
 import yaml
 
 from megalong.checkpoint.folder import POINTER, latest
-from megalong.checkpoint.manifest import DamagedCheckpoint, Manifest, check_files, check_share
+from megalong.checkpoint.manifest import DamagedCheckpoint, Manifest, check_files
 from megalong.checkpoint.reading import CheckpointReader, read_checkpoint
 from megalong.progress import human_bytes
+from megalong.training.resuming import check_share
 
 
 def main() -> None:

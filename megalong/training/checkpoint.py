@@ -109,7 +109,7 @@ def _fill(optimizer: Any, parameter: torch.nn.Parameter, kind: str, value: torch
     )
     start = part.numel() * optimizer._get_param_partition_rank(parameter)
     mine = value.flatten()[start : start + part.numel()]
-    part[: mine.numel()].copy_(mine)
+    part.data[: mine.numel()].copy_(mine)
     if optimizer._swappable_optimizer_subgroup(group):
         optimizer._optimizer_states_and_gradient_swap_out(group)
 
