@@ -1,6 +1,6 @@
 """Runs of three steps, each saved in one layout, and their continuations in every other layout.
 
-    reshape_worker.py save|load CORPUS FOLDER
+    reshape_worker.py CORPUS FOLDER [save] [load]
 
 does those of the layouts that have as many ranks as this was started with. "save" leaves
 FOLDER/saved/LAYOUT, and on one rank FOLDER/whole, six steps that nothing interrupts; "load" goes
@@ -52,7 +52,7 @@ def flags_of(layout: str) -> dict[str, int]:
     return {axes[axis]: int(word[len(axis) :]) for axis, word in words if axis in axes}
 
 
-def main(what: str, corpus: str, folder: Path) -> None:
+def main(corpus: str, folder: Path, *what: str) -> None:
     with process_group() as device, StopRequest() as stop:
 
         def run(layout: str, **changes: object) -> None:
@@ -64,13 +64,13 @@ def main(what: str, corpus: str, folder: Path) -> None:
             with build_mesh(config, device) as mesh:
                 Trainer(config, given, open_run_data(config), checkpoint, mesh, stop).train()
 
-        if what == "save":
+        if "save" in what:
             if world_size() == 1:
                 run("one", save=folder / "whole")
             for layout, ranks in LAYOUTS.items():
                 if ranks == world_size():
                     run(layout, train_iters=3, save=folder / "saved" / layout)
-        else:
+        if "load" in what:
             for to, source in pairs():
                 if LAYOUTS.get(to, 8) == world_size():
                     load, save = folder / "saved" / source, folder / "resumed" / to / source
@@ -78,4 +78,4 @@ def main(what: str, corpus: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
