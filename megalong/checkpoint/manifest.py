@@ -8,12 +8,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megalong.flags import ConfigError
+
 MANIFEST = "manifest.json"
 TENSOR_FILES = ".distcp"
 _BLOCK = 1 << 20
 
 
-class DamagedCheckpoint(ValueError):
+class DamagedCheckpoint(ConfigError):
     """A checkpoint that is not as it was written; the message names it and the file."""
 
 

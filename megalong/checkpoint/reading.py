@@ -91,8 +91,6 @@ _HARMLESS = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
-    *((module, name) for module in ("pathlib", "pathlib._local")
-      for name in ("PosixPath", "PurePosixPath")),
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import StorageMeta
 
 from megalong.checkpoint.folder import aside, clear_leftovers, flush_to_disk, publish
 from megalong.checkpoint.manifest import TENSOR_FILES, FileRecord, Manifest, record_of
@@ -62,10 +63,8 @@ def write_checkpoint(
         dist.gather_object(writer.files, parts if is_main else None, group=group)
         _on_main(finish, group)
     except BaseException as error:
-        if is_main:
-            shutil.rmtree(
-                new, ignore_errors=True
-            )  # of a full disk it takes up the last of the room
+        if is_main:  # of a full disk it takes up the last of the room
+            shutil.rmtree(new, ignore_errors=True)
         if isinstance(error, CheckpointException):
             raise _of_some_rank(error) from error
         raise
@@ -91,6 +90,11 @@ class _HashingWriter(dcp.FileSystemWriter):
         super().__init__(folder)
         self.files: dict[str, FileRecord] = {}
         self.fs = _HashingFileSystem(self.files)
+
+    def storage_meta(self) -> StorageMeta:
+        """Without the folder: it is about to be renamed, and a path is not the same pickle in every
+        version of Python."""
+        return StorageMeta(save_id=self.save_id)
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         try:

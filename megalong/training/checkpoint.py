@@ -19,7 +19,6 @@ from megalong.checkpoint.manifest import DamagedCheckpoint
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.config import Config
-from megalong.flags import ConfigError
 from megalong.model.names import EMBEDDING, named_parameters
 from megalong.model.tensor_slices import cut_dimension, join_slices, tensor_slice
 from megalong.parallel.mesh import Mesh
@@ -60,20 +59,16 @@ def load_checkpoint(reader: CheckpointReader, engine: TrainingEngine, config: Co
     """Fill the engine with a checkpoint: master weights, Adam moments, the model's weights, and
     this rank's random states. Returns how far the run had come.
 
-    Every rank reads for itself, each tensor once and one at a time. Raises ConfigError where the
-    files do not hold what they should.
+    Every rank reads for itself, each tensor once and one at a time. Raises DamagedCheckpoint where
+    the files do not hold what they should.
     """
-    optimizer = engine.deepspeed.optimizer
-    try:
-        progress = reader.progress()
-        for name, parameter in named_parameters(engine.model):
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            for kind in (WEIGHTS, *MOMENTS):
-                value = _read_slice(reader, kind, name, shape, config, engine.mesh)
-                _fill(optimizer, parameter, kind, value.to(engine.mesh.device))
-        _load_random_states(reader, engine.mesh)
-    except DamagedCheckpoint as damage:
-        raise ConfigError(f"--load: {damage}") from damage
+    optimizer, progress = engine.deepspeed.optimizer, reader.progress()
+    for name, parameter in named_parameters(engine.model):
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        for kind in (WEIGHTS, *MOMENTS):
+            value = _read_slice(reader, kind, name, shape, config, engine.mesh)
+            _fill(optimizer, parameter, kind, value.to(engine.mesh.device))
+    _load_random_states(reader, engine.mesh)
     _round_master_weights(optimizer)
     for state in optimizer.optimizer.state.values():
         state["step"].fill_(progress.adam_step)
