@@ -64,9 +64,8 @@ def _damage(checkpoint: Path, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise DamagedCheckpoint(f"{checkpoint} is damaged: {what} cannot be read: {error!r}") from (
-            error
-        )
+        message = f"{checkpoint} is damaged: {what} cannot be read: {error!r}"
+        raise DamagedCheckpoint(message) from error
 
 
 class _FileReader(dcp.FileSystemReader):
