@@ -66,7 +66,8 @@ class StopRequest:
 
     def ask(self, reason: int) -> None:
         """Have the run end as if this process had got a signal."""
-        self._reason = self._reason or reason
+        if not self._reason:
+            self._reason, self._first = reason, time.monotonic()
 
     def check(self, device: torch.device) -> None:
         """Raise Stopped on every rank if any of them has been asked.
@@ -92,7 +93,7 @@ class StopRequest:
 
     def _take(self, number: int) -> None:
         if not self._reason:
-            self._reason, self._first = number, time.monotonic()
+            self.ask(number)
         elif time.monotonic() - self._first > self._forwarded_within:
             name = signal.Signals(number).name
             message = f"error: {name} again: ending at once, nothing saved"
