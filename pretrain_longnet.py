@@ -36,9 +36,9 @@ def main(arguments: list[str]) -> None:
 
     quiet_libraries()
     from megalong.parallel import check_precision, launch, watch_peers
-    from megalong.training.checkpoint import open_checkpoint
     from megalong.training.deepspeed_config import deepspeed_config
     from megalong.training.loop import Trainer
+    from megalong.training.resuming import open_checkpoint
     from megalong.training.run_data import open_run_data
     from megalong.training.run_folder import prepare_run_folder
     from megalong.training.stopping import StopRequest

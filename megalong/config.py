@@ -142,7 +142,21 @@ class RunConfig:
 
     save: str | None = flag(None, "run folder: checkpoints, metrics.jsonl, config.yaml")
     load: str | None = flag(None, "run folder to resume from")
+    load_fallback: bool = flag(
+        False, "where the newest checkpoint is damaged, go on from the newest sound one before it"
+    )
+    verify_checkpoint: bool = flag(
+        True,
+        "compare a checkpoint with its hashes before loading it (--no-verify-checkpoint: don't)",
+    )
     save_interval: int = flag(1000, "iterations between checkpoints; the last is always saved")
+    async_save: bool = flag(
+        False, "copy a checkpoint to host memory, and write it while the training goes on"
+    )
+    keep_last: int | None = flag(None, "checkpoints to keep, the older are removed (default: all)")
+    keep_every: int | None = flag(
+        None, "with --keep-last: keep also those whose iteration is a multiple of this"
+    )
     log_interval: int = flag(1, "iterations between log lines; the mean of their losses is logged")
     eval_interval: int = flag(1000, "iterations between evaluations; there is one at the end")
     eval_iters: int = flag(10, "global batches in one evaluation; 0 is the whole split")
@@ -362,8 +376,20 @@ def _check_run(config: Config) -> None:
     require_positive(
         run, "save_interval", "log_interval", "eval_interval", "distributed_timeout_minutes"
     )
-    if run.exit_duration_in_mins is not None:
-        require_positive(run, "exit_duration_in_mins")
+    for name in ("exit_duration_in_mins", "keep_last", "keep_every"):
+        if getattr(run, name) is not None:
+            require_positive(run, name)
+    if run.keep_every is not None and run.keep_last is None:
+        raise ConfigError(
+            f"--keep-every {run.keep_every} says which old checkpoints stay, and without"
+            " --keep-last all do: set --keep-last too"
+        )
+    if run.keep_every is not None and run.keep_every % run.save_interval:
+        raise ConfigError(
+            f"--keep-every {run.keep_every} is not a multiple of --save-interval"
+            f" {run.save_interval}: set --keep-every"
+            f" {-(-run.keep_every // run.save_interval) * run.save_interval}"
+        )
     if run.eval_iters < 0:
         raise ConfigError(
             f"--eval-iters {run.eval_iters} must not be negative; 0 is the whole split"

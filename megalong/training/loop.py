@@ -8,6 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+from megalong.checkpoint.folder import point_at
+from megalong.checkpoint.progress import Progress
+from megalong.checkpoint.reading import read_checkpoint
+from megalong.checkpoint.saving import Saver
 from megalong.config import Config
 from megalong.data.batches import (
     evaluation_batches,
@@ -18,21 +22,22 @@ from megalong.model.build import build_model, number_of_parameters
 from megalong.parallel.mesh import Mesh
 from megalong.progress import Progress as ProgressBar
 from megalong.progress import clock
-from megalong.training import checkpoint as checkpoints
+from megalong.training.checkpoint import load_checkpoint, progress_to_save, tensors_to_save
 from megalong.training.engine import StepResult, TrainingEngine
 from megalong.training.evaluation import Evaluation, evaluate, position_edges
 from megalong.training.learning_rate import learning_rate
 from megalong.training.metrics import MetricsLog
+from megalong.training.resuming import sound_checkpoint
 from megalong.training.run_data import RunData
 from megalong.training.run_folder import leave_unfinished, open_run_folder, same_folder
-from megalong.training.stopping import Stopped, StopRequest
+from megalong.training.stopping import FAILED_SAVE, Stopped, StopRequest
 
 
 class Trainer:
     """One run: from the configuration and the data to the trained model in the run folder.
 
     given: the configuration before it was resolved, to be written down beside `config`.
-    checkpoint: where to go on from (`megalong.training.checkpoint.open_checkpoint`), or None.
+    checkpoint: where to go on from (`megalong.training.resuming.open_checkpoint`), or None.
     stop: asked after each step whether the run has to end early.
     """
 
@@ -47,16 +52,19 @@ class Trainer:
     ):
         self.config, self.data, self.mesh, self.stop = config, data, mesh, stop
         self.lock = open_run_folder(config, given) if mesh.is_main else None
-        self.progress = checkpoints.Progress()
-        model = build_model(config, data.tokenizer.vocab_size, mesh)
+        self.progress = Progress()
         if checkpoint is not None:
-            self.progress = checkpoints.read_progress(checkpoint)
-            checkpoints.load_weights(checkpoint, model, config, mesh)
+            checkpoint = sound_checkpoint(config, say)
+        model = build_model(config, data.tokenizer.vocab_size, mesh)
         self.engine = TrainingEngine(model, config, mesh)
         if checkpoint is not None:
-            checkpoints.load_optimizer(checkpoint, self.engine, config, self.progress)
+            with read_checkpoint(checkpoint) as reader:
+                self.progress = load_checkpoint(reader, self.engine, config)
         resumes = checkpoint is not None and same_folder(config.run.load, config.run.save)
+        if resumes and mesh.is_main and config.run.load_fallback:
+            point_at(checkpoint)  # a damaged one is not in force any more
         self.saved_iteration = self.progress.iteration if resumes else None
+        self.saver = Saver(config, say)
         self.metrics = MetricsLog(config, self.progress.iteration) if mesh.is_main else None
         self._announce(checkpoint)
 
@@ -65,10 +73,11 @@ class Trainer:
 
         A run that is asked to stop saves a checkpoint and returns early.
         """
-        try:
-            self._train()
-        except Stopped as request:
-            self._end_early(str(request))
+        with self.saver:
+            try:
+                self._train()
+            except Stopped as request:
+                self._end_early(str(request))
         if self.metrics is not None:
             self.metrics.close()
 
@@ -99,7 +108,7 @@ class Trainer:
                 pace = (time.perf_counter() - start) / (iteration - first_iteration)
                 self._log(rate, result, seconds, pace * (training.train_iters - iteration))
                 seconds = []
-            self.stop.check(self.mesh.device)
+            self._check_stop()
             if run.save is not None and self._due(iteration, run.save_interval):
                 self._save()
             self._evaluate_if_due(iteration)
@@ -109,6 +118,7 @@ class Trainer:
         iteration, save = self.progress.iteration, self.config.run.save
         if save is not None and iteration != self.saved_iteration:
             self._save()
+        self.saver.wait()
         if not self.mesh.is_main:
             return
         what = f"stopped by {reason} after iteration {iteration}"
@@ -117,6 +127,11 @@ class Trainer:
             return
         leave_unfinished(self.config, what)
         say(f"{what}; the same command with --load {save} goes on from there")
+
+    def _check_stop(self) -> None:
+        if self.saver.failed:
+            self.stop.ask(FAILED_SAVE)
+        self.stop.check(self.mesh.device)
 
     def _advance(self, iteration: int, result: StepResult) -> None:
         # fp16 skips a step now and then, by design; anything else that is not finite is the end.
@@ -172,10 +187,10 @@ class Trainer:
     def _save(self) -> None:
         if self.metrics is not None:
             self.metrics.make_durable()
-        folder = checkpoints.save_checkpoint(self.engine, self.config, self.progress)
+        self.saver.wait()  # before there is a second copy in memory
+        progress = progress_to_save(self.engine, self.progress)
+        self.saver.save(progress, tensors_to_save(self.engine, self.config))
         self.saved_iteration = self.progress.iteration
-        if self.mesh.is_main:
-            say(f"saved {folder}")
 
     def _evaluate_if_due(self, iteration: int) -> None:
         if iteration == self.config.training.train_iters:
@@ -210,7 +225,7 @@ class Trainer:
 
             def on_batch() -> None:
                 bar.update()
-                self.stop.check(self.mesh.device)
+                self._check_stop()
 
             result = evaluate(self.engine, batches, self.data.token_bytes, self.mesh, on_batch)
         if self.mesh.is_main:

@@ -3,7 +3,7 @@
 flags.yaml     what was given on the command line; start a like run with --config
 config.yaml    the resolved configuration: what ran
 stopped        there while the run waits to be started again: it was asked to stop, and did
-metrics.jsonl, tensorboard/, iter_*/, latest: see metrics.py and checkpoint.py
+metrics.jsonl, tensorboard/, iter_*/, latest: see metrics.py and megalong/checkpoint
 """
 
 from __future__ import annotations

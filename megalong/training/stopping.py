@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-CLOCK = 1000  # the reason of --exit-duration-in-mins, among the numbers of signals
+CLOCK, FAILED_SAVE = 1000, 1001  # further reasons, beside the numbers of signals
+_NAMES = {CLOCK: "--exit-duration-in-mins", FAILED_SAVE: "a checkpoint that was not written"}
 
 
 class Stopped(Exception):
@@ -63,6 +64,11 @@ class StopRequest:
         signal.set_wakeup_fd(self._wakeup)
         self._writer.close()  # ends the thread
 
+    def ask(self, reason: int) -> None:
+        """Have the run end as if this process had got a signal."""
+        if not self._reason:
+            self._reason, self._first = reason, time.monotonic()
+
     def check(self, device: torch.device) -> None:
         """Raise Stopped on every rank if any of them has been asked.
 
@@ -76,9 +82,7 @@ class StopRequest:
         reason = int(reasons)
         if reason:
             self._stopped = True
-            raise Stopped(
-                "--exit-duration-in-mins" if reason == CLOCK else signal.Signals(reason).name
-            )
+            raise Stopped(_NAMES.get(reason) or signal.Signals(reason).name)
 
     def _listen(self) -> None:
         with self._reader:
@@ -89,7 +93,7 @@ class StopRequest:
 
     def _take(self, number: int) -> None:
         if not self._reason:
-            self._reason, self._first = number, time.monotonic()
+            self.ask(number)
         elif time.monotonic() - self._first > self._forwarded_within:
             name = signal.Signals(number).name
             message = f"error: {name} again: ending at once, nothing saved"

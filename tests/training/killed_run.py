@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pretrain_longnet
-from megalong.training import checkpoint, engine
+from megalong.checkpoint import folder, writing
+from megalong.training import engine
 
 
 def kill_at(point: str, count: int) -> None:
@@ -43,13 +44,13 @@ def kill_at(point: str, count: int) -> None:
                 here()
             original(source, target)
 
-        checkpoint.os.replace = wrapped
+        folder.os.replace = wrapped
 
     if point == "step":
         # The gradients are there, the update is not. Evaluations run forward only.
         after(engine.TrainingEngine, "_run", lambda kwargs: not kwargs.get("forward_only"))
     elif point == "write":
-        after(checkpoint.dcp, "save")
+        after(writing.dcp, "save")
     elif point == "rename":
         before_replacing(lambda name: name.startswith("iter_"))
     elif point == "pointer":

@@ -111,7 +111,8 @@ def test_a_damaged_checkpoint(corpus, finished_run, tmp_path):
     [tensors] = (copy / "iter_0000002").glob("*.distcp")
     tensors.write_bytes(tensors.read_bytes()[:1000])
     line = refused(one_process(*small_run_flags(corpus, save=copy, load=copy)))
-    assert "iter_0000002 cannot be read" in line
+    assert f"iter_0000002 is damaged: {tensors.name} has 1,000 bytes instead of" in line
+    assert "--load-fallback" in line
 
 
 def test_two_runs_in_one_folder(corpus, finished_run):

@@ -82,11 +82,16 @@ def kill_soon_after(command: list[str], checkpoint: Path, delay: float) -> None:
         (2, {"zero_stage": 1, "precision": "bf16"}, [("step", 5, 3)]),
         (
             1,
-            {"zero_stage": 2, "precision": "bf16", "log_interval": 2},
+            {"zero_stage": 2, "precision": "bf16", "log_interval": 2, "async_save": True},
             [("write", 1, None), ("pointer", 3, 6)],
         ),
     ],
-    ids=["2 ranks ZeRO 1 fp32", "2 ranks ZeRO 3 bf16", "2 ranks ZeRO 1 bf16", "1 rank ZeRO 2 bf16"],
+    ids=[
+        "2 ranks ZeRO 1 fp32",
+        "2 ranks ZeRO 3 bf16",
+        "2 ranks ZeRO 1 bf16",
+        "1 rank ZeRO 2 bf16 async",
+    ],
 )
 def test_killed_runs_continue_bit_for_bit(corpus, tmp_path, ranks, changes, kills):
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -14,16 +14,18 @@ ENDLESS = {"train_iters": 100_000, "lr_decay_iters": 100, "save_interval": 100_0
 
 
 def test_one_rank_is_told_and_all_stop(corpus, tmp_path):
-    """By SIGUSR1 to the rank that does not keep the folder. How the run goes on then, and that it
-    is the same as an uninterrupted one, is in tests/slurm."""
+    """By SIGUSR1 to the rank that does not keep the folder; the end waits for what is written in
+    the background. How the run goes on then, and that it is the same as an uninterrupted one, is in
+    tests/slurm."""
     folder = tmp_path / "run"
-    flags = small_run_flags(corpus, **ENDLESS, save=folder, load=folder)
+    flags = small_run_flags(corpus, **ENDLESS, async_save=True, save=folder, load=folder)
     with Job(ranks_command(2, PRETRAIN, *flags), tmp_path / "out") as job:
         job.wait_for("iteration 2/")
         job.rank(1).send_signal(signal.SIGUSR1)
         assert job.wait() == 0, job.text()
-    [line] = [line for line in job.text().splitlines() if line.startswith("stopped by SIGUSR1")]
-    assert f"--load {folder}" in line
+    *_, saved, line = job.text().splitlines()
+    assert line.startswith("stopped by SIGUSR1") and f"--load {folder}" in line
+    assert saved == f"saved {folder / (folder / 'latest').read_text()}"
     assert (folder / "stopped").read_text().startswith("stopped by SIGUSR1 after iteration ")
     assert (folder / "latest").exists()
 

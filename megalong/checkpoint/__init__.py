@@ -1,0 +1,20 @@
+"""The checkpoint on disk: its format, written and read without a word about engines or layouts.
+
+A run folder holds
+
+    latest                     the name of the newest complete checkpoint
+    iter_0000200/              one checkpoint: tensors by torch.distributed.checkpoint, and
+        progress.json          iteration, consumed samples and tokens, loss scale
+        config.yaml            the resolved configuration
+        manifest.json          size and SHA-256 of every other file
+    iter_0000300.tmp/          one that a killed run left unfinished, and
+    iter_0000100.removed/      one that it was removing: never read, cleared away by the next save
+
+The tensors go by canonical parameter names (`megalong.model.names`), whole, in float32:
+`weights.<name>` (the master weights, of which the model's own are a rounding),
+`exp_avg.<name>`, `exp_avg_sq.<name>` (Adam's moments), and `random.<rank>.<generator>`.
+So nothing in a checkpoint depends on the layout that wrote it.
+
+folder.py names, publishes and removes; manifest.py finds damage; writing.py writes one checkpoint,
+saving.py saves those of a run one after the other, in the background if asked to; reading.py reads.
+"""

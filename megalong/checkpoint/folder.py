@@ -1,0 +1,128 @@
+"""Checkpoints as folders of a run: names, the pointer, and how one comes and goes at one stroke.
+
+Whatever carries its final name, `iter_<iteration>`, was complete when it got it. Whoever reads one
+holds a lock on its manifest, so that a run that removes old checkpoints leaves that one alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megalong.checkpoint.manifest import MANIFEST
+
+POINTER = "latest"
+_NAME = re.compile(r"iter_(\d{7,})")
+_UNFINISHED, _REMOVED = ".tmp", ".removed"
+
+
+def checkpoint_folder(run: Path, iteration: int) -> Path:
+    """Where the checkpoint of an iteration belongs."""
+    return run / f"iter_{iteration:07d}"
+
+
+def iteration_of(checkpoint: Path) -> int:
+    """The iteration that a checkpoint's name tells."""
+    return int(_NAME.fullmatch(checkpoint.name)[1])
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Everything in the run folder that carries a checkpoint's name, the oldest first."""
+    found = [path for path in run.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=iteration_of)
+
+
+def latest(run: Path) -> Path | None:
+    """The checkpoint that the pointer names, there or not; None where it names none."""
+    name = (run / POINTER).read_text(errors="replace").strip()
+    return run / name if _NAME.fullmatch(name) else None
+
+
+def aside(checkpoint: Path) -> Path:
+    """The name under which a checkpoint is written until it is complete."""
+    return checkpoint.with_name(checkpoint.name + _UNFINISHED)
+
+
+def publish(checkpoint: Path) -> None:
+    """Give the checkpoint that was written aside its name, and point at it; durable at the end."""
+    if checkpoint.exists():  # a damaged one, or one that the pointer never came to name
+        remove(checkpoint)
+    flush_to_disk(aside(checkpoint))
+    os.replace(aside(checkpoint), checkpoint)
+    flush_to_disk(checkpoint.parent)
+    point_at(checkpoint)
+
+
+def point_at(checkpoint: Path) -> None:
+    """Make this the checkpoint in force, at one stroke and durably."""
+    pointer = checkpoint.parent / POINTER
+    new = pointer.with_name(pointer.name + _UNFINISHED)
+    new.write_text(checkpoint.name)
+    flush_to_disk(new)
+    os.replace(new, pointer)
+    flush_to_disk(pointer.parent)
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint: first its name, so that no kill leaves half of it that looks whole."""
+    doomed = checkpoint.with_name(checkpoint.name + _REMOVED)
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(checkpoint, doomed)
+    flush_to_disk(doomed.parent)
+    shutil.rmtree(doomed)
+
+
+def remove_old(newest: Path, keep_last: int, keep_every: int | None) -> None:
+    """Remove the checkpoints before `newest`, complete and in force, that are not to be kept.
+
+    keep_last: how many to keep, with the newest. keep_every: keep those whose iteration is a
+    multiple of it. One that somebody is reading stays until the next time.
+    """
+    older = [c for c in checkpoints(newest.parent) if iteration_of(c) < iteration_of(newest)]
+    for checkpoint in older[: max(len(older) - (keep_last - 1), 0)]:
+        kept = keep_every is not None and iteration_of(checkpoint) % keep_every == 0
+        if not kept and not _is_read(checkpoint):
+            remove(checkpoint)
+
+
+def clear_leftovers(run: Path) -> None:
+    """Remove what killed runs left unfinished or half removed."""
+    for path in run.iterdir():
+        name, ending = path.stem, path.suffix
+        if _NAME.fullmatch(name) and ending in (_UNFINISHED, _REMOVED):
+            shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def being_read(checkpoint: Path) -> Iterator[None]:
+    """Inside, no run removes this checkpoint (where the file system has locks)."""
+    with (checkpoint / MANIFEST).open() as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+
+
+def _is_read(checkpoint: Path) -> bool:
+    try:
+        # NFS wants a file that is open for writing.
+        with (checkpoint / MANIFEST).open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def flush_to_disk(path: Path) -> None:
+    """Make a file's content, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,109 @@
+"""The manifest: size and SHA-256 of every file of a checkpoint, and what they give away."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megalong.flags import ConfigError
+
+MANIFEST = "manifest.json"
+TENSOR_FILES = ".distcp"
+_BLOCK = 1 << 20
+
+
+class DamagedCheckpoint(ConfigError):
+    """A checkpoint that is not as it was written; the message names it and the file."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file was when it was written."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """ranks: processes that wrote the checkpoint. files: all but the manifest, by name."""
+
+    ranks: int
+    files: dict[str, FileRecord]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(record.size for record in self.files.values())
+
+    def write(self, folder: Path) -> None:
+        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @staticmethod
+    def read(checkpoint: Path) -> Manifest:
+        """Raises DamagedCheckpoint where there is none, or it cannot be read."""
+        if not (checkpoint / MANIFEST).is_file():
+            raise DamagedCheckpoint(f"{checkpoint} is damaged: it has no {MANIFEST}")
+        try:
+            content = json.loads((checkpoint / MANIFEST).read_text())
+            files = {name: FileRecord(**record) for name, record in content["files"].items()}
+            return Manifest(int(content["ranks"]), files)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedCheckpoint(
+                f"{checkpoint} is damaged: {MANIFEST} is not what was written ({error})"
+            ) from error
+
+
+def record_of(path: Path, on_bytes: Callable[[int], object] | None = None) -> FileRecord:
+    """Size and hash of a file; `on_bytes` hears of each block."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
+            if on_bytes is not None:
+                on_bytes(len(block))
+    return FileRecord(size, digest.hexdigest())
+
+
+def check_files(checkpoint: Path) -> Manifest:
+    """That every file is there and as long as it was, and the small ones are what they were; quick.
+
+    Raises DamagedCheckpoint.
+    """
+    manifest = Manifest.read(checkpoint)
+    for name, record in manifest.files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise DamagedCheckpoint(f"{checkpoint} is damaged: it has no {name}")
+        if path.stat().st_size != record.size:
+            raise DamagedCheckpoint(
+                f"{checkpoint} is damaged: {name} has {path.stat().st_size:,} bytes instead of"
+                f" {record.size:,}"
+            )
+    small = [name for name in manifest.files if not name.endswith(TENSOR_FILES)]
+    check_hashes(checkpoint, manifest, small)
+    return manifest
+
+
+def check_hashes(
+    checkpoint: Path,
+    manifest: Manifest,
+    names: list[str],
+    on_bytes: Callable[[int], object] | None = None,
+) -> None:
+    """That these files are bit for bit what was written. Raises DamagedCheckpoint."""
+    for name in names:
+        try:
+            found = record_of(checkpoint / name, on_bytes)
+        except OSError as error:
+            raise DamagedCheckpoint(
+                f"{checkpoint} is damaged: {name} cannot be read ({error.strerror})"
+            ) from error
+        if found != manifest.files[name]:
+            raise DamagedCheckpoint(
+                f"{checkpoint} is damaged: {name} is not what was written (its SHA-256 differs)"
+            )

@@ -1,0 +1,101 @@
+"""A checkpoint is read: one whole tensor at a time, by whoever wants it, without other ranks.
+
+PyTorch keeps the list of tensors as a pickle, which may run any code; here it may name nothing but
+the classes that such a list is made of. The tensors themselves are loaded as weights only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from megalong.checkpoint.folder import being_read
+from megalong.checkpoint.manifest import DamagedCheckpoint
+from megalong.checkpoint.progress import Progress
+
+
+class CheckpointReader:
+    """The tensors of one checkpoint by name, and its progress.
+
+    tensors: {name: size and dtype, as torch.distributed.checkpoint describes them}.
+    """
+
+    def __init__(self, checkpoint: Path):
+        self.checkpoint = checkpoint
+        self._files = _FileReader(checkpoint)
+        with _damage(checkpoint, ".metadata"):
+            self._metadata = self._files.read_metadata()
+            self.tensors: dict[str, TensorStorageMetadata] = self._metadata.state_dict_metadata
+
+    def progress(self) -> Progress:
+        """How far the run had come."""
+        with _damage(self.checkpoint, "progress.json"):
+            return Progress(**json.loads((self.checkpoint / "progress.json").read_text()))
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, whole, on the CPU. Raises DamagedCheckpoint where it cannot be read."""
+        if name not in self.tensors:
+            raise DamagedCheckpoint(f"{self.checkpoint} has no tensor {name}")
+        whole = torch.Size([0] * len(self.tensors[name].size))
+        with _damage(self.checkpoint, name):
+            piece = self._metadata.storage_data[MetadataIndex(name, whole)]
+            with (self.checkpoint / piece.relative_path).open("rb") as file:
+                return self._files.read_piece(file, piece)
+
+
+@contextlib.contextmanager
+def read_checkpoint(checkpoint: Path) -> Iterator[CheckpointReader]:
+    """A reader, and meanwhile no run removes the checkpoint."""
+    with being_read(checkpoint):
+        yield CheckpointReader(checkpoint)
+
+
+@contextlib.contextmanager
+def _damage(checkpoint: Path, what: str) -> Iterator[None]:
+    """Inside, whatever damaged bytes lead to is damage."""
+    try:
+        yield
+    except Exception as error:
+        message = f"{checkpoint} is damaged: {what} cannot be read: {error!r}"
+        raise DamagedCheckpoint(message) from error
+
+
+class _FileReader(dcp.FileSystemReader):
+    """PyTorch's reader, which knows its file format, with a pickle that is safe to load."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (self.path / ".metadata").open("rb") as file:
+            return _MetadataUnpickler(file).load()
+
+    def read_piece(self, file: IO[bytes], piece: Any) -> torch.Tensor:
+        return torch.load(self._slice_file(file, piece), map_location="cpu", weights_only=True)
+
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_HARMLESS = {
+    (_METADATA, name)
+    for name in (
+        "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties",
+        "BytesStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING",
+    )
+} | {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+}  # fmt: skip
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _HARMLESS:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a list of tensors")

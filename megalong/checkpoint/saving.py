@@ -1,0 +1,114 @@
+"""Saving the checkpoints of a run, one after the other; in the background, if asked to.
+
+In the background a thread writes while training goes on. It has a process group of its own, so that
+its collectives never meet those of the training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megalong.arguments import to_yaml
+from megalong.checkpoint.folder import POINTER, checkpoint_folder, latest, remove_old
+from megalong.checkpoint.progress import Progress
+from megalong.checkpoint.writing import write_checkpoint
+from megalong.config import Config
+from megalong.flags import ConfigError
+
+
+class Saver:
+    """Writes checkpoints into the folder of `--save`; a context, which waits for the last at its
+    end. Every rank of the run has one, and calls its methods at the same points.
+
+    announce: called on rank 0 with a line to be said: what was saved, once that is durable.
+    """
+
+    def __init__(self, config: Config, announce: Callable[[str], None]):
+        self._config, self._announce = config, announce
+        timeout = timedelta(minutes=config.run.distributed_timeout_minutes)
+        self._group = dist.new_group(backend="gloo", timeout=timeout)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._under_way: Future[None] | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # What ends the run already is the news; a checkpoint under way is finished all the same.
+        with contextlib.suppress(Exception) if error is not None else contextlib.nullcontext():
+            self.wait()
+        self._pool.shutdown()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a checkpoint in the background could not be written: `wait` says why."""
+        future = self._under_way
+        return future is not None and future.done() and future.exception() is not None
+
+    def save(self, progress: Progress, tensors: dict[str, torch.Tensor]) -> None:
+        """Write a checkpoint: now, or with `--async-save` from now on.
+
+        tensors: those that this rank has to write, on the CPU; nobody changes them any more.
+        Raises ConfigError where it, or the one before, could not be written.
+        """
+        self.wait()
+        if self._config.run.async_save:
+            self._under_way = self._pool.submit(self._write, progress, tensors)
+        else:
+            self._write(progress, tensors)
+
+    def wait(self) -> None:
+        """Wait until nothing is under way. Raises ConfigError where that could not be written."""
+        future, self._under_way = self._under_way, None
+        if future is not None:
+            future.result()
+
+    def _write(self, progress: Progress, tensors: dict[str, torch.Tensor]) -> None:
+        run = Path(self._config.run.save)
+        checkpoint = checkpoint_folder(run, progress.iteration)
+        texts = {
+            "progress.json": json.dumps(dataclasses.asdict(progress)),
+            "config.yaml": to_yaml(self._config),
+        }
+        try:
+            write_checkpoint(checkpoint, tensors, texts, self._group)
+        except OSError as error:
+            raise ConfigError(_failure(run, checkpoint, error)) from error
+        if dist.get_rank() == 0:
+            self._announce(f"saved {checkpoint}")
+            self._remove_old(checkpoint)
+
+    def _remove_old(self, newest: Path) -> None:
+        run: Any = self._config.run
+        if run.keep_last is None:
+            return
+        try:
+            remove_old(newest, run.keep_last, run.keep_every)
+        except OSError as error:
+            self._announce(f"--keep-last {run.keep_last}: old checkpoints stay ({error})")
+
+
+def _failure(run: Path, checkpoint: Path, error: OSError) -> str:
+    in_force = latest(run) if (run / POINTER).exists() else None
+    before = "there is none before it" if in_force is None else f"{in_force.name} stays in force"
+    reason = error.strerror or error
+    return (
+        f"--save {run}: the checkpoint {checkpoint} could not be written: {reason}. Nothing was"
+        f" overwritten, {before}; make room there, or --save elsewhere, and go on with --load"
+    )

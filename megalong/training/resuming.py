@@ -1,0 +1,172 @@
+"""Which checkpoint a run goes on from: the one in force, if it is sound and of the same run.
+
+What a look at the files shows is found before anything is launched; their hashes the ranks share,
+afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megalong.arguments import read_yaml
+from megalong.checkpoint.folder import POINTER, checkpoints, iteration_of, latest
+from megalong.checkpoint.manifest import (
+    TENSOR_FILES,
+    DamagedCheckpoint,
+    Manifest,
+    check_files,
+    check_hashes,
+)
+from megalong.config import AttentionConfig, Config, ModelConfig
+from megalong.flags import ConfigError, flag_name
+from megalong.progress import Progress as ProgressBar
+from megalong.training.run_folder import same_folder
+
+LONG = 1 << 30  # bytes to be hashed by one rank, from which on a progress bar is worth its lines
+
+
+def open_checkpoint(config: Config) -> Path | None:
+    """The checkpoint that `--load` points at, or None for a run that starts at the beginning.
+
+    A run that is started again with the same `--save` and `--load` may have been killed before its
+    first checkpoint; anything else that is not there is an error, and so is a damaged checkpoint,
+    or one of another model or, in the same folder, of a run on other data: ConfigError. With
+    `--load-fallback` it is the newest one whose files are all there.
+    """
+    load = config.run.load
+    if load is None:
+        return None
+    if not (Path(load) / POINTER).exists():
+        if same_folder(load, config.run.save):
+            return None
+        raise ConfigError(f"--load {load}: no checkpoint there (no file `latest`)")
+    checkpoint, _ = _first_sound(_candidates(config), check_files, config)
+    _check_same_run(checkpoint, config)
+    return checkpoint
+
+
+def sound_checkpoint(config: Config, say: Callable[[str], None]) -> Path:
+    """The same, once more thoroughly: with hashes, unless `--no-verify-checkpoint`.
+
+    Called by every rank where `open_checkpoint` has found one. say: where rank 0 says what is
+    damaged, if `--load-fallback` goes past it. Raises ConfigError on every rank.
+    """
+    candidates = [_candidates(config)]
+    dist.broadcast_object_list(candidates, src=0)  # a network file system may show each its own
+    verify = config.run.verify_checkpoint
+    checkpoint, damage = _first_sound(
+        candidates[0], lambda candidate: _check_together(candidate, verify), config
+    )
+    for line in damage if dist.get_rank() == 0 else []:
+        say(f"{line}: going on from {checkpoint.name} (--load-fallback)")
+    _check_same_run(checkpoint, config)
+    return checkpoint
+
+
+def _candidates(config: Config) -> list[Path]:
+    """The checkpoint in force, and with `--load-fallback` those before it, the newest first."""
+    run = Path(config.run.load)
+    pointed = latest(run)
+    if not config.run.load_fallback:
+        if pointed is None:
+            raise ConfigError(
+                f"--load {run}: the file {POINTER} names no checkpoint: --load-fallback takes the"
+                " newest sound one"
+            )
+        return [pointed]
+    older = checkpoints(run)
+    if pointed is None:
+        return older[::-1]
+    older = [c for c in older if iteration_of(c) < iteration_of(pointed)]
+    return [pointed, *reversed(older)]
+
+
+def _first_sound(
+    candidates: list[Path], check: Callable[[Path], object], config: Config
+) -> tuple[Path, list[str]]:
+    """The first candidate that passes the check, and what is wrong with those before it."""
+    found = []
+    for checkpoint in candidates:
+        try:
+            check(checkpoint)
+            return checkpoint, found
+        except DamagedCheckpoint as damage:
+            found.append(str(damage))
+            if not config.run.load_fallback:
+                raise ConfigError(
+                    f"--load {config.run.load}: {damage}; --load-fallback goes on from the newest"
+                    " sound checkpoint before it"
+                ) from damage
+    raise ConfigError(
+        f"--load {config.run.load}: no checkpoint there is sound: {'; '.join(found) or 'none left'}"
+    )
+
+
+def _check_together(checkpoint: Path, verify: bool) -> None:
+    """Check a checkpoint, every rank a share of it. Raises the same DamagedCheckpoint on all."""
+    finding = None
+    try:
+        manifest = check_files(checkpoint)
+        if verify:
+            check_share(checkpoint, manifest, dist.get_rank(), dist.get_world_size())
+    except DamagedCheckpoint as damage:
+        finding = str(damage)
+    findings: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(findings, finding)
+    for finding in findings:
+        if finding is not None:
+            raise DamagedCheckpoint(finding)
+
+
+def check_share(checkpoint: Path, manifest: Manifest, rank: int = 0, ranks: int = 1) -> None:
+    """Check the hashes of every `ranks`-th tensor file, with a progress bar where that is long.
+
+    Raises DamagedCheckpoint.
+    """
+    names = sorted(name for name in manifest.files if name.endswith(TENSOR_FILES))[rank::ranks]
+    size = sum(manifest.files[name].size for name in names)
+    with ProgressBar(
+        size, unit="B", description=f"verifying {checkpoint.name}", enabled=not rank and size > LONG
+    ) as bar:
+        check_hashes(checkpoint, manifest, names, bar.update)
+
+
+# What may differ between a checkpoint and the run that goes on from it.
+_FREE_MODEL_FIELDS = {"seq_length", "init_method_std", "transformer_impl"}
+# What a run in the same folder keeps: its data order and its held-out documents hang on it, and its
+# losses would not be one curve.
+_RUN_FIELDS = ["seed", "split", "data_path"]
+_RUN_FIELDS += [field.name for field in dataclasses.fields(AttentionConfig)]
+
+
+def _check_same_run(checkpoint: Path, config: Config) -> None:
+    stored = read_yaml(str(checkpoint / "config.yaml"))
+    sections = (config.model, config.attention, config.training, config.data)
+    ours = {name: value for section in sections for name, value in vars(section).items()}
+    names = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in _FREE_MODEL_FIELDS]
+    names += ["tokenizer_type", "tokenizer_model"]
+    if same_folder(config.run.load, config.run.save):
+        names += _RUN_FIELDS
+    for name in names:
+        theirs = stored.get(name)
+        if _comparable(name, ours[name]) != _comparable(name, theirs):
+            way_out = "start a new run without --load"
+            if name in _RUN_FIELDS:
+                way_out = "--save into another folder"
+            raise ConfigError(
+                f"{flag_name(name)} is {ours[name]}, but the checkpoint {checkpoint} was written"
+                f" with {theirs}: set it to that, or {way_out}"
+            )
+
+
+def _comparable(name: str, value: Any) -> Any:
+    """Data and tokenizers may have moved to another folder since; YAML has lists for tuples."""
+    if name in ("data_path", "tokenizer_model") and value is not None:
+        return Path(value).name
+    return json.dumps(value)

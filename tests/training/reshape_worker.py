@@ -1,0 +1,81 @@
+"""Runs of three steps, each saved in one layout, and their continuations in every other layout.
+
+    reshape_worker.py CORPUS FOLDER [save] [load]
+
+does those of the layouts that have as many ranks as this was started with. "save" leaves
+FOLDER/saved/LAYOUT, and on one rank FOLDER/whole, six steps that nothing interrupts; "load" goes
+on from all of the former, three more steps, and leaves FOLDER/resumed/LAYOUT/FROM.
+"""
+
+import sys
+from pathlib import Path
+
+from megalong.arguments import parse_arguments
+from megalong.config import world_size
+from megalong.parallel import build_mesh, process_group
+from megalong.training.loop import Trainer
+from megalong.training.resuming import open_checkpoint
+from megalong.training.run_data import open_run_data
+from megalong.training.run_folder import prepare_run_folder
+from megalong.training.stopping import StopRequest
+from tests.launching import small_run_flags
+from tests.training.parity_worker import AXES, BRANCHES, OPTIMIZER
+
+# Layout -> ranks; dp is what the rest leaves, and z the ZeRO stage.
+LAYOUTS = {
+    "one": 1,
+    "tp2": 2,
+    "pp2": 2,
+    "sp2": 2,
+    "dp2-z1": 2,
+    "dp2-z3": 2,
+    "tp2-pp2-sp2": 8,
+}
+# Only loaded: eight ranks share tensors of 66 elements, which they do not divide evenly.
+UNEVEN = ("sp2-dp4-z3", "tp2")
+
+STEPS = {"train_iters": 6, "lr_decay_iters": 6, "save_interval": 100}
+MODEL = {**BRANCHES, "hidden_size": 66, "kv_channels": 16, "head_offsets": "layer"}
+BATCH = {"micro_batch_size": 1, "global_batch_size": 4, "split": "1,0,0"}
+
+
+def pairs() -> list[tuple[str, str]]:
+    """(the layout that loads, the one that saved)."""
+    others = [(to, source) for to in LAYOUTS for source in LAYOUTS if to != source]
+    return [*others, UNEVEN]
+
+
+def flags_of(layout: str) -> dict[str, int]:
+    """Of "tp2-pp2-z1", say."""
+    axes = {**AXES, "z": "zero_stage"}
+    words = [(word.rstrip("0123456789"), word) for word in layout.split("-")]
+    return {axes[axis]: int(word[len(axis) :]) for axis, word in words if axis in axes}
+
+
+def main(corpus: str, folder: Path, *what: str) -> None:
+    with process_group() as device, StopRequest() as stop:
+
+        def run(layout: str, **changes: object) -> None:
+            flags = OPTIMIZER | STEPS | MODEL | BATCH | flags_of(layout) | changes
+            given = parse_arguments(small_run_flags(Path(corpus), **flags))
+            config = given.resolve(world_size())
+            prepare_run_folder(config)
+            checkpoint = open_checkpoint(config)
+            with build_mesh(config, device) as mesh:
+                Trainer(config, given, open_run_data(config), checkpoint, mesh, stop).train()
+
+        if "save" in what:
+            if world_size() == 1:
+                run("one", save=folder / "whole")
+            for layout, ranks in LAYOUTS.items():
+                if ranks == world_size():
+                    run(layout, train_iters=3, save=folder / "saved" / layout)
+        if "load" in what:
+            for to, source in pairs():
+                if LAYOUTS.get(to, 8) == world_size():
+                    load, save = folder / "saved" / source, folder / "resumed" / to / source
+                    run(to, load=load, save=save, async_save=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

@@ -1,0 +1,80 @@
+"""Which checkpoints stay, and that the list of tensors cannot run code."""
+
+import os
+import pickle
+
+import pytest
+
+from megalong.checkpoint.folder import being_read, checkpoints, latest, point_at, remove_old
+from megalong.checkpoint.manifest import DamagedCheckpoint, Manifest
+from megalong.checkpoint.reading import CheckpointReader
+from megalong.config import Config, ConfigError, RunConfig
+
+
+def make_checkpoints(run, iterations):
+    for iteration in iterations:
+        folder = run / f"iter_{iteration:07d}"
+        folder.mkdir()
+        Manifest(1, {}).write(folder)
+    return folder
+
+
+def iterations(run):
+    return [int(path.name.removeprefix("iter_")) for path in checkpoints(run)]
+
+
+@pytest.mark.parametrize(
+    "keep_last, keep_every, kept",
+    [
+        (1, None, [60, 70]),  # 70 is newer than the newest: a damaged one that was left behind
+        (2, None, [50, 60, 70]),
+        (9, None, [10, 20, 30, 40, 50, 60, 70]),
+        (1, 20, [20, 40, 60, 70]),
+        (2, 30, [30, 50, 60, 70]),
+    ],
+)
+def test_what_is_kept(tmp_path, keep_last, keep_every, kept):
+    make_checkpoints(tmp_path, range(10, 80, 10))
+    remove_old(tmp_path / "iter_0000060", keep_last, keep_every)
+    assert iterations(tmp_path) == kept == sorted(kept)
+    assert len(list(tmp_path.iterdir())) == len(kept)
+
+
+def test_what_is_being_read_stays(tmp_path):
+    newest = make_checkpoints(tmp_path, (1, 2, 3))
+    with being_read(tmp_path / "iter_0000001"):
+        remove_old(newest, 1, None)
+        assert iterations(tmp_path) == [1, 3]
+    remove_old(newest, 1, None)
+    assert iterations(tmp_path) == [3]
+
+
+def test_the_pointer(tmp_path):
+    point_at(tmp_path / "iter_0000003")
+    assert latest(tmp_path).name == "iter_0000003"
+    (tmp_path / "latest").write_bytes(b"../\xff")
+    assert latest(tmp_path) is None
+
+
+class Attack:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def test_the_list_of_tensors_cannot_run_code(tmp_path):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(DamagedCheckpoint, match=r"system has no place in a list of tensors"):
+        CheckpointReader(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "run, words",
+    [
+        ({"keep_last": 0}, "--keep-last 0 must be positive"),
+        ({"keep_every": 2000}, "set --keep-last too"),
+        ({"keep_last": 1, "keep_every": 1500}, "set --keep-every 2000"),
+    ],
+)
+def test_flags_that_cannot_be_meant(run, words):
+    with pytest.raises(ConfigError, match=words):
+        Config(run=RunConfig(**run)).resolve(1)

@@ -1,0 +1,52 @@
+"""Any layout saves and any other goes on, as if one process had done it all."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalong.checkpoint.folder import latest
+from megalong.checkpoint.reading import CheckpointReader
+from megalong.training.metrics import read_metrics
+from tests.launching import made_once, ranks_command, run
+from tests.training.reshape_worker import pairs
+
+WORKER = __file__.replace("test_reshape", "reshape_worker")
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory) -> Path:
+    def make(folder: Path) -> None:
+        # Each number of ranks saves before any other loads.
+        for ranks, *what in (
+            (1, "save"),
+            (2, "save"),
+            (8, "save", "load"),
+            (2, "load"),
+            (1, "load"),
+        ):
+            run(ranks_command(ranks, WORKER, corpus, folder, *what), timeout=900)
+
+    return made_once(tmp_path_factory, "reshape", make)
+
+
+@pytest.mark.parametrize("to, source", pairs(), ids=str)
+def test_resumed_in_another_layout(runs, to, source):
+    whole, resumed = runs / "whole", runs / "resumed" / to / source
+    records, expected = (
+        read_metrics(resumed / "metrics.jsonl"),
+        read_metrics(whole / "metrics.jsonl"),
+    )
+    assert [r["iteration"] for r in records] == [4, 5, 6]
+    for name in ("loss", "grad_norm", "learning_rate"):
+        values, wanted = ([r[name] for r in part[-3:]] for part in (records, expected))
+        torch.testing.assert_close(values, wanted, rtol=1e-5, atol=0, msg=name)
+    reader, reference = (CheckpointReader(latest(folder)) for folder in (resumed, whole))
+    assert reader.progress().consumed_tokens == reference.progress().consumed_tokens
+    assert reader.progress().adam_step == 6
+    names = [name for name in reference.tensors if not name.startswith("random.")]
+    assert set(names) == {name for name in reader.tensors if not name.startswith("random.")}
+    assert len(names) % 3 == 0 and any(name.startswith("exp_avg_sq.") for name in names)
+    for name in names:
+        tensor, wanted = reader.read(name), reference.read(name)
+        assert (tensor - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name

@@ -1,0 +1,82 @@
+"""What is in a checkpoint, without loading any of its tensors.
+
+    python tools/inspect_checkpoint.py RUN/iter_0001000 [--verify]
+    python tools/inspect_checkpoint.py RUN                          (the one in force)
+
+Names, shapes and number formats; iteration and tokens; the layout that saved it, which any other
+may load; the configuration. --verify compares every file with its hash.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import yaml
+
+from megalong.checkpoint.folder import POINTER, latest
+from megalong.checkpoint.manifest import DamagedCheckpoint, Manifest, check_files
+from megalong.checkpoint.reading import CheckpointReader, read_checkpoint
+from megalong.progress import human_bytes
+from megalong.training.resuming import check_share
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run folder")
+    parser.add_argument("--verify", action="store_true", help="compare every file with its hash")
+    arguments = parser.parse_args()
+    checkpoint = arguments.checkpoint
+    if (checkpoint / POINTER).is_file():
+        checkpoint = latest(checkpoint)
+    if checkpoint is None or not checkpoint.is_dir():
+        parser.error(f"{checkpoint or arguments.checkpoint}: no checkpoint there")
+    try:
+        manifest = Manifest.read(checkpoint)
+        with read_checkpoint(checkpoint) as reader:
+            show(reader, manifest)
+            if arguments.verify:
+                check_files(checkpoint)
+                check_share(checkpoint, manifest)
+                print(f"sound: all {len(manifest.files)} files are what was written")
+    except DamagedCheckpoint as damage:
+        print(f"error: {damage}", file=sys.stderr)
+        sys.exit(2)
+
+
+def show(reader: CheckpointReader, manifest: Manifest) -> None:
+    """Print all there is to know."""
+    progress, config = reader.progress(), (reader.checkpoint / "config.yaml").read_text()
+    sizes = {name: math.prod(entry.size) for name, entry in reader.tensors.items()}
+    parameters = sum(size for name, size in sizes.items() if name.startswith("weights."))
+    print(f"{reader.checkpoint}: {human_bytes(manifest.size)} in {len(manifest.files)} files")
+    print(
+        f"iteration {progress.iteration:,} | {progress.consumed_samples:,} sequences"
+        f" | {progress.consumed_tokens:,} tokens | {progress.adam_step:,} updates by Adam"
+    )
+    print(f"saved by {layout(yaml.safe_load(config)['parallel'], manifest.ranks)}")
+    print(f"{parameters:,} parameters in {len(reader.tensors)} tensors:")
+    width = max(map(len, reader.tensors))
+    for name, entry in sorted(reader.tensors.items()):
+        dtype = str(entry.properties.dtype).removeprefix("torch.")
+        print(f"  {name:{width}}  {dtype:8}  {' x '.join(map(str, entry.size)) or 'scalar'}")
+    print("configuration:")
+    print("  " + config.strip().replace("\n", "\n  "))
+
+
+def layout(parallel: dict, ranks: int) -> str:
+    """The parallel sizes of a resolved configuration in words."""
+    sequence, tensor, pipeline = (
+        parallel[f"{axis}_parallel_size"] for axis in ("sequence", "tensor_model", "pipeline_model")
+    )
+    data = ranks // (sequence * tensor * pipeline)
+    return (
+        f"{ranks} ranks: sequence {sequence} x tensor {tensor} x pipeline {pipeline} x data {data},"
+        f" ZeRO {parallel['zero_stage']}"
+    )
+
+
+if __name__ == "__main__":
+    main()
