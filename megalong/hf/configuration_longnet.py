@@ -99,7 +99,7 @@ class LongNetConfig(PreTrainedConfig):
         else:
             table = [list(row) for row in self.head_offsets]
         fits = len(table) == len(rates) and all(
-            len(row) == heads and 0 <= min(row) and max(row) < rate
+            len(row) == heads and min(row) >= 0 and max(row) < rate
             for row, rate in zip(table, rates, strict=True)
         )
         if not fits:
