@@ -224,7 +224,7 @@ class LongNetCacheLayer(CacheLayerMixin):
     def attend(self, q_bshd, k_bskd, v_bskd, counts: list[int]):
         """Attention of new positions, of which each sequence has `counts`, the others being padding
         after them; remembers their keys and values."""
-        batch, s = q_bshd.shape[:2]
+        s = q_bshd.shape[1]
         if not self.is_initialized:
             self._start(k_bskd)
         if s == 1:
@@ -262,7 +262,7 @@ class LongNetCacheLayer(CacheLayerMixin):
 
     def _attend_one(self, q_bhd, k_bkd, v_bkd, counts):
         """One new position of each sequence: one softmax over the rows of all branches."""
-        batch, device = len(counts), q_bhd.device
+        device = q_bhd.device
         lengths = torch.tensor(self.lengths, device=device)
         real = torch.tensor(counts, device=device).bool()
         scores, masks = [], []

@@ -1,4 +1,4 @@
-"""Configurations: megalong's to Transformers', and Transformers' LongNet and Llama to megalong's."""
+"""Configurations: megalong's to Transformers', and back, from LongNet and from Llama."""
 
 from __future__ import annotations
 

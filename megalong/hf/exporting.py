@@ -20,7 +20,7 @@ from megalong.flags import ConfigError
 from megalong.hf.checkpoint_files import CheckpointReader, written_aside
 from megalong.hf.configs import AUTO_MAP, longnet_config
 from megalong.hf.model_card import model_card
-from megalong.hf.names import Sizes, check_names, entries
+from megalong.hf.names import Sizes, check_names, check_shape, entries
 
 MODEL_FILES = ("configuration_longnet.py", "modeling_longnet.py", "attention_longnet.py")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -94,6 +94,8 @@ def _write_weights(
     check_names(
         f"--load {checkpoint.folder}", (entry.name for entry in table), checkpoint.shapes.keys()
     )
+    for entry in table:
+        check_shape(entry.name, entry.shape, checkpoint.shapes[entry.name])
     shards = _plan_shards([list(entry.parts.items()) for entry in table], dtype, shard_bytes)
     files = ["model.safetensors"]
     if len(shards) > 1:

@@ -30,7 +30,7 @@ HUGGINGFACE_FILES = (
 _PROBES = (
     "",
     "The quick brown fox, 12345 times.  Two spaces, and a tab:\t\n\n",
-    "def f(x):\n        return {'a': [x, 1.5e-3], \"b\": None}  # comment\n\n\nclass A:\n\tpass\r\n",
+    "def f(x):\n        return {'a': [x, 1.5e-3], \"b\": None}  # so\n\n\nclass A:\n\tpass\r\n",
     " a  b\tc\n\n    d\r\n e\u0301 \u00e9\u3042\U0001f600\u2581\u2047\0 ",
     "<eod> </s> <unk> <0x0A> <|endoftext|> \u2581\u2581x\t\t\t\t\t\t\t\t\t\t",
     "aaaaaaa bbbbbb ababababab ((((((( ======= ........... --------------------------------",
