@@ -50,6 +50,11 @@ class Branch:
             streams = tuple((head // group, offset) for head, offset in enumerate(offsets))
         return cls(length, rate, heads, kv_heads, streams)
 
+    @property
+    def rows(self) -> int:
+        """The most rows that a segment has."""
+        return -(-self.length // self.rate)
+
     def offsets(self, device: torch.device) -> torch.Tensor:
         """The offset of each stream, (g,)."""
         return torch.tensor([offset for _, offset in self.streams], device=device)
@@ -274,7 +279,7 @@ class LongNetCacheLayer(CacheLayerMixin):
             written = (takes_bg & real[:, None]).nonzero(as_tuple=True)
             kv_heads = torch.tensor([kv_head for kv_head, _ in branch.streams], device=device)
             for kept, new in ((self.keys, k_bkd), (self.values, v_bkd)):
-                kept[number] = _grown(kept[number], rows)
+                kept[number] = _grown(kept[number], rows, branch.rows)
                 kept[number][*written, cell[written[0]]] = new[written[0], kv_heads[written[1]]]
             k_bgnd = self.keys[number]
             reached = torch.arange(k_bgnd.shape[2], device=device) <= cell[:, None]
@@ -335,18 +340,21 @@ class LongNetCacheLayer(CacheLayerMixin):
     update = lazy_initialization
 
 
-def _grown(x_bgnd, rows: int):
-    """With room for so many rows, and some to spare."""
-    missing = rows - x_bgnd.shape[2]
-    return x_bgnd if missing <= 0 else F.pad(x_bgnd, (0, 0, 0, max(missing, min(rows // 8, 64))))
+def _grown(x_bgnd, rows: int, limit: int):
+    """With room for so many rows, and some to spare; never for more than limit."""
+    room = x_bgnd.shape[2]
+    if rows <= room:
+        return x_bgnd
+    return F.pad(x_bgnd, (0, 0, 0, min(max(rows, room + room // 8 + 8), limit) - room))
 
 
 def _store(kept_bgnd, rows, new_bgnd):
     """The new rows of some of the sequences in place of the old ones."""
     if len(rows) == len(kept_bgnd):
         return new_bgnd
-    kept_bgnd = _grown(kept_bgnd, new_bgnd.shape[2]).clone()
-    kept_bgnd[rows, :, : new_bgnd.shape[2]] = new_bgnd
+    count = new_bgnd.shape[2]
+    kept_bgnd = _grown(kept_bgnd, count, count).clone()
+    kept_bgnd[rows, :, :count] = new_bgnd
     return kept_bgnd
 
 
