@@ -17,7 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megalong.arguments import build_parser
+from megalong.arguments import build_parser, read_yaml
 from megalong.hf.importing import import_model, read_config
 
 
@@ -31,6 +31,8 @@ def main() -> int:
     args, others = parser.parse_known_args()
     try:
         changes = vars(build_parser().parse_args(others))
+        if "config" in changes:
+            changes = read_yaml(changes.pop("config")) | changes
         if "segment_lengths" in changes:
             changes.setdefault("attention", "dilated")
         elif read_config(args.input).get("model_type") != "longnet":

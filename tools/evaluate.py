@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from megalong.hf.evaluation import Subject, evaluate_texts, load_subject, passkey
-from megalong.training.evaluation import position_edges
+from megalong.training.positions import position_edges
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -290,10 +290,11 @@ class LongNetCacheLayer(CacheLayerMixin):
             masks.append(mask)
         sizes = [x.shape[2] for x in scores]
         mask = torch.cat(masks, 2)
-        scores = torch.cat(scores, 2) * q_bhd.shape[-1] ** -0.5
-        scores = scores.masked_fill(~mask, -torch.inf if mask.any(-1).all() else NEVER)
-        dtype = torch.promote_types(scores.dtype, torch.float32)
-        weights = scores.softmax(-1, dtype=dtype).masked_fill(~mask, 0.0).to(v_bkd.dtype)
+        scores = torch.cat(scores, 2)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = (scores * q_bhd.shape[-1] ** -0.5).masked_fill(~mask, NEVER)
+        # A query in no branch gets 0; where there is a key, NEVER is as good as minus infinity.
+        weights = scores.softmax(-1).masked_fill(~mask, 0.0).to(v_bkd.dtype)
         out = 0
         for part, v_bgnd in zip(weights.split(sizes, 2), self.values, strict=True):
             out = out + (part.unflatten(1, (v_bgnd.shape[1], -1)) @ v_bgnd).flatten(1, 2)

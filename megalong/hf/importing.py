@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from megalong.arguments import config_from_values, to_yaml
 from megalong.config import Config
+from megalong.data.tokenizer import build_tokenizer
 from megalong.flags import ConfigError
 from megalong.hf.checkpoint_files import write_first_checkpoint
 from megalong.hf.configs import megalong_values
@@ -82,8 +83,9 @@ def import_model(source: Path, run_folder: Path, changes: dict[str, Any]) -> tup
         raise ConfigError(f"--output {run_folder} is not empty: choose another folder")
     theirs = read_config(source)
     values = megalong_values(theirs, str(source / "config.json"))
-    given, config = _configuration(theirs, values | changes, source, run_folder)
-    sizes = Sizes.of(config.model, theirs["vocab_size"])
+    values, ids = _with_tokenizer(values | changes, source, run_folder)
+    given, config = _configuration(theirs, values, ids)
+    sizes = _sizes(theirs, config, ids)
     weights = SafetensorsReader(source)
     table = {entry.name: entry for entry in entries(sizes)}
     _check_weights(source, theirs, weights, table)
@@ -100,28 +102,53 @@ def import_model(source: Path, run_folder: Path, changes: dict[str, Any]) -> tup
     return checkpoint, config
 
 
+def _with_tokenizer(
+    values: dict[str, Any], source: Path, run_folder: Path
+) -> tuple[dict[str, Any], int]:
+    """The values with the tokenizer that is given, or that comes with the model; and how many ids
+    it has."""
+    if "tokenizer_type" in values:
+        kind, model = values["tokenizer_type"], values.get("tokenizer_model")
+        return values, build_tokenizer(kind, model).vocab_size
+    kind, model = tokenizer_of_export(source)
+    ids = build_tokenizer(kind, model).vocab_size
+    if model is not None:
+        name = SENTENCEPIECE_FILE if kind == "SentencePieceTokenizer" else "tokenizer"
+        model = str((run_folder / name).resolve())
+    return values | {"tokenizer_type": kind, "tokenizer_model": model}, ids
+
+
 def _configuration(
-    theirs: dict[str, Any], values: dict[str, Any], source: Path, run_folder: Path
+    theirs: dict[str, Any], values: dict[str, Any], ids: int
 ) -> tuple[Config, Config]:
     """The configuration of the model, as it is given to the run that goes on, and resolved."""
-    if "tokenizer_type" not in values:
-        kind, model = tokenizer_of_export(source)
-        if model is not None:
-            model = "tokenizer.model" if kind == "SentencePieceTokenizer" else "tokenizer"
-            model = str((run_folder / model).resolve())
-        values = values | {"tokenizer_type": kind, "tokenizer_model": model}
-    if "make_vocab_size_divisible_by" not in values:
-        # Nothing is padded, so that the model stays the same function: the largest power of two.
-        vocab_size = theirs["vocab_size"]
-        values["make_vocab_size_divisible_by"] = min(128, vocab_size & -vocab_size)
-    if "precision" not in values:
-        stored = (theirs.get("megalong") or {}).get("training_precision")
-        dtype = theirs.get("dtype") or theirs.get("torch_dtype")
-        values["precision"] = stored or _PRECISION_OF.get(str(dtype), "fp32")
+    rows = theirs["vocab_size"]
+    stored = (theirs.get("megalong") or {}).get("training_precision")
+    dtype = str(theirs.get("dtype") or theirs.get("torch_dtype"))
+    defaults = {
+        # Training makes as many rows as there are here, so that the model stays the same function.
+        "make_vocab_size_divisible_by": min(128, rows & -rows) if ids == rows else rows,
+        "precision": stored or _PRECISION_OF.get(dtype, "fp32"),
+    }
+    given = config_from_values(defaults | values)
     # The data of the run to come is not known yet, and nothing else of a run can be wrong here.
-    resolved = config_from_values(values | {"data_path": "to come"}).resolve(1)
+    resolved = config_from_values(defaults | values | {"data_path": "to come"}).resolve(1)
     data = dataclasses.replace(resolved.data, data_path=None)
-    return config_from_values(values), dataclasses.replace(resolved, data=data)
+    return given, dataclasses.replace(resolved, data=data)
+
+
+def _sizes(theirs: dict[str, Any], config: Config, ids: int) -> Sizes:
+    """The sizes of the model, with as many rows of the vocabulary as training will give it."""
+    rows = theirs["vocab_size"]
+    sizes = Sizes.of(config.model, ids)
+    if ids > rows or sizes.padded_vocabulary < rows:
+        raise ConfigError(
+            f"--input: the model has {rows} rows in its vocabulary, the tokenizer {ids} ids, and"
+            f" --make-vocab-size-divisible-by {config.model.make_vocab_size_divisible_by} makes"
+            f" {sizes.padded_vocabulary} of them: choose the model's tokenizer, and a multiple that"
+            " makes at least as many rows as the model has"
+        )
+    return dataclasses.replace(sizes, vocabulary=rows)
 
 
 def _check_weights(

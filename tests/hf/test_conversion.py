@@ -198,7 +198,7 @@ def test_the_moments_of_an_imported_checkpoint_are_zero(tmp_path):
 # The Llama family.
 
 SMALL = {
-    "vocab_size": 200,
+    "vocab_size": 300,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -242,16 +242,16 @@ def test_a_llama_computes_the_same_here(kind, fields, tmp_path):
     checkpoint, config = import_model(
         tmp_path / "llama", tmp_path / "run", {"attention": "dense"} | BYTES
     )
-    tokens = torch.randint(200, (2, 128))
+    tokens = torch.randint(300, (2, 128))
     with torch.no_grad():
         expected = llama(tokens).logits
     with launch(config) as mesh:
-        model = build_model(config, 200, mesh)
+        model = build_model(config, VOCAB_SIZE, mesh)
         load_weights(checkpoint, model, config, mesh)
         with torch.no_grad():
             found = model(
                 input_ids=tokens, position_ids=torch.arange(128), attention_mask=None
-            )[..., :200]  # fmt: skip
+            )[..., :300]  # fmt: skip
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
@@ -295,7 +295,7 @@ def test_a_tokenizer_of_transformers_comes_along(tmp_path):
     _, _ = random_checkpoint(tmp_path / "run")
     export(tmp_path / "run", tmp_path / "hf")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    llama = LlamaForCausalLM(LlamaConfig(**SMALL | {"vocab_size": 257}))
+    llama = LlamaForCausalLM(LlamaConfig(**SMALL | {"vocab_size": 258}))
     llama.save_pretrained(tmp_path / "llama")
     tokenizer.eos_token = "<eod>"
     tokenizer.backend_tokenizer.add_tokens(["\n\n"])  # not ours any more
@@ -304,3 +304,15 @@ def test_a_tokenizer_of_transformers_comes_along(tmp_path):
     assert config.data.tokenizer_type == "HuggingFaceTokenizer"
     shutil.rmtree(tmp_path / "llama")
     assert AutoTokenizer.from_pretrained(config.data.tokenizer_model).encode("a\n\nb")
+
+
+def test_a_vocabulary_that_training_would_not_make_is_refused(tmp_path):
+    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path / "llama")
+    changes = BYTES | {"attention": "dense", "make_vocab_size_divisible_by": 100}
+    _, config = import_model(tmp_path / "llama", tmp_path / "run", changes)  # 257 ids, 300 rows
+    assert config.model.make_vocab_size_divisible_by == 100
+    with pytest.raises(ConfigError, match="300 rows in its vocabulary, the tokenizer 257 ids"):
+        import_model(
+            tmp_path / "llama", tmp_path / "no", changes | {"make_vocab_size_divisible_by": 8}
+        )
+    assert not (tmp_path / "no").exists()
