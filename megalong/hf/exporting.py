@@ -105,7 +105,7 @@ def _write_weights(
         while not names <= ready.keys():
             entry = next(remaining)
             for name, tensor in entry.to_huggingface(checkpoint.read(entry.name)).items():
-                ready[name] = tensor.to(dtype).contiguous().clone()
+                ready[name] = _converted(name, tensor, dtype)
         shard = {name: ready.pop(name) for name in sorted(names)}
         save_file(shard, folder / file, metadata={"format": "pt"})
     total = sum(_numel(shape) for entry in table for shape in entry.parts.values())
@@ -114,6 +114,16 @@ def _write_weights(
         index = {"metadata": {"total_size": total * dtype.itemsize}, "weight_map": where}
         _write_json(folder / "model.safetensors.index.json", index)
     return {"parameters": total, "files": len(files)}
+
+
+def _converted(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    converted = tensor.to(dtype, copy=True).contiguous()
+    if not converted.isfinite().all():
+        raise ConfigError(
+            f"{name} has values that are not finite in {str(dtype).removeprefix('torch.')}: choose"
+            " another --dtype, or an earlier checkpoint"
+        )
+    return converted
 
 
 def _plan_shards(groups: list[list], dtype: torch.dtype, shard_bytes: int) -> list[set[str]]:

@@ -128,6 +128,17 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half_done(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "run"]
 
 
+def test_values_that_a_dtype_does_not_hold_are_refused(tmp_path):
+    config, weights = random_checkpoint(tmp_path / "run")
+    weights["decoder.final_layernorm.weight"][3] = 1e6
+    (tmp_path / "large").mkdir()
+    shapes = {name: tuple(x.shape) for name, x in weights.items()}
+    write_first_checkpoint(tmp_path / "large", config, shapes, weights.__getitem__)
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight has values .* another --dtype"):
+        export(tmp_path / "large", tmp_path / "hf", dtype="float16")
+    export(tmp_path / "large", tmp_path / "hf", dtype="bfloat16")
+
+
 # The name table's errors.
 
 
