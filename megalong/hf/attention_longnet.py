@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 NEVER = -1e30  # a log-sum-exp of nothing; finite, so that gradients are
-TILE_SCORES = 2**22  # scores that are held at once
+TILE_SCORES = 2**20  # scores that are held at once
 
 
 @dataclass(frozen=True)
@@ -167,42 +167,39 @@ def causal_attention(q_fhmd, k_fgnd, v_fgnd):
     """Causal attention of the last m of n rows, and its log-sum-exp (f, h, m, 1); both in at least
     float32. A tile of queries at a time, computed again in the backward pass, so that memory stays
     linear."""
-    f, _, m, _ = q_fhmd.shape
+    m = q_fhmd.shape[2]
     g, n = k_fgnd.shape[1:3]
-    q_fgemd = q_fhmd.unflatten(1, (g, -1))
     budget = max(TILE_SCORES // (q_fhmd.shape[1] * n), 1)
     rows = min(budget, m)
-    segments = max(budget // rows, 1)
-    tiles = []
-    for a in range(0, f, segments):
-        line = []
-        for i in range(0, m, rows):
-            keys = slice(0, n - m + min(i + rows, m))
-            inputs = (
-                q_fgemd[a : a + segments, :, :, i : i + rows],
-                k_fgnd[a : a + segments, :, keys],
-                v_fgnd[a : a + segments, :, keys],
-            )
+    # split, not slices: its backward puts the parts together once.
+    parts = (
+        x.split(max(budget // rows, 1)) for x in (q_fhmd.unflatten(1, (g, -1)), k_fgnd, v_fgnd)
+    )
+    lines = []
+    for q_part, k_part, v_part in zip(*parts, strict=True):
+        line, stop = [], n - m
+        for q_tile in q_part.split(rows, 3):
+            stop += q_tile.shape[3]
+            inputs = q_tile, k_part[:, :, :stop], v_part[:, :, :stop]
             if torch.is_grad_enabled() and q_fhmd.requires_grad:
                 line.append(
                     checkpoint(_tile, *inputs, use_reentrant=False, preserve_rng_state=False)
                 )
             else:
                 line.append(_tile(*inputs))
-        tiles.append([torch.cat(x, 3) for x in zip(*line, strict=True)])
-    return tuple(torch.cat(x, 0).flatten(1, 2) for x in zip(*tiles, strict=True))
+        lines.append([torch.cat(x, 3) for x in zip(*line, strict=True)])
+    return tuple(torch.cat(x).flatten(1, 2) for x in zip(*lines, strict=True))
 
 
 def _tile(q_fgemd, k_fgnd, v_fgnd):
     f, g, e, m, d = q_fgemd.shape
     n = k_fgnd.shape[2]
     scores = q_fgemd.reshape(f, g, e * m, d) @ k_fgnd.mT
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * d**-0.5
-    scores = scores.reshape(f, g, e, m, n)
-    later = torch.ones(m, n, dtype=torch.bool, device=scores.device).triu(n - m + 1)
-    scores = scores.masked_fill(later, -torch.inf)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).view(f, g, e, m, n)
+    later = torch.ones(m, m, dtype=torch.bool, device=scores.device).triu(1)
+    scores.mul_(d**-0.5)[..., n - m :].masked_fill_(later, -torch.inf)
     lse = scores.logsumexp(-1, keepdim=True)
-    weights = torch.exp(scores - lse).to(v_fgnd.dtype).reshape(f, g, e * m, n)
+    weights = (scores - lse).exp_().to(v_fgnd.dtype).reshape(f, g, e * m, n)
     return (weights @ v_fgnd).reshape(f, g, e, m, d).to(lse.dtype), lse
 
 

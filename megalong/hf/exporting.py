@@ -74,6 +74,8 @@ def export(
         _write_json(folder / "generation_config.json", {**ends, "do_sample": False})
         for name in MODEL_FILES:
             shutil.copy(Path(__file__).with_name(name), folder / name)
+        for file in folder.glob("*.safetensors"):
+            shutil.copymode(folder / "config.json", file)  # safetensors makes them private
         (folder / "README.md").write_text(model_card(config, provenance, written, dtype))
     return {**provenance, **written}
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 from megalong.arguments import to_yaml
-from megalong.config import Config
+from megalong.config import Config, RunConfig
 
 _CARD = """\
 ---
@@ -17,8 +19,8 @@ tags: [longnet, dilated-attention, megalong]
 # {name}
 
 A LongNet language model ([arXiv 2307.02486](https://arxiv.org/abs/2307.02486)), pretrained with
-megalong: {parameters:,} parameters in {dtype}, {layers} layers, {attention}, trained on sequences
-of {seq_length:,} tokens.
+megalong: {parameters:,} parameters in {dtype}, {layers} layers, {attention}. It was trained on
+sequences of {seq_length:,} tokens.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,7 +46,7 @@ memory of a long prompt.
 | precision of training | {training_precision} |
 | converted with | {versions} |
 
-The training's configuration:
+The training's configuration, where it differs from megalong's defaults:
 
 ```yaml
 {config}```
@@ -65,7 +67,18 @@ def model_card(
         layers=config.model.num_layers,
         attention=dilated if config.attention.attention == "dilated" else "dense attention",
         seq_length=config.model.seq_length,
-        config=to_yaml(config),
+        config=to_yaml(_without_paths(config), only_given=True),
         **written,
         **(provenance | {"versions": versions}),
     )
+
+
+def _without_paths(config: Config) -> Config:
+    """The configuration without the folders of the machine that it ran on."""
+    names = {
+        name: Path(path).name
+        for name in ("data_path", "tokenizer_model")
+        if (path := getattr(config.data, name)) is not None
+    }
+    data = dataclasses.replace(config.data, **names)
+    return dataclasses.replace(config, data=data, run=RunConfig())

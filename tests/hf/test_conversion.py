@@ -111,6 +111,9 @@ def test_pipeline_and_the_model_card(tmp_path):
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "run/iter_0000000" in card and "(32, 1), (64, 2), (128, 3)" in card
     assert "num_layers: 2" in card and "library_name: transformers" in card
+    assert str(tmp_path) not in card
+    weights = tmp_path / "hf" / "model.safetensors"
+    assert weights.stat().st_mode == (tmp_path / "hf" / "config.json").stat().st_mode
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["megalong"]["iteration"] == 0 and "torch" in config["megalong"]["versions"]
 
