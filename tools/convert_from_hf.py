@@ -19,9 +19,11 @@ from pathlib import Path
 
 from megalong.arguments import build_parser, read_yaml
 from megalong.hf.importing import import_model, read_config
+from megalong.quiet import quiet_libraries
 
 
 def main() -> int:
+    quiet_libraries()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

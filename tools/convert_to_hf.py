@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 
 from megalong.hf.exporting import DTYPES, export
+from megalong.quiet import quiet_libraries
 
 
 def main() -> int:
+    quiet_libraries()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

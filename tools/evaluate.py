@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from megalong.hf.evaluation import Subject, evaluate_texts, load_subject, passkey
+from megalong.quiet import quiet_libraries
 from megalong.training.positions import position_edges
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,6 +56,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    quiet_libraries()
     args = parse_arguments()
     try:
         texts = [_read(path, args.max_bytes) for path in args.input]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,8 +52,7 @@ class CheckpointReader:
         """One weight, whole, float32."""
         tensor = torch.empty(self.shapes[name])
         try:
-            with _one_process():
-                dcp.load({WEIGHTS + name: tensor}, checkpoint_id=str(self.folder), no_dist=True)
+            dcp.load({WEIGHTS + name: tensor}, checkpoint_id=str(self.folder), no_dist=True)
         except (Exception, dcp.api.CheckpointException) as error:
             raise ConfigError(f"--load {self.folder}: {name} cannot be read: {error!r}") from error
         return tensor
@@ -80,22 +78,13 @@ def write_first_checkpoint(
             for kind in (WEIGHTS, *MOMENTS)
         }
         writer, planner = dcp.FileSystemWriter(str(aside)), _MakeWhenWritten(read)
-        with _one_process():
-            dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
+        dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
         progress = {"iteration": 0, "consumed_samples": 0, "consumed_tokens": 0, "losses": []}
         (aside / "progress.json").write_text(json.dumps(progress))
         (aside / "config.yaml").write_text(to_yaml(config))
     (run_folder / "latest.tmp").write_text(folder.name)
     os.replace(run_folder / "latest.tmp", run_folder / "latest")
     return folder
-
-
-@contextmanager
-def _one_process() -> Iterator[None]:
-    """Without PyTorch's warning that there is only one process: that is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield
 
 
 class _MakeWhenWritten(dcp.DefaultSavePlanner):

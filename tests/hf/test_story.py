@@ -50,7 +50,7 @@ def test_the_whole_way(trained, text_file, corpus, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     inputs = tokenizer("def main(", return_tensors="pt")
     cached, full = (
-        model.generate(**inputs, max_new_tokens=300, min_new_tokens=300, use_cache=use_cache)
+        model.generate(**inputs, max_new_tokens=150, min_new_tokens=150, use_cache=use_cache)
         for use_cache in (True, False)
     )
     assert torch.equal(cached, full) and tokenizer.decode(cached[0]).startswith("def main(")
