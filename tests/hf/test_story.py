@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from megalong.hf.evaluation import evaluate_texts, load_subject
 from megalong.hf.exporting import export
+from megalong.hf.importing import import_model
 from megalong.hf.tokenizer_files import export_tokenizer
 from megalong.training.metrics import read_metrics
 from tests.launching import PRETRAIN, REPOSITORY, run, small_run_flags
@@ -87,20 +89,16 @@ def test_a_llama_under_dilated_attention(text_file, tmp_path):
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     export_tokenizer("ByteTokenizer", None, tmp_path / "llama")
-    folders = {"llama": tmp_path / "llama"}
-    for kind, flags in {
-        "dense": [],
-        "dilated": ["--segment-lengths", 32, 256, "--dilation-rates", 1, 8],
-    }.items():
-        folders[kind] = tmp_path / kind
-        tool("convert_from_hf.py", "--input", folders["llama"], "--output", folders[kind], *flags)
+    pattern = ["--segment-lengths", 32, 256, "--dilation-rates", 1, 8]
+    llama, dense, dilated = (tmp_path / name for name in ("llama", "dense", "dilated"))
+    import_model(llama, dense, {"attention": "dense"})
+    said = tool("convert_from_hf.py", "--input", llama, "--output", dilated, *pattern).stdout
+    assert "dilated ((32, 1), (256, 8)) attention, 256 tokens" in said
     perplexity = {}
-    for kind, folder in folders.items():
-        flags = ["--model", folder, "--input", text_file, "--context-lengths", 256]
-        said = tool("evaluate.py", *flags, "--output", tmp_path / "e").stdout
-        result = json.loads((tmp_path / "e" / "evaluation.json").read_text())["texts"][0]
-        perplexity[kind] = result["perplexity"]
-        assert f"perplexity {result['perplexity']:.3f}" in said
+    for folder in (llama, dense, dilated):
+        subject = load_subject(folder, "cpu", torch.float32)
+        result = evaluate_texts(subject, [text_file.read_text()], 256, [0, 128, 256])
+        perplexity[folder.name] = result["perplexity"]
     assert perplexity["dense"] == pytest.approx(perplexity["llama"], rel=1e-5)
     assert perplexity["dilated"] != pytest.approx(perplexity["llama"], rel=1e-5)
 
