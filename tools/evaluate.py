@@ -126,9 +126,14 @@ def _plot_positions(axis, results: list[dict]) -> None:
 
 def _plot_passkeys(axis, results: list[dict]) -> None:
     lengths, depths = (sorted({r[name] for r in results}) for name in ("length", "depth"))
-    found = {(r["depth"], r["length"]): r["accuracy"] for r in results}
-    table = [[found[depth, length] for length in lengths] for depth in depths]
-    image = axis.imshow(table, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    found = {(r["depth"], r["length"]): r for r in results}
+    table = [[found[depth, length]["accuracy"] for length in lengths] for depth in depths]
+    image = axis.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    for (depth, length), result in found.items():
+        text = f"{result['accuracy']:.0%}\nloss {result['loss']:.2f}"
+        color = "white" if result["accuracy"] > 0.6 else "black"
+        place = lengths.index(length), depths.index(depth)
+        axis.text(*place, text, ha="center", va="center", color=color)
     axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     axis.set(xlabel="tokens", ylabel="depth", title="passkeys found")

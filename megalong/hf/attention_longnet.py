@@ -136,23 +136,24 @@ def dilated_attention(q_bshd, k_bskd, v_bskd, branches, start: int = 0, past=Non
     out = lse = None
     present = []
     for number, branch in enumerate(branches):
-        parts, rows = [], [x.new_empty(batch, len(branch.streams), 0, x.shape[3])
-                           for x in (k_bskd, v_bskd)]  # fmt: skip
+        parts = []
         for first, segments, size, before in pieces(start, count, branch.length):
             here = slice(first, first + segments * size)
             earlier = past[number] if before else (None, None)
-            q_fhmd = branch.query_rows(q_bshd[:, here], segments, before)
-            k_fgnd, v_fgnd = rows = [
+            rows = [
                 branch.key_rows(x[:, here], segments, before, old)
                 for x, old in zip((k_bskd, v_bskd), earlier, strict=True)
             ]
-            results = causal_attention(q_fhmd, k_fgnd, v_fgnd)
-            parts.append([
-                branch.to_positions(x, batch, size, before, missing)
-                for x, missing in zip(results, (0.0, NEVER), strict=True)
-            ])  # fmt: skip
-        ended = (start + count) % branch.length == 0
-        present.append([x[:batch, :, :0] if ended else x for x in rows])
+            results = causal_attention(branch.query_rows(q_bshd[:, here], segments, before), *rows)
+            parts.append(
+                [
+                    branch.to_positions(x, batch, size, before, missing)
+                    for x, missing in zip(results, (0.0, NEVER), strict=True)
+                ]
+            )
+        if (start + count) % branch.length == 0:  # the next position begins a segment
+            rows = [x.new_empty(batch, x.shape[1], 0, x.shape[3]) for x in rows]
+        present.append(rows)
         new_out, new_lse = (torch.cat(x, 1) for x in zip(*parts, strict=True))
         if out is None:
             out, lse = new_out, new_lse
