@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ import pytest
 # Before torch is imported, and inherited by every process that a test starts: tests run side by
 # side, and bit-for-bit comparisons want the same number of threads.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# Transformers copies the code of exported models there: a place for each test process. And nothing
+# in the tests may go looking on the hub.
+_MODEL_CODE = tempfile.TemporaryDirectory(prefix="megalong-tests-")
+os.environ["HF_MODULES_CACHE"] = _MODEL_CODE.name
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

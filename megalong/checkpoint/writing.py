@@ -57,7 +57,7 @@ def write_checkpoint(
 
     try:
         _on_main(prepare, group)
-        writer = _HashingWriter(new)
+        writer = HashingWriter(new)
         dcp.save(tensors, storage_writer=writer, process_group=group)
         parts: list[dict[str, FileRecord]] = [{}] * dist.get_world_size(group)
         dist.gather_object(writer.files, parts if is_main else None, group=group)
@@ -83,7 +83,7 @@ def _on_main(action: Callable[[], None], group: dist.ProcessGroup) -> None:
         raise outcome[0]
 
 
-class _HashingWriter(dcp.FileSystemWriter):
+class HashingWriter(dcp.FileSystemWriter):
     """PyTorch's writer, one file a rank and flushed, which also knows what it wrote: `files`."""
 
     def __init__(self, folder: Path):

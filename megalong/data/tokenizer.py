@@ -231,7 +231,7 @@ def _sentencepiece_bytes(piece: str) -> bytes:
     return piece.replace(SENTENCEPIECE_SPACE, " ").encode("utf-8")
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """GPT-2's spelling of bytes: printable Latin-1 characters stand for themselves, the other
     bytes, in order, for the characters from 256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -241,7 +241,7 @@ def _byte_level_alphabet() -> dict[str, int]:
     return alphabet
 
 
-_BYTE_OF_CHARACTER = _byte_level_alphabet()
+_BYTE_OF_CHARACTER = byte_level_alphabet()
 
 TOKENIZERS = {
     "SentencePieceTokenizer": SentencePieceTokenizer,

@@ -28,9 +28,11 @@ def command(ranks: int, corpus: Path, folder: Path, **changes) -> list[str]:
 
 
 def numbers(folder: Path) -> list[dict]:
-    """The records of a run without the one number that is a clock's."""
+    """The records of a run without the number that is a clock's, and the traffic, which is counted
+    once after every start."""
+    left_out = ("tokens_per_second", "traffic")
     records = read_metrics(folder / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
+    return [{k: v for k, v in r.items() if k not in left_out} for r in records]
 
 
 def final_tensors(folder: Path) -> dict[str, torch.Tensor]:

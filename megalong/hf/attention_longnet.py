@@ -1,0 +1,373 @@
+"""Dilated attention in plain PyTorch, and its decode cache. Travels in the exported folder.
+
+In one segment of a branch (w, r) the positions that a head keeps are a smaller sequence: position
+o + i r is its row i, and lies in cell i of the segment, r positions wide. On rows it is plain
+causal attention. Branches are merged by their log-sum-exp, which equals one softmax over the keys
+of all of them (LongNet, arXiv 2307.02486, eq. 9-12). Autograd gives the gradient.
+
+While decoding, a later query sees of each branch only the rows of its own segment: the cache keeps
+those and no more, whatever the length of the sequence.
+
+Shape letters: b batch, s positions, h query heads, k kv heads, d head_dim, f batch and segments,
+g streams (kv heads at one offset), n rows of a segment, m queries among them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+NEVER = -1e30  # a log-sum-exp of nothing; finite, so that gradients are
+TILE_SCORES = 2**20  # scores that are held at once
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One branch of one layer.
+
+    streams: (kv head, offset) pairs that have rows of their own. They are the kv heads where all
+        query heads of a group share an offset, else one per query head.
+    """
+
+    length: int
+    rate: int
+    heads: int
+    kv_heads: int
+    streams: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, length: int, rate: int, offsets: list[int], kv_heads: int) -> Branch:
+        """offsets: that of each query head."""
+        heads = len(offsets)
+        group = heads // kv_heads
+        if all(offsets[head] == offsets[head - head % group] for head in range(heads)):
+            streams = tuple(enumerate(offsets[::group]))
+        else:
+            streams = tuple((head // group, offset) for head, offset in enumerate(offsets))
+        return cls(length, rate, heads, kv_heads, streams)
+
+    @property
+    def rows(self) -> int:
+        """The most rows that a segment has."""
+        return -(-self.length // self.rate)
+
+    def offsets(self, device: torch.device) -> torch.Tensor:
+        """The offset of each stream, (g,)."""
+        return torch.tensor([offset for _, offset in self.streams], device=device)
+
+    def query_rows(self, q_bshd, segments: int, before: int):
+        """The rows of the query heads, (f, h, m, d)."""
+        return _rows(q_bshd, self._query_channels(q_bshd.device), self.rate, segments, before)
+
+    def key_rows(self, x_bskd, segments: int, before: int, past_bgnd):
+        """The rows of the streams of keys or values, (f, g, n, d), after those of the same segment
+        that were there before."""
+        channels = [offset * self.kv_heads + kv_head for kv_head, offset in self.streams]
+        channels = torch.tensor(channels, device=x_bskd.device)
+        rows = _rows(x_bskd, channels, self.rate, segments, before)
+        if before == 0:
+            return rows
+        cell, inside = divmod(before, self.rate)
+        if inside:  # the new positions begin in the middle of a cell: smaller offsets have its row
+            had = (self.offsets(rows.device) < inside)[:, None, None]
+            middle = torch.where(had, past_bgnd[:, :, cell : cell + 1], rows[:, :, :1])
+            rows = torch.cat((middle, rows[:, :, 1:]), 2)
+        return torch.cat((past_bgnd[:, :, :cell], rows), 2)
+
+    def to_positions(self, x_fhmd, batch: int, size: int, before: int, missing: float):
+        """Rows of query heads back at their positions, (b, s, h, d); `missing` at the others."""
+        f, h, cells, d = x_fhmd.shape
+        spread = x_fhmd.new_full((f, cells, self.rate * h, d), missing)
+        spread = spread.index_copy(2, self._query_channels(x_fhmd.device), x_fhmd.transpose(1, 2))
+        first = before % self.rate
+        return spread.reshape(f, cells * self.rate, h, d)[:, first : first + size].reshape(
+            batch, -1, h, d
+        )
+
+    def _query_channels(self, device):
+        group = self.heads // len(self.streams)
+        offsets = [offset for _, offset in self.streams for _ in range(group)]
+        channels = [offset * self.heads + head for head, offset in enumerate(offsets)]
+        return torch.tensor(channels, device=device)
+
+
+def _rows(x_bshd, channels, rate: int, segments: int, before: int):
+    """Cut positions into segments and cells, and take one position of each cell for each channel.
+
+    channels: offset x heads + head. before: positions of the first cell's segment that come
+    earlier. Cells that are not whole are filled up with zeros; at the end of a segment, and for
+    queries that nobody asks for, so that no query sees them.
+    """
+    _, s, h, d = x_bshd.shape
+    x = x_bshd.reshape(-1, s // segments, h, d)
+    first = before % rate
+    x = F.pad(x, (0, 0, 0, 0, first, -(first + x.shape[1]) % rate))
+    return x.reshape(x.shape[0], -1, rate * h, d).index_select(2, channels).transpose(1, 2)
+
+
+def pieces(start: int, count: int, length: int) -> list[tuple[int, int, int, int]]:
+    """Cut the positions [start, start + count) into runs of equal segments: (first, counted from
+    start; segments; positions of each; positions of its segment that lie before start)."""
+    before = start % length
+    found, done = [], 0
+    if before:
+        done = min(length - before, count)
+        found.append((0, 1, done, before))
+    whole, rest = divmod(count - done, length)
+    if whole:
+        found.append((done, whole, length, 0))
+    if rest:
+        found.append((done + whole * length, 1, rest, 0))
+    return found
+
+
+def dilated_attention(q_bshd, k_bskd, v_bskd, branches, start: int = 0, past=None):
+    """Causal dilated attention of the positions from `start` on: linear in their number.
+
+    past: for each branch the rows of keys and of values, (b, g, n, d), of the segment that `start`
+        lies in; what an earlier call returned. None where start is 0.
+    Returns the output, (b, s, h, d), and the rows for the next call.
+    """
+    batch, count = q_bshd.shape[:2]
+    out = lse = None
+    present = []
+    for number, branch in enumerate(branches):
+        parts = []
+        for first, segments, size, before in pieces(start, count, branch.length):
+            here = slice(first, first + segments * size)
+            earlier = past[number] if before else (None, None)
+            rows = [
+                branch.key_rows(x[:, here], segments, before, old)
+                for x, old in zip((k_bskd, v_bskd), earlier, strict=True)
+            ]
+            results = causal_attention(branch.query_rows(q_bshd[:, here], segments, before), *rows)
+            parts.append(
+                [
+                    branch.to_positions(x, batch, size, before, missing)
+                    for x, missing in zip(results, (0.0, NEVER), strict=True)
+                ]
+            )
+        if (start + count) % branch.length == 0:  # the next position begins a segment
+            rows = [x.new_empty(batch, x.shape[1], 0, x.shape[3]) for x in rows]
+        present.append(rows)
+        new_out, new_lse = (torch.cat(x, 1) for x in zip(*parts, strict=True))
+        if out is None:
+            out, lse = new_out, new_lse
+        else:
+            total = torch.logaddexp(lse, new_lse)
+            out = out * torch.exp(lse - total) + new_out * torch.exp(new_lse - total)
+            lse = total
+    return out.to(q_bshd.dtype), present
+
+
+def causal_attention(q_fhmd, k_fgnd, v_fgnd):
+    """Causal attention of the last m of n rows, and its log-sum-exp (f, h, m, 1); both in at least
+    float32. A tile of queries at a time, computed again in the backward pass, so that memory stays
+    linear."""
+    m = q_fhmd.shape[2]
+    g, n = k_fgnd.shape[1:3]
+    budget = max(TILE_SCORES // (q_fhmd.shape[1] * n), 1)
+    rows = min(budget, m)
+    # split, not slices: its backward puts the parts together once.
+    parts = (
+        x.split(max(budget // rows, 1)) for x in (q_fhmd.unflatten(1, (g, -1)), k_fgnd, v_fgnd)
+    )
+    lines = []
+    for q_part, k_part, v_part in zip(*parts, strict=True):
+        line, stop = [], n - m
+        for q_tile in q_part.split(rows, 3):
+            stop += q_tile.shape[3]
+            inputs = q_tile, k_part[:, :, :stop], v_part[:, :, :stop]
+            if torch.is_grad_enabled() and q_fhmd.requires_grad:
+                line.append(
+                    checkpoint(_tile, *inputs, use_reentrant=False, preserve_rng_state=False)
+                )
+            else:
+                line.append(_tile(*inputs))
+        lines.append([torch.cat(x, 3) for x in zip(*line, strict=True)])
+    return tuple(torch.cat(x).flatten(1, 2) for x in zip(*lines, strict=True))
+
+
+def _tile(q_fgemd, k_fgnd, v_fgnd):
+    f, g, e, m, d = q_fgemd.shape
+    n = k_fgnd.shape[2]
+    scores = q_fgemd.reshape(f, g, e * m, d) @ k_fgnd.mT
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).view(f, g, e, m, n)
+    later = torch.ones(m, m, dtype=torch.bool, device=scores.device).triu(1)
+    scores.mul_(d**-0.5)[..., n - m :].masked_fill_(later, -torch.inf)
+    lse = scores.logsumexp(-1, keepdim=True)
+    weights = (scores - lse).exp_().to(v_fgnd.dtype).reshape(f, g, e * m, n)
+    return (weights @ v_fgnd).reshape(f, g, e, m, d).to(lse.dtype), lse
+
+
+class LongNetCacheLayer(CacheLayerMixin):
+    """What later queries of one layer can still attend to.
+
+    keys, values: for each branch (b, streams, rows, d): the rows of each sequence's segment under
+        way, at most w / r of them.
+    lengths: the real tokens of each sequence so far. columns: those of the input, with padding.
+    """
+
+    is_croppable = False  # the rows of earlier segments are gone
+    is_sliding = False
+
+    def __init__(self, branches: list[Branch]):
+        super().__init__()
+        self.branches = branches
+        self.reset()
+
+    def reset(self) -> None:
+        self.keys, self.values, self.lengths, self.columns = [], [], [], 0
+        self.is_initialized = False
+
+    def attend(self, q_bshd, k_bskd, v_bskd, counts: list[int]):
+        """Attention of new positions, of which each sequence has `counts`, the others being padding
+        after them; remembers their keys and values."""
+        s = q_bshd.shape[1]
+        if not self.is_initialized:
+            self._start(k_bskd)
+        if s == 1:
+            out = self._attend_one(q_bshd[:, 0], k_bskd[:, 0], v_bskd[:, 0], counts)[:, None]
+        else:
+            out = self._attend_many(q_bshd, k_bskd, v_bskd, counts)
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        self.columns += s
+        return out
+
+    def _start(self, k_bskd):
+        batch, _, _, d = k_bskd.shape
+        empty = [k_bskd.new_empty(batch, len(x.streams), 0, d) for x in self.branches]
+        self.keys, self.values, self.lengths = empty, list(empty), [0] * batch
+        self.is_initialized = True
+
+    def _attend_many(self, q_bshd, k_bskd, v_bskd, counts):
+        """Sequences that stand at the same place are computed together."""
+        out = torch.zeros_like(q_bshd)
+        places = {}
+        for row, place in enumerate(zip(self.lengths, counts, strict=True)):
+            places.setdefault(place, []).append(row)
+        for (length, count), rows in places.items():
+            if count == 0:
+                continue
+            rows = torch.tensor(rows, device=q_bshd.device)
+            past = [(k[rows], v[rows]) for k, v in zip(self.keys, self.values, strict=True)]
+            new = (x[rows, :count] for x in (q_bshd, k_bskd, v_bskd))
+            attended, present = dilated_attention(*new, self.branches, length, past)
+            out[rows, :count] = attended
+            for number, pair in enumerate(present):
+                for kept, new_rows in zip((self.keys, self.values), pair, strict=True):
+                    kept[number] = _store(kept[number], rows, new_rows.detach())
+        return out
+
+    def _attend_one(self, q_bhd, k_bkd, v_bkd, counts):
+        """One new position of each sequence: one softmax over the rows of all branches."""
+        device = q_bhd.device
+        lengths = torch.tensor(self.lengths, device=device)
+        real = torch.tensor(counts, device=device).bool()
+        scores, masks = [], []
+        for number, branch in enumerate(self.branches):
+            local = lengths % branch.length
+            cell = local // branch.rate
+            rows = max(length % branch.length // branch.rate for length in self.lengths) + 1
+            takes_bg = (local % branch.rate)[:, None] == branch.offsets(device)
+            written = (takes_bg & real[:, None]).nonzero(as_tuple=True)
+            kv_heads = torch.tensor([kv_head for kv_head, _ in branch.streams], device=device)
+            for kept, new in ((self.keys, k_bkd), (self.values, v_bkd)):
+                kept[number] = _grown(kept[number], rows, branch.rows)
+                kept[number][*written, cell[written[0]]] = new[written[0], kv_heads[written[1]]]
+            k_bgnd = self.keys[number]
+            reached = torch.arange(k_bgnd.shape[2], device=device) <= cell[:, None]
+            mask = takes_bg[..., None] & reached[:, None]
+            q_bged = q_bhd.unflatten(1, (len(branch.streams), -1))
+            mask = mask[:, :, None].expand(-1, -1, q_bged.shape[2], -1).flatten(1, 2)
+            scores.append((q_bged @ k_bgnd.mT).flatten(1, 2))
+            masks.append(mask)
+        sizes = [x.shape[2] for x in scores]
+        mask = torch.cat(masks, 2)
+        scores = torch.cat(scores, 2)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = (scores * q_bhd.shape[-1] ** -0.5).masked_fill(~mask, NEVER)
+        # A query in no branch gets 0; where there is a key, NEVER is as good as minus infinity.
+        weights = scores.softmax(-1).masked_fill(~mask, 0.0).to(v_bkd.dtype)
+        out = 0
+        for part, v_bgnd in zip(weights.split(sizes, 2), self.values, strict=True):
+            out = out + (part.unflatten(1, (v_bgnd.shape[1], -1)) @ v_bgnd).flatten(1, 2)
+        return out
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these sequences of the batch, in this order."""
+        if self.is_initialized:
+            self.keys, self.values = (
+                [x.index_select(0, indices.to(x.device)) for x in kept]
+                for kept in (self.keys, self.values)
+            )
+            self.lengths = [self.lengths[i] for i in indices.tolist()]
+
+    reorder_cache = batch_select_indices
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = torch.arange(len(self.lengths)).repeat_interleave(repeats)
+        self.batch_select_indices(rows)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise NotImplementedError(
+                "LongNet's cache cannot go back: it drops what later tokens cannot attend to"
+            )
+
+    def rows(self) -> int:
+        """Rows of keys that are kept for one sequence and one kv head, over all branches."""
+        kv_heads = self.branches[0].kv_heads
+        return sum(x.shape[1] * x.shape[2] for x in self.keys) // kv_heads
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def lazy_initialization(self, key_states, value_states) -> None:
+        raise NotImplementedError("a LongNet layer fills its cache itself: see attend")
+
+    update = lazy_initialization
+
+
+def _grown(x_bgnd, rows: int, limit: int):
+    """With room for so many rows, and some to spare; never for more than limit."""
+    room = x_bgnd.shape[2]
+    if rows <= room:
+        return x_bgnd
+    return F.pad(x_bgnd, (0, 0, 0, min(max(rows, room + room // 8 + 8), limit) - room))
+
+
+def _store(kept_bgnd, rows, new_bgnd):
+    """The new rows of some of the sequences in place of the old ones."""
+    if len(rows) == len(kept_bgnd):
+        return new_bgnd
+    count = new_bgnd.shape[2]
+    kept_bgnd = _grown(kept_bgnd, count, count).clone()
+    kept_bgnd[rows, :, :count] = new_bgnd
+    return kept_bgnd
+
+
+class LongNetCache(Cache):
+    """The cache of all layers: O(sum of w / r) rows each, however long the sequence."""
+
+    def __init__(self, branches_of_layers: list[list[Branch]]):
+        super().__init__(layers=[LongNetCacheLayer(branches) for branches in branches_of_layers])
+
+    @property
+    def lengths(self) -> list[int]:
+        """Real tokens of each sequence so far; empty before the first."""
+        return self.layers[0].lengths
+
+    def rows(self) -> int:
+        """Rows of keys kept for one sequence and one kv head, summed over branches, in a layer."""
+        return max(layer.rows() for layer in self.layers)

@@ -1,0 +1,122 @@
+"""megalong checkpoints as files: read and written a tensor at a time, by one process.
+
+The layout is that of `megalong.checkpoint`; nothing here needs Megatron-core, DeepSpeed,
+a GPU or a process group.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from megalong.arguments import config_from_values, read_yaml, to_yaml
+from megalong.checkpoint.folder import POINTER, checkpoint_folder, flush_to_disk, latest, point_at
+from megalong.checkpoint.manifest import MANIFEST, Manifest, check_files, record_of
+from megalong.checkpoint.progress import Progress
+from megalong.checkpoint.reading import CheckpointReader
+from megalong.checkpoint.writing import HashingWriter
+from megalong.config import Config
+from megalong.flags import ConfigError
+
+WEIGHTS, MOMENTS = "weights.", ("exp_avg.", "exp_avg_sq.")
+
+
+class StoredModel:
+    """What a checkpoint holds of a model: its configuration, and its weights by canonical name.
+
+    path: a run folder (its newest checkpoint) or one checkpoint's folder.
+    Raises ConfigError naming the folder and what is wrong with it.
+    """
+
+    def __init__(self, path: Path):
+        self.folder = (latest(path) if (path / POINTER).exists() else None) or path
+        if not (self.folder / MANIFEST).exists():
+            raise ConfigError(
+                f"--load {self.folder}: not a checkpoint, it has no {MANIFEST}; give a run folder"
+                " with a file `latest`, or one of its iter_* folders"
+            )
+        check_files(self.folder)
+        self.config: Config = config_from_values(read_yaml(str(self.folder / "config.yaml")))
+        self._reader = CheckpointReader(self.folder)
+        self.progress: Progress = self._reader.progress()
+        self.shapes: dict[str, tuple[int, ...]] = {
+            name.removeprefix(WEIGHTS): tuple(entry.size)
+            for name, entry in self._reader.tensors.items()
+            if name.startswith(WEIGHTS)
+        }
+
+    def read(self, name: str) -> torch.Tensor:
+        """One weight, whole, float32."""
+        return self._reader.read(WEIGHTS + name)
+
+
+def write_first_checkpoint(
+    run_folder: Path,
+    config: Config,
+    shapes: dict[str, tuple[int, ...]],
+    read: Callable[[str], torch.Tensor],
+) -> Path:
+    """Write the checkpoint that a run begins with: iteration 0, Adam's moments zero.
+
+    run_folder: has to be there. shapes: of all weights, by canonical name; read: makes one of them
+    when its turn comes. Returns the checkpoint's folder; `pretrain_longnet.py --load` takes
+    run_folder.
+    """
+    folder = checkpoint_folder(run_folder, 0)
+    with written_aside(folder) as aside:
+        state = {
+            kind + name: torch.empty(shape, device="meta")
+            for name, shape in shapes.items()
+            for kind in (WEIGHTS, *MOMENTS)
+        }
+        writer, planner = HashingWriter(aside), _MakeWhenWritten(read)
+        dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
+        (aside / "progress.json").write_text(json.dumps(asdict(Progress())))
+        (aside / "config.yaml").write_text(to_yaml(config))
+        others = {p.name: record_of(p) for p in aside.iterdir() if p.name not in writer.files}
+        Manifest(ranks=1, files=writer.files | others).write(aside)
+    point_at(folder)
+    return folder
+
+
+class _MakeWhenWritten(dcp.DefaultSavePlanner):
+    """Plans with tensors that have a shape only, and makes each when it is written."""
+
+    def __init__(self, read: Callable[[str], torch.Tensor]):
+        super().__init__()
+        self.read = read
+
+    def resolve_data(self, write_item):
+        name = write_item.index.fqn
+        if name.startswith(WEIGHTS):
+            return self.read(name.removeprefix(WEIGHTS)).float().contiguous()
+        return torch.zeros(self.lookup_object(write_item.index).shape)
+
+
+@contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, `.tmp` until the block ends, on the disk, then `folder`.
+
+    Raises ConfigError where `folder` is there already; leaves nothing behind on an error.
+    """
+    if folder.exists():
+        raise ConfigError(f"{folder} is there already: remove it, or choose another folder")
+    aside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for path in (*aside.rglob("*"), aside):
+            flush_to_disk(path)
+        os.replace(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    flush_to_disk(folder.parent)

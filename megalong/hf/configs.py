@@ -1,0 +1,129 @@
+"""Configurations: megalong's to Transformers', and back, from LongNet and from Llama."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megalong.config import Config
+from megalong.flags import ConfigError
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_longnet.LongNetConfig",
+    "AutoModel": "modeling_longnet.LongNetModel",
+    "AutoModelForCausalLM": "modeling_longnet.LongNetForCausalLM",
+}
+
+
+def longnet_config(config: Config, vocab_size: int, eod: int) -> dict[str, Any]:
+    """The fields of LongNetConfig for a model of ours; config: resolved."""
+    model, attention = config.model, config.attention
+    offsets = attention.head_offsets
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.kv_channels,
+        "max_position_embeddings": model.seq_length,
+        "normalization": model.normalization,
+        "norm_epsilon": model.norm_epsilon,
+        "swiglu": model.swiglu,
+        "linear_bias": model.add_bias_linear,
+        "position_embedding_type": model.position_embedding_type,
+        "rotary_base": model.rotary_base,
+        "attention": attention.attention,
+        "segment_lengths": list(attention.segment_lengths),
+        "dilation_rates": list(attention.dilation_rates),
+        "head_offsets": offsets if isinstance(offsets, str) else [list(row) for row in offsets],
+        "initializer_range": model.init_method_std,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "eos_token_id": eod,
+        "pad_token_id": eod,
+    }
+
+
+def megalong_values(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields of megalong's configuration that a config.json of Transformers decides.
+
+    where: the file, for errors. Raises ConfigError for a model that megalong does not have, saying
+    what it has and megalong has not.
+    """
+    model_type = config.get("model_type")
+    if model_type == "longnet":
+        return _from_longnet(config)
+    if model_type in LLAMA_FAMILY:
+        return _from_llama(config, where)
+    raise ConfigError(
+        f"{where}: model type {model_type!r}; megalong reads longnet (its own exports) and"
+        f" {', '.join(LLAMA_FAMILY)}"
+    )
+
+
+def _from_longnet(config: dict[str, Any]) -> dict[str, Any]:
+    same = ("normalization", "norm_epsilon", "swiglu", "position_embedding_type", "rotary_base")
+    same += ("attention", "segment_lengths", "dilation_rates", "head_offsets")
+    return {
+        **_sizes(config),
+        **{name: config[name] for name in same},
+        "add_bias_linear": config["linear_bias"],
+        "init_method_std": config["initializer_range"],
+    }
+
+
+def _sizes(config: dict[str, Any]) -> dict[str, Any]:
+    heads = config["num_attention_heads"]
+    return {
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "ffn_hidden_size": config["intermediate_size"],
+        "num_attention_heads": heads,
+        "num_query_groups": config.get("num_key_value_heads") or heads,
+        "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
+        "seq_length": config["max_position_embeddings"],
+        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+    }
+
+
+# Model types whose layers are Llama's, and what each calls untied by default. Qwen2 and Qwen3 have
+# tensors besides, which the name table refuses where they are there.
+LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def _from_llama(config: dict[str, Any], where: str) -> dict[str, Any]:
+    def refuse(what: str) -> None:
+        raise ConfigError(f"{where}: {what}, which megalong's model has not")
+
+    if config.get("hidden_act", "silu") != "silu":
+        refuse(f"hidden_act is {config['hidden_act']} and not silu")
+    bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+    if bias != mlp_bias:
+        refuse("only one of attention_bias and mlp_bias is set: biases in some linear layers")
+    slides = config.get("use_sliding_window", config["model_type"] == "mistral")
+    if slides and config.get("sliding_window"):
+        refuse(f"sliding-window attention (sliding_window {config['sliding_window']})")
+    return {
+        **_sizes(config),
+        "normalization": "RMSNorm",
+        "norm_epsilon": float(config.get("rms_norm_eps", 1e-6)),
+        "swiglu": True,
+        "add_bias_linear": bias,
+        "position_embedding_type": "rope",
+        "rotary_base": _rotary_base(config, where),
+        "init_method_std": float(config.get("initializer_range", 0.02)),
+    }
+
+
+def _rotary_base(config: dict[str, Any], where: str) -> float:
+    """The base of plain RoPE. Transformers 5 writes rope_parameters, earlier ones rope_theta and
+    rope_scaling."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if kind != "default" or partial != 1.0:
+        raise ConfigError(
+            f"{where}: rotary positions of type {kind!r} (rope_scaling), or on a part of the"
+            f" channels ({partial}); megalong has plain RoPE on all of them"
+        )
+    return float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))

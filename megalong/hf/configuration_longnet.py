@@ -1,0 +1,110 @@
+"""What a LongNet model is, for Transformers. Travels in the exported folder: needs only that."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+
+class LongNetConfig(PreTrainedConfig):
+    """A decoder-only Transformer with dilated attention (LongNet, arXiv 2307.02486).
+
+    segment_lengths, dilation_rates: the branches (w, r) of dilated attention. A head with offset o
+        keeps the positions o, o + r, o + 2r, ... of each segment of w, and they attend to each
+        other; one softmax runs over the keys of all branches. Not looked at where `attention` is
+        "dense".
+    head_offsets: "mod" (kv head mod r), "block" (head // ceil(heads / r)), "layer"
+        ((kv head + layer x kv heads) mod r), or a table of branches x query heads.
+    max_position_embeddings: the sequence length of training; longer sequences work.
+    swiglu: a gated SiLU MLP; else GELU. linear_bias: biases in all linear layers.
+    """
+
+    model_type = "longnet"
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 8192
+    normalization: str = "RMSNorm"
+    norm_epsilon: float = 1e-5
+    swiglu: bool = True
+    linear_bias: bool = False
+    position_embedding_type: str = "rope"
+    rotary_base: float = 10000.0
+    attention: str = "dilated"
+    segment_lengths: list[int] | None = None
+    dilation_rates: list[int] | None = None
+    head_offsets: str | list[list[int]] = "mod"
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.segment_lengths is None:
+            self.segment_lengths = [self.max_position_embeddings]
+            self.dilation_rates = [1]
+        super().__post_init__(**kwargs)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of"
+                f" num_key_value_heads ({self.num_key_value_heads})"
+            )
+        for name, known in (
+            ("attention", ("dilated", "dense")),
+            ("normalization", ("RMSNorm", "LayerNorm")),
+            ("position_embedding_type", ("rope", "none")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+        self.branches(0)
+
+    def branches(self, layer: int) -> list[tuple[int, int, list[int]]]:
+        """Segment length, dilation rate and the offset of each query head, of every branch of a
+        layer (from 0). Raises ValueError where the fields do not fit each other."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if self.attention == "dense":
+            return [(2**62, 1, [0] * heads)]  # one segment without end
+        lengths, rates = self.segment_lengths, self.dilation_rates or []
+        if len(lengths) != len(rates) or min([*lengths, *rates]) < 1:
+            raise ValueError(
+                "segment_lengths and dilation_rates must hold one positive integer per branch, got"
+                f" {lengths} and {rates}"
+            )
+        group = heads // kv_heads
+        rules = {
+            "mod": lambda head, rate: (head // group) % rate,
+            "block": lambda head, rate: head // -(-heads // rate),
+            "layer": lambda head, rate: (head // group + layer * kv_heads) % rate,
+        }
+        if isinstance(self.head_offsets, str):
+            if self.head_offsets not in rules:
+                raise ValueError(
+                    f"head_offsets must be one of {', '.join(rules)} or a table, got"
+                    f" {self.head_offsets!r}"
+                )
+            rule = rules[self.head_offsets]
+            table = [[rule(head, rate) for head in range(heads)] for rate in rates]
+        else:
+            table = [list(row) for row in self.head_offsets]
+        fits = len(table) == len(rates) and all(
+            len(row) == heads and min(row) >= 0 and max(row) < rate
+            for row, rate in zip(table, rates, strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                f"head_offsets must hold {len(rates)} rows of {heads} offsets, each below the"
+                f" branch's dilation rate, got {table}"
+            )
+        return list(zip(lengths, rates, table, strict=True))

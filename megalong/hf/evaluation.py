@@ -1,0 +1,179 @@
+"""How good a model is at each context length: perplexity, loss by position, passkey retrieval.
+
+Works on megalong's checkpoints and on folders of Transformers (ours and others'); needs neither
+Megatron-core nor DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megalong.data.tokenizer import build_tokenizer
+from megalong.hf.checkpoint_files import StoredModel
+from megalong.hf.configs import longnet_config
+from megalong.hf.names import Sizes, check_names, entries
+
+LOGIT_ROWS = 1024  # positions whose logits are held at once
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: a causal model of Transformers, and how text becomes its tokens.
+
+    first: the token that stands before a text.
+    """
+
+    model: Any
+    encode: Callable[[str], list[int]]
+    first: int
+
+
+def load_subject(path: Path, device: str, dtype: torch.dtype, tokenizer_model: str | None = None):
+    """A megalong checkpoint (or run folder), or a folder of Transformers.
+
+    tokenizer_model: where the tokenizer of a megalong checkpoint is now.
+    Raises ConfigError, ValueError or OSError where it cannot be read.
+    """
+    if (path / "config.json").exists():
+        return _load_folder(path, device, dtype)
+    checkpoint = StoredModel(path)
+    data = checkpoint.config.data
+    tokenizer = build_tokenizer(data.tokenizer_type, tokenizer_model or data.tokenizer_model)
+    model = load_checkpoint(checkpoint, tokenizer.vocab_size, tokenizer.eod)
+    return Subject(model.to(device, dtype).eval(), tokenizer.encode, tokenizer.eod)
+
+
+def _load_folder(path: Path, device: str, dtype: torch.dtype) -> Subject:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {"trust_remote_code": True, "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+    tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    first = tokenizer.bos_token_id
+    first = tokenizer.eos_token_id if first is None else first
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    return Subject(model.to(device).eval(), encode, first)
+
+
+def load_checkpoint(checkpoint: StoredModel, vocab_size: int, eod: int):
+    """LongNetForCausalLM with the weights of one of megalong's checkpoints, float32."""
+    from megalong.hf.configuration_longnet import LongNetConfig
+    from megalong.hf.modeling_longnet import LongNetForCausalLM
+
+    table = entries(Sizes.of(checkpoint.config.model, vocab_size))
+    check_names(str(checkpoint.folder), (entry.name for entry in table), checkpoint.shapes)
+    config = LongNetConfig(**longnet_config(checkpoint.config, vocab_size, eod))
+    model = LongNetForCausalLM(config)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for entry in table:
+            for name, tensor in entry.to_huggingface(checkpoint.read(entry.name)).items():
+                parameters[name].copy_(tensor)
+    return model
+
+
+@torch.no_grad()
+def token_losses(subject: Subject, tokens: Sequence[int]) -> torch.Tensor:
+    """The loss of each token but the first, in nats, float32 on the CPU: (tokens - 1,)."""
+    ids = torch.tensor([tokens], device=subject.model.device)
+    hidden = subject.model.base_model(ids[:, :-1], use_cache=False).last_hidden_state[0]
+    head = subject.model.get_output_embeddings()
+    losses = [
+        F.cross_entropy(head(rows).float(), labels, reduction="none")
+        for rows, labels in zip(hidden.split(LOGIT_ROWS), ids[0, 1:].split(LOGIT_ROWS), strict=True)
+    ]
+    return torch.cat(losses).cpu()
+
+
+def evaluate_texts(
+    subject: Subject, texts: Sequence[str], context: int, edges: Sequence[int]
+) -> dict[str, Any]:
+    """Perplexity and bits per byte of texts, cut into windows of `context` tokens.
+
+    Every token of every text is predicted once, from what its window holds before it, or from the
+    token before the window. edges: of the buckets of positions in the window, from 0 to context;
+    the loss of one without predictions is None.
+    """
+    total, count = torch.zeros(len(edges) - 1).double(), torch.zeros(len(edges) - 1).double()
+    for window in _windows(subject, texts, context):
+        losses = token_losses(subject, window)
+        bucket = torch.bucketize(torch.arange(len(losses)), torch.tensor(edges[1:]), right=True)
+        total.index_add_(0, bucket, losses.double())
+        count.index_add_(0, bucket, torch.ones(len(losses)).double())
+    loss, size = total.sum().item(), sum(len(text.encode()) for text in texts)
+    return {
+        "context": context,
+        "tokens": int(count.sum()),
+        "bytes": size,
+        "loss": loss / count.sum().item(),
+        "perplexity": math.exp(loss / count.sum().item()),
+        "bits_per_byte": loss / math.log(2) / size,
+        "position_edges": list(edges),
+        "loss_by_position": [
+            a / b if b else None for a, b in zip(total.tolist(), count.tolist(), strict=True)
+        ],
+    }
+
+
+def _windows(subject: Subject, texts: Sequence[str], context: int) -> Iterator[list[int]]:
+    for text in texts:
+        tokens = [subject.first, *subject.encode(text)]
+        for start in range(0, len(tokens) - 1, context):
+            yield tokens[start : start + context + 1]
+
+
+_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back.\n"
+
+
+def passkey(
+    subject: Subject, length: int, depth: float, trials: int, seed: int = 0
+) -> dict[str, Any]:
+    """Whether the model finds a number that is said once in a long text.
+
+    length: tokens of the text, with question and answer. depth: where the number is said, from 0
+    (the beginning) to 1. accuracy: share of trials in which greedy decoding would give all of the
+    number's tokens; loss: of those tokens, in nats. Raises ValueError where length is too short.
+    """
+    draw = random.Random(f"{seed} {length} {depth}")
+    found, losses = 0, []
+    for _ in range(trials):
+        tokens, answer = _passkey_tokens(subject, length, depth, draw.randint(10000, 99999))
+        ids = torch.tensor([tokens], device=subject.model.device)
+        with torch.no_grad():
+            hidden = subject.model.base_model(ids[:, :-1], use_cache=False).last_hidden_state
+            logits = subject.model.get_output_embeddings()(hidden[0, -answer:]).float()
+        found += bool((logits.argmax(-1) == ids[0, -answer:]).all())
+        losses.append(F.cross_entropy(logits, ids[0, -answer:]).item())
+    return {
+        "length": length,
+        "depth": depth,
+        "accuracy": found / trials,
+        "loss": sum(losses) / trials,
+    }
+
+
+def _passkey_tokens(subject: Subject, length: int, depth: float, key: int) -> tuple[list[int], int]:
+    """The tokens of one trial, and how many at the end are the answer."""
+    encode = subject.encode
+    said = encode(f"The pass key is {key}. Remember it: {key} is the pass key.\n")
+    question = encode("What is the pass key? The pass key is")
+    answer = encode(f" {key}")
+    room = length - len(said) - len(question) - len(answer) - 1
+    if room < 0:
+        raise ValueError(f"--passkey-lengths {length}: a trial needs {length - room} tokens")
+    filler = encode(_FILLER)
+    filler = (filler * (room // len(filler) + 1))[:room]
+    before = round(room * depth)
+    text = [subject.first, *filler[:before], *said, *filler[before:], *question, *answer]
+    return text, len(answer)

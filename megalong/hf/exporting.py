@@ -1,0 +1,164 @@
+"""From a megalong checkpoint to a folder that Transformers reads: one process, one tensor at a
+time, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+import megalong
+from megalong.config import Config
+from megalong.data.tokenizer import build_tokenizer
+from megalong.flags import ConfigError
+from megalong.hf.checkpoint_files import StoredModel, written_aside
+from megalong.hf.configs import AUTO_MAP, longnet_config
+from megalong.hf.model_card import model_card
+from megalong.hf.names import Sizes, check_names, check_shape, entries
+
+MODEL_FILES = ("configuration_longnet.py", "modeling_longnet.py", "attention_longnet.py")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OF_PRECISION = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
+
+
+def export(
+    load: Path,
+    output: Path,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    tokenizer_model: str | None = None,
+    with_tokenizer: bool = True,
+) -> dict[str, Any]:
+    """Write a checkpoint as a folder for `AutoModelForCausalLM.from_pretrained`.
+
+    load: run folder, or one checkpoint's. output: must not exist. dtype: of the weights; None is
+    the precision of the training. tokenizer_model: where the tokenizer is now, if not where the
+    training found it. Returns the provenance that the folder records.
+    Raises ConfigError or OSError naming what is wrong.
+    """
+    shard_bytes = parse_size(max_shard_size)
+    checkpoint = StoredModel(load)
+    config = checkpoint.config
+    dtype = dtype or OF_PRECISION[config.training.precision]
+    tokenizer_model = tokenizer_model or config.data.tokenizer_model
+    with written_aside(output) as folder:
+        if with_tokenizer:
+            from megalong.hf.tokenizer_files import export_tokenizer
+
+            tokenizer = export_tokenizer(config.data.tokenizer_type, tokenizer_model, folder)
+        else:
+            tokenizer = build_tokenizer(config.data.tokenizer_type, tokenizer_model)
+        sizes = Sizes.of(config.model, tokenizer.vocab_size)
+        written = _write_weights(checkpoint, sizes, DTYPES[dtype], shard_bytes, folder)
+        provenance = _provenance(checkpoint, config)
+        fields = longnet_config(config, tokenizer.vocab_size, tokenizer.eod)
+        _write_json(
+            folder / "config.json",
+            {
+                "architectures": ["LongNetForCausalLM"],
+                "auto_map": AUTO_MAP,
+                "model_type": "longnet",
+                **fields,
+                "dtype": dtype,
+                "megalong": provenance,
+            },
+        )
+        ends = {"eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.eod}
+        _write_json(folder / "generation_config.json", {**ends, "do_sample": False})
+        for name in MODEL_FILES:
+            shutil.copy(Path(__file__).with_name(name), folder / name)
+        for file in folder.glob("*.safetensors"):
+            shutil.copymode(folder / "config.json", file)  # safetensors makes them private
+        (folder / "README.md").write_text(model_card(config, provenance, written, dtype))
+    return {**provenance, **written}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "5GB" or "500MB"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]B|)", text.strip().upper())
+    if match is None or float(match[1]) <= 0:
+        raise ConfigError(f"--max-shard-size {text}: give a size such as 5GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _write_weights(
+    checkpoint: StoredModel, sizes: Sizes, dtype: torch.dtype, shard_bytes: int, folder: Path
+) -> dict[str, Any]:
+    """The weights as safetensors, in files of at most `shard_bytes` (one tensor at least)."""
+    table = entries(sizes)
+    check_names(
+        f"--load {checkpoint.folder}", (entry.name for entry in table), checkpoint.shapes.keys()
+    )
+    for entry in table:
+        check_shape(entry.name, entry.shape, checkpoint.shapes[entry.name])
+    shards = _plan_shards([list(entry.parts.items()) for entry in table], dtype, shard_bytes)
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    remaining, ready = iter(table), {}
+    for file, names in zip(files, shards, strict=True):
+        while not names <= ready.keys():
+            entry = next(remaining)
+            for name, tensor in entry.to_huggingface(checkpoint.read(entry.name)).items():
+                ready[name] = _converted(name, tensor, dtype)
+        shard = {name: ready.pop(name) for name in sorted(names)}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    total = sum(_numel(shape) for entry in table for shape in entry.parts.values())
+    if len(shards) > 1:
+        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": total * dtype.itemsize}, "weight_map": where}
+        _write_json(folder / "model.safetensors.index.json", index)
+    return {"parameters": total, "files": len(files)}
+
+
+def _converted(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    converted = tensor.to(dtype, copy=True).contiguous()
+    if not converted.isfinite().all():
+        raise ConfigError(
+            f"{name} has values that are not finite in {str(dtype).removeprefix('torch.')}: choose"
+            " another --dtype, or an earlier checkpoint"
+        )
+    return converted
+
+
+def _plan_shards(groups: list[list], dtype: torch.dtype, shard_bytes: int) -> list[set[str]]:
+    """Which tensors go into which file, in the order in which they will be read."""
+    shards, room = [set()], shard_bytes
+    for name, shape in (part for group in groups for part in group):
+        size = _numel(shape) * dtype.itemsize
+        if size > room and shards[-1]:
+            shards.append(set())
+            room = shard_bytes
+        shards[-1].add(name)
+        room -= size
+    return shards
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _provenance(checkpoint: StoredModel, config: Config) -> dict[str, Any]:
+    progress = checkpoint.progress
+    return {
+        "checkpoint": f"{checkpoint.folder.resolve().parent.name}/{checkpoint.folder.name}",
+        "iteration": progress.iteration,
+        "tokens": progress.consumed_tokens,
+        "training_precision": config.training.precision,
+        "make_vocab_size_divisible_by": config.model.make_vocab_size_divisible_by,
+        "versions": {
+            "megalong": megalong.__version__,
+            **{name: version(name) for name in ("torch", "transformers", "safetensors")},
+        },
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

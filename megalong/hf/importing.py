@@ -1,0 +1,192 @@
+"""From a folder of Transformers to a megalong checkpoint that training goes on from: our own
+exports, and models of the Llama family."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from megalong.arguments import config_from_values, to_yaml
+from megalong.config import Config
+from megalong.data.tokenizer import build_tokenizer
+from megalong.flags import ConfigError
+from megalong.hf.checkpoint_files import write_first_checkpoint
+from megalong.hf.configs import megalong_values
+from megalong.hf.names import Entry, Sizes, check_names, check_shape, entries
+from megalong.hf.tokenizer_files import (
+    HUGGINGFACE_FILES,
+    SENTENCEPIECE_FILE,
+    tokenizer_of_export,
+)
+
+TIED_COPY, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_PRECISION_OF = {"bfloat16": "bf16", "float16": "fp16"}
+
+
+class SafetensorsReader:
+    """The tensors of a folder of safetensors, one file or many, one tensor at a time.
+
+    Raises ConfigError where there are none, or where the index and the files disagree.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            self.file_of = json.loads(index.read_text())["weight_map"]
+        elif (folder / "model.safetensors").exists():
+            with safe_open(folder / "model.safetensors", "pt") as file:
+                self.file_of = dict.fromkeys(file.keys(), "model.safetensors")
+        else:
+            raise ConfigError(
+                f"--input {folder}: no model.safetensors and no index of several; save the model"
+                " with Transformers' save_pretrained"
+            )
+
+    def read(self, name: str) -> torch.Tensor:
+        path = self.folder / self.file_of[name]
+        try:
+            with safe_open(path, "pt") as file:
+                return file.get_tensor(name)
+        except Exception as error:  # safetensors has an error type of its own for damaged files
+            raise ConfigError(f"--input {path}: {name} cannot be read: {error}") from error
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        with safe_open(self.folder / self.file_of[name], "pt") as file:
+            return tuple(file.get_slice(name).get_shape())
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder of Transformers. Raises ConfigError where there is none."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise ConfigError(f"--input {folder}: no config.json; give a folder of Transformers")
+    return json.loads(path.read_text())
+
+
+def import_model(source: Path, run_folder: Path, changes: dict[str, Any]) -> tuple[Path, Config]:
+    """Write a checkpoint of iteration 0 with the weights of a folder of Transformers.
+
+    run_folder: must not hold a run. changes: fields of megalong's configuration by name that win
+    over the model's own: the attention pattern, the sequence length, the tokenizer, ...
+    Leaves in run_folder the checkpoint, the tokenizer, and flags.yaml, which starts a run from it.
+    Returns the checkpoint and the configuration. Raises ConfigError or OSError: what is wrong.
+    """
+    if run_folder.exists() and any(run_folder.iterdir()):
+        raise ConfigError(f"--output {run_folder} is not empty: choose another folder")
+    theirs = read_config(source)
+    values = megalong_values(theirs, str(source / "config.json"))
+    values, ids = _with_tokenizer(values | changes, source, run_folder)
+    given, config = _configuration(theirs, values, ids)
+    sizes = _sizes(theirs, config, ids)
+    weights = SafetensorsReader(source)
+    table = {entry.name: entry for entry in entries(sizes)}
+    _check_weights(source, theirs, weights, table)
+    run_folder.mkdir(parents=True, exist_ok=True)
+    _copy_tokenizer(source, config)
+
+    def read(name: str) -> torch.Tensor:
+        entry = table[name]
+        return entry.to_megalong({part: weights.read(part).float() for part in entry.parts})
+
+    shapes = {entry.name: entry.shape for entry in table.values()}
+    checkpoint = write_first_checkpoint(run_folder, config, shapes, read)
+    (run_folder / "flags.yaml").write_text(to_yaml(given, only_given=True))
+    return checkpoint, config
+
+
+def _with_tokenizer(
+    values: dict[str, Any], source: Path, run_folder: Path
+) -> tuple[dict[str, Any], int]:
+    """The values with the tokenizer that is given, or that comes with the model; and how many ids
+    it has."""
+    if "tokenizer_type" in values:
+        kind, model = values["tokenizer_type"], values.get("tokenizer_model")
+        return values, build_tokenizer(kind, model).vocab_size
+    kind, model = tokenizer_of_export(source)
+    ids = build_tokenizer(kind, model).vocab_size
+    if model is not None:
+        name = SENTENCEPIECE_FILE if kind == "SentencePieceTokenizer" else "tokenizer"
+        model = str((run_folder / name).resolve())
+    return values | {"tokenizer_type": kind, "tokenizer_model": model}, ids
+
+
+def _configuration(
+    theirs: dict[str, Any], values: dict[str, Any], ids: int
+) -> tuple[Config, Config]:
+    """The configuration of the model, as it is given to the run that goes on, and resolved."""
+    rows = theirs["vocab_size"]
+    stored = (theirs.get("megalong") or {}).get("training_precision")
+    dtype = str(theirs.get("dtype") or theirs.get("torch_dtype"))
+    defaults = {
+        # Training makes as many rows as there are here, so that the model stays the same function.
+        "make_vocab_size_divisible_by": min(128, rows & -rows) if ids == rows else rows,
+        "precision": stored or _PRECISION_OF.get(dtype, "fp32"),
+    }
+    given = config_from_values(defaults | values)
+    # The data of the run to come is not known yet, and nothing else of a run can be wrong here.
+    resolved = config_from_values(defaults | values | {"data_path": "to come"}).resolve(1)
+    data = dataclasses.replace(resolved.data, data_path=None)
+    return given, dataclasses.replace(resolved, data=data)
+
+
+def _sizes(theirs: dict[str, Any], config: Config, ids: int) -> Sizes:
+    """The sizes of the model, with as many rows of the vocabulary as training will give it."""
+    rows = theirs["vocab_size"]
+    sizes = Sizes.of(config.model, ids)
+    if ids > rows or sizes.padded_vocabulary < rows:
+        raise ConfigError(
+            f"--input: the model has {rows} rows in its vocabulary, the tokenizer {ids} ids, and"
+            f" --make-vocab-size-divisible-by {config.model.make_vocab_size_divisible_by} makes"
+            f" {sizes.padded_vocabulary} of them: choose the model's tokenizer, and a multiple that"
+            " makes at least as many rows as the model has"
+        )
+    return dataclasses.replace(sizes, vocabulary=rows)
+
+
+def _check_weights(
+    source: Path, theirs: dict[str, Any], weights: SafetensorsReader, table: dict[str, Entry]
+) -> None:
+    found = {name for name in weights.file_of if not name.endswith("rotary_emb.inv_freq")}
+    tied = TIED_COPY not in {part for entry in table.values() for part in entry.parts}
+    if tied and TIED_COPY in found:
+        if not torch.equal(weights.read(TIED_COPY), weights.read(EMBEDDING)):
+            raise ConfigError(
+                f"--input {source}: {TIED_COPY} differs from {EMBEDDING}, and the configuration"
+                " says that they are tied: set tie_word_embeddings to false in config.json"
+            )
+        found.discard(TIED_COPY)
+    for ending, what in (
+        ("q_proj.bias", "biases in the query, key and value projections alone"),
+        ("q_norm.weight", "norms of queries and keys"),
+    ):
+        known = any(part.endswith(ending) for entry in table.values() for part in entry.parts)
+        if not known and any(name.endswith(ending) for name in found):
+            raise ConfigError(
+                f"--input {source}: a {theirs['model_type']} model with {what}, which megalong's"
+                " model has not"
+            )
+    expected = {name: shape for entry in table.values() for name, shape in entry.parts.items()}
+    check_names(f"--input {source}", expected, found)
+    for name, shape in expected.items():
+        check_shape(name, shape, weights.shape(name))
+
+
+def _copy_tokenizer(source: Path, config: Config) -> None:
+    target = config.data.tokenizer_model
+    if target is None or Path(target).exists():
+        return
+    if config.data.tokenizer_type == "SentencePieceTokenizer":
+        shutil.copy(source / SENTENCEPIECE_FILE, target)
+        return
+    os.makedirs(target)
+    for name in HUGGINGFACE_FILES:
+        if (source / name).exists():
+            shutil.copy(source / name, Path(target) / name)

@@ -1,0 +1,84 @@
+"""The model card: what the model is, where it comes from, how to use it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from megalong.arguments import to_yaml
+from megalong.config import Config, RunConfig
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [longnet, dilated-attention, megalong]
+---
+
+# {name}
+
+A LongNet language model ([arXiv 2307.02486](https://arxiv.org/abs/2307.02486)), pretrained with
+megalong: {parameters:,} parameters in {dtype}, {layers} layers, {attention}. It was trained on
+sequences of {seq_length:,} tokens.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+The model's code is in this folder; it needs torch and transformers (5.24 or later) only. Attention
+is linear in the length, and the cache keeps what later tokens can still attend to: at most the sum
+of segment length / dilation rate rows, however long the sequence. `prefill_chunk_size` bounds the
+memory of a long prompt.
+
+## Where it comes from
+
+| | |
+|---|---|
+| checkpoint | `{checkpoint}` |
+| iteration | {iteration:,} |
+| tokens of training | {tokens:,} |
+| precision of training | {training_precision} |
+| converted with | {versions} |
+
+The training's configuration, where it differs from megalong's defaults:
+
+```yaml
+{config}```
+"""
+
+
+def model_card(
+    config: Config, provenance: dict[str, Any], written: dict[str, Any], dtype: str
+) -> str:
+    """The text of README.md in an exported folder."""
+    branches = zip(config.attention.segment_lengths, config.attention.dilation_rates, strict=True)
+    ladder = ", ".join(f"({w:,}, {r})" for w, r in branches)
+    dilated = f"dilated attention with branches (segment length, dilation rate) {ladder}"
+    versions = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())
+    return _CARD.format(
+        name=provenance["checkpoint"].split("/")[0],
+        dtype=dtype,
+        layers=config.model.num_layers,
+        attention=dilated if config.attention.attention == "dilated" else "dense attention",
+        seq_length=config.model.seq_length,
+        config=to_yaml(_without_paths(config), only_given=True),
+        **written,
+        **(provenance | {"versions": versions}),
+    )
+
+
+def _without_paths(config: Config) -> Config:
+    """The configuration without the folders of the machine that it ran on."""
+    names = {
+        name: Path(path).name
+        for name in ("data_path", "tokenizer_model")
+        if (path := getattr(config.data, name)) is not None
+    }
+    data = dataclasses.replace(config.data, **names)
+    return dataclasses.replace(config, data=data, run=RunConfig())

@@ -1,0 +1,292 @@
+"""LongNet for Transformers: a Llama-like decoder with dilated attention.
+
+Travels in the exported folder (trust_remote_code); needs torch and transformers only. Modules are
+named as in Llama.
+
+Padding: the model moves the real tokens of each row to its front, where a causal model never looks
+at what comes after them, and moves the results back. So positions, segments and offsets count from
+each sequence's first real token, wherever its padding is.
+
+Shape letters: b batch, s sequence, h heads, d head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .attention_longnet import Branch, LongNetCache, dilated_attention
+from .configuration_longnet import LongNetConfig
+
+
+class LongNetRMSNorm(nn.Module):
+    """RMSNorm, computed in float32 whatever the model's dtype."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.weight * F.rms_norm(exact, x.shape[-1:], eps=self.eps).to(x.dtype)
+
+
+def make_norm(config: LongNetConfig) -> nn.Module:
+    """The norm that the configuration names."""
+    norm = {"RMSNorm": LongNetRMSNorm, "LayerNorm": nn.LayerNorm}[config.normalization]
+    return norm(config.hidden_size, eps=config.norm_epsilon)
+
+
+def rotary_angles(config: LongNetConfig, starts: list[int], length: int, device):
+    """Cosines and sines, (b or 1, s, 1, head_dim) each, of the positions from each start on.
+
+    The angle is computed in float64 and reduced to one turn, and only then becomes float32: a
+    float32 position loses its fraction of a turn long before a million tokens.
+    """
+    dim = config.head_dim
+    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
+    starts = torch.tensor(starts if len(set(starts)) > 1 else starts[:1], device=device)
+    positions = starts[:, None].double() + torch.arange(length, device=device)
+    angles = positions[..., None] * config.rotary_base**-exponents
+    angles = angles.remainder(2 * math.pi).float()
+    angles = torch.cat((angles, angles), -1)[:, :, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_bshd, cos, sin):
+    """Turn pairs of channels, half a head apart (RoPE, arXiv 2104.09864)."""
+    one, other = x_bshd.chunk(2, -1)
+    return x_bshd * cos.to(x_bshd.dtype) + torch.cat((-other, one), -1) * sin.to(x_bshd.dtype)
+
+
+class LongNetAttention(nn.Module):
+    """Self-attention with the branches of one layer."""
+
+    def __init__(self, config: LongNetConfig, layer: int):
+        super().__init__()
+        self.head_dim, self.layer = config.head_dim, layer
+        heads, kv_heads, bias = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.linear_bias,
+        )
+        self.branches = [Branch.of(*branch, kv_heads) for branch in config.branches(layer)]
+        self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=bias)
+
+    def forward(self, x, rotary, counts, cache):
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is None:
+            out, _ = dilated_attention(q, k, v, self.branches)
+        else:
+            out = cache.layers[self.layer].attend(q, k, v, counts)
+        return self.o_proj(out.flatten(2))
+
+
+class LongNetMLP(nn.Module):
+    """SwiGLU, or GELU."""
+
+    def __init__(self, config: LongNetConfig):
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.linear_bias
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias) if config.swiglu else None
+        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+
+    def forward(self, x):
+        if self.gate_proj is None:
+            return self.down_proj(F.gelu(self.up_proj(x)))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LongNetDecoderLayer(GradientCheckpointingLayer):
+    """Norm, attention, norm, MLP, with residuals."""
+
+    def __init__(self, config: LongNetConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = make_norm(config)
+        self.self_attn = LongNetAttention(config, layer)
+        self.post_attention_layernorm = make_norm(config)
+        self.mlp = LongNetMLP(config)
+
+    def forward(self, x, rotary, counts, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rotary, counts, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LongNetPreTrainedModel(PreTrainedModel):
+    config_class = LongNetConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LongNetDecoderLayer"]  # noqa: RUF012  Transformers' own convention
+
+
+class LongNetModel(LongNetPreTrainedModel):
+    """Embedding, layers and the last norm."""
+
+    def __init__(self, config: LongNetConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            LongNetDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = make_norm(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def new_cache(self) -> LongNetCache:
+        return LongNetCache([layer.self_attn.branches for layer in self.layers])
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        cache: LongNetCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        """The hidden states of the input, which follows what is in the cache.
+
+        attention_mask: (b, s) or, with a cache, (b, all columns so far): 0 where there is padding.
+            Padding may be on either side, or between.
+        Raises ValueError for other masks and for caches of other models.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, length = x.shape[:2]
+        keep = output_hidden_states or (
+            output_hidden_states is None and self.config.output_hidden_states
+        )
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            use_cache, cache = False, None  # the layers run twice
+        if cache is None:
+            cache = self.new_cache() if use_cache else None
+        elif not isinstance(cache, LongNetCache):
+            raise ValueError(
+                f"LongNet needs its own cache (model.new_cache()), got {type(cache).__name__}"
+            )
+
+        padding = Padding.of(attention_mask, batch, length)
+        x = padding.to_end(x)
+        starts = cache.lengths if cache is not None and cache.lengths else [0] * batch
+        rotary = None
+        if self.config.position_embedding_type == "rope":
+            rotary = rotary_angles(self.config, starts, length, x.device)
+        states = []
+        for layer in self.layers:
+            if keep:
+                states.append(padding.back(x))
+            x = layer(x, rotary, padding.counts, cache=cache)
+        x = padding.back(self.norm(x))
+        return BaseModelOutputWithPast(
+            last_hidden_state=x, cache=cache, hidden_states=(*states, x) if keep else None
+        )
+
+
+class Padding:
+    """Where the real tokens of a batch are. counts: how many each sequence has."""
+
+    def __init__(self, counts: list[int], order: torch.Tensor | None):
+        self.counts, self.order = counts, order
+
+    @classmethod
+    def of(cls, attention_mask: torch.Tensor | None, batch: int, length: int) -> Padding:
+        if attention_mask is None:
+            return cls([length] * batch, None)
+        if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
+            raise ValueError(
+                "attention_mask must be (batch, sequence) with 0 for padding, got shape"
+                f" {tuple(attention_mask.shape)} for a sequence of {length}"
+            )
+        real = attention_mask[:, attention_mask.shape[1] - length :].bool()
+        counts = real.sum(1).tolist()
+        if min(counts) == length:
+            return cls(counts, None)
+        return cls(counts, torch.argsort((~real).int(), dim=1, stable=True))
+
+    def to_end(self, x):
+        """The same rows with the padding after the real tokens."""
+        return x if self.order is None else _pick(x, self.order)
+
+    def back(self, x):
+        """Undoes `to_end`."""
+        return x if self.order is None else _pick(x, torch.argsort(self.order, dim=1))
+
+
+def _pick(x_bsd, order_bs):
+    return x_bsd.gather(1, order_bs[..., None].expand(-1, -1, x_bsd.shape[2]))
+
+
+class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
+    """The language model: LongNetModel and the output layer."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: LongNetConfig):
+        super().__init__(config)
+        self.model = LongNetModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        cache: LongNetCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
+        **loss_options,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits, and with labels (-100 where there is none) the mean loss of the next tokens.
+
+        There are no position_ids: positions count from each sequence's first real token.
+        """
+        unknown = loss_options.keys() - {"num_items_in_batch", "ignore_index"}
+        if unknown:
+            raise TypeError(f"LongNet takes no {', '.join(sorted(unknown))}")
+        outputs = self.model(
+            input_ids, attention_mask, cache, inputs_embeds, use_cache, output_hidden_states
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_options
+            )
+        result = CausalLMOutputWithPast(
+            loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states
+        )
+        return result if return_dict in (None, True) else result.to_tuple()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # a cache that keeps everything would be of no use here
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        if model_kwargs.get("cache") is None and generation_config.use_cache is not False:
+            model_kwargs["cache"] = self.model.new_cache()

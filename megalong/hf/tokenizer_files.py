@@ -1,0 +1,202 @@
+"""megalong's tokenizers as files that Transformers' AutoTokenizer reads, without code of ours.
+
+Each gives the same ids as the tokenizer of the training, for any text, and gives every text back;
+"<eod>" inside a text is just text. What is written is checked against the training tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from megalong.data.tokenizer import (
+    EOD_PIECE,
+    SENTENCEPIECE_SPACE,
+    Tokenizer,
+    build_tokenizer,
+)
+
+SENTENCEPIECE_FILE = "tokenizer.model"  # beside tokenizer.json, for a way back without loss
+HUGGINGFACE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_PROBES = (
+    "",
+    "The quick brown fox, 12345 times.  Two spaces, and a tab:\t\n\n",
+    "def f(x):\n        return {'a': [x, 1.5e-3], \"b\": None}  # so\n\n\nclass A:\n\tpass\r\n",
+    " a  b\tc\n\n    d\r\n e\u0301 \u00e9\u3042\U0001f600\u2581\u2047\0 ",
+    "<eod> </s> <unk> <0x0A> <|endoftext|> \u2581\u2581x\t\t\t\t\t\t\t\t\t\t",
+    "aaaaaaa bbbbbb ababababab ((((((( ======= ........... --------------------------------",
+)
+
+
+def export_tokenizer(tokenizer_type: str, tokenizer_model: str | None, folder: Path) -> Tokenizer:
+    """Write the files of one of megalong's tokenizers; returns that tokenizer.
+
+    Raises ValueError where it cannot be expressed, and what `build_tokenizer` raises.
+    """
+    ours = build_tokenizer(tokenizer_type, tokenizer_model)
+    if tokenizer_type == "HuggingFaceTokenizer":
+        for name in HUGGINGFACE_FILES:
+            if (Path(tokenizer_model) / name).exists():
+                shutil.copy(Path(tokenizer_model) / name, folder / name)
+        return ours
+    if tokenizer_type == "ByteTokenizer":
+        backend = _bytes_backend()
+    else:
+        backend = _sentencepiece_backend(tokenizer_model)
+        shutil.copy(tokenizer_model, folder / SENTENCEPIECE_FILE)
+    backend.save(str(folder / "tokenizer.json"))
+    eod = backend.id_to_token(ours.eod)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": eod,
+        "pad_token": eod,
+        "padding_side": "left",
+        "split_special_tokens": True,  # "<eod>" in a text is five characters
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": int(1e30),
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    _check_same(ours, folder)
+    return ours
+
+
+def _check_same(ours: Tokenizer, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    lossless = all(ours.decode(ours.encode(text)) == text for text in _PROBES)
+    for text in _PROBES:
+        if not lossless:  # one that adds a prefix adds another one after each stand-in
+            text = text.replace(SENTENCEPIECE_SPACE, "")
+        if theirs.encode(text, add_special_tokens=False) != ours.encode(text):
+            raise ValueError(
+                "--tokenizer-model: this SentencePiece model cannot be expressed as a fast"
+                f" tokenizer: {text!r} is cut into other tokens. Export without it"
+                " (--no-tokenizer) and add the tokenizer files by hand"
+            )
+
+
+def _bytes_backend():
+    """Byte-level BPE without merges: the 256 bytes in their own order, then the end of document."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    from megalong.data.tokenizer import byte_level_alphabet
+
+    backend = Backend(models.BPE(vocab=byte_level_alphabet(), merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(EOD_PIECE, normalized=False)])
+    return backend
+
+
+def _sentencepiece_backend(model_file: str):
+    """A SentencePiece model as a fast tokenizer.
+
+    Spaces stay spaces: pieces are spelled with them instead of SentencePiece's stand-in, which in
+    a text is then one unknown character more, made of bytes, as in the training tokenizer.
+    """
+    from sentencepiece import sentencepiece_model_pb2 as protobuf
+    from tokenizers import AddedToken, decoders, models, normalizers
+    from tokenizers import Tokenizer as Backend
+
+    proto = protobuf.ModelProto()
+    proto.ParseFromString(Path(model_file).read_bytes())
+    kinds = protobuf.ModelProto.SentencePiece
+    pieces = [piece.piece.replace(SENTENCEPIECE_SPACE, " ") for piece in proto.pieces]
+    kind_of = [piece.type for piece in proto.pieces]
+    unknown = kind_of.index(kinds.UNKNOWN)
+    byte_fallback = proto.trainer_spec.byte_fallback
+    if proto.trainer_spec.model_type == protobuf.TrainerSpec.BPE:
+        mergeable = {
+            piece: proto.pieces[i].score
+            for i, piece in enumerate(pieces)
+            if kind_of[i] == kinds.NORMAL
+        }
+        model = models.BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)},
+            merges=_merges(mergeable),
+            unk_token=pieces[unknown],
+            fuse_unk=True,
+            byte_fallback=byte_fallback,
+        )
+    elif proto.trainer_spec.model_type == protobuf.TrainerSpec.UNIGRAM:
+        # What is not a piece of text must never be found in one.
+        scores = [
+            piece.score if kind in (kinds.NORMAL, kinds.USER_DEFINED) else -1e6
+            for piece, kind in zip(proto.pieces, kind_of, strict=True)
+        ]
+        model = models.Unigram(
+            list(zip(pieces, scores, strict=True)), unk_id=unknown, byte_fallback=byte_fallback
+        )
+    else:
+        raise ValueError(
+            f"--tokenizer-model {model_file}: a SentencePiece model of words or characters has no"
+            " fast tokenizer; export without it (--no-tokenizer)"
+        )
+    backend = Backend(model)
+    backend.normalizer = normalizers.Sequence(_normalizers(proto.normalizer_spec, normalizers))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens(
+        [
+            AddedToken(piece, normalized=False)
+            for piece, kind in zip(pieces, kind_of, strict=True)
+            if kind == kinds.CONTROL
+        ]
+    )
+    backend.add_tokens(
+        [
+            AddedToken(piece, normalized=False)
+            for piece, kind in zip(pieces, kind_of, strict=True)
+            if kind == kinds.USER_DEFINED
+        ]
+    )
+    return backend
+
+
+def _normalizers(spec, normalizers) -> list:
+    """SentencePiece's normalization, on spaces that stay spaces."""
+    steps = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        from tokenizers import Regex
+
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(" "))
+    return steps
+
+
+def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """The merges of a SentencePiece BPE model: every way to make a piece of two others, the piece
+    of the best score first. scores: of the pieces that merging can make."""
+    merges = []
+    for piece in sorted(scores, key=scores.__getitem__, reverse=True):
+        halves = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
+        merges += [pair for pair in halves if pair[0] in scores and pair[1] in scores]
+    return merges
+
+
+def tokenizer_of_export(folder: Path) -> tuple[str, str | None]:
+    """Which of megalong's tokenizers (type and model) the files of an exported model are."""
+    if (folder / SENTENCEPIECE_FILE).exists():
+        return "SentencePieceTokenizer", str(folder / SENTENCEPIECE_FILE)
+    tokenizer_json = folder / "tokenizer.json"
+    if not tokenizer_json.exists():
+        raise FileNotFoundError(f"{folder}: no tokenizer.json: give --tokenizer-type and -model")
+    from tokenizers import Tokenizer as Backend
+
+    if Backend.from_file(str(tokenizer_json)).to_str() == _bytes_backend().to_str():
+        return "ByteTokenizer", None
+    return "HuggingFaceTokenizer", str(folder)

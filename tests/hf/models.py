@@ -1,0 +1,63 @@
+"""Small random models on both sides, with the same weights."""
+
+import torch
+
+from megalong.arguments import parse_arguments
+from megalong.hf.configs import longnet_config
+from megalong.hf.configuration_longnet import LongNetConfig
+from megalong.hf.modeling_longnet import LongNetForCausalLM
+from megalong.hf.names import Sizes, entries
+from megalong.model.build import build_model
+from megalong.model.names import named_parameters
+from tests.launching import small_run_flags
+
+VOCAB_SIZE = 257
+
+
+def resolved(**changes):
+    """The configuration of a small run of 128 tokens."""
+    return parse_arguments(small_run_flags("unused", **changes)).resolve(1)
+
+
+def megatron_model(config, mesh):
+    """A GPTModel with weights that are all random, norms and biases too."""
+    model = build_model(config, VOCAB_SIZE, mesh)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * 0.2 if parameter.ndim > 1 else parameter + noise * 0.3)
+    return model
+
+
+def huggingface_model(config, weights):
+    """LongNetForCausalLM with these weights of ours, by canonical name; float32."""
+    model = LongNetForCausalLM(LongNetConfig(**longnet_config(config, VOCAB_SIZE, 256)))
+    state = {}
+    for entry in entries(Sizes.of(config.model, VOCAB_SIZE)):
+        state |= entry.to_huggingface(weights[entry.name])
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = model.config.tie_word_embeddings
+    assert not unexpected and missing == (["lm_head.weight"] if tied else [])
+    return model.eval()
+
+
+def pair(mesh, **changes):
+    """A GPTModel and the same model for Transformers."""
+    config = resolved(**changes)
+    model = megatron_model(config, mesh)
+    weights = {name: parameter.detach() for name, parameter in named_parameters(model)}
+    return model, huggingface_model(config, weights)
+
+
+def megatron_logits(model, tokens):
+    with torch.no_grad():
+        logits = model(
+            input_ids=tokens, position_ids=torch.arange(tokens.shape[1]), attention_mask=None
+        )
+    return logits[..., :VOCAB_SIZE]
+
+
+def random_tokens(batch, length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(VOCAB_SIZE, (batch, length), generator=generator)

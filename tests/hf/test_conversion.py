@@ -1,0 +1,337 @@
+"""There and back: checkpoints to Transformers' folders, and those to checkpoints."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    pipeline,
+)
+
+from megalong.flags import ConfigError
+from megalong.hf.checkpoint_files import StoredModel, write_first_checkpoint
+from megalong.hf.exporting import export, parse_size
+from megalong.hf.importing import SafetensorsReader, import_model
+from megalong.hf.names import Sizes, check_names, entries
+from tests.hf.models import VOCAB_SIZE, huggingface_model, random_tokens, resolved
+
+VARIANTS = [
+    {},
+    {"num_query_groups": 4, "untie_embeddings_and_output_weights": True, "precision": "bf16"},
+    {"normalization": "LayerNorm", "no_swiglu": True, "add_bias_linear": True},
+    {"head_offsets": "[[0,0,0,0],[0,1,1,0],[2,1,0,2]]", "position_embedding_type": "none"},
+    {"attention": "dense", "head_offsets": "layer", "kv_channels": 32},
+]
+
+
+def random_checkpoint(folder, **changes):
+    """A run folder with a checkpoint of random weights, and those weights."""
+    config = resolved(**changes)
+    generator = torch.Generator().manual_seed(3)
+    shapes = {entry.name: entry.shape for entry in entries(Sizes.of(config.model, VOCAB_SIZE))}
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    weights = {name: x * 0.2 if x.ndim > 1 else x * 0.3 + 1 for name, x in weights.items()}
+    folder.mkdir(parents=True)
+    write_first_checkpoint(folder, config, shapes, weights.__getitem__)
+    return config, weights
+
+
+def stored_tensors(folder):
+    return {
+        k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()
+    }
+
+
+def assert_equal_tensors(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=lambda c: " ".join(map(str, c)) or "defaults")
+def test_there_and_back_every_tensor_is_the_same(changes, tmp_path):
+    config, weights = random_checkpoint(tmp_path / "run", **changes)
+    export(tmp_path / "run", tmp_path / "hf", max_shard_size="60KB")
+    _, back = import_model(tmp_path / "hf", tmp_path / "imported", {})
+    export(tmp_path / "imported", tmp_path / "again")
+    assert_equal_tensors(stored_tensors(tmp_path / "hf"), stored_tensors(tmp_path / "again"))
+    assert back.attention == config.attention
+    assert back.model.make_vocab_size_divisible_by == 1  # 257 ids: none can be added
+    if config.training.precision == "fp32":
+        reader = StoredModel(tmp_path / "imported")
+        for name, weight in weights.items():
+            height = reader.shapes[name][0]
+            assert torch.equal(reader.read(name), weight[:height]), name
+
+
+@pytest.mark.parametrize("changes", VARIANTS[:2], ids=["tied", "untied"])
+def test_auto_classes_load_the_folder(changes, tmp_path):
+    config, weights = random_checkpoint(tmp_path / "run", **changes)
+    export(tmp_path / "run", tmp_path / "hf", dtype="float32", max_shard_size="60KB")
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    files = set(index["weight_map"].values())
+    assert len(files) > 2 and files == {p.name for p in (tmp_path / "hf").glob("*.safetensors")}
+    for file in files:
+        assert sum(x.nbytes for x in load_file(tmp_path / "hf" / file).values()) <= 66_000
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    assert model.dtype == torch.float32 and type(model).__name__ == "LongNetForCausalLM"
+    tokens = random_tokens(1, 150)
+    with torch.no_grad():
+        expected = huggingface_model(config, weights)(tokens).logits
+        assert torch.equal(model(tokens).logits, expected)
+    model.save_pretrained(tmp_path / "saved")  # as after fine-tuning
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, expected)
+    import_model(tmp_path / "saved", tmp_path / "imported", {"tokenizer_type": "ByteTokenizer"})
+
+
+def test_pipeline_and_the_model_card(tmp_path):
+    random_checkpoint(tmp_path / "run", precision="bf16")
+    export(tmp_path / "run", tmp_path / "hf")
+    generate = pipeline("text-generation", str(tmp_path / "hf"), trust_remote_code=True)
+    assert generate.model.dtype == torch.bfloat16
+    prompts = ["def f(x):", "a much longer prompt than the other one"]
+    texts = generate(prompts, batch_size=2, max_new_tokens=6)
+    for prompt, (text,) in zip(prompts, texts, strict=True):
+        assert text["generated_text"].startswith(prompt)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "run/iter_0000000" in card and "(32, 1), (64, 2), (128, 3)" in card
+    assert "num_layers: 2" in card and "library_name: transformers" in card
+    assert str(tmp_path) not in card
+    weights = tmp_path / "hf" / "model.safetensors"
+    assert weights.stat().st_mode == (tmp_path / "hf" / "config.json").stat().st_mode
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["megalong"]["iteration"] == 0 and "torch" in config["megalong"]["versions"]
+
+
+def test_an_export_overwrites_nothing_and_leaves_nothing_half_done(tmp_path):
+    config, weights = random_checkpoint(tmp_path / "run")
+    (tmp_path / "hf").mkdir()
+    with pytest.raises(ConfigError, match="is there already"):
+        export(tmp_path / "run", tmp_path / "hf")
+    gone = {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": "gone.model"}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **gone))
+    (tmp_path / "other").mkdir()
+    shapes = {name: tuple(x.shape) for name, x in weights.items()}
+    write_first_checkpoint(tmp_path / "other", config, shapes, weights.__getitem__)
+    with pytest.raises(FileNotFoundError, match="--tokenizer-model"):
+        export(tmp_path / "other", tmp_path / "hf2")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "other", "run"]
+
+
+def test_values_that_a_dtype_does_not_hold_are_refused(tmp_path):
+    config, weights = random_checkpoint(tmp_path / "run")
+    weights["decoder.final_layernorm.weight"][3] = 1e6
+    (tmp_path / "large").mkdir()
+    shapes = {name: tuple(x.shape) for name, x in weights.items()}
+    write_first_checkpoint(tmp_path / "large", config, shapes, weights.__getitem__)
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight has values .* another --dtype"):
+        export(tmp_path / "large", tmp_path / "hf", dtype="float16")
+    export(tmp_path / "large", tmp_path / "hf", dtype="bfloat16")
+
+
+# The name table's errors.
+
+
+def test_unknown_missing_and_misshaped_tensors_are_named():
+    with pytest.raises(ConfigError, match="x has no tensor b:"):
+        check_names("x", ["a", "b"], ["a"])
+    with pytest.raises(ConfigError, match="x has an unknown tensor c, d, e and 1 more:"):
+        check_names("x", ["a"], "acdef")
+    entry = entries(Sizes.of(resolved().model, VOCAB_SIZE))[0]
+    with pytest.raises(ConfigError, match=r"embedding.*\(3, 4\).*\(384, 64\)"):
+        entry.to_huggingface(torch.zeros(3, 4))
+    with pytest.raises(ConfigError, match=r"model.embed_tokens.*\(3, 4\).*\(257, 64\)"):
+        entry.to_megalong({"model.embed_tokens.weight": torch.zeros(3, 4)})
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda t: t.pop("model.norm.weight"), "has no tensor model.norm.weight"),
+        (lambda t: t.update(extra=torch.zeros(1)), "has an unknown tensor extra"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.zeros(7)}),
+            r"model.norm.weight has shape \(7,\)",
+        ),
+        (lambda t: t.update({"lm_head.weight": torch.zeros(257, 64)}), "differs from"),
+    ],
+    ids=["missing", "unknown", "misshaped", "tied"],
+)
+def test_a_folder_that_is_not_right_is_refused(damage, message, tmp_path):
+    random_checkpoint(tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(ConfigError, match=message):
+        import_model(tmp_path / "hf", tmp_path / "imported", {})
+    assert not (tmp_path / "imported" / "latest").exists()
+
+
+def test_a_checkpoint_that_is_not_right_is_refused(tmp_path):
+    config, weights = random_checkpoint(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"no manifest\.json"):
+        StoredModel(tmp_path)
+    weights["decoder.layers.0.mlp.router.weight"] = torch.zeros(1)
+    (tmp_path / "other").mkdir()
+    shapes = {name: tuple(x.shape) for name, x in weights.items()}
+    write_first_checkpoint(tmp_path / "other", config, shapes, weights.__getitem__)
+    with pytest.raises(ConfigError, match=r"unknown tensor decoder\.layers\.0\.mlp\.router"):
+        export(tmp_path / "other", tmp_path / "hf")
+
+
+def test_sizes_of_shards():
+    assert [parse_size(x) for x in ("5GB", "1.5 mb", "100")] == [5 * 10**9, 1_500_000, 100]
+    with pytest.raises(ConfigError, match="--max-shard-size lots"):
+        parse_size("lots")
+
+
+def test_the_moments_of_an_imported_checkpoint_are_zero(tmp_path):
+    _, weights = random_checkpoint(tmp_path / "run")
+    folder = StoredModel(tmp_path / "run").folder
+    for name, weight in list(weights.items())[:3]:
+        for kind in ("exp_avg", "exp_avg_sq"):
+            found = torch.full(weight.shape, torch.nan)
+            dcp.load({f"{kind}.{name}": found}, checkpoint_id=str(folder), no_dist=True)
+            assert torch.equal(found, torch.zeros_like(weight))
+
+
+# The Llama family.
+
+SMALL = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
+BYTES = {"tokenizer_type": "ByteTokenizer"}
+
+
+@pytest.mark.parametrize(
+    "kind, fields",
+    [
+        (LlamaForCausalLM, LlamaConfig(**SMALL, rms_norm_eps=1e-4)),
+        (LlamaForCausalLM, LlamaConfig(**SMALL, tie_word_embeddings=True, head_dim=32)),
+        (
+            LlamaForCausalLM,
+            LlamaConfig(
+                **SMALL,
+                attention_bias=True,
+                mlp_bias=True,
+                rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+            ),
+        ),
+        (MistralForCausalLM, MistralConfig(**SMALL, sliding_window=None)),
+    ],
+    ids=["untied", "tied-head_dim", "biases-rope", "mistral"],
+)
+def test_a_llama_computes_the_same_here(kind, fields, tmp_path):
+    from megalong.model.build import build_model
+    from megalong.model.names import named_parameters
+    from megalong.parallel import launch
+
+    torch.manual_seed(0)
+    llama = kind(fields).eval()
+    for parameter in llama.parameters():
+        if parameter.ndim == 1:
+            parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    llama.save_pretrained(tmp_path / "llama")
+    checkpoint, config = import_model(
+        tmp_path / "llama", tmp_path / "run", {"attention": "dense"} | BYTES
+    )
+    tokens = torch.randint(300, (2, 128))
+    with torch.no_grad():
+        expected = llama(tokens).logits
+    with launch(config) as mesh:
+        model = build_model(config, VOCAB_SIZE, mesh)
+        stored = StoredModel(checkpoint)
+        with torch.no_grad():
+            for name, parameter in named_parameters(model):
+                parameter.copy_(stored.read(name))
+            found = model(
+                input_ids=tokens, position_ids=torch.arange(128), attention_mask=None
+            )[..., :300]  # fmt: skip
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind, fields, reason",
+    [
+        (Qwen2ForCausalLM, Qwen2Config(**SMALL), "biases in the query"),
+        (Qwen3ForCausalLM, Qwen3Config(**SMALL, head_dim=16), "norms of queries and keys"),
+        (MistralForCausalLM, MistralConfig(**SMALL, sliding_window=64), "sliding-window"),
+        (LlamaForCausalLM, LlamaConfig(**SMALL, attention_bias=True), "only one of"),
+        (LlamaForCausalLM, LlamaConfig(**SMALL, hidden_act="gelu"), "not silu"),
+        (
+            LlamaForCausalLM,
+            LlamaConfig(
+                **SMALL,
+                rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+            ),
+            "type 'linear'",
+        ),
+    ],
+    ids=["qwen2", "qwen3", "sliding", "biases", "activation", "rope"],
+)
+def test_what_our_model_has_not_is_refused(kind, fields, reason, tmp_path):
+    kind(fields).save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match=reason):
+        import_model(tmp_path / "model", tmp_path / "run", {"attention": "dense"} | BYTES)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_folders_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        import_model(tmp_path, tmp_path / "run", {})
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ConfigError, match="model type 'gpt2'; megalong reads longnet"):
+        import_model(tmp_path, tmp_path / "run", {})
+    with pytest.raises(ConfigError, match=r"no model\.safetensors"):
+        SafetensorsReader(tmp_path)
+
+
+def test_a_tokenizer_of_transformers_comes_along(tmp_path):
+    _, _ = random_checkpoint(tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    llama = LlamaForCausalLM(LlamaConfig(**SMALL | {"vocab_size": 258}))
+    llama.save_pretrained(tmp_path / "llama")
+    tokenizer.eos_token = "<eod>"
+    tokenizer.backend_tokenizer.add_tokens(["\n\n"])  # not ours any more
+    tokenizer.save_pretrained(tmp_path / "llama")
+    _, config = import_model(tmp_path / "llama", tmp_path / "imported", {"attention": "dense"})
+    assert config.data.tokenizer_type == "HuggingFaceTokenizer"
+    shutil.rmtree(tmp_path / "llama")
+    assert AutoTokenizer.from_pretrained(config.data.tokenizer_model).encode("a\n\nb")
+
+
+def test_a_vocabulary_that_training_would_not_make_is_refused(tmp_path):
+    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path / "llama")
+    changes = BYTES | {"attention": "dense", "make_vocab_size_divisible_by": 100}
+    _, config = import_model(tmp_path / "llama", tmp_path / "run", changes)  # 257 ids, 300 rows
+    assert config.model.make_vocab_size_divisible_by == 100
+    with pytest.raises(ConfigError, match="300 rows in its vocabulary, the tokenizer 257 ids"):
+        import_model(
+            tmp_path / "llama", tmp_path / "no", changes | {"make_vocab_size_divisible_by": 8}
+        )
+    assert not (tmp_path / "no").exists()

@@ -1,0 +1,107 @@
+"""The exported tokenizer is the training tokenizer: same ids, same text."""
+
+import io
+import json
+import random
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from megalong.data.tokenizer import build_tokenizer
+from megalong.data.tokenizer_training import train_sentencepiece
+from megalong.hf.tokenizer_files import export_tokenizer, tokenizer_of_export
+
+LIBRARY = sorted(Path(json.__file__).parent.parent.glob("*.py"))
+NOISE = (32, 32, 9, 10, 97, 98, 0x2581, 0xE9, 0x3042, 0x1F600, 0)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """Source code, and strings of any characters."""
+    draw = random.Random(0)
+    noise = [
+        "".join(chr(draw.choice([*NOISE, draw.randrange(32, 0x2000)])) for _ in range(200))
+        for _ in range(40)
+    ]
+    code = [path.read_text(encoding="utf-8", errors="ignore")[:20_000] for path in LIBRARY[:40]]
+    return [*code, *noise, "<eod><unk></s><0x0A> <eod>", "", " "]
+
+
+def sentencepiece_model(texts, **options):
+    import sentencepiece
+
+    model = io.BytesIO()
+    lines = [line for text in texts[:20] for line in text.replace("\0", "").split("\n")]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=700, num_threads=1,
+        minloglevel=2, **options,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+LOSSLESS = {
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+}
+
+
+def check_same(kind, model, texts, folder):
+    folder.mkdir()
+    ours = export_tokenizer(kind, model, folder)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert theirs.is_fast and len(theirs) == ours.vocab_size and theirs.eos_token_id == ours.eod
+    for text in texts:
+        ids = theirs(text)["input_ids"]
+        assert ids == ours.encode(text)
+        assert theirs.decode(ids) == text == ours.decode(ids)
+    assert theirs.decode([*ids, ours.eod], skip_special_tokens=True) == texts[-1]
+    return tokenizer_of_export(folder)
+
+
+def test_bytes(texts, tmp_path):
+    back = check_same("ByteTokenizer", None, texts, tmp_path / "hf")
+    assert back == ("ByteTokenizer", None)
+
+
+@pytest.mark.parametrize("kind", ["ours", "unigram"])
+def test_sentencepiece(kind, texts, tmp_path):
+    file = tmp_path / "tokenizer.model"
+    if kind == "ours":
+        file.write_bytes(train_sentencepiece(texts[:20], 900))
+    else:
+        file.write_bytes(sentencepiece_model(texts, model_type="unigram", **LOSSLESS))
+    back, model = check_same("SentencePieceTokenizer", str(file), texts, tmp_path / "hf")
+    assert back == "SentencePieceTokenizer" and Path(model).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:.*does not give every text back")
+def test_a_sentencepiece_model_that_changes_texts_gives_the_same_ids(texts, tmp_path):
+    file = tmp_path / "nfkc.model"
+    file.write_bytes(sentencepiece_model(texts, model_type="unigram"))  # NFKC, prefix, no bytes
+    ours = export_tokenizer("SentencePieceTokenizer", str(file), tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in texts[:40]:
+        text = text.replace("\u2581", "")
+        assert theirs(text)["input_ids"] == ours.encode(text)
+
+
+def test_sentencepiece_models_without_a_fast_tokenizer_are_refused(texts, tmp_path):
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(sentencepiece_model(texts, model_type="char", hard_vocab_limit=False))
+    with (
+        pytest.warns(UserWarning, match="does not give every text back"),
+        pytest.raises(ValueError, match="--no-tokenizer"),
+    ):
+        export_tokenizer("SentencePieceTokenizer", str(file), tmp_path)
+
+
+def test_a_folder_of_transformers_is_copied(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    export_tokenizer("ByteTokenizer", None, tmp_path / "a")
+    export_tokenizer("HuggingFaceTokenizer", str(tmp_path / "a"), tmp_path / "b")
+    one, other = (build_tokenizer("HuggingFaceTokenizer", str(tmp_path / x)) for x in "ab")
+    assert one.encode("caf\u00e9\n") == other.encode("caf\u00e9\n") == list("caf\u00e9\n".encode())

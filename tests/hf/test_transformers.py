@@ -1,0 +1,239 @@
+"""What Transformers does with a model: padding, batches, generation, beams, training."""
+
+import pytest
+import torch
+from transformers import DynamicCache, Trainer, TrainingArguments
+
+from megalong.hf.configuration_longnet import LongNetConfig
+from megalong.hf.modeling_longnet import LongNetForCausalLM
+
+SEGMENTS = {"segment_lengths": [8, 16, 24], "dilation_rates": [1, 2, 5]}
+
+
+def make_model(**changes):
+    torch.manual_seed(0)
+    fields = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        **SEGMENTS,
+    }
+    return LongNetForCausalLM(LongNetConfig(**fields | changes)).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def sequences(*lengths):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(1, 50, (n,), generator=generator) for n in lengths]
+
+
+def batch_of(rows, sides):
+    """Rows of one length, padded on their sides, and the mask."""
+    width = max(map(len, rows)) + 3
+    tokens, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width)
+    for i, (row, side) in enumerate(zip(rows, sides, strict=True)):
+        start = {"left": width - len(row), "right": 0, "both": 2}[side]
+        tokens[i, start : start + len(row)] = row
+        mask[i, start : start + len(row)] = 1
+    return tokens, mask.long()
+
+
+@torch.no_grad()
+def logits(model, tokens, **options):
+    return model(tokens, **options).logits
+
+
+def test_a_padded_row_equals_the_unpadded_one(model):
+    rows = sequences(61, 7, 40, 24)
+    tokens, mask = batch_of(rows, ["left", "right", "both", "left"])
+    padded = logits(model, tokens, attention_mask=mask)
+    for i, row in enumerate(rows):
+        alone = logits(model, row[None])[0]
+        torch.testing.assert_close(padded[i][mask[i].bool()], alone, rtol=0, atol=1e-5)
+    assert torch.isfinite(padded).all()
+
+
+def test_what_stands_in_the_padding_changes_nothing(model):
+    tokens, mask = batch_of(sequences(30, 12), ["left", "right"])
+    other = torch.where(mask.bool(), tokens, 33)
+    a, b = (logits(model, x, attention_mask=mask)[mask.bool()] for x in (tokens, other))
+    assert torch.equal(a, b)
+
+
+def test_masks_and_caches_of_another_kind_are_refused(model):
+    tokens = sequences(5)[0][None]
+    with pytest.raises(ValueError, match="attention_mask must be"):
+        model(tokens, attention_mask=torch.ones(1, 1, 5, 5))
+    with pytest.raises(ValueError, match="its own cache"):
+        model(tokens, cache=DynamicCache())
+    with pytest.raises(TypeError, match="position_ids"):
+        model(tokens, position_ids=torch.arange(5)[None])
+    with pytest.raises(ValueError, match="head_offsets"):
+        make_model(head_offsets="modulo")
+
+
+SIZES = [[1] * 100, [13] * 8, [40, 1, 1, 1, 30, 1, 26, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"head_offsets": "block", "num_key_value_heads": 1},
+        {"head_offsets": "layer", "position_embedding_type": "none"},
+        {"attention": "dense", "normalization": "LayerNorm", "swiglu": False, "linear_bias": True},
+        {"segment_lengths": [7, 20], "dilation_rates": [2, 9]},  # a query may see nothing
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sizes", SIZES, ids=["ones", "chunks", "mixed"])
+def test_cached_equals_uncached(changes, sizes):
+    """Over more than three times the longest segment, one token or many at a time."""
+    model = make_model(**changes).double()
+    tokens = torch.stack(sequences(sum(sizes), sum(sizes)))
+    expected, cache, found = logits(model, tokens), None, []
+    for chunk in tokens.split(sizes, 1):
+        with torch.no_grad():
+            outputs = model(chunk, cache=cache, use_cache=True)
+        cache = outputs.cache
+        found.append(outputs.logits)
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=1e-10)
+    assert cache.get_seq_length() == sum(sizes)
+
+
+@pytest.mark.parametrize("chunk", [1, 9, 60])
+def test_cached_equals_uncached_with_padding(chunk):
+    model = make_model().double()
+    tokens, mask = batch_of(sequences(61, 7, 40), ["left", "left", "both"])
+    extra = torch.stack(sequences(30, 30, 30))
+    tokens = torch.cat((tokens, extra), 1)
+    mask = torch.cat((mask, torch.ones_like(extra)), 1)
+    expected, cache, found = logits(model, tokens, attention_mask=mask), None, []
+    for start in range(0, tokens.shape[1], chunk):
+        stop = min(start + chunk, tokens.shape[1])
+        with torch.no_grad():
+            outputs = model(
+                tokens[:, start:stop], attention_mask=mask[:, :stop], cache=cache, use_cache=True
+            )
+        cache = outputs.cache
+        found.append(outputs.logits)
+    found, real = torch.cat(found, 1), mask.bool()
+    torch.testing.assert_close(found[real], expected[real], rtol=0, atol=1e-10)
+    assert cache.lengths == mask.sum(1).tolist()
+
+
+def test_the_cache_is_bounded(model):
+    limit = sum(-(-w // r) for w, r in zip(*SEGMENTS.values(), strict=True))
+    tokens = torch.stack(sequences(400))
+    cache = model.model.new_cache()
+    bytes_kept = []
+    for chunk in tokens.split([144, 100, *[1] * 156], 1):  # after 144 every segment has ended
+        with torch.no_grad():
+            model(chunk, cache=cache)
+        assert cache.rows() <= limit
+        bytes_kept.append(sum(x.untyped_storage().nbytes() for x in cache.layers[0].keys))
+    assert bytes_kept[0] == 0 and max(bytes_kept) <= limit * 2 * 8 * 4  # 2 kv heads of 8 float32
+
+
+GREEDY = {"do_sample": False, "max_new_tokens": 80}
+
+
+def test_generation_with_a_cache_equals_generation_without(model):
+    tokens, mask = batch_of(sequences(20, 33), ["left", "left"])
+    inputs = {"input_ids": tokens, "attention_mask": mask, **GREEDY}
+    expected = model.generate(**inputs, use_cache=False)
+    assert expected.shape[1] > 4 * 24
+    assert torch.equal(model.generate(**inputs), expected)
+    assert torch.equal(model.generate(**inputs, prefill_chunk_size=10), expected)
+    alone = model.generate(tokens[:1, -20:], **GREEDY)
+    assert torch.equal(alone[0, 20:], expected[0, tokens.shape[1] :])
+
+
+def test_beam_search_and_sampling(model):
+    tokens, mask = batch_of(sequences(20, 33), ["left", "left"])
+    inputs = {"input_ids": tokens, "attention_mask": mask, "max_new_tokens": 30}
+    beams = {"num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    expected = model.generate(**inputs, **beams, use_cache=False)
+    assert torch.equal(model.generate(**inputs, **beams), expected)
+    torch.manual_seed(0)
+    sampled = model.generate(**inputs, do_sample=True, num_return_sequences=2)
+    assert sampled.shape == (4, tokens.shape[1] + 30)
+
+
+def test_a_loss_and_its_gradient_do_not_feel_padding_or_checkpointing():
+    rows = sequences(50, 20)
+    tokens, mask = batch_of(rows, ["right", "left"])
+    labels = torch.where(mask.bool(), tokens, -100)
+    labels[1, -20] = -100  # nothing real stands before it
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        loss = model(tokens, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed) and plain.abs().sum() > 0
+    sums = [model(row[None], labels=row[None]).loss * (len(row) - 1) for row in rows]
+    torch.testing.assert_close(loss, sum(sums) / (len(rows[0]) - 1 + len(rows[1]) - 1))
+
+
+def test_gradients_through_autograd_are_exact():
+    model = make_model().double()
+    rows = torch.stack(sequences(40))
+    embeds = model.model.embed_tokens(rows).detach()
+    embeds.requires_grad_()
+    weight = torch.randn(1, 40, 50, dtype=torch.float64)
+    direction = torch.randn_like(embeds)
+
+    def value(x):
+        return (model(inputs_embeds=x).logits * weight).sum()
+
+    value(embeds).backward()
+    step = 1e-6 * direction
+    with torch.no_grad():
+        slope = (value(embeds + step) - value(embeds - step)) / 2e-6
+    torch.testing.assert_close((embeds.grad * direction).sum(), slope, rtol=1e-6, atol=1e-6)
+
+
+def test_hidden_states_and_kept_logits(model):
+    tokens = torch.stack(sequences(30, 30))
+    with torch.no_grad():
+        outputs = model(tokens, output_hidden_states=True, logits_to_keep=2)
+        full = model(tokens).logits
+    assert len(outputs.hidden_states) == 3 and outputs.logits.shape == (2, 2, 50)
+    torch.testing.assert_close(outputs.logits, full[:, -2:])
+
+
+def test_trainer_lowers_the_loss(tmp_path):
+    model = make_model(initializer_range=0.1).train()
+    row = sequences(48)[0]
+    data = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)}] * 32
+    options = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=12,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        gradient_checkpointing=True,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model=model, args=options, train_dataset=data)
+    trainer.train()
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    assert losses[-1] < losses[0] / 2

@@ -1,0 +1,58 @@
+"""Turn a folder of Hugging Face Transformers into a checkpoint that training goes on from.
+
+    python tools/convert_from_hf.py --input longnet-hf --output runs/imported
+    python tools/convert_from_hf.py --input llama --output runs/llama --seq-length 32768 \\
+        --segment-lengths 2048 8192 32768 --dilation-rates 1 4 16
+
+then, with the command that this prints, `pretrain_longnet.py --config runs/imported/flags.yaml
+--load runs/imported --save OTHER --data-path ...`. Accepted are the folders that
+tools/convert_to_hf.py writes, and Llama and Mistral models, and such Qwen2 and Qwen3 models as have
+neither biases in the attention alone nor norms of queries and keys; with plain RoPE, without
+sliding windows. Anything else is refused with the reason. Without a pattern, a model of the Llama
+family keeps its dense attention (--attention dilated takes the default ladder).
+Further flags are those of pretrain_longnet.py, for instance --tokenizer-type and --head-offsets.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megalong.arguments import build_parser, read_yaml
+from megalong.hf.importing import import_model, read_config
+from megalong.quiet import quiet_libraries
+
+
+def main() -> int:
+    quiet_libraries()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--input", type=Path, required=True, help="folder with config.json and safetensors")
+    add("--output", type=Path, required=True, help="run folder to write; must not hold anything")
+    args, others = parser.parse_known_args()
+    try:
+        changes = vars(build_parser().parse_args(others))
+        if "config" in changes:
+            changes = read_yaml(changes.pop("config")) | changes
+        if "segment_lengths" in changes:
+            changes.setdefault("attention", "dilated")
+        elif read_config(args.input).get("model_type") != "longnet":
+            changes.setdefault("attention", "dense")
+        checkpoint, config = import_model(args.input, args.output, changes)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    attention = config.attention.attention
+    if attention == "dilated":
+        attention += f" {config.attention.pattern().branches}"
+    print(f"{checkpoint}: {attention} attention, {config.model.seq_length} tokens")
+    print(
+        f"go on with: pretrain_longnet.py --config {args.output}/flags.yaml --load {args.output}"
+        " --save OTHER --data-path PREFIX"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Turn a checkpoint into a folder that Hugging Face Transformers reads.
+
+    python tools/convert_to_hf.py --load runs/longnet --output longnet-hf
+
+then `AutoModelForCausalLM.from_pretrained("longnet-hf", trust_remote_code=True)`. One process, no
+GPU, one tensor in memory at a time, from a checkpoint of any parallel layout. The folder holds
+sharded safetensors, the configuration, the model's code, the tokenizer, and a model card that says
+where the model comes from. It is written aside and renamed, and never over one that is there.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megalong.hf.exporting import DTYPES, export
+from megalong.quiet import quiet_libraries
+
+
+def main() -> int:
+    quiet_libraries()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--load", type=Path, required=True, help="run folder, or one of its iter_* folders")
+    add("--output", type=Path, required=True, help="folder to write; must not exist")
+    add("--dtype", choices=DTYPES, help="of the weights (default: the precision of the training)")
+    add("--max-shard-size", default="5GB", help="of one weight file (default: 5GB)")
+    add("--tokenizer-model", help="where the tokenizer is now (default: where the training had it)")
+    add("--no-tokenizer", action="store_true", help="write no tokenizer files")
+    args = parser.parse_args()
+    try:
+        result = export(
+            args.load,
+            args.output,
+            args.dtype,
+            args.max_shard_size,
+            args.tokenizer_model,
+            not args.no_tokenizer,
+        )
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(
+        f"{args.output}: iteration {result['iteration']:,}, {result['parameters']:,} parameters in"
+        f" {result['files']} files"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""How good is a model at each context length? Perplexity, bits per byte, loss by position, and
+passkey retrieval.
+
+    python tools/evaluate.py --model runs/longnet --input book.txt --context-lengths 2048 8192 \\
+        --passkey-lengths 2048 8192 --output evaluation
+
+--model is a run folder or a checkpoint of megalong, or a folder of Transformers, such as
+tools/convert_to_hf.py writes, or a Llama's. Writes evaluation.json and evaluation.png into
+--output. Every token of the input is predicted once at each context length, so that the numbers of
+different lengths, tokenizers (bits per byte) and models can be compared.
+"""
+
+import argparse
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+from megalong.hf.evaluation import Subject, evaluate_texts, load_subject, passkey
+from megalong.quiet import quiet_libraries
+from megalong.training.positions import position_edges
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="checkpoint, run folder or Transformers folder")
+    add("--input", type=Path, nargs="*", default=[], help="text files, each a document")
+    add("--max-bytes", type=int, help="take only so much of the beginning of each file")
+    add("--context-lengths", type=int, nargs="+", default=[2048], help="tokens of a window")
+    add("--passkey-lengths", type=int, nargs="*", default=[], help="tokens of a passkey trial")
+    add("--passkey-depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0])
+    add("--passkey-trials", type=int, default=5, help="trials of each length and depth")
+    add("--output", type=Path, required=True, help="folder for evaluation.json and .png")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--tokenizer-model", help="where the tokenizer of a megalong checkpoint is now")
+    args = parser.parse_args()
+    if not args.input and not args.passkey_lengths:
+        parser.error("nothing to do: give --input, or --passkey-lengths, or both")
+    if min([*args.context_lengths, args.passkey_trials]) < 1:
+        parser.error("--context-lengths and --passkey-trials must be at least 1")
+    if not all(0 <= depth <= 1 for depth in args.passkey_depths):
+        parser.error("--passkey-depths must lie between 0 and 1")
+    return args
+
+
+def main() -> int:
+    quiet_libraries()
+    args = parse_arguments()
+    try:
+        texts = [_read(path, args.max_bytes) for path in args.input]
+        if args.input and not any(texts):
+            raise ValueError("--input: the files are empty")
+        subject = load_subject(args.model, args.device, DTYPES[args.dtype], args.tokenizer_model)
+        results = _evaluate(subject, texts, args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
+    plot(results, args.output / "evaluation.png")
+    return 0
+
+
+def _read(path: Path, max_bytes: int | None) -> str:
+    return path.read_bytes()[:max_bytes].decode("utf-8", errors="ignore")
+
+
+def _evaluate(subject: Subject, texts: list[str], args: argparse.Namespace) -> dict:
+    results = {"model": str(args.model), "dtype": args.dtype, "texts": [], "passkey": []}
+    if texts:
+        for context in args.context_lengths:
+            result = evaluate_texts(subject, texts, context, position_edges(context))
+            results["texts"].append(result)
+            print(
+                f"context {context}: perplexity {result['perplexity']:.3f},"
+                f" {result['bits_per_byte']:.4f} bits per byte, {result['tokens']} tokens",
+                flush=True,
+            )
+    for length in args.passkey_lengths:
+        for depth in args.passkey_depths:
+            result = passkey(subject, length, depth, args.passkey_trials)
+            results["passkey"].append(result)
+            print(
+                f"passkey at {depth:.0%} of {length}: found in {result['accuracy']:.0%},"
+                f" loss {result['loss']:.3f}",
+                flush=True,
+            )
+    return results
+
+
+def plot(results: dict, path: Path) -> None:
+    """The loss by position at each context length, and the passkeys found, side by side."""
+    panels = [name for name in ("texts", "passkey") if results[name]]
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(7 * len(panels), 4.5), layout="constrained", squeeze=False
+    )
+    for name, axis in zip(panels, axes[0], strict=True):
+        {"texts": _plot_positions, "passkey": _plot_passkeys}[name](axis, results[name])
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _plot_positions(axis, results: list[dict]) -> None:
+    for result in results:
+        edges, losses = result["position_edges"], result["loss_by_position"]
+        centres = [(a + b) / 2 for a, b in pairwise(edges)]
+        points = [(x, y) for x, y in zip(centres, losses, strict=True) if y is not None]
+        label = f"context {result['context']:,}: {result['bits_per_byte']:.3f} bits per byte"
+        axis.plot(*zip(*points, strict=True), "o-", markersize=3, label=label)
+    axis.set(xscale="log", xlabel="position in the window", ylabel="loss (nats per token)")
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def _plot_passkeys(axis, results: list[dict]) -> None:
+    lengths, depths = (sorted({r[name] for r in results}) for name in ("length", "depth"))
+    found = {(r["depth"], r["length"]): r for r in results}
+    table = [[found[depth, length]["accuracy"] for length in lengths] for depth in depths]
+    image = axis.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    for (depth, length), result in found.items():
+        text = f"{result['accuracy']:.0%}\nloss {result['loss']:.2f}"
+        color = "white" if result["accuracy"] > 0.6 else "black"
+        place = lengths.index(length), depths.index(depth)
+        axis.text(*place, text, ha="center", va="center", color=color)
+    axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axis.set(xlabel="tokens", ylabel="depth", title="passkeys found")
+    axis.figure.colorbar(image)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
