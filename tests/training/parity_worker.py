@@ -6,6 +6,7 @@ given, where a case is (layout, ZeRO stage, model).
 
 import dataclasses
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -19,12 +20,13 @@ from megalong.data.batches import evaluation_batches, training_batches
 from megalong.model.build import build_model
 from megalong.model.names import named_parameters
 from megalong.model.tensor_slices import join_slices
-from megalong.parallel import build_mesh, process_group
+from megalong.parallel import process_group
 from megalong.training.engine import TrainingEngine
 from megalong.training.evaluation import evaluate
 from megalong.training.learning_rate import learning_rate
 from megalong.training.run_data import open_run_data
 from tests.launching import small_run_flags
+from tests.training.meshes import temporary_mesh
 
 STEPS = 3
 
@@ -116,9 +118,10 @@ def main(data_path: str, output: str) -> None:
             layout, stage, model = case
             if LAYOUTS[layout] != world_size():
                 continue
+            print(f"{time.monotonic():.0f}: {case}", flush=True)  # shown if a case fails or hangs
             flags = small_run_flags(Path(data_path), **flags_of(layout, stage, model))
             config = parse_arguments(flags).resolve(world_size())
-            with build_mesh(config, device) as mesh:
+            with temporary_mesh(config, device) as mesh:
                 results[case] = train(config, mesh)
         if mesh.is_main:
             torch.save(results, output)
@@ -152,6 +155,7 @@ def train(config, mesh):
         name: safe_get_full_fp32_param(parameter).cpu()
         for name, parameter in named_parameters(engine.model)
     }
+    engine.deepspeed.destroy()  # its hooks keep model and process groups alive
     of_ranks = [None] * mesh.world_size
     dist.all_gather_object(of_ranks, (mesh.tensor_parallel_rank, mine))
     weights = {}

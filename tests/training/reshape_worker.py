@@ -12,13 +12,14 @@ from pathlib import Path
 
 from megalong.arguments import parse_arguments
 from megalong.config import world_size
-from megalong.parallel import build_mesh, process_group
+from megalong.parallel import process_group
 from megalong.training.loop import Trainer
 from megalong.training.resuming import open_checkpoint
 from megalong.training.run_data import open_run_data
 from megalong.training.run_folder import prepare_run_folder
 from megalong.training.stopping import StopRequest
 from tests.launching import small_run_flags
+from tests.training.meshes import temporary_mesh
 from tests.training.parity_worker import AXES, BRANCHES, OPTIMIZER
 
 # Layout -> ranks; dp is what the rest leaves, and z the ZeRO stage.
@@ -61,7 +62,7 @@ def main(corpus: str, folder: Path, *what: str) -> None:
             config = given.resolve(world_size())
             prepare_run_folder(config)
             checkpoint = open_checkpoint(config)
-            with build_mesh(config, device) as mesh:
+            with temporary_mesh(config, device) as mesh:
                 Trainer(config, given, open_run_data(config), checkpoint, mesh, stop).train()
 
         if "save" in what:
