@@ -379,6 +379,11 @@ def _check_run(config: Config) -> None:
     for name in ("exit_duration_in_mins", "keep_last", "keep_every"):
         if getattr(run, name) is not None:
             require_positive(run, name)
+    for name in ("async_save", "keep_last", "keep_every"):
+        if getattr(run, name) and run.save is None:
+            raise ConfigError(
+                f"{flag_name(name)} is about checkpoints: set --save, or leave it out"
+            )
     if run.keep_every is not None and run.keep_last is None:
         raise ConfigError(
             f"--keep-every {run.keep_every} says which old checkpoints stay, and without"

@@ -29,7 +29,7 @@ class ParallelConfig:
         "with tensor parallelism, divide norms and residuals over the tensor ranks too (Megatron's"
         " sequence parallelism)",
     )
-    zero_stage: int = flag(1, "ZeRO stage", choices=(0, 1, 2, 3))
+    zero_stage: int = flag(1, "ZeRO stage; 0 is taken for 1", choices=(0, 1, 2, 3))
     recompute_granularity: str | None = flag(
         None,
         "recompute activations in the backward pass: of the attention alone, or of whole layers",
@@ -173,10 +173,11 @@ class ParallelConfig:
                 f"{flag_} {layers} interleaves the stages of a pipeline, and there is one: set"
                 " --pipeline-model-parallel-size 2 or more, or leave it out"
             )
-        if stage_layers % layers:
+        if stage_layers % layers or layers == stage_layers:
+            fitting = _largest_divisor(stage_layers, max(min(layers, stage_layers - 1), 1))
             raise ConfigError(
-                f"{flag_} {layers} does not divide the {stage_layers} layers of a stage: set"
-                f" {flag_} {_largest_divisor(stage_layers, layers)}"
+                f"{flag_} {layers} does not cut the {stage_layers} layers of a stage into several"
+                f" chunks: set {flag_} {fitting}, or leave it out"
             )
         if num_microbatches % size:
             sequences = global_batch_size // num_microbatches  # in a micro batch, over all replicas
@@ -189,12 +190,21 @@ class ParallelConfig:
 
     def _check_recompute(self, model: Any) -> None:
         require_positive(self, "recompute_num_layers")
-        stage = model.num_layers // self.pipeline_model_parallel_size
         count = self.recompute_num_layers
-        if self.recompute_granularity == "full" and count > stage:
+        if self.recompute_granularity != "full":
+            if count > 1:
+                raise ConfigError(
+                    f"--recompute-num-layers {count} is for whole layers: set"
+                    " --recompute-granularity full, or leave it out"
+                )
+            return
+        layers = model.num_layers // self.pipeline_model_parallel_size
+        layers //= self.chunks_per_stage(model)
+        if count > layers or (self.recompute_method == "uniform" and layers % count):
             raise ConfigError(
-                f"--recompute-num-layers {count} is more than the {stage} layers of a pipeline"
-                f" stage: set --recompute-num-layers {stage} or less"
+                f"--recompute-num-layers {count} does not divide the {layers} layers of a pipeline"
+                f" stage (or of a chunk of it): set --recompute-num-layers"
+                f" {_largest_divisor(layers, count)}"
             )
 
 

@@ -91,6 +91,25 @@ REFUSED = [
         "--recompute-num-layers 4",
         "--recompute-num-layers 3",
     ),
+    (
+        "--recompute-granularity full --recompute-num-layers 4",
+        1,
+        "--recompute-num-layers 4",
+        "--recompute-num-layers 3",
+    ),
+    (
+        "--recompute-granularity selective --recompute-num-layers 2",
+        1,
+        "--recompute-num-layers 2",
+        "--recompute-granularity full",
+    ),
+    (
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3"
+        " --global-batch-size 4",
+        2,
+        "--num-layers-per-virtual-pipeline-stage 3",
+        "--num-layers-per-virtual-pipeline-stage 1",
+    ),
 ]
 
 

@@ -39,7 +39,7 @@ ranks_per_node=${SLURM_GPUS_ON_NODE:-1}
 #   export NCCL_DEBUG=INFO NCCL_DEBUG_SUBSYS=INIT,NET
 # PyTorch's record of each rank's last collectives, to be written when one times out (after
 # --distributed-timeout-minutes): it shows which rank hung where.
-#   export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_DUMP_TEMP_FILE=$PWD/$run/collectives_of_rank_
+#   export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_DUMP_TEMP_FILE=$(realpath "$run")/collectives_of_rank_
 # Leave TORCH_NCCL_ASYNC_ERROR_HANDLING alone: its default ends a rank whose collective failed.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 

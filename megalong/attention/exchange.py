@@ -45,9 +45,11 @@ class SequenceGroup:
     subgroups: dict[int, dist.ProcessGroup]
 
     @classmethod
-    def create(cls, group: dist.ProcessGroup, subgroup_sizes=()) -> SequenceGroup:
+    def create(cls, group: dist.ProcessGroup, subgroup_sizes=(), timeout=None) -> SequenceGroup:
         """Make the subgroups of these sizes; called by all ranks of the world, each with the group
         of its own sequence and the same sizes.
+
+        timeout: of their collectives, a timedelta; None is PyTorch's.
 
         All of them take part in making every group: PyTorch's other way, among the members alone,
         names a group by how many groups a process has, and hangs where two have different numbers.
@@ -62,7 +64,7 @@ class SequenceGroup:
         for m in sizes:
             for sequence in sorted({tuple(members) for members in sequences}):
                 for first in range(0, size, m):
-                    made = dist.new_group(sequence[first : first + m])
+                    made = dist.new_group(sequence[first : first + m], timeout=timeout)
                     if dist.get_rank() in sequence[first : first + m]:
                         subgroups[m] = made
         return cls(rank, size, group, subgroups)

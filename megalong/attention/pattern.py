@@ -130,7 +130,7 @@ class DilatedPattern:
         if not 0 <= start < stop <= heads:
             raise ValueError(f"head slice [{start}, {stop}) must lie inside [0, {heads})")
         table = tuple(row[start:stop] for row in self.offsets(heads, kv_heads))
-        return replace(self, head_offsets=table)
+        return replace(self, head_offsets=table, layer=0)  # equal slices of all layers are equal
 
     def offsets(self, heads: int, kv_heads: int) -> tuple[tuple[int, ...], ...]:
         """The offset of every query head in every branch: branches x heads integers."""

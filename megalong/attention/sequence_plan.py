@@ -245,18 +245,18 @@ def _gather(size, branches, pattern, shards, causal, device):
 
 def _send(branches, pattern, shards, causal, document_starts, device):
     """The exchange of exactly what each rank sees. Lists: by peer, by branch, by stream."""
-    rate_of = {branch.index: branch for branch in branches}
+    branch_of = {branch.index: branch for branch in branches}
 
     def crossing_here(rank: int) -> list[Crossing]:
         view = Shards(rank, shards.count, shards.length)
         found = crossings(pattern, view, document_starts)
-        return [c for c in found if c.branch in rate_of]
+        return [c for c in found if c.branch in branch_of]
 
     def sees(receiver: int, sender: int) -> bool:
         return sender != receiver and (sender < receiver or not causal)
 
     def rows_in(crossing: Crossing, stream: _Stream, rank: int) -> range:
-        rate = rate_of[crossing.branch].rate
+        rate = branch_of[crossing.branch].rate
         start = rank * shards.length
         return crossing.rows(stream.offset, rate, start, start + shards.length)
 
@@ -272,7 +272,7 @@ def _send(branches, pattern, shards, causal, document_starts, device):
         for crossing in mine:
             if peer == shards.rank or peer not in crossing.ranks(shards.length):
                 continue
-            for stream in rate_of[crossing.branch].streams:
+            for stream in branch_of[crossing.branch].streams:
                 own = rows_in(crossing, stream, shards.rank)
                 theirs = rows_in(crossing, stream, peer)
                 if sees(peer, shards.rank) and len(theirs):

@@ -87,7 +87,8 @@ class HashingWriter(dcp.FileSystemWriter):
     """PyTorch's writer, one file a rank and flushed, which also knows what it wrote: `files`."""
 
     def __init__(self, folder: Path):
-        super().__init__(folder)
+        # Tensors are on the CPU: nothing to copy ahead, which would look for a GPU in this thread.
+        super().__init__(folder, per_thread_copy_ahead=0)
         self.files: dict[str, FileRecord] = {}
         self.fs = _HashingFileSystem(self.files)
 

@@ -191,8 +191,11 @@ def _sequence_group(config: Config) -> SequenceGroup:
 
     size = config.parallel.sequence_parallel_size
     shard = config.model.seq_length // size
-    sizes = subgroup_sizes(config.attention.pattern(), shard, size)
-    return SequenceGroup.create(parallel_state.get_context_parallel_group(), sizes)
+    sizes = []
+    if config.attention.attention == "dilated":  # dense attention is one segment of all ranks
+        sizes = subgroup_sizes(config.attention.pattern(), shard, size)
+    timeout = timedelta(minutes=config.run.distributed_timeout_minutes)
+    return SequenceGroup.create(parallel_state.get_context_parallel_group(), sizes, timeout)
 
 
 @contextlib.contextmanager

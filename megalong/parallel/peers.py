@@ -107,8 +107,15 @@ class _Hub:
         _shared([(self._server.getsockname()[1], token)])
         self._selector = selectors.DefaultSelector()
         self._names: dict[socket.socket, str] = {}
+        self._server.settimeout(60)
         while len(self._names) < dist.get_world_size() - 1:
-            connection, _ = self._server.accept()
+            try:
+                connection, _ = self._server.accept()
+            except TimeoutError as error:
+                missing = dist.get_world_size() - 1 - len(self._names)
+                raise ConnectionError(
+                    f"{missing} ranks did not connect to rank 0 within a minute"
+                ) from error
             connection.settimeout(60)
             with contextlib.suppress(OSError), connection.makefile("r") as lines:
                 told, _, name = lines.readline().strip().partition(" ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -27,7 +28,7 @@ from megalong.training.engine import StepResult, TrainingEngine
 from megalong.training.evaluation import Evaluation, evaluate, position_edges
 from megalong.training.learning_rate import learning_rate
 from megalong.training.metrics import MetricsLog
-from megalong.training.resuming import sound_checkpoint
+from megalong.training.resuming import check_agreement, sound_checkpoint
 from megalong.training.run_data import RunData
 from megalong.training.run_folder import leave_unfinished, open_run_folder, same_folder
 from megalong.training.stopping import FAILED_SAVE, Stopped, StopRequest
@@ -53,6 +54,7 @@ class Trainer:
         self.config, self.data, self.mesh, self.stop = config, data, mesh, stop
         self.lock = open_run_folder(config, given) if mesh.is_main else None
         self.progress = Progress()
+        check_agreement(config, checkpoint)
         if checkpoint is not None:
             checkpoint = sound_checkpoint(config, say)
         model = build_model(config, data.tokenizer.vocab_size, mesh)
@@ -73,13 +75,11 @@ class Trainer:
 
         A run that is asked to stop saves a checkpoint and returns early.
         """
-        with self.saver:
+        with self.saver, self.metrics or contextlib.nullcontext():
             try:
                 self._train()
             except Stopped as request:
                 self._end_early(str(request))
-        if self.metrics is not None:
-            self.metrics.close()
 
     def _train(self) -> None:
         training, run = self.config.training, self.config.run

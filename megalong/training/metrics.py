@@ -52,6 +52,12 @@ class MetricsLog:
         if self._board is not None:
             self._board.flush()
 
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()

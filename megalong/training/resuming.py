@@ -57,8 +57,9 @@ def sound_checkpoint(config: Config, say: Callable[[str], None]) -> Path:
     Called by every rank where `open_checkpoint` has found one. say: where rank 0 says what is
     damaged, if `--load-fallback` goes past it. Raises ConfigError on every rank.
     """
-    candidates = [_candidates(config)]
-    dist.broadcast_object_list(candidates, src=0)  # a network file system may show each its own
+    # A network file system may show each rank its own: what rank 0 sees counts.
+    candidates = [_candidates(config) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(candidates, src=0)
     verify = config.run.verify_checkpoint
     checkpoint, damage = _first_sound(
         candidates[0], lambda candidate: _check_together(candidate, verify), config
@@ -67,6 +68,18 @@ def sound_checkpoint(config: Config, say: Callable[[str], None]) -> Path:
         say(f"{line}: going on from {checkpoint.name} (--load-fallback)")
     _check_same_run(checkpoint, config)
     return checkpoint
+
+
+def check_agreement(config: Config, checkpoint: Path | None) -> None:
+    """That all ranks have found a checkpoint, or none has. Raises ConfigError on every rank."""
+    found: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(found, checkpoint is not None)
+    if len(set(found)) > 1:
+        blind = [rank for rank, sees in enumerate(found) if not sees]
+        raise ConfigError(
+            f"--load {config.run.load}: ranks {', '.join(map(str, blind[:8]))} see no checkpoint"
+            " there, others do: it has to be a folder that all nodes share"
+        )
 
 
 def _candidates(config: Config) -> list[Path]:

@@ -78,6 +78,8 @@ LAYOUTS = {
     "tp2 pp2": 4,
     "sp2 pp2 vp1": 4,
     "sp2 dp2": 4,
+    "pp2 dp2": 4,
+    "pp2 vp1 dp2": 4,
     "sp4 tp2": 8,
     "sp2 tp2 pp2": 8,
     "sp2 tp2 dp2": 8,
