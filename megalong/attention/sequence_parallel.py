@@ -24,8 +24,9 @@ from megalong.attention.dilated_attention import (
     choose_backend,
 )
 from megalong.attention.exchange import SequenceGroup
+from megalong.attention.foreign import merge
 from megalong.attention.pattern import DilatedPattern
-from megalong.attention.sequence_plan import make_plan, merge
+from megalong.attention.sequence_plan import make_plan
 from megalong.attention.shards import Shards
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from attention_cases import assert_agree, corners, random_case, run_backend, run_reference
 
-from megalong.attention import DilatedPattern, dilated_attention, sdpa
+from megalong.attention import DilatedPattern, dilated_attention, operators, sdpa
 
 CORNERS = corners()
 
@@ -34,8 +34,8 @@ def test_blockwise_operator_equals_reference(case, tile, monkeypatch):
     """The operator for devices and dtypes without a fused one, also in many small tiles."""
     if tile == 100 and case.length > 130:
         pytest.skip("too many tiles")
-    monkeypatch.setattr(sdpa, "operator_for", lambda q: sdpa.BLOCKWISE)
-    monkeypatch.setattr(sdpa, "TILE_SCORES", tile)
+    monkeypatch.setattr(operators, "operator_for", lambda q: operators.BLOCKWISE)
+    monkeypatch.setattr(operators, "TILE_SCORES", tile)
     inputs = case.inputs()
     assert_agree(run_backend(case, inputs, "sdpa"), run_reference(case, inputs), 1e-10)
 

@@ -26,6 +26,10 @@ def test_the_reference_backend_is_sharded_as_well():
     run(ranks_command(3, WORKER, 20, 4000, "reference"))
 
 
+def test_bfloat16_follows():
+    run(ranks_command(3, WORKER, 20, 6000, "sdpa", "bfloat16"))
+
+
 def test_the_triton_backend_is_sharded_as_well(monkeypatch):
     monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")
     run(ranks_command(2, WORKER, 6, 5000, "triton"))

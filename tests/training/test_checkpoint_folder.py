@@ -71,8 +71,9 @@ def test_the_list_of_tensors_cannot_run_code(tmp_path):
     "run, words",
     [
         ({"keep_last": 0}, "--keep-last 0 must be positive"),
-        ({"keep_every": 2000}, "set --keep-last too"),
-        ({"keep_last": 1, "keep_every": 1500}, "set --keep-every 2000"),
+        ({"save": "run", "keep_every": 2000}, "set --keep-last too"),
+        ({"save": "run", "keep_last": 1, "keep_every": 1500}, "set --keep-every 2000"),
+        ({"keep_last": 1}, "set --save"),
     ],
 )
 def test_flags_that_cannot_be_meant(run, words):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megalong.attention import dense_attention, dilated_attention, sdpa
+from megalong.attention import dense_attention, dilated_attention, operators
 
 
 def dense(backend: SDPBackend, pattern, q, k):
@@ -54,7 +54,7 @@ def gathered(pattern, q, k):
             folded = [fold(x, width, rate) for x in (q, k, v)]
             shape = folded[0].shape[:-1]  # (batch, segments, rows, rate, heads)
             taken = [x[rows].flatten(0, 1).transpose(1, 2) for x in folded]
-            out, lse = sdpa.attend(*taken, True, head_dim**-0.5)
+            out, lse = operators.attend(*taken, True, head_dim**-0.5)
             full_out = out.new_zeros(*shape, head_dim)
             full_out[rows] = out.transpose(1, 2).unflatten(0, shape[:2])
             full_lse = lse.new_full(shape, -torch.inf)
