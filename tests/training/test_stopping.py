@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from megalong.training import stopping
-from tests.launching import PRETRAIN, Job, deepspeed_command, ranks_command, small_run_flags
+from tests.launching import (
+    PRETRAIN,
+    Job,
+    deepspeed_command,
+    ranks_command,
+    run,
+    small_run_flags,
+)
+from tests.training.test_resume import assert_same_run
 
 ENDLESS = {"train_iters": 100_000, "lr_decay_iters": 100, "save_interval": 100_000}
 
@@ -28,6 +36,27 @@ def test_one_rank_is_told_and_all_stop(corpus, tmp_path):
     assert saved == f"saved {folder / (folder / 'latest').read_text()}"
     assert (folder / "stopped").read_text().startswith("stopped by SIGUSR1 after iteration ")
     assert (folder / "latest").exists()
+
+
+def test_four_ranks_go_on_bit_for_bit(corpus, tmp_path):
+    """A run on sequence- and tensor-parallel ranks, stopped by SIGTERM to one and by SIGUSR1 to
+    another, is the run that nobody stopped."""
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    layout = {"sequence_parallel_size": 2, "tensor_model_parallel_size": 2, "train_iters": 30}
+
+    def command(save):
+        flags = small_run_flags(corpus, **layout, save_interval=1000, save=save, load=save)
+        return ranks_command(4, PRETRAIN, *flags)
+
+    for number, rank in ((signal.SIGTERM, 2), (signal.SIGUSR1, 1)):
+        with Job(command(folder), tmp_path / number.name) as job:
+            job.wait_for("\niteration ")
+            job.rank(rank).send_signal(number)
+            assert job.wait() == 0, job.text()
+        assert f"stopped by {number.name} after iteration" in job.text()
+    run(command(folder))
+    run(command(whole))
+    assert_same_run(folder, whole)
 
 
 @pytest.mark.parametrize("launcher", [ranks_command, deepspeed_command])
