@@ -44,7 +44,7 @@ def test_blockwise_operator_equals_reference(case, tile, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_gpu_operators_take_these_arguments(operator, dtype):
     """Shapes only, on the meta device: the numbers need a GPU."""
-    operator = getattr(sdpa, operator)
+    operator = getattr(operators, operator)
     q = torch.empty(2, 50, 4, 64, dtype=dtype, device="meta").transpose(1, 2)
     k = q[:, :1].expand(-1, 4, -1, -1)
     out, lse = operator.forward(q, k, k, True, 0.1)

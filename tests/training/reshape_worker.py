@@ -63,7 +63,9 @@ def main(corpus: str, folder: Path, *what: str) -> None:
             prepare_run_folder(config)
             checkpoint = open_checkpoint(config)
             with temporary_mesh(config, device) as mesh:
-                Trainer(config, given, open_run_data(config), checkpoint, mesh, stop).train()
+                trainer = Trainer(config, given, open_run_data(config), checkpoint, mesh, stop)
+                trainer.train()
+                trainer.engine.deepspeed.destroy()  # its hooks keep model and groups alive
 
         if "save" in what:
             if world_size() == 1:
