@@ -174,10 +174,13 @@ class ParallelConfig:
                 " --pipeline-model-parallel-size 2 or more, or leave it out"
             )
         if stage_layers % layers or layers == stage_layers:
-            fitting = _largest_divisor(stage_layers, max(min(layers, stage_layers - 1), 1))
+            way_out = "leave it out"
+            if stage_layers > 1:
+                fitting = _largest_divisor(stage_layers, min(layers, stage_layers - 1))
+                way_out = f"set {flag_} {fitting}, or {way_out}"
             raise ConfigError(
                 f"{flag_} {layers} does not cut the {stage_layers} layers of a stage into several"
-                f" chunks: set {flag_} {fitting}, or leave it out"
+                f" chunks: {way_out}"
             )
         if num_microbatches % size:
             sequences = global_batch_size // num_microbatches  # in a micro batch, over all replicas

@@ -40,10 +40,16 @@ def made_once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Pa
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
     path, aside = folder / name, folder / f"{name}.tmp"
+    failed = folder / f"{name}.failed"
     with (folder / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        assert not failed.exists(), f"{name} could not be made, see the first test that wanted it"
         if not path.exists():
-            make(aside)
+            try:
+                make(aside)
+            except BaseException:
+                failed.touch()  # so that nobody waits for the same failure again
+                raise
             aside.rename(path)
     return path
 

@@ -98,7 +98,6 @@ def cases() -> list[tuple[str, int, str]]:
         if ranks == 2:
             for model in ("bf16", "offloaded optimizer"):
                 found += [(layout, stage, model) for stage in stages[1:]]
-            found += [(layout, 1, "bf16")] if "vp" in layout else []
     return found
 
 
