@@ -7,7 +7,6 @@ launched, and says which layout would.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,27 +78,19 @@ class ParallelConfig:
             "pipeline_model_parallel_size",
         )
         if world_size % self.ranks_per_replica:
+            others = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+            way_out = "make the three smaller"
+            if world_size % others == 0:
+                fitting = _largest_divisor(world_size // others, self.sequence_parallel_size)
+                way_out = f"set --sequence-parallel-size {fitting}"
             raise ConfigError(
                 f"{world_size} ranks do not divide by --tensor-model-parallel-size"
                 f" {self.tensor_model_parallel_size} x --sequence-parallel-size"
                 f" {self.sequence_parallel_size} x --pipeline-model-parallel-size"
                 f" {self.pipeline_model_parallel_size}: start a multiple of"
-                f" {self.ranks_per_replica} ranks, or "
-                + self._smaller("sequence_parallel_size", self._fitting_sequence_size(world_size))
+                f" {self.ranks_per_replica} ranks, or {way_out}"
             )
         return world_size // self.ranks_per_replica
-
-    def _fitting_sequence_size(self, world_size: int) -> int | None:
-        others = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
-        if world_size % others:
-            return None
-        return _largest_divisor(world_size // others, self.sequence_parallel_size)
-
-    @staticmethod
-    def _smaller(name: str, value: int | None) -> str:
-        if value is None:
-            return "make the three smaller"
-        return f"set --{name.replace('_', '-')} {value}"
 
     def check(self, model: Any, global_batch_size: int, num_microbatches: int) -> None:
         """Raise ConfigError where this layout cannot train such a model (resolved configurations).
@@ -216,5 +207,4 @@ def _next_multiple(value: int, of: int) -> int:
 
 
 def _largest_divisor(value: int, limit: int) -> int:
-    candidates: Iterable[int] = range(min(value, limit), 0, -1)
-    return next(size for size in candidates if value % size == 0)
+    return next(size for size in range(min(value, limit), 0, -1) if value % size == 0)

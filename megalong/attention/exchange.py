@@ -34,14 +34,13 @@ import torch.distributed as dist
 class SequenceGroup:
     """The ranks that share one sequence, in the order of its shards.
 
-    group: the process group; None for a single rank.
     subgroups: by number of ranks m, the group of the m consecutive ranks that this rank is one of
         (fewer, where m does not divide the number of ranks and this is the end).
     """
 
     rank: int
     size: int
-    group: dist.ProcessGroup | None
+    group: dist.ProcessGroup
     subgroups: dict[int, dist.ProcessGroup]
 
     @classmethod

@@ -17,14 +17,7 @@ import torch
 from megalong.attention.exchange import GatherRows, Piece, Rows, SendRows
 from megalong.attention.foreign import ForeignPart
 from megalong.attention.pattern import DilatedPattern
-from megalong.attention.shards import (
-    Crossing,
-    LocalPart,
-    Shards,
-    crossings,
-    local_parts,
-    segment_at,
-)
+from megalong.attention.shards import Crossing, LocalPart, Shards, crossings, local_parts
 
 
 def subgroup_sizes(pattern: DilatedPattern, shard_length: int, ranks: int) -> list[int]:
@@ -54,28 +47,6 @@ def gathered_rows(pattern: DilatedPattern, shards: Shards, heads: int, kv_heads:
                 streams = len(_streams(offsets, heads // kv_heads))
                 rows += streams * members * -(-shards.length // rate)
     return rows
-
-
-def pairs_of_rank(pattern: DilatedPattern, shards: Shards, heads: int, kv_heads: int) -> int:
-    """The exact number of (query, key) pairs that a rank computes, causal, summed over heads and
-    branches. Later ranks of a segment have more of them: they see the earlier ones."""
-    pairs = 0
-    for (width, rate), offsets in zip(
-        pattern.branches, pattern.offsets(heads, kv_heads), strict=True
-    ):
-        start, stop = shards.start, shards.stop
-        for offset in offsets:
-            position = start
-            while position < stop:
-                first, end = segment_at(position, width, shards.sequence_length)
-                segment = Crossing(0, first, end)
-                queries = len(segment.rows(offset, rate, position, min(end, stop)))
-                before = len(segment.rows(offset, rate, first, position))
-                whole = (stop - end) // width if position == first and end <= stop else 0
-                count = 1 + max(0, whole)  # equal segments that follow in the shard
-                pairs += count * (queries * before + queries * (queries + 1) // 2)
-                position = end + (count - 1) * width
-    return pairs
 
 
 def _subgroup(shards: Shards, size: int) -> range:
@@ -129,8 +100,9 @@ def make_plan(
         for size, members in sorted(gathered.items())
     ]
     # Whether anybody sends is asked of all ranks, so that all answer alike and none waits in vain.
-    if any(
-        crossing.branch in {branch.index for branch in sent}
+    sending = {branch.index for branch in sent}
+    if sending and any(
+        crossing.branch in sending
         for rank in range(shards.count)
         for crossing in crossings(
             pattern, Shards(rank, shards.count, shards.length), document_starts

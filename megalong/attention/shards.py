@@ -138,3 +138,25 @@ def local_parts(
         starts = tuple(s - start for s in inside)
         parts.append(LocalPart(start, shards.length, piece, starts))
     return parts
+
+
+def pairs_of_rank(pattern: DilatedPattern, shards: Shards, heads: int, kv_heads: int) -> int:
+    """The exact number of (query, key) pairs that a rank computes, causal, summed over heads and
+    branches. Later ranks of a segment have more of them: they see the earlier ones."""
+    pairs = 0
+    for (width, rate), offsets in zip(
+        pattern.branches, pattern.offsets(heads, kv_heads), strict=True
+    ):
+        start, stop = shards.start, shards.stop
+        for offset in offsets:
+            position = start
+            while position < stop:
+                first, end = segment_at(position, width, shards.sequence_length)
+                segment = Crossing(0, first, end)
+                queries = len(segment.rows(offset, rate, position, min(end, stop)))
+                before = len(segment.rows(offset, rate, first, position))
+                whole = (stop - end) // width if position == first and end <= stop else 0
+                count = 1 + max(0, whole)  # equal segments that follow in the shard
+                pairs += count * (queries * before + queries * (queries + 1) // 2)
+                position = end + (count - 1) * width
+    return pairs

@@ -8,8 +8,15 @@ import torch
 
 from megalong.attention import DilatedPattern
 from megalong.attention.exchange import GatherRows, SendRows
-from megalong.attention.sequence_plan import gathered_rows, make_plan, pairs_of_rank, subgroup_sizes
-from megalong.attention.shards import Crossing, Shards, crossings, local_parts, segment_at
+from megalong.attention.sequence_plan import gathered_rows, make_plan, subgroup_sizes
+from megalong.attention.shards import (
+    Crossing,
+    Shards,
+    crossings,
+    local_parts,
+    pairs_of_rank,
+    segment_at,
+)
 from tests.launching import ranks_command, run
 
 WORKER = __file__.replace("test_sequence_parallel", "sharded_worker")

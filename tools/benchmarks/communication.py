@@ -39,10 +39,9 @@ from megalong.attention.sequence_parallel import sequence_parallel_attention
 from megalong.attention.sequence_plan import (
     gathered_rows,
     make_plan,
-    pairs_of_rank,
     subgroup_sizes,
 )
-from megalong.attention.shards import Shards
+from megalong.attention.shards import Shards, pairs_of_rank
 from megalong.parallel.traffic import CountTraffic
 
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_to_all")
