@@ -19,8 +19,8 @@ import os
 import sys
 import time
 
-from megalong.arguments import parse_arguments
 from megalong.config import ConfigError, world_size
+from megalong.config.arguments import parse_arguments
 from megalong.data.stream import DataError
 
 USER_ERRORS = (ConfigError, DataError, FloatingPointError)  # one line says it all

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from megalong.arguments import build_parser, config_from_values, parse_arguments, to_yaml
 from megalong.attention import DilatedPattern
 from megalong.config import ConfigError, world_size
+from megalong.config.arguments import build_parser, config_from_values, parse_arguments, to_yaml
 
 NEEDED = ["--data-path", "data", "--tokenizer-type", "ByteTokenizer"]
 

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from megalong.arguments import parse_arguments
-from megalong.flags import ConfigError
+from megalong.config import ConfigError
+from megalong.config.arguments import parse_arguments
 
 SMALL = (
     "--data-path data --tokenizer-type ByteTokenizer --num-layers 6 --hidden-size 96"

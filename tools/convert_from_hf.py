@@ -17,7 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megalong.arguments import build_parser, read_yaml
+from megalong.config.arguments import build_parser, read_yaml
 from megalong.hf.importing import import_model, read_config
 from megalong.quiet import quiet_libraries
 

@@ -8,7 +8,7 @@ import gzip
 import os
 from pathlib import Path
 
-from megalong.arguments import parse_arguments
+from megalong.config.arguments import parse_arguments
 from megalong.quiet import quiet_libraries
 from megalong.training.metrics import read_metrics
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megalong.flags import ConfigError
+from megalong.config import ConfigError
 
 MANIFEST = "manifest.json"
 TENSOR_FILES = ".distcp"

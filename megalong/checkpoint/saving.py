@@ -19,12 +19,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalong.arguments import to_yaml
 from megalong.checkpoint.folder import POINTER, checkpoint_folder, latest, remove_old
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.writing import write_checkpoint
-from megalong.config import Config
-from megalong.flags import ConfigError
+from megalong.config import Config, ConfigError
+from megalong.config.arguments import to_yaml
 
 
 class Saver:

@@ -17,14 +17,13 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megalong.arguments import config_from_values, read_yaml, to_yaml
 from megalong.checkpoint.folder import POINTER, checkpoint_folder, flush_to_disk, latest, point_at
 from megalong.checkpoint.manifest import MANIFEST, Manifest, check_files, record_of
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.checkpoint.writing import HashingWriter
-from megalong.config import Config
-from megalong.flags import ConfigError
+from megalong.config import Config, ConfigError
+from megalong.config.arguments import config_from_values, read_yaml, to_yaml
 
 WEIGHTS, MOMENTS = "weights.", ("exp_avg.", "exp_avg_sq.")
 

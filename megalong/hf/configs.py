@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megalong.config import Config
-from megalong.flags import ConfigError
+from megalong.config import Config, ConfigError
 
 AUTO_MAP = {
     "AutoConfig": "configuration_longnet.LongNetConfig",

@@ -14,9 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 import megalong
-from megalong.config import Config
+from megalong.config import Config, ConfigError
 from megalong.data.tokenizer import build_tokenizer
-from megalong.flags import ConfigError
 from megalong.hf.checkpoint_files import StoredModel, written_aside
 from megalong.hf.configs import AUTO_MAP, longnet_config
 from megalong.hf.model_card import model_card

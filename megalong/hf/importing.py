@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from megalong.arguments import config_from_values, to_yaml
-from megalong.config import Config
+from megalong.config import Config, ConfigError
+from megalong.config.arguments import config_from_values, to_yaml
 from megalong.data.tokenizer import build_tokenizer
-from megalong.flags import ConfigError
 from megalong.hf.checkpoint_files import write_first_checkpoint
 from megalong.hf.configs import megalong_values
 from megalong.hf.names import Entry, Sizes, check_names, check_shape, entries

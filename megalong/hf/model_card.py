@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from megalong.arguments import to_yaml
 from megalong.config import Config, RunConfig
+from megalong.config.arguments import to_yaml
 
 _CARD = """\
 ---

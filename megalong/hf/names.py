@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megalong.config import ModelConfig
-from megalong.flags import ConfigError
+from megalong.config import ConfigError, ModelConfig
 
 
 @dataclass(frozen=True)

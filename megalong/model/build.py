@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
-from megalong.config import Config
+from megalong.config import Config, ParallelConfig
 from megalong.device import use_gpu
-from megalong.layout import ParallelConfig
 from megalong.model.layer_spec import get_longnet_block_spec, use_transformer_engine
 from megalong.model.names import named_parameters
 from megalong.model.rotary import LongRotaryEmbedding

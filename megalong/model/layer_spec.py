@@ -24,8 +24,8 @@ from megatron.core.transformer.transformer_block import (
 
 from megalong.attention import DilatedPattern
 from megalong.attention.exchange import SequenceGroup
+from megalong.config import ConfigError
 from megalong.device import use_gpu
-from megalong.flags import ConfigError
 from megalong.model.core_attention import DenseCoreAttention, DilatedCoreAttention
 
 

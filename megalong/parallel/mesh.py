@@ -19,9 +19,8 @@ import torch.distributed as dist
 
 from megalong.attention.exchange import SequenceGroup
 from megalong.attention.sequence_plan import subgroup_sizes
-from megalong.config import Config
+from megalong.config import Config, ConfigError
 from megalong.device import use_gpu
-from megalong.flags import ConfigError
 from megalong.parallel import cpu
 
 

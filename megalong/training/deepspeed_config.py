@@ -9,8 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megalong.config import Config
-from megalong.flags import ConfigError
+from megalong.config import Config, ConfigError
 
 
 def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:

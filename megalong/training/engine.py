@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 
-from megalong.config import Config
+from megalong.config import Config, ConfigError
 from megalong.data.batches import IGNORE_INDEX, Batch
-from megalong.flags import ConfigError
 from megalong.model.stage import PipelineStage
 from megalong.parallel.gradients import TiedEmbedding, sum_divided_norms
 from megalong.parallel.mesh import Mesh

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megalong.arguments import read_yaml
 from megalong.checkpoint.folder import POINTER, checkpoints, iteration_of, latest
 from megalong.checkpoint.manifest import (
     TENSOR_FILES,
@@ -23,8 +22,8 @@ from megalong.checkpoint.manifest import (
     check_files,
     check_hashes,
 )
-from megalong.config import AttentionConfig, Config, ModelConfig
-from megalong.flags import ConfigError, flag_name
+from megalong.config import AttentionConfig, Config, ConfigError, ModelConfig, flag_name
+from megalong.config.arguments import read_yaml
 from megalong.progress import Progress as ProgressBar
 from megalong.training.run_folder import same_folder
 

@@ -12,8 +12,8 @@ import fcntl
 from pathlib import Path
 from typing import IO
 
-from megalong.arguments import to_yaml
 from megalong.config import Config, ConfigError
+from megalong.config.arguments import to_yaml
 
 
 def prepare_run_folder(config: Config) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from megalong.arguments import parse_arguments
+from megalong.config.arguments import parse_arguments
 from megalong.hf.configs import longnet_config
 from megalong.hf.configuration_longnet import LongNetConfig
 from megalong.hf.modeling_longnet import LongNetForCausalLM

@@ -22,7 +22,7 @@ from transformers import (
     pipeline,
 )
 
-from megalong.flags import ConfigError
+from megalong.config import ConfigError
 from megalong.hf.checkpoint_files import StoredModel, write_first_checkpoint
 from megalong.hf.exporting import export, parse_size
 from megalong.hf.importing import SafetensorsReader, import_model

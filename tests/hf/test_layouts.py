@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoModelForCausalLM
 
-from megalong.arguments import parse_arguments
+from megalong.config.arguments import parse_arguments
 from megalong.hf.checkpoint_files import StoredModel
 from megalong.hf.exporting import export
 from megalong.model.build import build_model

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megalong.arguments import parse_arguments
+from megalong.config.arguments import parse_arguments
 from megalong.model.build import build_model, initialize_weights, padded_vocab_size
 from megalong.model.names import canonical_name, named_parameters
 from megalong.model.rotary import LongRotaryEmbedding

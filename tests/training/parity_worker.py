@@ -14,8 +14,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 
-from megalong.arguments import parse_arguments
 from megalong.config import world_size
+from megalong.config.arguments import parse_arguments
 from megalong.data.batches import evaluation_batches, training_batches
 from megalong.model.build import build_model
 from megalong.model.names import named_parameters

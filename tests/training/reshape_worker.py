@@ -10,8 +10,8 @@ on from all of the former, three more steps, and leaves FOLDER/resumed/LAYOUT/FR
 import sys
 from pathlib import Path
 
-from megalong.arguments import parse_arguments
 from megalong.config import world_size
+from megalong.config.arguments import parse_arguments
 from megalong.parallel import process_group
 from megalong.training.loop import Trainer
 from megalong.training.resuming import open_checkpoint

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from megalong.arguments import parse_arguments
 from megalong.config import ConfigError
+from megalong.config.arguments import parse_arguments
 from megalong.training.deepspeed_config import deepspeed_config
 
 FLAGS = ["--data-path", "d", "--tokenizer-type", "ByteTokenizer", "--micro-batch-size", "2"]

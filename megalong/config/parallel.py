@@ -7,10 +7,12 @@ launched, and says which layout would.
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from dataclasses import dataclass
-from typing import Any
 
-from megalong.flags import ConfigError, flag, require_positive
+from megalong.config.flags import ConfigError, flag, require_positive
+from megalong.config.model import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,14 @@ class ParallelConfig:
         """Whether Megatron's sequence parallelism of the norm regions is in use."""
         return self.sequence_parallel and self.tensor_model_parallel_size > 1
 
-    def chunks_per_stage(self, model: Any) -> int:
+    def chunks_per_stage(self, model: ModelConfig) -> int:
         """Chunks of layers that a pipeline stage holds: one, unless the schedule is interleaved."""
         if self.num_layers_per_virtual_pipeline_stage is None:
             return 1
         stage = model.num_layers // self.pipeline_model_parallel_size
         return stage // self.num_layers_per_virtual_pipeline_stage
 
-    def virtual_pipeline_size(self, model: Any) -> int | None:
+    def virtual_pipeline_size(self, model: ModelConfig) -> int | None:
         """The same as Megatron-core wants it: None for one."""
         chunks = self.chunks_per_stage(model)
         return chunks if chunks > 1 else None
@@ -92,7 +94,12 @@ class ParallelConfig:
             )
         return world_size // self.ranks_per_replica
 
-    def check(self, model: Any, global_batch_size: int, num_microbatches: int) -> None:
+    def resolve(self) -> ParallelConfig:
+        """The same with a ZeRO stage that can be had: DeepSpeed cannot run a backward pass that it
+        does not own without a ZeRO optimizer; stage 1 on one rank is the same arithmetic."""
+        return dataclasses.replace(self, zero_stage=max(1, self.zero_stage))
+
+    def check(self, model: ModelConfig, global_batch_size: int, num_microbatches: int) -> None:
         """Raise ConfigError where this layout cannot train such a model (resolved configurations).
 
         num_microbatches: of one optimizer step, on one rank.
@@ -102,7 +109,7 @@ class ParallelConfig:
         self._check_pipeline(model, global_batch_size, num_microbatches)
         self._check_recompute(model)
 
-    def _check_tensor(self, model: Any) -> None:
+    def _check_tensor(self, model: ModelConfig) -> None:
         size = self.tensor_model_parallel_size
         for flag_, value in (
             ("--num-attention-heads", model.num_attention_heads),
@@ -117,7 +124,7 @@ class ParallelConfig:
                     f" {_largest_divisor(value, size)}, or {flag_} {_next_multiple(value, size)}"
                 )
 
-    def _check_sequence(self, model: Any) -> None:
+    def _check_sequence(self, model: ModelConfig) -> None:
         size, length = self.sequence_parallel_size, model.seq_length
         if length % size:
             raise ConfigError(
@@ -134,7 +141,9 @@ class ParallelConfig:
                 " --no-sequence-parallel"
             )
 
-    def _check_pipeline(self, model: Any, global_batch_size: int, num_microbatches: int) -> None:
+    def _check_pipeline(
+        self, model: ModelConfig, global_batch_size: int, num_microbatches: int
+    ) -> None:
         size, layers = self.pipeline_model_parallel_size, model.num_layers
         if layers % size:
             raise ConfigError(
@@ -182,7 +191,7 @@ class ParallelConfig:
                 f" --global-batch-size {larger}, or leave {flag_} out"
             )
 
-    def _check_recompute(self, model: Any) -> None:
+    def _check_recompute(self, model: ModelConfig) -> None:
         require_positive(self, "recompute_num_layers")
         count = self.recompute_num_layers
         if self.recompute_granularity != "full":
@@ -200,6 +209,22 @@ class ParallelConfig:
                 f" stage (or of a chunk of it): set --recompute-num-layers"
                 f" {_largest_divisor(layers, count)}"
             )
+
+
+def world_size() -> int:
+    """Number of processes of this launch, as torchrun and the deepspeed launcher announce it.
+
+    Raises ConfigError where SLURM started several processes that do not know of each other.
+    """
+    if "RANK" in os.environ:
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if "SLURM_PROCID" in os.environ and int(tasks) > 1:
+        raise ConfigError(
+            f"srun started {tasks} processes without RANK, WORLD_SIZE and MASTER_ADDR: start one"
+            " torchrun a node (srun --ntasks-per-node=1 torchrun ...), or set the three"
+        )
+    return 1
 
 
 def _next_multiple(value: int, of: int) -> int:

@@ -12,7 +12,7 @@ class ConfigError(ValueError):
 
 
 def flag(default: Any, help: str, **options: Any) -> Any:
-    """A dataclass field that knows how to be a command-line flag (see `megalong.arguments`)."""
+    """A dataclass field that knows how to be a command-line flag."""
     return field(default=default, metadata={"help": help, **options})
 
 
@@ -33,3 +33,8 @@ def require_more_than_zero(section: Any, *names: str) -> None:
     for name in names:
         if not 0 < getattr(section, name) < math.inf:
             raise ConfigError(f"{flag_name(name)} {getattr(section, name)} must be positive")
+
+
+def default(value: Any, otherwise: Any) -> Any:
+    """The value of a field that was given, or what stands for None."""
+    return otherwise if value is None else value

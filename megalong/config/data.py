@@ -1,0 +1,33 @@
+"""Tokens in, and how they are divided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megalong.config.flags import ConfigError, flag
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Tokens in, and how they are divided."""
+
+    data_path: str | None = flag(None, "prefix of the .bin/.idx pair of tools/preprocess_data.py")
+    split: str = flag("969,30,1", "shares of the documents for training, validation, test")
+    tokenizer_type: str = flag(
+        "SentencePieceTokenizer",
+        "tokenizer",
+        choices=("SentencePieceTokenizer", "ByteTokenizer", "HuggingFaceTokenizer"),
+    )
+    tokenizer_model: str | None = flag(None, "file (or folder) of the tokenizer")
+
+    def check(self) -> None:
+        """Raise ConfigError where data or tokenizer is missing."""
+        if self.data_path is None:
+            raise ConfigError(
+                "--data-path is missing: the prefix that tools/preprocess_data.py wrote"
+            )
+        if self.tokenizer_model is None and self.tokenizer_type != "ByteTokenizer":
+            raise ConfigError(
+                f"--tokenizer-model is missing: {self.tokenizer_type} needs the file that"
+                " tools/train_tokenizer.py wrote (ByteTokenizer needs none)"
+            )

@@ -1,0 +1,97 @@
+"""The Transformer: what the weights are."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from megalong.config.flags import (
+    ConfigError,
+    default,
+    flag,
+    require_more_than_zero,
+    require_positive,
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The Transformer: what the weights are."""
+
+    num_layers: int = flag(12, "number of Transformer layers")
+    hidden_size: int = flag(768, "width of the residual stream")
+    ffn_hidden_size: int | None = flag(
+        None, "width of the MLP (default: 4 x hidden size; 8/3 x, a multiple of 64, with SwiGLU)"
+    )
+    num_attention_heads: int = flag(12, "number of query heads")
+    num_query_groups: int | None = flag(
+        None, "number of key/value heads, GQA (default: as many as query heads)"
+    )
+    kv_channels: int | None = flag(None, "head dimension (default: hidden size / heads)")
+    seq_length: int = flag(8192, "tokens in one training sequence")
+    normalization: str = flag("RMSNorm", "norm module", choices=("RMSNorm", "LayerNorm"))
+    norm_epsilon: float = flag(1e-5, "epsilon of the norm")
+    swiglu: bool = flag(True, "SwiGLU MLP; --no-swiglu gives GELU")
+    add_bias_linear: bool = flag(False, "biases in the linear layers")
+    position_embedding_type: str = flag("rope", "position encoding", choices=("rope", "none"))
+    rotary_base: float = flag(10000.0, "base of the rotary frequencies")
+    untie_embeddings_and_output_weights: bool = flag(
+        False, "separate weights for the embedding and the output layer"
+    )
+    init_method_std: float = flag(
+        0.02,
+        "standard deviation of the initial weights (divided by sqrt(2 x layers) for the"
+        " projections that write to the residual stream)",
+    )
+    make_vocab_size_divisible_by: int = flag(128, "pad the vocabulary to a multiple of this")
+    transformer_impl: str = flag(
+        "local",
+        "layer modules; auto takes Transformer Engine where it is installed and there is a GPU",
+        choices=("local", "transformer_engine", "auto"),
+    )
+
+    def resolve(self) -> ModelConfig:
+        """The same with every size filled in. Raises ConfigError where one cannot be derived."""
+        require_positive(self, "num_layers", "hidden_size", "num_attention_heads", "seq_length")
+        ffn_hidden_size, kv_channels = self.ffn_hidden_size, self.kv_channels
+        if ffn_hidden_size is None:
+            # A gated MLP has three matrices instead of two: 8/3 of the width keeps the parameters.
+            third = math.ceil(8 * self.hidden_size / 3 / 64) * 64
+            ffn_hidden_size = third if self.swiglu else 4 * self.hidden_size
+        if kv_channels is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ConfigError(
+                    f"--hidden-size {self.hidden_size} does not divide by --num-attention-heads"
+                    f" {self.num_attention_heads}: change one of them, or set --kv-channels"
+                )
+            kv_channels = self.hidden_size // self.num_attention_heads
+        return dataclasses.replace(
+            self,
+            ffn_hidden_size=ffn_hidden_size,
+            kv_channels=kv_channels,
+            num_query_groups=default(self.num_query_groups, self.num_attention_heads),
+        )
+
+    def check(self) -> None:
+        """Raise ConfigError where these sizes make no model (after `resolve`)."""
+        assert self.num_query_groups is not None and self.kv_channels is not None
+        require_positive(
+            self,
+            "ffn_hidden_size",
+            "kv_channels",
+            "num_query_groups",
+            "make_vocab_size_divisible_by",
+        )
+        require_more_than_zero(self, "norm_epsilon", "rotary_base", "init_method_std")
+        if self.num_attention_heads % self.num_query_groups:
+            raise ConfigError(
+                f"--num-attention-heads {self.num_attention_heads} does not divide by"
+                f" --num-query-groups {self.num_query_groups}: every key/value head serves the same"
+                " number of query heads"
+            )
+        if self.position_embedding_type == "rope" and self.kv_channels % 2:
+            raise ConfigError(
+                f"rotary positions turn pairs of channels, and the head dimension is"
+                f" {self.kv_channels}: set an even --kv-channels, or --position-embedding-type none"
+            )

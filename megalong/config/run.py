@@ -1,0 +1,80 @@
+"""Where a run keeps its things, and how often it looks up."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+
+from megalong.config.flags import ConfigError, flag, flag_name, require_positive
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run keeps its things, and how often it looks up."""
+
+    save: str | None = flag(None, "run folder: checkpoints, metrics.jsonl, config.yaml")
+    load: str | None = flag(None, "run folder to resume from")
+    load_fallback: bool = flag(
+        False, "where the newest checkpoint is damaged, go on from the newest sound one before it"
+    )
+    verify_checkpoint: bool = flag(
+        True,
+        "compare a checkpoint with its hashes before loading it (--no-verify-checkpoint: don't)",
+    )
+    save_interval: int = flag(1000, "iterations between checkpoints; the last is always saved")
+    async_save: bool = flag(
+        False, "copy a checkpoint to host memory, and write it while the training goes on"
+    )
+    keep_last: int | None = flag(None, "checkpoints to keep, the older are removed (default: all)")
+    keep_every: int | None = flag(
+        None, "with --keep-last: keep also those whose iteration is a multiple of this"
+    )
+    log_interval: int = flag(1, "iterations between log lines; the mean of their losses is logged")
+    eval_interval: int = flag(1000, "iterations between evaluations; there is one at the end")
+    eval_iters: int = flag(10, "global batches in one evaluation; 0 is the whole split")
+    full_validation: bool = flag(False, "the evaluation at the end covers the whole split")
+    tensorboard_dir: str | None = flag(
+        None, "TensorBoard folder (default: tensorboard/ in the run folder)"
+    )
+    exit_duration_in_mins: int | None = flag(
+        None, "minutes after which the run saves a checkpoint and ends, as it does on SIGTERM"
+    )
+    distributed_timeout_minutes: int = flag(
+        10, "minutes that a rank waits for the others in a collective before it gives the run up"
+    )
+
+    def resolve(self) -> RunConfig:
+        """The same with the TensorBoard folder filled in."""
+        if self.tensorboard_dir is not None or self.save is None:
+            return self
+        return dataclasses.replace(self, tensorboard_dir=os.path.join(self.save, "tensorboard"))
+
+    def check(self) -> None:
+        """Raise ConfigError where these settings contradict each other."""
+        require_positive(
+            self, "save_interval", "log_interval", "eval_interval", "distributed_timeout_minutes"
+        )
+        for name in ("exit_duration_in_mins", "keep_last", "keep_every"):
+            if getattr(self, name) is not None:
+                require_positive(self, name)
+        for name in ("async_save", "keep_last", "keep_every"):
+            if getattr(self, name) and self.save is None:
+                raise ConfigError(
+                    f"{flag_name(name)} is about checkpoints: set --save, or leave it out"
+                )
+        if self.keep_every is not None and self.keep_last is None:
+            raise ConfigError(
+                f"--keep-every {self.keep_every} says which old checkpoints stay, and without"
+                " --keep-last all do: set --keep-last too"
+            )
+        if self.keep_every is not None and self.keep_every % self.save_interval:
+            raise ConfigError(
+                f"--keep-every {self.keep_every} is not a multiple of --save-interval"
+                f" {self.save_interval}: set --keep-every"
+                f" {-(-self.keep_every // self.save_interval) * self.save_interval}"
+            )
+        if self.eval_iters < 0:
+            raise ConfigError(
+                f"--eval-iters {self.eval_iters} must not be negative; 0 is the whole split"
+            )

@@ -1,0 +1,92 @@
+"""Batches, optimizer, schedule, precision."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from megalong.config.flags import (
+    ConfigError,
+    default,
+    flag,
+    flag_name,
+    require_more_than_zero,
+    require_positive,
+)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Batches, optimizer, schedule, precision."""
+
+    micro_batch_size: int = flag(1, "sequences in one forward pass on one rank")
+    global_batch_size: int | None = flag(
+        None, "sequences in one optimizer step (default: micro batch x data-parallel ranks)"
+    )
+    train_iters: int = flag(1000, "optimizer steps")
+    lr: float = flag(6e-4, "peak learning rate")
+    min_lr: float = flag(0.0, "learning rate at the end of the decay")
+    lr_decay_style: str = flag(
+        "polynomial", "shape of the decay", choices=("polynomial", "cosine", "constant")
+    )
+    lr_decay_power: float = flag(1.0, "power of the polynomial decay; 1 is linear")
+    lr_decay_iters: int | None = flag(None, "iteration at which the decay ends (default: the last)")
+    lr_warmup_iters: int = flag(0, "iterations of linear warm-up")
+    weight_decay: float = flag(0.01, "AdamW weight decay, on matrices only")
+    clip_grad: float = flag(1.0, "clip the global gradient norm to this; 0 turns it off")
+    adam_beta1: float = flag(0.9, "Adam's beta1")
+    adam_beta2: float = flag(0.98, "Adam's beta2")
+    adam_eps: float = flag(1e-8, "Adam's epsilon")
+    precision: str = flag("bf16", "number format of the model", choices=("fp32", "bf16", "fp16"))
+    loss_scale: float | None = flag(None, "static loss scale for fp16 (default: dynamic)")
+    initial_loss_scale: float = flag(2.0**16, "first dynamic loss scale for fp16, a power of two")
+    seed: int = flag(1234, "seed of the initial weights and of the data order")
+    deepspeed_config: str | None = flag(
+        None, "JSON file with further DeepSpeed settings, merged with those of the flags"
+    )
+
+    def resolve(self, data_parallel_size: int) -> TrainingConfig:
+        """The same with the batch and the end of the decay filled in."""
+        require_positive(self, "micro_batch_size", "train_iters")
+        return dataclasses.replace(
+            self,
+            global_batch_size=default(
+                self.global_batch_size, self.micro_batch_size * data_parallel_size
+            ),
+            lr_decay_iters=default(self.lr_decay_iters, self.train_iters),
+        )
+
+    def check(self, data_parallel_size: int) -> None:
+        """Raise ConfigError where these settings cannot train (after `resolve`)."""
+        assert self.global_batch_size is not None and self.lr_decay_iters is not None
+        step = self.micro_batch_size * data_parallel_size
+        if self.global_batch_size <= 0 or self.global_batch_size % step:
+            larger = (self.global_batch_size // step + 1) * step
+            raise ConfigError(
+                f"--global-batch-size {self.global_batch_size} does not divide by"
+                f" --micro-batch-size {self.micro_batch_size} x {data_parallel_size} data-parallel"
+                f" ranks: set --global-batch-size {larger}, or change the other two"
+            )
+        require_more_than_zero(self, "lr", "lr_decay_power")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--seed {self.seed} must lie in [0, 2^32)")
+        if not 0 <= self.lr_warmup_iters <= self.lr_decay_iters:
+            raise ConfigError(
+                f"--lr-warmup-iters {self.lr_warmup_iters} must lie between 0 and --lr-decay-iters"
+                f" {self.lr_decay_iters}"
+            )
+        if not 0 <= self.min_lr <= self.lr:
+            raise ConfigError(f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{flag_name(name)} must lie in [0, 1)")
+        for name in ("clip_grad", "weight_decay", "adam_eps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{flag_name(name)} must be a number and not negative")
+        if self.loss_scale is not None and self.loss_scale <= 0:
+            raise ConfigError(f"--loss-scale {self.loss_scale} must be positive")
+        if self.initial_loss_scale < 1 or math.log2(self.initial_loss_scale) % 1:
+            raise ConfigError(
+                f"--initial-loss-scale {self.initial_loss_scale:g} must be a power of two"
+            )
