@@ -6,9 +6,8 @@
 
 then, with the command that this prints, `pretrain_longnet.py --config runs/imported/flags.yaml
 --load runs/imported --save OTHER --data-path ...`. Accepted are the folders that
-tools/convert_to_hf.py writes, and Llama and Mistral models, and such Qwen2 and Qwen3 models as have
-neither biases in the attention alone nor norms of queries and keys; with plain RoPE, without
-sliding windows. Anything else is refused with the reason. Without a pattern, a model of the Llama
+tools/convert_to_hf.py writes, and Llama, Mistral, Qwen2 and Qwen3 models with plain RoPE and no
+sliding window. Anything else is refused with the reason. Without a pattern, a model of the Llama
 family keeps its dense attention (--attention dilated takes the default ladder).
 Further flags are those of pretrain_longnet.py, for instance --tokenizer-type and --head-offsets.
 """

@@ -34,6 +34,10 @@ class ModelConfig:
     norm_epsilon: float = flag(1e-5, "epsilon of the norm")
     swiglu: bool = flag(True, "SwiGLU MLP; --no-swiglu gives GELU")
     add_bias_linear: bool = flag(False, "biases in the linear layers")
+    add_qkv_bias: bool = flag(
+        False, "biases in the query, key and value projections, also without --add-bias-linear"
+    )
+    qk_layernorm: bool = flag(False, "a norm of each head's queries and keys")
     position_embedding_type: str = flag("rope", "position encoding", choices=("rope", "none"))
     rotary_base: float = flag(10000.0, "base of the rotary frequencies")
     untie_embeddings_and_output_weights: bool = flag(

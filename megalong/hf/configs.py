@@ -30,6 +30,8 @@ def longnet_config(config: Config, vocab_size: int, eod: int) -> dict[str, Any]:
         "norm_epsilon": model.norm_epsilon,
         "swiglu": model.swiglu,
         "linear_bias": model.add_bias_linear,
+        "qkv_bias": model.add_qkv_bias,
+        "qk_norm": model.qk_layernorm,
         "position_embedding_type": model.position_embedding_type,
         "rotary_base": model.rotary_base,
         "attention": attention.attention,
@@ -67,6 +69,8 @@ def _from_longnet(config: dict[str, Any]) -> dict[str, Any]:
         **_sizes(config),
         **{name: config[name] for name in same},
         "add_bias_linear": config["linear_bias"],
+        "add_qkv_bias": config["qkv_bias"],
+        "qk_layernorm": config["qk_norm"],
         "init_method_std": config["initializer_range"],
     }
 
@@ -85,8 +89,7 @@ def _sizes(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# Model types whose layers are Llama's, and what each calls untied by default. Qwen2 and Qwen3 have
-# tensors besides, which the name table refuses where they are there.
+# Model types whose layers are Llama's; Qwen2's have biases besides, and Qwen3's norms.
 LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -108,6 +111,8 @@ def _from_llama(config: dict[str, Any], where: str) -> dict[str, Any]:
         "norm_epsilon": float(config.get("rms_norm_eps", 1e-6)),
         "swiglu": True,
         "add_bias_linear": bias,
+        "add_qkv_bias": config["model_type"] == "qwen2",
+        "qk_layernorm": config["model_type"] == "qwen3",
         "position_embedding_type": "rope",
         "rotary_base": _rotary_base(config, where),
         "init_method_std": float(config.get("initializer_range", 0.02)),

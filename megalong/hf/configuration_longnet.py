@@ -15,7 +15,8 @@ class LongNetConfig(PreTrainedConfig):
     head_offsets: "mod" (kv head mod r), "block" (head // ceil(heads / r)), "layer"
         ((kv head + layer x kv heads) mod r), or a table of branches x query heads.
     max_position_embeddings: the sequence length of training; longer sequences work.
-    swiglu: a gated SiLU MLP; else GELU. linear_bias: biases in all linear layers.
+    swiglu: a gated SiLU MLP; else GELU. linear_bias: biases in all linear layers; qkv_bias: in the
+        query, key and value projections. qk_norm: a norm of each head's queries and keys.
     """
 
     model_type = "longnet"
@@ -32,6 +33,8 @@ class LongNetConfig(PreTrainedConfig):
     norm_epsilon: float = 1e-5
     swiglu: bool = True
     linear_bias: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
     position_embedding_type: str = "rope"
     rotary_base: float = 10000.0
     attention: str = "dilated"

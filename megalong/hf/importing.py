@@ -162,16 +162,6 @@ def _check_weights(
                 " says that they are tied: set tie_word_embeddings to false in config.json"
             )
         found.discard(TIED_COPY)
-    for ending, what in (
-        ("q_proj.bias", "biases in the query, key and value projections alone"),
-        ("q_norm.weight", "norms of queries and keys"),
-    ):
-        known = any(part.endswith(ending) for entry in table.values() for part in entry.parts)
-        if not known and any(name.endswith(ending) for name in found):
-            raise ConfigError(
-                f"--input {source}: a {theirs['model_type']} model with {what}, which megalong's"
-                " model has not"
-            )
     expected = {name: shape for entry in table.values() for name, shape in entry.parts.items()}
     check_names(f"--input {source}", expected, found)
     for name, shape in expected.items():

@@ -38,10 +38,10 @@ class LongNetRMSNorm(nn.Module):
         return self.weight * F.rms_norm(exact, x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
-def make_norm(config: LongNetConfig) -> nn.Module:
-    """The norm that the configuration names."""
+def make_norm(config: LongNetConfig, size: int) -> nn.Module:
+    """The norm that the configuration names, of so many channels."""
     norm = {"RMSNorm": LongNetRMSNorm, "LayerNorm": nn.LayerNorm}[config.normalization]
-    return norm(config.hidden_size, eps=config.norm_epsilon)
+    return norm(size, eps=config.norm_epsilon)
 
 
 def rotary_angles(config: LongNetConfig, starts: list[int], length: int, device):
@@ -72,22 +72,26 @@ class LongNetAttention(nn.Module):
     def __init__(self, config: LongNetConfig, layer: int):
         super().__init__()
         self.head_dim, self.layer = config.head_dim, layer
-        heads, kv_heads, bias = (
+        hidden, heads, kv_heads = (
+            config.hidden_size,
             config.num_attention_heads,
             config.num_key_value_heads,
-            config.linear_bias,
         )
+        bias = config.linear_bias or config.qkv_bias
         self.branches = [Branch.of(*branch, kv_heads) for branch in config.branches(layer)]
-        self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=bias)
+        self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=config.linear_bias)
+        self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rotary, counts, cache):
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is None:
@@ -118,9 +122,9 @@ class LongNetDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: LongNetConfig, layer: int):
         super().__init__()
-        self.input_layernorm = make_norm(config)
+        self.input_layernorm = make_norm(config, config.hidden_size)
         self.self_attn = LongNetAttention(config, layer)
-        self.post_attention_layernorm = make_norm(config)
+        self.post_attention_layernorm = make_norm(config, config.hidden_size)
         self.mlp = LongNetMLP(config)
 
     def forward(self, x, rotary, counts, cache=None):
@@ -144,7 +148,7 @@ class LongNetModel(LongNetPreTrainedModel):
         self.layers = nn.ModuleList(
             LongNetDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
         )
-        self.norm = make_norm(config)
+        self.norm = make_norm(config, config.hidden_size)
         self.gradient_checkpointing = False
         self.post_init()
 

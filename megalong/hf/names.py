@@ -29,6 +29,8 @@ class Sizes:
     padded_vocabulary: int
     swiglu: bool
     linear_bias: bool
+    qkv_bias: bool
+    qk_norm: bool
     norm_bias: bool
     tied: bool
 
@@ -47,6 +49,8 @@ class Sizes:
             padded_vocabulary=-(-vocab_size // multiple) * multiple,
             swiglu=model.swiglu,
             linear_bias=model.add_bias_linear,
+            qkv_bias=model.add_bias_linear or model.add_qkv_bias,
+            qk_norm=model.qk_layernorm,
             norm_bias=model.normalization == "LayerNorm",
             tied=not model.untie_embeddings_and_output_weights,
         )
@@ -117,7 +121,8 @@ class Vocabulary:
         return [whole[: sizes.vocabulary]]
 
 
-NORM, LINEAR, EMBEDDING = "norm_bias", "linear_bias", None  # which field of Sizes adds a bias
+# Which field of Sizes adds a bias.
+NORM, LINEAR, QKV, EMBEDDING = "norm_bias", "linear_bias", "qkv_bias", None
 
 
 @dataclass(frozen=True)
@@ -147,8 +152,20 @@ TABLE = (
             THERE + "self_attn.k_proj": "keys hidden",
             THERE + "self_attn.v_proj": "keys hidden",
         },
-        LINEAR,
+        QKV,
         GroupedQKV,
+    ),
+    Row(
+        HERE + "self_attention.q_layernorm",
+        {THERE + "self_attn.q_norm": "head_dim"},
+        NORM,
+        only=("qk_norm", True),
+    ),
+    Row(
+        HERE + "self_attention.k_layernorm",
+        {THERE + "self_attn.k_norm": "head_dim"},
+        NORM,
+        only=("qk_norm", True),
     ),
     Row(
         HERE + "self_attention.linear_proj", {THERE + "self_attn.o_proj": "hidden queries"}, LINEAR

@@ -107,6 +107,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         gated_linear_unit=model.swiglu,
         activation_func=F.silu if model.swiglu else F.gelu,
         add_bias_linear=model.add_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bf16=config.training.precision == "bf16",
@@ -138,11 +140,16 @@ def number_of_parameters(config: Config, vocab_size: int) -> int:
     heads = model.num_attention_heads + 2 * model.num_query_groups
     hidden, channels, mlp = model.hidden_size, model.kv_channels, model.ffn_hidden_size
     mlp_inputs = mlp * (2 if model.swiglu else 1)
-    norm = hidden * (2 if model.normalization == "LayerNorm" else 1)
+    vectors = 2 if model.normalization == "LayerNorm" else 1  # of a norm
+    norm = hidden * vectors
     layer = heads * channels * hidden + model.num_attention_heads * channels * hidden
     layer += (mlp_inputs + mlp) * hidden + 2 * norm
+    if model.qk_layernorm:
+        layer += 2 * channels * vectors
+    if model.add_bias_linear or model.add_qkv_bias:
+        layer += heads * channels
     if model.add_bias_linear:
-        layer += heads * channels + hidden + mlp_inputs + hidden
+        layer += hidden + mlp_inputs + hidden
     embedding = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by) * hidden
     embeddings = embedding * (2 if model.untie_embeddings_and_output_weights else 1)
     return model.num_layers * layer + norm + embeddings

@@ -34,6 +34,7 @@ def get_longnet_layer_spec(
     normalization: str = "RMSNorm",
     transformer_impl: str = "auto",
     sequence: SequenceGroup | None = None,
+    qk_layernorm: bool = False,
 ) -> ModuleSpec:
     """The spec of one layer, for `megatron.core.models.gpt.GPTModel`.
 
@@ -41,14 +42,18 @@ def get_longnet_layer_spec(
     normalization: "RMSNorm" or "LayerNorm".
     transformer_impl: "local", "transformer_engine", or "auto" for the better of those available.
     sequence: the ranks that share the sequence; None where each has all of it.
+    qk_layernorm: whether each head's queries and keys are normed.
     Raises ConfigError where Transformer Engine is asked for and cannot be used.
     """
     if use_transformer_engine(transformer_impl):
-        spec = get_gpt_layer_with_transformer_engine_spec()
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
     else:
         spec = get_gpt_layer_local_spec(normalization=normalization)
-        spec.submodules.input_layernorm = _local_norm(normalization)
-        spec.submodules.pre_mlp_layernorm = _local_norm(normalization)
+        norm = _local_norm(normalization)
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+        if qk_layernorm:
+            attention = spec.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = norm
     kind = DenseCoreAttention if pattern is None else partial(DilatedCoreAttention, pattern=pattern)
     core_attention = partial(kind, sequence=sequence)
     spec.submodules.self_attention.submodules.core_attention = core_attention
@@ -67,7 +72,9 @@ def get_longnet_block_spec(
     Megatron-core would choose the final norm by what is installed alone: Transformer Engine's, on
     a machine without a GPU too, or apex's, which has no RMSNorm.
     """
-    layer = get_longnet_layer_spec(pattern, config.normalization, transformer_impl, sequence)
+    layer = get_longnet_layer_spec(
+        pattern, config.normalization, transformer_impl, sequence, config.qk_layernorm
+    )
     if use_transformer_engine(transformer_impl):
         from megatron.core.extensions.transformer_engine import TENorm as norm
     else:

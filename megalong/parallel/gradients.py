@@ -8,14 +8,16 @@ from megatron.core import parallel_state
 
 
 def sum_divided_norms(model: torch.nn.Module) -> None:
-    """Sum, in every backward pass, the gradients of parameters that saw a part of the tokens on
-    each tensor-parallel rank (Megatron's sequence parallelism tags them `sequence_parallel`).
+    """Sum, in every backward pass, the gradients of norms that saw a part of the tokens on each
+    tensor-parallel rank (Megatron's sequence parallelism tags them `sequence_parallel`), or a part
+    of the heads.
 
     Before DeepSpeed looks at them, whatever the ZeRO stage. They are vectors.
     """
     group = parallel_state.get_tensor_model_parallel_group()
-    for parameter in model.parameters():
-        if getattr(parameter, "sequence_parallel", False):
+    for name, parameter in model.named_parameters():
+        part_of_heads = "q_layernorm." in name or "k_layernorm." in name
+        if part_of_heads or getattr(parameter, "sequence_parallel", False):
             parameter.register_hook(lambda gradient: _sum(gradient, group))
 
 

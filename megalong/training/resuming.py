@@ -158,7 +158,8 @@ _RUN_FIELDS += [field.name for field in dataclasses.fields(AttentionConfig)]
 
 
 def _check_same_run(checkpoint: Path, config: Config) -> None:
-    stored = read_yaml(str(checkpoint / "config.yaml"))
+    stored = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    stored |= read_yaml(str(checkpoint / "config.yaml"))
     sections = (config.model, config.attention, config.training, config.data)
     ours = {name: value for section in sections for name, value in vars(section).items()}
     names = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in _FREE_MODEL_FIELDS]

@@ -35,6 +35,7 @@ VARIANTS = [
     {"normalization": "LayerNorm", "no_swiglu": True, "add_bias_linear": True},
     {"head_offsets": "[[0,0,0,0],[0,1,1,0],[2,1,0,2]]", "position_embedding_type": "none"},
     {"attention": "dense", "head_offsets": "layer", "kv_channels": 32},
+    {"add_qkv_bias": True, "qk_layernorm": True},
 ]
 
 
@@ -242,8 +243,10 @@ BYTES = {"tokenizer_type": "ByteTokenizer"}
             ),
         ),
         (MistralForCausalLM, MistralConfig(**SMALL, sliding_window=None)),
+        (Qwen2ForCausalLM, Qwen2Config(**SMALL, tie_word_embeddings=True)),
+        (Qwen3ForCausalLM, Qwen3Config(**SMALL, head_dim=32)),
     ],
-    ids=["untied", "tied-head_dim", "biases-rope", "mistral"],
+    ids=["untied", "tied-head_dim", "biases-rope", "mistral", "qwen2", "qwen3"],
 )
 def test_a_llama_computes_the_same_here(kind, fields, tmp_path):
     from megalong.model.build import build_model
@@ -277,8 +280,12 @@ def test_a_llama_computes_the_same_here(kind, fields, tmp_path):
 @pytest.mark.parametrize(
     "kind, fields, reason",
     [
-        (Qwen2ForCausalLM, Qwen2Config(**SMALL), "biases in the query"),
-        (Qwen3ForCausalLM, Qwen3Config(**SMALL, head_dim=16), "norms of queries and keys"),
+        (
+            Qwen2ForCausalLM,
+            Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=64),
+            "sliding-window",
+        ),
+        (Qwen3ForCausalLM, Qwen3Config(**SMALL, attention_bias=True), "only one of"),
         (MistralForCausalLM, MistralConfig(**SMALL, sliding_window=64), "sliding-window"),
         (LlamaForCausalLM, LlamaConfig(**SMALL, attention_bias=True), "only one of"),
         (LlamaForCausalLM, LlamaConfig(**SMALL, hidden_act="gelu"), "not silu"),
@@ -291,7 +298,7 @@ def test_a_llama_computes_the_same_here(kind, fields, tmp_path):
             "type 'linear'",
         ),
     ],
-    ids=["qwen2", "qwen3", "sliding", "biases", "activation", "rope"],
+    ids=["qwen2 sliding", "qwen3 biases", "sliding", "biases", "activation", "rope"],
 )
 def test_what_our_model_has_not_is_refused(kind, fields, reason, tmp_path):
     kind(fields).save_pretrained(tmp_path / "model")

@@ -29,6 +29,8 @@ CASES = [
     LADDERS | {"position_embedding_type": "none", "norm_epsilon": 1e-3},
     {"segment_lengths": "50 100", "dilation_rates": "3 7", "head_offsets": "mod"},  # holes
     {"attention": "dense", "ffn_hidden_size": 80},
+    {"add_qkv_bias": True, "qk_layernorm": True},
+    {"add_qkv_bias": True, "qk_layernorm": True, "normalization": "LayerNorm"},
 ]
 
 

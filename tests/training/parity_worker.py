@@ -39,7 +39,13 @@ OPTIMIZER = {"adam_eps": 1e-3, "lr": 1e-2}
 # two ranks, one over all, and a rate that divides neither shard nor segment.
 BRANCHES = {"segment_lengths": "16 32 64 128", "dilation_rates": "1 2 3 5"}
 MODELS = {
-    "tied": {**BRANCHES, "num_layers": 4, "head_offsets": "layer"},
+    "tied": {
+        **BRANCHES,
+        "num_layers": 4,
+        "head_offsets": "layer",
+        "add_qkv_bias": True,
+        "qk_layernorm": True,
+    },
     "untied gelu layernorm bias": {
         **BRANCHES,
         "num_layers": 4,
@@ -53,7 +59,7 @@ MODELS = {
     "fp16": {"precision": "fp16", "initial_loss_scale": 1024},
     "recompute selective": {"recompute_granularity": "selective"},
     "recompute full": {"recompute_granularity": "full"},
-    "whole norms": {"no_sequence_parallel": True},
+    "whole norms": {"no_sequence_parallel": True, "qk_layernorm": True},
     "offloaded optimizer": {"deepspeed_config": Path(__file__).parent / "offload.json"},
 }
 

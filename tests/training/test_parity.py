@@ -55,7 +55,7 @@ def test_layout_equals_one_process(result_of, case):
 def test_low_precision_follows_float32(result_of, case):
     """bf16 keeps 8 bits: losses within half a percent, grad norms within five, and it learns."""
     losses, norms, *_ = result_of(case)
-    exact_losses, exact_norms, *_ = result_of(("one", 1, "whole norms"))  # the same model
+    exact_losses, exact_norms, *_ = result_of(("one", 1, "recompute selective"))  # the same model
     torch.testing.assert_close(losses, exact_losses, rtol=5e-3, atol=0)
     torch.testing.assert_close(norms, exact_norms, rtol=5e-2, atol=0)
     assert losses[-1] < losses[0]
