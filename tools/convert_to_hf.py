@@ -12,7 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megalong.hf.exporting import DTYPES, export
+from megalong.hf.configs import DTYPES
+from megalong.hf.exporting import export
 from megalong.quiet import quiet_libraries
 
 

@@ -22,11 +22,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from megalong.hf.evaluation import Subject, evaluate_texts, load_subject, passkey
+from megalong.hf.configs import DTYPES
+from megalong.hf.evaluation import evaluate_texts, passkey
+from megalong.hf.subject import Subject, load_subject
 from megalong.quiet import quiet_libraries
 from megalong.training.positions import position_edges
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # From raw files to held-out perplexity on a CPU, in a few minutes: every command that a real run
 # needs, at a size for two cores. `make quickstart` runs it inside the virtual environment;
-# without make: examples/quickstart/run.sh [RUN_FOLDER]
+# without make: examples/quickstart/run.sh [RUN_FOLDER [FLAGS OF pretrain_longnet.py]]
 set -euo pipefail
 
 run=${1:-runs/quickstart}
+flags=("${@:2}")
 here=$(cd "$(dirname "$0")/../.." && pwd)
 data=$run/data
 mkdir -p "$data"
@@ -38,7 +39,7 @@ deepspeed --num_gpus 2 --master_port "${MASTER_PORT:-29500}" "$here/pretrain_lon
     --train-iters 560 --lr 3e-3 --lr-warmup-iters 20 --adam-beta2 0.95 \
     --data-path "$data/python_text_document" --tokenizer-model "$run/tokenizer.model" \
     --split 88,2,10 --log-interval 20 --eval-interval 140 --eval-iters 8 --full-validation \
-    --save "$run" --load "$run" --save-interval 140
+    --save "$run" --load "$run" --save-interval 140 "${flags[@]}"
 
 say "5/5  Plots and report"
 python "$here/tools/plot_run.py" "$run"

@@ -17,13 +17,11 @@ import megalong
 from megalong.config import Config, ConfigError
 from megalong.data.tokenizer import build_tokenizer
 from megalong.hf.checkpoint_files import StoredModel, written_aside
-from megalong.hf.configs import AUTO_MAP, longnet_config
+from megalong.hf.configs import AUTO_MAP, DTYPE_OF_PRECISION, DTYPES, longnet_config
 from megalong.hf.model_card import model_card
 from megalong.hf.names import Sizes, check_names, check_shape, entries
 
 MODEL_FILES = ("configuration_longnet.py", "modeling_longnet.py", "attention_longnet.py")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OF_PRECISION = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
 
 
@@ -45,7 +43,7 @@ def export(
     shard_bytes = parse_size(max_shard_size)
     checkpoint = StoredModel(load)
     config = checkpoint.config
-    dtype = dtype or OF_PRECISION[config.training.precision]
+    dtype = dtype or DTYPE_OF_PRECISION[config.training.precision]
     tokenizer_model = tokenizer_model or config.data.tokenizer_model
     with written_aside(output) as folder:
         if with_tokenizer:

@@ -17,7 +17,7 @@ from megalong.config import Config, ConfigError
 from megalong.config.arguments import config_from_values, to_yaml
 from megalong.data.tokenizer import build_tokenizer
 from megalong.hf.checkpoint_files import write_first_checkpoint
-from megalong.hf.configs import megalong_values
+from megalong.hf.configs import DTYPE_OF_PRECISION, megalong_values
 from megalong.hf.names import Entry, Sizes, check_names, check_shape, entries
 from megalong.hf.tokenizer_files import (
     HUGGINGFACE_FILES,
@@ -26,7 +26,6 @@ from megalong.hf.tokenizer_files import (
 )
 
 TIED_COPY, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_PRECISION_OF = {"bfloat16": "bf16", "float16": "fp16"}
 
 
 class SafetensorsReader:
@@ -124,10 +123,11 @@ def _configuration(
     rows = theirs["vocab_size"]
     stored = (theirs.get("megalong") or {}).get("training_precision")
     dtype = str(theirs.get("dtype") or theirs.get("torch_dtype"))
+    precisions = {dtype: precision for precision, dtype in DTYPE_OF_PRECISION.items()}
     defaults = {
         # Training makes as many rows as there are here, so that the model stays the same function.
         "make_vocab_size_divisible_by": min(128, rows & -rows) if ids == rows else rows,
-        "precision": stored or _PRECISION_OF.get(dtype, "fp32"),
+        "precision": stored or precisions.get(dtype, "fp32"),
     }
     given = config_from_values(defaults | values)
     # The data of the run to come is not known yet, and nothing else of a run can be wrong here.

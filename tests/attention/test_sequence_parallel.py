@@ -17,6 +17,7 @@ from megalong.attention.shards import (
     pairs_of_rank,
     segment_at,
 )
+from tests.forked import run_ranks
 from tests.launching import ranks_command, run
 
 WORKER = __file__.replace("test_sequence_parallel", "sharded_worker")
@@ -26,15 +27,15 @@ WORKER = __file__.replace("test_sequence_parallel", "sharded_worker")
 def test_random_cases_equal_the_definition(ranks, seed):
     """60 a launch: any width and rate, documents over borders, GQA, causal and not; float64, 1e-10,
     outputs, log-sum-exps and gradients."""
-    run(ranks_command(ranks, WORKER, 60, seed, "sdpa"))
+    run_ranks(ranks, WORKER, 60, seed, "sdpa")
 
 
 def test_the_reference_backend_is_sharded_as_well():
-    run(ranks_command(3, WORKER, 20, 4000, "reference"))
+    run_ranks(3, WORKER, 20, 4000, "reference")
 
 
 def test_bfloat16_follows():
-    run(ranks_command(3, WORKER, 20, 6000, "sdpa", "bfloat16"))
+    run_ranks(3, WORKER, 20, 6000, "sdpa", "bfloat16")
 
 
 def test_the_triton_backend_is_sharded_as_well(monkeypatch):

@@ -1,17 +1,20 @@
 """Evaluation by context length, against the plain way to compute it."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
-from megalong.hf.evaluation import Subject, evaluate_texts, passkey, token_losses
+from megalong.hf.evaluation import evaluate_texts, passkey, token_losses
+from megalong.hf.subject import Subject
 from tests.hf.test_transformers import make_model
 
 
 @pytest.fixture(scope="module")
 def subject():
-    return Subject(make_model(vocab_size=257), lambda text: list(text.encode()), first=256)
+    model = make_model(vocab_size=257)
+    return Subject(model, lambda text: list(text.encode()), bytes.decode, first=256)
 
 
 def test_token_losses_are_those_of_the_logits(subject, monkeypatch):
@@ -57,7 +60,7 @@ def test_a_passkey_is_found_by_a_model_that_copies(subject):
         def get_output_embeddings(self):
             return torch.nn.Identity()
 
-    copies = Subject(Copies(), subject.encode, subject.first)
+    copies = dataclasses.replace(subject, model=Copies())
     for depth in (0.0, 0.3, 1.0):
         assert passkey(copies, 400, depth, trials=3)["accuracy"] == 1
     with pytest.raises(ValueError, match="--passkey-lengths 50"):

@@ -9,13 +9,14 @@ from megalong.hf.exporting import export
 from megalong.model.build import build_model
 from megalong.model.names import named_parameters
 from megalong.parallel import launch
-from tests.launching import PRETRAIN, ranks_command, run, small_run_flags
+from tests.forked import run_ranks
+from tests.launching import PRETRAIN, small_run_flags
 
 
 def test_the_export_of_a_tp2_pp2_checkpoint_computes_what_megatron_does(corpus, tmp_path):
     layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "train_iters": 2}
     flags = small_run_flags(corpus, **layout, head_offsets="layer", save=tmp_path / "run")
-    run(ranks_command(4, PRETRAIN, *flags))
+    run_ranks(4, PRETRAIN, *flags)
     export(tmp_path / "run", tmp_path / "hf")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
 

@@ -41,14 +41,12 @@ BRANCHES = {"segment_lengths": "16 32 64 128", "dilation_rates": "1 2 3 5"}
 MODELS = {
     "tied": {
         **BRANCHES,
-        "num_layers": 4,
         "head_offsets": "layer",
         "add_qkv_bias": True,
         "qk_layernorm": True,
     },
     "untied gelu layernorm bias": {
         **BRANCHES,
-        "num_layers": 4,
         "no_swiglu": True,
         "normalization": "LayerNorm",
         "add_bias_linear": True,
@@ -73,6 +71,7 @@ AXES = {
 # Layout -> ranks. dp is what the rest leaves.
 LAYOUTS = {
     "one": 1,
+    "one vp": 1,  # what the interleaved layouts are compared with
     "dp2": 2,
     "sp2": 2,
     "tp2": 2,
@@ -92,13 +91,16 @@ LAYOUTS = {
 }
 
 
+BOTH = list(MODELS)[:2]
+
+
 def cases() -> list[tuple[str, int, str]]:
-    """(layout, ZeRO stage, model): both float32 models in every layout, the first with every ZeRO
-    stage that there is; what else there is on two ranks, where most of it shows."""
+    """(layout, ZeRO stage, model): the first two models in every layout, the first of them with
+    every ZeRO stage that there is; the others on two ranks, where most of it shows."""
     found = []
     for layout, ranks in LAYOUTS.items():
-        models = list(MODELS) if ranks <= 2 and "vp" not in layout else list(MODELS)[:2]
-        stages = (1,) if "pp" in layout else (1, 2, 3)
+        models = list(MODELS) if ranks <= 2 and "vp" not in layout else BOTH
+        stages = (1,) if "pp" in layout or "vp" in layout else (1, 2, 3)
         found += [(layout, 1, model) for model in models]
         found += [(layout, stage, "tied") for stage in stages[1:]]
         if ranks == 2:
@@ -108,9 +110,13 @@ def cases() -> list[tuple[str, int, str]]:
 
 
 def flags_of(layout: str, stage: int, model: str) -> dict[str, object]:
-    axes = {AXES[word[:2]]: int(word[2:]) for word in layout.split() if word[:2] in AXES}
-    batch = {"micro_batch_size": 1, "global_batch_size": 4}
-    return {**OPTIMIZER, **batch, **MODELS[model], **axes, "zero_stage": stage}
+    axes = {AXES[word[:2]]: int(word[2:]) for word in layout.split() if word[:-1] in AXES}
+    sizes = {
+        "micro_batch_size": 1,
+        "global_batch_size": 4,
+        "num_layers": 4 if "vp" in layout else 2,
+    }
+    return {**OPTIMIZER, **sizes, **MODELS[model], **axes, "zero_stage": stage}
 
 
 def main(data_path: str, output: str) -> None:

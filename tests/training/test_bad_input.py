@@ -6,23 +6,34 @@ import sys
 
 import pytest
 
+from tests.forked import run_ranks
 from tests.launching import PRETRAIN, ranks_command, run, small_run_flags
 
 
-def refused(command) -> str:
-    done = run(command, check=False)
-    assert done.returncode != 0
-    assert 'Traceback (most recent call last):\n  File "' + PRETRAIN not in done.stderr
-    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+def refused(ranks: int, *flags: str, script: str = PRETRAIN) -> str:
+    """The one line that a run ends with."""
+    done = run_ranks(ranks, script, *flags, check=False)
+    return the_error(done.returncode, done.stdout)
+
+
+def the_error(code: int, printed: str) -> str:
+    assert code == 2 and "Traceback (most recent call last)" not in printed, printed
+    [line] = [line for line in printed.splitlines() if line.startswith("error: ")]
     return line
 
 
-def one_process(*arguments):
-    return [sys.executable, PRETRAIN, *arguments]
+def test_the_launchers_show_it(corpus):
+    """With and without one, in new processes."""
+    flags = small_run_flags(corpus, global_batch_size=7)
+    for command in ([sys.executable, PRETRAIN, *flags], ranks_command(4, PRETRAIN, *flags)):
+        done = run(command, check=False)
+        assert done.returncode != 0
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "--global-batch-size 7" in lines[0]
 
 
 def test_every_rank_finds_it_and_one_says_it(corpus, tmp_path):
-    line = refused(ranks_command(2, PRETRAIN, *small_run_flags(corpus, global_batch_size=6)))
+    line = refused(2, *small_run_flags(corpus, global_batch_size=6))
     assert "--global-batch-size 6" in line and "set --global-batch-size 8" in line
 
 
@@ -41,7 +52,7 @@ def test_every_rank_finds_it_and_one_says_it(corpus, tmp_path):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_bad_flags(corpus, changes, names):
-    line = refused(one_process(*small_run_flags(corpus, **changes)))
+    line = refused(1, *small_run_flags(corpus, **changes))
     for name in names:
         assert name in line
 
@@ -51,7 +62,7 @@ def test_an_index_cut_short(corpus, tmp_path):
         shutil.copy(f"{corpus}{ending}", tmp_path / f"cut{ending}")
     index = tmp_path / "cut.idx"
     index.write_bytes(index.read_bytes()[:-20])
-    line = refused(one_process(*small_run_flags(tmp_path / "cut")))
+    line = refused(1, *small_run_flags(tmp_path / "cut"))
     assert str(index) in line
 
 
@@ -69,14 +80,14 @@ def test_a_vocabulary_smaller_than_the_ids(corpus, tmp_path, with_description):
         description = json.loads((corpus.parent / f"{corpus.name}.json").read_text())
         description |= {"documents": 20, "tokens": 6000, "max_token_id": 300}
         (tmp_path / "large.json").write_text(json.dumps(description))
-    line = refused(one_process(*small_run_flags(tmp_path / "large")))
+    line = refused(1, *small_run_flags(tmp_path / "large"))
     assert "300" in line and "--tokenizer-model" in line
 
 
 @pytest.fixture(scope="module")
 def finished_run(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
-    run(one_process(*small_run_flags(corpus, train_iters=2, save=folder)))
+    run_ranks(1, PRETRAIN, *small_run_flags(corpus, train_iters=2, save=folder))
     return folder
 
 
@@ -91,16 +102,14 @@ def finished_run(corpus, tmp_path_factory):
     ids=["model", "seed", "split", "pattern"],
 )
 def test_resuming_another_run(corpus, finished_run, changes, names):
-    line = refused(
-        one_process(*small_run_flags(corpus, **changes, save=finished_run, load=finished_run))
-    )
+    line = refused(1, *small_run_flags(corpus, **changes, save=finished_run, load=finished_run))
     for name in names:
         assert name in line
 
 
 def test_saving_over_another_run(corpus, finished_run):
     before = (finished_run / "metrics.jsonl").read_bytes()
-    line = refused(one_process(*small_run_flags(corpus, save=finished_run)))
+    line = refused(1, *small_run_flags(corpus, save=finished_run))
     assert f"--load {finished_run} to go on" in line
     assert (finished_run / "metrics.jsonl").read_bytes() == before
 
@@ -110,7 +119,7 @@ def test_a_damaged_checkpoint(corpus, finished_run, tmp_path):
     shutil.copytree(finished_run, copy)
     [tensors] = (copy / "iter_0000002").glob("*.distcp")
     tensors.write_bytes(tensors.read_bytes()[:1000])
-    line = refused(one_process(*small_run_flags(corpus, save=copy, load=copy)))
+    line = refused(1, *small_run_flags(corpus, save=copy, load=copy))
     assert f"iter_0000002 is damaged: {tensors.name} has 1,000 bytes instead of" in line
     assert "--load-fallback" in line
 
@@ -120,10 +129,10 @@ def test_two_runs_in_one_folder(corpus, finished_run):
 
     with (finished_run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        line = refused(one_process(*small_run_flags(corpus, save=finished_run, load=finished_run)))
+        line = refused(1, *small_run_flags(corpus, save=finished_run, load=finished_run))
     assert "another run is writing there" in line
 
 
 def test_gradients_that_are_not_finite(corpus):
-    line = refused(one_process(*small_run_flags(corpus, lr=1e30, lr_warmup_iters=0)))
+    line = refused(1, *small_run_flags(corpus, lr=1e30, lr_warmup_iters=0))
     assert "not finite at iteration" in line or "the loss is" in line

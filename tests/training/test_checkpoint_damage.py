@@ -9,8 +9,9 @@ import pytest
 
 from megalong.checkpoint.manifest import DamagedCheckpoint, check_files
 from megalong.training.resuming import check_share
-from tests.launching import PRETRAIN, REPOSITORY, ranks_command, run, small_run_flags
-from tests.training.test_bad_input import one_process, refused
+from tests.forked import run_ranks
+from tests.launching import PRETRAIN, REPOSITORY, run, small_run_flags
+from tests.training.test_bad_input import refused
 from tests.training.test_resume import assert_same_run
 
 SAVING_LOOP, LIMITED_RUN = (
@@ -27,7 +28,7 @@ def flags(corpus, folder, **changes):
 def finished(corpus, tmp_path_factory):
     """A run of two ranks, with checkpoints 2, 4 and 6."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    run(ranks_command(2, PRETRAIN, *flags(corpus, folder)))
+    run_ranks(2, PRETRAIN, *flags(corpus, folder))
     return folder
 
 
@@ -84,11 +85,11 @@ def test_a_flipped_byte_and_the_way_back(corpus, finished, copy):
     flip(copy / "iter_0000006" / "__1_0.distcp")  # which the second rank finds
     cut(copy / "iter_0000004" / "__0_0.distcp")
     before = contents(copy)
-    line = refused(ranks_command(2, PRETRAIN, *flags(corpus, copy)))
+    line = refused(2, *flags(corpus, copy))
     assert f"{copy}/iter_0000006 is damaged: __1_0.distcp is not what was written" in line
     assert "--load-fallback" in line and contents(copy) == before
 
-    done = run(ranks_command(2, PRETRAIN, *flags(corpus, copy, load_fallback=True)))
+    done = run_ranks(2, PRETRAIN, *flags(corpus, copy, load_fallback=True))
     for name in ("iter_0000006", "iter_0000004"):
         assert f"{name} is damaged" in done.stdout
     assert f"resuming from {copy}/iter_0000002" in done.stdout
@@ -104,7 +105,7 @@ def test_a_full_disk(corpus, tmp_path):
         pytest.skip("no permission to mount a small disk")
     try:
         folder = disk / "run"
-        line = refused(one_process(*flags(corpus, folder)))
+        line = refused(1, *flags(corpus, folder))
         assert f"--save {folder}: the checkpoint {folder}/iter_0000004 could not be" in line
         assert "No space left on device" in line and "iter_0000002 stays in force" in line
         assert_last_is_two(folder)
@@ -116,7 +117,7 @@ def test_one_rank_cannot_write(corpus, tmp_path):
     """In the background: all ranks hear of it and end, and the checkpoint before is untouched."""
     folder = tmp_path / "run"
     changes = {"async_save": True, "train_iters": 400}
-    line = refused(ranks_command(2, LIMITED_RUN, *flags(corpus, folder, **changes)))
+    line = refused(2, *flags(corpus, folder, **changes), script=LIMITED_RUN)
     assert f"the checkpoint {folder}/iter_0000004 could not be written: File too large" in line
     assert "iter_0000002 stays in force" in line
     assert_last_is_two(folder)

@@ -3,7 +3,8 @@ arithmetic, so the worker tells it that this one has it (PyTorch computes it eit
 
 import sys
 
-from tests.launching import ranks_command, run, small_run_flags
+from tests.forked import run_ranks
+from tests.launching import small_run_flags
 
 WORKER = __file__
 
@@ -15,7 +16,7 @@ def test_fp16_skips_overflows_lowers_the_scale_and_learns(corpus, tmp_path):
 
     flags = small_run_flags(corpus, precision="fp16", initial_loss_scale=2**22, save_interval=4)
     flags += ["--save", str(tmp_path), "--load", str(tmp_path)]
-    run(ranks_command(2, WORKER, *flags, "--train-iters", 8, "--lr-decay-iters", 30))
+    run_ranks(2, WORKER, *flags, "--train-iters", 8, "--lr-decay-iters", 30)
     state = json.loads((tmp_path / "iter_0000008" / "progress.json").read_text())
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     skipped = [r["grad_norm"] is None for r in records if "split" not in r]
@@ -23,10 +24,10 @@ def test_fp16_skips_overflows_lowers_the_scale_and_learns(corpus, tmp_path):
     assert state["adam_step"] == skipped.count(False)
     assert state["loss_scaler"]["cur_scale"] < 2**22
 
-    run(ranks_command(2, WORKER, *flags, "--train-iters", 30, "--lr-decay-iters", 30))
+    run_ranks(2, WORKER, *flags, "--train-iters", 30, "--lr-decay-iters", 30)
     whole = tmp_path / "whole"
     flags[flags.index("--save") + 1] = flags[flags.index("--load") + 1] = str(whole)
-    run(ranks_command(2, WORKER, *flags, "--train-iters", 30, "--lr-decay-iters", 30))
+    run_ranks(2, WORKER, *flags, "--train-iters", 30, "--lr-decay-iters", 30)
     losses = [
         [json.loads(line).get("loss") for line in (folder / "metrics.jsonl").open()]
         for folder in (tmp_path, whole)

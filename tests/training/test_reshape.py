@@ -8,7 +8,8 @@ import torch
 from megalong.checkpoint.folder import latest
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.training.metrics import read_metrics
-from tests.launching import made_once, ranks_command, run
+from tests.forked import run_ranks
+from tests.launching import made_once
 from tests.training.reshape_worker import pairs
 
 WORKER = __file__.replace("test_reshape", "reshape_worker")
@@ -25,7 +26,7 @@ def runs(corpus, tmp_path_factory) -> Path:
             (2, "load"),
             (1, "load"),
         ):
-            run(ranks_command(ranks, WORKER, corpus, folder, *what), timeout=900)
+            run_ranks(ranks, WORKER, corpus, folder, *what, timeout=900)
 
     return made_once(tmp_path_factory, "reshape", make)
 

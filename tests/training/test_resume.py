@@ -1,19 +1,16 @@
 """A run killed at any moment, and started again, leaves what an uninterrupted run leaves."""
 
-import contextlib
-import os
 import random
-import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
 from megalong.training.metrics import read_metrics
-from tests.launching import PRETRAIN, REPOSITORY, ranks_command, run, small_run_flags
+from tests.forked import run_ranks, started_ranks
+from tests.launching import PRETRAIN, small_run_flags
 
 KILLED_RUN = __file__.replace("test_resume", "killed_run")
 SCHEDULE = {"train_iters": 12, "save_interval": 3, "eval_interval": 4}
@@ -23,8 +20,8 @@ def flags(corpus: Path, folder: Path, **changes) -> list[str]:
     return small_run_flags(corpus, **SCHEDULE | changes, save=folder, load=folder)
 
 
-def command(ranks: int, corpus: Path, folder: Path, **changes) -> list[str]:
-    return ranks_command(ranks, PRETRAIN, *flags(corpus, folder, **changes))
+def train(ranks: int, corpus: Path, folder: Path, **changes) -> None:
+    run_ranks(ranks, PRETRAIN, *flags(corpus, folder, **changes))
 
 
 def numbers(folder: Path) -> list[dict]:
@@ -54,25 +51,15 @@ def assert_same_run(folder: Path, reference: Path) -> None:
         assert torch.equal(tensor, theirs[name]), name
 
 
-def kill_soon_after(command: list[str], checkpoint: Path, delay: float) -> None:
-    """Run the command; SIGKILL all its processes `delay` seconds after the checkpoint appears."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while process.poll() is None and not checkpoint.exists():
-        time.sleep(0.01)
-    time.sleep(delay)
-    with contextlib.suppress(psutil.NoSuchProcess):
-        # The launcher gives each rank a session of its own: a process group is not all of them.
-        launcher = psutil.Process(process.pid)
-        family = [*launcher.children(recursive=True), launcher]
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        _, alive = psutil.wait_procs(family, timeout=30)
-        assert not alive
-    process.wait()
+def kill_soon_after(checkpoint: Path, delay: float, ranks: int, *flags: str) -> None:
+    """Train; SIGKILL all ranks `delay` seconds after the checkpoint appears."""
+    with started_ranks(ranks, PRETRAIN, *flags) as launch:
+        deadline = time.monotonic() + 120
+        while not checkpoint.exists():
+            assert time.monotonic() < deadline, launch.text()
+            time.sleep(0.01)
+        time.sleep(delay)
+        launch.kill()
 
 
 @pytest.mark.parametrize(
@@ -97,7 +84,7 @@ def kill_soon_after(command: list[str], checkpoint: Path, delay: float) -> None:
 )
 def test_killed_runs_continue_bit_for_bit(corpus, tmp_path, ranks, changes, kills):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(command(ranks, corpus, whole, **changes))
+    train(ranks, corpus, whole, **changes)
     records = numbers(whole)
     interval = changes.get("log_interval", 1)
     assert [r["iteration"] for r in records if "split" not in r] == [*range(interval, 13, interval)]
@@ -105,18 +92,17 @@ def test_killed_runs_continue_bit_for_bit(corpus, tmp_path, ranks, changes, kill
 
     for point, count, in_force in kills:
         arguments = (point, count, *flags(corpus, killed, **changes))
-        assert run(ranks_command(ranks, KILLED_RUN, *arguments), check=False).returncode != 0
+        assert run_ranks(ranks, KILLED_RUN, *arguments, check=False).returncode != 0
         latest = killed / "latest"
         found = latest.read_text() if latest.exists() else None
         assert found == (in_force and f"iter_{in_force:07d}"), (point, count)
     # And somewhere, wherever the clock has it.
-    start = command(ranks, corpus, killed, **changes)
-    kill_soon_after(start, killed / "iter_0000009", random.Random(ranks).uniform(0.0, 0.3))
-    run(start)
-    assert_same_run(killed, whole)
-    # Starting a finished run again changes nothing.
-    run(start)
-    assert_same_run(killed, whole)
+    delay = random.Random(ranks).uniform(0.0, 0.3)
+    again = flags(corpus, killed, **changes)
+    kill_soon_after(killed / "iter_0000009", delay, ranks, *again)
+    for _ in range(2):  # starting a finished run again changes nothing
+        run_ranks(ranks, PRETRAIN, *again)
+        assert_same_run(killed, whole)
 
 
 def test_more_iterations_continue_the_same_stream(corpus, tmp_path):
@@ -125,19 +111,19 @@ def test_more_iterations_continue_the_same_stream(corpus, tmp_path):
     constant |= {"micro_batch_size": 16, "split": "10,80,10", "seq_length": 32}
     constant |= {"segment_lengths": "8 32", "dilation_rates": "1 3"}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(command(1, corpus, whole, **constant))
-    run(command(1, corpus, parts, **constant | {"train_iters": 6}))
-    run(command(1, corpus, parts, **constant))
+    train(1, corpus, whole, **constant)
+    train(1, corpus, parts, **constant | {"train_iters": 6})
+    train(1, corpus, parts, **constant)
     losses = [[r["loss"] for r in numbers(folder) if "split" not in r] for folder in (whole, parts)]
     assert losses[0] == losses[1]
 
     # Two more with sequences twice as long: the same stream goes on where it stood.
     longer = {"seq_length": 64, "global_batch_size": 32, "train_iters": 14}
-    run(command(1, corpus, parts, **constant | longer))
+    train(1, corpus, parts, **constant | longer)
     tokens = [r["consumed_tokens"] for r in numbers(parts) if "split" not in r]
     assert tokens == [32 * 64 * i for i in range(1, 15)]
 
     # And on two ranks instead of one.
-    run(command(2, corpus, parts, **constant | longer | {"train_iters": 15}))
+    train(2, corpus, parts, **constant | longer | {"train_iters": 15})
     tokens = [r["consumed_tokens"] for r in numbers(parts) if "split" not in r]
     assert tokens == [32 * 64 * i for i in range(1, 16)]

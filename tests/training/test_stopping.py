@@ -1,5 +1,6 @@
 """A run that is asked to stop saves, ends with 0, and goes on bit for bit; a lost rank ends it."""
 
+import os
 import signal
 import sys
 import time
@@ -8,12 +9,12 @@ import pytest
 import torch
 
 from megalong.training import stopping
+from tests.forked import run_ranks, started_ranks
 from tests.launching import (
     PRETRAIN,
     Job,
     deepspeed_command,
     ranks_command,
-    run,
     small_run_flags,
 )
 from tests.training.test_resume import assert_same_run
@@ -44,18 +45,18 @@ def test_four_ranks_go_on_bit_for_bit(corpus, tmp_path):
     folder, whole = tmp_path / "run", tmp_path / "whole"
     layout = {"sequence_parallel_size": 2, "tensor_model_parallel_size": 2, "train_iters": 30}
 
-    def command(save):
-        flags = small_run_flags(corpus, **layout, save_interval=1000, save=save, load=save)
-        return ranks_command(4, PRETRAIN, *flags)
+    def flags(save):
+        return small_run_flags(corpus, **layout, save_interval=1000, save=save, load=save)
 
     for number, rank in ((signal.SIGTERM, 2), (signal.SIGUSR1, 1)):
-        with Job(command(folder), tmp_path / number.name) as job:
-            job.wait_for("\niteration ")
-            job.rank(rank).send_signal(number)
-            assert job.wait() == 0, job.text()
-        assert f"stopped by {number.name} after iteration" in job.text()
-    run(command(folder))
-    run(command(whole))
+        with started_ranks(4, PRETRAIN, *flags(folder)) as launch:
+            while "\niteration " not in launch.text():
+                time.sleep(0.02)
+            os.kill(launch.pids[rank], number)
+            assert launch.wait(240) == 0, launch.text()
+            assert f"stopped by {number.name} after iteration" in launch.text()
+    for save in (folder, whole):
+        run_ranks(4, PRETRAIN, *flags(save))
     assert_same_run(folder, whole)
 
 

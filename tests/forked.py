@@ -1,0 +1,186 @@
+"""Ranks that start at once: forked from a process that has imported everything already.
+
+Importing torch, Megatron-core and DeepSpeed takes seconds, and the tests start hundreds of ranks.
+`run_ranks` does what `torchrun` does for the ranks of one machine, and they are processes like any
+other. Tests of what a launcher does use the real ones (`tests.launching`).
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import random
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def run_ranks(ranks: int, script: str, *arguments: object, timeout=300.0, check=True):
+    """Run a script on this many ranks to its end; what it printed, and the first exit code that is
+    not 0. Ranks that still run when one has failed are killed. One rank is a process that no
+    launcher started, as with plain `python`."""
+    with started_ranks(ranks, script, *arguments) as launch:
+        code = launch.wait(timeout)
+        text = launch.text()
+    if check:
+        assert code == 0, f"{ranks} ranks of {script} ended with {code}\n{text}"
+    return subprocess.CompletedProcess([script, *map(str, arguments)], code, text, "")
+
+
+@contextlib.contextmanager
+def started_ranks(ranks: int, script: str, *arguments: object) -> Iterator["Launch"]:
+    """The same under way; at the end of the block nothing of it is left alive."""
+    with tempfile.TemporaryDirectory() as folder:
+        launch = _server().launch(ranks, script, list(map(str, arguments)), Path(folder, "output"))
+        try:
+            yield launch
+        finally:
+            launch.kill()
+            launch.wait(30)
+
+
+class Launch:
+    """Ranks under way. pids: in their order. output: the file with all that they print."""
+
+    def __init__(self, server: "_Server", pids: list[int], output: Path):
+        self.server, self.pids, self.output = server, pids, output
+        self.code: int | None = None
+
+    def wait(self, timeout: float) -> int:
+        """The first exit code that was not 0 (of a signal: negative), or 0."""
+        if self.code is None:
+            self.code = self.server.answer(timeout, self.output)
+        return self.code
+
+    def text(self) -> str:
+        """What they have printed so far."""
+        return self.output.read_text() if self.output.exists() else ""
+
+    def kill(self) -> None:
+        """SIGKILL to all of them."""
+        for pid in self.pids if self.code is None else []:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+class _Server:
+    """This side of the process that forks, which takes one launch after the other."""
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        # Below the ports that the system gives to connections, so that nothing else takes them.
+        self.port = 20_000 + os.getpid() % 100 * 100
+
+    def launch(self, ranks: int, script: str, arguments: list[str], output: Path) -> Launch:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(REPOSITORY),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self._free_port()),
+        }
+        order = [ranks, script, arguments, str(output), environment]
+        self.process.stdin.write(json.dumps(order).encode() + b"\n")
+        self.process.stdin.flush()
+        return Launch(self, self.answer(60, output), output)
+
+    def answer(self, timeout: float, output: Path):
+        """The next line that the process says. AssertionError where it takes too long."""
+        ready, _, _ = select.select([self.process.stdout], [], [], timeout)
+        assert ready, f"nothing after {timeout} s\n{output.exists() and output.read_text()}"
+        return json.loads(self.process.stdout.readline())
+
+    def _free_port(self) -> int:
+        while True:
+            self.port += 1
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", self.port))
+                return self.port
+
+
+@cache
+def _server() -> _Server:
+    return _Server()  # ends when its standard input does, with this process
+
+
+def _serve() -> None:
+    """Fork ranks as told; answer with their process ids, and at their end with an exit code."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import deepspeed  # noqa: F401
+    import megatron.core.models.gpt  # noqa: F401
+
+    import megalong.training.loop  # noqa: F401
+
+    for line in sys.stdin:
+        ranks, *order = json.loads(line)
+        pids = []
+        for rank in range(ranks):
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                answers.close()
+                return _become_rank(rank, ranks, *order)
+        print(json.dumps(pids), file=answers, flush=True)
+        print(_first_failure(pids), file=answers, flush=True)
+
+
+def _become_rank(rank, ranks, script, arguments, output, environment) -> None:
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    if ranks > 1:
+        for scope in ("", "LOCAL_"):
+            os.environ |= {f"{scope}RANK": str(rank), f"{scope}WORLD_SIZE": str(ranks)}
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for target in (1, 2):
+        os.dup2(file, target)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    import numpy
+
+    random.seed()
+    numpy.random.seed()
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
+    code = 0
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int | None) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)  # without taking all modules down, which takes another second
+
+
+def _first_failure(pids: list[int]) -> int:
+    left, failure = set(pids), 0
+    while left:
+        pid, status = os.wait()
+        left.discard(pid)
+        code = os.waitstatus_to_exitcode(status)
+        if code and not failure:
+            failure = code
+            for other in left:
+                os.kill(other, signal.SIGKILL)
+    return failure
+
+
+if __name__ == "__main__":
+    _serve()

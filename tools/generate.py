@@ -1,0 +1,103 @@
+"""Continue a text with a model, and print it as it comes.
+
+    python tools/generate.py --model longnet-hf --prompt "def main("
+    python tools/generate.py --model runs/longnet --prompt-file book.txt --max-new-tokens 500
+
+--model is a run folder or a checkpoint of megalong, or a folder of Transformers, such as
+tools/convert_to_hf.py writes, or a Llama's. Dilated attention keeps only the rows of the past that
+a later token can still attend to, so that a long prompt costs little memory.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from megalong.hf.configs import DTYPES
+from megalong.hf.subject import Subject, load_subject
+from megalong.quiet import quiet_libraries
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="checkpoint, run folder or Transformers folder")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="the text to continue")
+    prompt.add_argument("--prompt-file", type=Path, help="a file with it")
+    add("--max-new-tokens", type=int, default=200)
+    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token always")
+    add("--top-p", type=float, default=0.95, help="draw from the likeliest tokens of this share")
+    add("--seed", type=int, default=0)
+    add("--prefill-chunk-size", type=int, default=8192, help="tokens of the prompt read at once")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--tokenizer-model", help="where the tokenizer of a megalong checkpoint is now")
+    args = parser.parse_args()
+    if args.max_new_tokens < 1 or args.prefill_chunk_size < 1:
+        parser.error("--max-new-tokens and --prefill-chunk-size must be at least 1")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        parser.error("--temperature must not be negative, and --top-p must lie in (0, 1]")
+    return args
+
+
+def main() -> int:
+    quiet_libraries()
+    args = parse_arguments()
+    try:
+        prompt = args.prompt
+        if prompt is None:
+            prompt = args.prompt_file.read_text()
+        subject = load_subject(args.model, args.device, DTYPES[args.dtype], args.tokenizer_model)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    continue_text(subject, prompt, args)
+    return 0
+
+
+def continue_text(subject: Subject, prompt: str, args: argparse.Namespace) -> None:
+    """Print the prompt and what the model makes of it, as the beginning of a document."""
+    torch.manual_seed(args.seed)
+    sampling = {"do_sample": args.temperature > 0}
+    if sampling["do_sample"]:
+        sampling |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    tokens = torch.tensor([[subject.first, *subject.encode(prompt)]], device=args.device)
+    subject.model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=args.max_new_tokens,
+        prefill_chunk_size=args.prefill_chunk_size,
+        pad_token_id=subject.first,
+        streamer=Printer(subject),
+        **sampling,
+    )
+
+
+class Printer(BaseStreamer):
+    """Prints the text of the tokens that it is given, as soon as it is certain."""
+
+    def __init__(self, subject: Subject):
+        self.subject, self.tokens, self.printed = subject, [], 0
+
+    def put(self, value: torch.Tensor) -> None:
+        """value: token ids; the first call has the prompt's, after the token before the text."""
+        self.tokens += value.flatten().tolist()[0 if self.tokens else 1 :]
+        self._print(self.subject.decode(self.tokens).rstrip("\N{REPLACEMENT CHARACTER}"))
+
+    def end(self) -> None:
+        self._print(self.subject.decode(self.tokens))
+        print(flush=True)
+
+    def _print(self, text: str) -> None:
+        # A character may need several tokens; what follows may still change how it begins.
+        print(text[self.printed :], end="", flush=True)
+        self.printed = max(self.printed, len(text))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
