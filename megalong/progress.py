@@ -6,7 +6,7 @@ import time
 from collections import deque
 
 
-class Progress:
+class ProgressBar:
     """Shows how far a job is, its rate and the time left, on standard error.
 
     total: the amount of work in `unit`, or None when unknown.
@@ -46,7 +46,7 @@ class Progress:
         self._history = deque([(self._start, initial)], maxlen=64)
         self._shown = self._start
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(self, *exception) -> None:

@@ -19,7 +19,7 @@ import sys
 from megalong.data.documents import find_files
 from megalong.data.preprocess import Summary, TokenizingTask, WorkerDied, preprocess
 from megalong.data.tokenizer import TOKENIZERS
-from megalong.progress import Progress, human_bytes
+from megalong.progress import ProgressBar, human_bytes
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -71,7 +71,7 @@ def main() -> int:
     )
     try:
         files = find_files(args.input)
-        with Progress(sum(map(os.path.getsize, files)), "B", "tokenizing") as progress:
+        with ProgressBar(sum(map(os.path.getsize, files)), "B", "tokenizing") as progress:
             summary = preprocess(
                 files,
                 args.output_prefix,

@@ -18,7 +18,7 @@ from pathlib import Path
 from megalong.data.documents import BrokenDocument, find_files, raw_documents, texts
 from megalong.data.tokenizer import SentencePieceTokenizer
 from megalong.data.tokenizer_training import sample_chunks, train_sentencepiece
-from megalong.progress import Progress
+from megalong.progress import ProgressBar
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def read_texts(files: list[str], json_keys: list[str], progress: Progress) -> Iterator[str]:
+def read_texts(files: list[str], json_keys: list[str], progress: ProgressBar) -> Iterator[str]:
     """Yields every text of the files; names what is broken on standard error and goes on."""
     for file in files:
         for document in raw_documents(file):
@@ -78,7 +78,7 @@ def main() -> int:
         if output.exists() and not args.overwrite:
             raise FileExistsError(f"{output} exists: choose another --output-prefix or --overwrite")
         files = find_files(args.input)
-        with Progress(sum(map(os.path.getsize, files)), "B", "reading") as progress:
+        with ProgressBar(sum(map(os.path.getsize, files)), "B", "reading") as progress:
             found = read_texts(files, args.json_keys, progress)
             chunks = sample_chunks(found, args.max_bytes, args.seed)
         model = train_sentencepiece(

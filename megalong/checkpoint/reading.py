@@ -40,11 +40,15 @@ class CheckpointReader:
         with _damage(self.checkpoint, "progress.json"):
             return Progress(**json.loads((self.checkpoint / "progress.json").read_text()))
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, whole, on the CPU. Raises DamagedCheckpoint where it cannot be read."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one tensor. Raises DamagedCheckpoint where there is none of this name."""
         if name not in self.tensors:
             raise DamagedCheckpoint(f"{self.checkpoint} has no tensor {name}")
-        whole = torch.Size([0] * len(self.tensors[name].size))
+        return tuple(self.tensors[name].size)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, whole, on the CPU. Raises DamagedCheckpoint where it cannot be read."""
+        whole = torch.Size([0] * len(self.shape(name)))
         with _damage(self.checkpoint, name):
             piece = self._metadata.storage_data[MetadataIndex(name, whole)]
             with (self.checkpoint / piece.relative_path).open("rb") as file:

@@ -40,6 +40,12 @@ class ModelConfig:
     qk_layernorm: bool = flag(False, "a norm of each head's queries and keys")
     position_embedding_type: str = flag("rope", "position encoding", choices=("rope", "none"))
     rotary_base: float = flag(10000.0, "base of the rotary frequencies")
+    rope_scaling_factor: float | None = flag(
+        None, "slow rotary frequencies become slower by this factor, as in Llama 3.1 (default: no)"
+    )
+    rope_original_length: int = flag(
+        8192, "with --rope-scaling-factor: tokens in a sequence before the scaling"
+    )
     untie_embeddings_and_output_weights: bool = flag(
         False, "separate weights for the embedding and the output layer"
     )
@@ -86,8 +92,13 @@ class ModelConfig:
             "kv_channels",
             "num_query_groups",
             "make_vocab_size_divisible_by",
+            "rope_original_length",
         )
         require_more_than_zero(self, "norm_epsilon", "rotary_base", "init_method_std")
+        if self.rope_scaling_factor is not None and not 1 <= self.rope_scaling_factor < math.inf:
+            raise ConfigError(
+                f"--rope-scaling-factor {self.rope_scaling_factor} must be at least 1"
+            )
         if self.num_attention_heads % self.num_query_groups:
             raise ConfigError(
                 f"--num-attention-heads {self.num_attention_heads} does not divide by"

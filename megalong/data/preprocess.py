@@ -23,7 +23,7 @@ import numpy as np
 from megalong.data.documents import BrokenDocument, RawDocument, raw_documents, texts
 from megalong.data.tokenizer import Tokenizer, build_tokenizer
 from megalong.data.writer import DocumentWriter, token_dtype
-from megalong.progress import Progress
+from megalong.progress import ProgressBar
 
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 4096
@@ -98,7 +98,7 @@ def preprocess(
     workers: int = 1,
     overwrite: bool = False,
     strict: bool = False,
-    progress: Progress,
+    progress: ProgressBar,
 ) -> Summary:
     """Tokenizes files into one .bin/.idx/.json per key, named by output_prefix().
 
@@ -248,7 +248,7 @@ def tokenize_batch(
     return BatchResult(results, problems, sum(document.size for document in batch))
 
 
-def _report(problems: list[str], summary: Summary, strict: bool, progress: Progress) -> None:
+def _report(problems: list[str], summary: Summary, strict: bool, progress: ProgressBar) -> None:
     if strict and problems:
         raise ValueError(f"{problems[0]} (--strict: nothing was written)")
     for problem in problems[: max(NAMED_PROBLEMS - len(summary.problems), 0)]:

@@ -19,13 +19,12 @@ import torch.distributed.checkpoint as dcp
 
 from megalong.checkpoint.folder import POINTER, checkpoint_folder, flush_to_disk, latest, point_at
 from megalong.checkpoint.manifest import MANIFEST, Manifest, check_files, record_of
+from megalong.checkpoint.names import KINDS, WEIGHTS, parameter_of, tensor_name
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.checkpoint.writing import HashingWriter
 from megalong.config import Config, ConfigError
 from megalong.config.arguments import config_from_values, read_yaml, to_yaml
-
-WEIGHTS, MOMENTS = "weights.", ("exp_avg.", "exp_avg_sq.")
 
 
 class StoredModel:
@@ -47,14 +46,14 @@ class StoredModel:
         self._reader = CheckpointReader(self.folder)
         self.progress: Progress = self._reader.progress()
         self.shapes: dict[str, tuple[int, ...]] = {
-            name.removeprefix(WEIGHTS): tuple(entry.size)
+            parameter: tuple(entry.size)
             for name, entry in self._reader.tensors.items()
-            if name.startswith(WEIGHTS)
+            if (parameter := parameter_of(name, WEIGHTS)) is not None
         }
 
     def read(self, name: str) -> torch.Tensor:
         """One weight, whole, float32."""
-        return self._reader.read(WEIGHTS + name)
+        return self._reader.read(tensor_name(WEIGHTS, name))
 
 
 def write_first_checkpoint(
@@ -72,9 +71,9 @@ def write_first_checkpoint(
     folder = checkpoint_folder(run_folder, 0)
     with written_aside(folder) as aside:
         state = {
-            kind + name: torch.empty(shape, device="meta")
+            tensor_name(kind, name): torch.empty(shape, device="meta")
             for name, shape in shapes.items()
-            for kind in (WEIGHTS, *MOMENTS)
+            for kind in KINDS
         }
         writer, planner = HashingWriter(aside), _MakeWhenWritten(read)
         dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
@@ -94,9 +93,9 @@ class _MakeWhenWritten(dcp.DefaultSavePlanner):
         self.read = read
 
     def resolve_data(self, write_item):
-        name = write_item.index.fqn
-        if name.startswith(WEIGHTS):
-            return self.read(name.removeprefix(WEIGHTS)).float().contiguous()
+        parameter = parameter_of(write_item.index.fqn, WEIGHTS)
+        if parameter is not None:
+            return self.read(parameter).float().contiguous()
         return torch.zeros(self.lookup_object(write_item.index).shape)
 
 

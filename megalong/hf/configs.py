@@ -40,6 +40,8 @@ def longnet_config(config: Config, vocab_size: int, eod: int) -> dict[str, Any]:
         "qk_norm": model.qk_layernorm,
         "position_embedding_type": model.position_embedding_type,
         "rotary_base": model.rotary_base,
+        "rope_scaling_factor": model.rope_scaling_factor,
+        "rope_original_length": model.rope_original_length,
         "attention": attention.attention,
         "segment_lengths": list(attention.segment_lengths),
         "dilation_rates": list(attention.dilation_rates),
@@ -70,6 +72,7 @@ def megalong_values(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _from_longnet(config: dict[str, Any]) -> dict[str, Any]:
     same = ("normalization", "norm_epsilon", "swiglu", "position_embedding_type", "rotary_base")
+    same += ("rope_scaling_factor", "rope_original_length")
     same += ("attention", "segment_lengths", "dilation_rates", "head_offsets")
     return {
         **_sizes(config),
@@ -120,20 +123,26 @@ def _from_llama(config: dict[str, Any], where: str) -> dict[str, Any]:
         "add_qkv_bias": config["model_type"] == "qwen2",
         "qk_layernorm": config["model_type"] == "qwen3",
         "position_embedding_type": "rope",
-        "rotary_base": _rotary_base(config, where),
+        **_rope(config, where),
         "init_method_std": float(config.get("initializer_range", 0.02)),
     }
 
 
-def _rotary_base(config: dict[str, Any], where: str) -> float:
-    """The base of plain RoPE. Transformers 5 writes rope_parameters, earlier ones rope_theta and
-    rope_scaling."""
+def _rope(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Base and scaling of the rotary positions. Transformers 5 writes rope_parameters, earlier ones
+    rope_theta and rope_scaling."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if kind != "default" or partial != 1.0:
+    turns = rope.get("low_freq_factor"), rope.get("high_freq_factor")
+    known = kind == "default" or (kind == "llama3" and turns == (1, 4))
+    if not known or partial != 1.0:
         raise ConfigError(
             f"{where}: rotary positions of type {kind!r} (rope_scaling), or on a part of the"
-            f" channels ({partial}); megalong has plain RoPE on all of them"
+            f" channels ({partial}); megalong has plain RoPE and Llama 3.1's, on all of them"
         )
-    return float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    values = {"rotary_base": float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))}
+    if kind == "llama3":
+        values["rope_scaling_factor"] = float(rope["factor"])
+        values["rope_original_length"] = rope["original_max_position_embeddings"]
+    return values

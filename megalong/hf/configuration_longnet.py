@@ -15,6 +15,7 @@ class LongNetConfig(PreTrainedConfig):
     head_offsets: "mod" (kv head mod r), "block" (head // ceil(heads / r)), "layer"
         ((kv head + layer x kv heads) mod r), or a table of branches x query heads.
     max_position_embeddings: the sequence length of training; longer sequences work.
+    rope_scaling_factor, rope_original_length: RoPE stretched as in Llama 3.1; None: as it is.
     swiglu: a gated SiLU MLP; else GELU. linear_bias: biases in all linear layers; qkv_bias: in the
         query, key and value projections. qk_norm: a norm of each head's queries and keys.
     """
@@ -37,6 +38,8 @@ class LongNetConfig(PreTrainedConfig):
     qk_norm: bool = False
     position_embedding_type: str = "rope"
     rotary_base: float = 10000.0
+    rope_scaling_factor: float | None = None
+    rope_original_length: int = 8192
     attention: str = "dilated"
     segment_lengths: list[int] | None = None
     dilation_rates: list[int] | None = None

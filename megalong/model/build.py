@@ -23,11 +23,14 @@ from megalong.parallel.mesh import Mesh
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build_model(config: Config, vocab_size: int, mesh: Mesh) -> PipelineStage:
+def build_model(
+    config: Config, vocab_size: int, mesh: Mesh, initialize: bool = True
+) -> PipelineStage:
     """This rank's part of the model, in float32 on the CPU, with the initial weights of
     `config.training.seed`.
 
     vocab_size: the tokenizer's; the embedding is padded (`--make-vocab-size-divisible-by`).
+    initialize: False leaves the weights as memory is, for a checkpoint to fill them in.
     Needs Megatron-core's groups (`megalong.parallel.launch`).
     """
     megatron_config = transformer_config(config)
@@ -38,7 +41,12 @@ def build_model(config: Config, vocab_size: int, mesh: Mesh) -> PipelineStage:
             for chunk in range(chunks)
         ]
     )
-    initialize_weights(stage, config, mesh)
+    for name, parameter in named_parameters(stage):
+        # DeepSpeed counts a parameter once in the gradient norm, unless it is told of its parts.
+        divided = cut_dimension(name) is not None and mesh.tensor_parallel_size > 1
+        parameter.tensor_model_parallel = divided
+    if initialize:
+        initialize_weights(stage, config, mesh)
     return stage
 
 
@@ -73,9 +81,7 @@ def _chunk(
         )
     if model_config.position_embedding_type == "rope":
         model.rotary_pos_emb = LongRotaryEmbedding(
-            model_config.kv_channels,
-            model_config.rotary_base,
-            first_position=mesh.sequence_range(model_config.seq_length)[0],
+            model_config, first_position=mesh.sequence_range(model_config.seq_length)[0]
         )
     return model
 
@@ -173,8 +179,6 @@ def initialize_weights(stage: PipelineStage, config: Config, mesh: Mesh) -> None
     residual_std = std / math.sqrt(2 * config.model.num_layers)
     for name, parameter in named_parameters(stage):
         dimension = cut_dimension(name)
-        # DeepSpeed counts a parameter once in the gradient norm, unless it is told of its parts.
-        parameter.tensor_model_parallel = dimension is not None and ranks > 1
         if name.endswith("bias"):
             parameter.zero_()
         elif parameter.ndim == 1:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
+from megalong.config import ModelConfig
+
 
 class LongRotaryEmbedding(RotaryEmbedding):
     """Angles of the rotary encoding for the positions `first_position`, `first_position` + 1, ...
@@ -21,10 +23,12 @@ class LongRotaryEmbedding(RotaryEmbedding):
     A drop-in for GPTModel's `rotary_pos_emb` (RoPE, arXiv 2104.09864; half-rotation layout).
     """
 
-    def __init__(self, kv_channels: int, rotary_base: float, first_position: int = 0):
-        super().__init__(kv_channels, 1.0, rotary_base=rotary_base, use_cpu_initialization=True)
-        exponents = torch.arange(0, kv_channels, 2, dtype=torch.float64) / kv_channels
-        self.frequencies = rotary_base**-exponents  # radians per position, float64
+    def __init__(self, model: ModelConfig, first_position: int = 0):
+        channels, base = model.kv_channels, model.rotary_base
+        super().__init__(channels, 1.0, rotary_base=base, use_cpu_initialization=True)
+        self.frequencies = rotary_frequencies(
+            channels, base, model.rope_scaling_factor, model.rope_original_length
+        )
         self.first_position = first_position
 
     def forward(self, length: int, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -39,3 +43,20 @@ class LongRotaryEmbedding(RotaryEmbedding):
         )
         angles = torch.outer(positions, self.frequencies.to(device)).remainder_(2 * math.pi).float()
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+
+def rotary_frequencies(
+    channels: int, base: float, scaling_factor: float | None, original_length: int
+) -> torch.Tensor:
+    """Radians per position of each pair of channels, float64: (channels / 2,).
+
+    With a scaling factor as in Llama 3.1: what turns less than once in the original length is
+    slowed down by the factor, what turns more than four times stays, and between them it goes from
+    one to the other.
+    """
+    frequencies = base ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+    if scaling_factor is None:
+        return frequencies
+    turns = original_length * frequencies / (2 * math.pi)
+    stays = ((turns - 1) / (4 - 1)).clamp(0, 1)
+    return frequencies * (stays + (1 - stays) / scaling_factor)

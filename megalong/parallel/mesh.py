@@ -30,10 +30,12 @@ class Mesh:
 
     sequence: the ranks that share this one's sequence, and its place among them.
     data_parallel_size, data_parallel_rank: replicas of the model that see different sequences.
+    replica_group: the ranks that hold the same part of the weights, over data and sequence axis.
     """
 
     sequence: SequenceGroup
     tensor_group: dist.ProcessGroup
+    replica_group: dist.ProcessGroup
     tensor_parallel_size: int
     tensor_parallel_rank: int
     pipeline_parallel_size: int
@@ -170,6 +172,7 @@ def build_mesh(config: Config, device: torch.device) -> Iterator[Mesh]:
         yield Mesh(
             sequence=_sequence_group(config),
             tensor_group=parallel_state.get_tensor_model_parallel_group(),
+            replica_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
             tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
             tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
             pipeline_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),

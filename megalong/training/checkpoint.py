@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,14 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 from megalong.checkpoint.manifest import DamagedCheckpoint
+from megalong.checkpoint.names import KINDS, MOMENTS, WEIGHTS, tensor_name
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.config import Config
 from megalong.model.names import EMBEDDING, named_parameters
 from megalong.model.tensor_slices import cut_dimension, join_slices, tensor_slice
 from megalong.parallel.mesh import Mesh
-from megalong.training.engine import MOMENTS, TrainingEngine
-
-WEIGHTS = "weights"
+from megalong.training.engine import TrainingEngine
 
 
 def tensors_to_save(engine: TrainingEngine, config: Config) -> dict[str, torch.Tensor]:
@@ -43,7 +43,7 @@ def tensors_to_save(engine: TrainingEngine, config: Config) -> dict[str, torch.T
         for kind, part in parts.items():
             whole = _join_over_tensor_ranks(name, part, config.model.swiglu, mesh)
             if turn % mesh.stage_size == mesh.stage_rank:
-                tensors[f"{kind}.{name}"] = whole.cpu()
+                tensors[tensor_name(kind, name)] = whole.cpu()
     tensors.update(_random_states(mesh))
     return tensors
 
@@ -59,15 +59,11 @@ def load_checkpoint(reader: CheckpointReader, engine: TrainingEngine, config: Co
     """Fill the engine with a checkpoint: master weights, Adam moments, the model's weights, and
     this rank's random states. Returns how far the run had come.
 
-    Every rank reads for itself, each tensor once and one at a time. Raises DamagedCheckpoint where
-    the files do not hold what they should.
+    Called by every rank. Raises DamagedCheckpoint where the files do not hold what they should.
     """
     optimizer, progress = engine.deepspeed.optimizer, reader.progress()
-    for name, parameter in named_parameters(engine.model):
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        for kind in (WEIGHTS, *MOMENTS):
-            value = _read_slice(reader, kind, name, shape, config, engine.mesh)
-            _fill(optimizer, parameter, kind, value.to(engine.mesh.device))
+    for parameter, kind, value in _slices(reader, engine, config):
+        _fill(optimizer, parameter, kind, value)
     _load_random_states(reader, engine.mesh)
     _round_master_weights(optimizer)
     for state in optimizer.optimizer.state.values():
@@ -77,18 +73,55 @@ def load_checkpoint(reader: CheckpointReader, engine: TrainingEngine, config: Co
     return progress
 
 
-def _read_slice(
-    reader: CheckpointReader, kind: str, name: str, shape: torch.Size, config: Config, mesh: Mesh
-) -> torch.Tensor:
-    """This tensor-parallel rank's part, of `shape`, of one tensor; float32, on the CPU."""
-    whole = reader.read(f"{kind}.{name}")
-    ranks, gated = mesh.tensor_parallel_size, config.model.swiglu
-    part = tensor_slice(name, whole, mesh.tensor_parallel_rank, ranks, gated)
-    if part.shape != shape:
+def _slices(
+    reader: CheckpointReader, engine: TrainingEngine, config: Config
+) -> Iterator[tuple[torch.nn.Parameter, str, torch.Tensor]]:
+    """This tensor-parallel rank's parts of all tensors of its pipeline stage: the parameter, the
+    kind, and the values, float32, on the device.
+
+    The ranks that want the same parts take turns in reading, and tell each other, so that a file
+    system that they share is not asked for everything by everyone.
+    """
+    mesh = engine.mesh
+    wanted = [(*named, kind) for named in named_parameters(engine.model) for kind in KINDS]
+    for name, parameter, kind in wanted:
+        _check_shape(reader, name, parameter, kind, mesh)
+
+    def read(name: str, _, kind: str) -> torch.Tensor:
+        whole, ranks = reader.read(tensor_name(kind, name)), mesh.tensor_parallel_size
+        part = tensor_slice(name, whole, mesh.tensor_parallel_rank, ranks, config.model.swiglu)
+        return part.contiguous().to(mesh.device)
+
+    group = mesh.replica_group
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    for first in range(0, len(wanted), ranks):
+        turn = wanted[first : first + ranks]
+        mine = read(*turn[rank]) if rank < len(turn) else None
+        for source, (_, parameter, kind) in enumerate(turn):
+            part = mine
+            if source != rank:
+                part = torch.empty(_shape(parameter), dtype=torch.float32, device=mesh.device)
+            dist.broadcast(part, group=group, group_src=source)
+            yield parameter, kind, part
+
+
+def _shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """The parameter's shape, also where ZeRO 3 has divided it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _check_shape(
+    reader: CheckpointReader, name: str, parameter: torch.nn.Parameter, kind: str, mesh: Mesh
+) -> None:
+    whole, dimension = list(_shape(parameter)), cut_dimension(name)
+    if dimension is not None:
+        whole[dimension] *= mesh.tensor_parallel_size
+    stored = reader.shape(tensor_name(kind, name))
+    if stored != tuple(whole):
         raise DamagedCheckpoint(
-            f"{reader.checkpoint} is of another model: {name} is {tuple(whole.shape)} there"
+            f"{reader.checkpoint} is of another model: {name} is {stored} there, and has to be"
+            f" {tuple(whole)}"
         )
-    return part
 
 
 def _fill(optimizer: Any, parameter: torch.nn.Parameter, kind: str, value: torch.Tensor) -> None:
@@ -143,15 +176,17 @@ def _random_states(mesh: Mesh) -> dict[str, torch.Tensor]:
 
 
 def _load_random_states(reader: CheckpointReader, mesh: Mesh) -> None:
-    names = _random_states(mesh).keys()
-    if not names <= reader.tensors.keys():
-        return  # written by fewer ranks: the generators start fresh on those that are new
+    # Those that are not there (of a new rank, or of a GPU where there was none) start fresh.
+    names = _random_states(mesh).keys() & reader.tensors.keys()
     values = {name.rsplit(".", 1)[1]: reader.read(name) for name in names}
-    torch.set_rng_state(values["torch"])
-    version, _, gauss = random.getstate()
-    random.setstate((version, tuple(values["python"].tolist()), gauss))
-    *numpy_state, numpy_position = values["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(numpy_state, dtype=np.uint32), numpy_position))
+    if "torch" in values:
+        torch.set_rng_state(values["torch"])
+    if "python" in values:
+        version, _, gauss = random.getstate()
+        random.setstate((version, tuple(values["python"].tolist()), gauss))
+    if "numpy" in values:
+        *numpy_state, numpy_position = values["numpy"].tolist()
+        np.random.set_state(("MT19937", np.array(numpy_state, dtype=np.uint32), numpy_position))
     if "cuda" in values:
         torch.cuda.set_rng_state(values["cuda"], mesh.device)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from megalong.checkpoint.names import MOMENTS
 from megalong.config import Config, ConfigError
 from megalong.data.batches import IGNORE_INDEX, Batch
 from megalong.model.stage import PipelineStage
@@ -26,8 +27,6 @@ from megalong.parallel.mesh import Mesh
 from megalong.parallel.schedule import ScheduleModule, run_schedule
 from megalong.parallel.traffic import Counts, CountTraffic, axes_of_groups
 from megalong.training.deepspeed_config import deepspeed_config
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)

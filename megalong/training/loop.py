@@ -21,8 +21,7 @@ from megalong.data.batches import (
 )
 from megalong.model.build import build_model, number_of_parameters
 from megalong.parallel.mesh import Mesh
-from megalong.progress import Progress as ProgressBar
-from megalong.progress import clock
+from megalong.progress import ProgressBar, clock
 from megalong.training.checkpoint import load_checkpoint, progress_to_save, tensors_to_save
 from megalong.training.engine import StepResult, TrainingEngine
 from megalong.training.evaluation import Evaluation, evaluate, position_edges
@@ -57,7 +56,7 @@ class Trainer:
         check_agreement(config, checkpoint)
         if checkpoint is not None:
             checkpoint = sound_checkpoint(config, say)
-        model = build_model(config, data.tokenizer.vocab_size, mesh)
+        model = build_model(config, data.tokenizer.vocab_size, mesh, initialize=checkpoint is None)
         self.engine = TrainingEngine(model, config, mesh)
         if checkpoint is not None:
             with read_checkpoint(checkpoint) as reader:

@@ -24,7 +24,7 @@ from megalong.checkpoint.manifest import (
 )
 from megalong.config import AttentionConfig, Config, ConfigError, ModelConfig, flag_name
 from megalong.config.arguments import read_yaml
-from megalong.progress import Progress as ProgressBar
+from megalong.progress import ProgressBar
 from megalong.training.run_folder import same_folder
 
 LONG = 1 << 30  # bytes to be hashed by one rank, from which on a progress bar is worth its lines

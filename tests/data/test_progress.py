@@ -5,7 +5,7 @@ import io
 import pytest
 
 from megalong import progress as module
-from megalong.progress import Progress, clock, human_bytes
+from megalong.progress import ProgressBar, clock, human_bytes
 
 
 class Terminal(io.StringIO):
@@ -26,7 +26,7 @@ def now(monkeypatch):
 
 def test_lines_in_a_log_file(now):
     stream = io.StringIO()
-    with Progress(100, "B", "reading", stream=stream) as progress:
+    with ProgressBar(100, "B", "reading", stream=stream) as progress:
         for _ in range(9):
             now.time += 1
             progress.message = f"at {now.time:.0f}"
@@ -41,7 +41,7 @@ def test_lines_in_a_log_file(now):
 def test_bar_on_a_terminal(now, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     stream = Terminal()
-    with Progress(4, "iterations", stream=stream) as progress:
+    with ProgressBar(4, "iterations", stream=stream) as progress:
         for _ in range(4):
             now.time += 2
             progress.update()
@@ -56,21 +56,21 @@ def test_bar_on_a_terminal(now, monkeypatch):
 def test_a_bar_is_not_wider_than_the_terminal(now, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     stream = Terminal()
-    with Progress(4, "iterations", "a long description", stream=stream) as progress:
+    with ProgressBar(4, "iterations", "a long description", stream=stream) as progress:
         progress.message = "a long message" * 5
     assert all(len(line.rstrip("\n")) < 40 for line in stream.getvalue().split("\r\x1b[K"))
 
 
 def test_a_resumed_run_does_not_count_what_was_there(now):
     stream = io.StringIO()
-    with Progress(1000, "steps", initial=900, stream=stream) as progress:
+    with ProgressBar(1000, "steps", initial=900, stream=stream) as progress:
         now.time += 5
         progress.update(10)
     assert stream.getvalue().startswith(" 91%  910/1,000 steps  2/s  0:45 left\n")
 
 
 def test_rate_is_that_of_the_recent_past(now):
-    with Progress(None, stream=io.StringIO()) as progress:
+    with ProgressBar(None, stream=io.StringIO()) as progress:
         now.time += 100  # the first step compiles
         progress.update()
         for _ in range(100):
@@ -82,7 +82,7 @@ def test_rate_is_that_of_the_recent_past(now):
 
 def test_silent_but_for_what_is_printed(now):
     stream = Terminal()
-    with Progress(4, stream=stream, enabled=False) as progress:
+    with ProgressBar(4, stream=stream, enabled=False) as progress:
         now.time += 10
         progress.update()
         progress.print("important")

@@ -35,7 +35,7 @@ VARIANTS = [
     {"normalization": "LayerNorm", "no_swiglu": True, "add_bias_linear": True},
     {"head_offsets": "[[0,0,0,0],[0,1,1,0],[2,1,0,2]]", "position_embedding_type": "none"},
     {"attention": "dense", "head_offsets": "layer", "kv_channels": 32},
-    {"add_qkv_bias": True, "qk_layernorm": True},
+    {"add_qkv_bias": True, "qk_layernorm": True, "rope_scaling_factor": 4.0},
 ]
 
 
@@ -242,11 +242,25 @@ BYTES = {"tokenizer_type": "ByteTokenizer"}
                 rope_parameters={"rope_type": "default", "rope_theta": 5e5},
             ),
         ),
+        (
+            LlamaForCausalLM,
+            LlamaConfig(
+                **SMALL,
+                rope_parameters={
+                    "rope_type": "llama3",
+                    "rope_theta": 500.0,
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                },
+            ),
+        ),
         (MistralForCausalLM, MistralConfig(**SMALL, sliding_window=None)),
         (Qwen2ForCausalLM, Qwen2Config(**SMALL, tie_word_embeddings=True)),
         (Qwen3ForCausalLM, Qwen3Config(**SMALL, head_dim=32)),
     ],
-    ids=["untied", "tied-head_dim", "biases-rope", "mistral", "qwen2", "qwen3"],
+    ids=["untied", "tied-head_dim", "biases-rope", "llama3", "mistral", "qwen2", "qwen3"],
 )
 def test_a_llama_computes_the_same_here(kind, fields, tmp_path):
     from megalong.model.build import build_model

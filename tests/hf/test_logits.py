@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from megalong.config import ModelConfig
 from megalong.hf.configuration_longnet import LongNetConfig
 from megalong.hf.modeling_longnet import rotary_angles
 from megalong.parallel import launch
@@ -30,6 +31,7 @@ CASES = [
     {"segment_lengths": "50 100", "dilation_rates": "3 7", "head_offsets": "mod"},  # holes
     {"attention": "dense", "ffn_hidden_size": 80},
     {"add_qkv_bias": True, "qk_layernorm": True},
+    LADDERS | {"rope_scaling_factor": 8.0, "rope_original_length": 50, "rotary_base": 200.0},
     {"add_qkv_bias": True, "qk_layernorm": True, "normalization": "LayerNorm"},
 ]
 
@@ -66,7 +68,7 @@ def test_angles_stay_exact_at_a_billion():
     first = 2**30 + 1
     config = LongNetConfig(hidden_size=64, num_attention_heads=1, max_position_embeddings=8)
     cos, sin = rotary_angles(config, [first], 2, "cpu")
-    expected = LongRotaryEmbedding(64, 10000.0, first_position=first)(2)[:, 0, 0]
+    expected = LongRotaryEmbedding(ModelConfig(kv_channels=64), first_position=first)(2)[:, 0, 0]
     assert torch.equal(cos[0, :, 0], expected.cos()) and torch.equal(sin[0, :, 0], expected.sin())
     assert math.isclose(cos[0, 0, 0, 0].item(), math.cos(first), abs_tol=1e-6)
 

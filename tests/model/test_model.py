@@ -5,8 +5,14 @@ import math
 import pytest
 import torch
 
+from megalong.config import ModelConfig
 from megalong.config.arguments import parse_arguments
-from megalong.model.build import build_model, initialize_weights, padded_vocab_size
+from megalong.model.build import (
+    build_model,
+    initialize_weights,
+    number_of_parameters,
+    padded_vocab_size,
+)
 from megalong.model.names import canonical_name, named_parameters
 from megalong.model.rotary import LongRotaryEmbedding
 from megalong.parallel import launch
@@ -129,11 +135,13 @@ def test_canonical_names(local, first_layer, name):
     assert canonical_name(local, first_layer) == name
 
 
-def test_rotary_angles_agree_with_megatron_where_float32_can_count():
+@pytest.mark.parametrize("factor", [None, 8.0])
+def test_rotary_angles_agree_with_megatron_where_float32_can_count(factor):
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-    ours = LongRotaryEmbedding(64, 10000.0)(500)
-    theirs = RotaryEmbedding(64, 1.0, use_cpu_initialization=True)(500)
+    ours = LongRotaryEmbedding(ModelConfig(kv_channels=64, rope_scaling_factor=factor))(500)
+    scaling = {"rope_scaling": True, "rope_scaling_factor": factor} if factor else {}
+    theirs = RotaryEmbedding(64, 1.0, use_cpu_initialization=True, **scaling)(500)
     assert ours.shape == theirs.shape
     torch.testing.assert_close(ours.cos(), theirs.cos(), rtol=0, atol=1e-4)
     torch.testing.assert_close(ours.sin(), theirs.sin(), rtol=0, atol=1e-4)
@@ -144,7 +152,7 @@ def test_rotary_angles_stay_exact_at_a_billion():
     from fractions import Fraction
 
     first = 2**30 + 1
-    rotary = LongRotaryEmbedding(64, 10000.0, first_position=first)
+    rotary = LongRotaryEmbedding(ModelConfig(kv_channels=64), first_position=first)
     angles = rotary(2)[1, 0, 0, :32]
     turn = Fraction(2 * math.pi)
     for angle, frequency in zip(angles.tolist(), rotary.frequencies.tolist(), strict=True):
@@ -152,6 +160,20 @@ def test_rotary_angles_stay_exact_at_a_billion():
         distance = abs(angle - exact)
         # float64 leaves 2^30 x 2^-53 of the angle, float32 one part in 2^24 of a turn.
         assert min(distance, 2 * math.pi - distance) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"untie_embeddings_and_output_weights": True, "add_qkv_bias": True, "qk_layernorm": True},
+        {"no_swiglu": True, "normalization": "LayerNorm", "qk_layernorm": True},
+        {"add_bias_linear": True, "kv_channels": 32, "normalization": "LayerNorm"},
+    ],
+)
+def test_number_of_parameters(build, changes):
+    model, config = build(**changes)
+    assert number_of_parameters(config, VOCAB_SIZE) == sum(p.numel() for p in model.parameters())
 
 
 def test_padded_vocab_size():

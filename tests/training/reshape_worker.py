@@ -7,11 +7,17 @@ FOLDER/saved/LAYOUT, and on one rank FOLDER/whole, six steps that nothing interr
 on from all of the former, three more steps, and leaves FOLDER/resumed/LAYOUT/FROM.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
+import torch.distributed as dist
+
+from megalong.checkpoint.names import KINDS
+from megalong.checkpoint.reading import CheckpointReader
 from megalong.config import world_size
 from megalong.config.arguments import parse_arguments
+from megalong.model.names import named_parameters
 from megalong.parallel import process_group
 from megalong.training.loop import Trainer
 from megalong.training.resuming import open_checkpoint
@@ -53,6 +59,32 @@ def flags_of(layout: str) -> dict[str, int]:
     return {axes[axis]: int(word[len(axis) :]) for axis, word in words if axis in axes}
 
 
+@contextlib.contextmanager
+def counted_reads():
+    """The names of the parameters' tensors that this rank reads inside."""
+    original, names = CheckpointReader.read, []
+
+    def read(self, name):
+        if not name.startswith("random."):
+            names.append(name)
+        return original(self, name)
+
+    CheckpointReader.read = read
+    try:
+        yield names
+    finally:
+        CheckpointReader.read = original
+
+
+def assert_nothing_is_read_twice(names, model, mesh):
+    """The ranks that need the same tensors share the reading of them."""
+    of_ranks = [None] * dist.get_world_size(mesh.replica_group)
+    dist.all_gather_object(of_ranks, names, group=mesh.replica_group)
+    needed = [f"{kind}.{name}" for name, _ in named_parameters(model) for kind in KINDS]
+    assert sorted(name for read in of_ranks for name in read) == sorted(needed)
+    assert max(map(len, of_ranks)) - min(map(len, of_ranks)) <= 1
+
+
 def main(corpus: str, folder: Path, *what: str) -> None:
     with process_group() as device, StopRequest() as stop:
 
@@ -62,8 +94,10 @@ def main(corpus: str, folder: Path, *what: str) -> None:
             config = given.resolve(world_size())
             prepare_run_folder(config)
             checkpoint = open_checkpoint(config)
-            with temporary_mesh(config, device) as mesh:
+            with temporary_mesh(config, device) as mesh, counted_reads() as read:
                 trainer = Trainer(config, given, open_run_data(config), checkpoint, mesh, stop)
+                if checkpoint is not None:
+                    assert_nothing_is_read_twice(read, trainer.engine.model, mesh)
                 trainer.train()
                 trainer.engine.deepspeed.destroy()  # its hooks keep model and groups alive
 

@@ -1,0 +1,17 @@
+"""How the tensors of a checkpoint are called: the kind, and the parameter's canonical name."""
+
+from __future__ import annotations
+
+WEIGHTS = "weights"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as Adam calls them
+KINDS = (WEIGHTS, *MOMENTS)
+
+
+def tensor_name(kind: str, parameter: str) -> str:
+    """The name of one of the three tensors of a parameter."""
+    return f"{kind}.{parameter}"
+
+
+def parameter_of(name: str, kind: str) -> str | None:
+    """The parameter whose tensor of this kind `name` is; None where it is another's."""
+    return name.removeprefix(f"{kind}.") if name.startswith(f"{kind}.") else None
