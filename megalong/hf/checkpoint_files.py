@@ -10,14 +10,21 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megalong.checkpoint.folder import POINTER, checkpoint_folder, flush_to_disk, latest, point_at
+from megalong.checkpoint.folder import (
+    POINTER,
+    being_read,
+    checkpoint_folder,
+    flush_to_disk,
+    latest,
+    point_at,
+)
 from megalong.checkpoint.manifest import MANIFEST, Manifest, check_files, record_of
 from megalong.checkpoint.names import KINDS, WEIGHTS, parameter_of, tensor_name
 from megalong.checkpoint.progress import Progress
@@ -41,6 +48,9 @@ class StoredModel:
                 f"--load {self.folder}: not a checkpoint, it has no {MANIFEST}; give a run folder"
                 " with a file `latest`, or one of its iter_* folders"
             )
+        # While this object lives, a run that goes on does not remove the checkpoint.
+        self._held = ExitStack()
+        self._held.enter_context(being_read(self.folder))
         check_files(self.folder)
         self.config: Config = config_from_values(read_yaml(str(self.folder / "config.yaml")))
         self._reader = CheckpointReader(self.folder)

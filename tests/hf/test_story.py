@@ -118,6 +118,18 @@ def test_the_exported_quickstart(place):
     assert torch.equal(cached, full) and tokenizer.decode(cached[0]).startswith("def main(")
 
 
+def test_checkpoint_and_export_write_alike(place):
+    flags = ["--prompt", "import os\n", "--max-new-tokens", 40, "--temperature", 0]
+    flags += ["--tokenizer-model", place / "runs" / "quickstart" / "tokenizer.model"]
+    ours, theirs = (
+        tool("generate.py", "--model", place / "runs" / name, *flags).stdout
+        for name in ("quickstart", "quickstart-hf")
+    )
+    assert ours == theirs and ours.startswith("import os\n") and len(ours) > 30
+    refused = tool("generate.py", "--model", place / "runs", "--prompt", "x", check=False)
+    assert refused.returncode == 1 and "not a checkpoint" in refused.stderr
+
+
 def test_checkpoint_and_export_are_evaluated_alike(place, text_file, tmp_path):
     results = []
     for name in ("quickstart", "quickstart-hf"):

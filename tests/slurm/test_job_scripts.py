@@ -10,7 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.launching import PRETRAIN, REPOSITORY, Job, ranks_command, run, small_run_flags
+from tests.forked import run_ranks
+from tests.launching import PRETRAIN, REPOSITORY, Job, small_run_flags
 from tests.training.test_resume import assert_same_run
 
 STUBS = Path(__file__).parent / "stubs"
@@ -28,7 +29,7 @@ def job(script: str, corpus: Path, folder: Path, output: Path, signals: str = "t
 def test_stopped_requeued_and_finished(corpus, tmp_path):
     """Stopped under torchrun, stopped again under deepspeed, then finished."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    run(ranks_command(2, PRETRAIN, *small_run_flags(corpus, **SCHEDULE, save=whole)))
+    run_ranks(2, PRETRAIN, *small_run_flags(corpus, **SCHEDULE, save=whole))
 
     starts = (("srun_torchrun", "tasks", 2), ("deepspeed", "step", 50))
     for script, signals, iteration in starts:

@@ -1,0 +1,40 @@
+"""Text comes out whole, whatever the tokens are that it comes in."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from megalong.hf.subject import Subject
+from tests.launching import REPOSITORY
+
+
+@pytest.fixture(scope="module")
+def generate():
+    """tools/generate.py as a module."""
+    spec = importlib.util.spec_from_file_location("generate", REPOSITORY / "tools" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "plain",
+        "caf\u00e9 \u20ac \U0001f600!",
+        b"cut \xe2\x82",
+        b"\xff wrong \x80\x80 bytes\xf0",
+        b"",
+    ],
+)
+def test_tokens_of_a_byte_each(generate, capsys, content):
+    content = content.encode() if isinstance(content, str) else content
+    decode = lambda tokens: bytes(tokens).decode(errors="replace")  # noqa: E731
+    printer = generate.Printer(Subject(None, None, decode, first=0))
+    printer.put(torch.tensor([[0, *b"prompt \xe2\x82\xac"]]))
+    assert capsys.readouterr().out == "prompt \u20ac"
+    for byte in content:
+        printer.put(torch.tensor([byte]))
+    printer.end()
+    assert capsys.readouterr().out == decode(content) + "\n"
