@@ -13,6 +13,9 @@ import pytest
 # side, and bit-for-bit comparisons want the same number of threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# Several ranks of this machine cannot share a GPU; the tests of kernels on one do not ask for this.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 # Transformers copies the code of exported models there: a place for each test process. And nothing
 # in the tests may go looking on the hub.
 _MODEL_CODE = tempfile.TemporaryDirectory(prefix="megalong-tests-")

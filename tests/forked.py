@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator
 from functools import cache
@@ -66,11 +67,19 @@ class Launch:
         """What they have printed so far."""
         return self.output.read_text() if self.output.exists() else ""
 
+    def wait_for(self, words: str, timeout: float = 120.0) -> None:
+        """Wait until they have printed these words."""
+        deadline = time.monotonic() + timeout
+        while words not in self.text():
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(0.02)
+
     def kill(self) -> None:
-        """SIGKILL to all of them."""
+        """SIGKILL to all of them, and to what they have started."""
         for pid in self.pids if self.code is None else []:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            for kill in (os.kill, os.killpg):  # a rank that has just begun leads no group yet
+                with contextlib.suppress(ProcessLookupError):
+                    kill(pid, signal.SIGKILL)
 
 
 class _Server:
@@ -82,7 +91,9 @@ class _Server:
             env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            bufsize=0,  # `select` knows nothing of what a buffer holds
         )
+        self.under_way: Launch | None = None
         # Below the ports that the system gives to connections, so that nothing else takes them.
         self.port = 20_000 + os.getpid() % 100 * 100
 
@@ -93,10 +104,11 @@ class _Server:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self._free_port()),
         }
+        assert self.under_way is None or self.under_way.code is not None, "one launch at a time"
         order = [ranks, script, arguments, str(output), environment]
         self.process.stdin.write(json.dumps(order).encode() + b"\n")
-        self.process.stdin.flush()
-        return Launch(self, self.answer(60, output), output)
+        self.under_way = Launch(self, self.answer(60, output), output)
+        return self.under_way
 
     def answer(self, timeout: float, output: Path):
         """The next line that the process says. AssertionError where it takes too long."""

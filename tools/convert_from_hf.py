@@ -47,9 +47,15 @@ def main() -> int:
     if attention == "dilated":
         attention += f" {config.attention.pattern().branches}"
     print(f"{checkpoint}: {attention} attention, {config.model.seq_length} tokens")
+    tokenizer = f"--tokenizer-type {config.data.tokenizer_type}"
+    if config.data.tokenizer_model is not None:
+        tokenizer += f" --tokenizer-model {config.data.tokenizer_model}"
+    if config.data.prepend_bos:
+        tokenizer += " --prepend-bos"
+    print(f"make its data with: tools/preprocess_data.py {tokenizer} --append-eod ...")
     print(
         f"go on with: pretrain_longnet.py --config {args.output}/flags.yaml --load {args.output}"
-        " --save OTHER --data-path PREFIX"
+        " --save OTHER --data-path PREFIX --lr 1e-5 --lr-warmup-iters 100, or what suits the model"
     )
     return 0
 

@@ -4,8 +4,9 @@
     python tools/generate.py --model runs/longnet --prompt-file book.txt --max-new-tokens 500
 
 --model is a run folder or a checkpoint of megalong, or a folder of Transformers, such as
-tools/convert_to_hf.py writes, or a Llama's. Dilated attention keeps only the rows of the past that
-a later token can still attend to, so that a long prompt costs little memory.
+tools/convert_to_hf.py writes, or a Llama's; no code out of a folder is run. Dilated attention keeps
+only the rows of the past that a later token can still attend to, so that a long prompt costs little
+memory.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from megalong.hf.configs import DTYPES
@@ -51,7 +53,7 @@ def main() -> int:
     try:
         prompt = args.prompt
         if prompt is None:
-            prompt = args.prompt_file.read_text()
+            prompt = args.prompt_file.read_text(encoding="utf-8")
         subject = load_subject(args.model, args.device, DTYPES[args.dtype], args.tokenizer_model)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -63,40 +65,54 @@ def main() -> int:
 def continue_text(subject: Subject, prompt: str, args: argparse.Namespace) -> None:
     """Print the prompt and what the model makes of it, as the beginning of a document."""
     torch.manual_seed(args.seed)
-    sampling = {"do_sample": args.temperature > 0}
-    if sampling["do_sample"]:
-        sampling |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    own = subject.model.generation_config
+    # What else a folder asks for, a repetition penalty for instance, would not be what was asked.
+    subject.model.generation_config = GenerationConfig(
+        eos_token_id=own.eos_token_id,
+        pad_token_id=subject.first,
+        do_sample=args.temperature > 0,
+        temperature=args.temperature or None,
+        top_p=args.top_p if args.temperature else None,
+        top_k=0 if args.temperature else None,
+    )
     tokens = torch.tensor([[subject.first, *subject.encode(prompt)]], device=args.device)
     subject.model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
         max_new_tokens=args.max_new_tokens,
         prefill_chunk_size=args.prefill_chunk_size,
-        pad_token_id=subject.first,
         streamer=Printer(subject),
-        **sampling,
     )
 
 
 class Printer(BaseStreamer):
-    """Prints the text of the tokens that it is given, as soon as it is certain."""
+    """Prints the text of the tokens that it is given, as soon as it is certain: a character may be
+    made of several tokens."""
 
     def __init__(self, subject: Subject):
-        self.subject, self.tokens, self.printed = subject, [], 0
+        self.decode = subject.decode
+        # Text is decoded from a little before what is new: from `start` on, with `known` tokens of
+        # it printed already, since a token's text may depend on the one before it.
+        self.tokens, self.start, self.known = None, 0, 0
 
     def put(self, value: torch.Tensor) -> None:
         """value: token ids; the first call has the prompt's, after the token before the text."""
-        self.tokens += value.flatten().tolist()[0 if self.tokens else 1 :]
-        self._print(self.subject.decode(self.tokens).rstrip("\N{REPLACEMENT CHARACTER}"))
+        ids = value.flatten().tolist()
+        if self.tokens is None:
+            self.tokens = ids[1:]
+        else:
+            self.tokens += ids
+        new = self._new_text()
+        if new and not new.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(new, end="", flush=True)
+            self.start, self.known = self.known, len(self.tokens)
 
     def end(self) -> None:
-        self._print(self.subject.decode(self.tokens))
-        print(flush=True)
+        print(self._new_text(), flush=True)
 
-    def _print(self, text: str) -> None:
-        # A character may need several tokens; what follows may still change how it begins.
-        print(text[self.printed :], end="", flush=True)
-        self.printed = max(self.printed, len(text))
+    def _new_text(self) -> str:
+        before = self.decode(self.tokens[self.start : self.known])
+        return self.decode(self.tokens[self.start :])[len(before) :]
 
 
 if __name__ == "__main__":

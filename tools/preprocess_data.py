@@ -38,6 +38,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--tokenizer-type", default="SentencePieceTokenizer", choices=list(TOKENIZERS))
     add("--tokenizer-model", help="SentencePiece: the .model file; Hugging Face: a local folder")
     add("--append-eod", action="store_true", help="end every document with the eod token")
+    add(
+        "--prepend-bos",
+        action="store_true",
+        help="begin every document with the tokenizer's beginning-of-text token, which Llama and"
+        " Mistral models expect; training needs the same flag",
+    )
     add("--workers", type=int, default=1, help="tokenizing processes (default: 1)")
     add("--overwrite", action="store_true", help="replace existing output files")
     add("--strict", action="store_true", help="stop at the first broken document")
@@ -67,7 +73,11 @@ def main() -> int:
     # A scheduler's SIGTERM ends the run the ordinary way, which removes the partial files.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     task = TokenizingTask(
-        args.tokenizer_type, args.tokenizer_model, tuple(args.json_keys), args.append_eod
+        args.tokenizer_type,
+        args.tokenizer_model,
+        tuple(args.json_keys),
+        append_eod=args.append_eod,
+        prepend_bos=args.prepend_bos,
     )
     try:
         files = find_files(args.input)

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megalong.checkpoint.manifest import MANIFEST
+from megalong.checkpoint.manifest import MANIFEST, DamagedCheckpoint
 
 POINTER = "latest"
 _NAME = re.compile(r"iter_(\d{7,})")
@@ -100,8 +100,13 @@ def clear_leftovers(run: Path) -> None:
 
 @contextlib.contextmanager
 def being_read(checkpoint: Path) -> Iterator[None]:
-    """Inside, no run removes this checkpoint (where the file system has locks)."""
-    with (checkpoint / MANIFEST).open() as file:
+    """Inside, no run removes this checkpoint (where the file system has locks). Raises
+    DamagedCheckpoint where it has no manifest."""
+    try:
+        file = (checkpoint / MANIFEST).open()
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{checkpoint} is damaged: it has no {MANIFEST}") from None
+    with file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield

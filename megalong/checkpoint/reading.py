@@ -17,7 +17,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megalong.checkpoint.folder import being_read
 from megalong.checkpoint.manifest import DamagedCheckpoint
 from megalong.checkpoint.progress import Progress
 
@@ -53,13 +52,6 @@ class CheckpointReader:
             piece = self._metadata.storage_data[MetadataIndex(name, whole)]
             with (self.checkpoint / piece.relative_path).open("rb") as file:
                 return self._files.read_piece(file, piece)
-
-
-@contextlib.contextmanager
-def read_checkpoint(checkpoint: Path) -> Iterator[CheckpointReader]:
-    """A reader, and meanwhile no run removes the checkpoint."""
-    with being_read(checkpoint):
-        yield CheckpointReader(checkpoint)
 
 
 @contextlib.contextmanager

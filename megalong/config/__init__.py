@@ -23,6 +23,7 @@ __all__ = [
     "AttentionConfig",
     "Config",
     "ConfigError",
+    "DataConfig",
     "ModelConfig",
     "ParallelConfig",
     "flag_name",

@@ -19,6 +19,9 @@ class DataConfig:
         choices=("SentencePieceTokenizer", "ByteTokenizer", "HuggingFaceTokenizer"),
     )
     tokenizer_model: str | None = flag(None, "file (or folder) of the tokenizer")
+    prepend_bos: bool = flag(
+        False, "the documents begin with a beginning-of-text token: preprocess_data's --prepend-bos"
+    )
 
     def check(self) -> None:
         """Raise ConfigError where data or tokenizer is missing."""

@@ -55,6 +55,11 @@ class ModelConfig:
         " projections that write to the residual stream)",
     )
     make_vocab_size_divisible_by: int = flag(128, "pad the vocabulary to a multiple of this")
+    padded_vocab_size: int | None = flag(
+        None,
+        "rows of the vocabulary, all of them the model's own, as in models that were imported"
+        " (default: the tokenizer's ids, padded; the padding is not exported)",
+    )
     transformer_impl: str = flag(
         "local",
         "layer modules; auto takes Transformer Engine where it is installed and there is a GPU",
@@ -83,6 +88,20 @@ class ModelConfig:
             num_query_groups=default(self.num_query_groups, self.num_attention_heads),
         )
 
+    def vocabulary_rows(self, ids: int) -> int:
+        """Rows of the embedding for a tokenizer of `ids` ids. Raises ConfigError where they are too
+        few."""
+        if self.padded_vocab_size is None:
+            return math.ceil(ids / self.make_vocab_size_divisible_by) * (
+                self.make_vocab_size_divisible_by
+            )
+        if self.padded_vocab_size < ids:
+            raise ConfigError(
+                f"--padded-vocab-size {self.padded_vocab_size} is less than the {ids} ids of the"
+                " tokenizer: leave it out, or choose the model's own tokenizer"
+            )
+        return self.padded_vocab_size
+
     def check(self) -> None:
         """Raise ConfigError where these sizes make no model (after `resolve`)."""
         assert self.num_query_groups is not None and self.kv_channels is not None
@@ -95,6 +114,11 @@ class ModelConfig:
             "rope_original_length",
         )
         require_more_than_zero(self, "norm_epsilon", "rotary_base", "init_method_std")
+        if self.rope_scaling_factor is not None and self.position_embedding_type != "rope":
+            raise ConfigError(
+                f"--rope-scaling-factor {self.rope_scaling_factor} is about rotary positions: set"
+                " --position-embedding-type rope, or leave it out"
+            )
         if self.rope_scaling_factor is not None and not 1 <= self.rope_scaling_factor < math.inf:
             raise ConfigError(
                 f"--rope-scaling-factor {self.rope_scaling_factor} must be at least 1"

@@ -111,11 +111,14 @@ class ParallelConfig:
 
     def _check_tensor(self, model: ModelConfig) -> None:
         size = self.tensor_model_parallel_size
+        rows = "--make-vocab-size-divisible-by", model.make_vocab_size_divisible_by
+        if model.padded_vocab_size is not None:
+            rows = "--padded-vocab-size", model.padded_vocab_size
         for flag_, value in (
             ("--num-attention-heads", model.num_attention_heads),
             ("--num-query-groups", model.num_query_groups),
             ("--ffn-hidden-size", model.ffn_hidden_size),
-            ("--make-vocab-size-divisible-by", model.make_vocab_size_divisible_by),
+            rows,
         ):
             if value % size:
                 raise ConfigError(

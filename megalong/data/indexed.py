@@ -19,8 +19,9 @@ class IndexedDocuments:
     """The documents of PREFIX.bin and PREFIX.idx, written by megalong or by Megatron.
 
     lengths: int64 (num_documents,), tokens in each document.
-    max_token_id, vocab_size: the largest id, and the number of ids of the tokenizer, both from
-        PREFIX.json; None where there is no such file.
+    max_token_id, vocab_size, prepend_bos: the largest id, the number of ids of the tokenizer, and
+        whether the documents begin with a token for that; from PREFIX.json, None where there is no
+        such file.
     Raises FileNotFoundError or ValueError that names the file and what is wrong with it.
     """
 
@@ -36,6 +37,7 @@ class IndexedDocuments:
         description = _read_description(self.prefix, self.num_documents, self.num_tokens)
         self.max_token_id: int | None = description.get("max_token_id")
         self.vocab_size: int | None = description.get("vocab_size")
+        self.prepend_bos: bool | None = description.get("prepend_bos")
         if not self.num_tokens:
             raise ValueError(f"--data-path {self.prefix}: {self.prefix}.bin holds no tokens")
         with warnings.catch_warnings():

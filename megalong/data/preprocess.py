@@ -44,6 +44,7 @@ class TokenizingTask:
     tokenizer_model: str | None
     json_keys: tuple[str, ...]
     append_eod: bool
+    prepend_bos: bool = False
 
 
 @dataclass
@@ -112,6 +113,8 @@ def preprocess(
     if len(set(task.json_keys)) != len(task.json_keys):
         raise ValueError(f"--json-keys {' '.join(task.json_keys)}: a key is named twice")
     tokenizer = build_tokenizer(task.tokenizer_type, task.tokenizer_model)
+    if task.prepend_bos and tokenizer.bos is None:
+        raise ValueError("--prepend-bos: this tokenizer has no beginning-of-text token")
     dtype = token_dtype(tokenizer.vocab_size)
     summary = Summary(
         {key: KeySummary(output_prefix(prefix, key)) for key in task.json_keys}, len(files)
@@ -232,6 +235,8 @@ def tokenize_batch(
             if not ids:
                 empty[key] += 1
                 continue
+            if task.prepend_bos:
+                ids.insert(0, tokenizer.bos)
             if task.append_eod:
                 ids.append(tokenizer.eod)
             tokens[key].append(np.array(ids, dtype=dtype))
@@ -286,5 +291,6 @@ def _description(part: KeySummary, task: TokenizingTask, tokenizer: Tokenizer) -
         "vocab_size": tokenizer.vocab_size,
         "eod": tokenizer.eod,
         "append_eod": task.append_eod,
+        "prepend_bos": task.prepend_bos,
         "version": SIDECAR_VERSION,
     }

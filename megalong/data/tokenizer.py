@@ -50,9 +50,10 @@ def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None = None) -> 
 class Tokenizer(ABC):
     """Text to ids and back. `pieces[i]` is what id i stands for; special tokens: b""."""
 
-    def __init__(self, pieces: list[bytes], eod: int) -> None:
+    def __init__(self, pieces: list[bytes], eod: int, bos: int | None = None) -> None:
         self.pieces = pieces
         self._eod = eod
+        self._bos = bos
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -70,6 +71,11 @@ class Tokenizer(ABC):
     def eod(self) -> int:
         """The id that ends a document."""
         return self._eod
+
+    @property
+    def bos(self) -> int | None:
+        """The id that begins a document in data made with --prepend-bos, if there is one."""
+        return self._bos
 
     def decode(self, ids) -> str:
         """The text of any sequence of ids. Special tokens are dropped; bytes that are not UTF-8
@@ -120,7 +126,8 @@ class SentencePieceTokenizer(Tokenizer):
                     f"--tokenizer-model {model_file}: the model has neither an end-of-sentence "
                     f"token nor a piece {EOD_PIECE} to end documents with"
                 )
-        super().__init__([self._piece_bytes(i) for i in range(model.get_piece_size())], eod)
+        bos = model.bos_id() if model.bos_id() >= 0 else None
+        super().__init__([self._piece_bytes(i) for i in range(model.get_piece_size())], eod, bos)
         # The library takes the space's stand-in for a space, so that this one character is
         # spelled with byte tokens instead (where the model has them).
         self._stand_in = [
@@ -178,7 +185,9 @@ class HuggingFaceTokenizer(Tokenizer):
             ) from error
         try:
             # Local files only: a job on a cluster must not depend on a download.
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise ValueError(f"--tokenizer-model {folder}: {error}") from error
         if not tokenizer.is_fast:
@@ -190,7 +199,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._backend.no_truncation()
         self._backend.no_padding()
         pieces = _huggingface_pieces(self._backend, set(tokenizer.all_special_ids), folder)
-        super().__init__(pieces, tokenizer.eos_token_id)
+        super().__init__(pieces, tokenizer.eos_token_id, tokenizer.bos_token_id)
 
     def encode(self, text: str) -> list[int]:
         text.encode("utf-8")

@@ -45,8 +45,8 @@ class StoredModel:
         self.folder = (latest(path) if (path / POINTER).exists() else None) or path
         if not (self.folder / MANIFEST).exists():
             raise ConfigError(
-                f"--load {self.folder}: not a checkpoint, it has no {MANIFEST}; give a run folder"
-                " with a file `latest`, or one of its iter_* folders"
+                f"{self.folder} is not a checkpoint, it has no {MANIFEST}: give a run folder with a"
+                " file `latest`, one of its iter_* folders"
             )
         # While this object lives, a run that goes on does not remove the checkpoint.
         self._held = ExitStack()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megalong.config import Config, ConfigError
+from megalong.data.tokenizer import Tokenizer
 
 # Transformers' names of number formats, and of training's --precision.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -19,12 +20,13 @@ AUTO_MAP = {
 }
 
 
-def longnet_config(config: Config, vocab_size: int, eod: int) -> dict[str, Any]:
-    """The fields of LongNetConfig for a model of ours; config: resolved."""
+def longnet_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The fields of LongNetConfig for a model of ours, trained with this tokenizer; config:
+    resolved."""
     model, attention = config.model, config.attention
     offsets = attention.head_offsets
     return {
-        "vocab_size": vocab_size,
+        "vocab_size": model.padded_vocab_size or tokenizer.vocab_size,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,
         "num_hidden_layers": model.num_layers,
@@ -48,8 +50,9 @@ def longnet_config(config: Config, vocab_size: int, eod: int) -> dict[str, Any]:
         "head_offsets": offsets if isinstance(offsets, str) else [list(row) for row in offsets],
         "initializer_range": model.init_method_std,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
-        "eos_token_id": eod,
-        "pad_token_id": eod,
+        "bos_token_id": tokenizer.bos if config.data.prepend_bos else None,
+        "eos_token_id": tokenizer.eod,
+        "pad_token_id": tokenizer.eod,
     }
 
 
@@ -57,17 +60,29 @@ def megalong_values(config: dict[str, Any], where: str) -> dict[str, Any]:
     """The fields of megalong's configuration that a config.json of Transformers decides.
 
     where: the file, for errors. Raises ConfigError for a model that megalong does not have, saying
-    what it has and megalong has not.
+    what it has and megalong has not, and for a file that is not complete.
     """
     model_type = config.get("model_type")
-    if model_type == "longnet":
-        return _from_longnet(config)
-    if model_type in LLAMA_FAMILY:
-        return _from_llama(config, where)
+    try:
+        if model_type == "longnet":
+            return _from_longnet(_ADDED_FIELDS | config)
+        if model_type in LLAMA_FAMILY:
+            return _from_llama(config, where)
+    except KeyError as missing:
+        raise ConfigError(f"{where} has no {missing.args[0]}: it is not complete") from missing
     raise ConfigError(
         f"{where}: model type {model_type!r}; megalong reads longnet (its own exports) and"
         f" {', '.join(LLAMA_FAMILY)}"
     )
+
+
+# Not in the folders of earlier versions.
+_ADDED_FIELDS = {
+    "qkv_bias": False,
+    "qk_norm": False,
+    "rope_scaling_factor": None,
+    "rope_original_length": 8192,
+}
 
 
 def _from_longnet(config: dict[str, Any]) -> dict[str, Any]:
@@ -133,13 +148,22 @@ def _rope(config: dict[str, Any], where: str) -> dict[str, Any]:
     rope_theta and rope_scaling."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    turns = rope.get("low_freq_factor"), rope.get("high_freq_factor")
-    known = kind == "default" or (kind == "llama3" and turns == (1, 4))
-    if not known or partial != 1.0:
+    if kind not in ("default", "llama3"):
         raise ConfigError(
-            f"{where}: rotary positions of type {kind!r} (rope_scaling), or on a part of the"
-            f" channels ({partial}); megalong has plain RoPE and Llama 3.1's, on all of them"
+            f"{where}: rotary positions are scaled in the way {kind!r}, and megalong has those of"
+            " plain RoPE and of Llama 3.1. Without the scaling (take it out of the file) it is"
+            " another model, good up to its original length"
+        )
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        raise ConfigError(
+            f"{where}: partial_rotary_factor is {partial}; megalong's positions turn all channels"
+        )
+    turns = rope.get("low_freq_factor", 1), rope.get("high_freq_factor", 4)
+    if turns != (1, 4):
+        raise ConfigError(
+            f"{where}: low_freq_factor and high_freq_factor are {turns}, and megalong has Llama"
+            " 3.1's, 1 and 4"
         )
     values = {"rotary_base": float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))}
     if kind == "llama3":

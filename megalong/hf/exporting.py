@@ -55,7 +55,7 @@ def export(
         sizes = Sizes.of(config.model, tokenizer.vocab_size)
         written = _write_weights(checkpoint, sizes, DTYPES[dtype], shard_bytes, folder)
         provenance = _provenance(checkpoint, config)
-        fields = longnet_config(config, tokenizer.vocab_size, tokenizer.eod)
+        fields = longnet_config(config, tokenizer)
         _write_json(
             folder / "config.json",
             {
@@ -67,8 +67,8 @@ def export(
                 "megalong": provenance,
             },
         )
-        ends = {"eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.eod}
-        _write_json(folder / "generation_config.json", {**ends, "do_sample": False})
+        tokens = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        _write_json(folder / "generation_config.json", {**tokens, "do_sample": False})
         for name in MODEL_FILES:
             shutil.copy(Path(__file__).with_name(name), folder / name)
         for file in folder.glob("*.safetensors"):

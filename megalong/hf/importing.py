@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -22,6 +23,7 @@ from megalong.hf.names import Entry, Sizes, check_names, check_shape, entries
 from megalong.hf.tokenizer_files import (
     HUGGINGFACE_FILES,
     SENTENCEPIECE_FILE,
+    begins_with_bos,
     tokenizer_of_export,
 )
 
@@ -81,6 +83,8 @@ def import_model(source: Path, run_folder: Path, changes: dict[str, Any]) -> tup
         raise ConfigError(f"--output {run_folder} is not empty: choose another folder")
     theirs = read_config(source)
     values = megalong_values(theirs, str(source / "config.json"))
+    if "tokenizer_type" not in changes:
+        values["prepend_bos"] = _begins_with_bos(theirs, source)
     values, ids = _with_tokenizer(values | changes, source, run_folder)
     given, config = _configuration(theirs, values, ids)
     sizes = _sizes(theirs, config, ids)
@@ -108,6 +112,11 @@ def _with_tokenizer(
     if "tokenizer_type" in values:
         kind, model = values["tokenizer_type"], values.get("tokenizer_model")
         return values, build_tokenizer(kind, model).vocab_size
+    if "tokenizer_model" in values:
+        raise ConfigError(
+            f"--tokenizer-model {values['tokenizer_model']} is given without --tokenizer-type: give"
+            " both, or neither for the model's own"
+        )
     kind, model = tokenizer_of_export(source)
     ids = build_tokenizer(kind, model).vocab_size
     if model is not None:
@@ -116,18 +125,28 @@ def _with_tokenizer(
     return values | {"tokenizer_type": kind, "tokenizer_model": model}, ids
 
 
+def _begins_with_bos(theirs: dict[str, Any], source: Path) -> bool:
+    """Whether the model was trained on documents that begin with a token for that."""
+    if theirs["model_type"] == "longnet":
+        return theirs.get("bos_token_id") is not None
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        source, local_files_only=True, trust_remote_code=False
+    )
+    return begins_with_bos(tokenizer)
+
+
 def _configuration(
     theirs: dict[str, Any], values: dict[str, Any], ids: int
 ) -> tuple[Config, Config]:
     """The configuration of the model, as it is given to the run that goes on, and resolved."""
-    rows = theirs["vocab_size"]
     stored = (theirs.get("megalong") or {}).get("training_precision")
     dtype = str(theirs.get("dtype") or theirs.get("torch_dtype"))
     precisions = {dtype: precision for precision, dtype in DTYPE_OF_PRECISION.items()}
     defaults = {
-        # Training makes as many rows as there are here, so that the model stays the same function.
-        "make_vocab_size_divisible_by": min(128, rows & -rows) if ids == rows else rows,
         "precision": stored or precisions.get(dtype, "fp32"),
+        **_vocabulary(theirs["vocab_size"], ids, values.get("make_vocab_size_divisible_by")),
     }
     given = config_from_values(defaults | values)
     # The data of the run to come is not known yet, and nothing else of a run can be wrong here.
@@ -136,16 +155,26 @@ def _configuration(
     return given, dataclasses.replace(resolved, data=data)
 
 
-def _sizes(theirs: dict[str, Any], config: Config, ids: int) -> Sizes:
-    """The sizes of the model, with as many rows of the vocabulary as training will give it."""
-    rows = theirs["vocab_size"]
-    sizes = Sizes.of(config.model, ids)
-    if ids > rows or sizes.padded_vocabulary < rows:
+def _vocabulary(rows: int, ids: int, multiple: int | None) -> dict[str, int]:
+    """The fields that make training give the vocabulary as many rows as the model has, so that it
+    stays the same function; or more, where a multiple is asked for."""
+    if ids > rows:
         raise ConfigError(
-            f"--input: the model has {rows} rows in its vocabulary, the tokenizer {ids} ids, and"
-            f" --make-vocab-size-divisible-by {config.model.make_vocab_size_divisible_by} makes"
-            f" {sizes.padded_vocabulary} of them: choose the model's tokenizer, and a multiple that"
-            " makes at least as many rows as the model has"
+            f"--input: the model has {rows} rows in its vocabulary, and the tokenizer {ids} ids:"
+            " choose the model's own tokenizer"
+        )
+    if ids == rows:
+        return {"make_vocab_size_divisible_by": multiple or min(128, rows & -rows)}
+    return {"padded_vocab_size": math.ceil(rows / (multiple or 1)) * (multiple or 1)}
+
+
+def _sizes(theirs: dict[str, Any], config: Config, ids: int) -> Sizes:
+    """The sizes of the model as it comes, and with as many rows as training will give it."""
+    rows, sizes = theirs["vocab_size"], Sizes.of(config.model, ids)
+    if sizes.padded_vocabulary < rows:
+        raise ConfigError(
+            f"--padded-vocab-size {sizes.padded_vocabulary} is less than the model's {rows} rows:"
+            " leave it out"
         )
     return dataclasses.replace(sizes, vocabulary=rows)
 

@@ -37,7 +37,6 @@ class Sizes:
     @classmethod
     def of(cls, model: ModelConfig, vocab_size: int) -> Sizes:
         """model: resolved. vocab_size: the tokenizer's."""
-        multiple = model.make_vocab_size_divisible_by
         return cls(
             layers=model.num_layers,
             hidden=model.hidden_size,
@@ -45,8 +44,8 @@ class Sizes:
             kv_heads=model.num_query_groups,
             head_dim=model.kv_channels,
             mlp=model.ffn_hidden_size,
-            vocabulary=vocab_size,
-            padded_vocabulary=-(-vocab_size // multiple) * multiple,
+            vocabulary=model.padded_vocab_size or vocab_size,
+            padded_vocabulary=model.vocabulary_rows(vocab_size),
             swiglu=model.swiglu,
             linear_bias=model.add_bias_linear,
             qkv_bias=model.add_bias_linear or model.add_qkv_bias,

@@ -3,6 +3,7 @@ others'. Needs neither Megatron-core nor DeepSpeed."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 import torch
 
-from megalong.data.tokenizer import build_tokenizer
+from megalong.config import ConfigError
+from megalong.data.tokenizer import Tokenizer, build_tokenizer
 from megalong.hf.checkpoint_files import StoredModel
 from megalong.hf.configs import longnet_config
 from megalong.hf.names import Sizes, check_names, entries
+from megalong.hf.tokenizer_files import begins_with_bos
 
 
 @dataclass(frozen=True)
@@ -37,22 +40,37 @@ def load_subject(path: Path, device: str, dtype: torch.dtype, tokenizer_model: s
     """
     if (path / "config.json").exists():
         return _load_folder(path, device, dtype)
-    checkpoint = StoredModel(path)
+    try:
+        checkpoint = StoredModel(path)
+    except ConfigError as error:
+        raise ConfigError(f"{error}, or a folder of Transformers, with its config.json") from error
     data = checkpoint.config.data
     tokenizer = build_tokenizer(data.tokenizer_type, tokenizer_model or data.tokenizer_model)
-    model = load_checkpoint(checkpoint, tokenizer.vocab_size, tokenizer.eod)
-    model = model.to(device, dtype).eval()
-    return Subject(model, tokenizer.encode, tokenizer.decode, tokenizer.eod)
+    model = load_checkpoint(checkpoint, tokenizer).to(device, dtype).eval()
+    first = tokenizer.bos if data.prepend_bos else tokenizer.eod
+
+    def decode(tokens: list[int]) -> str:
+        return tokenizer.decode([token for token in tokens if token < tokenizer.vocab_size])
+
+    return Subject(model, tokenizer.encode, decode, first)
 
 
 def _load_folder(path: Path, device: str, dtype: torch.dtype) -> Subject:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """Runs no code out of the folder: of our own exports the classes are here."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-    options = {"trust_remote_code": True, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
-    tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    first = tokenizer.bos_token_id
-    first = tokenizer.eos_token_id if first is None else first
+    if json.loads((path / "config.json").read_text()).get("model_type") == "longnet":
+        from megalong.hf.modeling_longnet import LongNetForCausalLM
+
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+        model = LongNetForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        bos = model.config.bos_token_id
+    else:
+        options = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+        bos = tokenizer.bos_token_id if begins_with_bos(tokenizer) else None
+    first = tokenizer.eos_token_id if bos is None else bos
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
@@ -63,15 +81,14 @@ def _load_folder(path: Path, device: str, dtype: torch.dtype) -> Subject:
     return Subject(model.to(device).eval(), encode, decode, first)
 
 
-def load_checkpoint(checkpoint: StoredModel, vocab_size: int, eod: int):
+def load_checkpoint(checkpoint: StoredModel, tokenizer: Tokenizer):
     """LongNetForCausalLM with the weights of one of megalong's checkpoints, float32."""
     from megalong.hf.configuration_longnet import LongNetConfig
     from megalong.hf.modeling_longnet import LongNetForCausalLM
 
-    table = entries(Sizes.of(checkpoint.config.model, vocab_size))
+    table = entries(Sizes.of(checkpoint.config.model, tokenizer.vocab_size))
     check_names(str(checkpoint.folder), (entry.name for entry in table), checkpoint.shapes)
-    config = LongNetConfig(**longnet_config(checkpoint.config, vocab_size, eod))
-    model = LongNetForCausalLM(config)
+    model = LongNetForCausalLM(LongNetConfig(**longnet_config(checkpoint.config, tokenizer)))
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for entry in table:

@@ -73,7 +73,7 @@ def export_tokenizer(tokenizer_type: str, tokenizer_model: str | None, folder: P
 def _check_same(ours: Tokenizer, folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     lossless = all(ours.decode(ours.encode(text)) == text for text in _PROBES)
     for text in _PROBES:
         if not lossless:  # one that adds a prefix adds another one after each stand-in
@@ -186,6 +186,12 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
         halves = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
         merges += [pair for pair in halves if pair[0] in scores and pair[1] in scores]
     return merges
+
+
+def begins_with_bos(tokenizer) -> bool:
+    """Whether a tokenizer of Transformers begins every text with a token for that, as the models of
+    those that do expect."""
+    return tokenizer.bos_token_id is not None and tokenizer.encode("a")[0] == tokenizer.bos_token_id
 
 
 def tokenizer_of_export(folder: Path) -> tuple[str, str | None]:

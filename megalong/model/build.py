@@ -29,7 +29,7 @@ def build_model(
     """This rank's part of the model, in float32 on the CPU, with the initial weights of
     `config.training.seed`.
 
-    vocab_size: the tokenizer's; the embedding is padded (`--make-vocab-size-divisible-by`).
+    vocab_size: the tokenizer's; the embedding may have more rows (`ModelConfig.vocabulary_rows`).
     initialize: False leaves the weights as memory is, for a checkpoint to fill them in.
     Needs Megatron-core's groups (`megalong.parallel.launch`).
     """
@@ -68,7 +68,7 @@ def _chunk(
             transformer_layer_spec=get_longnet_block_spec(
                 megatron_config, pattern, model_config.transformer_impl, mesh.sequence, numbered
             ),
-            vocab_size=padded_vocab_size(vocab_size, model_config.make_vocab_size_divisible_by),
+            vocab_size=model_config.vocabulary_rows(vocab_size),
             max_sequence_length=model_config.seq_length,
             pre_process=mesh.is_first_stage and chunk == 0,
             post_process=mesh.is_last_stage and chunk == chunks - 1,
@@ -156,14 +156,9 @@ def number_of_parameters(config: Config, vocab_size: int) -> int:
         layer += heads * channels
     if model.add_bias_linear:
         layer += hidden + mlp_inputs + hidden
-    embedding = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by) * hidden
+    embedding = model.vocabulary_rows(vocab_size) * hidden
     embeddings = embedding * (2 if model.untie_embeddings_and_output_weights else 1)
     return model.num_layers * layer + norm + embeddings
-
-
-def padded_vocab_size(vocab_size: int, multiple: int) -> int:
-    """`vocab_size` rounded up to a multiple."""
-    return math.ceil(vocab_size / multiple) * multiple
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ def sum_divided_norms(model: torch.nn.Module) -> None:
     Before DeepSpeed looks at them, whatever the ZeRO stage. They are vectors.
     """
     group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() == 1:
+        return
     for name, parameter in model.named_parameters():
         part_of_heads = "q_layernorm." in name or "k_layernorm." in name
         if part_of_heads or getattr(parameter, "sequence_parallel", False):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megalong.checkpoint.folder import point_at
 from megalong.checkpoint.progress import Progress
-from megalong.checkpoint.reading import read_checkpoint
+from megalong.checkpoint.reading import CheckpointReader
 from megalong.checkpoint.saving import Saver
 from megalong.config import Config
 from megalong.data.batches import (
@@ -54,12 +54,14 @@ class Trainer:
         self.lock = open_run_folder(config, given) if mesh.is_main else None
         self.progress = Progress()
         check_agreement(config, checkpoint)
-        if checkpoint is not None:
-            checkpoint = sound_checkpoint(config, say)
-        model = build_model(config, data.tokenizer.vocab_size, mesh, initialize=checkpoint is None)
-        self.engine = TrainingEngine(model, config, mesh)
-        if checkpoint is not None:
-            with read_checkpoint(checkpoint) as reader:
+        with contextlib.ExitStack() as held:
+            if checkpoint is not None:
+                checkpoint = held.enter_context(sound_checkpoint(config, say))
+            vocab_size = data.tokenizer.vocab_size
+            model = build_model(config, vocab_size, mesh, initialize=checkpoint is None)
+            self.engine = TrainingEngine(model, config, mesh)
+            if checkpoint is not None:
+                reader = CheckpointReader(checkpoint)
                 self.progress = load_checkpoint(reader, self.engine, config)
         resumes = checkpoint is not None and same_folder(config.run.load, config.run.save)
         if resumes and mesh.is_main and config.run.load_fallback:

@@ -6,15 +6,16 @@ afterwards.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megalong.checkpoint.folder import POINTER, checkpoints, iteration_of, latest
+from megalong.checkpoint.folder import POINTER, being_read, checkpoints, iteration_of, latest
 from megalong.checkpoint.manifest import (
     TENSOR_FILES,
     DamagedCheckpoint,
@@ -22,7 +23,7 @@ from megalong.checkpoint.manifest import (
     check_files,
     check_hashes,
 )
-from megalong.config import AttentionConfig, Config, ConfigError, ModelConfig, flag_name
+from megalong.config import AttentionConfig, Config, ConfigError, DataConfig, ModelConfig, flag_name
 from megalong.config.arguments import read_yaml
 from megalong.progress import ProgressBar
 from megalong.training.run_folder import same_folder
@@ -50,8 +51,10 @@ def open_checkpoint(config: Config) -> Path | None:
     return checkpoint
 
 
-def sound_checkpoint(config: Config, say: Callable[[str], None]) -> Path:
-    """The same, once more thoroughly: with hashes, unless `--no-verify-checkpoint`.
+@contextlib.contextmanager
+def sound_checkpoint(config: Config, say: Callable[[str], None]) -> Iterator[Path]:
+    """The same, once more thoroughly: with hashes, unless `--no-verify-checkpoint`. Inside, no
+    other run removes it.
 
     Called by every rank where `open_checkpoint` has found one. say: where rank 0 says what is
     damaged, if `--load-fallback` goes past it. Raises ConfigError on every rank.
@@ -59,14 +62,16 @@ def sound_checkpoint(config: Config, say: Callable[[str], None]) -> Path:
     # A network file system may show each rank its own: what rank 0 sees counts.
     candidates = [_candidates(config) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(candidates, src=0)
-    verify = config.run.verify_checkpoint
-    checkpoint, damage = _first_sound(
-        candidates[0], lambda candidate: _check_together(candidate, verify), config
-    )
-    for line in damage if dist.get_rank() == 0 else []:
-        say(f"{line}: going on from {checkpoint.name} (--load-fallback)")
-    _check_same_run(checkpoint, config)
-    return checkpoint
+    with contextlib.ExitStack() as held:
+        checkpoint, damage = _first_sound(
+            candidates[0],
+            lambda candidate: _check_together(candidate, config.run.verify_checkpoint, held),
+            config,
+        )
+        for line in damage if dist.get_rank() == 0 else []:
+            say(f"{line}: going on from {checkpoint.name} (--load-fallback)")
+        _check_same_run(checkpoint, config)
+        yield checkpoint
 
 
 def check_agreement(config: Config, checkpoint: Path | None) -> None:
@@ -120,10 +125,12 @@ def _first_sound(
     )
 
 
-def _check_together(checkpoint: Path, verify: bool) -> None:
-    """Check a checkpoint, every rank a share of it. Raises the same DamagedCheckpoint on all."""
+def _check_together(checkpoint: Path, verify: bool, held: contextlib.ExitStack) -> None:
+    """Check a checkpoint, every rank a share of it, and hold on to it. Raises the same
+    DamagedCheckpoint on all."""
     finding = None
     try:
+        held.enter_context(being_read(checkpoint))
         manifest = check_files(checkpoint)
         if verify:
             check_share(checkpoint, manifest, dist.get_rank(), dist.get_world_size())
@@ -158,12 +165,13 @@ _RUN_FIELDS += [field.name for field in dataclasses.fields(AttentionConfig)]
 
 
 def _check_same_run(checkpoint: Path, config: Config) -> None:
-    stored = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    sections = (ModelConfig, DataConfig)
+    stored = {field.name: field.default for kind in sections for field in dataclasses.fields(kind)}
     stored |= read_yaml(str(checkpoint / "config.yaml"))
     sections = (config.model, config.attention, config.training, config.data)
     ours = {name: value for section in sections for name, value in vars(section).items()}
     names = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in _FREE_MODEL_FIELDS]
-    names += ["tokenizer_type", "tokenizer_model"]
+    names += ["tokenizer_type", "tokenizer_model", "prepend_bos"]
     if same_folder(config.run.load, config.run.save):
         names += _RUN_FIELDS
     for name in names:
@@ -172,6 +180,8 @@ def _check_same_run(checkpoint: Path, config: Config) -> None:
             way_out = "start a new run without --load"
             if name in _RUN_FIELDS:
                 way_out = "--save into another folder"
+            if name in ("make_vocab_size_divisible_by", "padded_vocab_size"):
+                way_out += ", or, for an imported model, import it with another one"
             raise ConfigError(
                 f"{flag_name(name)} is {ours[name]}, but the checkpoint {checkpoint} was written"
                 f" with {theirs}: set it to that, or {way_out}"

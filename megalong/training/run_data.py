@@ -42,12 +42,19 @@ def open_run_data(config: Config) -> RunData:
 def _open(config: Config) -> RunData:
     data = config.data
     tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model)
+    config.model.vocabulary_rows(tokenizer.vocab_size)  # an error, where they are too few
     documents = IndexedDocuments(data.data_path)
     made_with = documents.vocab_size
     if made_with is not None and made_with != tokenizer.vocab_size:
         raise ConfigError(
             f"--data-path {data.data_path} was made with a tokenizer of {made_with} ids, and"
             f" --tokenizer-model {data.tokenizer_model} has {tokenizer.vocab_size}: give the same"
+        )
+    if documents.prepend_bos not in (None, data.prepend_bos):
+        made, flag = ("with", "") if documents.prepend_bos else ("without", "no-")
+        raise ConfigError(
+            f"--data-path {data.data_path} was made {made} --prepend-bos: set"
+            f" --{flag}prepend-bos, or preprocess the text again"
         )
     ranges = split_documents(documents.num_documents, data.split)
     if not ranges[0]:

@@ -69,6 +69,7 @@ def test_round_trip_of_every_document(tmp_path, corpus, corpus_texts, tokenizer_
         "vocab_size": 1024,
         "eod": 1,
         "append_eod": True,
+        "prepend_bos": False,
         "version": 1,
     }
     assert f"{len(corpus_texts)} documents, {len(tokens):,} tokens, {size:,} bytes" in done.stdout

@@ -3,6 +3,7 @@
 import torch
 
 from megalong.config.arguments import parse_arguments
+from megalong.data.tokenizer import ByteTokenizer
 from megalong.hf.configs import longnet_config
 from megalong.hf.configuration_longnet import LongNetConfig
 from megalong.hf.modeling_longnet import LongNetForCausalLM
@@ -32,7 +33,7 @@ def megatron_model(config, mesh):
 
 def huggingface_model(config, weights):
     """LongNetForCausalLM with these weights of ours, by canonical name; float32."""
-    model = LongNetForCausalLM(LongNetConfig(**longnet_config(config, VOCAB_SIZE, 256)))
+    model = LongNetForCausalLM(LongNetConfig(**longnet_config(config, ByteTokenizer())))
     state = {}
     for entry in entries(Sizes.of(config.model, VOCAB_SIZE)):
         state |= entry.to_huggingface(weights[entry.name])

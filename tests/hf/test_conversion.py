@@ -22,6 +22,7 @@ from transformers import (
     pipeline,
 )
 
+from megalong.checkpoint.folder import checkpoint_folder, remove_old
 from megalong.config import ConfigError
 from megalong.hf.checkpoint_files import StoredModel, write_first_checkpoint
 from megalong.hf.exporting import export, parse_size
@@ -203,6 +204,18 @@ def test_sizes_of_shards():
         parse_size("lots")
 
 
+def test_what_is_read_is_not_removed_meanwhile(tmp_path):
+    random_checkpoint(tmp_path / "run")
+    stored = StoredModel(tmp_path / "run")
+    newer = checkpoint_folder(tmp_path / "run", 5)
+    shutil.copytree(stored.folder, newer)
+    remove_old(newer, keep_last=1, keep_every=None)
+    assert stored.folder.exists()
+    del stored
+    remove_old(newer, keep_last=1, keep_every=None)
+    assert [path.name for path in (tmp_path / "run").glob("iter_*")] == ["iter_0000005"]
+
+
 def test_the_moments_of_an_imported_checkpoint_are_zero(tmp_path):
     _, weights = random_checkpoint(tmp_path / "run")
     folder = StoredModel(tmp_path / "run").folder
@@ -309,7 +322,7 @@ def test_a_llama_computes_the_same_here(kind, fields, tmp_path):
                 **SMALL,
                 rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
             ),
-            "type 'linear'",
+            "in the way 'linear'",
         ),
     ],
     ids=["qwen2 sliding", "qwen3 biases", "sliding", "biases", "activation", "rope"],
@@ -346,13 +359,26 @@ def test_a_tokenizer_of_transformers_comes_along(tmp_path):
     assert AutoTokenizer.from_pretrained(config.data.tokenizer_model).encode("a\n\nb")
 
 
-def test_a_vocabulary_that_training_would_not_make_is_refused(tmp_path):
-    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path / "llama")
-    changes = BYTES | {"attention": "dense", "make_vocab_size_divisible_by": 100}
-    _, config = import_model(tmp_path / "llama", tmp_path / "run", changes)  # 257 ids, 300 rows
-    assert config.model.make_vocab_size_divisible_by == 100
-    with pytest.raises(ConfigError, match="300 rows in its vocabulary, the tokenizer 257 ids"):
-        import_model(
-            tmp_path / "llama", tmp_path / "no", changes | {"make_vocab_size_divisible_by": 8}
-        )
-    assert not (tmp_path / "no").exists()
+@pytest.mark.parametrize("multiple, rows", [(None, 300), (128, 384)])
+def test_rows_without_an_id_stay(multiple, rows, tmp_path):
+    """257 ids, 300 rows: there and back with all of them, and with more where that is asked for."""
+    llama = LlamaForCausalLM(LlamaConfig(**SMALL))
+    llama.save_pretrained(tmp_path / "llama")
+    changes = BYTES | {"attention": "dense"}
+    changes |= {} if multiple is None else {"make_vocab_size_divisible_by": multiple}
+    _, config = import_model(tmp_path / "llama", tmp_path / "run", changes)
+    assert config.model.padded_vocab_size == rows
+    export(tmp_path / "run", tmp_path / "out")
+    back = stored_tensors(tmp_path / "out")
+    for name, tensor in llama.state_dict().items():
+        height = len(tensor)
+        assert torch.equal(back[name][:height], tensor) and not back[name][height:].any()
+    assert len(back["lm_head.weight"]) == rows
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path):
+    config = LlamaConfig(**SMALL | {"vocab_size": 200})
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    with pytest.raises(ConfigError, match="200 rows in its vocabulary, and the tokenizer 257 ids"):
+        import_model(tmp_path / "llama", tmp_path / "run", BYTES | {"attention": "dense"})
+    assert not (tmp_path / "run").exists()

@@ -18,6 +18,7 @@ def generate():
     return module
 
 
+@pytest.mark.parametrize("prompt", [b"prompt \xe2\x82\xac", b""])
 @pytest.mark.parametrize(
     "content",
     [
@@ -28,12 +29,12 @@ def generate():
         b"",
     ],
 )
-def test_tokens_of_a_byte_each(generate, capsys, content):
+def test_tokens_of_a_byte_each(generate, capsys, prompt, content):
     content = content.encode() if isinstance(content, str) else content
     decode = lambda tokens: bytes(tokens).decode(errors="replace")  # noqa: E731
     printer = generate.Printer(Subject(None, None, decode, first=0))
-    printer.put(torch.tensor([[0, *b"prompt \xe2\x82\xac"]]))
-    assert capsys.readouterr().out == "prompt \u20ac"
+    printer.put(torch.tensor([[0, *prompt]]))
+    assert capsys.readouterr().out == prompt.decode()
     for byte in content:
         printer.put(torch.tensor([byte]))
     printer.end()

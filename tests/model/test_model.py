@@ -5,13 +5,12 @@ import math
 import pytest
 import torch
 
-from megalong.config import ModelConfig
+from megalong.config import ConfigError, ModelConfig
 from megalong.config.arguments import parse_arguments
 from megalong.model.build import (
     build_model,
     initialize_weights,
     number_of_parameters,
-    padded_vocab_size,
 )
 from megalong.model.names import canonical_name, named_parameters
 from megalong.model.rotary import LongRotaryEmbedding
@@ -176,5 +175,9 @@ def test_number_of_parameters(build, changes):
     assert number_of_parameters(config, VOCAB_SIZE) == sum(p.numel() for p in model.parameters())
 
 
-def test_padded_vocab_size():
-    assert [padded_vocab_size(n, 128) for n in (1, 128, 129)] == [128, 128, 256]
+def test_rows_of_the_vocabulary():
+    assert [ModelConfig().vocabulary_rows(n) for n in (1, 128, 129)] == [128, 128, 256]
+    own = ModelConfig(padded_vocab_size=300)
+    assert own.vocabulary_rows(257) == 300
+    with pytest.raises(ConfigError, match="--padded-vocab-size 300 is less than the 301 ids"):
+        own.vocabulary_rows(301)

@@ -50,8 +50,7 @@ def test_four_ranks_go_on_bit_for_bit(corpus, tmp_path):
 
     for number, rank in ((signal.SIGTERM, 2), (signal.SIGUSR1, 1)):
         with started_ranks(4, PRETRAIN, *flags(folder)) as launch:
-            while "\niteration " not in launch.text():
-                time.sleep(0.02)
+            launch.wait_for("\niteration ")
             os.kill(launch.pids[rank], number)
             assert launch.wait(240) == 0, launch.text()
             assert f"stopped by {number.name} after iteration" in launch.text()
