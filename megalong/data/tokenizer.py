@@ -208,12 +208,15 @@ class HuggingFaceTokenizer(Tokenizer):
 
 def _huggingface_pieces(backend, special_ids: set[int], folder: str) -> list[bytes]:
     """The bytes of every id of a fast tokenizer, from the two ways such vocabularies spell bytes:
-    GPT-2's alphabet of 256 printable characters, or SentencePiece's "\u2581" and "<0x0A>"."""
+    GPT-2's alphabet of 256 printable characters, or SentencePiece's "<0x0A>", with or without its
+    "\u2581" for a space."""
     decoder = str(json.loads(backend.to_str())["decoder"])
     if "ByteLevel" in decoder:
         spell = _byte_level_bytes
     elif SENTENCEPIECE_SPACE in decoder:
         spell = _sentencepiece_bytes
+    elif "ByteFallback" in decoder:
+        spell = _byte_fallback_bytes
     else:
         raise ValueError(
             f"--tokenizer-model {folder}: how its tokens spell bytes is unknown (neither "
@@ -235,9 +238,13 @@ def _byte_level_bytes(piece: str) -> bytes:
 
 
 def _sentencepiece_bytes(piece: str) -> bytes:
+    return _byte_fallback_bytes(piece.replace(SENTENCEPIECE_SPACE, " "))
+
+
+def _byte_fallback_bytes(piece: str) -> bytes:
     if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
         return bytes([int(piece[3:5], 16)])
-    return piece.replace(SENTENCEPIECE_SPACE, " ").encode("utf-8")
+    return piece.encode("utf-8")
 
 
 def byte_level_alphabet() -> dict[str, int]:

@@ -49,7 +49,9 @@ def export(
         if with_tokenizer:
             from megalong.hf.tokenizer_files import export_tokenizer
 
-            tokenizer = export_tokenizer(config.data.tokenizer_type, tokenizer_model, folder)
+            tokenizer = export_tokenizer(
+                config.data.tokenizer_type, tokenizer_model, folder, config.data.prepend_bos
+            )
         else:
             tokenizer = build_tokenizer(config.data.tokenizer_type, tokenizer_model)
         sizes = Sizes.of(config.model, tokenizer.vocab_size)

@@ -37,9 +37,13 @@ _PROBES = (
 )
 
 
-def export_tokenizer(tokenizer_type: str, tokenizer_model: str | None, folder: Path) -> Tokenizer:
+def export_tokenizer(
+    tokenizer_type: str, tokenizer_model: str | None, folder: Path, prepend_bos: bool = False
+) -> Tokenizer:
     """Write the files of one of megalong's tokenizers; returns that tokenizer.
 
+    prepend_bos: whether the documents of the training began with its beginning-of-text token; then
+    the texts that the written tokenizer is given do too, and else they do not.
     Raises ValueError where it cannot be expressed, and what `build_tokenizer` raises.
     """
     ours = build_tokenizer(tokenizer_type, tokenizer_model)
@@ -47,6 +51,7 @@ def export_tokenizer(tokenizer_type: str, tokenizer_model: str | None, folder: P
         for name in HUGGINGFACE_FILES:
             if (Path(tokenizer_model) / name).exists():
                 shutil.copy(Path(tokenizer_model) / name, folder / name)
+        _begin_texts(folder, ours.bos if prepend_bos else None)
         return ours
     if tokenizer_type == "ByteTokenizer":
         backend = _bytes_backend()
@@ -65,9 +70,49 @@ def export_tokenizer(tokenizer_type: str, tokenizer_model: str | None, folder: P
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": int(1e30),
     }
+    if ours.bos is not None:
+        settings["bos_token"] = backend.id_to_token(ours.bos)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    _begin_texts(folder, ours.bos if prepend_bos else None)
     _check_same(ours, folder)
     return ours
+
+
+def _begin_texts(folder: Path, bos: int | None) -> None:
+    """Make the tokenizer there put this token before every text, or none."""
+    from tokenizers import Tokenizer as Backend
+    from transformers import AutoTokenizer
+
+    def is_so() -> bool:
+        theirs = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        return begins_with_bos(theirs) == (bos is not None)
+
+    if is_so():
+        return
+    path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    content, settings = json.loads(path.read_text()), json.loads(settings_path.read_text())
+    content["post_processor"] = None
+    if bos is not None:
+        token = Backend.from_file(str(path)).id_to_token(bos)
+        first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+        begin = {"SpecialToken": {"id": token, "type_id": 0}}
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [begin, first],
+            "pair": [begin, first, begin, second],
+            "special_tokens": {token: {"id": token, "ids": [bos], "tokens": [token]}},
+        }
+    path.write_text(json.dumps(content, ensure_ascii=False))
+    settings_path.write_text(json.dumps(settings | {"add_bos_token": bos is not None}, indent=2))
+    if not is_so():
+        begin = "does not begin" if bos is not None else "begins"
+        raise ValueError(
+            f"--tokenizer-model: in Transformers this tokenizer {begin} texts with its"
+            " beginning-of-text token, other than the documents of the training, and this cannot be"
+            " changed: export without it (--no-tokenizer) and add the tokenizer files by hand"
+        )
 
 
 def _check_same(ours: Tokenizer, folder: Path) -> None:

@@ -105,3 +105,26 @@ def test_a_folder_of_transformers_is_copied(tmp_path):
     export_tokenizer("HuggingFaceTokenizer", str(tmp_path / "a"), tmp_path / "b")
     one, other = (build_tokenizer("HuggingFaceTokenizer", str(tmp_path / x)) for x in "ab")
     assert one.encode("caf\u00e9\n") == other.encode("caf\u00e9\n") == list("caf\u00e9\n".encode())
+
+
+@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "HuggingFaceTokenizer"])
+def test_texts_begin_as_those_of_the_training_did(kind, texts, tmp_path):
+    """With and without a token before every text, whatever the tokenizer does by itself."""
+    (tmp_path / "tokenizer.model").write_bytes(
+        sentencepiece_model(texts, model_type="bpe", **LOSSLESS)  # with <s> and </s>
+    )
+    model = tmp_path / "tokenizer.model"
+    if kind == "HuggingFaceTokenizer":
+        (tmp_path / "own").mkdir()
+        export_tokenizer("SentencePieceTokenizer", str(model), tmp_path / "own", prepend_bos=True)
+        (tmp_path / "own" / "tokenizer.model").unlink()
+        model = tmp_path / "own"
+    for prepend_bos in (False, True):
+        folder = tmp_path / f"out{prepend_bos}"
+        folder.mkdir()
+        ours = export_tokenizer(kind, str(model), folder, prepend_bos)
+        theirs = AutoTokenizer.from_pretrained(folder)
+        begin = [ours.bos] if prepend_bos else []
+        for text in texts[:3]:
+            assert theirs(text)["input_ids"] == begin + ours.encode(text)
+            assert theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True) == text
