@@ -150,9 +150,9 @@ def _configuration(
     }
     given = config_from_values(defaults | values)
     # The data of the run to come is not known yet, and nothing else of a run can be wrong here.
-    resolved = config_from_values(defaults | values | {"data_path": "to come"}).resolve(1)
-    data = dataclasses.replace(resolved.data, data_path=None)
-    return given, dataclasses.replace(resolved, data=data)
+    with_data = dataclasses.replace(given.data, data_path="to come")
+    resolved = dataclasses.replace(given, data=with_data).resolve(given.parallel.ranks_per_replica)
+    return given, dataclasses.replace(resolved, data=given.data)
 
 
 def _vocabulary(rows: int, ids: int, multiple: int | None) -> dict[str, int]:

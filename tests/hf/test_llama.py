@@ -130,6 +130,18 @@ def test_a_config_of_an_earlier_version_and_one_that_is_not_complete(dense, tmp_
         import_model(tmp_path / "hf", tmp_path / "not", {})
 
 
+def test_rows_for_tensor_parallelism(llama, tmp_path):
+    """What the layout needs can be said, and is asked for, at the import."""
+    changes = {"attention": "dense", "tensor_model_parallel_size": 2}
+    _, config = import_model(llama, tmp_path / "two", changes)
+    assert config.parallel.tensor_model_parallel_size == 2
+    changes = {"attention": "dense", "padded_vocab_size": 301, "tensor_model_parallel_size": 2}
+    with pytest.raises(ConfigError, match="or --padded-vocab-size 302"):
+        import_model(llama, tmp_path / "no", changes)
+    _, config = import_model(llama, tmp_path / "yes", changes | {"padded_vocab_size": 302})
+    assert config.model.padded_vocab_size == 302
+
+
 def test_half_a_tokenizer_is_refused(llama, tmp_path):
     with pytest.raises(ConfigError, match="--tokenizer-model x is given without --tokenizer-type"):
         import_model(llama, tmp_path / "run", {"tokenizer_model": "x"})
