@@ -48,7 +48,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(bin)/python -m pip install --quiet --upgrade pip
-	$(bin)/python -m pip install --quiet --editable '.[dev]'
+	PYTHONWARNINGS=ignore $(bin)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
 clean:

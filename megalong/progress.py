@@ -49,8 +49,9 @@ class ProgressBar:
     def __enter__(self) -> "ProgressBar":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self._show(final=True)
+    def __exit__(self, kind, *_) -> None:
+        if kind is None or self.count:  # of work that failed before it began there is nothing
+            self._show(final=True)
 
     def update(self, n: int = 1) -> None:
         """Counts n more units of work as done; shows it if the last time was long enough ago."""

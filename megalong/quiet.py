@@ -8,6 +8,7 @@ _WARNINGS = (
     r".*(Apex is|Transformer Engine and Apex are) not installed",
     r".*full scope is deprecated",
     r".*torch.distributed.*is deprecated",
+    r".*CUDA_DEVICE_MAX_CONNECTIONS",  # Megatron-core's wish for GPUs, on a CPU
     r".*torch.distributed is disabled, unavailable or uninitialized",
 )
 
@@ -17,7 +18,8 @@ def quiet_libraries() -> None:
     from megalong.device import use_gpu
 
     for message in _WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
+        if "CUDA" not in message or not use_gpu():
+            warnings.filterwarnings("ignore", message=message)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not use_gpu():
         # Names the device that DeepSpeed would find, and warn about, by itself.

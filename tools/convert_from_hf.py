@@ -45,7 +45,8 @@ def main() -> int:
         return 1
     attention = config.attention.attention
     if attention == "dilated":
-        attention += f" {config.attention.pattern().branches}"
+        branches = config.attention.pattern().branches
+        attention += " " + ", ".join(f"{length}/{rate}" for length, rate in branches)
     print(f"{checkpoint}: {attention} attention, {config.model.seq_length} tokens")
     tokenizer = f"--tokenizer-type {config.data.tokenizer_type}"
     if config.data.tokenizer_model is not None:

@@ -29,6 +29,7 @@ def main() -> int:
     add("--max-shard-size", default="5GB", help="of one weight file (default: 5GB)")
     add("--tokenizer-model", help="where the tokenizer is now (default: where the training had it)")
     add("--no-tokenizer", action="store_true", help="write no tokenizer files")
+    add("--no-verify-checkpoint", action="store_true", help="do not look at its hashes first")
     args = parser.parse_args()
     try:
         result = export(
@@ -38,6 +39,7 @@ def main() -> int:
             args.max_shard_size,
             args.tokenizer_model,
             not args.no_tokenizer,
+            not args.no_verify_checkpoint,
         )
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -22,6 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
+from megalong.data.documents import find_files
 from megalong.hf.configs import DTYPES
 from megalong.hf.evaluation import evaluate_texts, passkey
 from megalong.hf.subject import Subject, load_subject
@@ -35,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", type=Path, required=True, help="checkpoint, run folder or Transformers folder")
-    add("--input", type=Path, nargs="*", default=[], help="text files, each a document")
+    add("--input", nargs="*", default=[], help="text files, folders or globs; a file is a document")
     add("--max-bytes", type=int, help="take only so much of the beginning of each file")
     add("--context-lengths", type=int, nargs="+", default=[2048], help="tokens of a window")
     add("--passkey-lengths", type=int, nargs="*", default=[], help="tokens of a passkey trial")
@@ -59,7 +60,8 @@ def main() -> int:
     quiet_libraries()
     args = parse_arguments()
     try:
-        texts = [_read(path, args.max_bytes) for path in args.input]
+        files = find_files(args.input)
+        texts = [_read(Path(file), args.max_bytes) for file in files]
         if args.input and not any(texts):
             raise ValueError("--input: the files are empty")
         subject = load_subject(args.model, args.device, DTYPES[args.dtype], args.tokenizer_model)

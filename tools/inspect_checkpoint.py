@@ -14,11 +14,10 @@ from pathlib import Path
 
 import yaml
 
-from megalong.checkpoint.folder import POINTER, latest
-from megalong.checkpoint.manifest import DamagedCheckpoint, Manifest, check_files
-from megalong.checkpoint.reading import CheckpointReader, read_checkpoint
+from megalong.checkpoint.folder import POINTER, being_read, latest
+from megalong.checkpoint.manifest import DamagedCheckpoint, Manifest, check_files, check_share
+from megalong.checkpoint.reading import CheckpointReader
 from megalong.progress import human_bytes
-from megalong.training.resuming import check_share
 
 
 def main() -> None:
@@ -35,8 +34,8 @@ def main() -> None:
         parser.error(f"{checkpoint or arguments.checkpoint}: no checkpoint there")
     try:
         manifest = Manifest.read(checkpoint)
-        with read_checkpoint(checkpoint) as reader:
-            show(reader, manifest)
+        with being_read(checkpoint):
+            show(CheckpointReader(checkpoint), manifest)
             if arguments.verify:
                 check_files(checkpoint)
                 check_share(checkpoint, manifest)

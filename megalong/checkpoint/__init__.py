@@ -9,6 +9,7 @@ A run folder holds
         manifest.json          size and SHA-256 of every other file
     iter_0000300.tmp/          one that a killed run left unfinished, and
     iter_0000100.removed/      one that it was removing: never read, cleared away by the next save
+    iter_0000150.damaged/      one that --load-fallback went past: never read, never removed
 
 The tensors go by canonical parameter names (`megalong.model.names`), whole, in float32:
 `weights.<name>` (the master weights, of which the model's own are a rounding),

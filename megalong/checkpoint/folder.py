@@ -18,7 +18,7 @@ from megalong.checkpoint.manifest import MANIFEST, DamagedCheckpoint
 
 POINTER = "latest"
 _NAME = re.compile(r"iter_(\d{7,})")
-_UNFINISHED, _REMOVED = ".tmp", ".removed"
+_UNFINISHED, _REMOVED, _DAMAGED = ".tmp", ".removed", ".damaged"
 
 
 def checkpoint_folder(run: Path, iteration: int) -> Path:
@@ -75,6 +75,16 @@ def remove(checkpoint: Path) -> None:
     os.replace(checkpoint, doomed)
     flush_to_disk(doomed.parent)
     shutil.rmtree(doomed)
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Take a damaged checkpoint's name away, so that it counts for nothing any more; its files stay
+    under the name with `.damaged` behind it."""
+    target = checkpoint.with_name(checkpoint.name + _DAMAGED)
+    shutil.rmtree(target, ignore_errors=True)
+    if checkpoint.exists():
+        os.replace(checkpoint, target)
+        flush_to_disk(checkpoint.parent)
 
 
 def remove_old(newest: Path, keep_last: int, keep_every: int | None) -> None:

@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megalong.config import ConfigError
+from megalong.progress import ProgressBar
 
 MANIFEST = "manifest.json"
 TENSOR_FILES = ".distcp"
 _BLOCK = 1 << 20
+LONG = 1 << 30  # bytes to be hashed by one rank, from which on a progress bar is worth its lines
 
 
 class DamagedCheckpoint(ConfigError):
@@ -87,6 +89,17 @@ def check_files(checkpoint: Path) -> Manifest:
     small = [name for name in manifest.files if not name.endswith(TENSOR_FILES)]
     check_hashes(checkpoint, manifest, small)
     return manifest
+
+
+def check_share(checkpoint: Path, manifest: Manifest, rank: int = 0, ranks: int = 1) -> None:
+    """That every `ranks`-th tensor file is bit for bit what was written, with a progress bar where
+    that takes long. Raises DamagedCheckpoint."""
+    names = sorted(name for name in manifest.files if name.endswith(TENSOR_FILES))[rank::ranks]
+    size = sum(manifest.files[name].size for name in names)
+    with ProgressBar(
+        size, unit="B", description=f"verifying {checkpoint.name}", enabled=not rank and size > LONG
+    ) as bar:
+        check_hashes(checkpoint, manifest, names, bar.update)
 
 
 def check_hashes(

@@ -91,8 +91,12 @@ def read_yaml(path: str) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"--config {path}: not YAML: {error}") from error
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"--config {path}{where}: not YAML: {problem or error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -25,7 +25,7 @@ from megalong.checkpoint.folder import (
     latest,
     point_at,
 )
-from megalong.checkpoint.manifest import MANIFEST, Manifest, check_files, record_of
+from megalong.checkpoint.manifest import MANIFEST, Manifest, check_files, check_share, record_of
 from megalong.checkpoint.names import KINDS, WEIGHTS, parameter_of, tensor_name
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.reading import CheckpointReader
@@ -37,11 +37,12 @@ from megalong.config.arguments import config_from_values, read_yaml, to_yaml
 class StoredModel:
     """What a checkpoint holds of a model: its configuration, and its weights by canonical name.
 
-    path: a run folder (its newest checkpoint) or one checkpoint's folder.
+    path: a run folder (its newest checkpoint) or one checkpoint's folder. verify: compare its files
+        with their hashes.
     Raises ConfigError naming the folder and what is wrong with it.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, verify: bool = True):
         self.folder = (latest(path) if (path / POINTER).exists() else None) or path
         if not (self.folder / MANIFEST).exists():
             raise ConfigError(
@@ -51,7 +52,9 @@ class StoredModel:
         # While this object lives, a run that goes on does not remove the checkpoint.
         self._held = ExitStack()
         self._held.enter_context(being_read(self.folder))
-        check_files(self.folder)
+        manifest = check_files(self.folder)
+        if verify:
+            check_share(self.folder, manifest)
         self.config: Config = config_from_values(read_yaml(str(self.folder / "config.yaml")))
         self._reader = CheckpointReader(self.folder)
         self.progress: Progress = self._reader.progress()

@@ -32,16 +32,18 @@ def export(
     max_shard_size: str = "5GB",
     tokenizer_model: str | None = None,
     with_tokenizer: bool = True,
+    verify: bool = True,
 ) -> dict[str, Any]:
     """Write a checkpoint as a folder for `AutoModelForCausalLM.from_pretrained`.
 
     load: run folder, or one checkpoint's. output: must not exist. dtype: of the weights; None is
     the precision of the training. tokenizer_model: where the tokenizer is now, if not where the
-    training found it. Returns the provenance that the folder records.
+    training found it. verify: compare the checkpoint with its hashes first.
+    Returns the provenance that the folder records.
     Raises ConfigError or OSError naming what is wrong.
     """
     shard_bytes = parse_size(max_shard_size)
-    checkpoint = StoredModel(load)
+    checkpoint = StoredModel(load, verify)
     config = checkpoint.config
     dtype = dtype or DTYPE_OF_PRECISION[config.training.precision]
     tokenizer_model = tokenizer_model or config.data.tokenizer_model

@@ -83,9 +83,9 @@ def import_model(source: Path, run_folder: Path, changes: dict[str, Any]) -> tup
         raise ConfigError(f"--output {run_folder} is not empty: choose another folder")
     theirs = read_config(source)
     values = megalong_values(theirs, str(source / "config.json"))
-    if "tokenizer_type" not in changes:
-        values["prepend_bos"] = _begins_with_bos(theirs, source)
     values, ids = _with_tokenizer(values | changes, source, run_folder)
+    if "tokenizer_type" not in changes:
+        values = {"prepend_bos": _begins_with_bos(theirs, source)} | values
     given, config = _configuration(theirs, values, ids)
     sizes = _sizes(theirs, config, ids)
     weights = SafetensorsReader(source)

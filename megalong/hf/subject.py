@@ -38,6 +38,8 @@ def load_subject(path: Path, device: str, dtype: torch.dtype, tokenizer_model: s
     tokenizer_model: where the tokenizer of a megalong checkpoint is now.
     Raises ConfigError, ValueError or OSError where it cannot be read.
     """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device {device}: there is no GPU here that PyTorch can use")
     if (path / "config.json").exists():
         return _load_folder(path, device, dtype)
     try:
@@ -58,7 +60,9 @@ def load_subject(path: Path, device: str, dtype: torch.dtype, tokenizer_model: s
 def _load_folder(path: Path, device: str, dtype: torch.dtype) -> Subject:
     """Runs no code out of the folder: of our own exports the classes are here."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     if json.loads((path / "config.json").read_text()).get("model_type") == "longnet":
         from megalong.hf.modeling_longnet import LongNetForCausalLM
 

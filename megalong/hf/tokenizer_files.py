@@ -245,7 +245,9 @@ def tokenizer_of_export(folder: Path) -> tuple[str, str | None]:
         return "SentencePieceTokenizer", str(folder / SENTENCEPIECE_FILE)
     tokenizer_json = folder / "tokenizer.json"
     if not tokenizer_json.exists():
-        raise FileNotFoundError(f"{folder}: no tokenizer.json: give --tokenizer-type and -model")
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer.json: give --tokenizer-type and --tokenizer-model"
+        )
     from tokenizers import Tokenizer as Backend
 
     if Backend.from_file(str(tokenizer_json)).to_str() == _bytes_backend().to_str():

@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-from megalong.checkpoint.folder import point_at
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.checkpoint.saving import Saver
@@ -27,7 +26,7 @@ from megalong.training.engine import StepResult, TrainingEngine
 from megalong.training.evaluation import Evaluation, evaluate, position_edges
 from megalong.training.learning_rate import learning_rate
 from megalong.training.metrics import MetricsLog
-from megalong.training.resuming import check_agreement, sound_checkpoint
+from megalong.training.resuming import check_agreement, other_ways, sound_checkpoint
 from megalong.training.run_data import RunData
 from megalong.training.run_folder import leave_unfinished, open_run_folder, same_folder
 from megalong.training.stopping import FAILED_SAVE, Stopped, StopRequest
@@ -64,8 +63,6 @@ class Trainer:
                 reader = CheckpointReader(checkpoint)
                 self.progress = load_checkpoint(reader, self.engine, config)
         resumes = checkpoint is not None and same_folder(config.run.load, config.run.save)
-        if resumes and mesh.is_main and config.run.load_fallback:
-            point_at(checkpoint)  # a damaged one is not in force any more
         self.saved_iteration = self.progress.iteration if resumes else None
         self.saver = Saver(config, say)
         self.metrics = MetricsLog(config, self.progress.iteration) if mesh.is_main else None
@@ -194,7 +191,7 @@ class Trainer:
         self.saved_iteration = self.progress.iteration
 
     def _evaluate_if_due(self, iteration: int) -> None:
-        if iteration == self.config.training.train_iters:
+        if iteration >= self.config.training.train_iters:
             for split in ("validation", "test"):
                 self._evaluate(iteration, split, whole=self.config.run.full_validation)
         elif iteration % self.config.run.eval_interval == 0:
@@ -277,6 +274,8 @@ class Trainer:
         )
         if checkpoint is not None:
             say(f"resuming from {checkpoint}")
+            for line in other_ways(checkpoint, self.config):
+                say(line)
         elif self.config.run.load is not None:
             say(f"no checkpoint in {self.config.run.load} yet: starting at the beginning")
         if self.progress.iteration >= training.train_iters:

@@ -15,20 +15,19 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megalong.checkpoint.folder import POINTER, being_read, checkpoints, iteration_of, latest
-from megalong.checkpoint.manifest import (
-    TENSOR_FILES,
-    DamagedCheckpoint,
-    Manifest,
-    check_files,
-    check_hashes,
+from megalong.checkpoint.folder import (
+    POINTER,
+    being_read,
+    checkpoints,
+    iteration_of,
+    latest,
+    point_at,
+    set_aside,
 )
+from megalong.checkpoint.manifest import DamagedCheckpoint, check_files, check_share
 from megalong.config import AttentionConfig, Config, ConfigError, DataConfig, ModelConfig, flag_name
 from megalong.config.arguments import read_yaml
-from megalong.progress import ProgressBar
 from megalong.training.run_folder import same_folder
-
-LONG = 1 << 30  # bytes to be hashed by one rank, from which on a progress bar is worth its lines
 
 
 def open_checkpoint(config: Config) -> Path | None:
@@ -57,7 +56,8 @@ def sound_checkpoint(config: Config, say: Callable[[str], None]) -> Iterator[Pat
     other run removes it.
 
     Called by every rank where `open_checkpoint` has found one. say: where rank 0 says what is
-    damaged, if `--load-fallback` goes past it. Raises ConfigError on every rank.
+    damaged, if `--load-fallback` goes past it; a run that goes on in the same folder sets that
+    aside. Raises ConfigError on every rank.
     """
     # A network file system may show each rank its own: what rank 0 sees counts.
     candidates = [_candidates(config) if dist.get_rank() == 0 else None]
@@ -68,9 +68,14 @@ def sound_checkpoint(config: Config, say: Callable[[str], None]) -> Iterator[Pat
             lambda candidate: _check_together(candidate, config.run.verify_checkpoint, held),
             config,
         )
-        for line in damage if dist.get_rank() == 0 else []:
-            say(f"{line}: going on from {checkpoint.name} (--load-fallback)")
         _check_same_run(checkpoint, config)
+        if damage and dist.get_rank() == 0:
+            for line in damage.values():
+                say(f"{line}: going on from {checkpoint.name} (--load-fallback)")
+            if same_folder(config.run.load, config.run.save):
+                point_at(checkpoint)
+                for damaged in damage:
+                    set_aside(damaged)
         yield checkpoint
 
 
@@ -106,23 +111,22 @@ def _candidates(config: Config) -> list[Path]:
 
 def _first_sound(
     candidates: list[Path], check: Callable[[Path], object], config: Config
-) -> tuple[Path, list[str]]:
-    """The first candidate that passes the check, and what is wrong with those before it."""
-    found = []
+) -> tuple[Path, dict[Path, str]]:
+    """The first candidate that passes the check, and those before it with what is wrong."""
+    found: dict[Path, str] = {}
     for checkpoint in candidates:
         try:
             check(checkpoint)
             return checkpoint, found
         except DamagedCheckpoint as damage:
-            found.append(str(damage))
+            found[checkpoint] = str(damage)
             if not config.run.load_fallback:
                 raise ConfigError(
                     f"--load {config.run.load}: {damage}; --load-fallback goes on from the newest"
                     " sound checkpoint before it"
                 ) from damage
-    raise ConfigError(
-        f"--load {config.run.load}: no checkpoint there is sound: {'; '.join(found) or 'none left'}"
-    )
+    wrong = "; ".join(found.values()) or "none left"
+    raise ConfigError(f"--load {config.run.load}: no checkpoint there is sound: {wrong}")
 
 
 def _check_together(checkpoint: Path, verify: bool, held: contextlib.ExitStack) -> None:
@@ -143,19 +147,6 @@ def _check_together(checkpoint: Path, verify: bool, held: contextlib.ExitStack) 
             raise DamagedCheckpoint(finding)
 
 
-def check_share(checkpoint: Path, manifest: Manifest, rank: int = 0, ranks: int = 1) -> None:
-    """Check the hashes of every `ranks`-th tensor file, with a progress bar where that is long.
-
-    Raises DamagedCheckpoint.
-    """
-    names = sorted(name for name in manifest.files if name.endswith(TENSOR_FILES))[rank::ranks]
-    size = sum(manifest.files[name].size for name in names)
-    with ProgressBar(
-        size, unit="B", description=f"verifying {checkpoint.name}", enabled=not rank and size > LONG
-    ) as bar:
-        check_hashes(checkpoint, manifest, names, bar.update)
-
-
 # What may differ between a checkpoint and the run that goes on from it.
 _FREE_MODEL_FIELDS = {"seq_length", "init_method_std", "transformer_impl"}
 # What a run in the same folder keeps: its data order and its held-out documents hang on it, and its
@@ -165,27 +156,45 @@ _RUN_FIELDS += [field.name for field in dataclasses.fields(AttentionConfig)]
 
 
 def _check_same_run(checkpoint: Path, config: Config) -> None:
-    sections = (ModelConfig, DataConfig)
-    stored = {field.name: field.default for kind in sections for field in dataclasses.fields(kind)}
-    stored |= read_yaml(str(checkpoint / "config.yaml"))
-    sections = (config.model, config.attention, config.training, config.data)
-    ours = {name: value for section in sections for name, value in vars(section).items()}
     names = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in _FREE_MODEL_FIELDS]
     names += ["tokenizer_type", "tokenizer_model", "prepend_bos"]
     if same_folder(config.run.load, config.run.save):
         names += _RUN_FIELDS
-    for name in names:
-        theirs = stored.get(name)
-        if _comparable(name, ours[name]) != _comparable(name, theirs):
-            way_out = "start a new run without --load"
-            if name in _RUN_FIELDS:
-                way_out = "--save into another folder"
-            if name in ("make_vocab_size_divisible_by", "padded_vocab_size"):
-                way_out += ", or, for an imported model, import it with another one"
-            raise ConfigError(
-                f"{flag_name(name)} is {ours[name]}, but the checkpoint {checkpoint} was written"
-                f" with {theirs}: set it to that, or {way_out}"
-            )
+    for name, (ours, theirs) in _differences(checkpoint, config, names).items():
+        way_out = "start a new run without --load"
+        if name in _RUN_FIELDS:
+            way_out = "--save into another folder"
+        if name in ("make_vocab_size_divisible_by", "padded_vocab_size"):
+            way_out += ", or, for an imported model, import it with another one"
+        raise ConfigError(
+            f"{flag_name(name)} is {ours}, but the checkpoint {checkpoint} was written with"
+            f" {theirs}: set it to that, or {way_out}"
+        )
+
+
+def other_ways(checkpoint: Path, config: Config) -> list[str]:
+    """What a run does otherwise than that of the checkpoint, and may: a line each, to be told."""
+    names = [field.name for field in dataclasses.fields(AttentionConfig)]
+    if iteration_of(checkpoint):  # an imported model has seen no data
+        names += ["seed", "split"]
+    return [
+        f"{flag_name(name)} is {ours}; the checkpoint was written with {theirs}"
+        for name, (ours, theirs) in _differences(checkpoint, config, names).items()
+    ]
+
+
+def _differences(checkpoint: Path, config: Config, names: list[str]) -> dict[str, tuple[Any, Any]]:
+    """The values of these fields that differ, ours and those of the checkpoint."""
+    kinds = (ModelConfig, DataConfig)
+    theirs = {field.name: field.default for kind in kinds for field in dataclasses.fields(kind)}
+    theirs |= read_yaml(str(checkpoint / "config.yaml"))
+    sections = (config.model, config.attention, config.training, config.data)
+    ours = {name: value for section in sections for name, value in vars(section).items()}
+    return {
+        name: (ours[name], theirs.get(name))
+        for name in names
+        if _comparable(name, ours[name]) != _comparable(name, theirs.get(name))
+    }
 
 
 def _comparable(name: str, value: Any) -> Any:

@@ -204,6 +204,17 @@ def test_sizes_of_shards():
         parse_size("lots")
 
 
+def test_a_flipped_byte_is_found_before_anything_is_written(tmp_path):
+    random_checkpoint(tmp_path / "run")
+    [path] = (tmp_path / "run" / "iter_0000000").glob("*.distcp")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="is not what was written"):
+        export(tmp_path / "run", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
 def test_what_is_read_is_not_removed_meanwhile(tmp_path):
     random_checkpoint(tmp_path / "run")
     stored = StoredModel(tmp_path / "run")

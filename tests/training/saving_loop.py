@@ -15,12 +15,11 @@ import torch
 import torch.distributed as dist
 
 from megalong.checkpoint.folder import POINTER, checkpoints, iteration_of, latest
-from megalong.checkpoint.manifest import check_files
+from megalong.checkpoint.manifest import check_files, check_share
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.checkpoint.saving import Saver
 from megalong.config import Config, RunConfig
-from megalong.training.resuming import check_share
 
 
 def save_for_ever(folder: Path, iteration: int, background: bool, announced: int) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megalong.checkpoint.manifest import DamagedCheckpoint, check_files
-from megalong.training.resuming import check_share
+from megalong.checkpoint.manifest import DamagedCheckpoint, check_files, check_share
 from tests.forked import run_ranks
 from tests.launching import PRETRAIN, REPOSITORY, run, small_run_flags
 from tests.training.test_bad_input import refused
@@ -92,6 +91,7 @@ def test_a_flipped_byte_and_the_way_back(corpus, finished, copy):
     done = run_ranks(2, PRETRAIN, *flags(corpus, copy, load_fallback=True))
     for name in ("iter_0000006", "iter_0000004"):
         assert f"{name} is damaged" in done.stdout
+        assert (copy / f"{name}.damaged").exists()
     assert f"resuming from {copy}/iter_0000002" in done.stdout
     assert_same_run(copy, finished)
 

@@ -5,7 +5,15 @@ import pickle
 
 import pytest
 
-from megalong.checkpoint.folder import being_read, checkpoints, latest, point_at, remove_old
+from megalong.checkpoint.folder import (
+    being_read,
+    checkpoints,
+    clear_leftovers,
+    latest,
+    point_at,
+    remove_old,
+    set_aside,
+)
 from megalong.checkpoint.manifest import DamagedCheckpoint, Manifest
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.config import Config, ConfigError, RunConfig
@@ -47,6 +55,14 @@ def test_what_is_being_read_stays(tmp_path):
         assert iterations(tmp_path) == [1, 3]
     remove_old(newest, 1, None)
     assert iterations(tmp_path) == [3]
+
+
+def test_a_damaged_one_counts_for_nothing(tmp_path):
+    newest = make_checkpoints(tmp_path, (1, 2, 3))
+    set_aside(tmp_path / "iter_0000002")
+    remove_old(newest, 2, None)
+    clear_leftovers(tmp_path)
+    assert iterations(tmp_path) == [1, 3] and (tmp_path / "iter_0000002.damaged").exists()
 
 
 def test_the_pointer(tmp_path):

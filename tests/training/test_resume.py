@@ -127,3 +127,12 @@ def test_more_iterations_continue_the_same_stream(corpus, tmp_path):
     train(2, corpus, parts, **constant | longer | {"train_iters": 15})
     tokens = [r["consumed_tokens"] for r in numbers(parts) if "split" not in r]
     assert tokens == [32 * 64 * i for i in range(1, 16)]
+
+    # Fewer are done already; and in another folder other data may follow, which is said.
+    other = [*flags(corpus, parts, **constant | longer | {"train_iters": 3})]
+    said = run_ranks(1, PRETRAIN, *other).stdout
+    assert "evaluating only" in said and "test at iteration 15" in said
+    other = flags(corpus, parts, **constant | longer | {"split": "50,40,10", "train_iters": 15})
+    other[other.index("--save") + 1] = str(tmp_path / "other")
+    said = run_ranks(1, PRETRAIN, *other).stdout
+    assert "--split is 50,40,10; the checkpoint was written with 10,80,10" in said
