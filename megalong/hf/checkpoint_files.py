@@ -104,12 +104,19 @@ class _MakeWhenWritten(dcp.DefaultSavePlanner):
     def __init__(self, read: Callable[[str], torch.Tensor]):
         super().__init__()
         self.read = read
+        self._written = torch.empty(0)
 
     def resolve_data(self, write_item):
+        # PyTorch's writer holds on to all that it has written until the file is closed: what the
+        # tensor before took is given back here.
+        self._written.untyped_storage().resize_(0)
         parameter = parameter_of(write_item.index.fqn, WEIGHTS)
-        if parameter is not None:
-            return self.read(parameter).float().contiguous()
-        return torch.zeros(self.lookup_object(write_item.index).shape)
+        if parameter is None:
+            self._written = torch.zeros(self.lookup_object(write_item.index).shape)
+        else:
+            made = self.read(parameter)
+            self._written = torch.empty(made.shape).copy_(made)  # its own, and contiguous
+        return self._written
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from transformers import (
 
 from megalong.checkpoint.folder import checkpoint_folder, remove_old
 from megalong.config import ConfigError
+from megalong.hf import checkpoint_files
 from megalong.hf.checkpoint_files import StoredModel, write_first_checkpoint
 from megalong.hf.exporting import export, parse_size
 from megalong.hf.importing import SafetensorsReader, import_model
@@ -225,6 +226,23 @@ def test_what_is_read_is_not_removed_meanwhile(tmp_path):
     del stored
     remove_old(newer, keep_last=1, keep_every=None)
     assert [path.name for path in (tmp_path / "run").glob("iter_*")] == ["iter_0000005"]
+
+
+def test_one_tensor_at_a_time_is_in_memory(tmp_path, monkeypatch):
+    """An import is written without holding on to what is written already."""
+    made, original = [], checkpoint_files._MakeWhenWritten.resolve_data
+
+    def watched(self, item):
+        tensor = original(self, item)
+        assert all(earlier.untyped_storage().nbytes() == 0 for earlier in made)
+        made.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(checkpoint_files._MakeWhenWritten, "resolve_data", watched)
+    _, weights = random_checkpoint(tmp_path / "run")
+    assert len(made) == 3 * len(weights)
+    stored = StoredModel(tmp_path / "run")
+    assert all(torch.equal(stored.read(name), weight) for name, weight in weights.items())
 
 
 def test_the_moments_of_an_imported_checkpoint_are_zero(tmp_path):
