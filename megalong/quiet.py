@@ -8,18 +8,17 @@ _WARNINGS = (
     r".*(Apex is|Transformer Engine and Apex are) not installed",
     r".*full scope is deprecated",
     r".*torch.distributed.*is deprecated",
-    r".*CUDA_DEVICE_MAX_CONNECTIONS",  # Megatron-core's wish for GPUs, on a CPU
     r".*torch.distributed is disabled, unavailable or uninitialized",
 )
+_WITHOUT_GPU = (r".*CUDA_DEVICE_MAX_CONNECTIONS",)  # a setting that Megatron-core wants for GPUs
 
 
 def quiet_libraries() -> None:
     """Silence them in this process. Called before megatron.core and deepspeed are imported."""
     from megalong.device import use_gpu
 
-    for message in _WARNINGS:
-        if "CUDA" not in message or not use_gpu():
-            warnings.filterwarnings("ignore", message=message)
+    for message in _WARNINGS if use_gpu() else _WARNINGS + _WITHOUT_GPU:
+        warnings.filterwarnings("ignore", message=message)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not use_gpu():
         # Names the device that DeepSpeed would find, and warn about, by itself.

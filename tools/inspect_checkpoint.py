@@ -16,6 +16,7 @@ import yaml
 
 from megalong.checkpoint.folder import POINTER, being_read, latest
 from megalong.checkpoint.manifest import DamagedCheckpoint, Manifest, check_files, check_share
+from megalong.checkpoint.names import WEIGHTS, parameter_of
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.progress import human_bytes
 
@@ -49,7 +50,7 @@ def show(reader: CheckpointReader, manifest: Manifest) -> None:
     """Print all there is to know."""
     progress, config = reader.progress(), (reader.checkpoint / "config.yaml").read_text()
     sizes = {name: math.prod(entry.size) for name, entry in reader.tensors.items()}
-    parameters = sum(size for name, size in sizes.items() if name.startswith("weights."))
+    parameters = sum(size for name, size in sizes.items() if parameter_of(name, WEIGHTS))
     print(f"{reader.checkpoint}: {human_bytes(manifest.size)} in {len(manifest.files)} files")
     print(
         f"iteration {progress.iteration:,} | {progress.consumed_samples:,} sequences"

@@ -80,9 +80,9 @@ def remove(checkpoint: Path) -> None:
 def set_aside(checkpoint: Path) -> None:
     """Take a damaged checkpoint's name away, so that it counts for nothing any more; its files stay
     under the name with `.damaged` behind it."""
-    target = checkpoint.with_name(checkpoint.name + _DAMAGED)
-    shutil.rmtree(target, ignore_errors=True)
-    if checkpoint.exists():
+    if checkpoint.exists():  # the pointer may name one that is gone
+        target = checkpoint.with_name(checkpoint.name + _DAMAGED)
+        shutil.rmtree(target, ignore_errors=True)
         os.replace(checkpoint, target)
         flush_to_disk(checkpoint.parent)
 

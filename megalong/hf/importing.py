@@ -24,6 +24,7 @@ from megalong.hf.tokenizer_files import (
     HUGGINGFACE_FILES,
     SENTENCEPIECE_FILE,
     begins_with_bos,
+    open_tokenizer,
     tokenizer_of_export,
 )
 
@@ -129,12 +130,7 @@ def _begins_with_bos(theirs: dict[str, Any], source: Path) -> bool:
     """Whether the model was trained on documents that begin with a token for that."""
     if theirs["model_type"] == "longnet":
         return theirs.get("bos_token_id") is not None
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        source, local_files_only=True, trust_remote_code=False
-    )
-    return begins_with_bos(tokenizer)
+    return begins_with_bos(open_tokenizer(source))
 
 
 def _configuration(

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from megalong.checkpoint.folder import POINTER
+from megalong.checkpoint.manifest import MANIFEST
 from megalong.config import ConfigError
 from megalong.data.tokenizer import Tokenizer, build_tokenizer
 from megalong.hf.checkpoint_files import StoredModel
 from megalong.hf.configs import longnet_config
 from megalong.hf.names import Sizes, check_names, entries
-from megalong.hf.tokenizer_files import begins_with_bos
+from megalong.hf.tokenizer_files import begins_with_bos, open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,12 @@ def load_subject(path: Path, device: str, dtype: torch.dtype, tokenizer_model: s
         raise ConfigError(f"--device {device}: there is no GPU here that PyTorch can use")
     if (path / "config.json").exists():
         return _load_folder(path, device, dtype)
-    try:
-        checkpoint = StoredModel(path)
-    except ConfigError as error:
-        raise ConfigError(f"{error}, or a folder of Transformers, with its config.json") from error
+    if not any((path / name).exists() for name in (POINTER, MANIFEST)):
+        raise ConfigError(
+            f"{path} is not a checkpoint, a run folder with a file `{POINTER}`, or a folder of"
+            " Transformers with a config.json"
+        )
+    checkpoint = StoredModel(path)
     data = checkpoint.config.data
     tokenizer = build_tokenizer(data.tokenizer_type, tokenizer_model or data.tokenizer_model)
     model = load_checkpoint(checkpoint, tokenizer).to(device, dtype).eval()
@@ -59,7 +63,7 @@ def load_subject(path: Path, device: str, dtype: torch.dtype, tokenizer_model: s
 
 def _load_folder(path: Path, device: str, dtype: torch.dtype) -> Subject:
     """Runs no code out of the folder: of our own exports the classes are here."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -70,9 +74,10 @@ def _load_folder(path: Path, device: str, dtype: torch.dtype) -> Subject:
         model = LongNetForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
         bos = model.config.bos_token_id
     else:
-        options = {"local_files_only": True, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+        tokenizer = open_tokenizer(path)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
         bos = tokenizer.bos_token_id if begins_with_bos(tokenizer) else None
     first = tokenizer.eos_token_id if bos is None else bos
 

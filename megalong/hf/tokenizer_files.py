@@ -81,13 +81,9 @@ def export_tokenizer(
 def _begin_texts(folder: Path, bos: int | None) -> None:
     """Make the tokenizer there put this token before every text, or none."""
     from tokenizers import Tokenizer as Backend
-    from transformers import AutoTokenizer
 
     def is_so() -> bool:
-        theirs = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        return begins_with_bos(theirs) == (bos is not None)
+        return begins_with_bos(open_tokenizer(folder)) == (bos is not None)
 
     if is_so():
         return
@@ -116,9 +112,7 @@ def _begin_texts(folder: Path, bos: int | None) -> None:
 
 
 def _check_same(ours: Tokenizer, folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    theirs = open_tokenizer(folder)
     lossless = all(ours.decode(ours.encode(text)) == text for text in _PROBES)
     for text in _PROBES:
         if not lossless:  # one that adds a prefix adds another one after each stand-in
@@ -231,6 +225,13 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
         halves = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
         merges += [pair for pair in halves if pair[0] in scores and pair[1] in scores]
     return merges
+
+
+def open_tokenizer(folder: Path):
+    """The tokenizer of a folder of Transformers; downloads nothing, and runs no code out of it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def begins_with_bos(tokenizer) -> bool:

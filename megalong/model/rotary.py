@@ -24,11 +24,10 @@ class LongRotaryEmbedding(RotaryEmbedding):
     """
 
     def __init__(self, model: ModelConfig, first_position: int = 0):
-        channels, base = model.kv_channels, model.rotary_base
-        super().__init__(channels, 1.0, rotary_base=base, use_cpu_initialization=True)
-        self.frequencies = rotary_frequencies(
-            channels, base, model.rope_scaling_factor, model.rope_original_length
+        super().__init__(
+            model.kv_channels, 1.0, rotary_base=model.rotary_base, use_cpu_initialization=True
         )
+        self.frequencies = rotary_frequencies(model)
         self.first_position = first_position
 
     def forward(self, length: int, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -45,18 +44,17 @@ class LongRotaryEmbedding(RotaryEmbedding):
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
 
-def rotary_frequencies(
-    channels: int, base: float, scaling_factor: float | None, original_length: int
-) -> torch.Tensor:
-    """Radians per position of each pair of channels, float64: (channels / 2,).
+def rotary_frequencies(model: ModelConfig) -> torch.Tensor:
+    """Radians per position of each pair of channels, float64: (kv_channels / 2,).
 
     With a scaling factor as in Llama 3.1: what turns less than once in the original length is
     slowed down by the factor, what turns more than four times stays, and between them it goes from
     one to the other.
     """
-    frequencies = base ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)
-    if scaling_factor is None:
+    exponents = torch.arange(0, model.kv_channels, 2, dtype=torch.float64) / model.kv_channels
+    frequencies = model.rotary_base**-exponents
+    if model.rope_scaling_factor is None:
         return frequencies
-    turns = original_length * frequencies / (2 * math.pi)
+    turns = model.rope_original_length * frequencies / (2 * math.pi)
     stays = ((turns - 1) / (4 - 1)).clamp(0, 1)
-    return frequencies * (stays + (1 - stays) / scaling_factor)
+    return frequencies * (stays + (1 - stays) / model.rope_scaling_factor)

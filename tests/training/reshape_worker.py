@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megalong.checkpoint.names import KINDS
+from megalong.checkpoint.names import KINDS, tensor_name
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.config import world_size
 from megalong.config.arguments import parse_arguments
@@ -80,7 +80,7 @@ def assert_nothing_is_read_twice(names, model, mesh):
     """The ranks that need the same tensors share the reading of them."""
     of_ranks = [None] * dist.get_world_size(mesh.replica_group)
     dist.all_gather_object(of_ranks, names, group=mesh.replica_group)
-    needed = [f"{kind}.{name}" for name, _ in named_parameters(model) for kind in KINDS]
+    needed = [tensor_name(kind, name) for name, _ in named_parameters(model) for kind in KINDS]
     assert sorted(name for read in of_ranks for name in read) == sorted(needed)
     assert max(map(len, of_ranks)) - min(map(len, of_ranks)) <= 1
 
