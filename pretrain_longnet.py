@@ -32,10 +32,10 @@ def main(arguments: list[str]) -> None:
 
     # The slow imports wait until the flags are known to be right, and the processes wait for each
     # other only once each of them has found its data and its checkpoint.
-    from megalong.quiet import quiet_libraries
+    from megalong.log_filters import filter_library_logs
 
-    quiet_libraries()
-    from megalong.parallel import check_precision, launch, watch_peers
+    filter_library_logs()
+    from megalong.parallel import check_precision, launch, watch_ranks
     from megalong.training.deepspeed_config import deepspeed_config
     from megalong.training.loop import Trainer
     from megalong.training.resuming import open_checkpoint
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
     checkpoint = open_checkpoint(config)
     with (
         launch(config) as mesh,
-        watch_peers(USER_ERRORS),
+        watch_ranks(USER_ERRORS),
         StopRequest(config.run.exit_duration_in_mins) as stop,
     ):
         Trainer(config, given, data, checkpoint, mesh, stop).train()

@@ -19,11 +19,11 @@ from pathlib import Path
 
 from megalong.config.arguments import build_parser, read_yaml
 from megalong.hf.importing import import_model, read_config
-from megalong.quiet import quiet_libraries
+from megalong.log_filters import filter_library_logs
 
 
 def main() -> int:
-    quiet_libraries()
+    filter_library_logs()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from megalong.hf.configs import DTYPES
 from megalong.hf.exporting import export
-from megalong.quiet import quiet_libraries
+from megalong.log_filters import filter_library_logs
 
 
 def main() -> int:
-    quiet_libraries()
+    filter_library_logs()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -25,8 +25,8 @@ import torch
 from megalong.data.documents import find_files
 from megalong.hf.configs import DTYPES
 from megalong.hf.evaluation import evaluate_texts, passkey
-from megalong.hf.subject import Subject, load_subject
-from megalong.quiet import quiet_libraries
+from megalong.hf.loaded_model import LoadedModel, load_model
+from megalong.log_filters import filter_library_logs
 from megalong.training.positions import position_edges
 
 
@@ -57,15 +57,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    quiet_libraries()
+    filter_library_logs()
     args = parse_arguments()
     try:
         files = find_files(args.input)
         texts = [_read(Path(file), args.max_bytes) for file in files]
         if args.input and not any(texts):
             raise ValueError("--input: the files are empty")
-        subject = load_subject(args.model, args.device, DTYPES[args.dtype], args.tokenizer_model)
-        results = _evaluate(subject, texts, args)
+        loaded = load_model(args.model, args.device, DTYPES[args.dtype], args.tokenizer_model)
+        results = _evaluate(loaded, texts, args)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -79,11 +79,11 @@ def _read(path: Path, max_bytes: int | None) -> str:
     return path.read_bytes()[:max_bytes].decode("utf-8", errors="ignore")
 
 
-def _evaluate(subject: Subject, texts: list[str], args: argparse.Namespace) -> dict:
+def _evaluate(loaded: LoadedModel, texts: list[str], args: argparse.Namespace) -> dict:
     results = {"model": str(args.model), "dtype": args.dtype, "texts": [], "passkey": []}
     if texts:
         for context in args.context_lengths:
-            result = evaluate_texts(subject, texts, context, position_edges(context))
+            result = evaluate_texts(loaded, texts, context, position_edges(context))
             results["texts"].append(result)
             print(
                 f"context {context}: perplexity {result['perplexity']:.3f},"
@@ -92,7 +92,7 @@ def _evaluate(subject: Subject, texts: list[str], args: argparse.Namespace) -> d
             )
     for length in args.passkey_lengths:
         for depth in args.passkey_depths:
-            result = passkey(subject, length, depth, args.passkey_trials)
+            result = passkey(loaded, length, depth, args.passkey_trials)
             results["passkey"].append(result)
             print(
                 f"passkey at {depth:.0%} of {length}: found in {result['accuracy']:.0%},"

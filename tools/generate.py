@@ -18,8 +18,8 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from megalong.hf.configs import DTYPES
-from megalong.hf.subject import Subject, load_subject
-from megalong.quiet import quiet_libraries
+from megalong.hf.loaded_model import LoadedModel, load_model
+from megalong.log_filters import filter_library_logs
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,40 +48,40 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    quiet_libraries()
+    filter_library_logs()
     args = parse_arguments()
     try:
         prompt = args.prompt
         if prompt is None:
             prompt = args.prompt_file.read_text(encoding="utf-8")
-        subject = load_subject(args.model, args.device, DTYPES[args.dtype], args.tokenizer_model)
+        loaded = load_model(args.model, args.device, DTYPES[args.dtype], args.tokenizer_model)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    continue_text(subject, prompt, args)
+    continue_text(loaded, prompt, args)
     return 0
 
 
-def continue_text(subject: Subject, prompt: str, args: argparse.Namespace) -> None:
+def continue_text(loaded: LoadedModel, prompt: str, args: argparse.Namespace) -> None:
     """Print the prompt and what the model makes of it, as the beginning of a document."""
     torch.manual_seed(args.seed)
-    own = subject.model.generation_config
+    own = loaded.model.generation_config
     # What else a folder asks for, a repetition penalty for instance, would not be what was asked.
-    subject.model.generation_config = GenerationConfig(
+    loaded.model.generation_config = GenerationConfig(
         eos_token_id=own.eos_token_id,
-        pad_token_id=subject.first,
+        pad_token_id=loaded.first,
         do_sample=args.temperature > 0,
         temperature=args.temperature or None,
         top_p=args.top_p if args.temperature else None,
         top_k=0 if args.temperature else None,
     )
-    tokens = torch.tensor([[subject.first, *subject.encode(prompt)]], device=args.device)
-    subject.model.generate(
+    tokens = torch.tensor([[loaded.first, *loaded.encode(prompt)]], device=args.device)
+    loaded.model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
         max_new_tokens=args.max_new_tokens,
         prefill_chunk_size=args.prefill_chunk_size,
-        streamer=Printer(subject),
+        streamer=Printer(loaded),
     )
 
 
@@ -89,8 +89,8 @@ class Printer(BaseStreamer):
     """Prints the text of the tokens that it is given, as soon as it is certain: a character may be
     made of several tokens."""
 
-    def __init__(self, subject: Subject):
-        self.decode = subject.decode
+    def __init__(self, loaded: LoadedModel):
+        self.decode = loaded.decode
         # Text is decoded from a little before what is new: from `start` on, with `known` tokens of
         # it printed already, since a token's text may depend on the one before it.
         self.tokens, self.start, self.known = None, 0, 0

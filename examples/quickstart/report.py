@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from megalong.config.arguments import parse_arguments
-from megalong.quiet import quiet_libraries
+from megalong.log_filters import filter_library_logs
 from megalong.training.metrics import read_metrics
 
 
@@ -52,7 +52,7 @@ def mean_loss(result: dict, start: int, stop: int) -> float:
 
 def gzip_bits_per_byte(run: Path) -> float:
     """Bits per byte that gzip -9 needs for the text of the run's test split, as one file."""
-    quiet_libraries()
+    filter_library_logs()
     from megalong.training.run_data import open_run_data
 
     config = parse_arguments(["--config", os.fspath(run / "config.yaml")])

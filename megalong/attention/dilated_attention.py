@@ -23,8 +23,8 @@ from types import MappingProxyType, ModuleType
 import torch
 from torch.autograd.function import once_differentiable
 
-from megalong.attention.layout import empty_rows, laid_out_like
 from megalong.attention.pattern import DilatedPattern, check_heads, document_bounds
+from megalong.attention.strides import empty_rows, laid_out_like
 
 BACKENDS = MappingProxyType(
     {

@@ -6,7 +6,7 @@ its borders it gets the sparse keys and values of the other ranks (`exchange`) w
 is computing; its own sparse queries attend to them, to those of earlier ranks in full and, where
 attention is causal, to those of later ranks not at all. The parts are merged by log-sum-exp.
 Backward: with the merged output and log-sum-exp every part gives its share of the gradients, and
-those of foreign rows go back to their ranks while the local backward is computing.
+those of remote rows go back to their ranks while the local backward is computing.
 Paper: LongNet (arXiv 2307.02486), section 3.1.
 
 Shape suffixes: b batch, s sequence (the shard's), h query heads, g kv heads, d head_dim, m query
@@ -24,8 +24,8 @@ from megalong.attention.dilated_attention import (
     choose_backend,
 )
 from megalong.attention.exchange import SequenceGroup
-from megalong.attention.foreign import merge
 from megalong.attention.pattern import DilatedPattern
+from megalong.attention.remote_rows import merge
 from megalong.attention.sequence_plan import make_plan
 from megalong.attention.shards import Shards
 
@@ -68,7 +68,7 @@ def sequence_parallel_attention(
 
 
 class _SequenceParallelAttention(torch.autograd.Function):
-    """Keeps q, k, v, output, log-sum-exp and the foreign rows; the backends recompute the rest."""
+    """Keeps q, k, v, output, log-sum-exp and the remote rows; the backends recompute the rest."""
 
     @staticmethod
     def forward(ctx, q_bshd, k_bsgd, v_bsgd, plan, sequence, backend, causal, scale):
@@ -97,7 +97,7 @@ class _SequenceParallelAttention(torch.autograd.Function):
         q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, *arrived = ctx.saved_tensors
         plan, lse_bsh = ctx.plan, lse_bhs.transpose(1, 2)
         with torch.autocast(grad_bshd.device.type, enabled=False):
-            returning, foreign = [], []
+            returning, remote = [], []
             for (exchange, parts), rows in zip(plan.exchanges, arrived, strict=True):
                 gradients = torch.zeros_like(rows, dtype=lse_bhs.dtype)
                 for part in parts:
@@ -107,11 +107,11 @@ class _SequenceParallelAttention(torch.autograd.Function):
                         scale=ctx.options["scale"],
                     )  # fmt: skip
                     part.put_keys(gradients, dk_bntd, dv_bntd)
-                    foreign.append((part, dq_bmhd))
+                    remote.append((part, dq_bmhd))
                 returning.append(exchange.start_back(ctx.sequence, gradients))
 
             totals = _local_backward(ctx, grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs)
-            for part, dq_bmhd in foreign:
+            for part, dq_bmhd in remote:
                 part.add_queries(totals[0], dq_bmhd)
             for (exchange, _), (rows, work) in zip(plan.exchanges, returning, strict=True):
                 work.wait()

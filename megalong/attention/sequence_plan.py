@@ -15,8 +15,8 @@ from functools import lru_cache
 import torch
 
 from megalong.attention.exchange import GatherRows, Piece, Rows, SendRows
-from megalong.attention.foreign import ForeignPart
 from megalong.attention.pattern import DilatedPattern
+from megalong.attention.remote_rows import RemotePart
 from megalong.attention.shards import Crossing, LocalPart, Shards, crossings, local_parts
 
 
@@ -66,7 +66,7 @@ class Plan:
     """What a rank does: its local attention, and the exchanges with what is attended to after."""
 
     local: tuple[LocalPart, ...]
-    exchanges: tuple[tuple[GatherRows | SendRows, tuple[ForeignPart, ...]], ...]
+    exchanges: tuple[tuple[GatherRows | SendRows, tuple[RemotePart, ...]], ...]
 
 
 @lru_cache(maxsize=256)
@@ -225,20 +225,20 @@ def _send(branches, pattern, shards, causal, document_starts, device):
         first_out += leaving
         first_in += arriving
 
-    foreign = []
+    remote = []
     for crossing, places_of in parts.items():
         attending = _PartBuilder()
         for stream, places in places_of.items():
             own = _range_tensor(rows_in(crossing, stream, shards.rank)) - shards.start
             attending.add(stream, own, torch.cat(places))
-        foreign += attending.build(device)
+        remote += attending.build(device)
     nothing = torch.zeros(0, dtype=torch.int64)
     rows = Rows(
         torch.cat([nothing, *positions]).to(device),
         torch.cat([nothing, *kv_heads]).to(device),
         tuple(pieces),
     )
-    return SendRows(rows, tuple(sent), tuple(received)), tuple(foreign)
+    return SendRows(rows, tuple(sent), tuple(received)), tuple(remote)
 
 
 class _PieceBuilder:
@@ -265,14 +265,14 @@ class _PartBuilder:
             key = len(queries), len(keys), len(stream.heads)
             self.alike.setdefault(key, []).append((stream, queries, keys))
 
-    def build(self, device) -> list[ForeignPart]:
+    def build(self, device) -> list[RemotePart]:
         parts = []
         for members in self.alike.values():
             heads = [head for stream, _, _ in members for head in stream.heads]
             queries = [q for stream, q, _ in members for _ in stream.heads]
             keys = [k for _, _, k in members]
             tensors = torch.stack(queries, 1), torch.tensor(heads), torch.stack(keys, 1)
-            parts.append(ForeignPart(*(x.to(device) for x in tensors)))
+            parts.append(RemotePart(*(x.to(device) for x in tensors)))
         return parts
 
 

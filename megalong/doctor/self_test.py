@@ -13,12 +13,12 @@ import torch.distributed as dist
 
 from megalong.attention import DilatedPattern, dilated_attention, dilated_attention_reference
 from megalong.device import use_gpu
-from megalong.quiet import quiet_libraries
+from megalong.log_filters import filter_library_logs
 
 
 def main() -> None:
     start = time.perf_counter()
-    quiet_libraries()
+    filter_library_logs()
     import megalong.training.loop  # noqa: F401  # DeepSpeed, Megatron-core and all else
 
     rank = int(os.environ["RANK"])

@@ -1,6 +1,6 @@
 """How good a model is at each context length: perplexity, loss by position, passkey retrieval.
 
-Of anything that `megalong.hf.subject` loads.
+Of anything that `megalong.hf.loaded_model` loads.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megalong.hf.subject import Subject
+from megalong.hf.loaded_model import LoadedModel
 
 LOGIT_ROWS = 1024  # positions whose logits are held at once
 
 
 @torch.no_grad()
-def token_losses(subject: Subject, tokens: Sequence[int]) -> torch.Tensor:
+def token_losses(loaded: LoadedModel, tokens: Sequence[int]) -> torch.Tensor:
     """The loss of each token but the first, in nats, float32 on the CPU: (tokens - 1,)."""
-    ids = torch.tensor([tokens], device=subject.model.device)
-    hidden = subject.model.base_model(ids[:, :-1], use_cache=False).last_hidden_state[0]
-    head = subject.model.get_output_embeddings()
+    ids = torch.tensor([tokens], device=loaded.model.device)
+    hidden = loaded.model.base_model(ids[:, :-1], use_cache=False).last_hidden_state[0]
+    head = loaded.model.get_output_embeddings()
     losses = [
         F.cross_entropy(head(rows).float(), labels, reduction="none")
         for rows, labels in zip(hidden.split(LOGIT_ROWS), ids[0, 1:].split(LOGIT_ROWS), strict=True)
@@ -32,7 +32,7 @@ def token_losses(subject: Subject, tokens: Sequence[int]) -> torch.Tensor:
 
 
 def evaluate_texts(
-    subject: Subject, texts: Sequence[str], context: int, edges: Sequence[int]
+    loaded: LoadedModel, texts: Sequence[str], context: int, edges: Sequence[int]
 ) -> dict[str, Any]:
     """Perplexity and bits per byte of texts, cut into windows of `context` tokens.
 
@@ -41,8 +41,8 @@ def evaluate_texts(
     the loss of one without predictions is None.
     """
     total, count = torch.zeros(len(edges) - 1).double(), torch.zeros(len(edges) - 1).double()
-    for window in _windows(subject, texts, context):
-        losses = token_losses(subject, window)
+    for window in _windows(loaded, texts, context):
+        losses = token_losses(loaded, window)
         bucket = torch.bucketize(torch.arange(len(losses)), torch.tensor(edges[1:]), right=True)
         total.index_add_(0, bucket, losses.double())
         count.index_add_(0, bucket, torch.ones(len(losses)).double())
@@ -61,9 +61,9 @@ def evaluate_texts(
     }
 
 
-def _windows(subject: Subject, texts: Sequence[str], context: int) -> Iterator[list[int]]:
+def _windows(loaded: LoadedModel, texts: Sequence[str], context: int) -> Iterator[list[int]]:
     for text in texts:
-        tokens = [subject.first, *subject.encode(text)]
+        tokens = [loaded.first, *loaded.encode(text)]
         for start in range(0, len(tokens) - 1, context):
             yield tokens[start : start + context + 1]
 
@@ -72,7 +72,7 @@ _FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. T
 
 
 def passkey(
-    subject: Subject, length: int, depth: float, trials: int, seed: int = 0
+    loaded: LoadedModel, length: int, depth: float, trials: int, seed: int = 0
 ) -> dict[str, Any]:
     """Whether the model finds a number that is said once in a long text.
 
@@ -83,11 +83,11 @@ def passkey(
     draw = random.Random(f"{seed} {length} {depth}")
     found, losses = 0, []
     for _ in range(trials):
-        tokens, answer = _passkey_tokens(subject, length, depth, draw.randint(10000, 99999))
-        ids = torch.tensor([tokens], device=subject.model.device)
+        tokens, answer = _passkey_tokens(loaded, length, depth, draw.randint(10000, 99999))
+        ids = torch.tensor([tokens], device=loaded.model.device)
         with torch.no_grad():
-            hidden = subject.model.base_model(ids[:, :-1], use_cache=False).last_hidden_state
-            logits = subject.model.get_output_embeddings()(hidden[0, -answer:]).float()
+            hidden = loaded.model.base_model(ids[:, :-1], use_cache=False).last_hidden_state
+            logits = loaded.model.get_output_embeddings()(hidden[0, -answer:]).float()
         found += bool((logits.argmax(-1) == ids[0, -answer:]).all())
         losses.append(F.cross_entropy(logits, ids[0, -answer:]).item())
     return {
@@ -98,9 +98,11 @@ def passkey(
     }
 
 
-def _passkey_tokens(subject: Subject, length: int, depth: float, key: int) -> tuple[list[int], int]:
+def _passkey_tokens(
+    loaded: LoadedModel, length: int, depth: float, key: int
+) -> tuple[list[int], int]:
     """The tokens of one trial, and how many at the end are the answer."""
-    encode = subject.encode
+    encode = loaded.encode
     said = encode(f"The pass key is {key}. Remember it: {key} is the pass key.\n")
     question = encode("What is the pass key? The pass key is")
     answer = encode(f" {key}")
@@ -110,5 +112,5 @@ def _passkey_tokens(subject: Subject, length: int, depth: float, key: int) -> tu
     filler = encode(_FILLER)
     filler = (filler * (room // len(filler) + 1))[:room]
     before = round(room * depth)
-    text = [subject.first, *filler[:before], *said, *filler[before:], *question, *answer]
+    text = [loaded.first, *filler[:before], *said, *filler[before:], *question, *answer]
     return text, len(answer)

@@ -13,7 +13,7 @@ from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from megatron.core.transformer.module import MegatronModule
 
 from megalong.attention import DilatedPattern, dilated_attention
-from megalong.attention.baselines import dense_attention
+from megalong.attention.dense import dense_attention
 from megalong.attention.exchange import SequenceGroup
 from megalong.attention.sequence_parallel import sequence_parallel_attention
 

@@ -1,6 +1,6 @@
 """Ranks and groups: the mesh, DeepSpeed's view of it, and Megatron-core without a GPU."""
 
 from megalong.parallel.mesh import Mesh, build_mesh, check_precision, launch, process_group
-from megalong.parallel.peers import watch_peers
+from megalong.parallel.rank_watchdog import watch_ranks
 
-__all__ = ["Mesh", "build_mesh", "check_precision", "launch", "process_group", "watch_peers"]
+__all__ = ["Mesh", "build_mesh", "check_precision", "launch", "process_group", "watch_ranks"]

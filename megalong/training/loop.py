@@ -21,8 +21,8 @@ from megalong.data.batches import (
 from megalong.model.build import build_model, number_of_parameters
 from megalong.parallel.mesh import Mesh
 from megalong.progress import ProgressBar, clock
-from megalong.training.checkpoint import load_checkpoint, progress_to_save, tensors_to_save
 from megalong.training.engine import StepResult, TrainingEngine
+from megalong.training.engine_state import load_checkpoint, progress_to_save, tensors_to_save
 from megalong.training.evaluation import Evaluation, evaluate, position_edges
 from megalong.training.learning_rate import learning_rate
 from megalong.training.metrics import MetricsLog

@@ -7,41 +7,41 @@ import pytest
 import torch
 
 from megalong.hf.evaluation import evaluate_texts, passkey, token_losses
-from megalong.hf.subject import Subject
+from megalong.hf.loaded_model import LoadedModel
 from tests.hf.test_transformers import make_model
 
 
 @pytest.fixture(scope="module")
-def subject():
+def loaded():
     model = make_model(vocab_size=257)
-    return Subject(model, lambda text: list(text.encode()), bytes.decode, first=256)
+    return LoadedModel(model, lambda text: list(text.encode()), bytes.decode, first=256)
 
 
-def test_token_losses_are_those_of_the_logits(subject, monkeypatch):
+def test_token_losses_are_those_of_the_logits(loaded, monkeypatch):
     monkeypatch.setattr("megalong.hf.evaluation.LOGIT_ROWS", 7)
     tokens = [256, *range(40)]
     with torch.no_grad():
-        logits = subject.model(torch.tensor([tokens[:-1]])).logits[0].log_softmax(-1)
+        logits = loaded.model(torch.tensor([tokens[:-1]])).logits[0].log_softmax(-1)
     expected = [-logits[i, token].item() for i, token in enumerate(tokens[1:])]
-    assert token_losses(subject, tokens).tolist() == pytest.approx(expected, rel=1e-5)
+    assert token_losses(loaded, tokens).tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_every_token_counts_once_at_every_context_length(subject):
+def test_every_token_counts_once_at_every_context_length(loaded):
     texts = ["caf\u00e9 " * 10, "x" * 33]
     for context in (10, 50, 1000):
-        result = evaluate_texts(subject, texts, context, [0, 5, context])
+        result = evaluate_texts(loaded, texts, context, [0, 5, context])
         assert result["tokens"] == result["bytes"] == 60 + 33  # one token a byte
         assert result["bits_per_byte"] == pytest.approx(result["loss"] / math.log(2))
         assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
-    whole = torch.cat([token_losses(subject, [256, *text.encode()]) for text in texts])
+    whole = torch.cat([token_losses(loaded, [256, *text.encode()]) for text in texts])
     assert result["loss"] == pytest.approx(whole.mean().item(), rel=1e-6)
-    first = torch.cat([token_losses(subject, [256, *text.encode()])[:5] for text in texts])
+    first = torch.cat([token_losses(loaded, [256, *text.encode()])[:5] for text in texts])
     assert result["loss_by_position"][0] == pytest.approx(first.mean().item(), rel=1e-6)
-    assert evaluate_texts(subject, ["ab"], 9, [0, 5, 9])["loss_by_position"][1] is None
+    assert evaluate_texts(loaded, ["ab"], 9, [0, 5, 9])["loss_by_position"][1] is None
 
 
-def test_a_passkey_is_found_by_a_model_that_copies(subject):
-    result = passkey(subject, 300, 0.5, trials=2)
+def test_a_passkey_is_found_by_a_model_that_copies(loaded):
+    result = passkey(loaded, 300, 0.5, trials=2)
     assert result["accuracy"] == 0 and result["loss"] > 3
 
     class Copies(torch.nn.Module):
@@ -60,8 +60,8 @@ def test_a_passkey_is_found_by_a_model_that_copies(subject):
         def get_output_embeddings(self):
             return torch.nn.Identity()
 
-    copies = dataclasses.replace(subject, model=Copies())
+    copies = dataclasses.replace(loaded, model=Copies())
     for depth in (0.0, 0.3, 1.0):
         assert passkey(copies, 400, depth, trials=3)["accuracy"] == 1
     with pytest.raises(ValueError, match="--passkey-lengths 50"):
-        passkey(subject, 50, 0.5, trials=1)
+        passkey(loaded, 50, 0.5, trials=1)

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from megalong.hf.subject import Subject
+from megalong.hf.loaded_model import LoadedModel
 from tests.launching import REPOSITORY
 
 
@@ -32,7 +32,7 @@ def generate():
 def test_tokens_of_a_byte_each(generate, capsys, prompt, content):
     content = content.encode() if isinstance(content, str) else content
     decode = lambda tokens: bytes(tokens).decode(errors="replace")  # noqa: E731
-    printer = generate.Printer(Subject(None, None, decode, first=0))
+    printer = generate.Printer(LoadedModel(None, None, decode, first=0))
     printer.put(torch.tensor([[0, *prompt]]))
     assert capsys.readouterr().out == prompt.decode()
     for byte in content:

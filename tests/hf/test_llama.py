@@ -13,7 +13,7 @@ from megalong.config import ConfigError
 from megalong.hf.evaluation import evaluate_texts
 from megalong.hf.exporting import export
 from megalong.hf.importing import import_model
-from megalong.hf.subject import load_subject
+from megalong.hf.loaded_model import load_model
 from megalong.hf.tokenizer_files import export_tokenizer
 from megalong.training.metrics import read_metrics
 from tests.forked import run_ranks
@@ -74,9 +74,9 @@ def test_dense_is_the_same_and_dilated_is_not(llama, dense, tmp_path):
     texts = [(REPOSITORY / "pretrain_longnet.py").read_text()[:3000]]
     perplexity = {}
     for folder in (llama, dense, tmp_path / "dilated"):
-        subject = load_subject(folder, "cpu", torch.float32)
-        assert subject.first == BOS
-        result = evaluate_texts(subject, texts, 256, [0, 128, 256])
+        loaded = load_model(folder, "cpu", torch.float32)
+        assert loaded.first == BOS
+        result = evaluate_texts(loaded, texts, 256, [0, 128, 256])
         perplexity[folder.name] = result["perplexity"]
     assert perplexity["dense"] == pytest.approx(perplexity["llama"], rel=1e-5)
     assert perplexity["dilated"] != pytest.approx(perplexity["llama"], rel=1e-5)
@@ -110,8 +110,8 @@ def test_training_goes_on_with_tensor_parallelism(dense, text_file, tmp_path):
     assert losses[0][2] < losses[0][0]
 
     export(run_folder, tmp_path / "out")
-    subject = load_subject(tmp_path / "out", "cpu", torch.float32)
-    assert subject.first == BOS and subject.model.config.eos_token_id == EOD
+    loaded = load_model(tmp_path / "out", "cpu", torch.float32)
+    assert loaded.first == BOS and loaded.model.config.eos_token_id == EOD
     shown = tool("generate.py", "--model", tmp_path / "out", "--prompt", "def", "--temperature", 0)
     assert shown.startswith("def") and len(shown) > 20
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from megalong.training.checkpoint import _load_random_states, _random_states
+from megalong.training.engine_state import _load_random_states, _random_states
 
 MESH = SimpleNamespace(rank=3, device=torch.device("cpu"))
 

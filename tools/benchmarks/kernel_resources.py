@@ -2,7 +2,7 @@
 
     python tools/benchmarks/kernel_resources.py 90 bfloat16 forward:64 dkdv:128 rare:64 ...
 
-prints one line of JSON for each variant of each kernel and head_dim, as configurations.py has them:
+prints one line of JSON for each variant of each kernel and head_dim, as tile_sizes.py has them:
 registers, bytes of stack (spills), shared memory, and the tensor-core instructions found. It needs
 no GPU, only the ptxas and cuobjdump inside the triton package. Not under TRITON_INTERPRET.
 tune_attention.py uses it, and so do the tests.
@@ -25,14 +25,14 @@ from megalong.attention.triton.backward_kernels import (
     dkdv_kernel,
     dq_kernel,
 )
-from megalong.attention.triton.configurations import (
+from megalong.attention.triton.forward_kernel import forward_kernel
+from megalong.attention.triton.tile_sizes import (
     SHARED_MEMORY,
-    Configuration,
-    configuration,
+    TileSizes,
     newest_that_fits,
     padded_head_dim,
+    sizes_of,
 )
-from megalong.attention.triton.forward_kernel import forward_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -114,8 +114,8 @@ def resources(compiled) -> dict:
     }
 
 
-def resources_of(name: str, head_dim: int, dtype: str, generation: int, chosen: Configuration):
-    """One dictionary for each variant of a kernel, or of "rare", in a configuration."""
+def resources_of(name: str, head_dim: int, dtype: str, generation: int, chosen: TileSizes):
+    """One dictionary for each variant of a kernel, or of "rare", in given tile sizes."""
     defaults = {
         "CAUSAL": True, "ATTENDS": True, "GATHERED": False, "DETACHED": False,
         "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim),
@@ -141,7 +141,7 @@ def main(generation: str, dtype: str, *wanted: str) -> None:
     for item in wanted:
         name, head_dim = item.split(":")[0], int(item.split(":")[1])
         size = "forward" if name == "rare" else name
-        chosen = configuration(size, head_dim, getattr(torch, dtype), lines)
+        chosen = sizes_of(size, head_dim, getattr(torch, dtype), lines)
         for line in resources_of(name, head_dim, dtype, number, chosen):
             print(json.dumps(line), flush=True)
 

@@ -4,7 +4,7 @@ On the GPU to tune for (some minutes for each head_dim, most of them compiling):
 
     python tools/benchmarks/tune_attention.py --head-dim 128 --output tuned.json
 
-prints the time of each candidate and writes the line for configurations.py into tuned.json. The
+prints the time of each candidate and writes the line for tile_sizes.py into tuned.json. The
 kernels use it at once with MEGALONG_TRITON_CONFIGURATIONS=tuned.json; run
 tests/attention/triton/test_gpu.py with that variable before you trust it.
 
@@ -28,12 +28,12 @@ from unittest import mock
 import torch
 
 from megalong.attention import DilatedPattern
-from megalong.attention.triton import configurations
-from megalong.attention.triton.configurations import (
+from megalong.attention.triton import tile_sizes
+from megalong.attention.triton.tile_sizes import (
     FILE_VARIABLE,
     KERNELS,
     SHARED_MEMORY,
-    Configuration,
+    TileSizes,
     generation_of,
     line_name,
 )
@@ -76,8 +76,8 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def candidates(args, kernel: str) -> list[Configuration]:
-    return [Configuration(*numbers) for numbers in CANDIDATES[kernel][: args.most]]
+def candidates(args, kernel: str) -> list[TileSizes]:
+    return [TileSizes(*numbers) for numbers in CANDIDATES[kernel][: args.most]]
 
 
 def compile_candidates(args):
@@ -101,7 +101,7 @@ def tune(args):
     """The fastest candidate of each kernel, the others being those of the table."""
     dtype = getattr(torch, args.dtype)
     key = line_name(generation_of(torch.device("cuda")), dtype, args.head_dim)
-    line = list(configurations.TABLE[key])
+    line = list(tile_sizes.TABLE[key])
     pattern = DilatedPattern.geometric(args.length)
     heads = (args.heads, args.kv_heads or args.heads, args.kv_heads or args.heads, args.heads)
     q, k, v, grad = (
@@ -112,14 +112,14 @@ def tune(args):
         if kernel not in args.kernels:
             continue
         times = {}
-        for candidate in [Configuration(*line[number]), *candidates(args, kernel)]:
+        for candidate in [TileSizes(*line[number]), *candidates(args, kernel)]:
             trial = [*line[:number], candidate, *line[number + 1 :]]
-            with mock.patch.dict(configurations.TABLE, {key: trial}):
+            with mock.patch.dict(tile_sizes.TABLE, {key: trial}):
                 times[candidate] = milliseconds(kernel, pattern, q, k, v, grad)
             print(f"{kernel:<8} {tuple(candidate)!s:<20} {times[candidate]:9.3f} ms", flush=True)
         line[number] = min(times, key=times.get)
-    row = {key: [list(configuration) for configuration in line]}
-    print(f"in configurations.py:\n    {json.dumps(key)}: {tuple(map(tuple, line))},")
+    row = {key: [list(sizes) for sizes in line]}
+    print(f"in tile_sizes.py:\n    {json.dumps(key)}: {tuple(map(tuple, line))},")
     if args.output:
         args.output.write_text(json.dumps(row) + "\n")
         print(f"wrote {args.output}")

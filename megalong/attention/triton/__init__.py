@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
-from megalong.attention.triton.configurations import interpreting
+from megalong.attention.triton.tile_sizes import interpreting
 
 
 def unsupported(q_bshd) -> str | None:

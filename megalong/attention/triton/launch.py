@@ -14,15 +14,15 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from megalong.attention.layout import dense_rows, empty_rows
+from megalong.attention.strides import dense_rows, empty_rows
 from megalong.attention.triton.backward_kernels import delta_kernel, dkdv_kernel, dq_kernel
-from megalong.attention.triton.configurations import (
-    configuration,
-    generation_of,
-    padded_head_dim,
-)
 from megalong.attention.triton.forward_kernel import forward_kernel
 from megalong.attention.triton.tables import Tables, pattern_tables, tile_table
+from megalong.attention.triton.tile_sizes import (
+    generation_of,
+    padded_head_dim,
+    sizes_of,
+)
 
 
 def launch(kernel, programs: int, device: torch.device, *arguments, **names):
@@ -40,7 +40,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def constants(kernel: str, q_bshd: torch.Tensor, causal: bool) -> dict:
     """The compile-time arguments that every kernel takes, and the launch options."""
     head_dim, dtype = q_bshd.shape[-1], q_bshd.dtype
-    chosen = configuration(kernel, head_dim, dtype, generation_of(q_bshd.device))
+    chosen = sizes_of(kernel, head_dim, dtype, generation_of(q_bshd.device))
     return {
         "CAUSAL": causal,
         "HEAD_DIM": head_dim,

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from megalong.attention.layout import dense_rows, empty_rows
 from megalong.attention.pattern import DilatedPattern
+from megalong.attention.strides import dense_rows, empty_rows
 from megalong.attention.triton.launch import (
     accumulator,
     launch_delta,

@@ -18,7 +18,7 @@ from triton.runtime import interpreter
 
 from megalong.attention import DilatedPattern, dilated_attention
 from megalong.attention.dilated_attention import choose_backend
-from megalong.attention.triton import configurations, launch
+from megalong.attention.triton import launch, tile_sizes
 from megalong.attention.triton.rows import attend_rows, attend_rows_backward
 
 CORNERS = {case.name: case for case in corners()}
@@ -80,9 +80,7 @@ def agree(case, dtype, tolerances):
 def test_corner_in_float64(name, monkeypatch):
     """Everything but rounding: an error here is a wrong row, mask or weight."""
     if CORNERS[name].length > 200:
-        monkeypatch.setattr(
-            configurations, "INTERPRETED", configurations.Configuration(64, 32, 1, 1)
-        )
+        monkeypatch.setattr(tile_sizes, "INTERPRETED", tile_sizes.TileSizes(64, 32, 1, 1))
     agree(thinned(CORNERS[name]), torch.float64, {"out lse dq dk dv": 1e-11})
 
 
@@ -97,9 +95,7 @@ def thinned(case):
 def test_random_case_in_float32(seed, monkeypatch):
     if seed % 4 == 0:  # blocks of unequal sides, either way
         blocks = (32, 16) if seed % 8 else (16, 32)
-        monkeypatch.setattr(
-            configurations, "INTERPRETED", configurations.Configuration(*blocks, 1, 1)
-        )
+        monkeypatch.setattr(tile_sizes, "INTERPRETED", tile_sizes.TileSizes(*blocks, 1, 1))
     agree(small_case(seed), torch.float32, {"out lse": 2e-6, "dq dk dv": 1e-5})
 
 

@@ -1,4 +1,4 @@
-"""Every configuration of the table compiled for sm_80 and sm_90, without a GPU.
+"""Every row of the table compiled for sm_80 and sm_90, without a GPU.
 
 What ptxas reports is the limit: a change that makes a kernel spill, grow out of the shared memory
 or lose its tensor-core instructions fails here. Bounds are the larger of the
@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalong.attention.triton import configurations
-from megalong.attention.triton.configurations import (
+from megalong.attention.triton import tile_sizes
+from megalong.attention.triton.tile_sizes import (
     FILE_VARIABLE,
     SHARED_MEMORY,
-    Configuration,
-    configuration,
+    TileSizes,
     newest_that_fits,
+    sizes_of,
 )
 
 TOOLS = Path(__file__).parents[3] / "tools" / "benchmarks"
@@ -90,7 +90,7 @@ def test_newer_gpus_take_lines_that_fit(tmp_path):
     for generation, shared, lines in ((100, 227 * 1024, 90), (120, 99 * 1024, 80)):
         assert newest_that_fits(divmod(generation, 10), shared) == lines
         for line in compiled(generation, "bfloat16", ["forward:128"], tmp_path):
-            assert line["tile"] == list(configuration("forward", 128, torch.bfloat16, lines))
+            assert line["tile"] == list(sizes_of("forward", 128, torch.bfloat16, lines))
             assert line["shared"] <= shared, line
 
 
@@ -108,10 +108,10 @@ def test_lines_from_a_file(tmp_path, monkeypatch):
     file = tmp_path / "tuned.json"
     monkeypatch.setenv(FILE_VARIABLE, str(file))
     file.write_text('{"sm_90 half 128": [[64, 64, 4, 2], [64, 32, 4, 2], [32, 64, 4, 2]]}')
-    found = configuration("dkdv", 100, torch.bfloat16, 90)
-    assert found == Configuration(32, 64, 4, 2)
-    assert configuration("dkdv", 64, torch.bfloat16, 90) == Configuration(32, 128, 8, 3)
-    configurations.table_with.cache_clear()
+    found = sizes_of("dkdv", 100, torch.bfloat16, 90)
+    assert found == TileSizes(32, 64, 4, 2)
+    assert sizes_of("dkdv", 64, torch.bfloat16, 90) == TileSizes(32, 128, 8, 3)
+    tile_sizes.table_with.cache_clear()
     file.write_text('{"sm_90 half 128": [[64, 64, 4]]}')
     with pytest.raises(ValueError, match=r"sm_90 half 128.* is no line of the table"):
-        configuration("forward", 128, torch.bfloat16, 90)
+        sizes_of("forward", 128, torch.bfloat16, 90)

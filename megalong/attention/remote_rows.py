@@ -20,8 +20,8 @@ def merge(out_bshd, lse_bsh, new_out_bshd, new_lse_bsh):
 
 
 @dataclass(frozen=True)
-class ForeignPart:
-    """Attention of the shard's sparse queries to foreign rows: streams with equally many of each.
+class RemotePart:
+    """Attention of the shard's sparse queries to remote rows: streams with equally many of each.
 
     Streams that agree in their numbers of queries, keys and query heads are one part.
     """

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 
-class Configuration(NamedTuple):
+class TileSizes(NamedTuple):
     """block_m queries by block_n keys at a time, in so many warps and pipeline stages."""
 
     block_m: int
@@ -53,12 +53,12 @@ TABLE = {
 }
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024}  # bytes for one block, at most
 
-DELTA = Configuration(64, 64, 4, 1)  # bound by memory
-INTERPRETED = Configuration(16, 16, 1, 1)
+DELTA = TileSizes(64, 64, 4, 1)  # bound by memory
+INTERPRETED = TileSizes(16, 16, 1, 1)
 
 
-def configuration(kernel: str, head_dim: int, dtype: torch.dtype, generation: int):
-    """The Configuration of a kernel, one of KERNELS or "delta".
+def sizes_of(kernel: str, head_dim: int, dtype: torch.dtype, generation: int):
+    """The tile sizes of a kernel, one of KERNELS or "delta".
 
     generation: 80, 90, or 0 for the interpreter.
     """
@@ -68,7 +68,7 @@ def configuration(kernel: str, head_dim: int, dtype: torch.dtype, generation: in
         return DELTA
     file = os.environ.get(FILE_VARIABLE)
     table = table_with(file) if file else TABLE
-    return Configuration(*table[line_name(generation, dtype, head_dim)][KERNELS.index(kernel)])
+    return TileSizes(*table[line_name(generation, dtype, head_dim)][KERNELS.index(kernel)])
 
 
 def line_name(generation: int, dtype: torch.dtype, head_dim: int) -> str:
@@ -86,7 +86,7 @@ def table_with(file: str) -> dict:
     """
     lines = json.loads(Path(file).read_text())
     for key, line in lines.items():
-        fields = len(Configuration._fields)
+        fields = len(TileSizes._fields)
         if key not in TABLE or [len(x) for x in line] != [fields] * len(KERNELS):
             raise ValueError(
                 f"{FILE_VARIABLE}={file}: {key!r}: {line} is no line of the table; a line looks "

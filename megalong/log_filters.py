@@ -13,7 +13,7 @@ _WARNINGS = (
 _WITHOUT_GPU = (r".*CUDA_DEVICE_MAX_CONNECTIONS",)  # a setting that Megatron-core wants for GPUs
 
 
-def quiet_libraries() -> None:
+def filter_library_logs() -> None:
     """Silence them in this process. Called before megatron.core and deepspeed are imported."""
     from megalong.device import use_gpu
 

@@ -27,7 +27,7 @@ NEWS_BEHIND_ERROR = 3.0  # seconds in which the news of a lost rank follows a fa
 
 
 @contextlib.contextmanager
-def watch_peers(expected_errors: tuple[type[Exception], ...]) -> Iterator[None]:
+def watch_ranks(expected_errors: tuple[type[Exception], ...]) -> Iterator[None]:
     """Inside, the death of any rank of the process group ends this one too, with exit code 1.
 
     expected_errors: exceptions that carry their whole message; any other may be the consequence of
@@ -73,7 +73,7 @@ class _Spoke:
         name = f"rank {rank} on {host} (process {os.getpid()})"
         self._connection.sendall(f"{token} {name}\n".encode())
         dist.barrier()
-        threading.Thread(target=self._listen, name="peers", daemon=True).start()
+        threading.Thread(target=self._listen, name="rank watchdog", daemon=True).start()
 
     def leave(self, word: bytes) -> None:
         self._leaving = True
@@ -125,7 +125,7 @@ class _Hub:
                     self._selector.register(connection, selectors.EVENT_READ)
         self._server.close()
         dist.barrier()
-        threading.Thread(target=self._listen, name="peers", daemon=True).start()
+        threading.Thread(target=self._listen, name="rank watchdog", daemon=True).start()
 
     def leave(self, word: bytes) -> None:
         self._leaving = True

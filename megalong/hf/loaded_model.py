@@ -22,7 +22,7 @@ from megalong.hf.tokenizer_files import begins_with_bos, open_tokenizer
 
 
 @dataclass(frozen=True)
-class Subject:
+class LoadedModel:
     """A causal model of Transformers, and how text becomes its tokens and tokens become text.
 
     first: the token that stands before a text.
@@ -34,7 +34,7 @@ class Subject:
     first: int
 
 
-def load_subject(path: Path, device: str, dtype: torch.dtype, tokenizer_model: str | None = None):
+def load_model(path: Path, device: str, dtype: torch.dtype, tokenizer_model: str | None = None):
     """A megalong checkpoint (or run folder), or a folder of Transformers.
 
     tokenizer_model: where the tokenizer of a megalong checkpoint is now.
@@ -58,10 +58,10 @@ def load_subject(path: Path, device: str, dtype: torch.dtype, tokenizer_model: s
     def decode(tokens: list[int]) -> str:
         return tokenizer.decode([token for token in tokens if token < tokenizer.vocab_size])
 
-    return Subject(model, tokenizer.encode, decode, first)
+    return LoadedModel(model, tokenizer.encode, decode, first)
 
 
-def _load_folder(path: Path, device: str, dtype: torch.dtype) -> Subject:
+def _load_folder(path: Path, device: str, dtype: torch.dtype) -> LoadedModel:
     """Runs no code out of the folder: of our own exports the classes are here."""
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
     from transformers.utils import logging
@@ -87,7 +87,7 @@ def _load_folder(path: Path, device: str, dtype: torch.dtype) -> Subject:
     def decode(tokens: list[int]) -> str:
         return tokenizer.decode(tokens, skip_special_tokens=True)
 
-    return Subject(model.to(device).eval(), encode, decode, first)
+    return LoadedModel(model.to(device).eval(), encode, decode, first)
 
 
 def load_checkpoint(checkpoint: StoredModel, tokenizer: Tokenizer):
