@@ -27,7 +27,7 @@ from megalong.hf.configs import DTYPES
 from megalong.hf.evaluation import evaluate_texts, passkey
 from megalong.hf.loaded_model import LoadedModel, load_model
 from megalong.log_filters import filter_library_logs
-from megalong.training.positions import position_edges
+from megalong.position_losses import position_edges
 
 
 def parse_arguments() -> argparse.Namespace:

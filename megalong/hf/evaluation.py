@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from megalong.hf.loaded_model import LoadedModel
+from megalong.position_losses import PositionLosses, perplexity
 
 LOGIT_ROWS = 1024  # positions whose logits are held at once
 
@@ -40,24 +41,20 @@ def evaluate_texts(
     token before the window. edges: of the buckets of positions in the window, from 0 to context;
     the loss of one without predictions is None.
     """
-    total, count = torch.zeros(len(edges) - 1).double(), torch.zeros(len(edges) - 1).double()
+    losses = PositionLosses(edges)
     for window in _windows(loaded, texts, context):
-        losses = token_losses(loaded, window)
-        bucket = torch.bucketize(torch.arange(len(losses)), torch.tensor(edges[1:]), right=True)
-        total.index_add_(0, bucket, losses.double())
-        count.index_add_(0, bucket, torch.ones(len(losses)).double())
-    loss, size = total.sum().item(), sum(len(text.encode()) for text in texts)
+        of_window = token_losses(loaded, window)
+        losses.add(torch.arange(len(of_window)), of_window[None])
+    size = sum(len(text.encode()) for text in texts)
     return {
         "context": context,
-        "tokens": int(count.sum()),
+        "tokens": losses.tokens,
         "bytes": size,
-        "loss": loss / count.sum().item(),
-        "perplexity": math.exp(loss / count.sum().item()),
-        "bits_per_byte": loss / math.log(2) / size,
+        "loss": losses.mean,
+        "perplexity": perplexity(losses.mean),
+        "bits_per_byte": losses.total / math.log(2) / size,
         "position_edges": list(edges),
-        "loss_by_position": [
-            a / b if b else None for a, b in zip(total.tolist(), count.tolist(), strict=True)
-        ],
+        "loss_by_position": losses.by_position,
     }
 
 

@@ -12,8 +12,8 @@ import torch
 
 from megalong.data.batches import Batch
 from megalong.parallel.mesh import Mesh
+from megalong.position_losses import PositionLosses, perplexity, position_edges
 from megalong.training.engine import TrainingEngine
-from megalong.training.positions import position_edges
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
+        return perplexity(self.loss)
 
 
 def evaluate(
@@ -45,7 +45,7 @@ def evaluate(
     mesh: Mesh,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Evaluate on this rank's micro batches and reduce over all ranks; the same result on each.
+    """Evaluate on this rank's micro batches and reduce over all ranks: each gets the result.
 
     batches: every rank gives the same number of micro batches (see
         `megalong.data.batches.evaluation_batches`).
@@ -53,31 +53,23 @@ def evaluate(
     on_batch: called after each micro batch, to show progress.
     """
     bytes_of_token = torch.as_tensor(token_bytes, dtype=torch.float64, device=mesh.device)
-    edges = torch.tensor(position_edges(engine.seq_length), device=mesh.device)
-    loss_sums = torch.zeros(len(edges) - 1, dtype=torch.float64, device=mesh.device)
-    counts = torch.zeros_like(loss_sums)
+    losses_by_position = PositionLosses(position_edges(engine.seq_length), mesh.device)
     total_bytes = torch.zeros(1, dtype=torch.float64, device=mesh.device)
     remaining = iter(batches)
     # As many at a time as fill the pipeline.
     while some := list(islice(remaining, mesh.pipeline_parallel_size)):
         # Stages before the last have no losses, and come here to pass activations on.
         for batch, (losses, mask) in zip(some, engine.token_losses(some), strict=False):
-            bucket = torch.bucketize(batch["positions"].to(mesh.device), edges[1:], right=True)
-            loss_sums.index_add_(0, bucket, losses.double().sum(0))
-            counts.index_add_(0, bucket, mask.double().sum(0))
+            losses_by_position.add(batch["positions"], losses, mask)
             labels = batch["labels"].to(mesh.device)
             total_bytes += bytes_of_token[labels[mask]].sum()
         for _ in some:
             on_batch()
-    for tensor in (loss_sums, counts, total_bytes):
+    for tensor in (losses_by_position.sums, losses_by_position.counts, total_bytes):
         mesh.sum_of_losses(tensor)
-    loss_sum, tokens = loss_sums.sum().item(), int(counts.sum().item())
     return Evaluation(
-        loss=loss_sum / tokens,
-        tokens=tokens,
-        bits_per_byte=loss_sum / math.log(2) / total_bytes.item(),
-        loss_by_position=[
-            total / count if count else None
-            for total, count in zip(loss_sums.tolist(), counts.tolist(), strict=True)
-        ],
+        loss=losses_by_position.mean,
+        tokens=losses_by_position.tokens,
+        bits_per_byte=losses_by_position.total / math.log(2) / total_bytes.item(),
+        loss_by_position=losses_by_position.by_position,
     )

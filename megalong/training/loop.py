@@ -20,10 +20,11 @@ from megalong.data.batches import (
 )
 from megalong.model.build import build_model, number_of_parameters
 from megalong.parallel.mesh import Mesh
+from megalong.position_losses import position_edges
 from megalong.progress import ProgressBar, clock
 from megalong.training.engine import StepResult, TrainingEngine
 from megalong.training.engine_state import load_checkpoint, progress_to_save, tensors_to_save
-from megalong.training.evaluation import Evaluation, evaluate, position_edges
+from megalong.training.evaluation import Evaluation, evaluate
 from megalong.training.learning_rate import learning_rate
 from megalong.training.metrics import MetricsLog
 from megalong.training.resuming import check_agreement, other_ways, sound_checkpoint

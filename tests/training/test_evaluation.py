@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megalong.data.batches import IGNORE_INDEX
-from megalong.training.evaluation import evaluate, position_edges
+from megalong.position_losses import position_edges
+from megalong.training.evaluation import evaluate
 
 
 class KnownLosses:
