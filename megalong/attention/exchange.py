@@ -15,7 +15,7 @@ GatherRows: where a segment spans whole shards, its m ranks all-gather their row
     summed over the branches of equal m, which share one collective; 1 / m of it is the rank's own.
     With w / r fixed this does not depend on the number of ranks (r dividing l). The backward pass
     reduce-scatters as many float32.
-SendRows: everything else (documents or segments that begin inside a shard; r > l, where most ranks
+SendRows: everything else (segments that begin inside a shard; r > l, where most ranks
     have no row at all). One all-to-all, in which each rank receives the rows that its queries see
     and no others.
 

@@ -18,11 +18,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from megalong.attention.dilated_attention import (
-    checked_documents,
-    checked_scale,
-    choose_backend,
-)
+from megalong.attention.dilated_attention import checked_scale, choose_backend
 from megalong.attention.exchange import SequenceGroup
 from megalong.attention.pattern import DilatedPattern
 from megalong.attention.remote_rows import merge
@@ -40,7 +36,6 @@ def sequence_parallel_attention(
     causal: bool = True,
     scale: float | None = None,
     backend: str = "auto",
-    document_starts=None,
     return_lse: bool = False,
 ):
     """`dilated_attention` of this rank's queries within the whole sequence.
@@ -51,16 +46,12 @@ def sequence_parallel_attention(
 
     q: (batch, shard, heads, head_dim); k, v: (batch, shard, kv_heads, head_dim).
     sequence: the ranks; its subgroups must hold the sizes `sequence_plan.subgroup_sizes`.
-    document_starts: as in dilated_attention, positions of the whole sequence.
     The other arguments, the results and the errors are those of dilated_attention; gradients are
     exact. lse is that of the shard's queries, (batch, heads, shard).
     """
     shards = Shards(sequence.rank, sequence.size, q.shape[1])
     scale = checked_scale(q, k, v, pattern, scale)
-    document_starts = checked_documents(document_starts, shards.sequence_length)
-    plan = make_plan(
-        pattern, shards, q.shape[2], k.shape[2], bool(causal), document_starts, q.device
-    )
+    plan = make_plan(pattern, shards, q.shape[2], k.shape[2], bool(causal), q.device)
     out_bshd, lse_bhs = _SequenceParallelAttention.apply(
         q, k, v, plan, sequence, choose_backend(backend, q), bool(causal), scale
     )
@@ -127,7 +118,7 @@ def _local_forward(ctx, q_bshd, k_bsgd, v_bsgd):
     results = [
         ctx.backend.forward(
             *(x[:, part.start : part.stop] for x in (q_bshd, k_bsgd, v_bsgd)), part.pattern,
-            **ctx.options, document_starts=part.document_starts,
+            **ctx.options, document_starts=None,
         )
         for part in plan.local
     ]  # fmt: skip
@@ -155,7 +146,7 @@ def _local_backward(ctx, grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs):
                 for x in (grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd)
             ),
             lse_bhs[:, :, part.start : part.stop], part.pattern, **ctx.options,
-            document_starts=part.document_starts, mix_gradient="exact",
+            document_starts=None, mix_gradient="exact",
         )
         for part in plan.local
     ]  # fmt: skip

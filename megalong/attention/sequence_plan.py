@@ -35,7 +35,7 @@ def gathered_rows(pattern: DilatedPattern, shards: Shards, heads: int, kv_heads:
     """Rows that the subgroups' all-gathers of one layer put on a rank, its own among them.
 
     Summed over the branches that gather, streams x m ceil(l / r); each row is 2 x batch x head_dim
-    numbers. The backward pass reduce-scatters as many. No documents.
+    numbers. The backward pass reduce-scatters as many.
     """
     rows = 0
     for (width, rate), offsets in zip(
@@ -76,7 +76,6 @@ def make_plan(
     heads: int,
     kv_heads: int,
     causal: bool,
-    document_starts: tuple[int, ...] | None,
     device: torch.device,
 ) -> Plan:
     """The plan of one rank, the same for equal arguments, with its index tensors on `device`."""
@@ -89,7 +88,7 @@ def make_plan(
     gathered: dict[int, list[_Branch]] = {}
     sent = []
     for branch, (width, rate) in zip(branches, pattern.branches, strict=True):
-        if document_starts is None and _gathers(width, rate, shards.length, shards.count):
+        if _gathers(width, rate, shards.length, shards.count):
             size = min(width // shards.length, shards.count)
             if len(_subgroup(shards, size)) > 1:
                 gathered.setdefault(size, []).append(branch)
@@ -104,12 +103,10 @@ def make_plan(
     if sending and any(
         crossing.branch in sending
         for rank in range(shards.count)
-        for crossing in crossings(
-            pattern, Shards(rank, shards.count, shards.length), document_starts
-        )
+        for crossing in crossings(pattern, Shards(rank, shards.count, shards.length))
     ):
-        exchanges.append(_send(sent, pattern, shards, causal, document_starts, device))
-    local = local_parts(pattern, shards, heads, kv_heads, document_starts)
+        exchanges.append(_send(sent, pattern, shards, causal, device))
+    local = local_parts(pattern, shards, heads, kv_heads)
     return Plan(tuple(local), tuple(exchanges))
 
 
@@ -174,13 +171,13 @@ def _gather(size, branches, pattern, shards, causal, device):
     return GatherRows(rows, size), tuple(parts)
 
 
-def _send(branches, pattern, shards, causal, document_starts, device):
+def _send(branches, pattern, shards, causal, device):
     """The exchange of exactly what each rank sees. Lists: by peer, by branch, by stream."""
     branch_of = {branch.index: branch for branch in branches}
 
     def crossing_here(rank: int) -> list[Crossing]:
         view = Shards(rank, shards.count, shards.length)
-        found = crossings(pattern, view, document_starts)
+        found = crossings(pattern, view)
         return [c for c in found if c.branch in branch_of]
 
     def sees(receiver: int, sender: int) -> bool:

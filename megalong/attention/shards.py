@@ -11,7 +11,6 @@ Paper: LongNet (arXiv 2307.02486), section 3.1, which says it for one segment of
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from dataclasses import dataclass
 
 from megalong.attention.pattern import DilatedPattern
@@ -45,7 +44,6 @@ class LocalPart:
     start: int
     stop: int
     pattern: DilatedPattern
-    document_starts: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -67,25 +65,18 @@ class Crossing:
         return range(first, max(min(self.stop, stop), first), rate)
 
 
-def segment_at(
-    position: int, segment_length: int, sequence_length: int, document_starts=None
-) -> tuple[int, int]:
-    """The [start, stop) of the segment that holds a position; they restart at each document."""
-    start, stop = 0, sequence_length
-    if document_starts is not None:
-        after = bisect_right(document_starts, position)
-        start = document_starts[after - 1]
-        stop = document_starts[after] if after < len(document_starts) else sequence_length
-    start += (position - start) // segment_length * segment_length
-    return start, min(start + segment_length, stop)
+def segment_at(position: int, segment_length: int, sequence_length: int) -> tuple[int, int]:
+    """The [start, stop) of the segment that holds a position."""
+    start = position // segment_length * segment_length
+    return start, min(start + segment_length, sequence_length)
 
 
-def crossings(pattern: DilatedPattern, shards: Shards, document_starts=None) -> list[Crossing]:
+def crossings(pattern: DilatedPattern, shards: Shards) -> list[Crossing]:
     """The segments of all branches that cross a border of this shard: at most two a branch."""
     found = []
     for branch, length in enumerate(pattern.segment_lengths):
         ends = dict.fromkeys(
-            segment_at(position, length, shards.sequence_length, document_starts)
+            segment_at(position, length, shards.sequence_length)
             for position in (shards.start, shards.stop - 1)
         )
         found += [
@@ -97,46 +88,30 @@ def crossings(pattern: DilatedPattern, shards: Shards, document_starts=None) -> 
 
 
 def local_parts(
-    pattern: DilatedPattern, shards: Shards, heads: int, kv_heads: int, document_starts=None
+    pattern: DilatedPattern, shards: Shards, heads: int, kv_heads: int
 ) -> list[LocalPart]:
     """What this shard attends to within itself, as dilated attention of its own.
 
     One part where segment lengths divide the shard length or are multiples of it: a shard inside a
-    longer segment is one segment itself, in which the offsets are shifted. Documents, or any other
-    length, add a few parts, because the first segment of a branch then ends somewhere inside.
+    longer segment is one segment itself, in which the offsets are shifted. Any other length adds
+    two parts, because the first segment of a branch then ends somewhere inside.
     """
-    offsets = pattern.offsets(heads, kv_heads)
-    first_document = shards.stop  # where one begins inside the shard
-    if document_starts is not None:
-        inside = [s - shards.start for s in document_starts if shards.start <= s < shards.stop]
-        first_document = shards.start + inside[0] if inside else shards.stop
-
-    parts, whole = [], []  # whole: branches that need no cut before the first document
-    for branch, (length, rate) in enumerate(pattern.branches):
-        if first_document == shards.start:
-            break  # nothing continues from the shard before
-        start, _ = segment_at(shards.start, length, shards.sequence_length, document_starts)
+    parts, whole = [], []  # whole: branches that need no cut
+    for (length, rate), offsets in zip(
+        pattern.branches, pattern.offsets(heads, kv_heads), strict=True
+    ):
+        start, _ = segment_at(shards.start, length, shards.sequence_length)
         into = shards.start - start  # positions of the segment that lie before the shard
-        shifted = tuple((offset - into) % rate for offset in offsets[branch])
-        cut = start + length  # where the next segment begins
-        if into == 0 or cut >= first_document:
-            whole.append((length, rate, shifted if into else offsets[branch]))
+        shifted = tuple((offset - into) % rate for offset in offsets)
+        cut = length - into  # where in the shard the next segment begins
+        if into == 0 or cut >= shards.length:
+            whole.append((length, rate, shifted if into else offsets))
             continue
-        for x, y, table in (
-            (shards.start, cut, shifted),
-            (cut, first_document, offsets[branch]),
-        ):
-            piece = DilatedPattern((length,), (rate,), (table,))
-            parts.append(LocalPart(x - shards.start, y - shards.start, piece, None))
+        for x, y, table in ((0, cut, shifted), (cut, shards.length, offsets)):
+            parts.append(LocalPart(x, y, DilatedPattern((length,), (rate,), (table,))))
     if whole:
         lengths, rates, tables = zip(*whole, strict=True)
-        piece = DilatedPattern(lengths, rates, tables)
-        parts.insert(0, LocalPart(0, first_document - shards.start, piece, None))
-    if first_document < shards.stop:
-        start = first_document - shards.start
-        piece = DilatedPattern(pattern.segment_lengths, pattern.dilation_rates, offsets)
-        starts = tuple(s - start for s in inside)
-        parts.append(LocalPart(start, shards.length, piece, starts))
+        parts.insert(0, LocalPart(0, shards.length, DilatedPattern(lengths, rates, tables)))
     return parts
 
 

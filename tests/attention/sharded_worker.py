@@ -19,7 +19,7 @@ from megalong.parallel.traffic import CountTraffic
 
 
 def random_case(seed: int, ranks: int) -> dict:
-    """Lengths of a shard from 1 to 24, up to four branches of every kind, documents in a third."""
+    """Lengths of a shard from 1 to 24, up to four branches of every kind."""
     draw = random.Random(seed)
     shard = draw.randint(1, 24)
     total = shard * ranks
@@ -40,15 +40,10 @@ def random_case(seed: int, ranks: int) -> dict:
     rule = draw.choice(("mod", "mod", "block", "layer", "table"))
     if rule == "table":
         rule = tuple(tuple(draw.randrange(rate) for _ in range(heads)) for rate in rates)
-    documents = None
-    if draw.random() < 1 / 3:
-        starts = [draw.randint(0, total) for _ in range(draw.randint(0, 5))]
-        documents = (0, *sorted(starts))
     return {
         "pattern": DilatedPattern(tuple(widths), tuple(rates), rule, layer=draw.randint(0, 3)),
         "shape": (draw.randint(1, 2), total, heads, kv_heads, draw.choice((1, 4, 8))),
         "causal": draw.random() < 0.6,
-        "document_starts": documents,
         "scale": draw.choice((None, 0.3)),
     }
 
@@ -65,7 +60,7 @@ def check(seed: int, group, backend: str, dtype: torch.dtype) -> tuple[float, fl
         for h in (heads, kv_heads, kv_heads, heads)
     ]
     *inputs, grad = (x.to(dtype).double() for x in whole)  # so that both get the same numbers
-    options = {k: case[k] for k in ("causal", "document_starts", "scale")}
+    options = {k: case[k] for k in ("causal", "scale")}
 
     reference = [x.clone().requires_grad_() for x in inputs]
     out, lse = dilated_attention_reference(*reference, pattern, **options)
@@ -92,8 +87,6 @@ def check(seed: int, group, backend: str, dtype: torch.dtype) -> tuple[float, fl
 
 def check_traffic(counts: dict, case: dict, shards: Shards) -> None:
     """What is gathered is what `gathered_rows` says, forward and backward, to the byte."""
-    if case["document_starts"] is not None:
-        return  # every rank is sent what it needs, and nothing is gathered
     batch, _, heads, kv_heads, head_dim = case["shape"]
     rows = gathered_rows(case["pattern"], shards, heads, kv_heads)
     for collective in ("all_gather", "reduce_scatter"):

@@ -25,7 +25,7 @@ WORKER = __file__.replace("test_sequence_parallel", "sharded_worker")
 
 @pytest.mark.parametrize("ranks, seed", [(2, 0), (3, 1000), (4, 2000), (8, 3000)])
 def test_random_cases_equal_the_definition(ranks, seed):
-    """60 a launch: any width and rate, documents over borders, GQA, causal and not; float64, 1e-10,
+    """60 a launch: any width and rate, GQA, causal and not; float64, 1e-10,
     outputs, log-sum-exps and gradients."""
     run_ranks(ranks, WORKER, 60, seed, "sdpa")
 
@@ -47,9 +47,9 @@ def test_the_triton_backend_is_sharded_as_well(monkeypatch):
 LADDER = DilatedPattern((8, 16, 32, 64), (1, 2, 4, 8))
 
 
-def plan_of(rank, pattern=LADDER, documents=None, causal=True, heads=4, kv_heads=2):
+def plan_of(rank, pattern=LADDER, causal=True, heads=4, kv_heads=2):
     shards = Shards(rank, 4, 16)
-    return make_plan(pattern, shards, heads, kv_heads, causal, documents, torch.device("cpu"))
+    return make_plan(pattern, shards, heads, kv_heads, causal, torch.device("cpu"))
 
 
 def test_one_collective_for_each_size_of_subgroup():
@@ -66,7 +66,7 @@ def test_local_branches_exchange_nothing_and_stay_as_they_are():
         plan = plan_of(rank, pattern)
         assert plan.exchanges == ()
         [part] = plan.local
-        assert (part.start, part.stop, part.document_starts) == (0, 16, None)
+        assert (part.start, part.stop) == (0, 16)
         assert part.pattern.offsets(4, 2) == pattern.offsets(4, 2)
 
 
@@ -93,25 +93,17 @@ def test_earlier_ranks_are_attended_to_in_full_and_later_ones_not_at_all():
 
 
 @pytest.mark.parametrize(
-    "position, documents, expected",
-    [
-        (0, None, (0, 8)),
-        (17, None, (16, 24)),
-        (63, None, (56, 64)),
-        (17, (0, 15), (15, 23)),
-        (14, (0, 15), (8, 15)),
-        (40, (0, 15, 15, 39), (39, 47)),
-        (63, (0, 60, 64), (60, 64)),
-    ],
+    "position, length, expected",
+    [(0, 8, (0, 8)), (17, 8, (16, 24)), (63, 8, (56, 64)), (62, 10, (60, 64)), (9, 99, (0, 64))],
 )
-def test_segment_at(position, documents, expected):
-    assert segment_at(position, 8, 64, documents) == expected
+def test_segment_at(position, length, expected):
+    assert segment_at(position, length, 64) == expected
 
 
 def test_crossings_are_those_of_the_borders():
     assert crossings(LADDER, Shards(1, 4, 16)) == [Crossing(2, 0, 32), Crossing(3, 0, 64)]
-    found = crossings(DilatedPattern((8,), (1,)), Shards(1, 4, 16), (0, 13, 27))
-    assert found == [Crossing(0, 13, 21), Crossing(0, 27, 35)]
+    found = crossings(DilatedPattern((13,), (1,)), Shards(1, 4, 16))
+    assert found == [Crossing(0, 13, 26), Crossing(0, 26, 39)]
 
 
 def test_a_shard_in_the_middle_of_a_segment_has_shifted_offsets():

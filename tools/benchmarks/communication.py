@@ -210,7 +210,7 @@ def project(args, ranks: int) -> dict:
 
 def rows_sent(pattern: DilatedPattern, place: Shards, heads: int, kv_heads: int) -> int:
     """Rows of the all-to-all of the branches whose rows are rarer than shards."""
-    plan = make_plan(pattern, place, heads, kv_heads, True, None, torch.device("cpu"))
+    plan = make_plan(pattern, place, heads, kv_heads, True, torch.device("cpu"))
     return sum(
         max(sum(exchange.sent), sum(exchange.received))
         for exchange, _ in plan.exchanges
