@@ -19,11 +19,9 @@ import os
 import sys
 import time
 
-from megalong.config import ConfigError, world_size
+from megalong.config import world_size
 from megalong.config.arguments import parse_arguments
-from megalong.data.stream import DataError
-
-USER_ERRORS = (ConfigError, DataError, FloatingPointError)  # one line says it all
+from megalong.errors import UserError
 
 
 def main(arguments: list[str]) -> None:
@@ -50,7 +48,7 @@ def main(arguments: list[str]) -> None:
     checkpoint = open_checkpoint(config)
     with (
         launch(config) as mesh,
-        watch_ranks(USER_ERRORS),
+        watch_ranks(),
         StopRequest(config.run.exit_duration_in_mins) as stop,
     ):
         Trainer(config, given, data, checkpoint, mesh, stop).train()
@@ -59,7 +57,7 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except USER_ERRORS as error:
+    except UserError as error:
         # Every rank finds a wrong flag, and one of them should say so: the launcher ends the others
         # when the first process is gone. What only this rank has found, it says all the same.
         if os.environ.get("RANK", "0") != "0":

@@ -4,8 +4,9 @@ import pytest
 import yaml
 
 from megalong.attention import DilatedPattern
-from megalong.config import ConfigError, world_size
+from megalong.config import world_size
 from megalong.config.arguments import build_parser, config_from_values, parse_arguments, to_yaml
+from megalong.errors import UserError
 
 NEEDED = ["--data-path", "data", "--tokenizer-type", "ByteTokenizer"]
 
@@ -78,13 +79,13 @@ def test_the_resolved_configuration_reads_back(tmp_path):
 def test_bad_yaml_names_file_and_key(tmp_path, text, message):
     file = tmp_path / "run.yaml"
     file.write_text(text)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         parse_arguments(["--config", str(file)])
     assert str(file) in str(error.value) and message in str(error.value)
 
 
 def test_a_missing_yaml_is_named():
-    with pytest.raises(ConfigError, match=r"--config no.yaml: No such file"):
+    with pytest.raises(UserError, match=r"--config no.yaml: No such file"):
         parse_arguments(["--config", "no.yaml"])
 
 
@@ -120,13 +121,13 @@ def test_a_missing_yaml_is_named():
     ],
 )
 def test_what_cannot_work_is_refused(flags, ranks, message):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         resolve(*flags.split(), ranks=ranks)
     assert message in str(error.value)
 
 
 def test_data_path_is_needed():
-    with pytest.raises(ConfigError, match="--data-path is missing"):
+    with pytest.raises(UserError, match="--data-path is missing"):
         config_from_values({"tokenizer_type": "ByteTokenizer"}).resolve(1)
 
 
@@ -140,7 +141,7 @@ def test_data_path_is_needed():
     ],
 )
 def test_a_bad_flag_is_one_line(flags, names):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         parse_arguments(flags)
     for name in names:
         assert name in str(error.value)
@@ -164,7 +165,7 @@ def test_processes_that_do_not_know_of_each_other(monkeypatch):
     assert world_size() == 1
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.setenv("SLURM_PROCID", "0")
-    with pytest.raises(ConfigError, match="srun started 2 processes"):
+    with pytest.raises(UserError, match="srun started 2 processes"):
         world_size()
     monkeypatch.setenv("RANK", "0")
     assert world_size() == 4
@@ -172,5 +173,5 @@ def test_processes_that_do_not_know_of_each_other(monkeypatch):
 
 def test_an_unknown_backend_in_the_environment(monkeypatch):
     monkeypatch.setenv("MEGALONG_ATTENTION_BACKEND", "fast")
-    with pytest.raises(ConfigError, match="MEGALONG_ATTENTION_BACKEND=fast"):
+    with pytest.raises(UserError, match="MEGALONG_ATTENTION_BACKEND=fast"):
         resolve()

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from megalong.config import ConfigError
 from megalong.config.arguments import parse_arguments
+from megalong.errors import UserError
 
 SMALL = (
     "--data-path data --tokenizer-type ByteTokenizer --num-layers 6 --hidden-size 96"
@@ -115,7 +115,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("flags, ranks, named, suggested", REFUSED)
 def test_refusals_name_the_flags_and_a_layout_that_works(flags, ranks, named, suggested):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         resolve(flags, ranks)
     message = str(error.value)
     for name in re.findall(r"--\S+", named):

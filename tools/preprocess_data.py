@@ -17,7 +17,7 @@ import signal
 import sys
 
 from megalong.data.documents import find_files
-from megalong.data.preprocess import Summary, TokenizingTask, WorkerDied, preprocess
+from megalong.data.preprocess import Summary, TokenizingTask, preprocess
 from megalong.data.tokenizer import TOKENIZERS
 from megalong.progress import ProgressBar, human_bytes
 
@@ -91,7 +91,7 @@ def main() -> int:
                 strict=args.strict,
                 progress=progress,
             )
-    except (ValueError, OSError, ImportError, WorkerDied) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

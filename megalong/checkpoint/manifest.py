@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megalong.config import ConfigError
+from megalong.errors import UserError
 from megalong.progress import ProgressBar
 
 MANIFEST = "manifest.json"
@@ -17,7 +17,7 @@ _BLOCK = 1 << 20
 LONG = 1 << 30  # bytes to be hashed by one rank, from which on a progress bar is worth its lines
 
 
-class DamagedCheckpoint(ConfigError):
+class DamagedCheckpoint(UserError):
     """A checkpoint that is not as it was written; the message names it and the file."""
 
 

@@ -22,8 +22,9 @@ import torch.distributed as dist
 from megalong.checkpoint.folder import POINTER, checkpoint_folder, latest, remove_old
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.writing import write_checkpoint
-from megalong.config import Config, ConfigError
+from megalong.config import Config
 from megalong.config.arguments import to_yaml
+from megalong.errors import UserError
 
 
 class Saver:
@@ -64,7 +65,7 @@ class Saver:
         """Write a checkpoint: now, or with `--async-save` from now on.
 
         tensors: those that this rank has to write, on the CPU; nobody changes them any more.
-        Raises ConfigError where it, or the one before, could not be written.
+        Raises UserError where it, or the one before, could not be written.
         """
         self.wait()
         if self._config.run.async_save:
@@ -73,7 +74,7 @@ class Saver:
             self._write(progress, tensors)
 
     def wait(self) -> None:
-        """Wait until nothing is under way. Raises ConfigError where that could not be written."""
+        """Wait until nothing is under way. Raises UserError where that could not be written."""
         future, self._under_way = self._under_way, None
         if future is not None:
             future.result()
@@ -88,7 +89,7 @@ class Saver:
         try:
             write_checkpoint(checkpoint, tensors, texts, self._group)
         except OSError as error:
-            raise ConfigError(_failure(run, checkpoint, error)) from error
+            raise UserError(_failure(run, checkpoint, error)) from error
         if dist.get_rank() == 0:
             self._announce(f"saved {checkpoint}")
             self._remove_old(checkpoint)

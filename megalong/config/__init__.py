@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from megalong.config.attention import AttentionConfig
 from megalong.config.data import DataConfig
-from megalong.config.flags import ConfigError, flag_name
+from megalong.config.flags import flag_name
 from megalong.config.model import ModelConfig
 from megalong.config.parallel import ParallelConfig, world_size
 from megalong.config.run import RunConfig
@@ -22,7 +22,6 @@ from megalong.config.training import TrainingConfig
 __all__ = [
     "AttentionConfig",
     "Config",
-    "ConfigError",
     "DataConfig",
     "ModelConfig",
     "ParallelConfig",
@@ -45,7 +44,7 @@ class Config:
     def resolve(self, world_size: int) -> Config:
         """The same configuration with every default that depends on another field filled in.
 
-        Raises ConfigError where the result cannot work on `world_size` ranks.
+        Raises UserError where the result cannot work on `world_size` ranks.
         """
         data_parallel_size = self.parallel.data_parallel_size(world_size)
         resolved = dataclasses.replace(

@@ -24,13 +24,14 @@ from typing import Any
 
 import yaml
 
-from megalong.config import Config, ConfigError, flag_name
+from megalong.config import Config, flag_name
+from megalong.errors import UserError
 
 
 def parse_arguments(arguments: list[str], description: str | None = None) -> Config:
     """The configuration that a command line describes, not yet resolved.
 
-    Raises ConfigError for an unknown flag, an unreadable file, an unknown key or a value of the
+    Raises UserError for an unknown flag, an unreadable file, an unknown key or a value of the
     wrong type.
     """
     parser = build_parser(description)
@@ -66,7 +67,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         """One line, like every other mistake, instead of the usage of fifty flags."""
-        raise ConfigError(f"{message}; --help lists all flags")
+        raise UserError(f"{message}; --help lists all flags")
 
 
 def _add_flag(group: Any, setting: _Setting) -> None:
@@ -85,22 +86,22 @@ def _add_flag(group: Any, setting: _Setting) -> None:
 def read_yaml(path: str) -> dict[str, Any]:
     """The settings of a YAML file as one flat dict by field name.
 
-    Raises ConfigError naming the file, and the key where one is unknown or out of place.
+    Raises UserError naming the file, and the key where one is unknown or out of place.
     """
     try:
         content = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from error
+        raise UserError(f"--config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {path}: not YAML: {error}") from error
+        raise UserError(f"--config {path}: not YAML: {error}") from error
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"--config {path}{where}: not YAML: {problem or error}") from error
+        raise UserError(f"--config {path}{where}: not YAML: {problem or error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"--config {path}: expected `name: value` lines, found {content!r}")
+        raise UserError(f"--config {path}: expected `name: value` lines, found {content!r}")
     settings = _settings()
     values: dict[str, Any] = {}
 
@@ -110,17 +111,17 @@ def read_yaml(path: str) -> dict[str, Any]:
         if name not in settings:
             close = difflib.get_close_matches(name, settings, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"{where}: unknown key{hint}")
+            raise UserError(f"{where}: unknown key{hint}")
         if section not in (None, settings[name].section):
-            raise ConfigError(f"{where}: belongs to the section {settings[name].section}")
+            raise UserError(f"{where}: belongs to the section {settings[name].section}")
         if name in values:
-            raise ConfigError(f"{where}: given twice")
+            raise UserError(f"{where}: given twice")
         values[name] = _checked(value, settings[name], where)
 
     for key, value in content.items():
         if key in _sections():
             if not isinstance(value, dict | None):
-                raise ConfigError(f"--config {path}: {key} is a section, found {value!r}")
+                raise UserError(f"--config {path}: {key} is a section, found {value!r}")
             for inner, inner_value in (value or {}).items():
                 take(inner, inner_value, key)
         else:
@@ -203,29 +204,27 @@ def _settings() -> dict[str, _Setting]:
 
 
 def _checked(value: Any, setting: _Setting, where: str) -> Any:
-    """A value from YAML in the setting's own type; ConfigError where it is of another."""
+    """A value from YAML in the setting's own type; UserError where it is of another."""
     if value is None:
         if setting.default is not None:
-            raise ConfigError(f"{where}: has no value")
+            raise UserError(f"{where}: has no value")
         return None
     if setting.is_json:
         if not isinstance(value, str | list):
-            raise ConfigError(f"{where}: expected a word or a table, found {value!r}")
+            raise UserError(f"{where}: expected a word or a table, found {value!r}")
         return value  # DilatedPattern looks at what is in it
     if setting.item is not None:
         if not isinstance(value, list) or any(type(item) is not setting.item for item in value):
-            raise ConfigError(
-                f"{where}: expected a list of {setting.item.__name__}, found {value!r}"
-            )
+            raise UserError(f"{where}: expected a list of {setting.item.__name__}, found {value!r}")
         return value
     if setting.kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
             value = float(value)  # YAML takes 6e-4, without a point, for text
     if type(value) is not setting.kind:
-        raise ConfigError(f"{where}: expected {setting.kind.__name__}, found {value!r}")
+        raise UserError(f"{where}: expected {setting.kind.__name__}, found {value!r}")
     if setting.choices is not None and value not in setting.choices:
         choices = ", ".join(map(str, setting.choices))
-        raise ConfigError(f"{where}: {value!r} is not one of {choices}")
+        raise UserError(f"{where}: {value!r} is not one of {choices}")
     return value
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from megalong.attention import DilatedPattern
 from megalong.attention.dilated_attention import BACKEND_VARIABLE, BACKENDS
-from megalong.config.flags import ConfigError, flag
+from megalong.config.flags import flag
+from megalong.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,12 @@ class AttentionConfig:
         return DilatedPattern(self.segment_lengths, self.dilation_rates, self.head_offsets)
 
     def resolve(self, seq_length: int) -> AttentionConfig:
-        """The same with its branches filled in. Raises ConfigError where half of them is given."""
+        """The same with its branches filled in. Raises UserError where half of them is given."""
         lengths, rates = self.segment_lengths, self.dilation_rates
         if (lengths is None) != (rates is None):
             names = ("--segment-lengths", "--dilation-rates")
             given, missing = names[:: 1 if rates is None else -1]
-            raise ConfigError(f"{given} is given without {missing}: give both, or neither")
+            raise UserError(f"{given} is given without {missing}: give both, or neither")
         if lengths is None:
             ladder = DilatedPattern.geometric(seq_length)
             lengths, rates = ladder.segment_lengths, ladder.dilation_rates
@@ -51,21 +52,21 @@ class AttentionConfig:
         )
 
     def check(self, heads: int, kv_heads: int) -> None:
-        """Raise ConfigError where these fields are no pattern for so many heads (after
+        """Raise UserError where these fields are no pattern for so many heads (after
         `resolve`)."""
         lengths, rates = self.segment_lengths, self.dilation_rates
         assert lengths is not None and rates is not None
         if len(lengths) != len(rates):
-            raise ConfigError(
+            raise UserError(
                 f"--segment-lengths has {len(lengths)} values and --dilation-rates {len(rates)}:"
                 " a branch is one of each"
             )
         backend = os.environ.get(BACKEND_VARIABLE) or "auto"
         if backend != "auto" and backend not in BACKENDS:
-            raise ConfigError(f"{BACKEND_VARIABLE}={backend}: choose auto, {', '.join(BACKENDS)}")
+            raise UserError(f"{BACKEND_VARIABLE}={backend}: choose auto, {', '.join(BACKENDS)}")
         try:
             self.pattern().offsets(heads, kv_heads)
         except ValueError as error:
-            raise ConfigError(
+            raise UserError(
                 f"--segment-lengths, --dilation-rates or --head-offsets: {error}"
             ) from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megalong.config.flags import ConfigError, flag
+from megalong.config.flags import flag
+from megalong.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,13 @@ class DataConfig:
     )
 
     def check(self) -> None:
-        """Raise ConfigError where data or tokenizer is missing."""
+        """Raise UserError where data or tokenizer is missing."""
         if self.data_path is None:
-            raise ConfigError(
+            raise UserError(
                 "--data-path is missing: the prefix that tools/preprocess_data.py wrote"
             )
         if self.tokenizer_model is None and self.tokenizer_type != "ByteTokenizer":
-            raise ConfigError(
+            raise UserError(
                 f"--tokenizer-model is missing: {self.tokenizer_type} needs the file that"
                 " tools/train_tokenizer.py wrote (ByteTokenizer needs none)"
             )

@@ -1,4 +1,4 @@
-"""What the sections of the configuration are made of: fields that are flags, and their errors."""
+"""What the sections of the configuration are made of: fields that are flags, and common checks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import math
 from dataclasses import field
 from typing import Any
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot work; the message names the flags and what to set instead."""
+from megalong.errors import UserError
 
 
 def flag(default: Any, help: str, **options: Any) -> Any:
@@ -22,17 +20,17 @@ def flag_name(field_name: str) -> str:
 
 
 def require_positive(section: Any, *names: str) -> None:
-    """Raise ConfigError unless these fields are at least one."""
+    """Raise UserError unless these fields are at least one."""
     for name in names:
         if getattr(section, name) <= 0:
-            raise ConfigError(f"{flag_name(name)} {getattr(section, name)} must be positive")
+            raise UserError(f"{flag_name(name)} {getattr(section, name)} must be positive")
 
 
 def require_more_than_zero(section: Any, *names: str) -> None:
-    """Raise ConfigError unless these fields are positive and finite."""
+    """Raise UserError unless these fields are positive and finite."""
     for name in names:
         if not 0 < getattr(section, name) < math.inf:
-            raise ConfigError(f"{flag_name(name)} {getattr(section, name)} must be positive")
+            raise UserError(f"{flag_name(name)} {getattr(section, name)} must be positive")
 
 
 def default(value: Any, otherwise: Any) -> Any:

@@ -7,12 +7,12 @@ import math
 from dataclasses import dataclass
 
 from megalong.config.flags import (
-    ConfigError,
     default,
     flag,
     require_more_than_zero,
     require_positive,
 )
+from megalong.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ModelConfig:
     )
 
     def resolve(self) -> ModelConfig:
-        """The same with every size filled in. Raises ConfigError where one cannot be derived."""
+        """The same with every size filled in. Raises UserError where one cannot be derived."""
         require_positive(self, "num_layers", "hidden_size", "num_attention_heads", "seq_length")
         ffn_hidden_size, kv_channels = self.ffn_hidden_size, self.kv_channels
         if ffn_hidden_size is None:
@@ -76,7 +76,7 @@ class ModelConfig:
             ffn_hidden_size = third if self.swiglu else 4 * self.hidden_size
         if kv_channels is None:
             if self.hidden_size % self.num_attention_heads:
-                raise ConfigError(
+                raise UserError(
                     f"--hidden-size {self.hidden_size} does not divide by --num-attention-heads"
                     f" {self.num_attention_heads}: change one of them, or set --kv-channels"
                 )
@@ -89,21 +89,21 @@ class ModelConfig:
         )
 
     def vocabulary_rows(self, ids: int) -> int:
-        """Rows of the embedding for a tokenizer of `ids` ids. Raises ConfigError where they are too
+        """Rows of the embedding for a tokenizer of `ids` ids. Raises UserError where they are too
         few."""
         if self.padded_vocab_size is None:
             return math.ceil(ids / self.make_vocab_size_divisible_by) * (
                 self.make_vocab_size_divisible_by
             )
         if self.padded_vocab_size < ids:
-            raise ConfigError(
+            raise UserError(
                 f"--padded-vocab-size {self.padded_vocab_size} is less than the {ids} ids of the"
                 " tokenizer: leave it out, or choose the model's own tokenizer"
             )
         return self.padded_vocab_size
 
     def check(self) -> None:
-        """Raise ConfigError where these sizes make no model (after `resolve`)."""
+        """Raise UserError where these sizes make no model (after `resolve`)."""
         assert self.num_query_groups is not None and self.kv_channels is not None
         require_positive(
             self,
@@ -115,22 +115,20 @@ class ModelConfig:
         )
         require_more_than_zero(self, "norm_epsilon", "rotary_base", "init_method_std")
         if self.rope_scaling_factor is not None and self.position_embedding_type != "rope":
-            raise ConfigError(
+            raise UserError(
                 f"--rope-scaling-factor {self.rope_scaling_factor} is about rotary positions: set"
                 " --position-embedding-type rope, or leave it out"
             )
         if self.rope_scaling_factor is not None and not 1 <= self.rope_scaling_factor < math.inf:
-            raise ConfigError(
-                f"--rope-scaling-factor {self.rope_scaling_factor} must be at least 1"
-            )
+            raise UserError(f"--rope-scaling-factor {self.rope_scaling_factor} must be at least 1")
         if self.num_attention_heads % self.num_query_groups:
-            raise ConfigError(
+            raise UserError(
                 f"--num-attention-heads {self.num_attention_heads} does not divide by"
                 f" --num-query-groups {self.num_query_groups}: every key/value head serves the same"
                 " number of query heads"
             )
         if self.position_embedding_type == "rope" and self.kv_channels % 2:
-            raise ConfigError(
+            raise UserError(
                 f"rotary positions turn pairs of channels, and the head dimension is"
                 f" {self.kv_channels}: set an even --kv-channels, or --position-embedding-type none"
             )

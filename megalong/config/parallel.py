@@ -11,8 +11,9 @@ import dataclasses
 import os
 from dataclasses import dataclass
 
-from megalong.config.flags import ConfigError, flag, require_positive
+from megalong.config.flags import flag, require_positive
 from megalong.config.model import ModelConfig
+from megalong.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class ParallelConfig:
         return chunks if chunks > 1 else None
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Replicas of the model among `world_size` ranks; ConfigError unless that is whole."""
+        """Replicas of the model among `world_size` ranks; UserError unless that is whole."""
         require_positive(
             self,
             "tensor_model_parallel_size",
@@ -85,7 +86,7 @@ class ParallelConfig:
             if world_size % others == 0:
                 fitting = _largest_divisor(world_size // others, self.sequence_parallel_size)
                 way_out = f"set --sequence-parallel-size {fitting}"
-            raise ConfigError(
+            raise UserError(
                 f"{world_size} ranks do not divide by --tensor-model-parallel-size"
                 f" {self.tensor_model_parallel_size} x --sequence-parallel-size"
                 f" {self.sequence_parallel_size} x --pipeline-model-parallel-size"
@@ -100,7 +101,7 @@ class ParallelConfig:
         return dataclasses.replace(self, zero_stage=max(1, self.zero_stage))
 
     def check(self, model: ModelConfig, global_batch_size: int, num_microbatches: int) -> None:
-        """Raise ConfigError where this layout cannot train such a model (resolved configurations).
+        """Raise UserError where this layout cannot train such a model (resolved configurations).
 
         num_microbatches: of one optimizer step, on one rank.
         """
@@ -121,7 +122,7 @@ class ParallelConfig:
             rows,
         ):
             if value % size:
-                raise ConfigError(
+                raise UserError(
                     f"{flag_} {value} does not divide by --tensor-model-parallel-size {size}, whose"
                     f" ranks share it: set --tensor-model-parallel-size"
                     f" {_largest_divisor(value, size)}, or {flag_} {_next_multiple(value, size)}"
@@ -130,14 +131,14 @@ class ParallelConfig:
     def _check_sequence(self, model: ModelConfig) -> None:
         size, length = self.sequence_parallel_size, model.seq_length
         if length % size:
-            raise ConfigError(
+            raise UserError(
                 f"--seq-length {length} does not divide by --sequence-parallel-size {size}: set"
                 f" --seq-length {_next_multiple(length, size)}, or --sequence-parallel-size"
                 f" {_largest_divisor(length, size)}"
             )
         shard, tensor = length // size, self.tensor_model_parallel_size
         if self.divides_norms and shard % tensor:
-            raise ConfigError(
+            raise UserError(
                 f"a shard of --seq-length / --sequence-parallel-size = {shard} tokens does not"
                 f" divide by --tensor-model-parallel-size {tensor}, over which --sequence-parallel"
                 f" divides the norms: set --seq-length {_next_multiple(length, size * tensor)}, or"
@@ -149,13 +150,13 @@ class ParallelConfig:
     ) -> None:
         size, layers = self.pipeline_model_parallel_size, model.num_layers
         if layers % size:
-            raise ConfigError(
+            raise UserError(
                 f"--num-layers {layers} does not divide by --pipeline-model-parallel-size {size}:"
                 f" set --pipeline-model-parallel-size {_largest_divisor(layers, size)}, or"
                 f" --num-layers {_next_multiple(layers, size)}"
             )
         if size > 1 and self.zero_stage > 1:
-            raise ConfigError(
+            raise UserError(
                 f"--zero-stage {self.zero_stage} does not work with --pipeline-model-parallel-size"
                 f" {size}: its gradients cannot wait for the other micro batches of the pipeline."
                 " Set --zero-stage 1, or --pipeline-model-parallel-size 1 and share the model over"
@@ -172,7 +173,7 @@ class ParallelConfig:
         require_positive(self, "num_layers_per_virtual_pipeline_stage")
         layers = self.num_layers_per_virtual_pipeline_stage
         if size == 1:
-            raise ConfigError(
+            raise UserError(
                 f"{flag_} {layers} interleaves the stages of a pipeline, and there is one: set"
                 " --pipeline-model-parallel-size 2 or more, or leave it out"
             )
@@ -181,14 +182,14 @@ class ParallelConfig:
             if stage_layers > 1:
                 fitting = _largest_divisor(stage_layers, min(layers, stage_layers - 1))
                 way_out = f"set {flag_} {fitting}, or {way_out}"
-            raise ConfigError(
+            raise UserError(
                 f"{flag_} {layers} does not cut the {stage_layers} layers of a stage into several"
                 f" chunks: {way_out}"
             )
         if num_microbatches % size:
             sequences = global_batch_size // num_microbatches  # in a micro batch, over all replicas
             larger = _next_multiple(num_microbatches, size) * sequences
-            raise ConfigError(
+            raise UserError(
                 f"{flag_}: the interleaved schedule takes micro batches in groups of"
                 f" --pipeline-model-parallel-size {size}, and a step has {num_microbatches}: set"
                 f" --global-batch-size {larger}, or leave {flag_} out"
@@ -199,7 +200,7 @@ class ParallelConfig:
         count = self.recompute_num_layers
         if self.recompute_granularity != "full":
             if count > 1:
-                raise ConfigError(
+                raise UserError(
                     f"--recompute-num-layers {count} is for whole layers: set"
                     " --recompute-granularity full, or leave it out"
                 )
@@ -207,7 +208,7 @@ class ParallelConfig:
         layers = model.num_layers // self.pipeline_model_parallel_size
         layers //= self.chunks_per_stage(model)
         if count > layers or (self.recompute_method == "uniform" and layers % count):
-            raise ConfigError(
+            raise UserError(
                 f"--recompute-num-layers {count} does not divide the {layers} layers of a pipeline"
                 f" stage (or of a chunk of it): set --recompute-num-layers"
                 f" {_largest_divisor(layers, count)}"
@@ -217,13 +218,13 @@ class ParallelConfig:
 def world_size() -> int:
     """Number of processes of this launch, as torchrun and the deepspeed launcher announce it.
 
-    Raises ConfigError where SLURM started several processes that do not know of each other.
+    Raises UserError where SLURM started several processes that do not know of each other.
     """
     if "RANK" in os.environ:
         return int(os.environ.get("WORLD_SIZE", "1"))
     tasks = os.environ.get("SLURM_NTASKS", "1")
     if "SLURM_PROCID" in os.environ and int(tasks) > 1:
-        raise ConfigError(
+        raise UserError(
             f"srun started {tasks} processes without RANK, WORLD_SIZE and MASTER_ADDR: start one"
             " torchrun a node (srun --ntasks-per-node=1 torchrun ...), or set the three"
         )

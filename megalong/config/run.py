@@ -6,7 +6,8 @@ import dataclasses
 import os
 from dataclasses import dataclass
 
-from megalong.config.flags import ConfigError, flag, flag_name, require_positive
+from megalong.config.flags import flag, flag_name, require_positive
+from megalong.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class RunConfig:
         return dataclasses.replace(self, tensorboard_dir=os.path.join(self.save, "tensorboard"))
 
     def check(self) -> None:
-        """Raise ConfigError where these settings contradict each other."""
+        """Raise UserError where these settings contradict each other."""
         require_positive(
             self, "save_interval", "log_interval", "eval_interval", "distributed_timeout_minutes"
         )
@@ -60,21 +61,21 @@ class RunConfig:
                 require_positive(self, name)
         for name in ("async_save", "keep_last", "keep_every"):
             if getattr(self, name) and self.save is None:
-                raise ConfigError(
+                raise UserError(
                     f"{flag_name(name)} is about checkpoints: set --save, or leave it out"
                 )
         if self.keep_every is not None and self.keep_last is None:
-            raise ConfigError(
+            raise UserError(
                 f"--keep-every {self.keep_every} says which old checkpoints stay, and without"
                 " --keep-last all do: set --keep-last too"
             )
         if self.keep_every is not None and self.keep_every % self.save_interval:
-            raise ConfigError(
+            raise UserError(
                 f"--keep-every {self.keep_every} is not a multiple of --save-interval"
                 f" {self.save_interval}: set --keep-every"
                 f" {-(-self.keep_every // self.save_interval) * self.save_interval}"
             )
         if self.eval_iters < 0:
-            raise ConfigError(
+            raise UserError(
                 f"--eval-iters {self.eval_iters} must not be negative; 0 is the whole split"
             )

@@ -7,13 +7,13 @@ import math
 from dataclasses import dataclass
 
 from megalong.config.flags import (
-    ConfigError,
     default,
     flag,
     flag_name,
     require_more_than_zero,
     require_positive,
 )
+from megalong.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -58,35 +58,35 @@ class TrainingConfig:
         )
 
     def check(self, data_parallel_size: int) -> None:
-        """Raise ConfigError where these settings cannot train (after `resolve`)."""
+        """Raise UserError where these settings cannot train (after `resolve`)."""
         assert self.global_batch_size is not None and self.lr_decay_iters is not None
         step = self.micro_batch_size * data_parallel_size
         if self.global_batch_size <= 0 or self.global_batch_size % step:
             larger = (self.global_batch_size // step + 1) * step
-            raise ConfigError(
+            raise UserError(
                 f"--global-batch-size {self.global_batch_size} does not divide by"
                 f" --micro-batch-size {self.micro_batch_size} x {data_parallel_size} data-parallel"
                 f" ranks: set --global-batch-size {larger}, or change the other two"
             )
         require_more_than_zero(self, "lr", "lr_decay_power")
         if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"--seed {self.seed} must lie in [0, 2^32)")
+            raise UserError(f"--seed {self.seed} must lie in [0, 2^32)")
         if not 0 <= self.lr_warmup_iters <= self.lr_decay_iters:
-            raise ConfigError(
+            raise UserError(
                 f"--lr-warmup-iters {self.lr_warmup_iters} must lie between 0 and --lr-decay-iters"
                 f" {self.lr_decay_iters}"
             )
         if not 0 <= self.min_lr <= self.lr:
-            raise ConfigError(f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr}")
+            raise UserError(f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr}")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{flag_name(name)} must lie in [0, 1)")
+                raise UserError(f"{flag_name(name)} must lie in [0, 1)")
         for name in ("clip_grad", "weight_decay", "adam_eps"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{flag_name(name)} must be a number and not negative")
+                raise UserError(f"{flag_name(name)} must be a number and not negative")
         if self.loss_scale is not None and self.loss_scale <= 0:
-            raise ConfigError(f"--loss-scale {self.loss_scale} must be positive")
+            raise UserError(f"--loss-scale {self.loss_scale} must be positive")
         if self.initial_loss_scale < 1 or math.log2(self.initial_loss_scale) % 1:
-            raise ConfigError(
+            raise UserError(
                 f"--initial-loss-scale {self.initial_loss_scale:g} must be a power of two"
             )

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from megalong.data.stream import TokenStream
+from megalong.errors import UserError
 
 IGNORE_INDEX = -100
 
@@ -33,13 +34,13 @@ def training_batches(
     consumed + (m * data_parallel_size + d) * micro_batch_size + j. So the samples of a global
     batch depend on consumed_samples and global_batch_size only, on no other size.
     sequence_range: (start, stop), the slice of the sequence to read; None: all of it.
-    Raises ValueError (at once) for sizes that do not divide and ranges out of bounds.
+    Raises (at once) UserError for sizes that do not divide, ValueError for ranges out of bounds.
     """
     start, stop = _checked_range(stream, sequence_range)
     _check_rank(data_parallel_rank, data_parallel_size)
     stride = micro_batch_size * data_parallel_size
     if micro_batch_size < 1 or global_batch_size < 1 or global_batch_size % stride:
-        raise ValueError(
+        raise UserError(
             f"--global-batch-size {global_batch_size} must be a multiple of --micro-batch-size "
             f"{micro_batch_size} times the data-parallel size {data_parallel_size}"
         )
@@ -104,7 +105,7 @@ def num_evaluation_batches(
 ) -> int:
     """Micro batches that evaluation_batches() yields on every rank."""
     if micro_batch_size < 1:
-        raise ValueError(f"--micro-batch-size {micro_batch_size}: must be positive")
+        raise UserError(f"--micro-batch-size {micro_batch_size}: must be positive")
     stride = micro_batch_size * data_parallel_size
     return -(-_evaluation_samples(stream, num_samples) // stride)
 
@@ -113,7 +114,7 @@ def _evaluation_samples(stream: TokenStream, num_samples: int | None) -> int:
     predicted = stream.tokens_per_epoch - 1  # nothing predicts the first token
     available = -(-predicted // stream.sequence_length)
     if not available:
-        raise ValueError(
+        raise UserError(
             f"documents {stream.document_range.start} to {stream.document_range.stop} (end "
             f"excluded) of {stream.documents.prefix} hold one token, so that there is nothing to "
             "predict: give this part of --split a larger share"

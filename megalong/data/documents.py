@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from megalong.errors import UserError
+
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 
 
@@ -46,7 +48,7 @@ def find_files(inputs: list[str]) -> list[str]:
     """The files that files, folders (searched for files at any depth) and glob patterns name.
 
     In the order of `inputs`, sorted inside a folder or pattern, each file once. Hidden files and
-    folders inside a folder are left out. Raises FileNotFoundError for an input that names nothing.
+    folders inside a folder are left out. Raises UserError for an input that names nothing.
     """
     files: list[str] = []
     for name in inputs:
@@ -57,7 +59,7 @@ def find_files(inputs: list[str]) -> list[str]:
         found = [file for match in matches for file in _files_below(match)]
         if not found:
             what = "an empty folder" if os.path.isdir(name) else "no such file, folder or match"
-            raise FileNotFoundError(f"--input {name}: {what}")
+            raise UserError(f"--input {name}: {what}")
         files += found
     return list(dict.fromkeys(files))
 

@@ -13,6 +13,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megalong.data.writer import DTYPES, HEADER, MAGIC, VERSION
+from megalong.errors import UserError
 
 
 class IndexedDocuments:
@@ -22,7 +23,7 @@ class IndexedDocuments:
     max_token_id, vocab_size, prepend_bos: the largest id, the number of ids of the tokenizer, and
         whether the documents begin with a token for that; from PREFIX.json, None where there is no
         such file.
-    Raises FileNotFoundError or ValueError that names the file and what is wrong with it.
+    Raises UserError that names the file and what is wrong with it.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -39,7 +40,7 @@ class IndexedDocuments:
         self.vocab_size: int | None = description.get("vocab_size")
         self.prepend_bos: bool | None = description.get("prepend_bos")
         if not self.num_tokens:
-            raise ValueError(f"--data-path {self.prefix}: {self.prefix}.bin holds no tokens")
+            raise UserError(f"--data-path {self.prefix}: {self.prefix}.bin holds no tokens")
         with warnings.catch_warnings():
             # It logs, for which it wants to know its rank; this need not be a distributed run.
             warnings.filterwarnings("ignore", "Could not determine rank")
@@ -99,7 +100,7 @@ def _check_files_exist(prefix: str) -> None:
         hint = f"; there is no folder {os.path.dirname(prefix)}"
     else:
         hint = "; give what tools/preprocess_data.py printed, PREFIX_KEY_document"
-    raise FileNotFoundError(f"--data-path {prefix}: no file {' and no file '.join(missing)}{hint}")
+    raise UserError(f"--data-path {prefix}: no file {' and no file '.join(missing)}{hint}")
 
 
 def _read_index(prefix: str) -> _Index:
@@ -109,34 +110,34 @@ def _read_index(prefix: str) -> _Index:
     with open(path, "rb") as file:
         header = file.read(HEADER.size)
     if not header.startswith(MAGIC[: len(header)]) or len(header) < len(MAGIC):
-        raise ValueError(f"{path}: not an index file (it does not begin with {MAGIC[:7].decode()})")
+        raise UserError(f"{path}: not an index file (it does not begin with {MAGIC[:7].decode()})")
     if len(header) < HEADER.size:
-        raise ValueError(f"{path}: cut short, {size} bytes do not hold the header")
+        raise UserError(f"{path}: cut short, {size} bytes do not hold the header")
     _, version, code, sequences, documents = HEADER.unpack(header)
     if version != VERSION:
-        raise ValueError(f"{path}: format version {version}, only {VERSION} is known")
+        raise UserError(f"{path}: format version {version}, only {VERSION} is known")
     if code not in DTYPES or DTYPES[code].kind == "f":
-        raise ValueError(f"{path}: data type code {code} is not one of token ids")
+        raise UserError(f"{path}: data type code {code} is not one of token ids")
     expected = HEADER.size + 12 * sequences + 8 * documents
     if size < expected:
-        raise ValueError(
+        raise UserError(
             f"{path}: cut short, {size:,} bytes, but {sequences:,} sequences need {expected:,}"
         )
     if documents == 0:
-        raise ValueError(f"{path}: no document boundaries, at least one is expected")
+        raise UserError(f"{path}: no document boundaries, at least one is expected")
 
     content = np.memmap(path, mode="r", offset=HEADER.size, shape=(expected - HEADER.size,))
     lengths = np.frombuffer(content, np.int32, sequences)
     pointers = np.frombuffer(content, np.int64, sequences, 4 * sequences)
     first_sequence = np.frombuffer(content, np.int64, documents, 12 * sequences)
     if sequences and lengths.min() < 0:
-        raise ValueError(f"{path}: damaged, a sequence of {lengths.min()} tokens")
+        raise UserError(f"{path}: damaged, a sequence of {lengths.min()} tokens")
     if (
         first_sequence[0] != 0
         or first_sequence[-1] != sequences
         or (np.diff(first_sequence) < 0).any()
     ):
-        raise ValueError(f"{path}: damaged, document boundaries do not run from 0 to {sequences:,}")
+        raise UserError(f"{path}: damaged, document boundaries do not run from 0 to {sequences:,}")
     if sequences:
         _check_bin(prefix, lengths, pointers, DTYPES[code].itemsize)
     return _Index(lengths, first_sequence)
@@ -146,12 +147,12 @@ def _check_bin(prefix: str, lengths: np.ndarray, pointers: np.ndarray, itemsize:
     size = os.path.getsize(prefix + ".bin")
     needed = int((pointers + lengths.astype(np.int64) * itemsize).max())
     if size < needed:
-        raise ValueError(
+        raise UserError(
             f"{prefix}.bin: {size:,} bytes, but {prefix}.idx describes {needed:,}: cut short, or "
             "the two files are not of one run"
         )
     if pointers.min() < 0 or (pointers % itemsize).any():
-        raise ValueError(f"{prefix}.idx: damaged, it points outside of the .bin or inside a token")
+        raise UserError(f"{prefix}.idx: damaged, it points outside of the .bin or inside a token")
 
 
 def _read_description(prefix: str, documents: int, tokens: int) -> dict:
@@ -164,11 +165,11 @@ def _read_description(prefix: str, documents: int, tokens: int) -> dict:
             sidecar = json.load(file)
         counts = sidecar["documents"], sidecar["tokens"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: not a description of tools/preprocess_data.py ({error})"
         ) from error
     if counts != (documents, tokens):
-        raise ValueError(
+        raise UserError(
             f"{path}: describes {counts[0]:,} documents and {counts[1]:,} tokens, but {prefix}.idx "
             f"has {documents:,} and {tokens:,}: the files are not of one run"
         )

@@ -23,6 +23,7 @@ import numpy as np
 from megalong.data.documents import BrokenDocument, RawDocument, raw_documents, texts
 from megalong.data.tokenizer import Tokenizer, build_tokenizer
 from megalong.data.writer import DocumentWriter, token_dtype
+from megalong.errors import UserError
 from megalong.progress import ProgressBar
 
 BATCH_BYTES = 1 << 20
@@ -30,10 +31,6 @@ BATCH_DOCUMENTS = 4096
 BATCHES_PER_WORKER = 3
 NAMED_PROBLEMS = 100  # so many broken documents are named one by one; all are counted
 SIDECAR_VERSION = 1
-
-
-class WorkerDied(RuntimeError):
-    """A worker process ended before its work was done: killed, or out of memory."""
 
 
 @dataclass(frozen=True)
@@ -104,17 +101,17 @@ def preprocess(
     """Tokenizes files into one .bin/.idx/.json per key, named by output_prefix().
 
     Documents keep the order of `files` and of the lines in them, whatever `workers` is. A broken
-    document is named through progress.print, counted and left out; with strict it is a ValueError
+    document is named through progress.print, counted and left out; with strict it is a UserError
     (nothing is written then). A text without tokens is left out and counted as empty.
-    Raises ValueError where nothing is left to write, FileExistsError as DocumentWriter does,
-    WorkerDied if a worker dies.
+    Raises UserError where nothing is left to write, where DocumentWriter does, and where a worker
+    dies (killed, or out of memory).
     """
     start = time.monotonic()
     if len(set(task.json_keys)) != len(task.json_keys):
-        raise ValueError(f"--json-keys {' '.join(task.json_keys)}: a key is named twice")
+        raise UserError(f"--json-keys {' '.join(task.json_keys)}: a key is named twice")
     tokenizer = build_tokenizer(task.tokenizer_type, task.tokenizer_model)
     if task.prepend_bos and tokenizer.bos is None:
-        raise ValueError("--prepend-bos: this tokenizer has no beginning-of-text token")
+        raise UserError("--prepend-bos: this tokenizer has no beginning-of-text token")
     dtype = token_dtype(tokenizer.vocab_size)
     summary = Summary(
         {key: KeySummary(output_prefix(prefix, key)) for key in task.json_keys}, len(files)
@@ -137,7 +134,7 @@ def preprocess(
             progress.update(result.size)
         for key, part in summary.keys.items():
             if not part.documents:
-                raise ValueError(_nothing_found(key, part, summary))
+                raise UserError(_nothing_found(key, part, summary))
         for key, part in summary.keys.items():
             writers[key].commit(_description(part, task, tokenizer))
     summary.seconds = time.monotonic() - start
@@ -183,7 +180,7 @@ def _tokenize(
             under_way.popleft()
     except BrokenProcessPool:
         near = f" near {under_way[0][0]}" if under_way else ""
-        raise WorkerDied(
+        raise UserError(
             f"a tokenizing worker died{near} (out of memory? try fewer --workers); "
             "nothing was written"
         ) from None
@@ -255,7 +252,7 @@ def tokenize_batch(
 
 def _report(problems: list[str], summary: Summary, strict: bool, progress: ProgressBar) -> None:
     if strict and problems:
-        raise ValueError(f"{problems[0]} (--strict: nothing was written)")
+        raise UserError(f"{problems[0]} (--strict: nothing was written)")
     for problem in problems[: max(NAMED_PROBLEMS - len(summary.problems), 0)]:
         progress.print(f"skipped {problem}")
         summary.problems.append(problem)

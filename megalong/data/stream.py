@@ -11,9 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-
-class DataError(ValueError):
-    """Data that cannot be trained on, found when it is read; the message names the document."""
+from megalong.errors import UserError
 
 
 class Documents(Protocol):
@@ -31,19 +29,19 @@ def split_documents(num_documents: int, split: str) -> tuple[range, range, range
 
     split: up to three relative weights, such as "969,30,1" or "90,10"; missing ones are 0.
     Megatron's rule: boundaries are the cumulated shares times num_documents, rounded.
-    Raises ValueError naming --split for anything else.
+    Raises UserError naming --split for anything else.
     """
     try:
         weights = [float(part) for part in split.split(",")]
     except ValueError:
-        raise ValueError(f"--split {split!r}: numbers separated by commas are expected") from None
+        raise UserError(f"--split {split!r}: numbers separated by commas are expected") from None
     if len(weights) > 3:
-        raise ValueError(f"--split {split!r}: at most three numbers (train, validation, test)")
+        raise UserError(f"--split {split!r}: at most three numbers (train, validation, test)")
     if not all(0 <= weight < float("inf") for weight in weights):
-        raise ValueError(f"--split {split!r}: the numbers must be finite and not negative")
+        raise UserError(f"--split {split!r}: the numbers must be finite and not negative")
     total = sum(weights)
     if total == 0:
-        raise ValueError(f"--split {split!r}: at least one number must be positive")
+        raise UserError(f"--split {split!r}: at least one number must be positive")
     bounds = [0]
     share = 0.0
     for weight in weights + [0.0] * (3 - len(weights)):
@@ -57,9 +55,9 @@ class TokenStream:
 
     documents: an IndexedDocuments. document_range: which of them. sequence_length: N.
     seed: of the order of documents. shuffle: False keeps the file's order (evaluation).
-    vocab_size: where given, a token id outside [0, vocab_size) raises DataError when it is read,
-        or ValueError at once if the largest id of the file is known.
-    Raises ValueError where the range holds no tokens.
+    vocab_size: where given, a token id outside [0, vocab_size) raises UserError: when it is
+        read, or at once if the largest id of the file is known.
+    Raises UserError where the range holds no tokens.
     """
 
     def __init__(
@@ -73,9 +71,9 @@ class TokenStream:
         vocab_size: int | None = None,
     ) -> None:
         if sequence_length < 1:
-            raise ValueError(f"--seq-length {sequence_length}: must be positive")
+            raise UserError(f"--seq-length {sequence_length}: must be positive")
         if seed < 0:
-            raise ValueError(f"--seed {seed}: must not be negative")
+            raise UserError(f"--seed {seed}: must not be negative")
         self.documents = documents
         self.document_range = document_range
         self.sequence_length = sequence_length
@@ -85,14 +83,14 @@ class TokenStream:
         self._lengths = documents.lengths[document_range.start : document_range.stop]
         self.tokens_per_epoch = int(self._lengths.sum())
         if not self.tokens_per_epoch:
-            raise ValueError(
+            raise UserError(
                 f"no tokens in documents {document_range.start} to {document_range.stop} (end "
                 f"excluded) of the {len(documents.lengths)} of {documents.prefix}: this part of "
                 "--split is empty, give it a larger share"
             )
         known = documents.max_token_id
         if vocab_size is not None and known is not None and known >= vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"{documents.prefix} holds token id {known}, but the vocabulary has {vocab_size} "
                 "ids: was the data made with another --tokenizer-model?"
             )
@@ -161,7 +159,7 @@ class TokenStream:
             return
         where = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
         document, start, _ = self._locate(begin + where)
-        raise DataError(
+        raise UserError(
             f"document {document} of {self.documents.prefix} holds token id {tokens[where]} (its "
             f"token {start}), but the vocabulary has {self.vocab_size} ids: was the data made with "
             "another --tokenizer-model?"

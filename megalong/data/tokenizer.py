@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megalong.errors import UserError
+
 SENTENCEPIECE_SPACE = "\u2581"  # SentencePiece writes a space as this character
 EOD_PIECE = "<eod>"
 
@@ -25,18 +27,18 @@ def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None = None) -> 
 
     tokenizer_type: "SentencePieceTokenizer" (tokenizer_model: the .model file),
         "HuggingFaceTokenizer" (tokenizer_model: a local folder) or "ByteTokenizer" (no model).
-    Raises ValueError for an unknown type or an unusable model, FileNotFoundError for a missing
-    one, ModuleNotFoundError where transformers is needed and not installed.
+    Raises UserError for an unknown type, for a model that is missing or unusable, and where
+    transformers is needed and not installed.
     """
     if tokenizer_type not in TOKENIZERS:
         known = ", ".join(TOKENIZERS)
-        raise ValueError(f"--tokenizer-type {tokenizer_type}: unknown, choose one of {known}")
+        raise UserError(f"--tokenizer-type {tokenizer_type}: unknown, choose one of {known}")
     if tokenizer_type == "ByteTokenizer":
         return ByteTokenizer()
     if not tokenizer_model:
-        raise ValueError(f"--tokenizer-type {tokenizer_type} needs --tokenizer-model")
+        raise UserError(f"--tokenizer-type {tokenizer_type} needs --tokenizer-model")
     if not Path(tokenizer_model).exists():
-        raise FileNotFoundError(f"--tokenizer-model {tokenizer_model}: no such file or folder")
+        raise UserError(f"--tokenizer-model {tokenizer_model}: no such file or folder")
     tokenizer = TOKENIZERS[tokenizer_type](tokenizer_model)
     if tokenizer.decode(tokenizer.encode(_LOSSLESS_PROBE)) != _LOSSLESS_PROBE:
         warnings.warn(
@@ -114,7 +116,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
         except (OSError, RuntimeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"--tokenizer-model {model_file}: not a SentencePiece model ({error})"
             ) from error
         self._model = model
@@ -122,7 +124,7 @@ class SentencePieceTokenizer(Tokenizer):
         if eod < 0:
             eod = model.piece_to_id(EOD_PIECE)
             if model.is_unknown(eod):
-                raise ValueError(
+                raise UserError(
                     f"--tokenizer-model {model_file}: the model has neither an end-of-sentence "
                     f"token nor a piece {EOD_PIECE} to end documents with"
                 )
@@ -179,7 +181,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
-            raise ModuleNotFoundError(
+            raise UserError(
                 "--tokenizer-type HuggingFaceTokenizer needs the transformers package: "
                 "pip install transformers"
             ) from error
@@ -189,11 +191,11 @@ class HuggingFaceTokenizer(Tokenizer):
                 str(folder), local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError) as error:
-            raise ValueError(f"--tokenizer-model {folder}: {error}") from error
+            raise UserError(f"--tokenizer-model {folder}: {error}") from error
         if not tokenizer.is_fast:
-            raise ValueError(f"--tokenizer-model {folder}: not a fast tokenizer (tokenizer.json)")
+            raise UserError(f"--tokenizer-model {folder}: not a fast tokenizer (tokenizer.json)")
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"--tokenizer-model {folder}: the tokenizer has no eos_token")
+            raise UserError(f"--tokenizer-model {folder}: the tokenizer has no eos_token")
         self._backend = tokenizer.backend_tokenizer
         self._backend.encode_special_tokens = True  # "<eos>" inside a text is just text
         self._backend.no_truncation()
@@ -218,7 +220,7 @@ def _huggingface_pieces(backend, special_ids: set[int], folder: str) -> list[byt
     elif "ByteFallback" in decoder:
         spell = _byte_fallback_bytes
     else:
-        raise ValueError(
+        raise UserError(
             f"--tokenizer-model {folder}: how its tokens spell bytes is unknown (neither "
             "byte-level nor SentencePiece-like), so that bits per byte cannot be computed"
         )

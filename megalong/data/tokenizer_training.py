@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from megalong.data.tokenizer import EOD_PIECE
+from megalong.errors import UserError
 
 CHUNK_CHARACTERS = 4096
 # The trainer uses the tab itself to mark boundaries and never learns a piece with it.
@@ -29,13 +30,13 @@ def train_sentencepiece(
 
     chunks: stretches of text, of sample_chunks() or any others.
     Ids: 0 unknown (never produced), 1 end of document, runs of tabs, the 256 bytes, then merges.
-    Deterministic. Raises ValueError where the text is too little, or its characters too many, for
+    Deterministic. Raises UserError where the text is too little, or its characters too many, for
     the vocabulary size.
     """
     import sentencepiece
 
     if not any(chunks):
-        raise ValueError("--input: no text to train a tokenizer on")
+        raise UserError("--input: no text to train a tokenizer on")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -63,7 +64,7 @@ def train_sentencepiece(
             minloglevel=0 if verbose else 2,
         )
     except RuntimeError as error:
-        raise ValueError(_explain(str(error), vocab_size)) from error
+        raise UserError(_explain(str(error), vocab_size)) from error
     return model.getvalue()
 
 

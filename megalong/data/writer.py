@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megalong.errors import UserError
+
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, data type code, sequences, documents + 1
@@ -41,7 +43,7 @@ class DocumentWriter:
     """Writes documents to PREFIX.bin, PREFIX.idx and PREFIX.json (a description).
 
     Everything is written to PREFIX.*.partial and renamed by commit(). Use as a context manager:
-    without a commit the partial files are removed. Raises FileExistsError where an output exists
+    without a commit the partial files are removed. Raises UserError where an output exists
     and `overwrite` is not set, or where another process is writing the same output.
     """
 
@@ -53,9 +55,7 @@ class DocumentWriter:
         self._lengths: list[np.ndarray] = []
         existing = [prefix + suffix for suffix in SUFFIXES if os.path.exists(prefix + suffix)]
         if existing and not overwrite:
-            raise FileExistsError(
-                f"{existing[0]} exists: choose another --output-prefix, or --overwrite"
-            )
+            raise UserError(f"{existing[0]} exists: choose another --output-prefix, or --overwrite")
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
         # Opened for appending, so that a file another process is writing is not cut before the
         # lock says so; what a killed process left behind is.
@@ -64,12 +64,12 @@ class DocumentWriter:
             fcntl.flock(self._bin, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._bin.close()
-            raise FileExistsError(f"another process is writing {prefix}.bin") from None
+            raise UserError(f"another process is writing {prefix}.bin") from None
         except OSError:
             pass  # some network file systems have no locks
         if not self._still_named():  # another process has finished between the two lines above
             self._bin.close()
-            raise FileExistsError(f"another process has written {prefix}.bin")
+            raise UserError(f"another process has written {prefix}.bin")
         self._bin.truncate(0)
 
     def __enter__(self) -> "DocumentWriter":
@@ -88,7 +88,7 @@ class DocumentWriter:
         """
         lengths = np.asarray(lengths, dtype=np.int64)
         if lengths.size and lengths.max() > np.iinfo(np.int32).max:
-            raise ValueError(f"a document of {lengths.max():,} tokens: the format ends at 2^31 - 1")
+            raise UserError(f"a document of {lengths.max():,} tokens: the format ends at 2^31 - 1")
         assert tokens.dtype == self.dtype and tokens.size == lengths.sum()
         self._bin.write(np.ascontiguousarray(tokens).data)
         self._lengths.append(lengths.astype(np.int32))

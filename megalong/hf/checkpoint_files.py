@@ -30,8 +30,9 @@ from megalong.checkpoint.names import KINDS, WEIGHTS, parameter_of, tensor_name
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.checkpoint.writing import HashingWriter
-from megalong.config import Config, ConfigError
+from megalong.config import Config
 from megalong.config.arguments import config_from_values, read_yaml, to_yaml
+from megalong.errors import UserError
 
 
 class StoredModel:
@@ -39,13 +40,13 @@ class StoredModel:
 
     path: a run folder (its newest checkpoint) or one checkpoint's folder. verify: compare its files
         with their hashes.
-    Raises ConfigError naming the folder and what is wrong with it.
+    Raises UserError naming the folder and what is wrong with it.
     """
 
     def __init__(self, path: Path, verify: bool = True):
         self.folder = (latest(path) if (path / POINTER).exists() else None) or path
         if not (self.folder / MANIFEST).exists():
-            raise ConfigError(
+            raise UserError(
                 f"{self.folder} is not a checkpoint, it has no {MANIFEST}: give a run folder with a"
                 " file `latest`, one of its iter_* folders"
             )
@@ -123,10 +124,10 @@ class _MakeWhenWritten(dcp.DefaultSavePlanner):
 def written_aside(folder: Path) -> Iterator[Path]:
     """A new folder to write into, `.tmp` until the block ends, on the disk, then `folder`.
 
-    Raises ConfigError where `folder` is there already; leaves nothing behind on an error.
+    Raises UserError where `folder` is there already; leaves nothing behind on an error.
     """
     if folder.exists():
-        raise ConfigError(f"{folder} is there already: remove it, or choose another folder")
+        raise UserError(f"{folder} is there already: remove it, or choose another folder")
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

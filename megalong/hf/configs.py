@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from megalong.config import Config, ConfigError
+from megalong.config import Config
 from megalong.data.tokenizer import Tokenizer
+from megalong.errors import UserError
 
 # Transformers' names of number formats, and of training's --precision.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,7 +60,7 @@ def longnet_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
 def megalong_values(config: dict[str, Any], where: str) -> dict[str, Any]:
     """The fields of megalong's configuration that a config.json of Transformers decides.
 
-    where: the file, for errors. Raises ConfigError for a model that megalong does not have, saying
+    where: the file, for errors. Raises UserError for a model that megalong does not have, saying
     what it has and megalong has not, and for a file that is not complete.
     """
     model_type = config.get("model_type")
@@ -69,8 +70,8 @@ def megalong_values(config: dict[str, Any], where: str) -> dict[str, Any]:
         if model_type in LLAMA_FAMILY:
             return _from_llama(config, where)
     except KeyError as missing:
-        raise ConfigError(f"{where} has no {missing.args[0]}: it is not complete") from missing
-    raise ConfigError(
+        raise UserError(f"{where} has no {missing.args[0]}: it is not complete") from missing
+    raise UserError(
         f"{where}: model type {model_type!r}; megalong reads longnet (its own exports) and"
         f" {', '.join(LLAMA_FAMILY)}"
     )
@@ -119,7 +120,7 @@ LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 
 def _from_llama(config: dict[str, Any], where: str) -> dict[str, Any]:
     def refuse(what: str) -> None:
-        raise ConfigError(f"{where}: {what}, which megalong's model has not")
+        raise UserError(f"{where}: {what}, which megalong's model has not")
 
     if config.get("hidden_act", "silu") != "silu":
         refuse(f"hidden_act is {config['hidden_act']} and not silu")
@@ -149,19 +150,19 @@ def _rope(config: dict[str, Any], where: str) -> dict[str, Any]:
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise ConfigError(
+        raise UserError(
             f"{where}: rotary positions are scaled in the way {kind!r}, and megalong has those of"
             " plain RoPE and of Llama 3.1. Without the scaling (take it out of the file) it is"
             " another model, good up to its original length"
         )
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
-        raise ConfigError(
+        raise UserError(
             f"{where}: partial_rotary_factor is {partial}; megalong's positions turn all channels"
         )
     turns = rope.get("low_freq_factor", 1), rope.get("high_freq_factor", 4)
     if turns != (1, 4):
-        raise ConfigError(
+        raise UserError(
             f"{where}: low_freq_factor and high_freq_factor are {turns}, and megalong has Llama"
             " 3.1's, 1 and 4"
         )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megalong.errors import UserError
 from megalong.hf.loaded_model import LoadedModel
 from megalong.position_losses import PositionLosses, perplexity
 
@@ -75,7 +76,7 @@ def passkey(
 
     length: tokens of the text, with question and answer. depth: where the number is said, from 0
     (the beginning) to 1. accuracy: share of trials in which greedy decoding would give all of the
-    number's tokens; loss: of those tokens, in nats. Raises ValueError where length is too short.
+    number's tokens; loss: of those tokens, in nats. Raises UserError where length is too short.
     """
     draw = random.Random(f"{seed} {length} {depth}")
     found, losses = 0, []
@@ -105,7 +106,7 @@ def _passkey_tokens(
     answer = encode(f" {key}")
     room = length - len(said) - len(question) - len(answer) - 1
     if room < 0:
-        raise ValueError(f"--passkey-lengths {length}: a trial needs {length - room} tokens")
+        raise UserError(f"--passkey-lengths {length}: a trial needs {length - room} tokens")
     filler = encode(_FILLER)
     filler = (filler * (room // len(filler) + 1))[:room]
     before = round(room * depth)

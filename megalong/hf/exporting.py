@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 import megalong
-from megalong.config import Config, ConfigError
+from megalong.config import Config
 from megalong.data.tokenizer import build_tokenizer
+from megalong.errors import UserError
 from megalong.hf.checkpoint_files import StoredModel, written_aside
 from megalong.hf.configs import AUTO_MAP, DTYPE_OF_PRECISION, DTYPES, longnet_config
 from megalong.hf.model_card import model_card
@@ -40,7 +41,7 @@ def export(
     the precision of the training. tokenizer_model: where the tokenizer is now, if not where the
     training found it. verify: compare the checkpoint with its hashes first.
     Returns the provenance that the folder records.
-    Raises ConfigError or OSError naming what is wrong.
+    Raises UserError or OSError naming what is wrong.
     """
     shard_bytes = parse_size(max_shard_size)
     checkpoint = StoredModel(load, verify)
@@ -85,7 +86,7 @@ def parse_size(text: str) -> int:
     """Bytes of a size such as "5GB" or "500MB"."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]B|)", text.strip().upper())
     if match is None or float(match[1]) <= 0:
-        raise ConfigError(f"--max-shard-size {text}: give a size such as 5GB or 500MB")
+        raise UserError(f"--max-shard-size {text}: give a size such as 5GB or 500MB")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
@@ -122,7 +123,7 @@ def _write_weights(
 def _converted(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     converted = tensor.to(dtype, copy=True).contiguous()
     if not converted.isfinite().all():
-        raise ConfigError(
+        raise UserError(
             f"{name} has values that are not finite in {str(dtype).removeprefix('torch.')}: choose"
             " another --dtype, or an earlier checkpoint"
         )

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from megalong.config import Config, ConfigError
+from megalong.config import Config
 from megalong.config.arguments import config_from_values, to_yaml
 from megalong.data.tokenizer import build_tokenizer
+from megalong.errors import UserError
 from megalong.hf.checkpoint_files import write_first_checkpoint
 from megalong.hf.configs import DTYPE_OF_PRECISION, megalong_values
 from megalong.hf.names import Entry, Sizes, check_names, check_shape, entries
@@ -34,7 +35,7 @@ TIED_COPY, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 class SafetensorsReader:
     """The tensors of a folder of safetensors, one file or many, one tensor at a time.
 
-    Raises ConfigError where there are none, or where the index and the files disagree.
+    Raises UserError where there are none, or where the index and the files disagree.
     """
 
     def __init__(self, folder: Path):
@@ -46,7 +47,7 @@ class SafetensorsReader:
             with safe_open(folder / "model.safetensors", "pt") as file:
                 self.file_of = dict.fromkeys(file.keys(), "model.safetensors")
         else:
-            raise ConfigError(
+            raise UserError(
                 f"--input {folder}: no model.safetensors and no index of several; save the model"
                 " with Transformers' save_pretrained"
             )
@@ -57,7 +58,7 @@ class SafetensorsReader:
             with safe_open(path, "pt") as file:
                 return file.get_tensor(name)
         except Exception as error:  # safetensors has an error type of its own for damaged files
-            raise ConfigError(f"--input {path}: {name} cannot be read: {error}") from error
+            raise UserError(f"--input {path}: {name} cannot be read: {error}") from error
 
     def shape(self, name: str) -> tuple[int, ...]:
         with safe_open(self.folder / self.file_of[name], "pt") as file:
@@ -65,10 +66,10 @@ class SafetensorsReader:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder of Transformers. Raises ConfigError where there is none."""
+    """config.json of a folder of Transformers. Raises UserError where there is none."""
     path = folder / "config.json"
     if not path.exists():
-        raise ConfigError(f"--input {folder}: no config.json; give a folder of Transformers")
+        raise UserError(f"--input {folder}: no config.json; give a folder of Transformers")
     return json.loads(path.read_text())
 
 
@@ -78,10 +79,10 @@ def import_model(source: Path, run_folder: Path, changes: dict[str, Any]) -> tup
     run_folder: must not hold a run. changes: fields of megalong's configuration by name that win
     over the model's own: the attention pattern, the sequence length, the tokenizer, ...
     Leaves in run_folder the checkpoint, the tokenizer, and flags.yaml, which starts a run from it.
-    Returns the checkpoint and the configuration. Raises ConfigError or OSError: what is wrong.
+    Returns the checkpoint and the configuration. Raises UserError or OSError: what is wrong.
     """
     if run_folder.exists() and any(run_folder.iterdir()):
-        raise ConfigError(f"--output {run_folder} is not empty: choose another folder")
+        raise UserError(f"--output {run_folder} is not empty: choose another folder")
     theirs = read_config(source)
     values = megalong_values(theirs, str(source / "config.json"))
     values, ids = _with_tokenizer(values | changes, source, run_folder)
@@ -114,7 +115,7 @@ def _with_tokenizer(
         kind, model = values["tokenizer_type"], values.get("tokenizer_model")
         return values, build_tokenizer(kind, model).vocab_size
     if "tokenizer_model" in values:
-        raise ConfigError(
+        raise UserError(
             f"--tokenizer-model {values['tokenizer_model']} is given without --tokenizer-type: give"
             " both, or neither for the model's own"
         )
@@ -155,7 +156,7 @@ def _vocabulary(rows: int, ids: int, multiple: int | None) -> dict[str, int]:
     """The fields that make training give the vocabulary as many rows as the model has, so that it
     stays the same function; or more, where a multiple is asked for."""
     if ids > rows:
-        raise ConfigError(
+        raise UserError(
             f"--input: the model has {rows} rows in its vocabulary, and the tokenizer {ids} ids:"
             " choose the model's own tokenizer"
         )
@@ -168,7 +169,7 @@ def _sizes(theirs: dict[str, Any], config: Config, ids: int) -> Sizes:
     """The sizes of the model as it comes, and with as many rows as training will give it."""
     rows, sizes = theirs["vocab_size"], Sizes.of(config.model, ids)
     if sizes.padded_vocabulary < rows:
-        raise ConfigError(
+        raise UserError(
             f"--padded-vocab-size {sizes.padded_vocabulary} is less than the model's {rows} rows:"
             " leave it out"
         )
@@ -182,7 +183,7 @@ def _check_weights(
     tied = TIED_COPY not in {part for entry in table.values() for part in entry.parts}
     if tied and TIED_COPY in found:
         if not torch.equal(weights.read(TIED_COPY), weights.read(EMBEDDING)):
-            raise ConfigError(
+            raise UserError(
                 f"--input {source}: {TIED_COPY} differs from {EMBEDDING}, and the configuration"
                 " says that they are tied: set tie_word_embeddings to false in config.json"
             )

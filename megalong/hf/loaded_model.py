@@ -13,8 +13,8 @@ import torch
 
 from megalong.checkpoint.folder import POINTER
 from megalong.checkpoint.manifest import MANIFEST
-from megalong.config import ConfigError
 from megalong.data.tokenizer import Tokenizer, build_tokenizer
+from megalong.errors import UserError
 from megalong.hf.checkpoint_files import StoredModel
 from megalong.hf.configs import longnet_config
 from megalong.hf.names import Sizes, check_names, entries
@@ -38,14 +38,14 @@ def load_model(path: Path, device: str, dtype: torch.dtype, tokenizer_model: str
     """A megalong checkpoint (or run folder), or a folder of Transformers.
 
     tokenizer_model: where the tokenizer of a megalong checkpoint is now.
-    Raises ConfigError, ValueError or OSError where it cannot be read.
+    Raises UserError, ValueError or OSError where it cannot be read.
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device {device}: there is no GPU here that PyTorch can use")
+        raise UserError(f"--device {device}: there is no GPU here that PyTorch can use")
     if (path / "config.json").exists():
         return _load_folder(path, device, dtype)
     if not any((path / name).exists() for name in (POINTER, MANIFEST)):
-        raise ConfigError(
+        raise UserError(
             f"{path} is not a checkpoint, a run folder with a file `{POINTER}`, or a folder of"
             " Transformers with a config.json"
         )

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megalong.config import ConfigError, ModelConfig
+from megalong.config import ModelConfig
+from megalong.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -206,12 +207,12 @@ class Entry:
     sizes: Sizes
 
     def to_huggingface(self, whole: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Raises ConfigError where the tensor does not have its shape."""
+        """Raises UserError where the tensor does not have its shape."""
         check_shape(self.name, self.shape, whole.shape)
         return dict(zip(self.parts, self.how.split(whole, self.sizes), strict=True))
 
     def to_megalong(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-        """parts: the tensors that `self.parts` names. Raises ConfigError on a wrong shape."""
+        """parts: the tensors that `self.parts` names. Raises UserError on a wrong shape."""
         for name, shape in self.parts.items():
             check_shape(name, shape, parts[name].shape)
         return self.how.join([parts[name] for name in self.parts], self.sizes)
@@ -244,21 +245,21 @@ def _entry(row: Row, layer: int | None, kind: str, sizes: Sizes) -> Entry:
 
 
 def check_shape(name: str, expected: Iterable[int], found: Iterable[int]) -> None:
-    """Raise ConfigError unless a tensor has the shape that the configuration gives it."""
+    """Raise UserError unless a tensor has the shape that the configuration gives it."""
     if tuple(expected) != tuple(found):
-        raise ConfigError(
+        raise UserError(
             f"{name} has shape {tuple(found)}, and the configuration says {tuple(expected)}: the"
             " configuration is not that of these weights"
         )
 
 
 def check_names(where: str, expected: Iterable[str], found: Iterable[str]) -> None:
-    """Raise ConfigError unless exactly the expected tensors are there; `where`: the file."""
+    """Raise UserError unless exactly the expected tensors are there; `where`: the file."""
     expected, found = set(expected), set(found)
     for problem, names in (("has no", expected - found), ("has an unknown", found - expected)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ConfigError(
+            raise UserError(
                 f"{where} {problem} tensor {', '.join(sorted(names)[:3])}{more}: not a model that"
                 " megalong has"
             )

@@ -16,6 +16,7 @@ from megalong.data.tokenizer import (
     Tokenizer,
     build_tokenizer,
 )
+from megalong.errors import UserError
 
 SENTENCEPIECE_FILE = "tokenizer.model"  # beside tokenizer.json, for a way back without loss
 HUGGINGFACE_FILES = (
@@ -44,7 +45,7 @@ def export_tokenizer(
 
     prepend_bos: whether the documents of the training began with its beginning-of-text token; then
     the texts that the written tokenizer is given do too, and else they do not.
-    Raises ValueError where it cannot be expressed, and what `build_tokenizer` raises.
+    Raises UserError where it cannot be expressed, and what `build_tokenizer` raises.
     """
     ours = build_tokenizer(tokenizer_type, tokenizer_model)
     if tokenizer_type == "HuggingFaceTokenizer":
@@ -104,7 +105,7 @@ def _begin_texts(folder: Path, bos: int | None) -> None:
     settings_path.write_text(json.dumps(settings | {"add_bos_token": bos is not None}, indent=2))
     if not is_so():
         begin = "does not begin" if bos is not None else "begins"
-        raise ValueError(
+        raise UserError(
             f"--tokenizer-model: in Transformers this tokenizer {begin} texts with its"
             " beginning-of-text token, other than the documents of the training, and this cannot be"
             " changed: export without it (--no-tokenizer) and add the tokenizer files by hand"
@@ -118,7 +119,7 @@ def _check_same(ours: Tokenizer, folder: Path) -> None:
         if not lossless:  # one that adds a prefix adds another one after each stand-in
             text = text.replace(SENTENCEPIECE_SPACE, "")
         if theirs.encode(text, add_special_tokens=False) != ours.encode(text):
-            raise ValueError(
+            raise UserError(
                 "--tokenizer-model: this SentencePiece model cannot be expressed as a fast"
                 f" tokenizer: {text!r} is cut into other tokens. Export without it"
                 " (--no-tokenizer) and add the tokenizer files by hand"
@@ -179,7 +180,7 @@ def _sentencepiece_backend(model_file: str):
             list(zip(pieces, scores, strict=True)), unk_id=unknown, byte_fallback=byte_fallback
         )
     else:
-        raise ValueError(
+        raise UserError(
             f"--tokenizer-model {model_file}: a SentencePiece model of words or characters has no"
             " fast tokenizer; export without it (--no-tokenizer)"
         )
@@ -246,7 +247,7 @@ def tokenizer_of_export(folder: Path) -> tuple[str, str | None]:
         return "SentencePieceTokenizer", str(folder / SENTENCEPIECE_FILE)
     tokenizer_json = folder / "tokenizer.json"
     if not tokenizer_json.exists():
-        raise FileNotFoundError(
+        raise UserError(
             f"{folder} has no tokenizer.json: give --tokenizer-type and --tokenizer-model"
         )
     from tokenizers import Tokenizer as Backend

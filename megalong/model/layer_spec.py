@@ -24,8 +24,8 @@ from megatron.core.transformer.transformer_block import (
 
 from megalong.attention import DilatedPattern
 from megalong.attention.exchange import SequenceGroup
-from megalong.config import ConfigError
 from megalong.device import use_gpu
+from megalong.errors import UserError
 from megalong.model.core_attention import DenseCoreAttention, DilatedCoreAttention
 
 
@@ -43,7 +43,7 @@ def get_longnet_layer_spec(
     transformer_impl: "local", "transformer_engine", or "auto" for the better of those available.
     sequence: the ranks that share the sequence; None where each has all of it.
     qk_layernorm: whether each head's queries and keys are normed.
-    Raises ConfigError where Transformer Engine is asked for and cannot be used.
+    Raises UserError where Transformer Engine is asked for and cannot be used.
     """
     if use_transformer_engine(transformer_impl):
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
@@ -109,7 +109,7 @@ def use_transformer_engine(transformer_impl: str) -> bool:
         return False
     usable = use_gpu() and _transformer_engine_installed()
     if transformer_impl == "transformer_engine" and not usable:
-        raise ConfigError(
+        raise UserError(
             "--transformer-impl transformer_engine needs a GPU and the package transformer_engine:"
             " install it, or set --transformer-impl local"
         )

@@ -19,8 +19,9 @@ import torch.distributed as dist
 
 from megalong.attention.exchange import SequenceGroup
 from megalong.attention.sequence_plan import subgroup_sizes
-from megalong.config import Config, ConfigError
+from megalong.config import Config
 from megalong.device import use_gpu
+from megalong.errors import UserError
 from megalong.parallel import cpu
 
 
@@ -90,13 +91,13 @@ class Mesh:
 
 
 def check_precision(precision: str) -> None:
-    """Raise ConfigError where this machine's device cannot train in "fp32", "bf16" or "fp16"."""
+    """Raise UserError where this machine's device cannot train in "fp32", "bf16" or "fp16"."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
     supported = {"bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported}
     if precision in supported and not supported[precision]():
-        raise ConfigError(
+        raise UserError(
             f"--precision {precision} is not supported by DeepSpeed on this machine's"
             f" {accelerator.device_name()}: set --precision fp32"
             + (" or bf16" if precision == "fp16" and accelerator.is_bf16_supported() else "")
@@ -130,7 +131,7 @@ def process_group(timeout_minutes: int = 10) -> Iterator[torch.device]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if on_gpu:
         if local_rank >= torch.cuda.device_count():
-            raise ConfigError(
+            raise UserError(
                 f"process {local_rank} of this node has no GPU: {torch.cuda.device_count()} are"
                 " visible; start as many processes, or set DS_ACCELERATOR=cpu"
             )

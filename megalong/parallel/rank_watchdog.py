@@ -20,6 +20,8 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
+from megalong.errors import UserError
+
 LEAVING, FAILING = b"leaving\n", b"failing\n"
 LOST = "lost"  # rank 0's news: this word and a name, or "failed" and a name
 OWN_WORDS = 10.0  # seconds for a rank to say itself what another rank has failed of
@@ -27,11 +29,10 @@ NEWS_BEHIND_ERROR = 3.0  # seconds in which the news of a lost rank follows a fa
 
 
 @contextlib.contextmanager
-def watch_ranks(expected_errors: tuple[type[Exception], ...]) -> Iterator[None]:
+def watch_ranks() -> Iterator[None]:
     """Inside, the death of any rank of the process group ends this one too, with exit code 1.
 
-    expected_errors: exceptions that carry their whole message; any other may be the consequence of
-        a lost peer.
+    A UserError carries its whole message; any other error may be the consequence of a lost peer.
     """
     if dist.get_world_size() == 1:
         yield
@@ -40,7 +41,7 @@ def watch_ranks(expected_errors: tuple[type[Exception], ...]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        surprise = isinstance(error, Exception) and not isinstance(error, expected_errors)
+        surprise = isinstance(error, Exception) and not isinstance(error, UserError)
         if surprise and watch.news.wait(NEWS_BEHIND_ERROR):
             threading.Event().wait()  # until the watch ends the process: a traceback adds nothing
         if surprise and "timed out" in str(error).lower():

@@ -9,13 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megalong.config import Config, ConfigError
+from megalong.config import Config
+from megalong.errors import UserError
 
 
 def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
     """The dict for `deepspeed.initialize(config=...)`.
 
-    Raises ConfigError naming both values where `--deepspeed-config` contradicts a flag.
+    Raises UserError naming both values where `--deepspeed-config` contradicts a flag.
     """
     settings: dict[str, Any] = {}
     if config.training.deepspeed_config is not None:
@@ -90,26 +91,26 @@ def _refuse_contradictions(
     where = f"--deepspeed-config {training.deepspeed_config}"
     for section in ("zero_optimization", "bf16", "fp16", "data_types", "optimizer"):
         if not isinstance(settings.get(section, {}), dict):
-            raise ConfigError(f"{where}: {section} must be an object in braces")
+            raise UserError(f"{where}: {section} must be an object in braces")
     for path, ours, flag in owned:
         theirs = _get(settings, path)
         if path == ("zero_optimization", "stage") and theirs == 0:
             theirs = 1  # the same arithmetic, see Config.resolve
         if theirs not in (None, "auto", ours):
-            raise ConfigError(
+            raise UserError(
                 f"{where} sets {'.'.join(path)} to {_show(theirs)}, but {flag} is {_show(ours)}:"
                 " make them agree, or leave it out of the file"
             )
     optimizer = settings.pop("optimizer", {}).get("type", "AdamW")
     if str(optimizer).lower() not in ("adam", "adamw"):
-        raise ConfigError(f"{where} asks for the optimizer {optimizer}; megalong trains with AdamW")
+        raise UserError(f"{where} asks for the optimizer {optimizer}; megalong trains with AdamW")
     if "scheduler" in settings:
-        raise ConfigError(
+        raise UserError(
             f"{where} has a scheduler; set --lr-decay-style, --lr-warmup-iters, --lr-decay-iters"
             " and --min-lr instead"
         )
     if "activation_checkpointing" in settings:
-        raise ConfigError(
+        raise UserError(
             f"{where} has activation_checkpointing, which is for models written with DeepSpeed's"
             " own checkpoint function; set --recompute-granularity instead"
         )
@@ -120,11 +121,11 @@ def _read(path: str) -> dict[str, Any]:
     try:
         settings = json.loads(Path(path).read_text())
     except OSError as error:
-        raise ConfigError(f"--deepspeed-config {path}: {error.strerror}") from error
+        raise UserError(f"--deepspeed-config {path}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--deepspeed-config {path}: not JSON: {error}") from error
+        raise UserError(f"--deepspeed-config {path}: not JSON: {error}") from error
     if not isinstance(settings, dict):
-        raise ConfigError(f"--deepspeed-config {path}: expected a JSON object")
+        raise UserError(f"--deepspeed-config {path}: expected a JSON object")
     return settings
 
 

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from megalong.checkpoint.names import MOMENTS
-from megalong.config import Config, ConfigError
+from megalong.config import Config
 from megalong.data.batches import IGNORE_INDEX, Batch
+from megalong.errors import UserError
 from megalong.model.stage import PipelineStage
 from megalong.parallel.gradients import TiedEmbedding, sum_divided_norms
 from megalong.parallel.mesh import Mesh
@@ -79,7 +80,7 @@ class TrainingEngine:
         except Exception as error:
             if training.deepspeed_config is None:
                 raise
-            raise ConfigError(
+            raise UserError(
                 f"DeepSpeed refuses --deepspeed-config {training.deepspeed_config}: {error}"
             ) from error
         _create_adam_state(self.deepspeed.optimizer)

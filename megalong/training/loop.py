@@ -18,6 +18,7 @@ from megalong.data.batches import (
     num_evaluation_batches,
     training_batches,
 )
+from megalong.errors import UserError
 from megalong.model.build import build_model, number_of_parameters
 from megalong.parallel.mesh import Mesh
 from megalong.position_losses import position_edges
@@ -137,7 +138,7 @@ class Trainer:
         broken = result.skipped and self.config.training.precision != "fp16"
         if broken or not math.isfinite(result.loss):
             what = "gradients are not finite" if broken else f"loss is {result.loss}"
-            raise FloatingPointError(
+            raise UserError(
                 f"the {what} at iteration {iteration}: lower --lr or --clip-grad, and go on from"
                 " the last checkpoint with --load"
             )

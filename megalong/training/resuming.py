@@ -25,8 +25,9 @@ from megalong.checkpoint.folder import (
     set_aside,
 )
 from megalong.checkpoint.manifest import DamagedCheckpoint, check_files, check_share
-from megalong.config import AttentionConfig, Config, ConfigError, DataConfig, ModelConfig, flag_name
+from megalong.config import AttentionConfig, Config, DataConfig, ModelConfig, flag_name
 from megalong.config.arguments import read_yaml
+from megalong.errors import UserError
 from megalong.training.run_folder import same_folder
 
 
@@ -35,7 +36,7 @@ def open_checkpoint(config: Config) -> Path | None:
 
     A run that is started again with the same `--save` and `--load` may have been killed before its
     first checkpoint; anything else that is not there is an error, and so is a damaged checkpoint,
-    or one of another model or, in the same folder, of a run on other data: ConfigError. With
+    or one of another model or, in the same folder, of a run on other data: UserError. With
     `--load-fallback` it is the newest one whose files are all there.
     """
     load = config.run.load
@@ -44,7 +45,7 @@ def open_checkpoint(config: Config) -> Path | None:
     if not (Path(load) / POINTER).exists():
         if same_folder(load, config.run.save):
             return None
-        raise ConfigError(f"--load {load}: no checkpoint there (no file `latest`)")
+        raise UserError(f"--load {load}: no checkpoint there (no file `latest`)")
     checkpoint, _ = _first_sound(_candidates(config), check_files, config)
     _check_same_run(checkpoint, config)
     return checkpoint
@@ -57,7 +58,7 @@ def sound_checkpoint(config: Config, say: Callable[[str], None]) -> Iterator[Pat
 
     Called by every rank where `open_checkpoint` has found one. say: where rank 0 says what is
     damaged, if `--load-fallback` goes past it; a run that goes on in the same folder sets that
-    aside. Raises ConfigError on every rank.
+    aside. Raises UserError on every rank.
     """
     # A network file system may show each rank its own: what rank 0 sees counts.
     candidates = [_candidates(config) if dist.get_rank() == 0 else None]
@@ -80,12 +81,12 @@ def sound_checkpoint(config: Config, say: Callable[[str], None]) -> Iterator[Pat
 
 
 def check_agreement(config: Config, checkpoint: Path | None) -> None:
-    """That all ranks have found a checkpoint, or none has. Raises ConfigError on every rank."""
+    """That all ranks have found a checkpoint, or none has. Raises UserError on every rank."""
     found: list[bool] = [False] * dist.get_world_size()
     dist.all_gather_object(found, checkpoint is not None)
     if len(set(found)) > 1:
         blind = [rank for rank, sees in enumerate(found) if not sees]
-        raise ConfigError(
+        raise UserError(
             f"--load {config.run.load}: ranks {', '.join(map(str, blind[:8]))} see no checkpoint"
             " there, others do: it has to be a folder that all nodes share"
         )
@@ -97,7 +98,7 @@ def _candidates(config: Config) -> list[Path]:
     pointed = latest(run)
     if not config.run.load_fallback:
         if pointed is None:
-            raise ConfigError(
+            raise UserError(
                 f"--load {run}: the file {POINTER} names no checkpoint: --load-fallback takes the"
                 " newest sound one"
             )
@@ -121,12 +122,12 @@ def _first_sound(
         except DamagedCheckpoint as damage:
             found[checkpoint] = str(damage)
             if not config.run.load_fallback:
-                raise ConfigError(
+                raise UserError(
                     f"--load {config.run.load}: {damage}; --load-fallback goes on from the newest"
                     " sound checkpoint before it"
                 ) from damage
     wrong = "; ".join(found.values()) or "none left"
-    raise ConfigError(f"--load {config.run.load}: no checkpoint there is sound: {wrong}")
+    raise UserError(f"--load {config.run.load}: no checkpoint there is sound: {wrong}")
 
 
 def _check_together(checkpoint: Path, verify: bool, held: contextlib.ExitStack) -> None:
@@ -166,7 +167,7 @@ def _check_same_run(checkpoint: Path, config: Config) -> None:
             way_out = "--save into another folder"
         if name in ("make_vocab_size_divisible_by", "padded_vocab_size"):
             way_out += ", or, for an imported model, import it with another one"
-        raise ConfigError(
+        raise UserError(
             f"{flag_name(name)} is {ours}, but the checkpoint {checkpoint} was written with"
             f" {theirs}: set it to that, or {way_out}"
         )

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megalong.config import Config, ConfigError
+from megalong.config import Config
 from megalong.data.batches import num_evaluation_batches
 from megalong.data.indexed import IndexedDocuments
 from megalong.data.stream import TokenStream, split_documents
 from megalong.data.tokenizer import Tokenizer, build_tokenizer
+from megalong.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -31,34 +32,27 @@ class RunData:
 def open_run_data(config: Config) -> RunData:
     """Open everything that `config.data` names.
 
-    Raises ConfigError naming the flag or the file where that fails.
+    Raises UserError naming the flag or the file where that fails.
     """
-    try:
-        return _open(config)
-    except (ValueError, OSError, ImportError) as error:
-        raise ConfigError(str(error)) from error
-
-
-def _open(config: Config) -> RunData:
     data = config.data
     tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model)
     config.model.vocabulary_rows(tokenizer.vocab_size)  # an error, where they are too few
     documents = IndexedDocuments(data.data_path)
     made_with = documents.vocab_size
     if made_with is not None and made_with != tokenizer.vocab_size:
-        raise ConfigError(
+        raise UserError(
             f"--data-path {data.data_path} was made with a tokenizer of {made_with} ids, and"
             f" --tokenizer-model {data.tokenizer_model} has {tokenizer.vocab_size}: give the same"
         )
     if documents.prepend_bos not in (None, data.prepend_bos):
         made, flag = ("with", "") if documents.prepend_bos else ("without", "no-")
-        raise ConfigError(
+        raise UserError(
             f"--data-path {data.data_path} was made {made} --prepend-bos: set"
             f" --{flag}prepend-bos, or preprocess the text again"
         )
     ranges = split_documents(documents.num_documents, data.split)
     if not ranges[0]:
-        raise ConfigError(f"--split {data.split} leaves no document for training")
+        raise UserError(f"--split {data.split} leaves no document for training")
 
     def stream(document_range: range, shuffle: bool) -> TokenStream:
         return TokenStream(

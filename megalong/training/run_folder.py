@@ -12,14 +12,15 @@ import fcntl
 from pathlib import Path
 from typing import IO
 
-from megalong.config import Config, ConfigError
+from megalong.config import Config
 from megalong.config.arguments import to_yaml
+from megalong.errors import UserError
 
 
 def prepare_run_folder(config: Config) -> None:
     """Make the folders of `--save` and `--tensorboard-dir`.
 
-    Raises ConfigError where one cannot be made, or where `--save` holds a run that this one would
+    Raises UserError where one cannot be made, or where `--save` holds a run that this one would
     overwrite because `--load` does not name it.
     """
     run = config.run
@@ -28,12 +29,12 @@ def prepare_run_folder(config: Config) -> None:
             try:
                 Path(folder).mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise ConfigError(f"{flag} {folder}: {error.strerror}") from error
+                raise UserError(f"{flag} {folder}: {error.strerror}") from error
     if run.save is None or same_folder(run.load, run.save):
         return
     for name in ("latest", "metrics.jsonl"):
         if (Path(run.save) / name).exists():
-            raise ConfigError(
+            raise UserError(
                 f"--save {run.save} holds another run already ({name}): --load {run.save} to go on"
                 " with it, or save elsewhere"
             )
@@ -48,7 +49,7 @@ def open_run_folder(config: Config, given: Config) -> IO[str] | None:
     """Take the folder of `--save` and write down the configuration; by the main process only.
 
     Returns the locked file, to be kept open as long as the run lasts (a killed process lets go of
-    it). Raises ConfigError while another run holds the folder.
+    it). Raises UserError while another run holds the folder.
     """
     if config.run.save is None:
         return None
@@ -58,7 +59,7 @@ def open_run_folder(config: Config, given: Config) -> IO[str] | None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
-        raise ConfigError(f"--save {folder}: another run is writing there") from None
+        raise UserError(f"--save {folder}: another run is writing there") from None
     except OSError:
         pass  # some network file systems have no locks
     (folder / "flags.yaml").write_text(to_yaml(given, only_given=True))

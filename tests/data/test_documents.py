@@ -6,6 +6,7 @@ import json
 import pytest
 
 from megalong.data.documents import BrokenDocument, find_files, raw_documents, texts
+from megalong.errors import UserError
 
 
 def read(path, keys=("text",)):
@@ -38,10 +39,10 @@ def test_find_files_keeps_the_order_given_and_sorts_inside_folders(tmp_path):
 
 def test_find_files_refuses_what_names_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"--input .*empty: an empty folder"):
+    with pytest.raises(UserError, match=r"--input .*empty: an empty folder"):
         find_files([str(tmp_path / "empty")])
     for name in ("missing.txt", "*.jsonl"):
-        with pytest.raises(FileNotFoundError, match="no such file, folder or match"):
+        with pytest.raises(UserError, match=r"no such file, folder or match"):
             find_files([str(tmp_path / name)])
 
 

@@ -10,6 +10,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megalong.data.indexed import IndexedDocuments
+from megalong.errors import UserError
 
 DOCUMENTS = [[5, 6, 7], [], [8], [9, 10, 11, 12]]
 
@@ -68,7 +69,7 @@ def test_missing_files(tmp_path, write_documents):
     prefix = write_documents(DOCUMENTS)
 
     def message(name) -> str:
-        with pytest.raises(FileNotFoundError) as error:
+        with pytest.raises(UserError) as error:
             IndexedDocuments(str(name))
         assert f"--data-path {name}" in str(error.value)
         return str(error.value)

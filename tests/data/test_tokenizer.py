@@ -9,6 +9,7 @@ import pytest
 import sentencepiece
 
 from megalong.data.tokenizer import ByteTokenizer, build_tokenizer
+from megalong.errors import UserError
 
 TEXTS = [
     "",
@@ -103,7 +104,7 @@ def test_errors_name_the_flag(tmp_path):
         build_tokenizer("Word")
     with pytest.raises(ValueError, match="needs --tokenizer-model"):
         build_tokenizer("SentencePieceTokenizer")
-    with pytest.raises(FileNotFoundError, match=r"--tokenizer-model .*missing\.model"):
+    with pytest.raises(UserError, match=r"--tokenizer-model .*missing\.model"):
         build_tokenizer("SentencePieceTokenizer", str(tmp_path / "missing.model"))
     garbage = tmp_path / "garbage.model"
     garbage.write_bytes(b"no model")
@@ -127,5 +128,5 @@ def test_a_model_that_is_not_lossless_is_pointed_out(tmp_path, tokenizer_model):
 
 def test_without_transformers_the_error_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install transformers"):
+    with pytest.raises(UserError, match="pip install transformers"):
         build_tokenizer("HuggingFaceTokenizer", str(tmp_path))

@@ -9,7 +9,7 @@ import torch
 from tokenizers import processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from megalong.config import ConfigError
+from megalong.errors import UserError
 from megalong.hf.evaluation import evaluate_texts
 from megalong.hf.exporting import export
 from megalong.hf.importing import import_model
@@ -126,7 +126,7 @@ def test_a_config_of_an_earlier_version_and_one_that_is_not_complete(dense, tmp_
     assert not imported.model.qk_layernorm and imported.data.prepend_bos
     del config["hidden_size"]
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="has no hidden_size"):
+    with pytest.raises(UserError, match="has no hidden_size"):
         import_model(tmp_path / "hf", tmp_path / "not", {})
 
 
@@ -136,12 +136,12 @@ def test_rows_for_tensor_parallelism(llama, tmp_path):
     _, config = import_model(llama, tmp_path / "two", changes)
     assert config.parallel.tensor_model_parallel_size == 2
     changes = {"attention": "dense", "padded_vocab_size": 301, "tensor_model_parallel_size": 2}
-    with pytest.raises(ConfigError, match="or --padded-vocab-size 302"):
+    with pytest.raises(UserError, match="or --padded-vocab-size 302"):
         import_model(llama, tmp_path / "no", changes)
     _, config = import_model(llama, tmp_path / "yes", changes | {"padded_vocab_size": 302})
     assert config.model.padded_vocab_size == 302
 
 
 def test_half_a_tokenizer_is_refused(llama, tmp_path):
-    with pytest.raises(ConfigError, match="--tokenizer-model x is given without --tokenizer-type"):
+    with pytest.raises(UserError, match="--tokenizer-model x is given without --tokenizer-type"):
         import_model(llama, tmp_path / "run", {"tokenizer_model": "x"})

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from megalong.config import ConfigError, ModelConfig
+from megalong.config import ModelConfig
 from megalong.config.arguments import parse_arguments
+from megalong.errors import UserError
 from megalong.model.build import (
     build_model,
     initialize_weights,
@@ -179,5 +180,5 @@ def test_rows_of_the_vocabulary():
     assert [ModelConfig().vocabulary_rows(n) for n in (1, 128, 129)] == [128, 128, 256]
     own = ModelConfig(padded_vocab_size=300)
     assert own.vocabulary_rows(257) == 300
-    with pytest.raises(ConfigError, match="--padded-vocab-size 300 is less than the 301 ids"):
+    with pytest.raises(UserError, match="--padded-vocab-size 300 is less than the 301 ids"):
         own.vocabulary_rows(301)

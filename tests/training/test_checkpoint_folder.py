@@ -16,7 +16,8 @@ from megalong.checkpoint.folder import (
 )
 from megalong.checkpoint.manifest import DamagedCheckpoint, Manifest
 from megalong.checkpoint.reading import CheckpointReader
-from megalong.config import Config, ConfigError, RunConfig
+from megalong.config import Config, RunConfig
+from megalong.errors import UserError
 
 
 def make_checkpoints(run, iterations):
@@ -93,5 +94,5 @@ def test_the_list_of_tensors_cannot_run_code(tmp_path):
     ],
 )
 def test_flags_that_cannot_be_meant(run, words):
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(UserError, match=words):
         Config(run=RunConfig(**run)).resolve(1)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from megalong.config import ConfigError
 from megalong.config.arguments import parse_arguments
+from megalong.errors import UserError
 from megalong.training.deepspeed_config import deepspeed_config
 
 FLAGS = ["--data-path", "d", "--tokenizer-type", "ByteTokenizer", "--micro-batch-size", "2"]
@@ -65,7 +65,7 @@ def test_what_no_flag_owns_is_passed_on(tmp_path):
     ],
 )
 def test_contradictions_name_both_values(tmp_path, settings, names):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         merged(tmp_path, settings)
     for name in [*names, "--deepspeed-config"]:
         assert name in str(error.value)
@@ -73,5 +73,5 @@ def test_contradictions_name_both_values(tmp_path, settings, names):
 
 def test_a_missing_file_is_named():
     flags = [*FLAGS, "--deepspeed-config", "no.json"]
-    with pytest.raises(ConfigError, match=r"--deepspeed-config no.json: No such file"):
+    with pytest.raises(UserError, match=r"--deepspeed-config no.json: No such file"):
         deepspeed_config(parse_arguments(flags).resolve(1), 1)

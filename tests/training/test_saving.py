@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 from megalong.checkpoint import saving
 from megalong.checkpoint.progress import Progress
-from megalong.config import Config, ConfigError, RunConfig
+from megalong.config import Config, RunConfig
+from megalong.errors import UserError
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_in_the_background(one_rank, monkeypatch, tmp_path):
 def test_an_error_comes_to_the_training(one_rank, monkeypatch, tmp_path):
     disk = SlowDisk(monkeypatch)
     config = Config(run=RunConfig(save=str(tmp_path), async_save=True))
-    refusal = pytest.raises(ConfigError, match="iter_0000003 could not be written: No space left")
+    refusal = pytest.raises(UserError, match="iter_0000003 could not be written: No space left")
     with refusal, saving.Saver(config, disk.events.append) as saver:
         saver.save(Progress(iteration=3), {})
         assert not saver.failed
