@@ -28,6 +28,7 @@ from megalong.hf.evaluation import evaluate_texts, passkey
 from megalong.hf.loaded_model import LoadedModel, load_model
 from megalong.log_filters import filter_library_logs
 from megalong.position_losses import position_edges
+from megalong.progress import progress_bar
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -82,8 +83,11 @@ def _read(path: Path, max_bytes: int | None) -> str:
 def _evaluate(loaded: LoadedModel, texts: list[str], args: argparse.Namespace) -> dict:
     results = {"model": str(args.model), "dtype": args.dtype, "texts": [], "passkey": []}
     if texts:
+        size = sum(len(text.encode()) for text in texts)
         for context in args.context_lengths:
-            result = evaluate_texts(loaded, texts, context, position_edges(context))
+            edges = position_edges(context)
+            with progress_bar(size, "B", f"context {context}") as bar:
+                result = evaluate_texts(loaded, texts, context, edges, bar.update)
             results["texts"].append(result)
             print(
                 f"context {context}: perplexity {result['perplexity']:.3f},"

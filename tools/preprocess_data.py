@@ -19,7 +19,7 @@ import sys
 from megalong.data.documents import find_files
 from megalong.data.preprocess import Summary, TokenizingTask, preprocess
 from megalong.data.tokenizer import TOKENIZERS
-from megalong.progress import ProgressBar, human_bytes
+from megalong.progress import human_bytes, progress_bar
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -81,7 +81,7 @@ def main() -> int:
     )
     try:
         files = find_files(args.input)
-        with ProgressBar(sum(map(os.path.getsize, files)), "B", "tokenizing") as progress:
+        with progress_bar(sum(map(os.path.getsize, files)), "B", "tokenizing") as progress:
             summary = preprocess(
                 files,
                 args.output_prefix,

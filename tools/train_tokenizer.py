@@ -15,10 +15,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tqdm import tqdm
+
 from megalong.data.documents import BrokenDocument, find_files, raw_documents, texts
 from megalong.data.tokenizer import SentencePieceTokenizer
 from megalong.data.tokenizer_training import sample_chunks, train_sentencepiece
-from megalong.progress import ProgressBar
+from megalong.progress import progress_bar
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def read_texts(files: list[str], json_keys: list[str], progress: ProgressBar) -> Iterator[str]:
+def read_texts(files: list[str], json_keys: list[str], progress: tqdm) -> Iterator[str]:
     """Yields every text of the files; names what is broken on standard error and goes on."""
     for file in files:
         for document in raw_documents(file):
@@ -64,7 +66,7 @@ def read_texts(files: list[str], json_keys: list[str], progress: ProgressBar) ->
                 values = [error]
             for value in values:
                 if isinstance(value, BrokenDocument):
-                    progress.print(f"skipped {value}")
+                    progress.write(f"skipped {value}", file=sys.stderr)
                 else:
                     yield value
             progress.update(document.size)
@@ -78,7 +80,7 @@ def main() -> int:
         if output.exists() and not args.overwrite:
             raise FileExistsError(f"{output} exists: choose another --output-prefix or --overwrite")
         files = find_files(args.input)
-        with ProgressBar(sum(map(os.path.getsize, files)), "B", "reading") as progress:
+        with progress_bar(sum(map(os.path.getsize, files)), "B", "reading") as progress:
             found = read_texts(files, args.json_keys, progress)
             chunks = sample_chunks(found, args.max_bytes, args.seed)
         model = train_sentencepiece(

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megalong.errors import UserError
-from megalong.progress import ProgressBar
+from megalong.progress import progress_bar
 
 MANIFEST = "manifest.json"
 TENSOR_FILES = ".distcp"
@@ -96,8 +96,8 @@ def check_share(checkpoint: Path, manifest: Manifest, rank: int = 0, ranks: int 
     that takes long. Raises DamagedCheckpoint."""
     names = sorted(name for name in manifest.files if name.endswith(TENSOR_FILES))[rank::ranks]
     size = sum(manifest.files[name].size for name in names)
-    with ProgressBar(
-        size, unit="B", description=f"verifying {checkpoint.name}", enabled=not rank and size > LONG
+    with progress_bar(
+        size, "B", f"verifying {checkpoint.name}", enabled=not rank and size > LONG
     ) as bar:
         check_hashes(checkpoint, manifest, names, bar.update)
 

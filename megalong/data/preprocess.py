@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -19,12 +20,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 
 import numpy as np
+from tqdm import tqdm
 
 from megalong.data.documents import BrokenDocument, RawDocument, raw_documents, texts
 from megalong.data.tokenizer import Tokenizer, build_tokenizer
 from megalong.data.writer import DocumentWriter, token_dtype
 from megalong.errors import UserError
-from megalong.progress import ProgressBar
 
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 4096
@@ -96,12 +97,12 @@ def preprocess(
     workers: int = 1,
     overwrite: bool = False,
     strict: bool = False,
-    progress: ProgressBar,
+    progress: tqdm,
 ) -> Summary:
     """Tokenizes files into one .bin/.idx/.json per key, named by output_prefix().
 
     Documents keep the order of `files` and of the lines in them, whatever `workers` is. A broken
-    document is named through progress.print, counted and left out; with strict it is a UserError
+    document is named above the progress bar, counted and left out; with strict it is a UserError
     (nothing is written then). A text without tokens is left out and counted as empty.
     Raises UserError where nothing is left to write, where DocumentWriter does, and where a worker
     dies (killed, or out of memory).
@@ -129,8 +130,8 @@ def preprocess(
                 writers[key].add(part.tokens, part.lengths)
                 _count(part, summary.keys[key])
             first = summary.keys[task.json_keys[0]]
-            rate = first.documents / max(progress.seconds, 1e-9)
-            progress.message = f"{first.documents:,} documents, {rate:,.0f}/s"
+            rate = first.documents / max(time.monotonic() - start, 1e-9)
+            progress.set_postfix_str(f"{first.documents:,} documents, {rate:,.0f}/s", refresh=False)
             progress.update(result.size)
         for key, part in summary.keys.items():
             if not part.documents:
@@ -250,14 +251,16 @@ def tokenize_batch(
     return BatchResult(results, problems, sum(document.size for document in batch))
 
 
-def _report(problems: list[str], summary: Summary, strict: bool, progress: ProgressBar) -> None:
+def _report(problems: list[str], summary: Summary, strict: bool, progress: tqdm) -> None:
     if strict and problems:
         raise UserError(f"{problems[0]} (--strict: nothing was written)")
     for problem in problems[: max(NAMED_PROBLEMS - len(summary.problems), 0)]:
-        progress.print(f"skipped {problem}")
+        progress.write(f"skipped {problem}", file=sys.stderr)
         summary.problems.append(problem)
         if len(summary.problems) == NAMED_PROBLEMS:
-            progress.print(f"{NAMED_PROBLEMS} problems named; further ones are only counted")
+            progress.write(
+                f"{NAMED_PROBLEMS} problems named; further ones are only counted", file=sys.stderr
+            )
     summary.skipped += len(problems)
 
 

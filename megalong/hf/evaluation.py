@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,19 +34,27 @@ def token_losses(loaded: LoadedModel, tokens: Sequence[int]) -> torch.Tensor:
 
 
 def evaluate_texts(
-    loaded: LoadedModel, texts: Sequence[str], context: int, edges: Sequence[int]
+    loaded: LoadedModel,
+    texts: Sequence[str],
+    context: int,
+    edges: Sequence[int],
+    on_bytes: Callable[[float], object] = lambda size: None,
 ) -> dict[str, Any]:
     """Perplexity and bits per byte of texts, cut into windows of `context` tokens.
 
     Every token of every text is predicted once, from what its window holds before it, or from the
     token before the window. edges: of the buckets of positions in the window, from 0 to context;
-    the loss of one without predictions is None.
+    the loss of one without predictions is None. on_bytes: hears how much of the text is done,
+    window by window.
     """
-    losses = PositionLosses(edges)
-    for window in _windows(loaded, texts, context):
-        of_window = token_losses(loaded, window)
-        losses.add(torch.arange(len(of_window)), of_window[None])
-    size = sum(len(text.encode()) for text in texts)
+    losses, size = PositionLosses(edges), 0
+    for text in texts:
+        tokens, of_text = [loaded.first, *loaded.encode(text)], len(text.encode())
+        size += of_text
+        for start in range(0, len(tokens) - 1, context):
+            of_window = token_losses(loaded, tokens[start : start + context + 1])
+            losses.add(torch.arange(len(of_window)), of_window[None])
+            on_bytes(of_text * len(of_window) / (len(tokens) - 1))
     return {
         "context": context,
         "tokens": losses.tokens,
@@ -57,13 +65,6 @@ def evaluate_texts(
         "position_edges": list(edges),
         "loss_by_position": losses.by_position,
     }
-
-
-def _windows(loaded: LoadedModel, texts: Sequence[str], context: int) -> Iterator[list[int]]:
-    for text in texts:
-        tokens = [loaded.first, *loaded.encode(text)]
-        for start in range(0, len(tokens) - 1, context):
-            yield tokens[start : start + context + 1]
 
 
 _FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back.\n"

@@ -21,6 +21,7 @@ from megalong.hf.checkpoint_files import StoredModel, written_aside
 from megalong.hf.configs import AUTO_MAP, DTYPE_OF_PRECISION, DTYPES, longnet_config
 from megalong.hf.model_card import model_card
 from megalong.hf.names import Sizes, check_names, check_shape, entries
+from megalong.progress import progress_bar
 
 MODEL_FILES = ("configuration_longnet.py", "modeling_longnet.py", "attention_longnet.py")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
@@ -105,13 +106,15 @@ def _write_weights(
     if len(shards) > 1:
         files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     remaining, ready = iter(table), {}
-    for file, names in zip(files, shards, strict=True):
-        while not names <= ready.keys():
-            entry = next(remaining)
-            for name, tensor in entry.to_huggingface(checkpoint.read(entry.name)).items():
-                ready[name] = _converted(name, tensor, dtype)
-        shard = {name: ready.pop(name) for name in sorted(names)}
-        save_file(shard, folder / file, metadata={"format": "pt"})
+    with progress_bar(len(table), "tensor", "exporting") as bar:
+        for file, names in zip(files, shards, strict=True):
+            while not names <= ready.keys():
+                entry = next(remaining)
+                for name, tensor in entry.to_huggingface(checkpoint.read(entry.name)).items():
+                    ready[name] = _converted(name, tensor, dtype)
+                bar.update()
+            shard = {name: ready.pop(name) for name in sorted(names)}
+            save_file(shard, folder / file, metadata={"format": "pt"})
     total = sum(_numel(shape) for entry in table for shape in entry.parts.values())
     if len(shards) > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}

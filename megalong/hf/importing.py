@@ -28,6 +28,7 @@ from megalong.hf.tokenizer_files import (
     open_tokenizer,
     tokenizer_of_export,
 )
+from megalong.progress import progress_bar
 
 TIED_COPY, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -98,10 +99,12 @@ def import_model(source: Path, run_folder: Path, changes: dict[str, Any]) -> tup
 
     def read(name: str) -> torch.Tensor:
         entry = table[name]
+        bar.update()
         return entry.to_megalong({part: weights.read(part).float() for part in entry.parts})
 
     shapes = {entry.name: entry.shape for entry in table.values()}
-    checkpoint = write_first_checkpoint(run_folder, config, shapes, read)
+    with progress_bar(len(table), "tensor", "importing") as bar:
+        checkpoint = write_first_checkpoint(run_folder, config, shapes, read)
     (run_folder / "flags.yaml").write_text(to_yaml(given, only_given=True))
     return checkpoint, config
 

@@ -22,7 +22,7 @@ from megalong.errors import UserError
 from megalong.model.build import build_model, number_of_parameters
 from megalong.parallel.mesh import Mesh
 from megalong.position_losses import position_edges
-from megalong.progress import ProgressBar, clock
+from megalong.progress import clock, progress_bar
 from megalong.training.engine import StepResult, TrainingEngine
 from megalong.training.engine_state import load_checkpoint, progress_to_save, tensors_to_save
 from megalong.training.evaluation import Evaluation, evaluate
@@ -216,9 +216,10 @@ class Trainer:
             sequence_range=self.mesh.sequence_range(self.config.model.seq_length),
             **size,
         )
-        with ProgressBar(
+        with progress_bar(
             num_evaluation_batches(stream, **size),
-            description=f"evaluating on {split}",
+            "batch",
+            f"evaluating on {split}",
             interval=30.0,
             enabled=self.mesh.is_main,
         ) as bar:

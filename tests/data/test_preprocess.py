@@ -152,7 +152,7 @@ def test_many_broken_documents_do_not_flood_the_terminal(tmp_path, run_tool):
 
 def test_large_vocabularies_are_int32(tmp_path, monkeypatch):
     from megalong.data import preprocess as module
-    from megalong.progress import ProgressBar
+    from megalong.progress import progress_bar
 
     class Large:
         vocab_size, eod = 65_500, 65_499
@@ -166,7 +166,7 @@ def test_large_vocabularies_are_int32(tmp_path, monkeypatch):
         [str(path)],
         str(tmp_path / "out"),
         module.TokenizingTask("Large", None, ("text",), append_eod=True),
-        progress=ProgressBar(None, enabled=False),
+        progress=progress_bar(1, "B", "", enabled=False),
     )
     dataset = IndexedDataset(str(tmp_path / "out_text_document"), mmap=True)
     assert dataset.index.dtype is np.int32
