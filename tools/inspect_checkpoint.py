@@ -12,12 +12,12 @@ import math
 import sys
 from pathlib import Path
 
-import yaml
-
-from megalong.checkpoint.folder import POINTER, being_read, latest
-from megalong.checkpoint.manifest import DamagedCheckpoint, Manifest, check_files, check_share
+from megalong.checkpoint.folder import being_read, find_checkpoint
+from megalong.checkpoint.manifest import Manifest, check_files, check_share
 from megalong.checkpoint.names import WEIGHTS, parameter_of
 from megalong.checkpoint.reading import CheckpointReader
+from megalong.checkpoint.texts import read_config_text, read_settings
+from megalong.errors import UserError
 from megalong.progress import human_bytes
 
 
@@ -28,12 +28,8 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run folder")
     parser.add_argument("--verify", action="store_true", help="compare every file with its hash")
     arguments = parser.parse_args()
-    checkpoint = arguments.checkpoint
-    if (checkpoint / POINTER).is_file():
-        checkpoint = latest(checkpoint)
-    if checkpoint is None or not checkpoint.is_dir():
-        parser.error(f"{checkpoint or arguments.checkpoint}: no checkpoint there")
     try:
+        checkpoint = find_checkpoint(arguments.checkpoint)
         manifest = Manifest.read(checkpoint)
         with being_read(checkpoint):
             show(CheckpointReader(checkpoint), manifest)
@@ -41,14 +37,14 @@ def main() -> None:
                 check_files(checkpoint)
                 check_share(checkpoint, manifest)
                 print(f"sound: all {len(manifest.files)} files are what was written")
-    except DamagedCheckpoint as damage:
-        print(f"error: {damage}", file=sys.stderr)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 def show(reader: CheckpointReader, manifest: Manifest) -> None:
     """Print all there is to know."""
-    progress, config = reader.progress(), (reader.checkpoint / "config.yaml").read_text()
+    progress, settings = reader.progress(), read_settings(reader.checkpoint)
     sizes = {name: math.prod(entry.size) for name, entry in reader.tensors.items()}
     parameters = sum(size for name, size in sizes.items() if parameter_of(name, WEIGHTS))
     print(f"{reader.checkpoint}: {human_bytes(manifest.size)} in {len(manifest.files)} files")
@@ -56,25 +52,25 @@ def show(reader: CheckpointReader, manifest: Manifest) -> None:
         f"iteration {progress.iteration:,} | {progress.consumed_samples:,} sequences"
         f" | {progress.consumed_tokens:,} tokens | {progress.adam_step:,} updates by Adam"
     )
-    print(f"saved by {layout(yaml.safe_load(config)['parallel'], manifest.ranks)}")
+    print(f"saved by {layout(settings, manifest.ranks)}")
     print(f"{parameters:,} parameters in {len(reader.tensors)} tensors:")
     width = max(map(len, reader.tensors))
     for name, entry in sorted(reader.tensors.items()):
         dtype = str(entry.properties.dtype).removeprefix("torch.")
         print(f"  {name:{width}}  {dtype:8}  {' x '.join(map(str, entry.size)) or 'scalar'}")
     print("configuration:")
-    print("  " + config.strip().replace("\n", "\n  "))
+    print("  " + read_config_text(reader.checkpoint).strip().replace("\n", "\n  "))
 
 
-def layout(parallel: dict, ranks: int) -> str:
+def layout(settings: dict, ranks: int) -> str:
     """The parallel sizes of a resolved configuration in words."""
     sequence, tensor, pipeline = (
-        parallel[f"{axis}_parallel_size"] for axis in ("sequence", "tensor_model", "pipeline_model")
+        settings[f"{axis}_parallel_size"] for axis in ("sequence", "tensor_model", "pipeline_model")
     )
     data = ranks // (sequence * tensor * pipeline)
     return (
         f"{ranks} ranks: sequence {sequence} x tensor {tensor} x pipeline {pipeline} x data {data},"
-        f" ZeRO {parallel['zero_stage']}"
+        f" ZeRO {settings['zero_stage']}"
     )
 
 

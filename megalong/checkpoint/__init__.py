@@ -16,6 +16,10 @@ The tensors go by canonical parameter names (`megalong.model.names`), whole, in 
 `exp_avg.<name>`, `exp_avg_sq.<name>` (Adam's moments), and `random.<rank>.<generator>`.
 So nothing in a checkpoint depends on the layout that wrote it.
 
-folder.py names, publishes and removes; manifest.py finds damage; writing.py writes one checkpoint,
-saving.py saves those of a run one after the other, in the background if asked to; reading.py reads.
+names.py has the tensors' names, texts.py what stands beside them. folder.py names checkpoints,
+publishes and removes them; manifest.py finds damage; writing.py writes one checkpoint, saving.py
+those of a run one after the other, in the background if asked to, first.py the one of an import.
+reading.py reads tensor by tensor; stored_model.py is for who wants a model and not an engine.
+
+Nobody outside of this folder knows a file's name or what is in it.
 """

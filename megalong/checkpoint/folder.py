@@ -15,10 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megalong.checkpoint.manifest import MANIFEST, DamagedCheckpoint
+from megalong.disk import UNFINISHED, flush_to_disk
+from megalong.errors import UserError
 
-POINTER = "latest"
+_POINTER = "latest"
 _NAME = re.compile(r"iter_(\d{7,})")
-_UNFINISHED, _REMOVED, _DAMAGED = ".tmp", ".removed", ".damaged"
+_REMOVED, _DAMAGED = ".removed", ".damaged"
 
 
 def checkpoint_folder(run: Path, iteration: int) -> Path:
@@ -37,15 +39,48 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=iteration_of)
 
 
+def has_pointer(run: Path) -> bool:
+    """Whether a run has put a checkpoint in force here, sound or not."""
+    return (run / _POINTER).exists()
+
+
 def latest(run: Path) -> Path | None:
     """The checkpoint that the pointer names, there or not; None where it names none."""
-    name = (run / POINTER).read_text(errors="replace").strip()
+    name = (run / _POINTER).read_text(errors="replace").strip()
     return run / name if _NAME.fullmatch(name) else None
+
+
+def newest_first(run: Path) -> list[Path]:
+    """The checkpoint in force and those before it; all, where the pointer names none."""
+    pointed, found = latest(run), checkpoints(run)
+    if pointed is None:
+        return found[::-1]
+    older = [c for c in found if iteration_of(c) < iteration_of(pointed)]
+    return [pointed, *reversed(older)]
+
+
+def is_checkpoint_or_run(path: Path) -> bool:
+    """Whether `find_checkpoint` has something to find there."""
+    return has_pointer(path) or (path / MANIFEST).exists()
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint in force of a run folder, or `path` itself where it is a checkpoint's.
+
+    Raises UserError where it is neither.
+    """
+    folder = (latest(path) if has_pointer(path) else None) or path
+    if not (folder / MANIFEST).exists():
+        raise UserError(
+            f"{folder} is not a checkpoint, it has no {MANIFEST}: give a run folder with a file"
+            f" `{_POINTER}`, or one of its iter_* folders"
+        )
+    return folder
 
 
 def aside(checkpoint: Path) -> Path:
     """The name under which a checkpoint is written until it is complete."""
-    return checkpoint.with_name(checkpoint.name + _UNFINISHED)
+    return checkpoint.with_name(checkpoint.name + UNFINISHED)
 
 
 def publish(checkpoint: Path) -> None:
@@ -60,8 +95,8 @@ def publish(checkpoint: Path) -> None:
 
 def point_at(checkpoint: Path) -> None:
     """Make this the checkpoint in force, at one stroke and durably."""
-    pointer = checkpoint.parent / POINTER
-    new = pointer.with_name(pointer.name + _UNFINISHED)
+    pointer = checkpoint.parent / _POINTER
+    new = pointer.with_name(pointer.name + UNFINISHED)
     new.write_text(checkpoint.name)
     flush_to_disk(new)
     os.replace(new, pointer)
@@ -104,7 +139,7 @@ def clear_leftovers(run: Path) -> None:
     """Remove what killed runs left unfinished or half removed."""
     for path in run.iterdir():
         name, ending = path.stem, path.suffix
-        if _NAME.fullmatch(name) and ending in (_UNFINISHED, _REMOVED):
+        if _NAME.fullmatch(name) and ending in (UNFINISHED, _REMOVED):
             shutil.rmtree(path)
 
 
@@ -132,12 +167,3 @@ def _is_read(checkpoint: Path) -> bool:
     except OSError:
         return False
     return False
-
-
-def flush_to_disk(path: Path) -> None:
-    """Make a file's content, or the names in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +20,16 @@ LONG = 1 << 30  # bytes to be hashed by one rank, from which on a progress bar i
 
 class DamagedCheckpoint(UserError):
     """A checkpoint that is not as it was written; the message names it and the file."""
+
+
+@contextlib.contextmanager
+def reading(checkpoint: Path, what: str) -> Iterator[None]:
+    """Inside, whatever damaged bytes lead to is a DamagedCheckpoint that names `what`."""
+    try:
+        yield
+    except Exception as error:
+        message = f"{checkpoint} is damaged: {what} cannot be read: {error!r}"
+        raise DamagedCheckpoint(message) from error
 
 
 @dataclass(frozen=True)

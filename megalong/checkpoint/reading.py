@@ -6,10 +6,7 @@ the classes that such a list is made of. The tensors themselves are loaded as we
 
 from __future__ import annotations
 
-import contextlib
-import json
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,8 +14,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megalong.checkpoint.manifest import DamagedCheckpoint
+from megalong.checkpoint.manifest import DamagedCheckpoint, reading
 from megalong.checkpoint.progress import Progress
+from megalong.checkpoint.texts import read_progress
 
 
 class CheckpointReader:
@@ -30,14 +28,13 @@ class CheckpointReader:
     def __init__(self, checkpoint: Path):
         self.checkpoint = checkpoint
         self._files = _FileReader(checkpoint)
-        with _damage(checkpoint, ".metadata"):
+        with reading(checkpoint, ".metadata"):
             self._metadata = self._files.read_metadata()
             self.tensors: dict[str, TensorStorageMetadata] = self._metadata.state_dict_metadata
 
     def progress(self) -> Progress:
         """How far the run had come."""
-        with _damage(self.checkpoint, "progress.json"):
-            return Progress(**json.loads((self.checkpoint / "progress.json").read_text()))
+        return read_progress(self.checkpoint)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one tensor. Raises DamagedCheckpoint where there is none of this name."""
@@ -48,20 +45,10 @@ class CheckpointReader:
     def read(self, name: str) -> torch.Tensor:
         """One tensor, whole, on the CPU. Raises DamagedCheckpoint where it cannot be read."""
         whole = torch.Size([0] * len(self.shape(name)))
-        with _damage(self.checkpoint, name):
+        with reading(self.checkpoint, name):
             piece = self._metadata.storage_data[MetadataIndex(name, whole)]
             with (self.checkpoint / piece.relative_path).open("rb") as file:
                 return self._files.read_piece(file, piece)
-
-
-@contextlib.contextmanager
-def _damage(checkpoint: Path, what: str) -> Iterator[None]:
-    """Inside, whatever damaged bytes lead to is damage."""
-    try:
-        yield
-    except Exception as error:
-        message = f"{checkpoint} is damaged: {what} cannot be read: {error!r}"
-        raise DamagedCheckpoint(message) from error
 
 
 class _FileReader(dcp.FileSystemReader):

@@ -7,8 +7,6 @@ its collectives never meet those of the training.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -19,11 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalong.checkpoint.folder import POINTER, checkpoint_folder, latest, remove_old
+from megalong.checkpoint.folder import checkpoint_folder, has_pointer, latest, remove_old
 from megalong.checkpoint.progress import Progress
+from megalong.checkpoint.texts import texts_of
 from megalong.checkpoint.writing import write_checkpoint
 from megalong.config import Config
-from megalong.config.arguments import to_yaml
 from megalong.errors import UserError
 
 
@@ -82,12 +80,8 @@ class Saver:
     def _write(self, progress: Progress, tensors: dict[str, torch.Tensor]) -> None:
         run = Path(self._config.run.save)
         checkpoint = checkpoint_folder(run, progress.iteration)
-        texts = {
-            "progress.json": json.dumps(dataclasses.asdict(progress)),
-            "config.yaml": to_yaml(self._config),
-        }
         try:
-            write_checkpoint(checkpoint, tensors, texts, self._group)
+            write_checkpoint(checkpoint, tensors, texts_of(progress, self._config), self._group)
         except OSError as error:
             raise UserError(_failure(run, checkpoint, error)) from error
         if dist.get_rank() == 0:
@@ -105,7 +99,7 @@ class Saver:
 
 
 def _failure(run: Path, checkpoint: Path, error: OSError) -> str:
-    in_force = latest(run) if (run / POINTER).exists() else None
+    in_force = latest(run) if has_pointer(run) else None
     before = "there is none before it" if in_force is None else f"{in_force.name} stays in force"
     reason = error.strerror or error
     return (

@@ -21,8 +21,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import StorageMeta
 
-from megalong.checkpoint.folder import aside, clear_leftovers, flush_to_disk, publish
+from megalong.checkpoint.folder import aside, clear_leftovers, publish
 from megalong.checkpoint.manifest import TENSOR_FILES, FileRecord, Manifest, record_of
+from megalong.disk import flush_to_disk
 
 
 def write_checkpoint(

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 import megalong
+from megalong.checkpoint.stored_model import StoredModel
 from megalong.config import Config
 from megalong.data.tokenizer import build_tokenizer
+from megalong.disk import written_aside
 from megalong.errors import UserError
-from megalong.hf.checkpoint_files import StoredModel, written_aside
 from megalong.hf.configs import AUTO_MAP, DTYPE_OF_PRECISION, DTYPES, longnet_config
 from megalong.hf.model_card import model_card
 from megalong.hf.names import Sizes, check_names, check_shape, entries

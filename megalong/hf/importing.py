@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from megalong.checkpoint.first import write_first_checkpoint
 from megalong.config import Config
 from megalong.config.arguments import config_from_values, to_yaml
 from megalong.data.tokenizer import build_tokenizer
 from megalong.errors import UserError
-from megalong.hf.checkpoint_files import write_first_checkpoint
 from megalong.hf.configs import DTYPE_OF_PRECISION, megalong_values
 from megalong.hf.names import Entry, Sizes, check_names, check_shape, entries
 from megalong.hf.tokenizer_files import (

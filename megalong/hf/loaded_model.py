@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from megalong.checkpoint.folder import POINTER
-from megalong.checkpoint.manifest import MANIFEST
+from megalong.checkpoint.folder import is_checkpoint_or_run
+from megalong.checkpoint.stored_model import StoredModel
 from megalong.data.tokenizer import Tokenizer, build_tokenizer
 from megalong.errors import UserError
-from megalong.hf.checkpoint_files import StoredModel
 from megalong.hf.configs import longnet_config
 from megalong.hf.names import Sizes, check_names, entries
 from megalong.hf.tokenizer_files import begins_with_bos, open_tokenizer
@@ -44,9 +43,9 @@ def load_model(path: Path, device: str, dtype: torch.dtype, tokenizer_model: str
         raise UserError(f"--device {device}: there is no GPU here that PyTorch can use")
     if (path / "config.json").exists():
         return _load_folder(path, device, dtype)
-    if not any((path / name).exists() for name in (POINTER, MANIFEST)):
+    if not is_checkpoint_or_run(path):
         raise UserError(
-            f"{path} is not a checkpoint, a run folder with a file `{POINTER}`, or a folder of"
+            f"{path} is not a checkpoint, a run folder with a file `latest`, or a folder of"
             " Transformers with a config.json"
         )
     checkpoint = StoredModel(path)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 from megalong.checkpoint.manifest import DamagedCheckpoint
-from megalong.checkpoint.names import KINDS, MOMENTS, WEIGHTS, tensor_name
+from megalong.checkpoint.names import KINDS, MOMENTS, WEIGHTS, random_state_name, tensor_name
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.config import Config
@@ -172,7 +172,7 @@ def _random_states(mesh: Mesh) -> dict[str, torch.Tensor]:
     }
     if mesh.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(mesh.device)
-    return {f"random.{mesh.rank}.{name}": state for name, state in states.items()}
+    return {random_state_name(mesh.rank, name): state for name, state in states.items()}
 
 
 def _load_random_states(reader: CheckpointReader, mesh: Mesh) -> None:

@@ -16,17 +16,17 @@ from typing import Any
 import torch.distributed as dist
 
 from megalong.checkpoint.folder import (
-    POINTER,
     being_read,
-    checkpoints,
+    has_pointer,
     iteration_of,
     latest,
+    newest_first,
     point_at,
     set_aside,
 )
 from megalong.checkpoint.manifest import DamagedCheckpoint, check_files, check_share
+from megalong.checkpoint.texts import read_settings
 from megalong.config import AttentionConfig, Config, DataConfig, ModelConfig, flag_name
-from megalong.config.arguments import read_yaml
 from megalong.errors import UserError
 from megalong.training.run_folder import same_folder
 
@@ -42,7 +42,7 @@ def open_checkpoint(config: Config) -> Path | None:
     load = config.run.load
     if load is None:
         return None
-    if not (Path(load) / POINTER).exists():
+    if not has_pointer(Path(load)):
         if same_folder(load, config.run.save):
             return None
         raise UserError(f"--load {load}: no checkpoint there (no file `latest`)")
@@ -53,12 +53,12 @@ def open_checkpoint(config: Config) -> Path | None:
 
 @contextlib.contextmanager
 def sound_checkpoint(config: Config, say: Callable[[str], None]) -> Iterator[Path]:
-    """The same, once more thoroughly: with hashes, unless `--no-verify-checkpoint`. Inside, no
-    other run removes it.
+    """The checkpoint that the run goes on from, sound down to its hashes (unless
+    `--no-verify-checkpoint`), of which each rank compares a share. Inside, no other run removes it.
 
-    Called by every rank where `open_checkpoint` has found one. say: where rank 0 says what is
-    damaged, if `--load-fallback` goes past it; a run that goes on in the same folder sets that
-    aside. Raises UserError on every rank.
+    Called by every rank where `open_checkpoint`, which looks at the files' sizes, has found one.
+    say: where rank 0 says what is damaged, if `--load-fallback` goes past it; a run that goes on in
+    the same folder sets that aside. Raises UserError on every rank.
     """
     # A network file system may show each rank its own: what rank 0 sees counts.
     candidates = [_candidates(config) if dist.get_rank() == 0 else None]
@@ -95,19 +95,15 @@ def check_agreement(config: Config, checkpoint: Path | None) -> None:
 def _candidates(config: Config) -> list[Path]:
     """The checkpoint in force, and with `--load-fallback` those before it, the newest first."""
     run = Path(config.run.load)
-    pointed = latest(run)
-    if not config.run.load_fallback:
-        if pointed is None:
-            raise UserError(
-                f"--load {run}: the file {POINTER} names no checkpoint: --load-fallback takes the"
-                " newest sound one"
-            )
-        return [pointed]
-    older = checkpoints(run)
-    if pointed is None:
-        return older[::-1]
-    older = [c for c in older if iteration_of(c) < iteration_of(pointed)]
-    return [pointed, *reversed(older)]
+    if config.run.load_fallback:
+        return newest_first(run)
+    in_force = latest(run)
+    if in_force is None:
+        raise UserError(
+            f"--load {run}: the file `latest` names no checkpoint: --load-fallback takes the newest"
+            " sound one"
+        )
+    return [in_force]
 
 
 def _first_sound(
@@ -188,7 +184,7 @@ def _differences(checkpoint: Path, config: Config, names: list[str]) -> dict[str
     """The values of these fields that differ, ours and those of the checkpoint."""
     kinds = (ModelConfig, DataConfig)
     theirs = {field.name: field.default for kind in kinds for field in dataclasses.fields(kind)}
-    theirs |= read_yaml(str(checkpoint / "config.yaml"))
+    theirs |= read_settings(checkpoint)
     sections = (config.model, config.attention, config.training, config.data)
     ours = {name: value for section in sections for name, value in vars(section).items()}
     return {

@@ -3,7 +3,7 @@
 flags.yaml     what was given on the command line; start a like run with --config
 config.yaml    the resolved configuration: what ran
 stopped        there while the run waits to be started again: it was asked to stop, and did
-metrics.jsonl, tensorboard/, iter_*/, latest: see metrics.py and megalong/checkpoint
+metrics.jsonl, tensorboard/: see metrics.py; the checkpoints: see megalong/checkpoint
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import fcntl
 from pathlib import Path
 from typing import IO
 
+from megalong.checkpoint.folder import has_pointer
 from megalong.config import Config
 from megalong.config.arguments import to_yaml
 from megalong.errors import UserError
@@ -32,12 +33,12 @@ def prepare_run_folder(config: Config) -> None:
                 raise UserError(f"{flag} {folder}: {error.strerror}") from error
     if run.save is None or same_folder(run.load, run.save):
         return
-    for name in ("latest", "metrics.jsonl"):
-        if (Path(run.save) / name).exists():
-            raise UserError(
-                f"--save {run.save} holds another run already ({name}): --load {run.save} to go on"
-                " with it, or save elsewhere"
-            )
+    folder = Path(run.save)
+    if has_pointer(folder) or (folder / "metrics.jsonl").exists():
+        raise UserError(
+            f"--save {run.save} holds another run already: --load {run.save} to go on with it, or"
+            " save elsewhere"
+        )
 
 
 def same_folder(one: str | None, other: str | None) -> bool:

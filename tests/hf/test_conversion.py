@@ -22,10 +22,11 @@ from transformers import (
     pipeline,
 )
 
+from megalong.checkpoint import first
+from megalong.checkpoint.first import write_first_checkpoint
 from megalong.checkpoint.folder import checkpoint_folder, remove_old
+from megalong.checkpoint.stored_model import StoredModel
 from megalong.errors import UserError
-from megalong.hf import checkpoint_files
-from megalong.hf.checkpoint_files import StoredModel, write_first_checkpoint
 from megalong.hf.exporting import export, parse_size
 from megalong.hf.importing import SafetensorsReader, import_model
 from megalong.hf.names import Sizes, check_names, entries
@@ -230,7 +231,7 @@ def test_what_is_read_is_not_removed_meanwhile(tmp_path):
 
 def test_one_tensor_at_a_time_is_in_memory(tmp_path, monkeypatch):
     """An import is written without holding on to what is written already."""
-    made, original = [], checkpoint_files._MakeWhenWritten.resolve_data
+    made, original = [], first._MakeWhenWritten.resolve_data
 
     def watched(self, item):
         tensor = original(self, item)
@@ -238,7 +239,7 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path, monkeypatch):
         made.append(tensor)
         return tensor
 
-    monkeypatch.setattr(checkpoint_files._MakeWhenWritten, "resolve_data", watched)
+    monkeypatch.setattr(first._MakeWhenWritten, "resolve_data", watched)
     _, weights = random_checkpoint(tmp_path / "run")
     assert len(made) == 3 * len(weights)
     stored = StoredModel(tmp_path / "run")

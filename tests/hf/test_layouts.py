@@ -3,8 +3,8 @@
 import torch
 from transformers import AutoModelForCausalLM
 
+from megalong.checkpoint.stored_model import StoredModel
 from megalong.config.arguments import parse_arguments
-from megalong.hf.checkpoint_files import StoredModel
 from megalong.hf.exporting import export
 from megalong.model.build import build_model
 from megalong.model.names import named_parameters

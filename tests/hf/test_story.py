@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megalong.hf.checkpoint_files import StoredModel
+from megalong.checkpoint.stored_model import StoredModel
 from megalong.hf.exporting import export
 from megalong.hf.tokenizer_files import SENTENCEPIECE_FILE
 from megalong.training.metrics import read_metrics

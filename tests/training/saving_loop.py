@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megalong.checkpoint.folder import POINTER, checkpoints, iteration_of, latest
+from megalong.checkpoint.folder import checkpoints, has_pointer, iteration_of, latest
 from megalong.checkpoint.manifest import check_files, check_share
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.reading import CheckpointReader
@@ -71,7 +71,7 @@ def check(folder: Path, announced: int) -> int:
     # And so is everything that carries a checkpoint's name.
     for other in checkpoints(folder):
         check_share(other, check_files(other))
-    assert (folder / POINTER).exists()
+    assert has_pointer(folder)
     return iteration
 
 

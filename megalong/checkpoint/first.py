@@ -1,0 +1,69 @@
+"""The checkpoint that a run from somebody's weights begins with: written by one process, a tensor
+at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from megalong.checkpoint.folder import checkpoint_folder, point_at
+from megalong.checkpoint.manifest import Manifest, record_of
+from megalong.checkpoint.names import KINDS, WEIGHTS, parameter_of, tensor_name
+from megalong.checkpoint.progress import Progress
+from megalong.checkpoint.texts import texts_of
+from megalong.checkpoint.writing import HashingWriter
+from megalong.config import Config
+from megalong.disk import written_aside
+
+
+def write_first_checkpoint(
+    run_folder: Path,
+    config: Config,
+    shapes: dict[str, tuple[int, ...]],
+    read: Callable[[str], torch.Tensor],
+) -> Path:
+    """Write the checkpoint that a run begins with: iteration 0, Adam's moments zero.
+
+    run_folder: has to be there. shapes: of all weights, by canonical name; read: makes one of them
+    when its turn comes. Returns the checkpoint's folder; `pretrain_longnet.py --load` takes
+    run_folder.
+    """
+    folder = checkpoint_folder(run_folder, 0)
+    with written_aside(folder) as aside:
+        state = {
+            tensor_name(kind, name): torch.empty(shape, device="meta")
+            for name, shape in shapes.items()
+            for kind in KINDS
+        }
+        writer, planner = HashingWriter(aside), _MakeWhenWritten(read)
+        dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
+        for name, text in texts_of(Progress(), config).items():
+            (aside / name).write_text(text)
+        others = {p.name: record_of(p) for p in aside.iterdir() if p.name not in writer.files}
+        Manifest(ranks=1, files=writer.files | others).write(aside)
+    point_at(folder)
+    return folder
+
+
+class _MakeWhenWritten(dcp.DefaultSavePlanner):
+    """Plans with tensors that have a shape only, and makes each when it is written."""
+
+    def __init__(self, read: Callable[[str], torch.Tensor]):
+        super().__init__()
+        self.read = read
+        self._written = torch.empty(0)
+
+    def resolve_data(self, write_item):
+        # PyTorch's writer holds on to all that it has written until the file is closed: what the
+        # tensor before took is given back here.
+        self._written.untyped_storage().resize_(0)
+        parameter = parameter_of(write_item.index.fqn, WEIGHTS)
+        if parameter is None:
+            self._written = torch.zeros(self.lookup_object(write_item.index).shape)
+        else:
+            made = self.read(parameter)
+            self._written = torch.empty(made.shape).copy_(made)  # its own, and contiguous
+        return self._written
