@@ -1,0 +1,66 @@
+"""Floating-point operations of a model, by part, from its configuration.
+
+*Model FLOPs* are those of the matrix products that the model is made of, whatever computes them: a
+multiplication and an addition each; two products for each pair of a query and a key that attends to
+it (scores, and what they weigh). Norms, rotary angles, activations, the softmax, the embedding's
+lookup and the optimizer are not counted. A training step is the forward pass three times over: the
+gradient of a product are two products of its size. What is computed once more to save memory
+(`--recompute-granularity`, the scores in the backward pass of attention) is not counted: it is no
+work of the model, and the utilisation that is made of these numbers is less for it. So does PaLM
+(arXiv 2204.02311, appendix B), but for the scores, of which it counts all N^2.
+
+Dilated attention counts the exact pairs of its pattern (`DilatedPattern.attention_pairs`), dense
+attention the N (N + 1) / 2 causal pairs of each head. The *dense equivalent* of a model is the one
+with dense attention in the place of its own: what a Transformer without the pattern would have had
+to compute for the same tokens.
+"""
+
+from __future__ import annotations
+
+from megalong.config import Config
+
+PARTS = ("qkv", "attention", "attention_output", "mlp", "logits")
+
+
+def forward_flops(config: Config, vocab_size: int, dense: bool = False) -> dict[str, int]:
+    """FLOPs of one forward pass over one sequence, by part (`PARTS`), of all layers and ranks.
+
+    config: resolved. vocab_size: the tokenizer's; the logits of the rows that pad the vocabulary
+    are computed, and counted, too. dense: count the dense equivalent.
+    """
+    model = config.model
+    tokens, hidden, channels = model.seq_length, model.hidden_size, model.kv_channels
+    heads, kv_heads = model.num_attention_heads, model.num_query_groups
+    mlp_matrices = 3 if model.swiglu else 2
+    return {
+        "qkv": model.num_layers * _product(tokens, hidden, (heads + 2 * kv_heads) * channels),
+        "attention": _attention_flops(config, dense),
+        "attention_output": model.num_layers * _product(tokens, heads * channels, hidden),
+        "mlp": model.num_layers * mlp_matrices * _product(tokens, hidden, model.ffn_hidden_size),
+        "logits": _product(tokens, hidden, model.vocabulary_rows(vocab_size)),
+    }
+
+
+def step_flops(config: Config, vocab_size: int, dense: bool = False) -> dict[str, int]:
+    """Model FLOPs of one training step, forward and backward over a global batch, by part."""
+    forward = forward_flops(config, vocab_size, dense)
+    return {part: 3 * config.training.global_batch_size * flops for part, flops in forward.items()}
+
+
+def _product(rows: int, inner: int, columns: int) -> int:
+    """Of a (rows, inner) matrix with an (inner, columns) one."""
+    return 2 * rows * inner * columns
+
+
+def _attention_flops(config: Config, dense: bool) -> int:
+    model = config.model
+    tokens, heads, kv_heads = model.seq_length, model.num_attention_heads, model.num_query_groups
+    if dense or config.attention.attention == "dense":
+        pairs = model.num_layers * heads * (tokens * (tokens + 1) // 2)
+    else:
+        pattern = config.attention.pattern()
+        pairs = sum(
+            pattern.at_layer(layer).attention_pairs(tokens, heads, kv_heads, causal=True)
+            for layer in range(model.num_layers)
+        )
+    return 2 * 2 * model.kv_channels * pairs
