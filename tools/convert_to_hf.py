@@ -45,7 +45,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(
-        f"{args.output}: iteration {result['iteration']:,}, {result['parameters']:,} parameters in"
+        f"{args.output}: iteration {result['iteration']:,}, {result['parameters']} in"
         f" {result['files']} files"
     )
     return 0

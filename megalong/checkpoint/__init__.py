@@ -11,7 +11,7 @@ A run folder holds
     iter_0000100.removed/      one that it was removing: never read, cleared away by the next save
     iter_0000150.damaged/      one that --load-fallback went past: never read, never removed
 
-The tensors go by canonical parameter names (`megalong.model.names`), whole, in float32:
+The tensors go by canonical parameter names (`megalong.model.parameters`), whole, in float32:
 `weights.<name>` (the master weights, of which the model's own are a rounding),
 `exp_avg.<name>`, `exp_avg_sq.<name>` (Adam's moments), and `random.<rank>.<generator>`.
 So nothing in a checkpoint depends on the layout that wrote it.

@@ -21,7 +21,8 @@ from megalong.disk import written_aside
 from megalong.errors import UserError
 from megalong.hf.configs import AUTO_MAP, DTYPE_OF_PRECISION, DTYPES, longnet_config
 from megalong.hf.model_card import model_card
-from megalong.hf.names import Sizes, check_names, check_shape, entries
+from megalong.hf.names import Entry, check_names, check_shape, entries
+from megalong.model.parameters import count_parameters
 from megalong.progress import progress_bar
 
 MODEL_FILES = ("configuration_longnet.py", "modeling_longnet.py", "attention_longnet.py")
@@ -42,7 +43,7 @@ def export(
     load: run folder, or one checkpoint's. output: must not exist. dtype: of the weights; None is
     the precision of the training. tokenizer_model: where the tokenizer is now, if not where the
     training found it. verify: compare the checkpoint with its hashes first.
-    Returns the provenance that the folder records.
+    Returns the provenance that the folder records, "parameters" (how many, in words) and "files".
     Raises UserError or OSError naming what is wrong.
     """
     shard_bytes = parse_size(max_shard_size)
@@ -59,8 +60,9 @@ def export(
             )
         else:
             tokenizer = build_tokenizer(config.data.tokenizer_type, tokenizer_model)
-        sizes = Sizes.of(config.model, tokenizer.vocab_size)
-        written = _write_weights(checkpoint, sizes, DTYPES[dtype], shard_bytes, folder)
+        table = entries(config.model, tokenizer.vocab_size)
+        files = _write_weights(checkpoint, table, DTYPES[dtype], shard_bytes, folder)
+        parameters = count_parameters(config.model, tokenizer.vocab_size)
         provenance = _provenance(checkpoint, config)
         fields = longnet_config(config, tokenizer)
         _write_json(
@@ -80,8 +82,8 @@ def export(
             shutil.copy(Path(__file__).with_name(name), folder / name)
         for file in folder.glob("*.safetensors"):
             shutil.copymode(folder / "config.json", file)  # safetensors makes them private
-        (folder / "README.md").write_text(model_card(config, provenance, written, dtype))
-    return {**provenance, **written}
+        (folder / "README.md").write_text(model_card(config, provenance, parameters, dtype))
+    return {**provenance, "parameters": str(parameters), "files": files}
 
 
 def parse_size(text: str) -> int:
@@ -93,10 +95,10 @@ def parse_size(text: str) -> int:
 
 
 def _write_weights(
-    checkpoint: StoredModel, sizes: Sizes, dtype: torch.dtype, shard_bytes: int, folder: Path
-) -> dict[str, Any]:
-    """The weights as safetensors, in files of at most `shard_bytes` (one tensor at least)."""
-    table = entries(sizes)
+    checkpoint: StoredModel, table: list[Entry], dtype: torch.dtype, shard_bytes: int, folder: Path
+) -> int:
+    """The weights as safetensors, in files of at most `shard_bytes` (one tensor at least); returns
+    how many."""
     check_names(
         f"--load {checkpoint.folder}", (entry.name for entry in table), checkpoint.shapes.keys()
     )
@@ -116,12 +118,14 @@ def _write_weights(
                 bar.update()
             shard = {name: ready.pop(name) for name in sorted(names)}
             save_file(shard, folder / file, metadata={"format": "pt"})
-    total = sum(_numel(shape) for entry in table for shape in entry.parts.values())
     if len(shards) > 1:
-        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = sum(_numel(shape) for entry in table for shape in entry.parts.values())
+        where = {
+            name: file for file, names in zip(files, shards, strict=True) for name in sorted(names)
+        }
         index = {"metadata": {"total_size": total * dtype.itemsize}, "weight_map": where}
         _write_json(folder / "model.safetensors.index.json", index)
-    return {"parameters": total, "files": len(files)}
+    return len(files)
 
 
 def _converted(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

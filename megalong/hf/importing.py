@@ -20,7 +20,7 @@ from megalong.config.arguments import config_from_values, to_yaml
 from megalong.data.tokenizer import build_tokenizer
 from megalong.errors import UserError
 from megalong.hf.configs import DTYPE_OF_PRECISION, megalong_values
-from megalong.hf.names import Entry, Sizes, check_names, check_shape, entries
+from megalong.hf.names import Entry, check_names, check_shape, entries
 from megalong.hf.tokenizer_files import (
     HUGGINGFACE_FILES,
     SENTENCEPIECE_FILE,
@@ -90,9 +90,9 @@ def import_model(source: Path, run_folder: Path, changes: dict[str, Any]) -> tup
     if "tokenizer_type" not in changes:
         values = {"prepend_bos": _begins_with_bos(theirs, source)} | values
     given, config = _configuration(theirs, values, ids)
-    sizes = _sizes(theirs, config, ids)
+    _check_rows(theirs, config, ids)
     weights = SafetensorsReader(source)
-    table = {entry.name: entry for entry in entries(sizes)}
+    table = {entry.name: entry for entry in entries(config.model, ids, theirs["vocab_size"])}
     _check_weights(source, theirs, weights, table)
     run_folder.mkdir(parents=True, exist_ok=True)
     _copy_tokenizer(source, config)
@@ -168,15 +168,13 @@ def _vocabulary(rows: int, ids: int, multiple: int | None) -> dict[str, int]:
     return {"padded_vocab_size": math.ceil(rows / (multiple or 1)) * (multiple or 1)}
 
 
-def _sizes(theirs: dict[str, Any], config: Config, ids: int) -> Sizes:
-    """The sizes of the model as it comes, and with as many rows as training will give it."""
-    rows, sizes = theirs["vocab_size"], Sizes.of(config.model, ids)
-    if sizes.padded_vocabulary < rows:
+def _check_rows(theirs: dict[str, Any], config: Config, ids: int) -> None:
+    """Raise UserError where training would give the vocabulary fewer rows than the model has."""
+    rows, here = theirs["vocab_size"], config.model.vocabulary_rows(ids)
+    if here < rows:
         raise UserError(
-            f"--padded-vocab-size {sizes.padded_vocabulary} is less than the model's {rows} rows:"
-            " leave it out"
+            f"--padded-vocab-size {here} is less than the model's {rows} rows: leave it out"
         )
-    return dataclasses.replace(sizes, vocabulary=rows)
 
 
 def _check_weights(

@@ -8,6 +8,7 @@ from typing import Any
 
 from megalong.config import Config, RunConfig
 from megalong.config.arguments import to_yaml
+from megalong.model.parameters import ParameterCount
 
 _CARD = """\
 ---
@@ -19,7 +20,7 @@ tags: [longnet, dilated-attention, megalong]
 # {name}
 
 A LongNet language model ([arXiv 2307.02486](https://arxiv.org/abs/2307.02486)), pretrained with
-megalong: {parameters:,} parameters in {dtype}, {layers} layers, {attention}. It was trained on
+megalong: {parameters} in {dtype}, {layers} layers, {attention}. It was trained on
 sequences of {seq_length:,} tokens.
 
 ```python
@@ -54,7 +55,7 @@ The training's configuration, where it differs from megalong's defaults:
 
 
 def model_card(
-    config: Config, provenance: dict[str, Any], written: dict[str, Any], dtype: str
+    config: Config, provenance: dict[str, Any], parameters: ParameterCount, dtype: str
 ) -> str:
     """The text of README.md in an exported folder."""
     branches = zip(config.attention.segment_lengths, config.attention.dilation_rates, strict=True)
@@ -68,7 +69,7 @@ def model_card(
         attention=dilated if config.attention.attention == "dilated" else "dense attention",
         seq_length=config.model.seq_length,
         config=to_yaml(_without_paths(config), only_given=True),
-        **written,
+        parameters=parameters,
         **(provenance | {"versions": versions}),
     )
 

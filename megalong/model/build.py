@@ -14,6 +14,7 @@ from megalong.config import Config, ParallelConfig
 from megalong.device import use_gpu
 from megalong.model.layer_spec import get_longnet_block_spec, use_transformer_engine
 from megalong.model.names import named_parameters
+from megalong.model.parameters import Initial, gradient_is_summed, row_of
 from megalong.model.rotary import LongRotaryEmbedding
 from megalong.model.stage import PipelineStage
 from megalong.model.tensor_slices import cut_dimension, tensor_slice
@@ -45,6 +46,7 @@ def build_model(
         # DeepSpeed counts a parameter once in the gradient norm, unless it is told of its parts.
         divided = cut_dimension(name) is not None and mesh.tensor_parallel_size > 1
         parameter.tensor_model_parallel = divided
+        parameter.sum_over_tensor_ranks = gradient_is_summed(name, config.parallel.divides_norms)
     if initialize:
         initialize_weights(stage, config, mesh)
     return stage
@@ -140,51 +142,30 @@ def _full_recompute(parallel: ParallelConfig) -> dict[str, object]:
     }
 
 
-def number_of_parameters(config: Config, vocab_size: int) -> int:
-    """Parameters of the whole model, whatever part of it a rank holds; a tied embedding once."""
-    model = config.model
-    heads = model.num_attention_heads + 2 * model.num_query_groups
-    hidden, channels, mlp = model.hidden_size, model.kv_channels, model.ffn_hidden_size
-    mlp_inputs = mlp * (2 if model.swiglu else 1)
-    vectors = 2 if model.normalization == "LayerNorm" else 1  # of a norm
-    norm = hidden * vectors
-    layer = heads * channels * hidden + model.num_attention_heads * channels * hidden
-    layer += (mlp_inputs + mlp) * hidden + 2 * norm
-    if model.qk_layernorm:
-        layer += 2 * channels * vectors
-    if model.add_bias_linear or model.add_qkv_bias:
-        layer += heads * channels
-    if model.add_bias_linear:
-        layer += hidden + mlp_inputs + hidden
-    embedding = model.vocabulary_rows(vocab_size) * hidden
-    embeddings = embedding * (2 if model.untie_embeddings_and_output_weights else 1)
-    return model.num_layers * layer + norm + embeddings
-
-
 @torch.no_grad()
 def initialize_weights(stage: PipelineStage, config: Config, mesh: Mesh) -> None:
     """Fill in the initial weights: each parameter from its own seed, made of the run's seed and the
     parameter's global name, and from it the rank's part, so that they are the same in every layout.
 
-    Matrices are normal with `init_method_std`; those that write to the residual stream are divided
-    by sqrt(2 x layers) (GPT-2's rule). Norm weights are one, biases zero.
+    Which values a parameter has is in its row of the table (`megalong.model.parameters`).
     """
-    ranks, gated = mesh.tensor_parallel_size, config.model.swiglu
     std = config.model.init_method_std
-    residual_std = std / math.sqrt(2 * config.model.num_layers)
+    deviations = {
+        Initial.NORMAL: std,
+        Initial.RESIDUAL: std / math.sqrt(2 * config.model.num_layers),
+    }
     for name, parameter in named_parameters(stage):
-        dimension = cut_dimension(name)
-        if name.endswith("bias"):
+        row = row_of(name)
+        if row.initial is Initial.ZEROS:
             parameter.zero_()
-        elif parameter.ndim == 1:
+        elif row.initial is Initial.ONES:
             parameter.fill_(1.0)
         else:
-            writes_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
             seed = hashlib.sha256(f"{config.training.seed} {name}".encode()).digest()[:8]
             generator = torch.Generator().manual_seed(int.from_bytes(seed, "big") >> 1)
-            shape = list(parameter.shape)
-            if dimension is not None:
-                shape[dimension] *= ranks
+            shape, ranks = list(parameter.shape), mesh.tensor_parallel_size
+            if row.cut is not None:
+                shape[row.cut] *= ranks
             values = torch.randn(shape, generator=generator, dtype=torch.float32)
-            values = tensor_slice(name, values, mesh.tensor_parallel_rank, ranks, gated)
-            parameter.copy_(values * (residual_std if writes_residual else std))
+            values = tensor_slice(name, values, mesh.tensor_parallel_rank, ranks, config.model)
+            parameter.copy_(values * deviations[row.initial])

@@ -91,16 +91,12 @@ def _local_norm(normalization: str) -> type:
 class _TorchNorm:
     """Makes PyTorch's norm of `config.normalization`; a class, because Megatron-core wants one.
 
-    Megatron-core's own refuses Megatron's sequence parallelism, under which these parameters see a
-    part of the tokens on each tensor rank and have to say so.
+    Megatron-core's own refuses Megatron's sequence parallelism.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float, **unused: Any):
         norm = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}[config.normalization]
-        module = norm(hidden_size, eps=eps)
-        for parameter in module.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
-        return module
+        return norm(hidden_size, eps=eps)
 
 
 def use_transformer_engine(transformer_impl: str) -> bool:

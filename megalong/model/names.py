@@ -1,29 +1,15 @@
-"""Canonical parameter names: the same for a parameter in every layout and with every module set.
-
-They are the names of Megatron-core's local GPTModel with global layer numbers, for instance
-`decoder.layers.17.self_attention.linear_qkv.weight`. Checkpoints, initial weights and conversion
-go by them.
-"""
+"""The parameters of a pipeline stage by canonical name (see `megalong.model.parameters`)."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import torch
 
+from megalong.model.parameters import EMBEDDING, OUTPUT, TABLE, split_name
 from megalong.model.stage import PipelineStage
 
-_LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
-
-# Transformer Engine keeps a norm's weights inside the linear layer that follows it.
-_FUSED_NORMS = (
-    (re.compile(r"self_attention\.linear_qkv\.layer_norm_"), "input_layernorm."),
-    (re.compile(r"mlp\.linear_fc1\.layer_norm_"), "pre_mlp_layernorm."),
-)
-
-EMBEDDING = "embedding.word_embeddings.weight"
-OUTPUT = "output_layer.weight"
+_FUSED = {row.fused_name: row.name for row in TABLE if row.fused_name is not None}
 
 
 def canonical_name(local_name: str, first_layer: int = 0, tied: bool = False) -> str:
@@ -32,9 +18,10 @@ def canonical_name(local_name: str, first_layer: int = 0, tied: bool = False) ->
     first_layer: number of layers before this pipeline stage. tied: the output layer's weight is the
     embedding's, of which the last of several stages has a copy.
     """
-    name = _LAYER.sub(lambda match: str(int(match[0]) + first_layer), local_name)
-    for pattern, norm in _FUSED_NORMS:
-        name = pattern.sub(norm, name)
+    pattern, layer = split_name(local_name)
+    name = _FUSED.get(pattern, pattern)
+    if layer is not None:
+        name = name.format(first_layer + layer)
     return EMBEDDING if tied and name == OUTPUT else name
 
 

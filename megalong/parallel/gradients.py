@@ -7,19 +7,17 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 
-def sum_divided_norms(model: torch.nn.Module) -> None:
-    """Sum, in every backward pass, the gradients of norms that saw a part of the tokens on each
-    tensor-parallel rank (Megatron's sequence parallelism tags them `sequence_parallel`), or a part
-    of the heads.
+def sum_divided_gradients(model: torch.nn.Module) -> None:
+    """Sum, in every backward pass, the gradients of which each tensor-parallel rank has a part:
+    those of the parameters that `build_model` has marked `sum_over_tensor_ranks`.
 
     Before DeepSpeed looks at them, whatever the ZeRO stage. They are vectors.
     """
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
         return
-    for name, parameter in model.named_parameters():
-        part_of_heads = "q_layernorm." in name or "k_layernorm." in name
-        if part_of_heads or getattr(parameter, "sequence_parallel", False):
+    for parameter in model.parameters():
+        if parameter.sum_over_tensor_ranks:
             parameter.register_hook(lambda gradient: _sum(gradient, group))
 
 

@@ -22,8 +22,10 @@ from megalong.checkpoint.names import MOMENTS
 from megalong.config import Config
 from megalong.data.batches import IGNORE_INDEX, Batch
 from megalong.errors import UserError
+from megalong.model.names import named_parameters
+from megalong.model.parameters import decays
 from megalong.model.stage import PipelineStage
-from megalong.parallel.gradients import TiedEmbedding, sum_divided_norms
+from megalong.parallel.gradients import TiedEmbedding, sum_divided_gradients
 from megalong.parallel.mesh import Mesh
 from megalong.parallel.schedule import ScheduleModule, run_schedule
 from megalong.parallel.traffic import Counts, CountTraffic, axes_of_groups
@@ -63,7 +65,7 @@ class TrainingEngine:
         self.loss_scale = mesh.data_parallel_size / shards  # see above
         self.tokens_per_step = training.global_batch_size * config.model.seq_length
         self.model = model
-        sum_divided_norms(model)
+        sum_divided_gradients(model)
         self.tied_embedding = TiedEmbedding(model.copied_embedding, is_copy=model.is_last)
         settings = deepspeed_config(config, mesh.data_parallel_size)
         optimizer = _adamw(model, config, fused=mesh.device.type == "cuda")
@@ -204,11 +206,12 @@ def _divide_weights(model: torch.nn.Module, settings: dict[str, Any]) -> None:
     )
 
 
-def _adamw(model: torch.nn.Module, config: Config, fused: bool) -> torch.optim.AdamW:
+def _adamw(model: PipelineStage, config: Config, fused: bool) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only: not on norms, not on biases."""
     training = config.training
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    named = list(named_parameters(model))
+    matrices = [parameter for name, parameter in named if decays(name)]
+    vectors = [parameter for name, parameter in named if not decays(name)]
     return torch.optim.AdamW(
         [
             {"params": matrices, "weight_decay": training.weight_decay},

@@ -20,8 +20,9 @@ from megalong.checkpoint.manifest import DamagedCheckpoint
 from megalong.checkpoint.names import KINDS, MOMENTS, WEIGHTS, random_state_name, tensor_name
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.reading import CheckpointReader
-from megalong.config import Config
-from megalong.model.names import EMBEDDING, named_parameters
+from megalong.config import Config, ModelConfig
+from megalong.model.names import named_parameters
+from megalong.model.parameters import EMBEDDING
 from megalong.model.tensor_slices import cut_dimension, join_slices, tensor_slice
 from megalong.parallel.mesh import Mesh
 from megalong.training.engine import TrainingEngine
@@ -41,7 +42,7 @@ def tensors_to_save(engine: TrainingEngine, config: Config) -> dict[str, torch.T
         parts = {WEIGHTS: safe_get_full_fp32_param(parameter)}
         parts |= {kind: safe_get_full_optimizer_state(parameter, kind) for kind in MOMENTS}
         for kind, part in parts.items():
-            whole = _join_over_tensor_ranks(name, part, config.model.swiglu, mesh)
+            whole = _join_over_tensor_ranks(name, part, config.model, mesh)
             if turn % mesh.stage_size == mesh.stage_rank:
                 tensors[tensor_name(kind, name)] = whole.cpu()
     tensors.update(_random_states(mesh))
@@ -89,7 +90,7 @@ def _slices(
 
     def read(name: str, _, kind: str) -> torch.Tensor:
         whole, ranks = reader.read(tensor_name(kind, name)), mesh.tensor_parallel_size
-        part = tensor_slice(name, whole, mesh.tensor_parallel_rank, ranks, config.model.swiglu)
+        part = tensor_slice(name, whole, mesh.tensor_parallel_rank, ranks, config.model)
         return part.contiguous().to(mesh.device)
 
     group = mesh.replica_group
@@ -153,12 +154,14 @@ def _round_master_weights(optimizer: Any) -> None:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
-def _join_over_tensor_ranks(name: str, part: torch.Tensor, gated: bool, mesh: Mesh) -> torch.Tensor:
+def _join_over_tensor_ranks(
+    name: str, part: torch.Tensor, model: ModelConfig, mesh: Mesh
+) -> torch.Tensor:
     if cut_dimension(name) is None or mesh.tensor_parallel_size == 1:
         return part
     parts = [torch.empty_like(part) for _ in range(mesh.tensor_parallel_size)]
     dist.all_gather(parts, part.contiguous(), group=mesh.tensor_group)
-    return join_slices(name, parts, gated)
+    return join_slices(name, parts, model)
 
 
 def _random_states(mesh: Mesh) -> dict[str, torch.Tensor]:

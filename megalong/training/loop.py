@@ -19,7 +19,8 @@ from megalong.data.batches import (
     training_batches,
 )
 from megalong.errors import UserError
-from megalong.model.build import build_model, number_of_parameters
+from megalong.model.build import build_model
+from megalong.model.parameters import count_parameters
 from megalong.parallel.mesh import Mesh
 from megalong.position_losses import position_edges
 from megalong.progress import clock, progress_bar
@@ -258,9 +259,9 @@ class Trainer:
         attention, training = self.config.attention, self.config.training
         branches = zip(attention.segment_lengths, attention.dilation_rates, strict=True)
         mesh, parallel = self.mesh, self.config.parallel
-        parameters = number_of_parameters(self.config, self.data.tokenizer.vocab_size)
+        parameters = count_parameters(self.config.model, self.data.tokenizer.vocab_size)
         say(
-            f"{parameters:,} parameters, {training.precision}, on {mesh.world_size}"
+            f"{parameters}, {training.precision}, on {mesh.world_size}"
             f" {mesh.device.type} ranks: sequence {mesh.sequence.size} x tensor"
             f" {mesh.tensor_parallel_size} x pipeline {mesh.pipeline_parallel_size} x data"
             f" {mesh.data_parallel_size}, ZeRO {parallel.zero_stage}"

@@ -7,7 +7,7 @@ from megalong.data.tokenizer import ByteTokenizer
 from megalong.hf.configs import longnet_config
 from megalong.hf.configuration_longnet import LongNetConfig
 from megalong.hf.modeling_longnet import LongNetForCausalLM
-from megalong.hf.names import Sizes, entries
+from megalong.hf.names import entries
 from megalong.model.build import build_model
 from megalong.model.names import named_parameters
 from tests.launching import small_run_flags
@@ -35,7 +35,7 @@ def huggingface_model(config, weights):
     """LongNetForCausalLM with these weights of ours, by canonical name; float32."""
     model = LongNetForCausalLM(LongNetConfig(**longnet_config(config, ByteTokenizer())))
     state = {}
-    for entry in entries(Sizes.of(config.model, VOCAB_SIZE)):
+    for entry in entries(config.model, VOCAB_SIZE):
         state |= entry.to_huggingface(weights[entry.name])
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = model.config.tie_word_embeddings

@@ -29,7 +29,8 @@ from megalong.checkpoint.stored_model import StoredModel
 from megalong.errors import UserError
 from megalong.hf.exporting import export, parse_size
 from megalong.hf.importing import SafetensorsReader, import_model
-from megalong.hf.names import Sizes, check_names, entries
+from megalong.hf.names import check_names, entries
+from megalong.model.parameters import count_parameters
 from tests.hf.models import VOCAB_SIZE, huggingface_model, random_tokens, resolved
 
 VARIANTS = [
@@ -46,7 +47,7 @@ def random_checkpoint(folder, **changes):
     """A run folder with a checkpoint of random weights, and those weights."""
     config = resolved(**changes)
     generator = torch.Generator().manual_seed(3)
-    shapes = {entry.name: entry.shape for entry in entries(Sizes.of(config.model, VOCAB_SIZE))}
+    shapes = {entry.name: entry.shape for entry in entries(config.model, VOCAB_SIZE)}
     weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     weights = {name: x * 0.2 if x.ndim > 1 else x * 0.3 + 1 for name, x in weights.items()}
     folder.mkdir(parents=True)
@@ -123,6 +124,17 @@ def test_pipeline_and_the_model_card(tmp_path):
     assert config["megalong"]["iteration"] == 0 and "torch" in config["megalong"]["versions"]
 
 
+@pytest.mark.parametrize("changes", VARIANTS, ids=lambda c: " ".join(map(str, c)) or "defaults")
+def test_the_export_counts_the_parameters_as_training_does(changes, tmp_path):
+    config, _ = random_checkpoint(tmp_path / "run", **changes)
+    said = export(tmp_path / "run", tmp_path / "hf")["parameters"]
+    count = count_parameters(config.model, VOCAB_SIZE)
+    assert said == str(count) and said in (tmp_path / "hf" / "README.md").read_text()
+    assert count.used == sum(x.numel() for x in stored_tensors(tmp_path / "hf").values())
+    tied = not changes.get("untie_embeddings_and_output_weights")
+    assert ("counted once" in said) == tied and f"without {count.padding:,} that fill up" in said
+
+
 def test_an_export_overwrites_nothing_and_leaves_nothing_half_done(tmp_path):
     config, weights = random_checkpoint(tmp_path / "run")
     (tmp_path / "hf").mkdir()
@@ -157,7 +169,7 @@ def test_unknown_missing_and_misshaped_tensors_are_named():
         check_names("x", ["a", "b"], ["a"])
     with pytest.raises(UserError, match="x has an unknown tensor c, d, e and 1 more:"):
         check_names("x", ["a"], "acdef")
-    entry = entries(Sizes.of(resolved().model, VOCAB_SIZE))[0]
+    entry = entries(resolved().model, VOCAB_SIZE)[0]
     with pytest.raises(UserError, match=r"embedding.*\(3, 4\).*\(384, 64\)"):
         entry.to_huggingface(torch.zeros(3, 4))
     with pytest.raises(UserError, match=r"model.embed_tokens.*\(3, 4\).*\(257, 64\)"):

@@ -16,8 +16,8 @@ from tests.launching import PRETRAIN, small_run_flags
 def test_the_export_of_a_tp2_pp2_checkpoint_computes_what_megatron_does(corpus, tmp_path):
     layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "train_iters": 2}
     flags = small_run_flags(corpus, **layout, head_offsets="layer", save=tmp_path / "run")
-    run_ranks(4, PRETRAIN, *flags)
-    export(tmp_path / "run", tmp_path / "hf")
+    announced = run_ranks(4, PRETRAIN, *flags).stdout
+    assert export(tmp_path / "run", tmp_path / "hf")["parameters"] in announced
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
 
     stored = StoredModel(tmp_path / "run")

@@ -8,12 +8,9 @@ import torch
 from megalong.config import ModelConfig
 from megalong.config.arguments import parse_arguments
 from megalong.errors import UserError
-from megalong.model.build import (
-    build_model,
-    initialize_weights,
-    number_of_parameters,
-)
+from megalong.model.build import build_model, initialize_weights
 from megalong.model.names import canonical_name, named_parameters
+from megalong.model.parameters import count_parameters, decays, parameters
 from megalong.model.rotary import LongRotaryEmbedding
 from megalong.parallel import launch
 from tests.launching import small_run_flags
@@ -135,6 +132,11 @@ def test_canonical_names(local, first_layer, name):
     assert canonical_name(local, first_layer) == name
 
 
+def test_a_parameter_without_a_row_is_an_error():
+    with pytest.raises(LookupError, match=r"no row for decoder\.layers\.3\.mlp\.router\.weight"):
+        decays("decoder.layers.3.mlp.router.weight")
+
+
 @pytest.mark.parametrize("factor", [None, 8.0])
 def test_rotary_angles_agree_with_megatron_where_float32_can_count(factor):
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -171,9 +173,16 @@ def test_rotary_angles_stay_exact_at_a_billion():
         {"add_bias_linear": True, "kv_channels": 32, "normalization": "LayerNorm"},
     ],
 )
-def test_number_of_parameters(build, changes):
+def test_the_table_has_every_parameter_with_its_shape_and_counts_them(build, changes):
     model, config = build(**changes)
-    assert number_of_parameters(config, VOCAB_SIZE) == sum(p.numel() for p in model.parameters())
+    found = {name: tuple(parameter.shape) for name, parameter in named_parameters(model)}
+    rows = config.model.vocabulary_rows(VOCAB_SIZE)
+    assert {x.name: x.shape for x in parameters(config.model, rows)} == found
+    assert all(decays(name) == (len(shape) > 1) for name, shape in found.items())
+    count = count_parameters(config.model, VOCAB_SIZE)
+    assert count.used + count.padding == sum(p.numel() for p in model.parameters())
+    matrices = 2 if changes.get("untie_embeddings_and_output_weights") else 1
+    assert count.padding == matrices * (rows - VOCAB_SIZE) * config.model.hidden_size
 
 
 def test_rows_of_the_vocabulary():

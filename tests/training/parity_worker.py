@@ -179,7 +179,7 @@ def train(config, mesh):
                 known = parts.setdefault(tensor_rank, theirs[name])
                 assert torch.equal(known, theirs[name]), name
         in_order = [parts[rank] for rank in sorted(parts)]
-        weights[name] = join_slices(name, in_order, config.model.swiglu)
+        weights[name] = join_slices(name, in_order, config.model)
     losses, norms = [step.loss for step in steps], [step.grad_norm for step in steps]
     return losses, norms, weights, dataclasses.asdict(evaluation)
 

@@ -1,0 +1,328 @@
+"""One table of all parameters: whatever is known of a parameter stands in its row.
+
+Slices of tensor-parallel ranks, canonical names, initial weights, weight decay, gradient sums,
+conversion to Transformers and the parameter count all read it. Nothing here needs torch.
+
+Names are canonical: those of Megatron-core's local GPTModel with global layer numbers, for instance
+`decoder.layers.17.self_attention.linear_qkv.weight`, the same in every layout and with every module
+set. On Transformers' side they are Llama's, so that Llama's checkpoints go through the same table.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from megalong.config import ModelConfig
+
+Condition = Callable[[ModelConfig], bool]
+
+
+def _always(model: ModelConfig) -> bool:
+    return True
+
+
+class Packing(Enum):
+    """How a parameter is made of its parts, along the first dimension."""
+
+    ALONE = auto()  # it is the one part
+    PADDED = auto()  # the one part, and rows that fill up the vocabulary
+    STACKED = auto()  # one above the other, of equal height; a tensor rank has a piece of each
+    GROUPED = auto()  # by key/value head: its query heads, the key head, the value head
+
+
+class Initial(Enum):
+    """Initial values."""
+
+    ZEROS = auto()
+    ONES = auto()
+    NORMAL = auto()  # of deviation --init-method-std
+    RESIDUAL = auto()  # that / sqrt(2 x layers), for what writes to the residual stream (GPT-2)
+
+
+class Sees(Enum):
+    """What a tensor-parallel rank applies a parameter to that all of them have whole."""
+
+    ALL = auto()  # the same as the others do: its gradient is theirs
+    TOKENS = auto()  # under Megatron's sequence parallelism, to its share of the tokens
+    HEADS = auto()  # to its share of the heads
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of Transformers that a parameter is made of: its name there, and its shape in words
+    of `sizes`."""
+
+    name: str
+    shape: str
+    exists: Condition = _always
+
+    def size(self, words: dict[str, int]) -> tuple[int, ...]:
+        """The shape in numbers. words: `sizes` of a model."""
+        return tuple(words[word] for word in self.shape.split())
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of parameter. {} in names stands for the number of the layer.
+
+    cut: the dimension along which tensor-parallel ranks divide it; None where each has it whole.
+    sees: of a whole one, whether its gradient is a sum over those ranks.
+    decays: whether weight decay applies.
+    fused_name: in Transformer Engine's layers, which keep a norm in the linear layer that follows.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    exists: Condition
+    initial: Initial
+    decays: bool
+    cut: int | None = None
+    sees: Sees = Sees.ALL
+    packing: Packing = Packing.ALONE
+    fused_name: str | None = None
+
+    def parts_of(self, model: ModelConfig) -> list[Part]:
+        """The parts that a model has."""
+        return [part for part in self.parts if part.exists(model)]
+
+
+def sizes(model: ModelConfig, vocabulary: int) -> dict[str, int]:
+    """The words that the shapes in the table are made of. vocabulary: rows of the embedding."""
+    return {
+        "vocabulary": vocabulary,
+        "hidden": model.hidden_size,
+        "queries": model.num_attention_heads * model.kv_channels,
+        "keys": model.num_query_groups * model.kv_channels,
+        "head": model.kv_channels,
+        "mlp": model.ffn_hidden_size,
+    }
+
+
+def _vocabulary(name: str, there: str, exists: Condition = _always) -> Row:
+    """A matrix with a row for each id, divided over the tensor-parallel ranks."""
+    part = Part(f"{there}.weight", "vocabulary hidden")
+    return Row(
+        f"{name}.weight",
+        (part,),
+        exists,
+        Initial.NORMAL,
+        decays=True,
+        cut=0,
+        packing=Packing.PADDED,
+    )
+
+
+def _linear(
+    name: str,
+    *modules: tuple[str, str] | tuple[str, str, Condition],
+    column: bool,
+    bias: Condition = lambda model: model.add_bias_linear,
+    packing: Packing = Packing.ALONE,
+) -> tuple[Row, Row]:
+    """Weight and bias of a linear layer, column-parallel (its outputs are divided) or row-parallel
+    (its inputs are, and the bias is added to the sum over the ranks; Megatron-LM, arXiv 1909.08053,
+    section 3). All that are row-parallel write to the residual stream.
+
+    modules: those of Transformers, and the shapes of their weights.
+    """
+    weights = tuple(Part(f"{there}.weight", *rest) for there, *rest in modules)
+    biases = tuple(
+        Part(f"{there}.bias", shape.split()[0], *rest) for there, shape, *rest in modules
+    )
+    return (
+        Row(
+            f"{name}.weight",
+            weights,
+            _always,
+            Initial.NORMAL if column else Initial.RESIDUAL,
+            decays=True,
+            cut=0 if column else 1,
+            packing=packing,
+        ),
+        Row(
+            f"{name}.bias",
+            biases,
+            bias,
+            Initial.ZEROS,
+            decays=False,
+            cut=0 if column else None,
+            sees=Sees.TOKENS,
+            packing=packing,
+        ),
+    )
+
+
+def _norm(
+    name: str,
+    there: str,
+    shape: str = "hidden",
+    exists: Condition = _always,
+    sees: Sees = Sees.TOKENS,
+    fused_into: str | None = None,
+) -> tuple[Row, Row]:
+    """Weight and bias of a norm; RMSNorm has no bias."""
+
+    def row(kind: str, initial: Initial, exists: Condition) -> Row:
+        part = Part(f"{there}.{kind}", shape)
+        fused = fused_into and f"{fused_into}.layer_norm_{kind}"
+        return Row(
+            f"{name}.{kind}",
+            (part,),
+            exists,
+            initial,
+            decays=False,
+            sees=sees,
+            fused_name=fused,
+        )
+
+    def has_bias(model: ModelConfig) -> bool:
+        return exists(model) and model.normalization == "LayerNorm"
+
+    return row("weight", Initial.ONES, exists), row("bias", Initial.ZEROS, has_bias)
+
+
+_HERE, _THERE = "decoder.layers.{}.", "model.layers.{}."
+_QKV, _FC1 = _HERE + "self_attention.linear_qkv", _HERE + "mlp.linear_fc1"
+
+TABLE: tuple[Row, ...] = (
+    _vocabulary("embedding.word_embeddings", "model.embed_tokens"),
+    *_norm(_HERE + "input_layernorm", _THERE + "input_layernorm", fused_into=_QKV),
+    *_linear(
+        _QKV,
+        (_THERE + "self_attn.q_proj", "queries hidden"),
+        (_THERE + "self_attn.k_proj", "keys hidden"),
+        (_THERE + "self_attn.v_proj", "keys hidden"),
+        column=True,
+        bias=lambda model: model.add_bias_linear or model.add_qkv_bias,
+        packing=Packing.GROUPED,
+    ),
+    *_norm(
+        _HERE + "self_attention.q_layernorm",
+        _THERE + "self_attn.q_norm",
+        "head",
+        exists=lambda model: model.qk_layernorm,
+        sees=Sees.HEADS,
+    ),
+    *_norm(
+        _HERE + "self_attention.k_layernorm",
+        _THERE + "self_attn.k_norm",
+        "head",
+        exists=lambda model: model.qk_layernorm,
+        sees=Sees.HEADS,
+    ),
+    *_linear(
+        _HERE + "self_attention.linear_proj",
+        (_THERE + "self_attn.o_proj", "hidden queries"),
+        column=False,
+    ),
+    *_norm(_HERE + "pre_mlp_layernorm", _THERE + "post_attention_layernorm", fused_into=_FC1),
+    *_linear(
+        _FC1,
+        (_THERE + "mlp.gate_proj", "mlp hidden", lambda model: model.swiglu),
+        (_THERE + "mlp.up_proj", "mlp hidden"),
+        column=True,
+        packing=Packing.STACKED,
+    ),
+    *_linear(_HERE + "mlp.linear_fc2", (_THERE + "mlp.down_proj", "hidden mlp"), column=False),
+    *_norm("decoder.final_layernorm", "model.norm"),
+    _vocabulary(
+        "output_layer", "lm_head", exists=lambda model: model.untie_embeddings_and_output_weights
+    ),
+)
+
+EMBEDDING, OUTPUT = TABLE[0].name, TABLE[-1].name
+
+_ROWS = {row.name: row for row in TABLE}
+_LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
+
+
+def row_of(name: str) -> Row:
+    """The row of a parameter by its canonical name. Raises LookupError where the table has none."""
+    pattern, _ = split_name(name)
+    if pattern not in _ROWS:
+        raise LookupError(f"no row for {name} in the table of parameters: {__file__}")
+    return _ROWS[pattern]
+
+
+def split_name(name: str) -> tuple[str, int | None]:
+    """A parameter's name with {} for the number of its layer, and that number, if it has one."""
+    match = _LAYER.search(name)
+    if match is None:
+        return name, None
+    return f"{name[: match.start()]}{{}}{name[match.end() :]}", int(match[0])
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay applies to a parameter."""
+    return row_of(name).decays
+
+
+def gradient_is_summed(name: str, divides_norms: bool) -> bool:
+    """Whether each tensor-parallel rank has a part of a parameter's gradient, and the gradient is
+    their sum. divides_norms: whether Megatron's sequence parallelism is on."""
+    row = row_of(name)
+    return row.cut is None and (
+        row.sees is Sees.HEADS or (row.sees is Sees.TOKENS and divides_norms)
+    )
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of one model: its canonical name and its shape, whole."""
+
+    name: str
+    shape: tuple[int, ...]
+    row: Row
+    layer: int | None
+
+
+def parameters(model: ModelConfig, vocabulary: int) -> Iterator[Parameter]:
+    """Every parameter of a model, module by module.
+
+    model: resolved. vocabulary: rows of the embedding.
+    """
+    words = sizes(model, vocabulary)
+    for _, rows in itertools.groupby(TABLE, key=lambda row: row.name.rpartition(".")[0]):
+        rows = [row for row in rows if row.exists(model)]
+        for layer in range(model.num_layers) if rows and "{}" in rows[0].name else (None,):
+            for row in rows:
+                parts = [part.size(words) for part in row.parts_of(model)]
+                shape = (sum(part[0] for part in parts), *parts[0][1:])
+                yield Parameter(row.name.format(layer), shape, row, layer)
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """used: the parameters of a model, a shared embedding once: those that are exported.
+    padding: what training has besides, rows that fill up the vocabulary to a round number."""
+
+    used: int
+    padding: int
+    tied: bool
+
+    def __str__(self) -> str:
+        notes = ["the embedding, which is the output layer too, counted once"] if self.tied else []
+        if self.padding:
+            notes.append(f"without {self.padding:,} that fill up the vocabulary")
+        return f"{self.used:,} parameters" + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def used_rows(model: ModelConfig, vocab_size: int) -> int:
+    """Rows of the embedding that are the model's own. vocab_size: the tokenizer's."""
+    return model.padded_vocab_size or vocab_size
+
+
+def count_parameters(model: ModelConfig, vocab_size: int) -> ParameterCount:
+    """How many parameters the whole model has. model: resolved. vocab_size: the tokenizer's."""
+
+    def count(vocabulary: int) -> int:
+        return sum(math.prod(parameter.shape) for parameter in parameters(model, vocabulary))
+
+    used = count(used_rows(model, vocab_size))
+    padding = count(model.vocabulary_rows(vocab_size)) - used
+    return ParameterCount(used, padding, not model.untie_embeddings_and_output_weights)
