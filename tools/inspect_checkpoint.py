@@ -50,7 +50,7 @@ def show(reader: CheckpointReader, manifest: Manifest) -> None:
     print(f"{reader.checkpoint}: {human_bytes(manifest.size)} in {len(manifest.files)} files")
     print(
         f"iteration {progress.iteration:,} | {progress.consumed_samples:,} sequences"
-        f" | {progress.consumed_tokens:,} tokens | {progress.adam_step:,} updates by Adam"
+        f" | {progress.consumed_tokens:,} tokens | {progress.updates:,} updates"
     )
     print(f"saved by {layout(settings, manifest.ranks)}")
     print(f"{parameters:,} parameters in {len(reader.tensors)} tensors:")

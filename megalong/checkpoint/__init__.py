@@ -13,7 +13,8 @@ A run folder holds
 
 The tensors go by canonical parameter names (`megalong.model.parameters`), whole, in float32:
 `weights.<name>` (the master weights, of which the model's own are a rounding),
-`exp_avg.<name>`, `exp_avg_sq.<name>` (Adam's moments), and `random.<rank>.<generator>`.
+the optimizer's moments (`exp_avg.<name>` and `exp_avg_sq.<name>` of Adam; `megalong.optimizers`),
+and `random.<rank>.<generator>`.
 So nothing in a checkpoint depends on the layout that wrote it.
 
 names.py has the tensors' names, texts.py what stands beside them. folder.py names checkpoints,

@@ -11,12 +11,13 @@ import torch.distributed.checkpoint as dcp
 
 from megalong.checkpoint.folder import checkpoint_folder, point_at
 from megalong.checkpoint.manifest import Manifest, record_of
-from megalong.checkpoint.names import KINDS, WEIGHTS, parameter_of, tensor_name
+from megalong.checkpoint.names import WEIGHTS, parameter_of, tensor_name
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.texts import texts_of
 from megalong.checkpoint.writing import HashingWriter
 from megalong.config import Config
 from megalong.disk import written_aside
+from megalong.optimizers import optimizer_of
 
 
 def write_first_checkpoint(
@@ -25,7 +26,7 @@ def write_first_checkpoint(
     shapes: dict[str, tuple[int, ...]],
     read: Callable[[str], torch.Tensor],
 ) -> Path:
-    """Write the checkpoint that a run begins with: iteration 0, Adam's moments zero.
+    """Write the checkpoint that a run begins with: iteration 0, the optimizer's moments zero.
 
     run_folder: has to be there. shapes: of all weights, by canonical name; read: makes one of them
     when its turn comes. Returns the checkpoint's folder; `pretrain_longnet.py --load` takes
@@ -36,7 +37,7 @@ def write_first_checkpoint(
         state = {
             tensor_name(kind, name): torch.empty(shape, device="meta")
             for name, shape in shapes.items()
-            for kind in KINDS
+            for kind in (WEIGHTS, *optimizer_of(config.training).moments)
         }
         writer, planner = HashingWriter(aside), _MakeWhenWritten(read)
         dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)

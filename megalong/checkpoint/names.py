@@ -3,13 +3,11 @@ they are random states, and whose."""
 
 from __future__ import annotations
 
-WEIGHTS = "weights"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # as Adam calls them
-KINDS = (WEIGHTS, *MOMENTS)
+WEIGHTS = "weights"  # the other kinds are the moments of the optimizer (`megalong.optimizers`)
 
 
 def tensor_name(kind: str, parameter: str) -> str:
-    """The name of one of the three tensors of a parameter."""
+    """The name of one of the tensors of a parameter."""
     return f"{kind}.{parameter}"
 
 

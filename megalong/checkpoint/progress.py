@@ -13,7 +13,7 @@ class Progress:
     consumed_tokens: where the run stands in the training stream, whatever the sequence length and
         batch size were on the way.
     losses: those of the iterations since the last one that was logged.
-    adam_step: updates that Adam has made; smaller than `iteration` where fp16 steps were skipped.
+    updates: steps of the optimizer; fewer than `iteration` where fp16 steps were skipped.
     loss_scaler: state of the fp16 dynamic loss scaler.
     """
 
@@ -21,5 +21,14 @@ class Progress:
     consumed_samples: int = 0
     consumed_tokens: int = 0
     losses: list[float] = field(default_factory=list)
-    adam_step: int = 0
+    updates: int = 0
     loss_scaler: dict[str, Any] | None = None
+
+    @staticmethod
+    def from_values(values: dict[str, Any]) -> Progress:
+        """That of a checkpoint's JSON file. Earlier ones, which had no optimizer but Adam, call the
+        updates `adam_step`."""
+        if "adam_step" in values:
+            values = dict(values)
+            values["updates"] = values.pop("adam_step")
+        return Progress(**values)

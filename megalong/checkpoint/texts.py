@@ -23,7 +23,7 @@ def texts_of(progress: Progress, config: Config) -> dict[str, str]:
 def read_progress(checkpoint: Path) -> Progress:
     """How far the run had come. Raises DamagedCheckpoint."""
     with reading(checkpoint, _PROGRESS):
-        return Progress(**json.loads((checkpoint / _PROGRESS).read_text()))
+        return Progress.from_values(json.loads((checkpoint / _PROGRESS).read_text()))
 
 
 def read_settings(checkpoint: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ __all__ = [
     "DataConfig",
     "ModelConfig",
     "ParallelConfig",
+    "TrainingConfig",
     "flag_name",
     "world_size",
 ]

@@ -33,11 +33,13 @@ class TrainingConfig:
     lr_decay_power: float = flag(1.0, "power of the polynomial decay; 1 is linear")
     lr_decay_iters: int | None = flag(None, "iteration at which the decay ends (default: the last)")
     lr_warmup_iters: int = flag(0, "iterations of linear warm-up")
-    weight_decay: float = flag(0.01, "AdamW weight decay, on matrices only")
+    optimizer: str = flag("adam", "AdamW, or SGD with momentum", choices=("adam", "sgd"))
+    weight_decay: float = flag(0.01, "weight decay, on matrices only")
     clip_grad: float = flag(1.0, "clip the global gradient norm to this; 0 turns it off")
     adam_beta1: float = flag(0.9, "Adam's beta1")
     adam_beta2: float = flag(0.98, "Adam's beta2")
     adam_eps: float = flag(1e-8, "Adam's epsilon")
+    sgd_momentum: float = flag(0.9, "momentum of SGD")
     precision: str = flag("bf16", "number format of the model", choices=("fp32", "bf16", "fp16"))
     loss_scale: float | None = flag(None, "static loss scale for fp16 (default: dynamic)")
     initial_loss_scale: float = flag(2.0**16, "first dynamic loss scale for fp16, a power of two")
@@ -78,7 +80,7 @@ class TrainingConfig:
             )
         if not 0 <= self.min_lr <= self.lr:
             raise UserError(f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr}")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "sgd_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{flag_name(name)} must lie in [0, 1)")
         for name in ("clip_grad", "weight_decay", "adam_eps"):

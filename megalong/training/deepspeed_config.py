@@ -11,6 +11,7 @@ from typing import Any
 
 from megalong.config import Config
 from megalong.errors import UserError
+from megalong.optimizers import optimizer_of
 
 
 def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
@@ -35,8 +36,9 @@ def _settings_of_flags(config: Config) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_clipping": training.clip_grad,
         "zero_optimization": {"stage": config.parallel.zero_stage},
-        # An offloaded optimizer steps with PyTorch's AdamW, as everywhere, on the CPU.
+        # An offloaded optimizer is PyTorch's, as everywhere, on the CPU.
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,  # of those of PyTorch it knows AdamW alone
         "bf16": {"enabled": training.precision == "bf16"},
         "fp16": {
             "enabled": training.precision == "fp16",
@@ -69,25 +71,19 @@ def _refuse_contradictions(
         (("bf16", "enabled"), training.precision == "bf16", "--precision bf16"),
         (("fp16", "enabled"), training.precision == "fp16", "--precision fp16"),
         (("fp16", "loss_scale"), training.loss_scale or 0, "--loss-scale"),
-        (("optimizer", "params", "lr"), training.lr, "--lr"),
-        (
-            ("optimizer", "params", "betas"),
-            [training.adam_beta1, training.adam_beta2],
-            "--adam-beta1 --adam-beta2",
-        ),
-        (("optimizer", "params", "eps"), training.adam_eps, "--adam-eps"),
-        (("optimizer", "params", "weight_decay"), training.weight_decay, "--weight-decay"),
-        (("optimizer", "params", "adam_w_mode"), True, "AdamW, megalong's optimizer,"),
         (
             ("fp16", "initial_scale_power"),
             int(training.initial_loss_scale).bit_length() - 1,
             "the power of two of --initial-loss-scale",
         ),
         (("zero_optimization", "reduce_scatter"), True, "megalong's gradient scale"),
-        (("zero_force_ds_cpu_optimizer",), False, "AdamW, megalong's optimizer,"),
+        (("zero_force_ds_cpu_optimizer",), False, "megalong's optimizer, which is PyTorch's,"),
         (("data_types", "grad_accum_dtype"), "fp32", "megalong's gradient accumulation"),
         (("managed_gradient_accumulation",), False, "megalong's schedule"),
     ]
+    optimizer = optimizer_of(training)
+    for name, (value, flag) in optimizer.deepspeed_params().items():
+        owned.append((("optimizer", "params", name), value, flag))
     where = f"--deepspeed-config {training.deepspeed_config}"
     for section in ("zero_optimization", "bf16", "fp16", "data_types", "optimizer"):
         if not isinstance(settings.get(section, {}), dict):
@@ -101,9 +97,13 @@ def _refuse_contradictions(
                 f"{where} sets {'.'.join(path)} to {_show(theirs)}, but {flag} is {_show(ours)}:"
                 " make them agree, or leave it out of the file"
             )
-    optimizer = settings.pop("optimizer", {}).get("type", "AdamW")
-    if str(optimizer).lower() not in ("adam", "adamw"):
-        raise UserError(f"{where} asks for the optimizer {optimizer}; megalong trains with AdamW")
+    kinds = optimizer.deepspeed_types
+    kind = settings.pop("optimizer", {}).get("type", kinds[0])
+    if str(kind).lower() not in map(str.lower, kinds):
+        raise UserError(
+            f"{where} asks for the optimizer {kind}, but --optimizer {training.optimizer} is"
+            f" {kinds[0]}: make them agree, or leave it out of the file"
+        )
     if "scheduler" in settings:
         raise UserError(
             f"{where} has a scheduler; set --lr-decay-style, --lr-warmup-iters, --lr-decay-iters"

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from megalong.checkpoint.names import MOMENTS
 from megalong.config import Config
 from megalong.data.batches import IGNORE_INDEX, Batch
 from megalong.errors import UserError
 from megalong.model.names import named_parameters
 from megalong.model.parameters import decays
 from megalong.model.stage import PipelineStage
+from megalong.optimizers import Optimizer, optimizer_of
 from megalong.parallel.gradients import TiedEmbedding, sum_divided_gradients
 from megalong.parallel.mesh import Mesh
 from megalong.parallel.schedule import ScheduleModule, run_schedule
@@ -68,7 +68,9 @@ class TrainingEngine:
         sum_divided_gradients(model)
         self.tied_embedding = TiedEmbedding(model.copied_embedding, is_copy=model.is_last)
         settings = deepspeed_config(config, mesh.data_parallel_size)
-        optimizer = _adamw(model, config, fused=mesh.device.type == "cuda")
+        self.optimizer = optimizer_of(training)
+        groups = _weight_decay_groups(model, training.weight_decay)
+        optimizer = self.optimizer.build(groups, fused=mesh.device.type == "cuda")
         try:
             if config.parallel.zero_stage == 3:
                 _divide_weights(model, settings)
@@ -85,11 +87,12 @@ class TrainingEngine:
             raise UserError(
                 f"DeepSpeed refuses --deepspeed-config {training.deepspeed_config}: {error}"
             ) from error
-        _create_adam_state(self.deepspeed.optimizer)
+        _create_state(self.deepspeed.optimizer, self.optimizer)
         model.config.grad_scale_func = self.deepspeed.scale
         self.traffic: Counts | None = None  # of one step on this rank, until it is taken
         self._axes = axes_of_groups(list(mesh.sequence.subgroups.values()))
         self._steps = 0
+        self._updates_before = 0  # those of the run that a checkpoint was written by
         self.modules = [
             ScheduleModule(self.deepspeed, chunk, number)
             for number, chunk in enumerate(model.chunks)
@@ -136,6 +139,18 @@ class TrainingEngine:
         skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
         grad_norm = None if skipped else float(self.deepspeed.get_global_grad_norm())
         return StepResult(loss_sum.item() / self.tokens_per_step, grad_norm, skipped)
+
+    @property
+    def updates(self) -> int:
+        """Steps of the optimizer since the run began: fewer than were asked for where fp16 steps
+        were skipped."""
+        return self._updates_before + self.deepspeed.global_steps - self.deepspeed.skipped_steps
+
+    def resume_at(self, updates: int) -> None:
+        """Tell a new engine how many steps the moments that it was given are the result of."""
+        self._updates_before = updates
+        for state in self.deepspeed.optimizer.optimizer.state.values():
+            self.optimizer.set_step(state, updates)
 
     def token_losses(self, batches: list[Batch]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Losses of some micro batches without gradient; called by all ranks alike.
@@ -206,41 +221,30 @@ def _divide_weights(model: torch.nn.Module, settings: dict[str, Any]) -> None:
     )
 
 
-def _adamw(model: PipelineStage, config: Config, fused: bool) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only: not on norms, not on biases."""
-    training = config.training
+def _weight_decay_groups(model: PipelineStage, weight_decay: float) -> list[dict[str, Any]]:
+    """The optimizer's parameter groups: weight decay on matrices only, not on norms and biases."""
     named = list(named_parameters(model))
     matrices = [parameter for name, parameter in named if decays(name)]
     vectors = [parameter for name, parameter in named if not decays(name)]
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": training.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=training.lr,
-        betas=(training.adam_beta1, training.adam_beta2),
-        eps=training.adam_eps,
-        fused=fused,
-    )
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
 
 
-def _create_adam_state(zero_optimizer: Any) -> None:
-    """Give every partition of the optimizer its Adam state now.
+def _create_state(zero_optimizer: Any, optimizer: Optimizer) -> None:
+    """Give every partition its optimizer state now.
 
-    AdamW would do so at its first step, but ZeRO 1 and 2 tell each parameter where its piece of the
-    state is after the step of the first parameter group, when the other groups have none yet.
+    PyTorch's optimizer would do so at its first step, but ZeRO 1 and 2 tell each parameter where
+    its piece of the state is after the step of the first parameter group, when the other groups
+    have none yet.
     """
-    adam = zero_optimizer.optimizer
-    partitions = [p for group in adam.param_groups for p in group["params"]]
+    stepped = zero_optimizer.optimizer
+    partitions = [p for group in stepped.param_groups for p in group["params"]]
     # ZeRO 3 puts its partitions into the groups one at a time, while it steps.
     partitions = getattr(zero_optimizer, "fp32_partitioned_groups_flat", partitions)
     for partition in partitions:
-        # torch's fused AdamW wants its step counter on the device, the other on the CPU.
-        step_device = partition.device if adam.defaults["fused"] else "cpu"
-        adam.state[partition] = {
-            "step": torch.zeros((), dtype=torch.float32, device=step_device),
-            **{kind: torch.zeros_like(partition, dtype=torch.float32) for kind in MOMENTS},
-        }
+        stepped.state[partition] = optimizer.first_state(partition, stepped.defaults["fused"])
     link = getattr(zero_optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:
         link()

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 from megalong.checkpoint.manifest import DamagedCheckpoint
-from megalong.checkpoint.names import KINDS, MOMENTS, WEIGHTS, random_state_name, tensor_name
+from megalong.checkpoint.names import WEIGHTS, random_state_name, tensor_name
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.config import Config, ModelConfig
@@ -40,7 +40,8 @@ def tensors_to_save(engine: TrainingEngine, config: Config) -> dict[str, torch.T
             continue  # the last stage's copy of a tied embedding
         # DeepSpeed puts these together anew: the next step does not change them.
         parts = {WEIGHTS: safe_get_full_fp32_param(parameter)}
-        parts |= {kind: safe_get_full_optimizer_state(parameter, kind) for kind in MOMENTS}
+        for moment in engine.optimizer.moments:
+            parts[moment] = safe_get_full_optimizer_state(parameter, moment)
         for kind, part in parts.items():
             whole = _join_over_tensor_ranks(name, part, config.model, mesh)
             if turn % mesh.stage_size == mesh.stage_rank:
@@ -52,39 +53,40 @@ def tensors_to_save(engine: TrainingEngine, config: Config) -> dict[str, torch.T
 def progress_to_save(engine: TrainingEngine, progress: Progress) -> Progress:
     """The run's progress, with what the optimizer knows of it filled in."""
     return dataclasses.replace(
-        progress, adam_step=_adam_step(engine), loss_scaler=_loss_scaler_state(engine)
+        progress, updates=engine.updates, loss_scaler=_loss_scaler_state(engine)
     )
 
 
 def load_checkpoint(reader: CheckpointReader, engine: TrainingEngine, config: Config) -> Progress:
-    """Fill the engine with a checkpoint: master weights, Adam moments, the model's weights, and
-    this rank's random states. Returns how far the run had come.
+    """Fill the engine with a checkpoint: master weights, the optimizer's moments, the model's
+    weights, and this rank's random states. Returns how far the run had come.
 
     Called by every rank. Raises DamagedCheckpoint where the files do not hold what they should.
     """
     optimizer, progress = engine.deepspeed.optimizer, reader.progress()
-    for parameter, kind, value in _slices(reader, engine, config):
+    # Before the first update all moments are zero, as they are here: any optimizer may go on.
+    kinds = (WEIGHTS, *engine.optimizer.moments) if progress.updates else (WEIGHTS,)
+    for parameter, kind, value in _slices(reader, engine, config, kinds):
         _fill(optimizer, parameter, kind, value)
     _load_random_states(reader, engine.mesh)
     _round_master_weights(optimizer)
-    for state in optimizer.optimizer.state.values():
-        state["step"].fill_(progress.adam_step)
+    engine.resume_at(progress.updates)
     if progress.loss_scaler is not None and _loss_scaler_state(engine) is not None:
         vars(optimizer.loss_scaler).update(progress.loss_scaler)
     return progress
 
 
 def _slices(
-    reader: CheckpointReader, engine: TrainingEngine, config: Config
+    reader: CheckpointReader, engine: TrainingEngine, config: Config, kinds: tuple[str, ...]
 ) -> Iterator[tuple[torch.nn.Parameter, str, torch.Tensor]]:
-    """This tensor-parallel rank's parts of all tensors of its pipeline stage: the parameter, the
+    """This tensor-parallel rank's parts of the tensors of its pipeline stage: the parameter, the
     kind, and the values, float32, on the device.
 
     The ranks that want the same parts take turns in reading, and tell each other, so that a file
     system that they share is not asked for everything by everyone.
     """
     mesh = engine.mesh
-    wanted = [(*named, kind) for named in named_parameters(engine.model) for kind in KINDS]
+    wanted = [(*named, kind) for named in named_parameters(engine.model) for kind in kinds]
     for name, parameter, kind in wanted:
         _check_shape(reader, name, parameter, kind, mesh)
 
@@ -192,10 +194,6 @@ def _load_random_states(reader: CheckpointReader, mesh: Mesh) -> None:
         np.random.set_state(("MT19937", np.array(numpy_state, dtype=np.uint32), numpy_position))
     if "cuda" in values:
         torch.cuda.set_rng_state(values["cuda"], mesh.device)
-
-
-def _adam_step(engine: TrainingEngine) -> int:
-    return int(next(iter(engine.deepspeed.optimizer.optimizer.state.values()))["step"])
 
 
 def _loss_scaler_state(engine: TrainingEngine) -> dict[str, Any] | None:

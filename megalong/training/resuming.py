@@ -26,7 +26,14 @@ from megalong.checkpoint.folder import (
 )
 from megalong.checkpoint.manifest import DamagedCheckpoint, check_files, check_share
 from megalong.checkpoint.texts import read_settings
-from megalong.config import AttentionConfig, Config, DataConfig, ModelConfig, flag_name
+from megalong.config import (
+    AttentionConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    TrainingConfig,
+    flag_name,
+)
 from megalong.errors import UserError
 from megalong.training.run_folder import same_folder
 
@@ -155,6 +162,8 @@ _RUN_FIELDS += [field.name for field in dataclasses.fields(AttentionConfig)]
 def _check_same_run(checkpoint: Path, config: Config) -> None:
     names = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in _FREE_MODEL_FIELDS]
     names += ["tokenizer_type", "tokenizer_model", "prepend_bos"]
+    if iteration_of(checkpoint):  # an imported model has met no optimizer
+        names.append("optimizer")
     if same_folder(config.run.load, config.run.save):
         names += _RUN_FIELDS
     for name, (ours, theirs) in _differences(checkpoint, config, names).items():
@@ -182,7 +191,7 @@ def other_ways(checkpoint: Path, config: Config) -> list[str]:
 
 def _differences(checkpoint: Path, config: Config, names: list[str]) -> dict[str, tuple[Any, Any]]:
     """The values of these fields that differ, ours and those of the checkpoint."""
-    kinds = (ModelConfig, DataConfig)
+    kinds = (ModelConfig, DataConfig, TrainingConfig)
     theirs = {field.name: field.default for kind in kinds for field in dataclasses.fields(kind)}
     theirs |= read_settings(checkpoint)
     sections = (config.model, config.attention, config.training, config.data)

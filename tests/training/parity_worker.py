@@ -35,6 +35,9 @@ STEPS = 3
 # to a whole step. With an epsilon of the gradients' own size a weight says what its gradient was.
 OPTIMIZER = {"adam_eps": 1e-3, "lr": 1e-2}
 
+# No adaptive step: weights move by the gradients, summed up.
+SGD = {"optimizer": "sgd", "sgd_momentum": 0.8, "lr": 0.3}
+
 # What is trained. The lengths fit 128 tokens on up to four sequence ranks: local branches, one over
 # two ranks, one over all, and a rate that divides neither shard nor segment.
 BRANCHES = {"segment_lengths": "16 32 64 128", "dilation_rates": "1 2 3 5"}
@@ -58,6 +61,7 @@ MODELS = {
     "recompute selective": {"recompute_granularity": "selective", "qk_layernorm": True},
     "recompute full": {"recompute_granularity": "full"},
     "whole norms": {"no_sequence_parallel": True, "qk_layernorm": True},
+    "sgd": {**BRANCHES, **SGD},
     "offloaded optimizer": {"deepspeed_config": Path(__file__).parent / "offload.json"},
 }
 
@@ -104,7 +108,7 @@ def cases() -> list[tuple[str, int, str]]:
         found += [(layout, 1, model) for model in models]
         found += [(layout, stage, "tied") for stage in stages[1:]]
         if ranks == 2:
-            for model in ("bf16", "offloaded optimizer"):
+            for model in ("bf16", "sgd", "offloaded optimizer"):
                 found += [(layout, stage, model) for stage in stages[1:]]
     return found
 

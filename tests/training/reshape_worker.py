@@ -2,9 +2,10 @@
 
     reshape_worker.py CORPUS FOLDER [save] [load]
 
-does those of the layouts that have as many ranks as this was started with. "save" leaves
-FOLDER/saved/LAYOUT, and on one rank FOLDER/whole, six steps that nothing interrupts; "load" goes
-on from all of the former, three more steps, and leaves FOLDER/resumed/LAYOUT/FROM.
+does those of the layouts that have as many ranks as this was started with, with each optimizer.
+"save" leaves FOLDER/OPTIMIZER/saved/LAYOUT, and on one rank FOLDER/OPTIMIZER/whole, six steps that
+nothing interrupts; "load" goes on from all of the former, three more steps, and leaves
+FOLDER/OPTIMIZER/resumed/LAYOUT/FROM.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megalong.checkpoint.names import KINDS, tensor_name
+from megalong.checkpoint.names import WEIGHTS, tensor_name
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.config import world_size
 from megalong.config.arguments import parse_arguments
@@ -26,7 +27,7 @@ from megalong.training.run_folder import prepare_run_folder
 from megalong.training.stopping import StopRequest
 from tests.launching import small_run_flags
 from tests.training.meshes import temporary_mesh
-from tests.training.parity_worker import AXES, BRANCHES, OPTIMIZER
+from tests.training.parity_worker import AXES, BRANCHES, OPTIMIZER, SGD
 
 # Layout -> ranks; dp is what the rest leaves, and z the ZeRO stage.
 LAYOUTS = {
@@ -35,6 +36,7 @@ LAYOUTS = {
     "pp2": 2,
     "sp2": 2,
     "dp2-z1": 2,
+    "dp2-z2": 2,
     "dp2-z3": 2,
     "tp2-pp2-sp2": 8,
 }
@@ -46,10 +48,19 @@ MODEL = {**BRANCHES, "hidden_size": 66, "kv_channels": 16, "head_offsets": "laye
 BATCH = {"micro_batch_size": 1, "global_batch_size": 4, "split": "1,0,0"}
 
 
-def pairs() -> list[tuple[str, str]]:
-    """(the layout that loads, the one that saved)."""
-    others = [(to, source) for to in LAYOUTS for source in LAYOUTS if to != source]
-    return [*others, UNEVEN]
+OPTIMIZERS = {"adam": OPTIMIZER, "sgd": SGD}
+
+
+def pairs() -> list[tuple[str, str, str]]:
+    """(the optimizer, the layout that loads, the one that saved): every pair of layouts that Adam
+    can go between, and for the others a way around through all."""
+    layouts = list(LAYOUTS)
+    found = [("adam", to, source) for to in layouts for source in layouts if to != source]
+    found.append(("adam", *UNEVEN))
+    for optimizer in list(OPTIMIZERS)[1:]:
+        found += [(optimizer, to, layouts[number - 1]) for number, to in enumerate(layouts)]
+        found.append((optimizer, *UNEVEN))
+    return found
 
 
 def flags_of(layout: str) -> dict[str, int]:
@@ -76,11 +87,14 @@ def counted_reads():
         CheckpointReader.read = original
 
 
-def assert_nothing_is_read_twice(names, model, mesh):
+def assert_nothing_is_read_twice(names, engine, mesh):
     """The ranks that need the same tensors share the reading of them."""
     of_ranks = [None] * dist.get_world_size(mesh.replica_group)
     dist.all_gather_object(of_ranks, names, group=mesh.replica_group)
-    needed = [tensor_name(kind, name) for name, _ in named_parameters(model) for kind in KINDS]
+    kinds = (WEIGHTS, *engine.optimizer.moments)
+    needed = [
+        tensor_name(kind, name) for name, _ in named_parameters(engine.model) for kind in kinds
+    ]
     assert sorted(name for read in of_ranks for name in read) == sorted(needed)
     assert max(map(len, of_ranks)) - min(map(len, of_ranks)) <= 1
 
@@ -88,8 +102,8 @@ def assert_nothing_is_read_twice(names, model, mesh):
 def main(corpus: str, folder: Path, *what: str) -> None:
     with process_group() as device, StopRequest() as stop:
 
-        def run(layout: str, **changes: object) -> None:
-            flags = OPTIMIZER | STEPS | MODEL | BATCH | flags_of(layout) | changes
+        def run(optimizer: str, layout: str, **changes: object) -> None:
+            flags = OPTIMIZERS[optimizer] | STEPS | MODEL | BATCH | flags_of(layout) | changes
             given = parse_arguments(small_run_flags(Path(corpus), **flags))
             config = given.resolve(world_size())
             prepare_run_folder(config)
@@ -97,21 +111,24 @@ def main(corpus: str, folder: Path, *what: str) -> None:
             with temporary_mesh(config, device) as mesh, counted_reads() as read:
                 trainer = Trainer(config, given, open_run_data(config), checkpoint, mesh, stop)
                 if checkpoint is not None:
-                    assert_nothing_is_read_twice(read, trainer.engine.model, mesh)
+                    assert_nothing_is_read_twice(read, trainer.engine, mesh)
                 trainer.train()
                 trainer.engine.deepspeed.destroy()  # its hooks keep model and groups alive
 
         if "save" in what:
-            if world_size() == 1:
-                run("one", save=folder / "whole")
-            for layout, ranks in LAYOUTS.items():
-                if ranks == world_size():
-                    run(layout, train_iters=3, save=folder / "saved" / layout)
+            for optimizer in OPTIMIZERS:
+                if world_size() == 1:
+                    run(optimizer, "one", save=folder / optimizer / "whole")
+                for layout, ranks in LAYOUTS.items():
+                    if ranks == world_size():
+                        save = folder / optimizer / "saved" / layout
+                        run(optimizer, layout, train_iters=3, save=save)
         if "load" in what:
-            for to, source in pairs():
+            for optimizer, to, source in pairs():
                 if LAYOUTS.get(to, 8) == world_size():
-                    load, save = folder / "saved" / source, folder / "resumed" / to / source
-                    run(to, load=load, save=save, async_save=True)
+                    load = folder / optimizer / "saved" / source
+                    save = folder / optimizer / "resumed" / to / source
+                    run(optimizer, to, load=load, save=save, async_save=True)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,19 @@ def test_contradictions_name_both_values(tmp_path, settings, names):
         assert name in str(error.value)
 
 
+def test_the_optimizer_of_the_flags_is_the_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.FLAGS", [*FLAGS, "--optimizer", "sgd"])
+    same = {"type": "sgd", "params": {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.01}}
+    assert "optimizer" not in merged(tmp_path, {"optimizer": same})
+    for other, names in (
+        ({"type": "AdamW"}, ["AdamW", "--optimizer sgd"]),
+        ({"params": {"momentum": 0.5}}, ["optimizer.params.momentum", "0.5", "--sgd-momentum"]),
+    ):
+        with pytest.raises(UserError) as error:
+            merged(tmp_path, {"optimizer": other})
+        assert all(name in str(error.value) for name in names)
+
+
 def test_a_missing_file_is_named():
     flags = [*FLAGS, "--deepspeed-config", "no.json"]
     with pytest.raises(UserError, match=r"--deepspeed-config no.json: No such file"):
