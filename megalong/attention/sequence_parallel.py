@@ -1,16 +1,16 @@
 """Dilated attention over a sequence that is sharded across ranks: exact, forward and backward.
 
 Every rank holds a contiguous shard. What it attends to within the shard is dilated attention in the
-usual sense (`shards.local_parts`) and runs on the usual backend. For the segments that reach over
-its borders it gets the sparse keys and values of the other ranks (`exchange`) while the local part
-is computing; its own sparse queries attend to them, to those of earlier ranks in full and, where
-attention is causal, to those of later ranks not at all. The parts are merged by log-sum-exp.
-Backward: with the merged output and log-sum-exp every part gives its share of the gradients, and
-those of remote rows go back to their ranks while the local backward is computing.
+usual sense (`shards.local_attention`) and runs on the usual backend. For the segments that reach
+over its borders it gets the sparse keys and values of the other ranks (`sequence_plan`) while the
+local attention is computing; its own sparse queries attend to them, to those of earlier ranks in
+full and, where attention is causal, to those of later ranks not at all. All is merged by
+log-sum-exp. Backward: with the merged output and log-sum-exp each attention gives its share of the
+gradients, and those of remote rows go back to their ranks while the local backward is computing.
 Paper: LongNet (arXiv 2307.02486), section 3.1.
 
 Shape suffixes: b batch, s sequence (the shard's), h query heads, g kv heads, d head_dim, m query
-rows, n key rows, t streams.
+rows, n key rows, t sparse rows (see `remote_rows`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from megalong.attention.dilated_attention import checked_scale, choose_backend
 from megalong.attention.exchange import SequenceGroup
 from megalong.attention.pattern import DilatedPattern
-from megalong.attention.remote_rows import merge
+from megalong.attention.remote_rows import merge, remote_rows
 from megalong.attention.sequence_plan import make_plan
 from megalong.attention.shards import Shards
 
@@ -42,7 +42,7 @@ def sequence_parallel_attention(
 
     Called by all ranks of the sequence group, with shards of equal length: rank p holds the
     positions [p l, (p + 1) l). Equals the slice of dilated_attention on the whole sequence, for
-    any pattern; nothing is approximated. The bytes that go over the network are in `exchange`.
+    any pattern; nothing is approximated. The bytes that go over the network are in `sequence_plan`.
 
     q: (batch, shard, heads, head_dim); k, v: (batch, shard, kv_heads, head_dim).
     sequence: the ranks; its subgroups must hold the sizes `sequence_plan.subgroup_sizes`.
@@ -51,9 +51,10 @@ def sequence_parallel_attention(
     """
     shards = Shards(sequence.rank, sequence.size, q.shape[1])
     scale = checked_scale(q, k, v, pattern, scale)
-    plan = make_plan(pattern, shards, q.shape[2], k.shape[2], bool(causal), q.device)
+    plan = make_plan(pattern, shards, q.shape[2], k.shape[2], bool(causal))
+    remote = remote_rows(plan, q.device)
     out_bshd, lse_bhs = _SequenceParallelAttention.apply(
-        q, k, v, plan, sequence, choose_backend(backend, q), bool(causal), scale
+        q, k, v, plan.local, remote, sequence, choose_backend(backend, q), bool(causal), scale
     )
     return (out_bshd, lse_bhs) if return_lse else out_bshd
 
@@ -62,18 +63,19 @@ class _SequenceParallelAttention(torch.autograd.Function):
     """Keeps q, k, v, output, log-sum-exp and the remote rows; the backends recompute the rest."""
 
     @staticmethod
-    def forward(ctx, q_bshd, k_bsgd, v_bsgd, plan, sequence, backend, causal, scale):
-        ctx.plan, ctx.sequence, ctx.backend = plan, sequence, backend
+    def forward(ctx, q_bshd, k_bsgd, v_bsgd, local, remote, sequence, backend, causal, scale):
+        ctx.local, ctx.remote, ctx.sequence, ctx.backend = local, remote, sequence, backend
         ctx.options = {"causal": causal, "scale": scale}
         with torch.autocast(q_bshd.device.type, enabled=False):
-            arriving = [exchange.start(sequence, k_bsgd, v_bsgd) for exchange, _ in plan.exchanges]
+            arriving = [exchange.start(sequence, k_bsgd, v_bsgd) for exchange in remote]
             out_bshd, lse_bsh = _local_forward(ctx, q_bshd, k_bsgd, v_bsgd)
-            for (_, parts), (rows, work) in zip(plan.exchanges, arriving, strict=True):
+            for exchange, (rows, work) in zip(remote, arriving, strict=True):
                 work.wait()
-                for part in parts:
-                    k_bntd, v_bntd = part.keys(rows)
-                    new = backend.attend_rows(part.queries(q_bshd), k_bntd, v_bntd, scale=scale)
-                    part.merge(out_bshd, lse_bsh, *new)
+                for attention in exchange.attention:
+                    new = backend.attend_rows(
+                        attention.queries(q_bshd), *attention.keys(rows), scale=scale
+                    )
+                    attention.merge(out_bshd, lse_bsh, *new)
         lse_bhs = lse_bsh.transpose(1, 2)
         out_bshd = out_bshd.to(q_bshd.dtype)
         ctx.save_for_backward(
@@ -86,50 +88,50 @@ class _SequenceParallelAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_bshd, _):
         q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, *arrived = ctx.saved_tensors
-        plan, lse_bsh = ctx.plan, lse_bhs.transpose(1, 2)
+        lse_bsh = lse_bhs.transpose(1, 2)
         with torch.autocast(grad_bshd.device.type, enabled=False):
-            returning, remote = [], []
-            for (exchange, parts), rows in zip(plan.exchanges, arrived, strict=True):
+            returning, query_gradients = [], []
+            for exchange, rows in zip(ctx.remote, arrived, strict=True):
                 gradients = torch.zeros_like(rows, dtype=lse_bhs.dtype)
-                for part in parts:
+                for attention in exchange.attention:
                     dq_bmhd, dk_bntd, dv_bntd = ctx.backend.attend_rows_backward(
-                        part.queries(grad_bshd), part.queries(q_bshd), *part.keys(rows),
-                        part.queries(out_bshd), part.queries(lse_bsh).mT,
-                        scale=ctx.options["scale"],
+                        attention.queries(grad_bshd), attention.queries(q_bshd),
+                        *attention.keys(rows), attention.queries(out_bshd),
+                        attention.queries(lse_bsh).mT, scale=ctx.options["scale"],
                     )  # fmt: skip
-                    part.put_keys(gradients, dk_bntd, dv_bntd)
-                    remote.append((part, dq_bmhd))
-                returning.append(exchange.start_back(ctx.sequence, gradients))
+                    attention.put_keys(gradients, dk_bntd, dv_bntd)
+                    query_gradients.append((attention, dq_bmhd))
+                returning.append(exchange.collective.start_back(ctx.sequence, gradients))
 
-            totals = _local_backward(ctx, grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs)
-            for part, dq_bmhd in remote:
-                part.add_queries(totals[0], dq_bmhd)
-            for (exchange, _), (rows, work) in zip(plan.exchanges, returning, strict=True):
+            dq_bshd, dk_bsgd, dv_bsgd = _local_backward(
+                ctx, grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs
+            )
+            for attention, dq_bmhd in query_gradients:
+                attention.add_queries(dq_bshd, dq_bmhd)
+            for exchange, (rows, work) in zip(ctx.remote, returning, strict=True):
                 work.wait()
-                exchange.rows.add_to(totals[1], totals[2], rows)
-        dtype = q_bshd.dtype
-        return (*(total.to(dtype) for total in totals), *[None] * 5)
+                exchange.leaving.add_to(dk_bsgd, dv_bsgd, rows)
+        return (*(x.to(q_bshd.dtype) for x in (dq_bshd, dk_bsgd, dv_bsgd)), *[None] * 6)
 
 
 def _local_forward(ctx, q_bshd, k_bsgd, v_bsgd):
     """Output and log-sum-exp (batch, shard, heads, ...) of the shard's own rows, to be merged into:
     at least float32 where something will be."""
-    plan = ctx.plan
     results = [
         ctx.backend.forward(
-            *(x[:, part.start : part.stop] for x in (q_bshd, k_bsgd, v_bsgd)), part.pattern,
+            *(x[:, piece.start : piece.stop] for x in (q_bshd, k_bsgd, v_bsgd)), piece.pattern,
             **ctx.options, document_starts=None,
         )
-        for part in plan.local
+        for piece in ctx.local
     ]  # fmt: skip
     dtype = results[0][1].dtype
     if len(results) == 1:
         [(out_bshd, lse_bhs)] = results
-        return out_bshd.to(dtype) if plan.exchanges else out_bshd, lse_bhs.mT
+        return out_bshd.to(dtype) if ctx.remote else out_bshd, lse_bhs.mT
     out_bshd = q_bshd.new_zeros(q_bshd.shape, dtype=dtype)
     lse_bsh = q_bshd.new_full(q_bshd.shape[:3], -torch.inf, dtype=dtype)
-    for part, (new_out_bshd, new_lse_bhs) in zip(plan.local, results, strict=True):
-        here = slice(part.start, part.stop)
+    for piece, (new_out_bshd, new_lse_bhs) in zip(ctx.local, results, strict=True):
+        here = slice(piece.start, piece.stop)
         merged = merge(out_bshd[:, here], lse_bsh[:, here], new_out_bshd, new_lse_bhs.mT)
         out_bshd[:, here], lse_bsh[:, here] = merged
     return out_bshd, lse_bsh
@@ -138,23 +140,22 @@ def _local_forward(ctx, q_bshd, k_bsgd, v_bsgd):
 def _local_backward(ctx, grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs):
     """The gradients of q, k and v that come from the shard's own rows, to be added to: at least
     float32 where something will be."""
-    plan = ctx.plan
     shares = [
         ctx.backend.backward(
             *(
-                x[:, part.start : part.stop]
+                x[:, piece.start : piece.stop]
                 for x in (grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd)
             ),
-            lse_bhs[:, :, part.start : part.stop], part.pattern, **ctx.options,
+            lse_bhs[:, :, piece.start : piece.stop], piece.pattern, **ctx.options,
             document_starts=None, mix_gradient="exact",
         )
-        for part in plan.local
+        for piece in ctx.local
     ]  # fmt: skip
     if len(shares) == 1:
-        dtype = lse_bhs.dtype if plan.exchanges else q_bshd.dtype
+        dtype = lse_bhs.dtype if ctx.remote else q_bshd.dtype
         return [gradient.to(dtype) for gradient in shares[0]]
     totals = [torch.zeros_like(x, dtype=lse_bhs.dtype) for x in (q_bshd, k_bsgd, v_bsgd)]
-    for part, gradients in zip(plan.local, shares, strict=True):
+    for piece, gradients in zip(ctx.local, shares, strict=True):
         for total, gradient in zip(totals, gradients, strict=True):
-            total[:, part.start : part.stop] += gradient
+            total[:, piece.start : piece.stop] += gradient
     return totals

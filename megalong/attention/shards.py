@@ -5,12 +5,13 @@ are local. Of a segment that crosses a border, every rank holds some of the spar
 rows attend to each other where they are, and those of the other ranks have to come over.
 Paper: LongNet (arXiv 2307.02486), section 3.1, which says it for one segment of all ranks.
 
-`local_parts` describes the first half as ordinary dilated attention on (pieces of) the shard;
-`crossings` lists the segments of the second half.
+`local_attention` describes the first half as ordinary dilated attention on (pieces of) the shard;
+`crossing_segments` and their `sparse_rows` are what the second half is about.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from megalong.attention.pattern import DilatedPattern
@@ -36,33 +37,58 @@ class Shards:
     def sequence_length(self) -> int:
         return self.count * self.length
 
+    def held(self, positions: range, rank: int) -> range:
+        """Those of the positions that a rank holds."""
+        return between(positions, rank * self.length, (rank + 1) * self.length)
+
+
+def between(positions: range, start: int, stop: int) -> range:
+    """Those of the positions that lie in [start, stop)."""
+    return positions[bisect_left(positions, start) : bisect_left(positions, stop)]
+
 
 @dataclass(frozen=True)
-class LocalPart:
-    """Dilated attention on the positions [start, stop) of the shard, counted from its beginning."""
-
-    start: int
-    stop: int
-    pattern: DilatedPattern
-
-
-@dataclass(frozen=True)
-class Crossing:
-    """A segment [start, stop) of a branch that reaches over a border of this shard."""
+class Segment:
+    """The positions [start, stop) of one segment of a branch."""
 
     branch: int
     start: int
     stop: int
 
-    def ranks(self, length: int) -> range:
-        """The shards, of `length` positions, that hold a part of it."""
-        return range(self.start // length, -(-self.stop // length))
+    def ranks(self, shard_length: int) -> range:
+        """The ranks that hold a part of it."""
+        return range(self.start // shard_length, -(-self.stop // shard_length))
 
-    def rows(self, offset: int, rate: int, start: int, stop: int) -> range:
-        """Its positions that take part in the branch and lie in [start, stop)."""
-        first = self.start + offset
-        first += max(0, -(-(start - first) // rate)) * rate
-        return range(first, max(min(self.stop, stop), first), rate)
+
+@dataclass(frozen=True)
+class SparseRows:
+    """The rows of K and V that one kv head keeps of a segment at one offset (eq. 13-15).
+
+    positions: of the rows, in the whole sequence.
+    heads: the query heads that attend to them, with their own rows at the same positions. With
+        grouped queries several share them.
+    """
+
+    segment: Segment
+    kv_head: int
+    heads: tuple[int, ...]
+    positions: range
+
+
+def sparse_rows(
+    pattern: DilatedPattern, segment: Segment, heads: int, kv_heads: int
+) -> list[SparseRows]:
+    """All that a segment keeps, by kv head and offset."""
+    readers: dict[tuple[int, int], list[int]] = {}
+    for head, offset in enumerate(pattern.offsets(heads, kv_heads)[segment.branch]):
+        readers.setdefault((head // (heads // kv_heads), offset), []).append(head)
+    bounds = segment.start, segment.stop
+    return [
+        SparseRows(
+            segment, kv_head, tuple(those), pattern.sparse_rows(segment.branch, bounds, offset)
+        )
+        for (kv_head, offset), those in readers.items()
+    ]
 
 
 def segment_at(position: int, segment_length: int, sequence_length: int) -> tuple[int, int]:
@@ -71,7 +97,7 @@ def segment_at(position: int, segment_length: int, sequence_length: int) -> tupl
     return start, min(start + segment_length, sequence_length)
 
 
-def crossings(pattern: DilatedPattern, shards: Shards) -> list[Crossing]:
+def crossing_segments(pattern: DilatedPattern, shards: Shards) -> list[Segment]:
     """The segments of all branches that cross a border of this shard: at most two a branch."""
     found = []
     for branch, length in enumerate(pattern.segment_lengths):
@@ -80,39 +106,48 @@ def crossings(pattern: DilatedPattern, shards: Shards) -> list[Crossing]:
             for position in (shards.start, shards.stop - 1)
         )
         found += [
-            Crossing(branch, start, stop)
+            Segment(branch, start, stop)
             for start, stop in ends
             if start < shards.start or stop > shards.stop
         ]
     return found
 
 
-def local_parts(
+@dataclass(frozen=True)
+class LocalAttention:
+    """Dilated attention on the positions [start, stop) of the shard, counted from its beginning."""
+
+    start: int
+    stop: int
+    pattern: DilatedPattern
+
+
+def local_attention(
     pattern: DilatedPattern, shards: Shards, heads: int, kv_heads: int
-) -> list[LocalPart]:
+) -> list[LocalAttention]:
     """What this shard attends to within itself, as dilated attention of its own.
 
-    One part where segment lengths divide the shard length or are multiples of it: a shard inside a
+    One where segment lengths divide the shard length or are multiples of it: a shard inside a
     longer segment is one segment itself, in which the offsets are shifted. Any other length adds
-    two parts, because the first segment of a branch then ends somewhere inside.
+    two, because the first segment of a branch then ends somewhere inside.
     """
-    parts, whole = [], []  # whole: branches that need no cut
+    cut_inside, uncut = [], []
     for (length, rate), offsets in zip(
         pattern.branches, pattern.offsets(heads, kv_heads), strict=True
     ):
         start, _ = segment_at(shards.start, length, shards.sequence_length)
-        into = shards.start - start  # positions of the segment that lie before the shard
-        shifted = tuple((offset - into) % rate for offset in offsets)
-        cut = length - into  # where in the shard the next segment begins
-        if into == 0 or cut >= shards.length:
-            whole.append((length, rate, shifted if into else offsets))
+        before = shards.start - start  # positions of the segment that lie before the shard
+        shifted = tuple((offset - before) % rate for offset in offsets)
+        cut = length - before  # where in the shard the next segment begins
+        if before == 0 or cut >= shards.length:
+            uncut.append((length, rate, shifted if before else offsets))
             continue
         for x, y, table in ((0, cut, shifted), (cut, shards.length, offsets)):
-            parts.append(LocalPart(x, y, DilatedPattern((length,), (rate,), (table,))))
-    if whole:
-        lengths, rates, tables = zip(*whole, strict=True)
-        parts.insert(0, LocalPart(0, shards.length, DilatedPattern(lengths, rates, tables)))
-    return parts
+            cut_inside.append(LocalAttention(x, y, DilatedPattern((length,), (rate,), (table,))))
+    if not uncut:
+        return cut_inside
+    together = DilatedPattern(*zip(*uncut, strict=True))
+    return [LocalAttention(0, shards.length, together), *cut_inside]
 
 
 def pairs_of_rank(pattern: DilatedPattern, shards: Shards, heads: int, kv_heads: int) -> int:
@@ -127,9 +162,9 @@ def pairs_of_rank(pattern: DilatedPattern, shards: Shards, heads: int, kv_heads:
             position = start
             while position < stop:
                 first, end = segment_at(position, width, shards.sequence_length)
-                segment = Crossing(0, first, end)
-                queries = len(segment.rows(offset, rate, position, min(end, stop)))
-                before = len(segment.rows(offset, rate, first, position))
+                rows = range(first + offset, end, rate)
+                queries = len(between(rows, position, stop))
+                before = len(between(rows, first, position))
                 whole = (stop - end) // width if position == first and end <= stop else 0
                 count = 1 + max(0, whole)  # equal segments that follow in the shard
                 pairs += count * (queries * before + queries * (queries + 1) // 2)

@@ -5,15 +5,20 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch._subclasses import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megalong.attention import DilatedPattern
-from megalong.attention.exchange import GatherRows, SendRows
+from megalong.attention.exchange import AllGather, AllToAll, SequenceGroup
+from megalong.attention.remote_rows import remote_rows
+from megalong.attention.sequence_parallel import sequence_parallel_attention
 from megalong.attention.sequence_plan import gathered_rows, make_plan, subgroup_sizes
 from megalong.attention.shards import (
-    Crossing,
+    Segment,
     Shards,
-    crossings,
-    local_parts,
+    crossing_segments,
+    local_attention,
     pairs_of_rank,
     segment_at,
 )
@@ -43,19 +48,44 @@ def test_the_triton_backend_is_sharded_as_well(monkeypatch):
     run(ranks_command(2, WORKER, 6, 5000, "triton"))
 
 
+def test_subgroups_are_consecutive_ranks_of_a_sequence():
+    run_ranks(6, WORKER.replace("sharded", "subgroup"))
+
+
+def test_a_dry_run_of_one_rank_needs_no_other_and_no_numbers():
+    """Fake tensors in a fake process group: nothing on the way asks for a tensor's content."""
+    pattern = DilatedPattern((24, 32, 64), (1, 2, 20))  # one is gathered, two are sent
+    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    try:
+        sequence = SequenceGroup.create(dist.group.WORLD, subgroup_sizes(pattern, 16, 4))
+        with FakeTensorMode():
+            q, k, v = (torch.randn(2, 16, h, 8, requires_grad=True) for h in (4, 2, 2))
+            out = sequence_parallel_attention(q, k, v, pattern, sequence, backend="sdpa")
+            out.sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert out.shape == q.grad.shape == (2, 16, 4, 8)
+    assert k.grad.shape == v.grad.shape == (2, 16, 2, 8)
+
+
 # Four ranks of 16 positions.
 LADDER = DilatedPattern((8, 16, 32, 64), (1, 2, 4, 8))
 
 
 def plan_of(rank, pattern=LADDER, causal=True, heads=4, kv_heads=2):
-    shards = Shards(rank, 4, 16)
-    return make_plan(pattern, shards, heads, kv_heads, causal, torch.device("cpu"))
+    return make_plan(pattern, Shards(rank, 4, 16), heads, kv_heads, causal)
+
+
+def exchange_of(*args, **options):
+    """The only one of a plan: its collective, and the attention to what arrives."""
+    [exchange] = remote_rows(plan_of(*args, **options), torch.device("cpu"))
+    return exchange.collective, exchange.attention
 
 
 def test_one_collective_for_each_size_of_subgroup():
     pattern = DilatedPattern((8, 32, 32, 64, 128), (1, 2, 4, 8, 16))
     for rank in range(4):
-        sizes = [exchange.ranks for exchange, _ in plan_of(rank, pattern).exchanges]
+        sizes = [exchange.collective.ranks for exchange in plan_of(rank, pattern).exchanges]
         assert sizes == [2, 4]
     assert subgroup_sizes(pattern, 16, 4) == [2, 4]
 
@@ -65,31 +95,31 @@ def test_local_branches_exchange_nothing_and_stay_as_they_are():
     for rank in range(4):
         plan = plan_of(rank, pattern)
         assert plan.exchanges == ()
-        [part] = plan.local
-        assert (part.start, part.stop) == (0, 16)
-        assert part.pattern.offsets(4, 2) == pattern.offsets(4, 2)
+        [local] = plan.local
+        assert (local.start, local.stop) == (0, 16)
+        assert local.pattern.offsets(4, 2) == pattern.offsets(4, 2)
 
 
 def test_rows_that_are_rarer_than_shards_go_where_they_are_needed():
     """r > l: most ranks have no row, and nobody is sent what none of its queries sees."""
     pattern = DilatedPattern((64,), (32,), ((0, 1, 2, 3),))
     for rank in range(4):
-        [(exchange, parts)] = plan_of(rank, pattern).exchanges
-        assert isinstance(exchange, SendRows)
+        collective, attention = exchange_of(rank, pattern)
+        assert isinstance(collective, AllToAll)
         # rows 0..3 and 32..35: the third rank's queries see the first rank's rows
-        assert sum(exchange.received) == (4 if rank == 2 else 0)
-        assert sum(exchange.sent) == (4 if rank == 0 else 0)
-        assert len(parts) == (1 if rank == 2 else 0)
+        assert sum(collective.received) == (4 if rank == 2 else 0)
+        assert sum(collective.sent) == (4 if rank == 0 else 0)
+        assert len(attention) == (1 if rank == 2 else 0)
 
 
 def test_earlier_ranks_are_attended_to_in_full_and_later_ones_not_at_all():
     pattern = DilatedPattern((64,), (2,))
     for rank in range(4):
-        [(exchange, parts)] = plan_of(rank, pattern).exchanges
-        assert isinstance(exchange, GatherRows)
-        assert {len(part.key_rows) for part in parts} == ({8 * rank} if rank else set())
-        [(_, parts)] = plan_of(rank, pattern, causal=False).exchanges
-        assert {len(part.key_rows) for part in parts} == {24}
+        collective, attention = exchange_of(rank, pattern)
+        assert isinstance(collective, AllGather)
+        assert {len(a.key_rows) for a in attention} == ({8 * rank} if rank else set())
+        _, attention = exchange_of(rank, pattern, causal=False)
+        assert {len(a.key_rows) for a in attention} == {24}
 
 
 @pytest.mark.parametrize(
@@ -100,16 +130,17 @@ def test_segment_at(position, length, expected):
     assert segment_at(position, length, 64) == expected
 
 
-def test_crossings_are_those_of_the_borders():
-    assert crossings(LADDER, Shards(1, 4, 16)) == [Crossing(2, 0, 32), Crossing(3, 0, 64)]
-    found = crossings(DilatedPattern((13,), (1,)), Shards(1, 4, 16))
-    assert found == [Crossing(0, 13, 26), Crossing(0, 26, 39)]
+def test_crossing_segments_are_those_of_the_borders():
+    found = crossing_segments(LADDER, Shards(1, 4, 16))
+    assert found == [Segment(2, 0, 32), Segment(3, 0, 64)]
+    found = crossing_segments(DilatedPattern((13,), (1,)), Shards(1, 4, 16))
+    assert found == [Segment(0, 13, 26), Segment(0, 26, 39)]
 
 
 def test_a_shard_in_the_middle_of_a_segment_has_shifted_offsets():
-    [part] = local_parts(DilatedPattern((48,), (5,)), Shards(1, 3, 16), heads=3, kv_heads=3)
+    [local] = local_attention(DilatedPattern((48,), (5,)), Shards(1, 3, 16), heads=3, kv_heads=3)
     # 16 positions lie before the shard: those 16 + t with (16 + t) mod 5 = 0, 1, 2
-    assert part.pattern.offsets(3, 3) == ((4, 0, 1),)
+    assert local.pattern.offsets(3, 3) == ((4, 0, 1),)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 
 from megalong.attention import DilatedPattern
-from megalong.attention.exchange import SendRows, SequenceGroup
+from megalong.attention.exchange import AllToAll, SequenceGroup
 from megalong.attention.sequence_parallel import sequence_parallel_attention
 from megalong.attention.sequence_plan import (
     gathered_rows,
@@ -210,11 +210,11 @@ def project(args, ranks: int) -> dict:
 
 def rows_sent(pattern: DilatedPattern, place: Shards, heads: int, kv_heads: int) -> int:
     """Rows of the all-to-all of the branches whose rows are rarer than shards."""
-    plan = make_plan(pattern, place, heads, kv_heads, True, torch.device("cpu"))
+    plan = make_plan(pattern, place, heads, kv_heads, True)
     return sum(
-        max(sum(exchange.sent), sum(exchange.received))
-        for exchange, _ in plan.exchanges
-        if isinstance(exchange, SendRows)
+        max(exchange.leaving.length, exchange.arriving.length)
+        for exchange in plan.exchanges
+        if isinstance(exchange.collective, AllToAll)
     )
 
 

@@ -1,0 +1,210 @@
+"""The plan of a sharded sequence against a brute-force one, which enumerates (branch, query head,
+query position, key position) for every rank. The collectives are played on lists of Python."""
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from megalong.attention import DilatedPattern
+from megalong.attention.exchange import AllGather
+from megalong.attention.remote_rows import remote_rows
+from megalong.attention.sequence_plan import gathered_rows, make_plan
+from megalong.attention.shards import Shards, between
+
+CPU = torch.device("cpu")
+
+
+class Case:
+    """A random pattern on a few shards."""
+
+    def __init__(self, seed: int):
+        draw = random.Random(seed)
+        self.ranks, self.length = draw.randint(1, 8), draw.randint(1, 12)
+        total = self.ranks * self.length
+        widths, rates = [], []
+        for _ in range(draw.randint(1, 3)):
+            spanned = self.length * draw.randint(1, self.ranks)
+            widths.append(draw.choice((spanned, spanned, draw.randint(1, 2 * total))))
+            rates.append(draw.choice((1, 2, 3, draw.randint(1, widths[-1]), self.length + 1)))
+        self.kv_heads = draw.choice((1, 2, 3))
+        self.group = draw.choice((1, 2, 3))
+        self.heads = self.kv_heads * self.group
+        rule = draw.choice(("mod", "block", "layer", "table"))
+        if rule == "table":
+            rule = [[draw.randrange(rate) for _ in range(self.heads)] for rate in rates]
+        self.pattern = DilatedPattern(widths, rates, rule, layer=draw.randint(0, 3))
+        self.causal = draw.random() < 0.6
+
+    def shards(self, rank: int) -> Shards:
+        return Shards(rank, self.ranks, self.length)
+
+    def exchanges(self, rank: int) -> dict:
+        """The number of ranks that gather, or 0 where rows are sent -> the exchange in integers
+        and its index tensors."""
+        plan = make_plan(self.pattern, self.shards(rank), self.heads, self.kv_heads, self.causal)
+        pairs = zip(plan.exchanges, remote_rows(plan, CPU), strict=True)
+        return {
+            getattr(exchange.collective, "ranks", 0): (exchange, rows) for exchange, rows in pairs
+        }
+
+    def pairs(self, rank: int) -> tuple[Counter, Counter]:
+        """(branch, head, query, key) of a rank's queries: with its own keys, and with others'."""
+        own, others = Counter(), Counter()
+        offsets = self.pattern.offsets(self.heads, self.kv_heads)
+        for branch, (width, rate) in enumerate(self.pattern.branches):
+            for head, offset in enumerate(offsets[branch]):
+                for query in range(rank * self.length, (rank + 1) * self.length):
+                    if query % width % rate != offset:
+                        continue
+                    for key in range(self.ranks * self.length):
+                        together = query // width == key // width
+                        kept = together and key % width % rate == offset
+                        if kept and (key <= query or not self.causal):
+                            mine = key // self.length == rank
+                            (own if mine else others)[branch, head, query, key] += 1
+        return own, others
+
+
+def row_list(case: Case, rank: int, rows) -> list:
+    """(position, kv head) of each row that a rank puts in; None is filler."""
+    start, filled = rank * case.length, [False] * len(rows.positions)
+    listed = list(zip((rows.positions + start).tolist(), rows.kv_heads.tolist(), strict=True))
+    for places in rows.distinct:
+        added_at_once = [listed[place] for place in places.tolist()]
+        assert len(set(added_at_once)) == len(added_at_once)
+        for place in places.tolist():
+            assert not filled[place]
+            filled[place] = True
+    return [row if there else None for row, there in zip(listed, filled, strict=True)]
+
+
+def arrived(case: Case, rank: int, size: int) -> list:
+    """What the exchange of a rank brings, of what all its ranks put in."""
+    _, mine = case.exchanges(rank)[size]
+    first = rank // size * size if size else 0
+    lists = []
+    for other in range(first, min(first + size, case.ranks) if size else case.ranks):
+        _, theirs = case.exchanges(other)[size]  # it takes part, or this one waits in vain
+        rows = row_list(case, other, theirs.leaving)
+        if not size:
+            sent = theirs.collective.sent
+            assert sum(sent) == len(rows) and sent[rank] == mine.collective.received[other]
+            rows = rows[sum(sent[:rank]) : sum(sent[: rank + 1])]
+        lists.append(rows)
+    assert len({len(rows) for rows in lists}) == 1 or not size
+    return [row for rows in lists for row in rows]
+
+
+def gathers(case: Case, branch: int) -> bool:
+    """Segments span several whole shards, each with rows."""
+    width, rate = case.pattern.branches[branch]
+    whole = width % case.length == 0 or width >= case.ranks * case.length
+    return whole and width > case.length >= rate and case.ranks > 1
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_every_pair_that_crosses_shards_is_attended_to_once_per_branch(seed):
+    case = Case(seed)
+    for rank in range(case.ranks):
+        shards = case.shards(rank)
+        planned, attended, carried = Counter(), Counter(), Counter()
+        for size, (exchange, rows) in case.exchanges(rank).items():
+            came = arrived(case, rank, size)
+            for block in exchange.arriving.blocks:
+                listed = came[block.places.start : block.places.stop]
+                assert listed == [(key, block.rows.kv_head) for key in block.positions]
+                queries = between(block.rows.positions, shards.start, shards.stop)
+                planned.update(
+                    (block.rows.segment.branch, head, query, key)
+                    for head in block.rows.heads
+                    for query in queries
+                    for key in block.positions
+                )
+                if not size:
+                    branch = block.rows.segment.branch
+                    carried.update((branch, *row) for row in listed)
+            used = []
+            for attention in rows.attention:
+                sharing = len(attention.heads) // attention.key_rows.shape[1]
+                used += attention.key_rows.flatten().tolist()
+                for number, head in enumerate(attention.heads.tolist()):
+                    keys = [came[i] for i in attention.key_rows[:, number // sharing].tolist()]
+                    assert {kv_head for _, kv_head in keys} == {head // case.group}
+                    attended.update(
+                        (head, shards.start + query, key)
+                        for query in attention.query_rows[:, number].tolist()
+                        for key, _ in keys
+                    )
+            assert len(set(used)) == len(used)  # so that gradients can be written there
+            assert size or len(used) == len(came)  # nobody is sent what it does not see
+
+        _, others = case.pairs(rank)
+        assert planned == others
+        assert attended == without_branch(others)
+        seen = {(branch, key, head // case.group) for branch, head, _, key in others}
+        assert carried == Counter(row for row in seen if not gathers(case, row[0]))
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_the_local_attention_has_the_pairs_inside_the_shard(seed):
+    case = Case(seed)
+    for rank in range(case.ranks):
+        plan = make_plan(case.pattern, case.shards(rank), case.heads, case.kv_heads, case.causal)
+        local = Counter()
+        for piece in plan.local:
+            inside = Case(seed)
+            inside.ranks, inside.length, inside.pattern = 1, piece.stop - piece.start, piece.pattern
+            first = rank * case.length + piece.start
+            for (_, head, query, key), count in inside.pairs(0)[0].items():
+                local[head, first + query, first + key] += count
+        assert local == without_branch(case.pairs(rank)[0])
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_what_is_gathered_has_one_place_for_each_row_of_the_fullest_rank(seed):
+    case = Case(seed)
+    offsets = case.pattern.offsets(case.heads, case.kv_heads)
+    for rank in range(case.ranks):
+        expected = Counter()
+        for branch, (width, rate) in enumerate(case.pattern.branches):
+            size = min(width // case.length, case.ranks)
+            members = range(case.ranks)[rank // max(size, 1) * size :][:size]
+            if gathers(case, branch) and len(members) > 1:
+                kept = {(head // case.group, o) for head, o in enumerate(offsets[branch])}
+                expected[size] += len(members) * len(kept) * -(-case.length // rate)
+        lists = {
+            size: exchange.arriving.length
+            for size, (exchange, _) in case.exchanges(rank).items()
+            if isinstance(exchange.collective, AllGather)
+        }
+        assert lists == expected
+        rows = gathered_rows(case.pattern, case.shards(rank), case.heads, case.kv_heads)
+        assert rows == expected.total()
+
+
+def without_branch(pairs: Counter) -> Counter:
+    counts = Counter()
+    for (_, *pair), count in pairs.items():
+        counts[tuple(pair)] += count
+    return counts
+
+
+def test_index_tensors_of_a_dry_run_stay_in_it():
+    """Fake tensors made under a mode, real ones outside of it, whichever came first."""
+    for seed, fake_first in ((3, False), (4, True)):
+        plan = make_plan(DilatedPattern((32,), (2,), layer=seed), Shards(1, 4, 16), 4, 2, True)
+        if not fake_first:
+            real = remote_rows(plan, CPU)
+        for _ in range(2):
+            with FakeTensorMode() as mode:
+                [fake] = remote_rows(plan, CPU)
+                assert remote_rows(plan, CPU)[0] is fake
+                assert fake.leaving.positions.fake_mode is mode
+        if fake_first:
+            real = remote_rows(plan, CPU)
+        assert remote_rows(plan, CPU) is real
+        assert type(real[0].leaving.positions) is torch.Tensor
+        assert real[0].leaving.positions.tolist() == list(range(0, 16, 2)) + list(range(1, 16, 2))
