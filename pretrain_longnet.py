@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
     from megalong.log_filters import filter_library_logs
 
     filter_library_logs()
-    from megalong.parallel import check_precision, launch, watch_ranks
+    from megalong.parallel import check_precision, launch, set_gpu_defaults, watch_ranks
     from megalong.training.deepspeed_config import deepspeed_config
     from megalong.training.loop import Trainer
     from megalong.training.resuming import open_checkpoint
@@ -41,6 +41,7 @@ def main(arguments: list[str]) -> None:
     from megalong.training.run_folder import prepare_run_folder
     from megalong.training.stopping import StopRequest
 
+    set_gpu_defaults()
     check_precision(config.training.precision)
     deepspeed_config(config, config.parallel.data_parallel_size(world_size()))
     data = open_run_data(config)

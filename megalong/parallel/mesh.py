@@ -124,6 +124,9 @@ def process_group(timeout_minutes: int = 10) -> Iterator[torch.device]:
     Under torchrun or the deepspeed launcher the environment names the ranks; a plain `python` run
     is a group of one. NCCL and one GPU per process where there are GPUs, gloo otherwise. A
     collective that takes longer than `timeout_minutes` is an error.
+
+    DeepSpeed binds the group to the GPU (PyTorch's `device_id`), so that NCCL connects at once, and
+    the groups that are made later are split off the first by ncclCommSplit.
     """
     import deepspeed
 
@@ -148,8 +151,13 @@ def process_group(timeout_minutes: int = 10) -> Iterator[torch.device]:
         )
         try:
             yield torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-        finally:
-            dist.destroy_process_group()
+        except BaseException:
+            # NCCL's farewell waits for collectives that the other ranks may never join. The end of
+            # the process does not, and the error has to be told before the watch ends all ranks.
+            if not on_gpu:
+                dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -164,6 +172,9 @@ def build_mesh(config: Config, device: torch.device) -> Iterator[Mesh]:
         context_parallel_size=parallel.sequence_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_size(config.model),
         distributed_timeout_minutes=config.run.distributed_timeout_minutes,
+        # For Megatron-core's own optimizer and checkpoints. Under NCCL they would also break the
+        # splitting of communicators, in which ranks outside of a group take part as well.
+        create_gloo_process_groups=False,
     )
     try:
         random.seed(seed)

@@ -4,6 +4,9 @@ A rank that dies leaves the others in a collective that will never finish. gloo 
 connection; NCCL inside a node notices nothing and waits out its time limit. So each rank keeps one
 idle connection to rank 0, which the kernel closes when the process at its end dies, however it
 dies, and which keep-alive probes close when a whole node falls silent. Rank 0 tells the others.
+
+All that takes less time than PyTorch gives a process between an error of NCCL and its abort
+(`gpu_environment`), so that what comes first is the line that says which rank it was.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from megalong.errors import UserError
 LEAVING, FAILING = b"leaving\n", b"failing\n"
 LOST = "lost"  # rank 0's news: this word and a name, or "failed" and a name
 OWN_WORDS = 10.0  # seconds for a rank to say itself what another rank has failed of
+KEEP_ALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # seconds, and probes
 NEWS_BEHIND_ERROR = 3.0  # seconds in which the news of a lost rank follows a failed collective
 
 
@@ -32,7 +36,7 @@ NEWS_BEHIND_ERROR = 3.0  # seconds in which the news of a lost rank follows a fa
 def watch_ranks() -> Iterator[None]:
     """Inside, the death of any rank of the process group ends this one too, with exit code 1.
 
-    A UserError carries its whole message; any other error may be the consequence of a lost peer.
+    A UserError carries its whole message; any other error may be the consequence of a lost rank.
     """
     if dist.get_world_size() == 1:
         yield
@@ -190,8 +194,8 @@ def _first_of_node() -> bool:
 
 
 def _keep_alive(connection: socket.socket) -> None:
-    """Have the kernel give a silent peer up after half a minute, where it can be told to."""
+    """Have the kernel give up a rank that falls silent, where it can be told when to."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+    for option, value in KEEP_ALIVE.items():
         if hasattr(socket, option):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
