@@ -91,7 +91,6 @@ def _chunk(
 def transformer_config(config: Config) -> TransformerConfig:
     """Megatron-core's configuration object for ours."""
     model, parallel = config.model, config.parallel
-    fused = use_gpu()
     return TransformerConfig(
         # Not the context-parallel size: of the sequence axis Megatron-core knows the group alone.
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -128,7 +127,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         gradient_accumulation_fusion=False,  # writes to main_grad, which DeepSpeed does not have
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
-        bias_activation_fusion=fused and model.add_bias_linear,
+        # Megatron-core's fused GELU is the approximation by tanh; the exact one is ours everywhere.
+        bias_activation_fusion=use_gpu() and model.add_bias_linear and model.swiglu,
         persist_layer_norm=False,
     )
 

@@ -1,7 +1,8 @@
 """The Megatron-core layer spec of LongNet: a GPT layer whose core attention is dilated.
 
-Everything else of the layer is Megatron-core's own: Transformer Engine modules where they are
-installed and there is a GPU, apex's fused LayerNorm where that is installed, else PyTorch's.
+Everything else of the layer is Megatron-core's own, but for the norms: apex's fused LayerNorm where
+that is installed and there is a GPU, else PyTorch's. With `--transformer-impl transformer_engine`
+or `auto` the modules are Transformer Engine's.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from megatron.core.fusions.fused_layer_norm import HAVE_FUSED_LAYER_NORM, FusedLayerNorm
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -27,12 +27,13 @@ from megalong.attention.exchange import SequenceGroup
 from megalong.device import use_gpu
 from megalong.errors import UserError
 from megalong.model.core_attention import DenseCoreAttention, DilatedCoreAttention
+from megalong.model.norms import LayerNorm, RMSNorm
 
 
 def get_longnet_layer_spec(
     pattern: DilatedPattern | None,
     normalization: str = "RMSNorm",
-    transformer_impl: str = "auto",
+    transformer_impl: str = "local",
     sequence: SequenceGroup | None = None,
     qk_layernorm: bool = False,
 ) -> ModuleSpec:
@@ -63,7 +64,7 @@ def get_longnet_layer_spec(
 def get_longnet_block_spec(
     config: TransformerConfig,
     pattern: DilatedPattern | None,
-    transformer_impl: str = "auto",
+    transformer_impl: str = "local",
     sequence: SequenceGroup | None = None,
     chunk: int | None = None,
 ) -> TransformerBlockSubmodules:
@@ -95,7 +96,7 @@ class _TorchNorm:
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float, **unused: Any):
-        norm = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}[config.normalization]
+        norm = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}[config.normalization]
         return norm(hidden_size, eps=eps)
 
 

@@ -8,7 +8,8 @@ import torch
 from megalong.config import ModelConfig
 from megalong.config.arguments import parse_arguments
 from megalong.errors import UserError
-from megalong.model.build import build_model, initialize_weights
+from megalong.model import norms
+from megalong.model.build import build_model, initialize_weights, transformer_config
 from megalong.model.names import canonical_name, named_parameters
 from megalong.model.parameters import count_parameters, decays, parameters
 from megalong.model.rotary import LongRotaryEmbedding
@@ -53,6 +54,30 @@ def test_one_full_branch_is_the_vanilla_transformer(tokens, build):
     dense, _ = build(attention="dense")
     dilated, _ = build(segment_lengths=LENGTH, dilation_rates=1)
     torch.testing.assert_close(logits(dilated, tokens), logits(dense, tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_every_norm_can_norm_in_pieces(build):
+    for normalization, kind in (("RMSNorm", norms.RMSNorm), ("LayerNorm", norms.LayerNorm)):
+        model, _ = build(normalization=normalization, qk_layernorm=True)
+        plain = torch.nn.RMSNorm, torch.nn.LayerNorm
+        found = [type(module) for module in model.modules() if isinstance(module, plain)]
+        assert found == [kind] * 9  # four in each of two layers, and the last
+
+
+def test_gelu_is_the_exact_one_also_on_a_gpu(build, monkeypatch):
+    """Megatron-core's fused path for a GELU with a bias takes the approximation by tanh."""
+    flags = {"no_swiglu": True, "add_bias_linear": True}
+    model, config = build(**flags)
+    mlp, x = model.chunks[0].decoder.layers[0].mlp, torch.linspace(-4, 4, 64).expand(3, 1, 64)
+    hidden = x @ mlp.linear_fc1.weight.T * 50
+    mlp.linear_fc1.weight.data *= 50
+    expected = torch.nn.functional.gelu(hidden) @ mlp.linear_fc2.weight.T
+    for gpu in (False, True):
+        monkeypatch.setattr("megalong.model.build.use_gpu", lambda gpu=gpu: gpu)
+        mlp.config = transformer_config(config)
+        torch.testing.assert_close(mlp(x)[0], expected, rtol=1e-5, atol=1e-6)
+        gated = transformer_config(resolved(add_bias_linear=True))
+        assert gated.bias_activation_fusion == gpu  # SwiGLU is the same function in either path
 
 
 @pytest.mark.parametrize(
