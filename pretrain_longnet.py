@@ -15,16 +15,16 @@ A run small enough for a laptop's CPU, on the data that `make quickstart` leaves
 `--help` lists all flags; `--config FILE.yaml` takes the same from a file.
 """
 
-import os
 import sys
-import time
+from functools import partial
 
-from megalong.config import world_size
-from megalong.config.arguments import parse_arguments
-from megalong.errors import UserError
+from megalong.command_line import run
 
 
 def main(arguments: list[str]) -> None:
+    from megalong.config import world_size
+    from megalong.config.arguments import parse_arguments
+
     given = parse_arguments(arguments, description=__doc__)
     config = given.resolve(world_size())
 
@@ -56,12 +56,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        # Every rank finds a wrong flag, and one of them should say so: the launcher ends the others
-        # when the first process is gone. What only this rank has found, it says all the same.
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(partial(main, sys.argv[1:]))

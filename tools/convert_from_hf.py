@@ -13,36 +13,34 @@ default ladder).
 Further flags are those of pretrain_longnet.py, for instance --tokenizer-type and --head-offsets.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from megalong.config.arguments import build_parser, read_yaml
-from megalong.hf.importing import import_model, read_config
-from megalong.log_filters import filter_library_logs
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
+
+from megalong.command_line import ArgumentParser, run
 
 
-def main() -> int:
-    filter_library_logs()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> None:
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--input", type=Path, required=True, help="folder with config.json and safetensors")
     add("--output", type=Path, required=True, help="run folder to write; must not hold anything")
     args, others = parser.parse_known_args()
-    try:
-        changes = vars(build_parser().parse_args(others))
-        if "config" in changes:
-            changes = read_yaml(changes.pop("config")) | changes
-        if "segment_lengths" in changes:
-            changes.setdefault("attention", "dilated")
-        elif read_config(args.input).get("model_type") != "longnet":
-            changes.setdefault("attention", "dense")
-        checkpoint, config = import_model(args.input, args.output, changes)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    from megalong.config.arguments import build_parser, read_yaml
+    from megalong.log_filters import filter_library_logs
+
+    filter_library_logs()
+    from megalong.hf.importing import import_model, read_config
+
+    changes = vars(build_parser().parse_args(others))
+    if "config" in changes:
+        changes = read_yaml(changes.pop("config")) | changes
+    if "segment_lengths" in changes:
+        changes.setdefault("attention", "dilated")
+    elif read_config(args.input).get("model_type") != "longnet":
+        changes.setdefault("attention", "dense")
+    checkpoint, config = import_model(args.input, args.output, changes)
     attention = config.attention.attention
     if attention == "dilated":
         branches = config.attention.pattern().branches
@@ -58,8 +56,7 @@ def main() -> int:
         f"go on with: pretrain_longnet.py --config {args.output}/flags.yaml --load {args.output}"
         " --save OTHER --data-path PREFIX --lr 1e-5 --lr-warmup-iters 100, or what suits the model"
     )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -8,20 +8,17 @@ sharded safetensors, the configuration, the model's code, the tokenizer, and a m
 where the model comes from. It is written aside and renamed, and never over one that is there.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
+
+from megalong.command_line import ArgumentParser, run
 from megalong.hf.configs import DTYPES
-from megalong.hf.exporting import export
-from megalong.log_filters import filter_library_logs
 
 
-def main() -> int:
-    filter_library_logs()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> None:
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--load", type=Path, required=True, help="run folder, or one of its iter_* folders")
     add("--output", type=Path, required=True, help="folder to write; must not exist")
@@ -31,25 +28,25 @@ def main() -> int:
     add("--no-tokenizer", action="store_true", help="write no tokenizer files")
     add("--no-verify-checkpoint", action="store_true", help="do not look at its hashes first")
     args = parser.parse_args()
-    try:
-        result = export(
-            args.load,
-            args.output,
-            args.dtype,
-            args.max_shard_size,
-            args.tokenizer_model,
-            not args.no_tokenizer,
-            not args.no_verify_checkpoint,
-        )
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    from megalong.log_filters import filter_library_logs
+
+    filter_library_logs()
+    from megalong.hf.exporting import export
+
+    result = export(
+        args.load,
+        args.output,
+        args.dtype,
+        args.max_shard_size,
+        args.tokenizer_model,
+        not args.no_tokenizer,
+        not args.no_verify_checkpoint,
+    )
     print(
         f"{args.output}: iteration {result['iteration']:,}, {result['parameters']} in"
         f" {result['files']} files"
     )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

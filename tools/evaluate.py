@@ -10,31 +10,30 @@ tools/convert_to_hf.py writes, or a Llama's. Writes evaluation.json and evaluati
 different lengths, tokenizers (bits per byte) and models can be compared.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import torch
-
+from megalong.command_line import ArgumentParser, run
 from megalong.data.documents import find_files
+from megalong.errors import UserError
 from megalong.hf.configs import DTYPES
-from megalong.hf.evaluation import evaluate_texts, passkey
-from megalong.hf.loaded_model import LoadedModel, load_model
-from megalong.log_filters import filter_library_logs
-from megalong.position_losses import position_edges
-from megalong.progress import progress_bar
+
+if TYPE_CHECKING:
+    from megalong.hf.loaded_model import LoadedModel
+
+FEW_TOKENS = 10_000  # below, chance alone moves a perplexity by some percent
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--model", type=Path, required=True, help="checkpoint, run folder or Transformers folder")
     add("--input", nargs="*", default=[], help="text files, folders or globs; a file is a document")
@@ -44,43 +43,54 @@ def parse_arguments() -> argparse.Namespace:
     add("--passkey-depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0])
     add("--passkey-trials", type=int, default=5, help="trials of each length and depth")
     add("--output", type=Path, required=True, help="folder for evaluation.json and .png")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--overwrite", action="store_true", help="replace an earlier evaluation in --output")
+    add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     add("--dtype", choices=DTYPES, default="float32")
     add("--tokenizer-model", help="where the tokenizer of a megalong checkpoint is now")
     args = parser.parse_args()
     if not args.input and not args.passkey_lengths:
-        parser.error("nothing to do: give --input, or --passkey-lengths, or both")
+        raise UserError("nothing to do: give --input, or --passkey-lengths, or both")
     if min([*args.context_lengths, args.passkey_trials]) < 1:
-        parser.error("--context-lengths and --passkey-trials must be at least 1")
+        raise UserError("--context-lengths and --passkey-trials must be at least 1")
     if not all(0 <= depth <= 1 for depth in args.passkey_depths):
-        parser.error("--passkey-depths must lie between 0 and 1")
+        raise UserError("--passkey-depths must lie between 0 and 1")
+    if (args.output / "evaluation.json").exists() and not args.overwrite:
+        raise UserError(
+            f"--output {args.output} holds an evaluation already: choose another folder, or set"
+            " --overwrite"
+        )
     return args
 
 
-def main() -> int:
-    filter_library_logs()
+def main() -> None:
     args = parse_arguments()
-    try:
-        files = find_files(args.input)
-        texts = [_read(Path(file), args.max_bytes) for file in files]
-        if args.input and not any(texts):
-            raise ValueError("--input: the files are empty")
-        loaded = load_model(args.model, args.device, DTYPES[args.dtype], args.tokenizer_model)
-        results = _evaluate(loaded, texts, args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    texts = [_read(Path(file), args.max_bytes) for file in find_files(args.input)]
+    if args.input and not any(texts):
+        raise UserError("--input: the files are empty")
+    from megalong.log_filters import filter_library_logs
+
+    filter_library_logs()
+    import torch
+
+    from megalong.hf.loaded_model import load_model
+
+    loaded = load_model(args.model, args.device, getattr(torch, args.dtype), args.tokenizer_model)
+    results = evaluate(loaded, texts, args)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
     plot(results, args.output / "evaluation.png")
-    return 0
 
 
 def _read(path: Path, max_bytes: int | None) -> str:
     return path.read_bytes()[:max_bytes].decode("utf-8", errors="ignore")
 
 
-def _evaluate(loaded: LoadedModel, texts: list[str], args: argparse.Namespace) -> dict:
+def evaluate(loaded: LoadedModel, texts: list[str], args: argparse.Namespace) -> dict:
+    """Every measurement that the flags ask for, printed as it is made."""
+    from megalong.hf.evaluation import evaluate_texts, passkey
+    from megalong.position_losses import position_edges
+    from megalong.progress import progress_bar
+
     results = {"model": str(args.model), "dtype": args.dtype, "texts": [], "passkey": []}
     if texts:
         size = sum(len(text.encode()) for text in texts)
@@ -93,6 +103,12 @@ def _evaluate(loaded: LoadedModel, texts: list[str], args: argparse.Namespace) -
                 f"context {context}: perplexity {result['perplexity']:.3f},"
                 f" {result['bits_per_byte']:.4f} bits per byte, {result['tokens']} tokens",
                 flush=True,
+            )
+        if result["tokens"] < FEW_TOKENS:
+            print(
+                f"hint: --input has only {result['tokens']:,} tokens to predict, too few to tell"
+                f" good models apart: give it at least {FEW_TOKENS:,}",
+                file=sys.stderr,
             )
     for length in args.passkey_lengths:
         for depth in args.passkey_depths:
@@ -108,14 +124,14 @@ def _evaluate(loaded: LoadedModel, texts: list[str], args: argparse.Namespace) -
 
 def plot(results: dict, path: Path) -> None:
     """The loss by position at each context length, and the passkeys found, side by side."""
+    from matplotlib.figure import Figure
+
     panels = [name for name in ("texts", "passkey") if results[name]]
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(7 * len(panels), 4.5), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(7 * len(panels), 4.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for name, axis in zip(panels, axes[0], strict=True):
         {"texts": _plot_positions, "passkey": _plot_passkeys}[name](axis, results[name])
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _plot_positions(axis, results: list[dict]) -> None:
@@ -147,4 +163,4 @@ def _plot_passkeys(axis, results: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

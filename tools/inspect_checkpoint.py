@@ -7,43 +7,47 @@ Names, shapes and number formats; iteration and tokens; the layout that saved it
 may load; the configuration. --verify compares every file with its hash.
 """
 
-import argparse
+from __future__ import annotations
+
 import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megalong.checkpoint.folder import being_read, find_checkpoint
-from megalong.checkpoint.manifest import Manifest, check_files, check_share
-from megalong.checkpoint.names import WEIGHTS, parameter_of
-from megalong.checkpoint.reading import CheckpointReader
-from megalong.checkpoint.texts import read_config_text, read_settings
-from megalong.errors import UserError
-from megalong.progress import human_bytes
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
+
+from megalong.command_line import ArgumentParser, run
+
+if TYPE_CHECKING:
+    from megalong.checkpoint.manifest import Manifest
+    from megalong.checkpoint.reading import CheckpointReader
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run folder")
     parser.add_argument("--verify", action="store_true", help="compare every file with its hash")
     arguments = parser.parse_args()
-    try:
-        checkpoint = find_checkpoint(arguments.checkpoint)
-        manifest = Manifest.read(checkpoint)
-        with being_read(checkpoint):
-            show(CheckpointReader(checkpoint), manifest)
-            if arguments.verify:
-                check_files(checkpoint)
-                check_share(checkpoint, manifest)
-                print(f"sound: all {len(manifest.files)} files are what was written")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    from megalong.checkpoint.folder import being_read, find_checkpoint
+    from megalong.checkpoint.manifest import Manifest, check_files, check_share
+    from megalong.checkpoint.reading import CheckpointReader
+
+    checkpoint = find_checkpoint(arguments.checkpoint)
+    manifest = Manifest.read(checkpoint)
+    with being_read(checkpoint):
+        show(CheckpointReader(checkpoint), manifest)
+        if arguments.verify:
+            check_files(checkpoint)
+            check_share(checkpoint, manifest)
+            print(f"sound: all {len(manifest.files)} files are what was written")
 
 
 def show(reader: CheckpointReader, manifest: Manifest) -> None:
     """Print all there is to know."""
+    from megalong.checkpoint.names import WEIGHTS, parameter_of
+    from megalong.checkpoint.texts import read_config_text, read_settings
+    from megalong.progress import human_bytes
+
     progress, settings = reader.progress(), read_settings(reader.checkpoint)
     sizes = {name: math.prod(entry.size) for name, entry in reader.tensors.items()}
     parameters = sum(size for name, size in sizes.items() if parameter_of(name, WEIGHTS))
@@ -75,4 +79,4 @@ def layout(settings: dict, ranks: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

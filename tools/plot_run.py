@@ -5,34 +5,33 @@
 reads RUN/metrics.jsonl and writes loss_curve.png and loss_by_position.png (into RUN by default).
 """
 
-import argparse
+import sys
 from pathlib import Path
 
-import matplotlib
-import yaml
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from megalong.training.metrics import read_metrics
+from megalong.command_line import ArgumentParser, run
+from megalong.errors import UserError
 
 TRAINING_COLOR, HELD_OUT_COLORS = "#4878a8", {"validation": "#c85a3c", "test": "#5a8f4e"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(__doc__)
     parser.add_argument("run", type=Path, help="run folder, with metrics.jsonl")
     parser.add_argument("--output", type=Path, help="folder for the plots (default: the run's)")
     arguments = parser.parse_args()
+    import yaml
+
+    from megalong.training.metrics import read_metrics
+
     metrics, resolved = arguments.run / "metrics.jsonl", arguments.run / "config.yaml"
     for file in (metrics, resolved):
         if not file.exists():
-            parser.error(f"{file}: no such file; a run with --save {arguments.run} writes it")
+            raise UserError(f"{file}: no such file; a run with --save {arguments.run} writes it")
     records = read_metrics(metrics)
     if not records:
-        parser.error(f"{metrics}: no records yet")
+        raise UserError(f"{metrics}: no records yet")
     config = yaml.safe_load(resolved.read_text())
     output = arguments.output or arguments.run
     output.mkdir(parents=True, exist_ok=True)
@@ -42,8 +41,11 @@ def main() -> None:
 
 def plot_loss_curve(records: list[dict], path: Path) -> None:
     """Training loss against tokens seen, with the held-out losses as points."""
+    from matplotlib.figure import Figure
+
     training = [r for r in records if "split" not in r]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     axes.plot(
         [r["consumed_tokens"] for r in training],
         [r["loss"] for r in training],
@@ -59,7 +61,6 @@ def plot_loss_curve(records: list[dict], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def plot_loss_by_position(records: list[dict], config: dict, path: Path) -> None:
@@ -68,7 +69,10 @@ def plot_loss_by_position(records: list[dict], config: dict, path: Path) -> None
     held_out = {r["split"]: r for r in records if "split" in r}  # the last of each split
     if not held_out:
         return
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     for split, record in held_out.items():
         edges = [max(edge, 2) for edge in record["position_edges"]]  # zero has no logarithm
         axes.stairs(
@@ -90,8 +94,7 @@ def plot_loss_by_position(records: list[dict], config: dict, path: Path) -> None
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -8,24 +8,30 @@ writes data/stdlib_text_document.bin, .idx, and .json (counts, tokenizer); train
 (.jsonl, .json), one document a line, and anything else as plain text, one document a file; .gz of
 either. What is broken is named on standard error, skipped and counted; --strict makes it an error.
 The output has its final name only when it is complete. It does not depend on --workers.
-Exit status: 0, or 1 after an error (nothing is written then).
+Exit status: 0, or 2 after an error (nothing is written then).
 """
+
+from __future__ import annotations
 
 import argparse
 import os
 import signal
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megalong.data.documents import find_files
-from megalong.data.preprocess import Summary, TokenizingTask, preprocess
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
+
+from megalong.command_line import ArgumentParser, run
 from megalong.data.tokenizer import TOKENIZERS
-from megalong.progress import human_bytes, progress_bar
+from megalong.errors import UserError
+
+if TYPE_CHECKING:
+    from megalong.data.preprocess import Summary
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="files, folders, or glob patterns")
     add(
@@ -49,11 +55,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--strict", action="store_true", help="stop at the first broken document")
     args = parser.parse_args()
     if args.workers < 1:
-        parser.error("--workers must be at least 1")
+        raise UserError("--workers must be at least 1")
     return args
 
 
 def print_summary(summary: Summary) -> None:
+    from megalong.progress import human_bytes
+
     for part in summary.keys.values():
         print(
             f"{part.prefix}: {part.documents:,} documents, {part.tokens:,} tokens, "
@@ -68,8 +76,12 @@ def print_summary(summary: Summary) -> None:
     )
 
 
-def main() -> int:
+def main() -> int | None:
     args = parse_arguments()
+    from megalong.data.documents import find_files
+    from megalong.data.preprocess import TokenizingTask, preprocess
+    from megalong.progress import progress_bar
+
     # A scheduler's SIGTERM ends the run the ordinary way, which removes the partial files.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     task = TokenizingTask(
@@ -91,15 +103,12 @@ def main() -> int:
                 strict=args.strict,
                 progress=progress,
             )
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
     print_summary(summary)
-    return 0
+    return None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -8,25 +8,28 @@ text comes back unchanged), ends documents with <eod>, and the same input gives 
 Use it with --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
+from megalong.command_line import ArgumentParser, run
 from megalong.data.documents import BrokenDocument, find_files, raw_documents, texts
-from megalong.data.tokenizer import SentencePieceTokenizer
-from megalong.data.tokenizer_training import sample_chunks, train_sentencepiece
-from megalong.progress import progress_bar
+from megalong.errors import UserError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="files, folders, or glob patterns")
     add("--output-prefix", required=True, help="writes PREFIX.model")
@@ -50,9 +53,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--verbose", action="store_true", help="show the library's own log")
     args = parser.parse_args()
     if args.max_bytes <= 0:
-        parser.error("--max-bytes must be positive")
+        raise UserError("--max-bytes must be positive")
     if not 0 < args.character_coverage <= 1:
-        parser.error("--character-coverage must be in (0, 1]")
+        raise UserError("--character-coverage must be in (0, 1]")
     return args
 
 
@@ -72,35 +75,31 @@ def read_texts(files: list[str], json_keys: list[str], progress: tqdm) -> Iterat
             progress.update(document.size)
 
 
-def main() -> int:
+def main() -> None:
     args = parse_arguments()
+    from megalong.data.tokenizer import SentencePieceTokenizer
+    from megalong.data.tokenizer_training import sample_chunks, train_sentencepiece
+    from megalong.progress import progress_bar
+
     start = time.monotonic()
     output = Path(args.output_prefix + ".model")
-    try:
-        if output.exists() and not args.overwrite:
-            raise FileExistsError(f"{output} exists: choose another --output-prefix or --overwrite")
-        files = find_files(args.input)
-        with progress_bar(sum(map(os.path.getsize, files)), "B", "reading") as progress:
-            found = read_texts(files, args.json_keys, progress)
-            chunks = sample_chunks(found, args.max_bytes, args.seed)
-        model = train_sentencepiece(
-            chunks,
-            args.vocab_size,
-            character_coverage=args.character_coverage,
-            verbose=args.verbose,
-        )
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = output.with_name(output.name + ".partial")
-        temporary.write_bytes(model)
-        os.replace(temporary, output)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if output.exists() and not args.overwrite:
+        raise UserError(f"{output} exists: choose another --output-prefix or --overwrite")
+    files = find_files(args.input)
+    with progress_bar(sum(map(os.path.getsize, files)), "B", "reading") as progress:
+        found = read_texts(files, args.json_keys, progress)
+        chunks = sample_chunks(found, args.max_bytes, args.seed)
+    model = train_sentencepiece(
+        chunks, args.vocab_size, character_coverage=args.character_coverage, verbose=args.verbose
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(output.name + ".partial")
+    temporary.write_bytes(model)
+    os.replace(temporary, output)
     tokenizer = SentencePieceTokenizer(str(output))
     seconds = time.monotonic() - start
     print(f"{output}: {tokenizer.vocab_size} ids, end of document {tokenizer.eod}, {seconds:.1f} s")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -9,7 +9,6 @@ the rest held out) holds out a fair sample of the library and not its last folde
 Deterministic for a given Python version.
 """
 
-import argparse
 import json
 import os
 import random
@@ -17,6 +16,11 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
+
+from megalong.command_line import ArgumentParser, run
+from megalong.errors import UserError
 
 SHUFFLE_SEED = 1234
 
@@ -80,10 +84,8 @@ def records(library: Path, max_bytes: int | None) -> Iterator[dict[str, str]]:
         yield {"text": text, "path": path.relative_to(library).as_posix()}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> None:
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--output", type=Path, required=True, help="the JSON-lines file to write")
     parser.add_argument("--max-bytes", type=int, help="stop before the texts exceed so many bytes")
     args = parser.parse_args()
@@ -99,13 +101,11 @@ def main() -> int:
             size += len(record["text"].encode())
     if not files:
         temporary.unlink()
-        print(f"error: no Python source below --max-bytes {args.max_bytes}", file=sys.stderr)
-        return 1
+        raise UserError(f"no Python source below --max-bytes {args.max_bytes}")
     os.replace(temporary, args.output)
     version = ".".join(map(str, sys.version_info[:3]))
     print(f"{args.output}: {files} files, {size:,} bytes (standard library of Python {version})")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

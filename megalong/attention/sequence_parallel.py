@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from megalong.attention.dilated_attention import checked_scale, choose_backend
+from megalong.attention.dilated import checked_scale, choose_backend
 from megalong.attention.exchange import SequenceGroup
 from megalong.attention.pattern import DilatedPattern
 from megalong.attention.remote_rows import merge, remote_rows

@@ -24,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from megalong.command_line import ArgumentParser
 from megalong.config import Config, flag_name
 from megalong.errors import UserError
 
@@ -44,12 +45,7 @@ def parse_arguments(arguments: list[str], description: str | None = None) -> Con
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """The parser: one group of flags per section; a flag that is not given leaves no trace."""
-    parser = _Parser(
-        description=description,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ArgumentParser(description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument(
         "--config", metavar="FILE.yaml", help="settings by flag name; flags given beside it win"
     )
@@ -62,12 +58,6 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     for setting in _settings().values():
         _add_flag(groups[setting.section], setting)
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        """One line, like every other mistake, instead of the usage of fifty flags."""
-        raise UserError(f"{message}; --help lists all flags")
 
 
 def _add_flag(group: Any, setting: _Setting) -> None:

@@ -5,15 +5,19 @@ table makes decoding exact (concatenate the bytes) and says how many bytes each 
 that bits per byte can be computed for any set of predicted tokens.
 """
 
+from __future__ import annotations
+
 import json
 import re
 import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from megalong.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SENTENCEPIECE_SPACE = "\u2581"  # SentencePiece writes a space as this character
 EOD_PIECE = "<eod>"
@@ -22,7 +26,7 @@ EOD_PIECE = "<eod>"
 _LOSSLESS_PROBE = " a  b\tc\n\n    d\r\n e\u0301 \u00e9\u3042\U0001f600\u2581\u2047\0 "
 
 
-def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None = None) -> "Tokenizer":
+def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None = None) -> Tokenizer:
     """Builds a tokenizer.
 
     tokenizer_type: "SentencePieceTokenizer" (tokenizer_model: the .model file),
@@ -89,6 +93,8 @@ class Tokenizer(ABC):
 
     def token_bytes(self) -> np.ndarray:
         """int32 (vocab_size,): the number of UTF-8 bytes that each id stands for."""
+        import numpy as np
+
         return np.array([len(piece) for piece in self.pieces], dtype=np.int32)
 
 

@@ -6,9 +6,7 @@ and compute. Exit code 0 where training can work, 1 otherwise.
 
 from __future__ import annotations
 
-import argparse
-import sys
-
+from megalong.command_line import ArgumentParser, run
 from megalong.doctor.checks import Finding, all_checks, can_train
 
 
@@ -23,9 +21,7 @@ def report(section: str, findings: list[Finding]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m megalong.doctor", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.parse_args()
+    ArgumentParser(__doc__, prog="python -m megalong.doctor").parse_args()
     everything = []
     for section, findings in all_checks():
         report(section, findings)
@@ -39,4 +35,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -179,7 +179,7 @@ def attention_backends() -> list[Finding]:
 
     import torch
 
-    from megalong.attention.dilated_attention import AUTO, BACKENDS
+    from megalong.attention.dilated import AUTO, BACKENDS
     from megalong.device import use_gpu
 
     device = "cuda" if use_gpu() else "cpu"

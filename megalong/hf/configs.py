@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from megalong.config import Config
 from megalong.data.tokenizer import Tokenizer
 from megalong.errors import UserError
 
-# Transformers' names of number formats, and of training's --precision.
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Transformers' and torch's names of number formats, and what training's --precision is of them.
+DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_OF_PRECISION = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 AUTO_MAP = {

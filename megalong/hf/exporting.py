@@ -19,7 +19,7 @@ from megalong.config import Config
 from megalong.data.tokenizer import build_tokenizer
 from megalong.disk import written_aside
 from megalong.errors import UserError
-from megalong.hf.configs import AUTO_MAP, DTYPE_OF_PRECISION, DTYPES, longnet_config
+from megalong.hf.configs import AUTO_MAP, DTYPE_OF_PRECISION, longnet_config
 from megalong.hf.model_card import model_card
 from megalong.hf.names import Entry, check_names, check_shape, entries
 from megalong.model.parameters import count_parameters
@@ -61,7 +61,7 @@ def export(
         else:
             tokenizer = build_tokenizer(config.data.tokenizer_type, tokenizer_model)
         table = entries(config.model, tokenizer.vocab_size)
-        files = _write_weights(checkpoint, table, DTYPES[dtype], shard_bytes, folder)
+        files = _write_weights(checkpoint, table, getattr(torch, dtype), shard_bytes, folder)
         parameters = count_parameters(config.model, tokenizer.vocab_size)
         provenance = _provenance(checkpoint, config)
         fields = longnet_config(config, tokenizer)

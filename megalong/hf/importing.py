@@ -71,7 +71,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"--input {folder}: no config.json; give a folder of Transformers")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"--input {path}: not JSON: {error}") from error
 
 
 def import_model(source: Path, run_folder: Path, changes: dict[str, Any]) -> tuple[Path, Config]:

@@ -33,16 +33,24 @@ class LoadedModel:
     first: int
 
 
-def load_model(path: Path, device: str, dtype: torch.dtype, tokenizer_model: str | None = None):
+def load_model(
+    path: Path, device: str | None, dtype: torch.dtype, tokenizer_model: str | None = None
+) -> LoadedModel:
     """A megalong checkpoint (or run folder), or a folder of Transformers.
 
+    device: None is the GPU where there is one.
     tokenizer_model: where the tokenizer of a megalong checkpoint is now.
-    Raises UserError, ValueError or OSError where it cannot be read.
+    Raises UserError where it cannot be read.
     """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: there is no GPU here that PyTorch can use")
     if (path / "config.json").exists():
-        return _load_folder(path, device, dtype)
+        try:
+            return _load_folder(path, device, dtype)
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path}: {error}") from error
     if not is_checkpoint_or_run(path):
         raise UserError(
             f"{path} is not a checkpoint, a run folder with a file `latest`, or a folder of"

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 from megalong.attention import DilatedPattern, dilated_attention
-from megalong.attention.dilated_attention import _backward_operator, _operator
+from megalong.attention.dilated import _backward_operator, _operator
 
 NAMES = ("grouped", "documents", "detached", "whole-megatron-layout", "head-dim-large")
 CORNERS = [case for case in corners() if case.name in NAMES]

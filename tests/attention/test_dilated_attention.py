@@ -5,7 +5,7 @@ import torch
 from attention_cases import assert_agree, corners, random_case, run_backend, run_reference
 
 from megalong.attention import DilatedPattern, dense_attention, dilated_attention
-from megalong.attention.dilated_attention import BACKEND_VARIABLE, choose_backend
+from megalong.attention.dilated import BACKEND_VARIABLE, choose_backend
 
 PATTERN = DilatedPattern((8, 16, 32), (1, 2, 4))
 

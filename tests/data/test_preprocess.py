@@ -138,7 +138,7 @@ def test_broken_documents_are_named_counted_and_left_out(tmp_path, run_tool):
 
     before = names(tmp_path)
     done = run_tool(TOOL, *arguments, "--overwrite", "--strict")
-    assert done.returncode == 1 and f"error: {path}:2: not valid JSON" in done.stderr
+    assert done.returncode == 2 and f"error: {path}:2: not valid JSON" in done.stderr
     assert names(tmp_path) == before  # the earlier output is untouched
 
 
@@ -181,7 +181,7 @@ def test_existing_output_is_refused_or_replaced(tmp_path, run_tool):
     assert run_tool(TOOL, *arguments).returncode == 0
     write_jsonl(path, [{"text": "new"}])
     done = run_tool(TOOL, *arguments)
-    assert done.returncode == 1 and "out_text_document.bin exists" in done.stderr
+    assert done.returncode == 2 and "out_text_document.bin exists" in done.stderr
     tokenizer = build_tokenizer("ByteTokenizer")
     assert read_texts(tmp_path / "out_text_document", tokenizer) == ["old"]
     assert run_tool(TOOL, *arguments, "--overwrite").returncode == 0
@@ -191,7 +191,7 @@ def test_existing_output_is_refused_or_replaced(tmp_path, run_tool):
 def test_bad_input_is_one_clear_error(tmp_path, run_tool):
     def failure(*arguments) -> str:
         done = run_tool(TOOL, "--output-prefix", tmp_path / "out" / "x", *arguments)
-        assert done.returncode == 1 and "Traceback" not in done.stderr and not done.stdout
+        assert done.returncode == 2 and "Traceback" not in done.stderr and not done.stdout
         assert not names(tmp_path / "out")
         return done.stderr.splitlines()[-1]
 
@@ -261,7 +261,7 @@ def test_a_dead_worker_does_not_hang_the_parent(tmp_path, long_job):
     process, _ = long_job
     os.kill(workers_of(process.pid)[0], signal.SIGKILL)
     _, stderr = process.communicate(timeout=20)
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert "error: a tokenizing worker died near " in stderr and "Traceback" not in stderr
     assert not names(tmp_path / "out")
 
@@ -280,5 +280,5 @@ def test_a_stopped_run_cleans_up(tmp_path, long_job, sent, status):
 def test_two_runs_do_not_write_the_same_output(tmp_path, long_job, run_tool):
     process, arguments = long_job
     done = run_tool(TOOL, *arguments)
-    assert done.returncode == 1 and "another process is writing" in done.stderr
+    assert done.returncode == 2 and "another process is writing" in done.stderr
     assert process.poll() is None and names(tmp_path / "out") == {"x_text_document.bin.partial"}

@@ -28,5 +28,5 @@ def test_max_bytes_and_order(tmp_path, corpus, corpus_texts, run_tool):
     run_tool(TOOL, "--output", tmp_path / "again.jsonl", "--max-bytes", 1_000_000)
     assert (tmp_path / "again.jsonl").read_bytes() == corpus.read_bytes()
     done = run_tool(TOOL, "--output", tmp_path / "none.jsonl", "--max-bytes", 1)
-    assert done.returncode == 1 and "--max-bytes" in done.stderr
+    assert done.returncode == 2 and "--max-bytes" in done.stderr
     assert not list(tmp_path.glob("none*"))

@@ -80,7 +80,7 @@ def test_inputs_of_every_kind_and_no_library_log(tmp_path, corpus, corpus_texts,
 def test_errors(tmp_path, corpus, tokenizer_model, run_tool):
     def failure(*arguments) -> str:
         done = run_tool(TOOL, *arguments)
-        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert done.returncode == 2 and "Traceback" not in done.stderr
         return done.stderr.splitlines()[-1]
 
     new = ("--output-prefix", tmp_path / "t")

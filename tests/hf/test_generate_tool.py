@@ -1,21 +1,10 @@
 """Text comes out whole, whatever the tokens are that it comes in."""
 
-import importlib.util
-
 import pytest
 import torch
 
+from megalong.hf.generation import Printer
 from megalong.hf.loaded_model import LoadedModel
-from tests.launching import REPOSITORY
-
-
-@pytest.fixture(scope="module")
-def generate():
-    """tools/generate.py as a module."""
-    spec = importlib.util.spec_from_file_location("generate", REPOSITORY / "tools" / "generate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("prompt", [b"prompt \xe2\x82\xac", b""])
@@ -29,10 +18,10 @@ def generate():
         b"",
     ],
 )
-def test_tokens_of_a_byte_each(generate, capsys, prompt, content):
+def test_tokens_of_a_byte_each(capsys, prompt, content):
     content = content.encode() if isinstance(content, str) else content
     decode = lambda tokens: bytes(tokens).decode(errors="replace")  # noqa: E731
-    printer = generate.Printer(LoadedModel(None, None, decode, first=0))
+    printer = Printer(LoadedModel(None, None, decode, first=0))
     printer.put(torch.tensor([[0, *prompt]]))
     assert capsys.readouterr().out == prompt.decode()
     for byte in content:

@@ -104,7 +104,7 @@ def test_the_exported_quickstart(place):
     exported = place / "runs" / "quickstart-hf"
     again = tool("convert_to_hf.py", "--load", place / "runs" / "quickstart",
                  "--output", exported, check=False)  # fmt: skip
-    assert again.returncode == 1 and "is there already" in again.stderr
+    assert again.returncode == 2 and "is there already" in again.stderr
     tokenizer = AutoTokenizer.from_pretrained(exported)
     model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True)
     inputs = tokenizer("def main(", return_tensors="pt")
@@ -124,7 +124,7 @@ def test_checkpoint_and_export_write_alike(place):
     )
     assert ours == theirs and ours.startswith("import os\n") and len(ours) > 30
     refused = tool("generate.py", "--model", place / "runs", "--prompt", "x", check=False)
-    assert refused.returncode == 1 and "not a checkpoint" in refused.stderr
+    assert refused.returncode == 2 and "not a checkpoint" in refused.stderr
 
 
 def test_checkpoint_and_export_are_evaluated_alike(place, text_file, tmp_path):

@@ -7,6 +7,7 @@ import sys
 
 import pretrain_longnet
 from megalong.checkpoint import saving
+from megalong.errors import UserError
 
 LARGEST = 100_000  # bytes: metrics fit, tensors do not
 
@@ -29,7 +30,7 @@ if __name__ == "__main__":
     limit_files(2)
     try:
         pretrain_longnet.main(sys.argv[1:])
-    except pretrain_longnet.USER_ERRORS as error:
+    except UserError as error:
         if os.environ["RANK"] == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -17,7 +17,7 @@ from attention_cases import assert_agree, corners, random_case, run_backend, run
 from triton.runtime import interpreter
 
 from megalong.attention import DilatedPattern, dilated_attention
-from megalong.attention.dilated_attention import choose_backend
+from megalong.attention.dilated import choose_backend
 from megalong.attention.triton import launch, tile_sizes
 from megalong.attention.triton.rows import attend_rows, attend_rows_backward
 

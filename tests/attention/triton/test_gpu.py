@@ -13,7 +13,7 @@ import torch
 from attention_cases import Case, assert_agree, corners, random_case, run_backend, run_reference
 
 from megalong.attention import DilatedPattern, dilated_attention
-from megalong.attention.dilated_attention import choose_backend
+from megalong.attention.dilated import choose_backend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 

@@ -1,0 +1,125 @@
+"""Every command: `--help` without torch, one line for a mistake, one where packages are missing."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from megalong.attention import __all__ as attention_names
+from megalong.command_line import ArgumentParser, run
+from megalong.errors import UserError
+from tests.launching import REPOSITORY
+
+# Each with arguments that are in order as far as the parser sees.
+COMMANDS = {
+    "pretrain_longnet.py": "--data-path x --tokenizer-type ByteTokenizer",
+    "tools/convert_from_hf.py": "--input x --output y",
+    "tools/convert_to_hf.py": "--load x --output y",
+    "tools/evaluate.py": "--model x --passkey-lengths 9 --output y",
+    "tools/generate.py": "--model x --prompt a",
+    "tools/inspect_checkpoint.py": "x",
+    "tools/plot_run.py": "x",
+    "tools/preprocess_data.py": "--input {file} --output-prefix y",
+    "tools/train_tokenizer.py": "--input {file} --output-prefix y --vocab-size 9",
+    "examples/quickstart/report.py": "x",
+}
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """A Python that has the repository neither installed nor on its path."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=kept | environment, cwd="/", capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def test_every_tool_is_tried_here():
+    tools = {f"tools/{path.name}" for path in (REPOSITORY / "tools").glob("*.py")}
+    assert tools == {command for command in COMMANDS if command.startswith("tools/")}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_imports_no_torch(command):
+    probe = (
+        "import os, runpy, sys; sys.argv = sys.argv[1:]\n"
+        "sys.path.insert(0, os.path.dirname(sys.argv[0]))\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "slow = {'torch', 'transformers', 'matplotlib', 'megatron', 'deepspeed'} & {*sys.modules}\n"
+        "assert not slow, slow"
+    )
+    done = python("-c", probe, str(REPOSITORY / command), "--help")
+    assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+
+
+def test_the_configuration_imports_no_torch():
+    probe = (
+        "import sys, megalong.config.arguments as arguments\n"
+        "arguments.parse_arguments(sys.argv[1:])\n"
+        "assert not {'torch', 'numpy'} & {*sys.modules}"
+    )
+    flags = COMMANDS["pretrain_longnet.py"].split()
+    done = python("-c", probe, *flags, PYTHONPATH=str(REPOSITORY))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if "report" not in name])
+def test_missing_packages_are_one_line(command, tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    arguments = COMMANDS[command].format(file=tmp_path / "a.txt").split()
+    # -S leaves out what is installed.
+    done = python("-S", str(REPOSITORY / command), *arguments)
+    assert done.returncode == 2 and not done.stdout
+    assert re.fullmatch(r"error: \w+ is not installed for .*(activate|\[hf\]).*\n", done.stderr)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_wrong_flag_is_one_line(command):
+    done = python(str(REPOSITORY / command), "--no-such-flag", *COMMANDS[command].split())
+    assert done.returncode == 2 and not done.stdout
+    assert re.fullmatch(r"error: .*--no-such-flag.*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (UserError("--lr is 0"), "error: --lr is 0\n"),
+        (FileNotFoundError(2, "No such file or directory", "x"), "error: x: No such file or dir"),
+        (ModuleNotFoundError("...", name="transformers.models"), "error: transformers is not inst"),
+    ],
+)
+def test_what_the_user_can_mend(error, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(lambda: (_ for _ in ()).throw(error))
+    assert end.value.code == 2 and capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("bug"), ConnectionError("lost"), ModuleNotFoundError("...", name="megalong.bug")],
+)
+def test_everything_else_shows_its_traceback(error):
+    with pytest.raises(type(error)) as raised:
+        run(lambda: (_ for _ in ()).throw(error))
+    assert raised.value is error
+
+
+def test_exit_statuses():
+    for status, code in ((None, None), (0, 0), (130, 130)):
+        with pytest.raises(SystemExit) as end:
+            run(lambda status=status: status)
+        assert end.value.code == code
+    with pytest.raises(UserError, match=r"--a.*--help lists all flags"):
+        ArgumentParser("x").parse_args(["--a"])
+
+
+def test_names_of_the_attention_room_are_not_hidden_by_its_files():
+    import megalong.attention
+
+    files = {path.stem for path in (REPOSITORY / "megalong" / "attention").glob("*.py")}
+    assert not files & {*attention_names} and {*attention_names} <= {*dir(megalong.attention)}
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        megalong.attention.nothing  # noqa: B018
