@@ -40,11 +40,13 @@ def main(arguments: list[str]) -> None:
     from megalong.training.run_data import open_run_data
     from megalong.training.run_folder import prepare_run_folder
     from megalong.training.stopping import StopRequest
+    from megalong.training.weights_and_biases import check_wandb
 
     set_gpu_defaults()
     check_precision(config.training.precision)
     deepspeed_config(config, config.parallel.data_parallel_size(world_size()))
     data = open_run_data(config)
+    check_wandb(config)
     prepare_run_folder(config)
     checkpoint = open_checkpoint(config)
     with (

@@ -7,6 +7,7 @@ its collectives never meet those of the training.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -38,6 +39,7 @@ class Saver:
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
+        self.durable_at: float | None = None  # time.perf_counter(), of the last one written
 
     def __enter__(self) -> Saver:
         return self
@@ -84,6 +86,7 @@ class Saver:
             write_checkpoint(checkpoint, tensors, texts_of(progress, self._config), self._group)
         except OSError as error:
             raise UserError(_failure(run, checkpoint, error)) from error
+        self.durable_at = time.perf_counter()
         if dist.get_rank() == 0:
             self._announce(f"saved {checkpoint}")
             self._remove_old(checkpoint)

@@ -63,7 +63,7 @@ class Config:
         resolved.parallel.check(
             model, training.global_batch_size, resolved.num_microbatches(data_parallel_size)
         )
-        resolved.run.check()
+        resolved.run.check(training.train_iters, world_size)
         resolved.data.check()
         return resolved
 

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 
-from megalong.config.flags import flag, flag_name, require_positive
+from megalong.config.flags import flag, flag_name, require_more_than_zero, require_positive
 from megalong.errors import UserError
 
 
@@ -38,6 +38,17 @@ class RunConfig:
     tensorboard_dir: str | None = flag(
         None, "TensorBoard folder (default: tensorboard/ in the run folder)"
     )
+    wandb_project: str | None = flag(None, "project on Weights & Biases (needs the package wandb)")
+    wandb_exp_name: str | None = flag(None, "name of the run there (default: wandb chooses one)")
+    peak_tflops: float | None = flag(
+        None,
+        "peak TFLOP/s of one device, of which MFU is a share (default: from a table; of a CPU"
+        " measured)",
+    )
+    profile: bool = flag(False, "trace some iterations with torch.profiler, into the run folder")
+    profile_step_start: int = flag(10, "with --profile: first iteration in the trace")
+    profile_step_end: int = flag(12, "with --profile: first iteration after it")
+    profile_ranks: tuple[int, ...] = flag((0,), "with --profile: ranks that are traced", item=int)
     exit_duration_in_mins: int | None = flag(
         None, "minutes after which the run saves a checkpoint and ends, as it does on SIGTERM"
     )
@@ -46,13 +57,20 @@ class RunConfig:
     )
 
     def resolve(self) -> RunConfig:
-        """The same with the TensorBoard folder filled in."""
+        """These settings with the TensorBoard folder filled in."""
         if self.tensorboard_dir is not None or self.save is None:
             return self
         return dataclasses.replace(self, tensorboard_dir=os.path.join(self.save, "tensorboard"))
 
-    def check(self) -> None:
-        """Raise UserError where these settings contradict each other."""
+    def check(self, train_iters: int, world_size: int) -> None:
+        """Raise UserError where these settings contradict each other, or a run of so many
+        iterations on so many ranks."""
+        self._check_checkpoints()
+        self._check_reports()
+        if self.profile:
+            self._check_profile(train_iters, world_size)
+
+    def _check_checkpoints(self) -> None:
         require_positive(
             self, "save_interval", "log_interval", "eval_interval", "distributed_timeout_minutes"
         )
@@ -79,3 +97,34 @@ class RunConfig:
             raise UserError(
                 f"--eval-iters {self.eval_iters} must not be negative; 0 is the whole split"
             )
+
+    def _check_reports(self) -> None:
+        if self.peak_tflops is not None:
+            require_more_than_zero(self, "peak_tflops")
+        if self.wandb_exp_name is not None and self.wandb_project is None:
+            raise UserError(
+                f"--wandb-exp-name {self.wandb_exp_name} names a run in a project: set"
+                " --wandb-project, or leave it out"
+            )
+
+    def _check_profile(self, train_iters: int, world_size: int) -> None:
+        start, end = self.profile_step_start, self.profile_step_end
+        if self.save is None:
+            raise UserError("--profile writes a trace into the run folder: set --save")
+        if not 1 <= start < end:
+            raise UserError(
+                f"--profile-step-start {start} and --profile-step-end {end} are the first iteration"
+                " that is traced and the first after it, counted from 1: set --profile-step-end"
+                f" {max(start, 1) + 2}" + (" and --profile-step-start 1" if start < 1 else "")
+            )
+        if start > train_iters:
+            raise UserError(
+                f"--profile-step-start {start} is after the last iteration, --train-iters"
+                f" {train_iters}: lower it, and --profile-step-end"
+            )
+        for rank in self.profile_ranks:
+            if not 0 <= rank < world_size:
+                raise UserError(
+                    f"--profile-ranks {rank}: the {world_size} ranks of this launch are numbered"
+                    " from 0"
+                )

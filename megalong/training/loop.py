@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from megalong.checkpoint.progress import Progress
@@ -14,22 +13,22 @@ from megalong.checkpoint.reading import CheckpointReader
 from megalong.checkpoint.saving import Saver
 from megalong.config import Config
 from megalong.data.batches import (
+    Batch,
     evaluation_batches,
     num_evaluation_batches,
     training_batches,
 )
 from megalong.errors import UserError
 from megalong.model.build import build_model
-from megalong.model.parameters import count_parameters
 from megalong.parallel.mesh import Mesh
-from megalong.position_losses import position_edges
-from megalong.progress import clock, progress_bar
+from megalong.progress import progress_bar
 from megalong.training.engine import StepResult, TrainingEngine
 from megalong.training.engine_state import load_checkpoint, progress_to_save, tensors_to_save
-from megalong.training.evaluation import Evaluation, evaluate
+from megalong.training.evaluation import evaluate
 from megalong.training.learning_rate import learning_rate
-from megalong.training.metrics import MetricsLog
-from megalong.training.resuming import check_agreement, other_ways, sound_checkpoint
+from megalong.training.profiling import Profiler
+from megalong.training.reports import Reports, say
+from megalong.training.resuming import check_agreement, sound_checkpoint
 from megalong.training.run_data import RunData
 from megalong.training.run_folder import leave_unfinished, open_run_folder, same_folder
 from megalong.training.stopping import FAILED_SAVE, Stopped, StopRequest
@@ -68,23 +67,45 @@ class Trainer:
         resumes = checkpoint is not None and same_folder(config.run.load, config.run.save)
         self.saved_iteration = self.progress.iteration if resumes else None
         self.saver = Saver(config, say)
-        self.metrics = MetricsLog(config, self.progress.iteration) if mesh.is_main else None
-        self._announce(checkpoint)
+        self.reports = Reports(config, data, mesh, self.saver, self.progress)
+        self.profiler = Profiler(config, mesh, say, self.reports.meter.pause)
+        self.reports.announce(checkpoint, self.progress)
 
     def train(self) -> None:
         """Train from where the run stands to `--train-iters`, then evaluate.
 
         A run that is asked to stop saves a checkpoint and returns early.
         """
-        with self.saver, self.metrics or contextlib.nullcontext():
+        with self.saver, self.reports:
             try:
-                self._train()
+                with self.profiler:
+                    self._train()
             except Stopped as request:
                 self._end_early(str(request))
 
     def _train(self) -> None:
         training, run = self.config.training, self.config.run
-        batches = training_batches(
+        batches = self.reports.meter.timed(self._training_batches())
+        if self.progress.iteration:
+            self._evaluate_if_due(self.progress.iteration)
+        self.reports.begin()
+        while self.progress.iteration < training.train_iters:
+            iteration = self.progress.iteration + 1
+            rate = learning_rate(iteration, training)
+            with self.profiler.iteration(iteration):
+                result = self.engine.train_step(batches, rate)
+            self.reports.meter.step()
+            self._advance(iteration, result)
+            if self._due(iteration, run.log_interval):
+                self._log(rate, result)
+            self._check_stop()
+            if run.save is not None and self._due(iteration, run.save_interval):
+                self._save()
+            self._evaluate_if_due(iteration)
+
+    def _training_batches(self) -> Iterator[Batch]:
+        training = self.config.training
+        return training_batches(
             self.data.train,
             # A run that goes on with longer sequences goes on at the same place of the stream.
             consumed_samples=-(-self.progress.consumed_tokens // self.config.model.seq_length),
@@ -94,25 +115,6 @@ class Trainer:
             data_parallel_size=self.mesh.data_parallel_size,
             sequence_range=self.mesh.sequence_range(self.config.model.seq_length),
         )
-        start, first_iteration = time.perf_counter(), self.progress.iteration
-        seconds = []  # of the steps since the last log
-        if first_iteration:
-            self._evaluate_if_due(first_iteration)
-        while self.progress.iteration < training.train_iters:
-            iteration = self.progress.iteration + 1
-            rate = learning_rate(iteration, training)
-            step_start = time.perf_counter()
-            result = self.engine.train_step(batches, rate)
-            seconds.append(time.perf_counter() - step_start)
-            self._advance(iteration, result)
-            if self._due(iteration, run.log_interval):
-                pace = (time.perf_counter() - start) / (iteration - first_iteration)
-                self._log(rate, result, seconds, pace * (training.train_iters - iteration))
-                seconds = []
-            self._check_stop()
-            if run.save is not None and self._due(iteration, run.save_interval):
-                self._save()
-            self._evaluate_if_due(iteration)
 
     def _end_early(self, reason: str) -> None:
         """Save what there is, and say how to go on. An evaluation under way is made again then."""
@@ -120,14 +122,9 @@ class Trainer:
         if save is not None and iteration != self.saved_iteration:
             self._save()
         self.saver.wait()
-        if not self.mesh.is_main:
-            return
-        what = f"stopped by {reason} after iteration {iteration}"
-        if save is None:
-            say(f"{what}; without --save nothing is kept")
-            return
-        leave_unfinished(self.config, what)
-        say(f"{what}; the same command with --load {save} goes on from there")
+        if self.mesh.is_main and save is not None:
+            leave_unfinished(self.config, f"stopped by {reason} after iteration {iteration}")
+        self.reports.stopped(reason, iteration)
 
     def _check_stop(self) -> None:
         if self.saver.failed:
@@ -155,42 +152,16 @@ class Trainer:
     def _due(self, iteration: int, interval: int) -> bool:
         return iteration % interval == 0 or iteration == self.config.training.train_iters
 
-    def _log(
-        self, rate: float, result: StepResult, seconds: list[float], seconds_left: float
-    ) -> None:
-        """Log the iterations since the last log, which took `seconds` each, and forget them."""
-        progress = self.progress
-        self.progress = dataclasses.replace(progress, losses=[])
-        if not self.mesh.is_main:
-            return
-        loss = sum(progress.losses) / len(progress.losses)
-        tokens_per_second = self.engine.tokens_per_step * len(seconds) / sum(seconds)
-        record = {
-            "iteration": progress.iteration,
-            "consumed_samples": progress.consumed_samples,
-            "consumed_tokens": progress.consumed_tokens,
-            "loss": loss,
-            "learning_rate": rate,
-            "grad_norm": result.grad_norm,
-            "tokens_per_second": tokens_per_second,
-        }
-        traffic = self.engine.take_traffic()
-        if traffic:
-            record["traffic"] = traffic
-        self.metrics.training(record)
-        norm = "skipped" if result.grad_norm is None else f"{result.grad_norm:.3f}"
-        say(
-            f"iteration {progress.iteration}/{self.config.training.train_iters}"
-            f" | loss {loss:.4f} | lr {rate:.3e} | grad norm {norm}"
-            f" | {tokens_per_second:,.0f} tokens/s | {clock(seconds_left)} left"
-        )
+    def _log(self, rate: float, result: StepResult) -> None:
+        """Report the iterations since the last log, and forget their losses."""
+        self.reports.iterations(self.progress, rate, result, self.engine.take_traffic())
+        self.progress = dataclasses.replace(self.progress, losses=[])
 
     def _save(self) -> None:
-        if self.metrics is not None:
-            self.metrics.make_durable()
-        self.saver.wait()  # before there is a second copy in memory
-        progress = progress_to_save(self.engine, self.progress)
-        self.saver.save(progress, tensors_to_save(self.engine, self.config))
+        with self.reports.saving():
+            self.saver.wait()  # before there is a second copy in memory
+            progress = progress_to_save(self.engine, self.progress)
+            self.saver.save(progress, tensors_to_save(self.engine, self.config))
         self.saved_iteration = self.progress.iteration
 
     def _evaluate_if_due(self, iteration: int) -> None:
@@ -229,63 +200,6 @@ class Trainer:
                 bar.update()
                 self._check_stop()
 
-            result = evaluate(self.engine, batches, self.data.token_bytes, self.mesh, on_batch)
-        if self.mesh.is_main:
-            self._report(iteration, split, result)
-
-    def _report(self, iteration: int, split: str, result: Evaluation) -> None:
-        self.metrics.evaluation(
-            {
-                "iteration": iteration,
-                "split": split,
-                "consumed_tokens": self.progress.consumed_tokens,
-                "loss": result.loss,
-                "perplexity": result.perplexity,
-                "bits_per_byte": result.bits_per_byte,
-                "tokens": result.tokens,
-                "position_edges": position_edges(self.config.model.seq_length),
-                "loss_by_position": result.loss_by_position,
-            }
-        )
-        say(
-            f"{split} at iteration {iteration} | loss {result.loss:.4f}"
-            f" | perplexity {result.perplexity:.2f} | {result.bits_per_byte:.3f} bits per byte"
-            f" | {result.tokens:,} tokens"
-        )
-
-    def _announce(self, checkpoint: Path | None) -> None:
-        if not self.mesh.is_main:
-            return
-        attention, training = self.config.attention, self.config.training
-        branches = zip(attention.segment_lengths, attention.dilation_rates, strict=True)
-        mesh, parallel = self.mesh, self.config.parallel
-        parameters = count_parameters(self.config.model, self.data.tokenizer.vocab_size)
-        say(
-            f"{parameters}, {training.precision}, on {mesh.world_size}"
-            f" {mesh.device.type} ranks: sequence {mesh.sequence.size} x tensor"
-            f" {mesh.tensor_parallel_size} x pipeline {mesh.pipeline_parallel_size} x data"
-            f" {mesh.data_parallel_size}, ZeRO {parallel.zero_stage}"
-        )
-        if attention.attention == "dilated":
-            ladder = ", ".join(f"{length}/{rate}" for length, rate in branches)
-            say(f"dilated attention, segment length/dilation rate: {ladder}")
-        else:
-            say("dense attention")
-        say(
-            f"{training.train_iters:,} iterations of {training.global_batch_size:,} sequences of"
-            f" {self.config.model.seq_length:,} tokens; one epoch is"
-            f" {self.data.train.tokens_per_epoch:,} tokens"
-        )
-        if checkpoint is not None:
-            say(f"resuming from {checkpoint}")
-            for line in other_ways(checkpoint, self.config):
-                say(line)
-        elif self.config.run.load is not None:
-            say(f"no checkpoint in {self.config.run.load} yet: starting at the beginning")
-        if self.progress.iteration >= training.train_iters:
-            say(f"--train-iters {training.train_iters} are done: evaluating only")
-
-
-def say(line: str) -> None:
-    """One line to the terminal, at once."""
-    print(line, file=sys.stdout, flush=True)
+            with self.reports.meter.pause():
+                result = evaluate(self.engine, batches, self.data.token_bytes, self.mesh, on_batch)
+        self.reports.evaluation(self.progress, split, result)

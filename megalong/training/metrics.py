@@ -1,80 +1,138 @@
-"""Where a run's numbers go: metrics.jsonl and TensorBoard."""
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol
 
 from megalong.config import Config
+from megalong.model.flops import PARTS
+from megalong.training.weights_and_biases import WandbBoard
+
+TRAINING_CURVES = (
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_second",
+    "mfu",
+    "mfu_dense_equivalent",
+    "data_share",
+    "peak_memory_bytes",
+    "peak_reserved_bytes",
+    "save_seconds",
+    "save_blocking_seconds",
+)
+HELD_OUT_CURVES = ("loss", "perplexity", "bits_per_byte")
 
 
 class MetricsLog:
-    """Writes records to `metrics.jsonl` in the run folder and to TensorBoard.
+    """Writes records to `metrics.jsonl` in the run folder, and their curves to the boards.
 
-    One JSON object a line. Training records have iteration, consumed_samples, consumed_tokens,
-    loss, learning_rate, grad_norm, tokens_per_second; evaluations have iteration, split,
-    consumed_tokens, loss, perplexity, bits_per_byte, tokens, position_edges, loss_by_position.
-    One training record of a run has traffic: what the main process sent and received in a step, by
-    axis and collective (`megalong.parallel.traffic`).
+    One JSON object a line. Training records, the means of the iterations since the last, have
+        iteration, consumed_samples, consumed_tokens, loss, learning_rate, grad_norm,
+        tokens_per_second;
+        mfu, mfu_dense_equivalent: share of all ranks' peak FLOP/s that the model FLOPs of the
+            executed attention are, and those of dense attention would be (`megalong.model.flops`);
+        data_share: share of the time in which this process waited for data;
+        peak_memory_bytes (on a GPU peak_reserved_bytes too): since the start, of this process;
+        save_seconds, save_blocking_seconds: after a save, how long it took until it was on the
+            disk, and how long the training stood still for it.
+    One training record of every start of a run has
+        flops: model FLOPs of a step by part, the total of its dense equivalent, the peak FLOP/s of
+            all ranks together, and where that is from;
+    and one traffic: what the main process sent and received in a step, by axis and collective
+    (`megalong.parallel.traffic`).
+    Evaluations have iteration, split, consumed_tokens, loss, perplexity, bits_per_byte, tokens,
+    position_edges, loss_by_position.
     Only the main process has one.
     """
 
     def __init__(self, config: Config, resumed_iteration: int):
+        run = config.run
         self._file = None
-        self._board = None
-        if config.run.save is not None:
-            path = Path(config.run.save) / "metrics.jsonl"
+        self._boards: list[Board] = []
+        if run.save is not None:
+            path = Path(run.save) / "metrics.jsonl"
             forget_after(path, resumed_iteration)
             self._file = path.open("a")
-        if config.run.tensorboard_dir is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(
-                config.run.tensorboard_dir, purge_step=resumed_iteration + 1
-            )
+        if run.tensorboard_dir is not None:
+            self._boards.append(_TensorBoard(run.tensorboard_dir, resumed_iteration))
+        if run.wandb_project is not None:
+            self._boards.append(WandbBoard(config))
 
     def training(self, record: dict[str, Any]) -> None:
         """One logged iteration."""
         self._write(record)
-        self._scalars(record, "train", ("loss", "learning_rate", "grad_norm", "tokens_per_second"))
+        self._draw(record, "train", TRAINING_CURVES)
+        if "flops" in record:
+            parts = {**record["flops"]["per_step"], "iteration": record["iteration"]}
+            self._draw(parts, "flops", PARTS)
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """One evaluation of one split."""
         self._write(record)
-        self._scalars(record, record["split"], ("loss", "perplexity", "bits_per_byte"))
+        self._draw(record, record["split"], HELD_OUT_CURVES)
 
     def make_durable(self) -> None:
         """Flush to the disk: what a checkpoint says was done is in the log as well."""
         if self._file is not None:
             os.fsync(self._file.fileno())
-        if self._board is not None:
-            self._board.flush()
+        for board in self._boards:
+            board.flush()
 
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if self._file is not None:
             self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards:
+            board.close(failed=error is not None)
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
 
-    def _scalars(self, record: dict[str, Any], group: str, names: tuple[str, ...]) -> None:
-        if self._board is not None:
-            for name in names:
-                if record[name] is None:
-                    continue
-                self._board.add_scalar(f"{group}/{name}", record[name], record["iteration"])
+    def _draw(self, record: dict[str, Any], group: str, names: tuple[str, ...]) -> None:
+        values = {f"{group}/{n}": record[n] for n in names if record.get(n) is not None}
+        for board in self._boards:
+            board.scalars(record["iteration"], values)
+
+
+class Board(Protocol):
+    """Where curves are drawn."""
+
+    def scalars(self, iteration: int, values: dict[str, float]) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self, failed: bool) -> None: ...
+
+
+class _TensorBoard:
+    def __init__(self, folder: str, resumed_iteration: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(folder, purge_step=resumed_iteration + 1)
+
+    def scalars(self, iteration: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, iteration)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self, failed: bool) -> None:
+        self._writer.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,8 @@
 flags.yaml     what was given on the command line; start a like run with --config
 config.yaml    the resolved configuration: what ran
 stopped        there while the run waits to be started again: it was asked to stop, and did
-metrics.jsonl, tensorboard/: see metrics.py; the checkpoints: see megalong/checkpoint
+metrics.jsonl, tensorboard/: see metrics.py; profile/: see profiling.py; the checkpoints: see
+megalong/checkpoint
 """
 
 from __future__ import annotations

@@ -28,9 +28,10 @@ def train(ranks: int, corpus: Path, folder: Path, **changes) -> None:
 
 
 def numbers(folder: Path) -> list[dict]:
-    """The records of a run without the number that is a clock's, and the traffic, which is counted
-    once after every start."""
-    left_out = ("tokens_per_second", "traffic")
+    """The records of a run without the numbers that are a clock's or the machine's, and without
+    what is told once after every start."""
+    left_out = ["tokens_per_second", "mfu", "mfu_dense_equivalent", "data_share"]
+    left_out += ["peak_memory_bytes", "save_seconds", "save_blocking_seconds", "flops", "traffic"]
     records = read_metrics(folder / "metrics.jsonl")
     return [{k: v for k, v in r.items() if k not in left_out} for r in records]
 

@@ -1,0 +1,256 @@
+"""All that a run says: announcements and log lines on the terminal, records in its metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megalong.checkpoint.progress import Progress
+from megalong.checkpoint.saving import Saver
+from megalong.config import Config
+from megalong.model.build import DTYPES
+from megalong.model.flops import step_flops
+from megalong.model.parameters import count_parameters
+from megalong.parallel.mesh import Mesh
+from megalong.peak_flops import peak_flops
+from megalong.position_losses import position_edges
+from megalong.progress import clock, human_bytes
+from megalong.training.engine import StepResult
+from megalong.training.evaluation import Evaluation
+from megalong.training.meter import Meter
+from megalong.training.metrics import MetricsLog
+from megalong.training.resuming import other_ways
+from megalong.training.run_data import RunData
+
+WORTH_A_WORD = 0.05  # waiting for data, and growth of the peak memory, as a share, in the log line
+
+
+class Reports:
+    """What a run says of itself, and the meter that it takes its numbers from. Every rank has one,
+    and the main process speaks; a context, which closes the metrics at its end.
+
+    progress: where the run begins. saver: asked when a checkpoint was on the disk.
+    """
+
+    def __init__(
+        self, config: Config, data: RunData, mesh: Mesh, saver: Saver, progress: Progress
+    ) -> None:
+        self.config, self.mesh, self.saver = config, mesh, saver
+        self.meter = Meter(mesh.device)
+        self.tokens_per_step = config.training.global_batch_size * config.model.seq_length
+        self.parameters = count_parameters(config.model, data.tokenizer.vocab_size)
+        self.tokens_per_epoch = data.train.tokens_per_epoch
+        self.flops = step_flops(config, data.tokenizer.vocab_size)
+        self.dense_flops = step_flops(config, data.tokenizer.vocab_size, dense=True)
+        self.peak, self.peak_source = _peak_of_all_ranks(config, mesh)
+        self.metrics = MetricsLog(config, progress.iteration) if mesh.is_main else None
+        self._first_iteration, self._begin = progress.iteration, time.perf_counter()
+        self._says_flops = True  # in the first record
+        self._memory_said = 0
+        self._save_begin: float | None = None  # of a save that no record has told of
+        self._save_blocking = 0.0
+
+    def __enter__(self) -> Reports:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.metrics is not None:
+            self.metrics.__exit__(*error)
+
+    def begin(self) -> None:
+        """The training begins now, after all that had to be built."""
+        self._begin = time.perf_counter()
+        self.meter.restart()
+
+    def announce(self, checkpoint: Path | None, progress: Progress) -> None:
+        """What is about to run. checkpoint: what the run goes on from, or None."""
+        if not self.mesh.is_main:
+            return
+        config, mesh = self.config, self.mesh
+        attention, training = config.attention, config.training
+        say(
+            f"{self.parameters}, {training.precision}, on {mesh.world_size}"
+            f" {mesh.device.type} ranks: sequence {mesh.sequence.size} x tensor"
+            f" {mesh.tensor_parallel_size} x pipeline {mesh.pipeline_parallel_size} x data"
+            f" {mesh.data_parallel_size}, ZeRO {config.parallel.zero_stage}"
+        )
+        if attention.attention == "dilated":
+            branches = zip(attention.segment_lengths, attention.dilation_rates, strict=True)
+            ladder = ", ".join(f"{length}/{rate}" for length, rate in branches)
+            say(f"dilated attention, segment length/dilation rate: {ladder}")
+        else:
+            say("dense attention")
+        say(
+            f"{training.train_iters:,} iterations of {training.global_batch_size:,} sequences of"
+            f" {config.model.seq_length:,} tokens; one epoch is"
+            f" {self.tokens_per_epoch:,} tokens"
+        )
+        total, dense = sum(self.flops.values()), sum(self.dense_flops.values())
+        parts = ", ".join(
+            f"{part.replace('_', ' ')} {flops / total:.0%}" for part, flops in self.flops.items()
+        )
+        say(
+            f"{_human_flops(total)} an iteration ({parts}), with dense attention"
+            f" {_human_flops(dense)}; peak of the {mesh.world_size} ranks"
+            f" {_human_flops(self.peak)}/s ({self.peak_source})"
+        )
+        if checkpoint is not None:
+            say(f"resuming from {checkpoint}")
+            for line in other_ways(checkpoint, config):
+                say(line)
+        elif config.run.load is not None:
+            say(f"no checkpoint in {config.run.load} yet: starting at the beginning")
+        if progress.iteration >= training.train_iters:
+            say(f"--train-iters {training.train_iters} are done: evaluating only")
+
+    def iterations(
+        self,
+        progress: Progress,
+        learning_rate: float,
+        result: StepResult,
+        traffic: dict[str, Any] | None,
+    ) -> None:
+        """The iterations since the last report. progress: their losses, and where the run stands;
+        result: of the last of them. traffic: of a step, where it was counted."""
+        seconds, data_share = self.meter.take()
+        if not self.mesh.is_main:
+            return
+        total, dense = sum(self.flops.values()), sum(self.dense_flops.values())
+        record = {
+            "iteration": progress.iteration,
+            "consumed_samples": progress.consumed_samples,
+            "consumed_tokens": progress.consumed_tokens,
+            "loss": sum(progress.losses) / len(progress.losses),
+            "learning_rate": learning_rate,
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": self.tokens_per_step / seconds,
+            "mfu": total / seconds / self.peak,
+            "mfu_dense_equivalent": dense / seconds / self.peak,
+            "data_share": data_share,
+            **self.meter.memory(),
+            **self._take_save_times(),
+        }
+        if self._says_flops:
+            record["flops"] = {
+                "per_step": self.flops,
+                "dense_equivalent": dense,
+                "peak_per_second": self.peak,
+                "peak_source": self.peak_source,
+            }
+            self._says_flops = False
+        if traffic:
+            record["traffic"] = traffic
+        self.metrics.training(record)
+        say(self._line(record))
+
+    def _line(self, record: dict[str, Any]) -> str:
+        """The log line of a training record: what one looks at, and what is out of the ordinary."""
+        iteration, train_iters = record["iteration"], self.config.training.train_iters
+        pace = (time.perf_counter() - self._begin) / (iteration - self._first_iteration)
+        norm = "skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
+        mfu = f"MFU {record['mfu']:.1%}"
+        if self.config.attention.attention != "dense":
+            mfu += f" (dense equivalent {record['mfu_dense_equivalent']:.1%})"
+        words = [
+            f"iteration {iteration}/{train_iters}",
+            f"loss {record['loss']:.4f}",
+            f"lr {record['learning_rate']:.3e}",
+            f"grad norm {norm}",
+            f"{record['tokens_per_second']:,.0f} tokens/s",
+            mfu,
+        ]
+        if record["data_share"] > WORTH_A_WORD:
+            words.append(f"waiting for data {record['data_share']:.0%}")
+        if record["peak_memory_bytes"] > (1 + WORTH_A_WORD) * self._memory_said:
+            self._memory_said = record["peak_memory_bytes"]
+            words.append(f"peak memory {human_bytes(self._memory_said)}")
+        if "save_seconds" in record:
+            waited = f" ({record['save_blocking_seconds']:.1f} s waited)"
+            words.append(
+                f"saved in {record['save_seconds']:.1f} s"
+                + (waited if self.config.run.async_save else "")
+            )
+        words.append(f"{clock(pace * (train_iters - iteration))} left")
+        return " | ".join(words)
+
+    def evaluation(self, progress: Progress, split: str, result: Evaluation) -> None:
+        """An evaluation of one split."""
+        if not self.mesh.is_main:
+            return
+        self.metrics.evaluation(
+            {
+                "iteration": progress.iteration,
+                "split": split,
+                "consumed_tokens": progress.consumed_tokens,
+                "loss": result.loss,
+                "perplexity": result.perplexity,
+                "bits_per_byte": result.bits_per_byte,
+                "tokens": result.tokens,
+                "position_edges": position_edges(self.config.model.seq_length),
+                "loss_by_position": result.loss_by_position,
+            }
+        )
+        say(
+            f"{split} at iteration {progress.iteration} | loss {result.loss:.4f}"
+            f" | perplexity {result.perplexity:.2f} | {result.bits_per_byte:.3f} bits per byte"
+            f" | {result.tokens:,} tokens"
+        )
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Inside, a checkpoint is saved, or copied to be written in the background."""
+        if self.metrics is not None:
+            self.metrics.make_durable()
+        begin = time.perf_counter()
+        with self.meter.pause():
+            yield
+        self._save_begin, self._save_blocking = begin, time.perf_counter() - begin
+
+    def _take_save_times(self) -> dict[str, float]:
+        """Of the last save, once after it is on the disk."""
+        begin, end = self._save_begin, self.saver.durable_at
+        if begin is None or end is None or end < begin:
+            return {}
+        self._save_begin = None
+        return {"save_seconds": end - begin, "save_blocking_seconds": self._save_blocking}
+
+    def stopped(self, reason: str, iteration: int) -> None:
+        """A run that was asked to stop has done so, after this iteration."""
+        save = self.config.run.save
+        how_to_go_on = f"the same command with --load {save} goes on from there"
+        if self.mesh.is_main:
+            say(
+                f"stopped by {reason} after iteration {iteration}; "
+                + ("without --save nothing is kept" if save is None else how_to_go_on)
+            )
+
+
+def say(line: str) -> None:
+    """One line to the terminal, at once."""
+    print(line, file=sys.stdout, flush=True)
+
+
+def _peak_of_all_ranks(config: Config, mesh: Mesh) -> tuple[float, str]:
+    """Peak FLOP/s of the devices of all ranks together, and where that is from."""
+    if config.run.peak_tflops is not None:
+        return config.run.peak_tflops * 1e12 * mesh.world_size, "--peak-tflops"
+    peak, source = peak_flops(mesh.device, DTYPES[config.training.precision])
+    total = torch.tensor(peak, dtype=torch.float64, device=mesh.device)
+    dist.all_reduce(total)
+    return total.item(), source
+
+
+def _human_flops(value: float) -> str:
+    """1.234e13 -> "12.3 TFLOP"."""
+    prefixes = iter(("", "k", "M", "G", "T", "P", "E", "Z"))
+    prefix = next(prefixes)
+    while value >= 1000:
+        value, prefix = value / 1000, next(prefixes)
+    return f"{value:.3g} {prefix}FLOP"

@@ -1,0 +1,198 @@
+"""What a run says of itself: utilisation, memory, waiting, saves, a trace, Weights & Biases."""
+
+import gzip
+import importlib.util
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalong.config.arguments import parse_arguments
+from megalong.errors import UserError
+from megalong.training import meter as meter_module
+from megalong.training import weights_and_biases
+from megalong.training.meter import Meter
+from megalong.training.metrics import read_metrics
+from megalong.training.weights_and_biases import check_wandb
+from tests.forked import run_ranks
+from tests.launching import small_run_flags
+
+WORKER = __file__
+PEAK = 0.05  # TFLOP/s of a rank
+STEP_FLOPS, DENSE_STEP_FLOPS = 805_527_552, 856_424_448  # by hand: tests/model/test_flops.py
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    """Six iterations on two ranks, all reports on, and what they printed."""
+    folder = tmp_path_factory.mktemp("reports") / "run"
+    reports = {"peak_tflops": PEAK, "save_interval": 2, "async_save": True}
+    reports |= {"profile": True, "profile_step_start": 3, "profile_step_end": 5}
+    reports |= {"profile_ranks": 1, "wandb_project": "tests", "wandb_exp_name": "small"}
+    flags = small_run_flags(corpus, **reports, save=folder, load=folder)
+    return folder, run_ranks(2, WORKER, *flags).stdout, flags
+
+
+def training_records(folder: Path) -> list[dict]:
+    return [r for r in read_metrics(folder / "metrics.jsonl") if "split" not in r]
+
+
+def test_utilisation_is_that_of_the_count_by_hand(run):
+    """In the records, and in the log lines: 1024 tokens a step, on two ranks."""
+    folder, text, _ = run
+    records = training_records(folder)
+    lines = [line for line in text.splitlines() if line.startswith("iteration ")]
+    for record, line in zip(records, lines, strict=True):
+        steps_per_second = record["tokens_per_second"] / 1024
+        mfu = STEP_FLOPS * steps_per_second / (2 * PEAK * 1e12)
+        dense = DENSE_STEP_FLOPS * steps_per_second / (2 * PEAK * 1e12)
+        assert record["mfu"] == pytest.approx(mfu, rel=1e-12)
+        assert record["mfu_dense_equivalent"] == pytest.approx(dense, rel=1e-12)
+        assert f"| MFU {mfu:.1%} (dense equivalent {dense:.1%}) |" in line
+    [flops] = [record["flops"] for record in records if "flops" in record]
+    assert sum(flops["per_step"].values()) == STEP_FLOPS
+    assert flops["dense_equivalent"] == DENSE_STEP_FLOPS
+    assert (flops["peak_per_second"], flops["peak_source"]) == (2 * PEAK * 1e12, "--peak-tflops")
+    assert "806 MFLOP an iteration (qkv 12%, attention 6%," in text
+    assert "with dense attention 856 MFLOP; peak of the 2 ranks 100 GFLOP/s" in text
+
+
+def test_memory_waiting_and_saves(run):
+    folder, text, _ = run
+    records = training_records(folder)
+    assert all(0 <= record["data_share"] < 1 for record in records)
+    memory = [record["peak_memory_bytes"] for record in records]
+    assert memory == sorted(memory) and 1e8 < memory[0] < 1e11
+    assert "| peak memory " in text
+    saves = [record for record in records if "save_seconds" in record]
+    assert saves and saves[0]["iteration"] > 2
+    for record in saves:
+        assert 0 < record["save_blocking_seconds"] < record["save_seconds"] < 60
+        words = f"saved in {record['save_seconds']:.1f} s"
+        assert f"| {words} ({record['save_blocking_seconds']:.1f} s waited) |" in text
+
+
+def test_tensorboard_has_the_curves(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _, _ = run
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    for record in training_records(folder):
+        for name in ("loss", "mfu", "mfu_dense_equivalent", "data_share", "peak_memory_bytes"):
+            point = next(e for e in board.Scalars(f"train/{name}") if e.step == record["iteration"])
+            assert point.value == pytest.approx(record[name], rel=1e-6)
+    [attention] = board.Scalars("flops/attention")
+    assert attention.value == pytest.approx(50_552_832, rel=1e-6)
+    assert board.Scalars("validation/perplexity") and board.Scalars("train/save_seconds")
+
+
+def test_the_trace_has_the_iterations_asked_for(run):
+    folder, text, _ = run
+    [trace] = (folder / "profile").iterdir()
+    assert trace.name == "rank1_iterations_3-4.json.gz"
+    assert f"traced iterations 3 to 4: {trace}" in text
+    names = {
+        e.get("name", "") for e in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    }
+    assert {"iteration 3", "iteration 4"} <= names
+    assert not names & {"iteration 2", "iteration 5"} and any("aten::mm" in n for n in names)
+
+
+def test_weights_and_biases_hears_of_the_run_and_of_its_continuation(run, tmp_path):
+    """The records' curves by iteration; the run that goes on has the run's id."""
+    original, _, flags = run
+    folder = tmp_path / "run"
+    shutil.copytree(original, folder)
+    flags = [str(folder) if word == str(original) else word for word in flags]
+    run_ranks(2, WORKER, *flags, "--train-iters", 8, "--lr-decay-iters", 6, "--no-profile")
+    calls = [json.loads(line) for line in (folder / "wandb_calls.jsonl").open()]
+    first, second = (what for name, what in calls if name == "init")
+    assert (first["project"], first["name"], first["dir"]) == ("tests", "small", str(original))
+    assert first["id"] is None and first["config"]["model"]["hidden_size"] == 64
+    assert second["id"] == (folder / "wandb_run_id").read_text()
+    assert second["id"].startswith("tests-") and second["resume"] == "allow"
+    assert ["*", "iteration"] in [what for name, what in calls if name == "define_metric"]
+    logged = [what for name, what in calls if name == "log"]
+    for record in training_records(folder):
+        assert any(
+            values["iteration"] == record["iteration"]
+            and values.get("train/loss") == record["loss"]
+            and values["train/mfu"] == record["mfu"]
+            for values in logged
+        )
+    assert any("validation/perplexity" in values for values in logged)
+    assert [what for name, what in calls if name == "finish"] == [0, 0]
+
+
+def test_without_the_package_wandb(monkeypatch):
+    config = resolved(wandb_project="tests")
+    check_wandb(resolved())
+    monkeypatch.setattr(weights_and_biases.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--wandb-project tests needs the package wandb: pip "):
+        check_wandb(config)
+
+
+def resolved(ranks=1, **changes):
+    return parse_arguments(small_run_flags("unused", **changes)).resolve(ranks)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"profile": True}, "--profile writes a trace into the run folder: set --save"),
+        (
+            {"profile": True, "save": "x"},
+            "--profile-step-start 10 is after the last iteration, --train-iters 6",
+        ),
+        (
+            {"profile": True, "save": "x", "profile_step_start": 3, "profile_step_end": 3},
+            "set --profile-step-end 5",
+        ),
+        (
+            {"profile": True, "save": "x", "profile_step_start": 2, "profile_ranks": "0 2"},
+            "--profile-ranks 2: the 2 ranks of this launch",
+        ),
+        ({"wandb_exp_name": "small"}, "set --wandb-project"),
+        ({"peak_tflops": 0}, "--peak-tflops 0.0 must be positive"),
+    ],
+)
+def test_flags_that_contradict_each_other(changes, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        resolved(2, **changes)
+
+
+def test_the_meter_leaves_out_what_is_no_training(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(meter_module.time, "perf_counter", lambda: clock[0])
+
+    def batches():
+        while True:
+            clock[0] += 0.5
+            yield {}
+
+    meter = Meter(torch.device("cpu"))
+    timed = meter.timed(batches())
+    for _ in range(2):
+        next(timed)
+        clock[0] += 1.5
+        meter.step()
+        with meter.pause():
+            clock[0] += 10
+    clock[0] += 1
+    assert meter.take() == (2.5, 0.2)
+    next(timed)
+    meter.step()
+    assert meter.take() == (0.5, 1.0)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent / "stand_in"))
+    assert importlib.util.find_spec("wandb")
+
+    import pretrain_longnet
+
+    pretrain_longnet.main(sys.argv[1:])
