@@ -140,7 +140,7 @@ def _batch(rows: list[np.ndarray], start: int, stop: int) -> Batch:
     return {
         "tokens": torch.from_numpy(tokens),
         "labels": torch.from_numpy(labels),
-        "positions": torch.arange(start, stop),
+        "positions": torch.from_numpy(np.arange(start, stop, dtype=np.int64)),
     }
 
 

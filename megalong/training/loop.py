@@ -18,6 +18,7 @@ from megalong.data.batches import (
     num_evaluation_batches,
     training_batches,
 )
+from megalong.data.prefetch import made_ahead
 from megalong.errors import UserError
 from megalong.model.build import build_model
 from megalong.parallel.mesh import Mesh
@@ -84,8 +85,11 @@ class Trainer:
                 self._end_early(str(request))
 
     def _train(self) -> None:
+        with made_ahead(self._training_batches(), self.mesh.device) as batches:
+            self._train_on(self.reports.meter.timed(batches))
+
+    def _train_on(self, batches: Iterator[Batch]) -> None:
         training, run = self.config.training, self.config.run
-        batches = self.reports.meter.timed(self._training_batches())
         if self.progress.iteration:
             self._evaluate_if_due(self.progress.iteration)
         self.reports.begin()
@@ -188,18 +192,21 @@ class Trainer:
             sequence_range=self.mesh.sequence_range(self.config.model.seq_length),
             **size,
         )
-        with progress_bar(
-            num_evaluation_batches(stream, **size),
-            "batch",
-            f"evaluating on {split}",
-            interval=30.0,
-            enabled=self.mesh.is_main,
-        ) as bar:
+        with (
+            made_ahead(batches, self.mesh.device) as ahead,
+            progress_bar(
+                num_evaluation_batches(stream, **size),
+                "batch",
+                f"evaluating on {split}",
+                interval=30.0,
+                enabled=self.mesh.is_main,
+            ) as bar,
+        ):
 
             def on_batch() -> None:
                 bar.update()
                 self._check_stop()
 
             with self.reports.meter.pause():
-                result = evaluate(self.engine, batches, self.data.token_bytes, self.mesh, on_batch)
+                result = evaluate(self.engine, ahead, self.data.token_bytes, self.mesh, on_batch)
         self.reports.evaluation(self.progress, split, result)
