@@ -22,9 +22,8 @@ TRAINING_CURVES = (
     "data_share",
     "peak_memory_bytes",
     "peak_reserved_bytes",
-    "save_seconds",
-    "save_blocking_seconds",
 )
+SAVE_CURVES = ("save_seconds", "save_blocking_seconds")
 HELD_OUT_CURVES = ("loss", "perplexity", "bits_per_byte")
 
 
@@ -38,8 +37,6 @@ class MetricsLog:
             executed attention are, and those of dense attention would be (`megalong.model.flops`);
         data_share: share of the time in which this process waited for data;
         peak_memory_bytes (on a GPU peak_reserved_bytes too): since the start, of this process;
-        save_seconds, save_blocking_seconds: after a save, how long it took until it was on the
-            disk, and how long the training stood still for it.
     One training record of every start of a run has
         flops: model FLOPs of a step by part, the total of its dense equivalent, the peak FLOP/s of
             all ranks together, and where that is from;
@@ -47,6 +44,8 @@ class MetricsLog:
     (`megalong.parallel.traffic`).
     Evaluations have iteration, split, consumed_tokens, loss, perplexity, bits_per_byte, tokens,
     position_edges, loss_by_position.
+    The first record of either kind after a save has save_seconds, save_blocking_seconds: how long
+    it took until it was on the disk, and how long the training stood still for it.
     Only the main process has one.
     """
 
@@ -66,7 +65,7 @@ class MetricsLog:
     def training(self, record: dict[str, Any]) -> None:
         """One logged iteration."""
         self._write(record)
-        self._draw(record, "train", TRAINING_CURVES)
+        self._draw(record, "train", TRAINING_CURVES + SAVE_CURVES)
         if "flops" in record:
             parts = {**record["flops"]["per_step"], "iteration": record["iteration"]}
             self._draw(parts, "flops", PARTS)
@@ -75,6 +74,7 @@ class MetricsLog:
         """One evaluation of one split."""
         self._write(record)
         self._draw(record, record["split"], HELD_OUT_CURVES)
+        self._draw(record, "train", SAVE_CURVES)
 
     def make_durable(self) -> None:
         """Flush to the disk: what a checkpoint says was done is in the log as well."""
@@ -104,7 +104,7 @@ class MetricsLog:
 
     def _draw(self, record: dict[str, Any], group: str, names: tuple[str, ...]) -> None:
         values = {f"{group}/{n}": record[n] for n in names if record.get(n) is not None}
-        for board in self._boards:
+        for board in self._boards if values else []:
             board.scalars(record["iteration"], values)
 
 

@@ -83,13 +83,16 @@ class Profiler:
         if profiler is None:
             return
         profiler.stop()
-        folder = Path(self._save) / "profile"
-        folder.mkdir(exist_ok=True)
         first, last = self._iterations[0], self._iterations[-1]
-        trace = folder / f"rank{self._mesh.rank}_iterations_{first}-{last}.json.gz"
-        profiler.export_chrome_trace(str(trace))
-        if self._mesh.device.type == "cuda":
-            memory = str(trace).replace(".json.gz", "_memory.pickle")
-            torch.cuda.memory._dump_snapshot(memory)
-            torch.cuda.memory._record_memory_history(enabled=None)
-        self._say(f"traced iterations {first} to {last}: {trace}")
+        name = f"rank{self._mesh.rank}_iterations_{first}-{last}"
+        folder = Path(self._save) / "profile"
+        try:
+            folder.mkdir(exist_ok=True)
+            profiler.export_chrome_trace(str(folder / f"{name}.json.gz"))
+            if self._mesh.device.type == "cuda":
+                torch.cuda.memory._dump_snapshot(str(folder / f"{name}_memory.pickle"))
+                torch.cuda.memory._record_memory_history(enabled=None)
+        except OSError as error:  # no reason to end a training
+            self._say(f"--profile: no trace of iterations {first} to {last}: {error}")
+        else:
+            self._say(f"traced iterations {first} to {last}: {folder / name}.json.gz")

@@ -107,6 +107,8 @@ class Reports:
                 say(line)
         elif config.run.load is not None:
             say(f"no checkpoint in {config.run.load} yet: starting at the beginning")
+        if config.run.profile and progress.iteration >= config.run.profile_step_end - 1:
+            say(f"--profile: the run is past iteration {config.run.profile_step_end - 1} already")
         if progress.iteration >= training.train_iters:
             say(f"--train-iters {training.train_iters} are done: evaluating only")
 
@@ -171,12 +173,7 @@ class Reports:
         if record["peak_memory_bytes"] > (1 + WORTH_A_WORD) * self._memory_said:
             self._memory_said = record["peak_memory_bytes"]
             words.append(f"peak memory {human_bytes(self._memory_said)}")
-        if "save_seconds" in record:
-            waited = f" ({record['save_blocking_seconds']:.1f} s waited)"
-            words.append(
-                f"saved in {record['save_seconds']:.1f} s"
-                + (waited if self.config.run.async_save else "")
-            )
+        words += self._words_on_save(record)
         words.append(f"{clock(pace * (train_iters - iteration))} left")
         return " | ".join(words)
 
@@ -195,13 +192,17 @@ class Reports:
                 "tokens": result.tokens,
                 "position_edges": position_edges(self.config.model.seq_length),
                 "loss_by_position": result.loss_by_position,
+                **(saved := self._take_save_times()),
             }
         )
-        say(
-            f"{split} at iteration {progress.iteration} | loss {result.loss:.4f}"
-            f" | perplexity {result.perplexity:.2f} | {result.bits_per_byte:.3f} bits per byte"
-            f" | {result.tokens:,} tokens"
-        )
+        words = [
+            f"{split} at iteration {progress.iteration}",
+            f"loss {result.loss:.4f}",
+            f"perplexity {result.perplexity:.2f}",
+            f"{result.bits_per_byte:.3f} bits per byte",
+            f"{result.tokens:,} tokens",
+        ]
+        say(" | ".join(words + self._words_on_save(saved)))
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
@@ -220,6 +221,14 @@ class Reports:
             return {}
         self._save_begin = None
         return {"save_seconds": end - begin, "save_blocking_seconds": self._save_blocking}
+
+    def _words_on_save(self, record: dict[str, Any]) -> list[str]:
+        if "save_seconds" not in record:
+            return []
+        words = f"saved in {record['save_seconds']:.1f} s"
+        if self.config.run.async_save:
+            words += f" ({record['save_blocking_seconds']:.1f} s waited)"
+        return [words]
 
     def stopped(self, reason: str, iteration: int) -> None:
         """A run that was asked to stop has done so, after this iteration."""
