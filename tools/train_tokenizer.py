@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
 from megalong.command_line import ArgumentParser, run
-from megalong.data.documents import BrokenDocument, find_files, raw_documents, texts
+from megalong.data.documents import BrokenDocument, find_files
+from megalong.data.formats import raw_documents, texts
 from megalong.errors import UserError
 
 if TYPE_CHECKING:

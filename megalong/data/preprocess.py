@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from megalong.data.documents import BrokenDocument, RawDocument, raw_documents, texts
+from megalong.data.documents import BrokenDocument, RawDocument
+from megalong.data.formats import raw_documents, texts
 from megalong.data.tokenizer import Tokenizer, build_tokenizer
 from megalong.data.writer import DocumentWriter, token_dtype
 from megalong.errors import UserError

@@ -15,13 +15,25 @@ from megalong.errors import UserError
 
 
 class Documents(Protocol):
-    """What a stream reads from: IndexedDocuments, or a stand-in."""
+    """Tokens by documents: what --data-path names (`megalong.data.formats`), or a stand-in.
+
+    prefix: of --data-path. lengths: int64 (num_documents,), tokens in each document.
+    max_token_id, vocab_size, prepend_bos: the largest id, the number of ids of the tokenizer, and
+        whether the documents begin with a token for that; None where that is not known.
+    """
 
     prefix: str
     lengths: np.ndarray
     max_token_id: int | None
+    vocab_size: int | None
+    prepend_bos: bool | None
 
-    def read(self, document: int, start: int, stop: int) -> np.ndarray: ...
+    @property
+    def num_documents(self) -> int: ...
+
+    def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens [start, stop) of a document, a copy; stop None: to its end."""
+        ...
 
 
 def split_documents(num_documents: int, split: str) -> tuple[range, range, range]:
@@ -53,7 +65,7 @@ def split_documents(num_documents: int, split: str) -> tuple[range, range, range
 class TokenStream:
     """The documents of a range as an endless stream of tokens, epoch after epoch.
 
-    documents: an IndexedDocuments. document_range: which of them. sequence_length: N.
+    document_range: which of them. sequence_length: N.
     seed: of the order of documents. shuffle: False keeps the file's order (evaluation).
     vocab_size: where given, a token id outside [0, vocab_size) raises UserError: when it is
         read, or at once if the largest id of the file is known.

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from megalong.data.documents import BrokenDocument, find_files, raw_documents, texts
+from megalong.data.documents import BrokenDocument, find_files
+from megalong.data.formats import raw_documents, texts
 from megalong.errors import UserError
 
 
