@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from megalong.checkpoint.manifest import DamagedCheckpoint, reading
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.texts import read_progress
+from megalong.torch_private import CHECKPOINT_CLASSES, slice_of_file
 
 
 class CheckpointReader:
@@ -59,26 +60,12 @@ class _FileReader(dcp.FileSystemReader):
             return _MetadataUnpickler(file).load()
 
     def read_piece(self, file: IO[bytes], piece: Any) -> torch.Tensor:
-        return torch.load(self._slice_file(file, piece), map_location="cpu", weights_only=True)
-
-
-_METADATA = "torch.distributed.checkpoint.metadata"
-_HARMLESS = {
-    (_METADATA, name)
-    for name in (
-        "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties",
-        "BytesStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING",
-    )
-} | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-}  # fmt: skip
+        return torch.load(slice_of_file(self, file, piece), map_location="cpu", weights_only=True)
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or (module, name) in _HARMLESS:
+        if is_dtype or (module, name) in CHECKPOINT_CLASSES:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a list of tensors")

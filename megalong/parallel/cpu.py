@@ -1,4 +1,4 @@
-"""Megatron-core and DeepSpeed on a machine without a GPU.
+"""Megatron-core on a machine without a GPU.
 
 Megatron-core names `torch.cuda` in a few places whatever the device: where it asks for the current
 device, synchronises, reads random states, and where its schedules create a counter. Without a GPU
@@ -14,11 +14,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from megalong.device import use_gpu
+from megalong.parallel.megatron_private import replace_random_states
 
 
 def enable_megatron_without_gpu() -> None:
     """Point the `torch.cuda` functions that Megatron-core calls at the CPU. May be called again."""
-    import megatron.core.tensor_parallel.random as megatron_random
 
     def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
         return torch.get_rng_state()
@@ -30,16 +30,7 @@ def enable_megatron_without_gpu() -> None:
     torch.cuda.synchronize = lambda *args, **kwargs: None
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = get_state
     torch.cuda.manual_seed = torch.manual_seed
-    megatron_random._get_cuda_rng_state = get_state
-    megatron_random._set_cuda_rng_state = set_state
-
-
-def skip_deepspeed_shared_memory_kernels() -> None:
-    """Keep DeepSpeed from compiling, at its start on a CPU, kernels that only inference uses: that
-    takes half a minute on a fresh machine and needs a C++ compiler."""
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    replace_random_states(get_state, set_state)
 
 
 def cuda_means_cpu() -> contextlib.AbstractContextManager[Any]:

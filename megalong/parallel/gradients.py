@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megalong.parallel.deepspeed_private import accumulated_gradient, count_once_in_norm
+
 
 def sum_divided_gradients(model: torch.nn.Module) -> None:
     """Sum, in every backward pass, the gradients of which each tensor-parallel rank has a part:
@@ -39,16 +41,10 @@ class TiedEmbedding:
         """Called before DeepSpeed sees the model. weight: None where there is no other copy."""
         self.weight = weight
         if weight is not None:
-            weight.ds_pipe_replicated = is_copy  # counted once in the norm
+            count_once_in_norm(weight, is_copy)
 
     def sum_gradients(self) -> None:
         """Add the two accumulated gradients up, on both; after backward, before the step."""
         if self.weight is not None:
-            gradient = _accumulated_gradient(self.weight)
+            gradient = accumulated_gradient(self.weight)
             dist.all_reduce(gradient, group=parallel_state.get_embedding_group())
-
-
-def _accumulated_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Where DeepSpeed's optimizers for ZeRO 1 keep it, by the names of the different ones."""
-    kept = (getattr(parameter, name, None) for name in ("_hp_grad", "grad_accum", "grad"))
-    return next(gradient for gradient in kept if gradient is not None)

@@ -22,7 +22,8 @@ from megalong.attention.sequence_plan import subgroup_sizes
 from megalong.config import Config
 from megalong.device import use_gpu
 from megalong.errors import UserError
-from megalong.parallel import cpu
+from megalong.parallel.cpu import enable_megatron_without_gpu
+from megalong.parallel.deepspeed_private import skip_shared_memory_kernels
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,8 @@ def process_group(timeout_minutes: int = 10) -> Iterator[torch.device]:
             )
         torch.cuda.set_device(local_rank)
     else:
-        cpu.enable_megatron_without_gpu()
-        cpu.skip_deepspeed_shared_memory_kernels()
+        enable_megatron_without_gpu()
+        skip_shared_memory_kernels()
     with _single_process_environment():
         deepspeed.init_distributed(
             "nccl" if on_gpu else "gloo",

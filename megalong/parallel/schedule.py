@@ -10,6 +10,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megalong.parallel.cpu import cuda_means_cpu
+from megalong.parallel.deepspeed_private import announce_backward
 
 
 class ScheduleModule(torch.nn.Module):
@@ -33,12 +34,7 @@ class ScheduleModule(torch.nn.Module):
 
 
 class _AnnounceBackward(torch.autograd.Function):
-    """The identity; its backward tells DeepSpeed that another backward pass begins.
-
-    DeepSpeed takes that from the forward pass before it, but a pipeline ends with several backward
-    passes in a row, of which it would overlook all but the first. And it looks for fp16's loss
-    scale on every rank, when the last stage has applied it for all.
-    """
+    """The identity; its backward tells DeepSpeed that another backward pass begins."""
 
     @staticmethod
     def forward(ctx, output, engine):
@@ -47,8 +43,7 @@ class _AnnounceBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        ctx.engine.optimizer.clear_backward_seen_flag()
-        ctx.engine._manual_backward_expected = True
+        announce_backward(ctx.engine)
         return gradient, None
 
 

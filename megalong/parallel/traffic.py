@@ -12,27 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
-# PyTorch's operators under the names people know.
-_NAMES = {
-    "allreduce_": "all_reduce",
-    "allreduce_coalesced_": "all_reduce",
-    "allgather_": "all_gather",
-    "_allgather_base_": "all_gather",
-    "allgather_coalesced_": "all_gather",
-    "allgather_into_tensor_coalesced_": "all_gather",
-    "reduce_scatter_": "reduce_scatter",
-    "_reduce_scatter_base_": "reduce_scatter",
-    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
-    "alltoall_": "all_to_all",
-    "alltoall_base_": "all_to_all",
-    "broadcast_": "broadcast",
-    "reduce_": "reduce",
-    "send": "send",
-    "recv_": "receive",
-    "recv_any_source_": "receive",
-}
+from megalong.torch_private import COLLECTIVES, TorchDispatchMode
 
 Counts = dict[str, dict[str, dict[str, int]]]
 
@@ -56,7 +37,7 @@ class CountTraffic(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
     def _count(self, operator: str, args: tuple[Any, ...]) -> None:
-        name = _NAMES.get(operator)
+        name = COLLECTIVES.get(operator)
         group = next((g for arg in args if (g := _group(arg)) is not None), None)
         if name is None or group is None or group.size() == 1:
             return

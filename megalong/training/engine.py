@@ -25,6 +25,13 @@ from megalong.model.names import named_parameters
 from megalong.model.parameters import decays
 from megalong.model.stage import PipelineStage
 from megalong.optimizers import Optimizer, optimizer_of
+from megalong.parallel.deepspeed_private import (
+    link_state,
+    partitions,
+    stepping_optimizer,
+    steps_made,
+    was_skipped,
+)
 from megalong.parallel.gradients import TiedEmbedding, sum_divided_gradients
 from megalong.parallel.mesh import Mesh
 from megalong.parallel.schedule import ScheduleModule, run_schedule
@@ -87,7 +94,7 @@ class TrainingEngine:
             raise UserError(
                 f"DeepSpeed refuses --deepspeed-config {training.deepspeed_config}: {error}"
             ) from error
-        _create_state(self.deepspeed.optimizer, self.optimizer)
+        _create_state(self.deepspeed, self.optimizer)
         model.config.grad_scale_func = self.deepspeed.scale
         self.traffic: Counts | None = None  # of one step on this rank, until it is taken
         self._axes = axes_of_groups(list(mesh.sequence.subgroups.values()))
@@ -136,7 +143,7 @@ class TrainingEngine:
         self.deepspeed.step()
         nothing = torch.zeros((), device=self.mesh.device)  # of a stage that sees no losses
         loss_sum = self.mesh.sum_of_losses(sum(results, start=nothing))
-        skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
+        skipped = was_skipped(self.deepspeed)
         grad_norm = None if skipped else float(self.deepspeed.get_global_grad_norm())
         return StepResult(loss_sum.item() / self.tokens_per_step, grad_norm, skipped)
 
@@ -144,12 +151,12 @@ class TrainingEngine:
     def updates(self) -> int:
         """Steps of the optimizer since the run began: fewer than were asked for where fp16 steps
         were skipped."""
-        return self._updates_before + self.deepspeed.global_steps - self.deepspeed.skipped_steps
+        return self._updates_before + steps_made(self.deepspeed)
 
     def resume_at(self, updates: int) -> None:
         """Tell a new engine how many steps the moments that it was given are the result of."""
         self._updates_before = updates
-        for state in self.deepspeed.optimizer.optimizer.state.values():
+        for state in stepping_optimizer(self.deepspeed).state.values():
             self.optimizer.set_step(state, updates)
 
     def token_losses(self, batches: list[Batch]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -232,19 +239,14 @@ def _weight_decay_groups(model: PipelineStage, weight_decay: float) -> list[dict
     ]
 
 
-def _create_state(zero_optimizer: Any, optimizer: Optimizer) -> None:
+def _create_state(engine: Any, optimizer: Optimizer) -> None:
     """Give every partition its optimizer state now.
 
     PyTorch's optimizer would do so at its first step, but ZeRO 1 and 2 tell each parameter where
     its piece of the state is after the step of the first parameter group, when the other groups
     have none yet.
     """
-    stepped = zero_optimizer.optimizer
-    partitions = [p for group in stepped.param_groups for p in group["params"]]
-    # ZeRO 3 puts its partitions into the groups one at a time, while it steps.
-    partitions = getattr(zero_optimizer, "fp32_partitioned_groups_flat", partitions)
-    for partition in partitions:
-        stepped.state[partition] = optimizer.first_state(partition, stepped.defaults["fused"])
-    link = getattr(zero_optimizer, "_lazy_init_hp_params_optimizer_state", None)
-    if link is not None:
-        link()
+    stepping = stepping_optimizer(engine)
+    for partition in partitions(engine):
+        stepping.state[partition] = optimizer.first_state(partition, stepping.defaults["fused"])
+    link_state(engine)

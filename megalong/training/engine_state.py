@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,13 @@ from megalong.config import Config, ModelConfig
 from megalong.model.names import named_parameters
 from megalong.model.parameters import EMBEDDING
 from megalong.model.tensor_slices import cut_dimension, join_slices, tensor_slice
+from megalong.parallel.deepspeed_private import (
+    fill,
+    full_shape,
+    loss_scaler_state,
+    round_master_weights,
+    set_loss_scaler_state,
+)
 from megalong.parallel.mesh import Mesh
 from megalong.training.engine import TrainingEngine
 
@@ -53,7 +59,7 @@ def tensors_to_save(engine: TrainingEngine, config: Config) -> dict[str, torch.T
 def progress_to_save(engine: TrainingEngine, progress: Progress) -> Progress:
     """The run's progress, with what the optimizer knows of it filled in."""
     return dataclasses.replace(
-        progress, updates=engine.updates, loss_scaler=_loss_scaler_state(engine)
+        progress, updates=engine.updates, loss_scaler=loss_scaler_state(engine.deepspeed)
     )
 
 
@@ -63,16 +69,16 @@ def load_checkpoint(reader: CheckpointReader, engine: TrainingEngine, config: Co
 
     Called by every rank. Raises DamagedCheckpoint where the files do not hold what they should.
     """
-    optimizer, progress = engine.deepspeed.optimizer, reader.progress()
+    progress = reader.progress()
     # Before the first update all moments are zero, as they are here: any optimizer may go on.
     kinds = (WEIGHTS, *engine.optimizer.moments) if progress.updates else (WEIGHTS,)
     for parameter, kind, value in _slices(reader, engine, config, kinds):
-        _fill(optimizer, parameter, kind, value)
+        fill(engine.deepspeed, parameter, None if kind == WEIGHTS else kind, value)
     _load_random_states(reader, engine.mesh)
-    _round_master_weights(optimizer)
+    round_master_weights(engine.deepspeed)
     engine.resume_at(progress.updates)
-    if progress.loss_scaler is not None and _loss_scaler_state(engine) is not None:
-        vars(optimizer.loss_scaler).update(progress.loss_scaler)
+    if progress.loss_scaler is not None:
+        set_loss_scaler_state(engine.deepspeed, progress.loss_scaler)
     return progress
 
 
@@ -103,20 +109,15 @@ def _slices(
         for source, (_, parameter, kind) in enumerate(turn):
             part = mine
             if source != rank:
-                part = torch.empty(_shape(parameter), dtype=torch.float32, device=mesh.device)
+                part = torch.empty(full_shape(parameter), dtype=torch.float32, device=mesh.device)
             dist.broadcast(part, group=group, group_src=source)
             yield parameter, kind, part
-
-
-def _shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """The parameter's shape, also where ZeRO 3 has divided it."""
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _check_shape(
     reader: CheckpointReader, name: str, parameter: torch.nn.Parameter, kind: str, mesh: Mesh
 ) -> None:
-    whole, dimension = list(_shape(parameter)), cut_dimension(name)
+    whole, dimension = list(full_shape(parameter)), cut_dimension(name)
     if dimension is not None:
         whole[dimension] *= mesh.tensor_parallel_size
     stored = reader.shape(tensor_name(kind, name))
@@ -125,35 +126,6 @@ def _check_shape(
             f"{reader.checkpoint} is of another model: {name} is {stored} there, and has to be"
             f" {tuple(whole)}"
         )
-
-
-def _fill(optimizer: Any, parameter: torch.nn.Parameter, kind: str, value: torch.Tensor) -> None:
-    """Set this rank's part of a master weight or of a moment, whichever part ZeRO gave it."""
-    kind = None if kind == WEIGHTS else kind
-    if not hasattr(parameter, "ds_id"):
-        parameter.set_full_hp_param(value, kind)
-        return
-    # ZeRO 3. DeepSpeed's own setter reads past the end of a parameter whose elements its ranks do
-    # not divide evenly: the last part is padded, the parameter is not.
-    part, group = optimizer._get_fp32_opt_state_partition(
-        parameter, release_swap_buffers=False, optim_state_key=kind
-    )
-    start = part.numel() * optimizer._get_param_partition_rank(parameter)
-    mine = value.flatten()[start : start + part.numel()]
-    part.data[: mine.numel()].copy_(mine)
-    if optimizer._swappable_optimizer_subgroup(group):
-        optimizer._optimizer_states_and_gradient_swap_out(group)
-
-
-def _round_master_weights(optimizer: Any) -> None:
-    """Give the model the master weights in its own precision, as a step does at its end."""
-    if hasattr(optimizer, "update_lp_params"):  # ZeRO 1 and 2
-        optimizer.update_lp_params()
-        return
-    for group in range(len(optimizer.fp32_partitioned_groups_flat)):
-        optimizer._reassign_or_swap_out_partitioned_parameters(group)
-    if optimizer.persistent_parameters:  # small ones, which every rank holds whole
-        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
 def _join_over_tensor_ranks(
@@ -194,10 +166,3 @@ def _load_random_states(reader: CheckpointReader, mesh: Mesh) -> None:
         np.random.set_state(("MT19937", np.array(numpy_state, dtype=np.uint32), numpy_position))
     if "cuda" in values:
         torch.cuda.set_rng_state(values["cuda"], mesh.device)
-
-
-def _loss_scaler_state(engine: TrainingEngine) -> dict[str, Any] | None:
-    scaler = getattr(engine.deepspeed.optimizer, "loss_scaler", None)
-    if scaler is None or not getattr(scaler, "dynamic", False):
-        return None
-    return {k: v for k, v in vars(scaler).items() if isinstance(v, int | float | bool)}

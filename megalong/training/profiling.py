@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 
-import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megalong.config import Config
 from megalong.parallel.mesh import Mesh
+from megalong.torch_private import record_memory_history, write_memory_history
 from megalong.training.stopping import Stopped
 
 MEMORY_EVENTS = 1_000_000  # allocations and releases that a snapshot remembers
@@ -74,7 +74,7 @@ class Profiler:
         activities = [ProfilerActivity.CPU]
         if self._mesh.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-            torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
+            record_memory_history(MEMORY_EVENTS)
         self._under_way = profile(activities=activities, record_shapes=True, with_stack=True)
         self._under_way.start()
 
@@ -90,8 +90,7 @@ class Profiler:
             folder.mkdir(exist_ok=True)
             profiler.export_chrome_trace(str(folder / f"{name}.json.gz"))
             if self._mesh.device.type == "cuda":
-                torch.cuda.memory._dump_snapshot(str(folder / f"{name}_memory.pickle"))
-                torch.cuda.memory._record_memory_history(enabled=None)
+                write_memory_history(str(folder / f"{name}_memory.pickle"))
         except OSError as error:  # no reason to end a training
             self._say(f"--profile: no trace of iterations {first} to {last}: {error}")
         else:

@@ -1,0 +1,173 @@
+"""What DeepSpeed does not document and we need all the same: its names stand here and nowhere else.
+
+`NAMES` says of each where it lives and what for; a test looks for all of them in the installed
+DeepSpeed. The functions are what the rest of megalong calls.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+NAMES = {
+    "engine": {
+        "global_steps": "steps that were asked for, skipped ones too",
+        "skipped_steps": "those of which the gradients had overflowed",
+        "_manual_backward_expected": "that the loss was scaled, of which it wants to be told",
+    },
+    "any ZeRO optimizer": {
+        "optimizer": "PyTorch's optimizer, which steps the partitions",
+        "clear_backward_seen_flag": "a backward pass begins",
+    },
+    "ZeRO 1 and 2": {
+        "_lazy_init_hp_params_optimizer_state": "tells parameters where their moments are",
+        "update_lp_params": "rounds the master weights to the model's own",
+        "overflow": "whether the last step was skipped",
+        "loss_scaler": "fp16's loss scale and how long it has held",
+    },
+    "BF16_Optimizer": {
+        "_lazy_init_hp_params_optimizer_state": "as of ZeRO 1 and 2",
+        "update_lp_params": "as of ZeRO 1 and 2",
+    },
+    "ZeRO 3": {
+        "fp32_partitioned_groups_flat": "its partitions, which param_groups do not hold",
+        "_get_fp32_opt_state_partition": "the part of a master weight or moment on this rank",
+        "_get_param_partition_rank": "the number of that part",
+        "_swappable_optimizer_subgroup": "whether it lives on an NVMe disk between two steps",
+        "_optimizer_states_and_gradient_swap_out": "and back there",
+        "_reassign_or_swap_out_partitioned_parameters": "rounds the master weights of a group",
+        "persistent_parameters": "small weights, which every rank holds whole",
+        "overflow": "as of ZeRO 1 and 2",
+        "loss_scaler": "as of ZeRO 1 and 2",
+    },
+    "parameter of ZeRO 1 and 2": {
+        "set_full_hp_param": "fills this rank's part of a master weight or moment from the whole",
+    },
+    "parameter of ZeRO 3": {
+        "ds_id": "marks it",
+        "ds_shape": "its shape before it was divided",
+    },
+}
+
+
+def announce_backward(engine: Any) -> None:
+    """Another backward pass begins, of a loss that was scaled.
+
+    DeepSpeed takes the first from the forward pass before it, but a pipeline ends with several
+    backward passes in a row, of which it would overlook all but the first. And it looks for fp16's
+    loss scale on every rank, when the last stage has applied it for all.
+    """
+    engine.optimizer.clear_backward_seen_flag()
+    engine._manual_backward_expected = True
+
+
+def steps_made(engine: Any) -> int:
+    """Updates since the engine was built: the steps that were not skipped."""
+    return engine.global_steps - engine.skipped_steps
+
+
+def was_skipped(engine: Any) -> bool:
+    """Whether the last step left the weights alone, for gradients that are not finite."""
+    return bool(getattr(engine.optimizer, "overflow", False))
+
+
+def stepping_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """PyTorch's optimizer, which steps flat partitions of parameters, inside of DeepSpeed's."""
+    return engine.optimizer.optimizer
+
+
+def partitions(engine: Any) -> list[torch.Tensor]:
+    """The flat float32 partitions of this rank, which the optimizer steps."""
+    # ZeRO 3 puts its partitions into the groups one at a time, while it steps.
+    flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
+    if flat is not None:
+        return flat
+    groups = stepping_optimizer(engine).param_groups
+    return [partition for group in groups for partition in group["params"]]
+
+
+def link_state(engine: Any) -> None:
+    """Tell the parameters where their pieces of the state are that the partitions were given."""
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:  # ZeRO 3 looks for them when they are wanted
+        link()
+
+
+def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """The parameter's shape, also where ZeRO 3 has divided it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def fill(
+    engine: Any, parameter: torch.nn.Parameter, moment: str | None, value: torch.Tensor
+) -> None:
+    """Set this rank's part of a moment, or of the master weight (None), whichever part ZeRO gave
+    it. value: the whole tensor."""
+    if not hasattr(parameter, "ds_id"):
+        parameter.set_full_hp_param(value, moment)
+        return
+    # ZeRO 3. DeepSpeed's own setter reads past the end of a parameter whose elements its ranks do
+    # not divide evenly: the last part is padded, the parameter is not.
+    optimizer = engine.optimizer
+    part, group = optimizer._get_fp32_opt_state_partition(
+        parameter, release_swap_buffers=False, optim_state_key=moment
+    )
+    start = part.numel() * optimizer._get_param_partition_rank(parameter)
+    mine = value.flatten()[start : start + part.numel()]
+    part.data[: mine.numel()].copy_(mine)
+    if optimizer._swappable_optimizer_subgroup(group):
+        optimizer._optimizer_states_and_gradient_swap_out(group)
+
+
+def round_master_weights(engine: Any) -> None:
+    """Give the model the master weights in its own precision, as a step does at its end."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "update_lp_params"):  # ZeRO 1 and 2
+        optimizer.update_lp_params()
+        return
+    for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    if optimizer.persistent_parameters:
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def loss_scaler_state(engine: Any) -> dict[str, Any] | None:
+    """The numbers of fp16's dynamic loss scaler, by DeepSpeed's names; None where there is none."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is None or not getattr(scaler, "dynamic", False):
+        return None
+    return {k: v for k, v in vars(scaler).items() if isinstance(v, int | float | bool)}
+
+
+def set_loss_scaler_state(engine: Any, state: dict[str, Any]) -> None:
+    """Go on with these, where the loss scale is a dynamic one here too."""
+    if loss_scaler_state(engine) is not None:
+        vars(engine.optimizer.loss_scaler).update(state)
+
+
+def count_once_in_norm(parameter: torch.nn.Parameter, is_copy: bool) -> None:
+    """Say before DeepSpeed sees it whether a parameter of this pipeline stage is another stage's
+    copy, which the norm of the gradient leaves out."""
+    from deepspeed.runtime.constants import PIPE_REPLICATED
+
+    setattr(parameter, PIPE_REPLICATED, is_copy)
+
+
+# Where DeepSpeed's optimizers for ZeRO 1 collect the gradient of a parameter: that for bf16, that
+# for fp16, that for fp32. One that is not in use is None or not there.
+_COLLECTED_GRADIENTS = ("_hp_grad", "grad_accum", "grad")
+
+
+def accumulated_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The gradient collected in the micro batches so far, under ZeRO 1."""
+    kept = (getattr(parameter, name, None) for name in _COLLECTED_GRADIENTS)
+    return next(gradient for gradient in kept if gradient is not None)
+
+
+def skip_shared_memory_kernels() -> None:
+    """Keep DeepSpeed from compiling, at its start on a CPU, kernels that only inference uses: that
+    takes half a minute on a fresh machine and needs a C++ compiler."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
