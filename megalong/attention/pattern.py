@@ -10,10 +10,11 @@ Only Python integers live here: importing this module costs nothing and builds n
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from operator import index
 
 OFFSET_RULES = ("mod", "block", "layer")
@@ -33,6 +34,8 @@ class DilatedPattern:
         "layer"  (kv_head + layer * kv_heads) mod r: depth walks through all the residues.
         or a table of integers, branches x heads.
     layer: index of the layer, from 0; only the "layer" rule looks at it.
+    text: all of the above as a string, which `from_text` reads: PyTorch's operators take strings,
+        but no objects.
 
     Raises ValueError naming the field to change.
     """
@@ -41,6 +44,7 @@ class DilatedPattern:
     dilation_rates: tuple[int, ...]
     head_offsets: str | tuple[tuple[int, ...], ...] = "mod"
     layer: int = 0
+    text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         def set_field(name, value):  # the way to write in a frozen dataclass
@@ -69,6 +73,14 @@ class DilatedPattern:
                 )
         else:
             set_field("head_offsets", self._checked_table())
+        fields = (self.segment_lengths, self.dilation_rates, self.head_offsets, self.layer)
+        set_field("text", json.dumps(fields))
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def from_text(text: str) -> DilatedPattern:
+        """The pattern with this `text`; the same object for the same text."""
+        return DilatedPattern(*json.loads(text))
 
     def _checked_table(self) -> tuple[tuple[int, ...], ...]:
         table = tuple(_integers("head_offsets", row) for row in self.head_offsets)
@@ -152,85 +164,40 @@ class DilatedPattern:
             tuple(rule(head, rate) for head in range(heads)) for rate in self.dilation_rates
         )
 
-    def segments(
-        self, branch: int, sequence_length: int, document_starts: Sequence[int] | None = None
-    ) -> Iterator[tuple[int, int]]:
-        """The [start, stop) of a branch's segments, in order; they restart at each document."""
+    def segments(self, branch: int, sequence_length: int) -> Iterator[tuple[int, int]]:
+        """The [start, stop) of a branch's segments, in order."""
         length = self.segment_lengths[branch]
-        for start, stop in document_bounds(sequence_length, document_starts):
-            for segment_start in range(start, stop, length):
-                yield segment_start, min(segment_start + length, stop)
+        for start in range(0, sequence_length, length):
+            yield start, min(start + length, sequence_length)
 
     def sparse_rows(self, branch: int, segment: tuple[int, int], offset: int) -> range:
         """The positions that take part in a branch, inside the segment [start, stop)."""
         return range(segment[0] + offset, segment[1], self.dilation_rates[branch])
 
-    def attention_pairs(
-        self,
-        sequence_length: int,
-        heads: int,
-        kv_heads: int,
-        causal: bool,
-        document_starts: Sequence[int] | None = None,
-    ) -> int:
+    def attention_pairs(self, sequence_length: int, heads: int, kv_heads: int, causal: bool) -> int:
         """The exact number of (query, key) pairs, summed over heads and branches, of one sequence.
 
         A pair that two branches offer counts twice, as it does in the softmax.
         """
-        documents = Counter(b - a for a, b in document_bounds(sequence_length, document_starts))
         pairs = 0
         for (length, rate), row in zip(self.branches, self.offsets(heads, kv_heads), strict=True):
-            segments = Counter()
-            for document, count in documents.items():
-                segments[length] += count * (document // length)
-                segments[document % length] += count
-            for segment, segment_count in segments.items():
+            segments = ((length, sequence_length // length), (sequence_length % length, 1))
+            for segment, segment_count in segments:
                 for offset, head_count in Counter(row).items():
                     n = len(range(offset, segment, rate))
                     pairs += segment_count * head_count * (n * (n + 1) // 2 if causal else n * n)
         return pairs
 
     def attention_flops(
-        self,
-        sequence_length: int,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        causal: bool = True,
-        document_starts: Sequence[int] | None = None,
+        self, sequence_length: int, heads: int, kv_heads: int, head_dim: int, causal: bool = True
     ) -> int:
         """Floating-point operations of one forward pass over one sequence: 4 head_dim per pair.
 
         Two products (q k and p v), each head_dim multiplications and additions; eq. 16 counts a
-        multiplication with its addition as one. A backward pass has four such products (eight
-        head_dim per pair), and one more where it recomputes the scores.
+        multiplication with its addition as one. A backward pass counts 2.5 times as much: the four
+        products of the gradients, and one that recomputes the scores.
         """
-        pairs = self.attention_pairs(sequence_length, heads, kv_heads, causal, document_starts)
-        return 4 * head_dim * pairs
-
-
-def document_bounds(
-    sequence_length: int, document_starts: Sequence[int] | None
-) -> list[tuple[int, int]]:
-    """The [start, stop) of the documents of a packed sequence, the empty ones left out.
-
-    document_starts: integers that begin with 0 and never decrease; None is one document.
-    """
-    if document_starts is None:
-        starts = (0,)
-    else:
-        starts = _integers("document_starts", document_starts)
-        if not starts or starts[0] != 0:
-            raise ValueError(f"document_starts must begin with 0, got {starts[:8]}")
-        if any(a > b for a, b in pairwise(starts)):
-            raise ValueError("document_starts must be increasing: sort it")
-        if starts[-1] > sequence_length:
-            raise ValueError(
-                f"document_starts ends at {starts[-1]}, beyond the sequence length "
-                f"{sequence_length}"
-            )
-    stops = (*starts[1:], sequence_length)
-    return [(a, b) for a, b in zip(starts, stops, strict=True) if a < b]
+        return 4 * head_dim * self.attention_pairs(sequence_length, heads, kv_heads, causal)
 
 
 def check_heads(heads: int, kv_heads: int) -> None:

@@ -15,61 +15,39 @@ import math
 
 import torch
 
-from megalong.attention.pattern import DilatedPattern, document_bounds
+from megalong.attention.pattern import DilatedPattern
 
 
-def dilated_attention_reference(
-    q, k, v, pattern, *, causal=True, scale=None, document_starts=None, mix_gradient="exact"
-):
+def dilated_attention_reference(q, k, v, pattern, *, causal=True, scale=None):
     """Output (batch, sequence, heads, head_dim) and log-sum-exp (batch, heads, sequence).
 
     Arguments as in dilated_attention. Computes in the inputs' dtype, but at least float32; the
     output has the inputs' dtype. Differentiable by autograd, except for the log-sum-exp, which
-    comes detached. mix_gradient="detached" treats the mixing weights of the branches as
-    constants, as torchscale does: same output, another gradient.
+    comes detached.
     """
     (_, length, heads, head_dim), kv_heads = q.shape, k.shape[2]
     scale = head_dim**-0.5 if scale is None else scale
 
-    offered_nhij = offered_keys(pattern, length, heads, kv_heads, causal, document_starts, q.device)
+    offered_nhij = offered_keys(pattern, length, heads, kv_heads, causal, q.device)
     q_bhid, k_bhjd, v_bhjd = _per_head(q, k, v)
     scores_bhij = q_bhid @ k_bhjd.mT * scale
-
-    multiplicity_hij = offered_nhij.sum(0)
-    out_bhid, lse_bhi = softmax_with_multiplicity(scores_bhij, v_bhjd, multiplicity_hij)
-    if mix_gradient == "detached":
-        out_bhid = torch.zeros_like(out_bhid)
-        for offered_hij in offered_nhij:
-            branch_bhid, branch_lse_bhi = softmax_with_multiplicity(
-                scores_bhij, v_bhjd, offered_hij
-            )
-            absent = branch_lse_bhi == -math.inf
-            weight_bhi = torch.exp(branch_lse_bhi - lse_bhi).masked_fill(absent, 0.0).detach()
-            out_bhid = out_bhid + weight_bhi[..., None] * branch_bhid
+    out_bhid, lse_bhi = softmax_with_multiplicity(scores_bhij, v_bhjd, offered_nhij.sum(0))
     return out_bhid.transpose(1, 2).to(q.dtype), lse_bhi.detach()
 
 
-def offered_keys(
-    pattern: DilatedPattern, length, heads, kv_heads, causal, document_starts=None, device=None
-):
+def offered_keys(pattern: DilatedPattern, length, heads, kv_heads, causal, device=None):
     """(branches, heads, length, length) booleans: the branch offers key j to the head's query i."""
     position = torch.arange(length, device=device)
-    document = torch.zeros_like(position)
-    local = torch.zeros_like(position)  # position within the document
-    for number, (start, stop) in enumerate(document_bounds(length, document_starts)):
-        document[start:stop] = number
-        local[start:stop] = torch.arange(stop - start, device=device)
-
     branches = []
     for (segment_length, rate), offsets in zip(
         pattern.branches, pattern.offsets(heads, kv_heads), strict=True
     ):
-        segment = local // segment_length
-        same_ij = (segment[:, None] == segment) & (document[:, None] == document)
+        segment = position // segment_length
+        same_ij = segment[:, None] == segment
         if causal:
             same_ij = same_ij & (position[:, None] >= position)
         offset_h1 = torch.tensor(offsets, device=device)[:, None]
-        takes_part_hi = local % segment_length % rate == offset_h1
+        takes_part_hi = position % segment_length % rate == offset_h1
         branches.append(same_ij & takes_part_hi[:, :, None] & takes_part_hi[:, None, :])
     return torch.stack(branches)
 
@@ -88,47 +66,27 @@ def softmax_with_multiplicity(scores_bhij, v_bhjd, multiplicity_hij):
     return out_bhid, largest_bhi + torch.log(total_bhi.detach())
 
 
-def unsupported(q_bihd) -> str | None:
-    """Why this backend cannot run on such inputs; None where it can."""
+# ------------------------------------------------------------------------------ the backend
+
+
+def unsupported(device, dtype, head_dim) -> None:
     return None
 
 
-def forward(q_bihd, k_bjgd, v_bjgd, pattern, *, causal, scale, document_starts):
-    """The backend's forward: output and log-sum-exp."""
-    return dilated_attention_reference(
-        q_bihd, k_bjgd, v_bjgd, pattern, causal=causal, scale=scale,
-        document_starts=document_starts,
-    )  # fmt: skip
+def forward(q_bihd, k_bjgd, v_bjgd, pattern, *, causal, scale):
+    return dilated_attention_reference(q_bihd, k_bjgd, v_bjgd, pattern, causal=causal, scale=scale)
 
 
-def backward(
-    grad_bihd, q_bihd, k_bjgd, v_bjgd, out_bihd, lse_bhi, pattern, *, causal, scale,
-    document_starts, mix_gradient,
-):  # fmt: skip
-    """The backend's backward: gradients of q, k and v.
-
-    From the output and log-sum-exp it is given, which may be those of a softmax over more keys
-    than these; "detached" runs the definition once more and leaves the gradient to autograd.
-    """
-    if mix_gradient == "detached":
-
-        def output(*qkv):
-            return dilated_attention_reference(
-                *qkv, pattern, causal=causal, scale=scale, document_starts=document_starts,
-                mix_gradient=mix_gradient,
-            )[0]  # fmt: skip
-
-        # Not autograd.grad: that records nothing inside an operator, which is where this may run.
-        return torch.func.vjp(output, q_bihd, k_bjgd, v_bjgd)[1](grad_bihd)
-    length, heads, kv_heads, device = *q_bihd.shape[1:3], k_bjgd.shape[2], q_bihd.device
-    offered_nhij = offered_keys(pattern, length, heads, kv_heads, causal, document_starts, device)
-    return _gradients(
+def backward(grad_bihd, q_bihd, k_bjgd, v_bjgd, out_bihd, lse_bhi, pattern, *, causal, scale):
+    length, heads, kv_heads = *q_bihd.shape[1:3], k_bjgd.shape[2]
+    offered_nhij = offered_keys(pattern, length, heads, kv_heads, causal, q_bihd.device)
+    gradients = _gradients(
         grad_bihd, q_bihd, k_bjgd, v_bjgd, out_bihd, lse_bhi, offered_nhij.sum(0), scale
     )
+    return tuple(x.to(q_bihd.dtype) for x in gradients)
 
 
 def attend_rows(q_bihd, k_bjgd, v_bjgd, *, scale):
-    """The backend's dense attention of queries to other rows: output and log-sum-exp."""
     q_bhid, k_bhjd, v_bhjd = _per_head(q_bihd, k_bjgd, v_bjgd)
     scores_bhij = q_bhid @ k_bhjd.mT * scale
     once_hij = torch.ones_like(scores_bhij[0], dtype=torch.bool)
@@ -137,7 +95,6 @@ def attend_rows(q_bihd, k_bjgd, v_bjgd, *, scale):
 
 
 def attend_rows_backward(grad_bihd, q_bihd, k_bjgd, v_bjgd, out_bihd, lse_bhi, *, scale):
-    """Shares of the gradients of q, k and v, from the output and log-sum-exp of all parts."""
     return _gradients(grad_bihd, q_bihd, k_bjgd, v_bjgd, out_bihd, lse_bhi, 1, scale)
 
 
@@ -157,7 +114,7 @@ def _gradients(grad_bihd, q_bihd, k_bjgd, v_bjgd, out_bihd, lse_bhi, multiplicit
     shares = ds_bhij.mT @ q_bhid, p_bhij.mT @ grad_bhid
     dk_bgjd, dv_bgjd = (x.unflatten(1, (k_bjgd.shape[2], -1)).sum(2) for x in shares)
     gradients = ds_bhij @ k_bhjd, dk_bgjd, dv_bgjd
-    return tuple(x.transpose(1, 2).to(q_bihd.dtype) for x in gradients)
+    return tuple(x.transpose(1, 2) for x in gradients)
 
 
 def _per_head(q_bihd, k_bjgd, v_bjgd):

@@ -23,23 +23,21 @@ from typing import NamedTuple
 
 import torch
 
-from megalong.attention.operators import attend, attend_backward
 from megalong.attention.pattern import DilatedPattern
+from megalong.attention.sdpa_operators import attend, attend_backward
 
 # ------------------------------------------------------------------------------ the backend
 
 
-def unsupported(q_bshd) -> str | None:
-    """Why this backend cannot run on such inputs; None where it can."""
+def unsupported(device, dtype, head_dim) -> None:
     return None
 
 
-def forward(q_bshd, k_bsgd, v_bsgd, pattern, *, causal, scale, document_starts):
-    """Output (batch, sequence, heads, head_dim) and log-sum-exp (batch, heads, sequence)."""
+def forward(q_bshd, k_bsgd, v_bsgd, pattern, *, causal, scale):
     q_bshd, k_bsgd, v_bsgd = map(_dense_rows, (q_bshd, k_bsgd, v_bsgd))
     (batch, length, heads, _), kv_heads = q_bshd.shape, k_bsgd.shape[2]
     dtype = torch.promote_types(q_bshd.dtype, torch.float32)
-    blocks = plan(pattern, length, heads, kv_heads, document_starts) if q_bshd.numel() else ()
+    blocks = plan(pattern, length, heads, kv_heads) if q_bshd.numel() else ()
 
     if not (blocks and blocks[0].whole):
         out_bshd = q_bshd.new_zeros(q_bshd.shape, dtype=dtype)
@@ -61,30 +59,23 @@ def forward(q_bshd, k_bsgd, v_bsgd, pattern, *, causal, scale, document_starts):
 
 
 def backward(
-    grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, pattern, *, causal, scale,
-    document_starts, mix_gradient,
+    grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, pattern, *, causal, scale
 ):  # fmt: skip
-    """Gradients of q, k and v, from the merged output and log-sum-exp."""
     q_bshd, k_bsgd, v_bsgd, grad_bshd = map(_dense_rows, (q_bshd, k_bsgd, v_bsgd, grad_bshd))
     lse_bsh = lse_bhs.transpose(1, 2)
     inputs = (q_bshd, k_bsgd, v_bsgd)
     (batch, length, heads, _), kv_heads = q_bshd.shape, k_bsgd.shape[2]
     dtype = torch.promote_types(q_bshd.dtype, torch.float32)
-    blocks = plan(pattern, length, heads, kv_heads, document_starts) if q_bshd.numel() else ()
+    blocks = plan(pattern, length, heads, kv_heads) if q_bshd.numel() else ()
 
     adopts = blocks and blocks[0].whole and heads == kv_heads
     if not adopts:
         totals = [x.new_zeros(x.shape, dtype=dtype) for x in inputs]
     for block in blocks:
         q_fhnd, k_fhnd, v_fhnd = block.fold(q_bshd), block.fold_kv(k_bsgd), block.fold_kv(v_bsgd)
-        if mix_gradient == "detached":
-            # Constant mixing weights: delta is the branch's own rowsum(dO * O_branch).
-            out_fhnd, _ = attend(q_fhnd, k_fhnd, v_fhnd, causal, scale)
-        else:
-            out_fhnd = block.fold(out_bshd)
         parts = attend_backward(
-            block.fold(grad_bshd), q_fhnd, k_fhnd, v_fhnd, out_fhnd, block.fold(lse_bsh),
-            causal, scale,
+            block.fold(grad_bshd), q_fhnd, k_fhnd, v_fhnd, block.fold(out_bshd),
+            block.fold(lse_bsh), causal, scale,
         )  # fmt: skip
         dq_bcnhd, dk_bcnhd, dv_bcnhd = parts = [block.unfold(part, batch) for part in parts]
         if block.whole and adopts:
@@ -99,14 +90,12 @@ def backward(
 
 
 def attend_rows(q_bmhd, k_bngd, v_bngd, *, scale):
-    """Dense attention of the queries to other rows: output like q, log-sum-exp (b, h, queries)."""
     q_bhmd, k_bhnd, v_bhnd = _per_head(q_bmhd, k_bngd, v_bngd)
     out_bhmd, lse_bhm = attend(q_bhmd, k_bhnd, v_bhnd, False, scale)
     return out_bhmd.transpose(1, 2), lse_bhm
 
 
 def attend_rows_backward(grad_bmhd, q_bmhd, k_bngd, v_bngd, out_bmhd, lse_bhm, *, scale):
-    """Shares of the gradients of q, k and v, from the output and log-sum-exp of all parts."""
     grad_bhmd, out_bhmd = grad_bmhd.transpose(1, 2), out_bmhd.transpose(1, 2)
     dq_bhmd, *shares = attend_backward(
         grad_bhmd, *_per_head(q_bmhd, k_bngd, v_bngd), out_bhmd, lse_bhm, False, scale
@@ -114,7 +103,7 @@ def attend_rows_backward(grad_bmhd, q_bmhd, k_bngd, v_bngd, out_bmhd, lse_bhm, *
     dtype = torch.promote_types(q_bmhd.dtype, torch.float32)
     kv_heads = k_bngd.shape[2]
     dk_bgnd, dv_bgnd = (x.unflatten(1, (kv_heads, -1)).sum(2, dtype=dtype) for x in shares)
-    return dq_bhmd.transpose(1, 2), dk_bgnd.transpose(1, 2), dv_bgnd.transpose(1, 2)
+    return dq_bhmd.transpose(1, 2).to(dtype), dk_bgnd.transpose(1, 2), dv_bgnd.transpose(1, 2)
 
 
 def _per_head(q_bmhd, k_bngd, v_bngd):
@@ -156,11 +145,11 @@ class Progression(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """One dense attention: equal segments, evenly spaced, of heads with equally many rows."""
+    """One dense attention: segments of one length in a row, of heads with equally many rows."""
 
     start: int  # of the first segment
     segments: int
-    segment_step: int
+    segment_length: int
     rate: int  # distance between two rows
     rows: int
     heads: Progression
@@ -178,7 +167,7 @@ class Block:
         return self._strided(x_bsh, self.heads.head, self.heads.head_step, self.heads.count)
 
     def view_kv(self, x_bsg):
-        """The same of a k or v, where shared rows appear once: heads is then 1."""
+        """`view` of a k or v, where shared rows appear once: heads is then 1."""
         count = 1 if self.shared else self.heads.count
         return self._strided(x_bsg, self.heads.kv_head, self.heads.kv_step, count)
 
@@ -202,48 +191,34 @@ class Block:
         h, (batch, row, next_head, *rest) = self.heads, x.stride()
         shape = (x.shape[0], self.segments, self.rows, count, *x.shape[3:])
         diagonal = head_step * next_head + h.offset_step * row
-        strides = (batch, self.segment_step * row, self.rate * row, diagonal, *rest)
+        strides = (batch, self.segment_length * row, self.rate * row, diagonal, *rest)
         start = x.storage_offset() + (self.start + h.offset) * row + head * next_head
         return x.as_strided(shape, strides, start)
 
 
 @lru_cache(maxsize=256)
-def plan(
-    pattern: DilatedPattern, length: int, heads: int, kv_heads: int, document_starts
-) -> tuple[Block, ...]:
+def plan(pattern: DilatedPattern, length: int, heads: int, kv_heads: int) -> tuple[Block, ...]:
     """The blocks of a pattern on sequences of `length`; branches of the smallest rate first."""
     offsets = pattern.offsets(heads, kv_heads)
     order = sorted(range(len(offsets)), key=lambda branch: pattern.dilation_rates[branch])
     blocks = []
     for branch in order:
-        rate = pattern.dilation_rates[branch]
-        segments = pattern.segments(branch, length, document_starts)
-        for start, count, step, segment in equal_segments(segments):
+        width, rate = pattern.branches[branch]
+        count, rest = divmod(length, width)
+        # The whole segments, then what is left of the last one.
+        for start, segments, segment in ((0, count, width), (length - rest, 1, rest)):
+            if not segments * segment:
+                continue
             # Beyond r only the remainder decides which heads have one row more than others.
             reduced = segment if segment < rate else rate + segment % rate
             for run in equal_heads(offsets[branch], heads // kv_heads, reduced, rate):
                 rows = len(range(run.offset, segment, rate))
-                whole = (rows * count, run.count) == (length, heads)
+                whole = (rows * segments, run.count) == (length, heads)
                 first = branch == order[0]
-                blocks.append(Block(start, count, step, rate, rows, run, first, whole and first))
+                blocks.append(
+                    Block(start, segments, segment, rate, rows, run, first, whole and first)
+                )
     return tuple(blocks)
-
-
-def equal_segments(segments) -> list[tuple[int, int, int, int]]:
-    """Segments of one length whose starts are evenly spaced: (first start, count, step, length)."""
-    starts_of = defaultdict(list)
-    for start, stop in segments:
-        starts_of[stop - start].append(start)
-    groups = []
-    for length, starts in starts_of.items():
-        while starts:
-            step = starts[1] - starts[0] if len(starts) > 1 else length
-            count = 1
-            while count < len(starts) and starts[count] == starts[0] + count * step:
-                count += 1
-            groups.append((starts[0], count, step, length))
-            starts = starts[count:]
-    return groups
 
 
 @lru_cache(maxsize=1024)

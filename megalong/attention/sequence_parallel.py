@@ -18,7 +18,8 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from megalong.attention.dilated import checked_scale, choose_backend
+from megalong.attention import operators
+from megalong.attention.dilated import checked_scale
 from megalong.attention.exchange import SequenceGroup
 from megalong.attention.pattern import DilatedPattern
 from megalong.attention.remote_rows import merge, remote_rows
@@ -54,7 +55,7 @@ def sequence_parallel_attention(
     plan = make_plan(pattern, shards, q.shape[2], k.shape[2], bool(causal))
     remote = remote_rows(plan, q.device)
     out_bshd, lse_bhs = _SequenceParallelAttention.apply(
-        q, k, v, plan.local, remote, sequence, choose_backend(backend, q), bool(causal), scale
+        q, k, v, plan.local, remote, sequence, bool(causal), scale, backend
     )
     return (out_bshd, lse_bhs) if return_lse else out_bshd
 
@@ -63,17 +64,18 @@ class _SequenceParallelAttention(torch.autograd.Function):
     """Keeps q, k, v, output, log-sum-exp and the remote rows; the backends recompute the rest."""
 
     @staticmethod
-    def forward(ctx, q_bshd, k_bsgd, v_bsgd, local, remote, sequence, backend, causal, scale):
-        ctx.local, ctx.remote, ctx.sequence, ctx.backend = local, remote, sequence, backend
-        ctx.options = {"causal": causal, "scale": scale}
+    def forward(ctx, q_bshd, k_bsgd, v_bsgd, local, remote, sequence, causal, scale, backend):
+        ctx.local, ctx.remote, ctx.sequence = local, remote, sequence
+        ctx.rows = {"scale": scale, "backend": backend}
+        ctx.options = {"causal": causal, **ctx.rows}
         with torch.autocast(q_bshd.device.type, enabled=False):
             arriving = [exchange.start(sequence, k_bsgd, v_bsgd) for exchange in remote]
             out_bshd, lse_bsh = _local_forward(ctx, q_bshd, k_bsgd, v_bsgd)
             for exchange, (rows, work) in zip(remote, arriving, strict=True):
                 work.wait()
                 for attention in exchange.attention:
-                    new = backend.attend_rows(
-                        attention.queries(q_bshd), *attention.keys(rows), scale=scale
+                    new = operators.attend_rows(
+                        attention.queries(q_bshd), *attention.keys(rows), **ctx.rows
                     )
                     attention.merge(out_bshd, lse_bsh, *new)
         lse_bhs = lse_bsh.transpose(1, 2)
@@ -94,10 +96,10 @@ class _SequenceParallelAttention(torch.autograd.Function):
             for exchange, rows in zip(ctx.remote, arrived, strict=True):
                 gradients = torch.zeros_like(rows, dtype=lse_bhs.dtype)
                 for attention in exchange.attention:
-                    dq_bmhd, dk_bntd, dv_bntd = ctx.backend.attend_rows_backward(
+                    dq_bmhd, dk_bntd, dv_bntd = operators.attend_rows_backward(
                         attention.queries(grad_bshd), attention.queries(q_bshd),
                         *attention.keys(rows), attention.queries(out_bshd),
-                        attention.queries(lse_bsh).mT, scale=ctx.options["scale"],
+                        attention.queries(lse_bsh).mT, **ctx.rows,
                     )  # fmt: skip
                     attention.put_keys(gradients, dk_bntd, dv_bntd)
                     query_gradients.append((attention, dq_bmhd))
@@ -118,9 +120,9 @@ def _local_forward(ctx, q_bshd, k_bsgd, v_bsgd):
     """Output and log-sum-exp (batch, shard, heads, ...) of the shard's own rows, to be merged into:
     at least float32 where something will be."""
     results = [
-        ctx.backend.forward(
+        operators.forward(
             *(x[:, piece.start : piece.stop] for x in (q_bshd, k_bsgd, v_bsgd)), piece.pattern,
-            **ctx.options, document_starts=None,
+            **ctx.options,
         )
         for piece in ctx.local
     ]  # fmt: skip
@@ -141,13 +143,12 @@ def _local_backward(ctx, grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs):
     """The gradients of q, k and v that come from the shard's own rows, to be added to: at least
     float32 where something will be."""
     shares = [
-        ctx.backend.backward(
+        operators.backward(
             *(
                 x[:, piece.start : piece.stop]
                 for x in (grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd)
             ),
             lse_bhs[:, :, piece.start : piece.stop], piece.pattern, **ctx.options,
-            document_starts=None, mix_gradient="exact",
         )
         for piece in ctx.local
     ]  # fmt: skip

@@ -10,10 +10,12 @@ def dense_rows(x_bshd: torch.Tensor) -> torch.Tensor:
     return x_bshd if x_bshd.stride(-1) == 1 else x_bshd.contiguous()
 
 
-def empty_rows(x_bshd: torch.Tensor, device=None) -> torch.Tensor:
+def empty_rows(x_bshd: torch.Tensor, dtype=None, device=None) -> torch.Tensor:
     """Uninitialised, with x's order of the axes in memory where that keeps rows dense."""
-    empty = torch.empty_like(x_bshd, device=device)
-    return empty if empty.stride(-1) == 1 else x_bshd.new_empty(x_bshd.shape, device=device)
+    empty = torch.empty_like(x_bshd, dtype=dtype, device=device)
+    if empty.stride(-1) == 1:
+        return empty
+    return x_bshd.new_empty(x_bshd.shape, dtype=dtype, device=device)
 
 
 def laid_out_like(x_bshd: torch.Tensor, like_bshd: torch.Tensor) -> torch.Tensor:
@@ -22,4 +24,4 @@ def laid_out_like(x_bshd: torch.Tensor, like_bshd: torch.Tensor) -> torch.Tensor
     axes = zip(x_bshd.shape, x_bshd.stride(), strides, strict=True)
     if all(found == wanted for size, found, wanted in axes if size > 1):
         return x_bshd
-    return empty_rows(like_bshd).copy_(x_bshd)
+    return empty_rows(like_bshd, x_bshd.dtype).copy_(x_bshd)

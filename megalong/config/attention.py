@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 
 from megalong.attention import DilatedPattern
+from megalong.attention.backends import BACKEND_VARIABLE, BACKENDS
 from megalong.config.flags import flag
 from megalong.errors import UserError
 
@@ -60,8 +61,6 @@ class AttentionConfig:
                 f"--segment-lengths has {len(lengths)} values and --dilation-rates {len(rates)}:"
                 " a branch is one of each"
             )
-        from megalong.attention.dilated import BACKEND_VARIABLE, BACKENDS
-
         backend = os.environ.get(BACKEND_VARIABLE) or "auto"
         if backend != "auto" and backend not in BACKENDS:
             raise UserError(f"{BACKEND_VARIABLE}={backend}: choose auto, {', '.join(BACKENDS)}")

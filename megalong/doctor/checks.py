@@ -179,14 +179,14 @@ def attention_backends() -> list[Finding]:
 
     import torch
 
-    from megalong.attention.dilated import AUTO, BACKENDS
+    from megalong.attention.backends import AUTO, BACKENDS
     from megalong.device import use_gpu
 
-    device = "cuda" if use_gpu() else "cpu"
-    q = torch.empty(1, 1, 1, 64, device=device, dtype=torch.bfloat16 if use_gpu() else None)
+    device = torch.device("cuda" if use_gpu() else "cpu")
+    dtype = torch.bfloat16 if use_gpu() else torch.float32
     findings, chosen = [], False
     for name in AUTO:
-        why_not = import_module(BACKENDS[name]).unsupported(q)
+        why_not = import_module(BACKENDS[name]).unsupported(device, dtype, head_dim=64)
         if why_not is None:
             findings.append(Finding("ok", name, "works", "" if chosen else "chosen"))
             chosen = True

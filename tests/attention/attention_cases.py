@@ -32,8 +32,6 @@ class Case:
     head_dim: int = 8
     batch: int = 1
     causal: bool = True
-    document_starts: tuple[int, ...] | None = None
-    mix_gradient: str = "exact"
     scale: float | None = None
     layout: str = "bshd"  # order of the axes in memory
     seed: int = 0
@@ -59,12 +57,7 @@ class Case:
     @property
     def options(self) -> dict:
         """Keyword arguments of dilated_attention and of the reference."""
-        return {
-            "causal": self.causal,
-            "scale": self.scale,
-            "document_starts": self.document_starts,
-            "mix_gradient": self.mix_gradient,
-        }
+        return {"causal": self.causal, "scale": self.scale}
 
 
 def corners() -> list[Case]:
@@ -103,13 +96,7 @@ def corners() -> list[Case]:
             kv_heads=2,
             causal=False,
         ),
-        Case("documents", 60, ladder, document_starts=(0, 3, 20, 41), batch=2),
-        Case("equal-documents", 60, ladder, document_starts=(0, 20, 40), batch=2, kv_heads=2),
-        Case("empty-documents", 30, ladder, document_starts=(0, 0, 7, 7, 7, 30, 30)),
-        Case("documents-of-one", 6, ladder, document_starts=tuple(range(6)), causal=False),
-        Case("documents-bidirectional", 50, uneven, document_starts=(0, 31), causal=False),
-        Case("detached", 61, ladder, mix_gradient="detached", batch=2),
-        Case("detached-no-dense-branch", 33, P((8, 16), (2, 4)), mix_gradient="detached"),
+        Case("uneven-tail-bidirectional", 50, uneven, causal=False, batch=2),
         Case("head-dim-one", 40, ladder, head_dim=1),
         Case("head-dim-odd", 40, ladder, head_dim=13, layout="bhsd"),
         Case("head-dim-large", 40, ladder, head_dim=160, layout="slice"),
@@ -139,12 +126,6 @@ def random_case(seed: int, longest: int = 600, most_heads: int = 12, most_batch:
     if offsets == "table":
         offsets = [[rng.randrange(rate) for _ in range(heads)] for rate in rates]
 
-    document_starts = None
-    if rng.random() < 0.35:
-        count = rng.randint(1, 6)
-        document_starts = (0, *sorted(rng.randint(0, length) for _ in range(count)))
-        if rng.random() < 0.3:  # equal documents
-            document_starts = tuple(range(0, length, max(1, length // count)))
     return Case(
         name=f"random-{seed}",
         length=length,
@@ -154,8 +135,6 @@ def random_case(seed: int, longest: int = 600, most_heads: int = 12, most_batch:
         head_dim=rng.choice([1, 3, 4, 8, 16, 17, 32]),
         batch=min(rng.choice([1, 1, 2, 3]), most_batch),
         causal=rng.random() < 0.6,
-        document_starts=document_starts,
-        mix_gradient=rng.choice(["exact", "exact", "detached"]),
         scale=rng.choice([None, None, 0.3]),
         layout=rng.choice(["bshd", "sbhd", "bhsd", "slice"]),
         seed=seed,
@@ -174,7 +153,7 @@ def run_backend(case: Case, inputs, backend: str) -> dict[str, torch.Tensor]:
 
 
 def run_reference(case: Case, inputs) -> dict[str, torch.Tensor]:
-    """The same of the definition, with autograd's gradients."""
+    """Output, log-sum-exp and gradients of the definition, the gradients by autograd."""
     return _run(
         case, inputs, lambda *qkv: dilated_attention_reference(*qkv, case.pattern, **case.options)
     )

@@ -1,15 +1,16 @@
-"""torch.compile: one operator in the graph, without a break, with the results of eager mode."""
+"""The four operators: in torch.compile without a break, on fake tensors, and counted in FLOPs."""
 
 import pytest
 import torch
 from attention_cases import assert_agree, corners, needs_inductor, random_case
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from megalong.attention import DilatedPattern, dilated_attention
-from megalong.attention.dilated import _backward_operator, _operator
+from megalong.attention import DilatedPattern, dilated_attention, operators
+from megalong.attention.backends import choose_backend
 
-NAMES = ("grouped", "documents", "detached", "whole-megatron-layout", "head-dim-large")
+NAMES = ("grouped", "tail", "grouped-block", "whole-megatron-layout", "head-dim-large")
 CORNERS = [case for case in corners() if case.name in NAMES]
 LADDER = DilatedPattern((8, 16, 32), (1, 2, 4))
 
@@ -35,18 +36,25 @@ def run(case, inputs, compiler=None, **options):
     return dict(zip(names, (out.detach(), lse, *torch.autograd.grad(out, qkv, grad)), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("sdpa", torch.float64), ("reference", torch.bfloat16)]
+)
 @pytest.mark.parametrize("case", CORNERS, ids=lambda case: case.name)
-def test_operators_keep_their_promises(case):
-    """Schema, layout of the results, autograd and dynamic shapes, as PyTorch checks them."""
-    q, k, v, grad = case.inputs()
-    q, k, v = (x.requires_grad_() for x in (q, k, v))
-    offsets = [o for row in case.pattern.offsets(case.heads, case.kv_heads) for o in row]
-    starts = case.document_starts and torch.tensor(case.document_starts)
-    pattern = (case.pattern.segment_lengths, case.pattern.dilation_rates, offsets, starts)
-    options = (case.causal, 0.3, "sdpa", case.mix_gradient)
-    torch.library.opcheck(_operator, (q, k, v, *pattern, *options))
-    tensors = [x.detach() for x in (q, k, v, *_operator(q, k, v, *pattern, *options))]
-    torch.library.opcheck(_backward_operator, (grad, *tensors, *pattern, *options))
+def test_operators_keep_their_promises(case, dtype, backend):
+    """Schema, no shared memory, fake results as the true ones, and dynamic shapes: by PyTorch."""
+    q, k, v, grad = case.inputs(dtype)
+    ops = torch.ops.megalong
+    options = (case.pattern.text, case.causal, 0.3, backend)
+    results = ops.dilated_attention(q, k, v, *options)
+    torch.library.opcheck(ops.dilated_attention.default, (q, k, v, *options))
+    torch.library.opcheck(
+        ops.dilated_attention_backward.default, (grad, q, k, v, *results, *options)
+    )
+    fewer = (k[:, 5:30], v[:, 5:30], 0.3, backend)
+    results = ops.attend_rows(q, *fewer)
+    torch.library.opcheck(ops.attend_rows.default, (q, *fewer))
+    arguments = (grad, q, *fewer[:2], *results, *fewer[2:])
+    torch.library.opcheck(ops.attend_rows_backward.default, arguments)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
@@ -93,18 +101,16 @@ def test_inductor():
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
-def test_lengths_and_documents_do_not_compile_again():
+def test_lengths_do_not_compile_again():
     counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(backend=counter, fullgraph=True, dynamic=True)
-    def attend(q, starts):
-        return dilated_attention(q, q, q, LADDER, document_starts=starts)
+    def attend(q):
+        return dilated_attention(q, q, q, LADDER)
 
     for length in (40, 57, 64):
         q = torch.randn(1, length, 4, 8)
-        for starts in ([0, 3, 20], [0, 11, 13]):
-            expected = dilated_attention(q, q, q, LADDER, document_starts=starts)
-            assert torch.equal(attend(q, torch.tensor(starts)), expected)
+        assert torch.equal(attend(q), dilated_attention(q, q, q, LADDER))
     assert counter.frame_count == 1
 
 
@@ -141,7 +147,56 @@ def test_shapes_without_numbers():
 def test_compiled_refuses():
     q = torch.randn(1, 40, 4, 8)
     compiled = torch.compile(dilated_attention, backend="aot_eager", fullgraph=True)
-    with pytest.raises(ValueError, match="must be increasing"):
-        compiled(q, q, q, LADDER, document_starts=torch.tensor([0, 9, 5]))
     with pytest.raises(ValueError, match="must be auto, triton, sdpa, reference"):
         compiled(q, q, q, LADDER, backend="flash")
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("case", [*CORNERS, random_case(3, 100)], ids=lambda case: case.name)
+def test_flops_are_those_of_the_pairs(case, backend):
+    *qkv, grad = case.inputs(torch.float32)
+    q, k, v = (x.requires_grad_() for x in qkv)
+    pairs = case.pattern.attention_pairs(case.length, case.heads, case.kv_heads, case.causal)
+    forward = 4 * case.head_dim * case.batch * pairs
+    with FlopCounterMode(display=False) as counter:
+        out = dilated_attention(q, k, v, case.pattern, backend=backend, **case.options)
+    assert counter.get_total_flops() == forward
+    with FlopCounterMode(display=False) as counter:
+        out.backward(grad)
+    assert counter.get_total_flops() == 2.5 * forward
+
+    rows = {"scale": 0.3, "backend": backend}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        k, v = k[:, :7], v[:, :7]
+        out, lse = operators.attend_rows(q, k, v, **rows)
+        operators.attend_rows_backward(grad, q, k, v, out, lse, **rows)
+    assert counter.get_total_flops() == 14 * q.numel() * k.shape[1]
+
+
+def test_no_kernel_runs_on_fake_tensors_for_a_gpu_that_is_not_there(monkeypatch):
+    """With the kernels chosen that would run there."""
+    monkeypatch.setattr(operators, "choose_backend", None)  # every operator asks it first
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        q, k, v, grad = (
+            torch.empty(2, 4096, heads, 64, device="cuda", dtype=torch.bfloat16)
+            for heads in (8, 2, 2, 8)
+        )
+        options = {"scale": 0.1, "backend": "auto"}
+        pattern = DilatedPattern.geometric(4096, 512)
+        out, lse = operators.forward(q, k, v, pattern, causal=True, **options)
+        gradients = operators.backward(grad, q, k, v, out, lse, pattern, causal=True, **options)
+        flops = 2 * pattern.attention_flops(4096, 8, 2, 64)
+        assert counter.get_total_flops() == 3.5 * flops
+        assert [x.dtype for x in (out, lse, *gradients)] == [
+            torch.bfloat16, torch.float32, *[torch.bfloat16] * 3
+        ]  # fmt: skip
+        fewer = (torch.empty(2, 999, 2, 64, device="cuda", dtype=torch.bfloat16),) * 2
+        out, lse = operators.attend_rows(q, *fewer, **options)
+        shares = operators.attend_rows_backward(grad, q, *fewer, out, lse, **options)
+        assert counter.get_total_flops() == 3.5 * (flops + 4 * q.numel() * 999)
+        for x, share in zip((q, *fewer), shares, strict=True):
+            assert (share.shape, share.dtype, share.device) == (x.shape, lse.dtype, x.device)
+        assert choose_backend("auto", q).__name__.endswith(".triton")
+        for shape, dtype in (((1, 1, 1, 64), torch.float64), ((1, 1, 1, 192), torch.float32)):
+            x = torch.empty(shape, device="cuda", dtype=dtype)
+            assert choose_backend("auto", x).__name__.endswith(".sdpa")

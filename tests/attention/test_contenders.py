@@ -12,6 +12,7 @@ import torch
 from attention_cases import needs_inductor
 
 from megalong.attention import DilatedPattern, dilated_attention
+from megalong.attention.reference import offered_keys
 
 TOOLS = Path(__file__).parents[2] / "tools" / "benchmarks"
 PATTERNS = {
@@ -22,10 +23,15 @@ PATTERNS = {
 
 
 @pytest.fixture(scope="module")
-def contenders():
+def module():
     sys.path.insert(0, str(TOOLS))
-    yield importlib.import_module("contenders").CONTENDERS
+    yield importlib.import_module("contenders")
     sys.path.remove(str(TOOLS))
+
+
+@pytest.fixture
+def contenders(module):
+    return module.CONTENDERS
 
 
 def tensors(kv_heads, dtype=torch.float64, length=256, head_dim=8, device="cpu", **options):
@@ -38,8 +44,44 @@ def tensors(kv_heads, dtype=torch.float64, length=256, head_dim=8, device="cpu",
 def expected(name, pattern, q, k, v):
     if name.startswith("dense"):
         pattern = DilatedPattern((q.shape[1],), (1,))
-    mix_gradient = "detached" if "gather" in name else "exact"
-    return dilated_attention(q, k, v, pattern, backend="reference", mix_gradient=mix_gradient)
+    if "gather" in name:
+        return torchscale(q, k, v, pattern)
+    return dilated_attention(q, k, v, pattern, backend="reference")
+
+
+def torchscale(q, k, v, pattern):
+    """torchscale's function, written out: softmaxes over masked scores, weights detached."""
+    (_, length, heads, head_dim), kv_heads = q.shape, k.shape[2]
+    k, v = (x.repeat_interleave(heads // kv_heads, dim=2) for x in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * head_dim**-0.5
+    outs, lses = [], []
+    for offered in offered_keys(pattern, length, heads, kv_heads, causal=True):
+        branch = scores.masked_fill(~offered, -torch.inf)
+        lses.append(branch.logsumexp(-1).mT.detach())
+        # A row without keys has no softmax; nor does it get a weight.
+        weights = branch.masked_fill(~offered.any(-1, keepdim=True), 0.0).softmax(-1)
+        outs.append(torch.einsum("bhij,bjhd->bihd", weights, v))
+    weights = torch.stack(lses).softmax(0).nan_to_num()
+    return sum(weight[..., None] * out for weight, out in zip(weights, outs, strict=True))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_torchscale_differs_in_the_gradient_only(module, backend, kv_heads, pattern):
+    q, k, v = tensors(kv_heads)
+    found = module.mixed_as_torchscale(q, k, v, pattern, backend=backend)
+    wanted, exact = torchscale(q, k, v, pattern), dilated_attention(q, k, v, pattern)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
+    grad = torch.randn_like(found)
+    gradients = [torch.autograd.grad(x, (q, k, v), grad) for x in (found, wanted, exact)]
+    torch.testing.assert_close(*gradients[:2], rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradients[0][2], gradients[2][2], rtol=0, atol=1e-12)
+    mixes = len(pattern.branches) > 1
+    for name, mixed, true in zip("qk", gradients[0], gradients[2], strict=False):
+        far = (mixed - true).norm() > 0.01 * true.norm()
+        assert far == mixes, name
 
 
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)

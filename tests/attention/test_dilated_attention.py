@@ -1,11 +1,11 @@
-"""The public function: layouts, causality, documents, autograd and error messages."""
+"""The public function: layouts, causality, autograd and error messages."""
 
 import pytest
 import torch
 from attention_cases import assert_agree, corners, random_case, run_backend, run_reference
 
 from megalong.attention import DilatedPattern, dense_attention, dilated_attention
-from megalong.attention.dilated import BACKEND_VARIABLE, choose_backend
+from megalong.attention.backends import BACKEND_VARIABLE, choose_backend
 
 PATTERN = DilatedPattern((8, 16, 32), (1, 2, 4))
 
@@ -91,21 +91,6 @@ def test_no_position_sees_the_future(seed):
         assert not gradient[:, cut:].any()
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_documents_are_as_if_alone(causal):
-    q, k, v = qkv(length=60, kv_heads=2)
-    starts = [0, 11, 11, 35]
-    packed, lse = dilated_attention(
-        q, k, v, PATTERN, causal=causal, document_starts=torch.tensor(starts), return_lse=True
-    )
-    for start, stop in ((0, 11), (11, 35), (35, 60)):
-        alone, alone_lse = dilated_attention(
-            *(x[:, start:stop] for x in (q, k, v)), PATTERN, causal=causal, return_lse=True
-        )
-        torch.testing.assert_close(packed[:, start:stop], alone)
-        torch.testing.assert_close(lse[:, :, start:stop], alone_lse)
-
-
 def test_slices_of_heads_make_up_the_whole():
     """What tensor parallelism relies on."""
     q, k, v = qkv(heads=8, kv_heads=4)
@@ -189,12 +174,5 @@ def test_refuses():
     refuse("head_dim must be at least 1", q[..., :0], k[..., :0], v[..., :0])
     refuse("pattern must be a DilatedPattern", pattern=((8,), (1,)))
     refuse("table for 2 heads", pattern=DilatedPattern((8,), (2,), ((0, 1),)))
-    refuse('mix_gradient must be "exact" or "detached"', mix_gradient="none")
     refuse("backend .* must be auto, triton, sdpa, reference", backend="flash")
     refuse("scale must be positive", scale=-1.0)
-    refuse("must begin with 0", document_starts=(1, 5))
-    refuse("must begin with 0", document_starts=())
-    refuse("must be increasing", document_starts=(0, 9, 5))
-    refuse("beyond the sequence length 40", document_starts=(0, 41))
-    refuse("must hold integers", document_starts=torch.tensor([0.0, 5.0]))
-    refuse("must be 1-D", document_starts=torch.tensor([[0, 5]]))

@@ -34,14 +34,13 @@ def test_slice_of_heads_keeps_the_offsets_of_the_whole_model():
 def test_segments_and_rows():
     pattern = DilatedPattern((8,), (3,))
     assert list(pattern.segments(0, 20)) == [(0, 8), (8, 16), (16, 20)]
-    assert list(pattern.segments(0, 20, (0, 5, 5))) == [(0, 5), (5, 13), (13, 20)]
     assert list(pattern.sparse_rows(0, (8, 16), 1)) == [9, 12, 15]
     assert list(pattern.sparse_rows(0, (16, 18), 2)) == []
 
 
 @pytest.mark.parametrize("case", [*corners(), *map(random_case, range(40))], ids=lambda c: c.name)
 def test_pairs_are_those_of_the_definition(case):
-    shape = (case.length, case.heads, case.kv_heads, case.causal, case.document_starts)
+    shape = (case.length, case.heads, case.kv_heads, case.causal)
     assert case.pattern.attention_pairs(*shape) == int(offered_keys(case.pattern, *shape).sum())
 
 
@@ -70,6 +69,13 @@ def test_geometric_ladder_is_linear():
 def test_is_hashable_and_normalises_lists():
     built = DilatedPattern([8, 16], [1, 2], [[0, 0], [1, 0]])
     assert hash(built) == hash(DilatedPattern((8, 16), (1, 2), ((0, 0), (1, 0))))
+
+
+@pytest.mark.parametrize("case", [*corners(), *map(random_case, range(8))], ids=lambda c: c.name)
+def test_text_is_the_whole_pattern(case):
+    found = DilatedPattern.from_text(case.pattern.text)
+    assert found == case.pattern and found is DilatedPattern.from_text(case.pattern.text)
+    assert case.pattern.at_layer(9) == DilatedPattern.from_text(case.pattern.at_layer(9).text)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from attention_cases import assert_agree, corners, random_case, run_backend, run_reference
 
-from megalong.attention import DilatedPattern, dilated_attention, operators, sdpa
+from megalong.attention import DilatedPattern, dilated_attention, sdpa, sdpa_operators
 
 CORNERS = corners()
 
@@ -34,8 +34,8 @@ def test_blockwise_operator_equals_reference(case, tile, monkeypatch):
     """The operator for devices and dtypes without a fused one, also in many small tiles."""
     if tile == 100 and case.length > 130:
         pytest.skip("too many tiles")
-    monkeypatch.setattr(operators, "operator_for", lambda q: operators.BLOCKWISE)
-    monkeypatch.setattr(operators, "TILE_SCORES", tile)
+    monkeypatch.setattr(sdpa_operators, "operator_for", lambda q: sdpa_operators.BLOCKWISE)
+    monkeypatch.setattr(sdpa_operators, "TILE_SCORES", tile)
     inputs = case.inputs()
     assert_agree(run_backend(case, inputs, "sdpa"), run_reference(case, inputs), 1e-10)
 
@@ -44,7 +44,7 @@ def test_blockwise_operator_equals_reference(case, tile, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_gpu_operators_take_these_arguments(operator, dtype):
     """Shapes only, on the meta device: the numbers need a GPU."""
-    operator = getattr(operators, operator)
+    operator = getattr(sdpa_operators, operator)
     q = torch.empty(2, 50, 4, 64, dtype=dtype, device="meta").transpose(1, 2)
     k = q[:, :1].expand(-1, 4, -1, -1)
     out, lse = operator.forward(q, k, k, True, 0.1)
@@ -61,7 +61,7 @@ def relative_error(found, expected):
     ("dtype", "bound"),
     [(torch.float32, 4e-7), (torch.bfloat16, 6e-3), (torch.float16, 7e-4)],
 )
-@pytest.mark.parametrize("name", ["whole-segments", "tail", "grouped", "documents"])
+@pytest.mark.parametrize("name", ["whole-segments", "tail", "grouped", "uneven-tail-bidirectional"])
 def test_precision(name, dtype, bound):
     """Against float64 on the same rounded inputs, relative to the norm.
 
@@ -79,7 +79,7 @@ def test_precision(name, dtype, bound):
 
 
 @pytest.mark.parametrize(
-    "name", ["grouped", "rows-in-no-branch", "documents", "grouped-block", "no-dense-branch"]
+    "name", ["grouped", "rows-in-no-branch", "explicit-table", "grouped-block", "no-dense-branch"]
 )
 def test_gradcheck(name):
     case = next(case for case in CORNERS if case.name == name)
@@ -89,14 +89,14 @@ def test_gradcheck(name):
         torch.randn(1, 13, h, 2, generator=generator, dtype=torch.float64, requires_grad=True)
         for h in (heads, kv_heads, kv_heads)
     ]
-    pattern = DilatedPattern((4, 8), (1, 3), case.pattern.head_offsets)
+    offsets = case.pattern.head_offsets
+    if name == "explicit-table":
+        offsets = ((0,) * 4, (2, 0, 1, 1))
+    pattern = DilatedPattern((4, 8), (1, 3), offsets)
     if name in ("rows-in-no-branch", "no-dense-branch"):
         pattern = DilatedPattern((8,), (5,))
-    starts = (0, 3) if name == "documents" else None
     assert torch.autograd.gradcheck(
-        lambda q, k, v: dilated_attention(
-            q, k, v, pattern, backend="sdpa", causal=case.causal, document_starts=starts
-        ),
+        lambda q, k, v: dilated_attention(q, k, v, pattern, backend="sdpa", causal=case.causal),
         qkv,
     )
 
@@ -105,15 +105,15 @@ def test_heads_of_the_mod_rule_share_calls():
     """Diagonals: min(r, heads / r) blocks for a branch, not one for each offset."""
     for rate, blocks in ((1, 1), (2, 2), (4, 3), (8, 2), (16, 1)):
         pattern = DilatedPattern((64,), (rate,))
-        assert len(sdpa.plan(pattern, 128, 12, 12, None)) == blocks
-    pattern = DilatedPattern((64,), (4,))
-    assert len(sdpa.plan(pattern, 96, 4, 4, (0, 32, 64))) == 1  # equal documents go together
+        assert len(sdpa.plan(pattern, 128, 12, 12)) == blocks
+    pattern = DilatedPattern((32,), (4,))
+    assert len(sdpa.plan(pattern, 96, 4, 4)) == 1  # equal segments go together
 
 
 def test_blocks_are_views():
     """Where a batch row holds whole segments nothing is copied, whatever the rate."""
     x = torch.randn(2, 64, 4, 8)
-    for block in sdpa.plan(DilatedPattern((16, 32, 64), (1, 2, 8)), 64, 4, 4, None):
+    for block in sdpa.plan(DilatedPattern((16, 32, 64), (1, 2, 8)), 64, 4, 4):
         assert block.fold(x).untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
 
 

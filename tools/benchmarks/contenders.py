@@ -17,7 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megalong.attention import dense_attention, dilated_attention, operators
+from megalong.attention import (
+    DilatedPattern,
+    dense_attention,
+    dilated_attention,
+    sdpa_operators,
+)
 
 
 def dense(backend: SDPBackend, pattern, q, k):
@@ -38,7 +43,7 @@ def gathered(pattern, q, k):
     """How dilated attention is usually written: copy the rows of a branch, attend, scatter, mix.
 
     As in torchscale, segments are filled up with zeros to equal, divisible lengths (which a causal
-    query never sees), and the mixing weights carry no gradient.
+    query never sees), and the mixing weights carry no gradient: `mixed_as_torchscale`.
     """
     heads, kv_heads = q.shape[2], k.shape[2]
     offsets = torch.tensor(pattern.offsets(heads, kv_heads), device=q.device)
@@ -54,7 +59,7 @@ def gathered(pattern, q, k):
             folded = [fold(x, width, rate) for x in (q, k, v)]
             shape = folded[0].shape[:-1]  # (batch, segments, rows, rate, heads)
             taken = [x[rows].flatten(0, 1).transpose(1, 2) for x in folded]
-            out, lse = operators.attend(*taken, True, head_dim**-0.5)
+            out, lse = sdpa_operators.attend(*taken, True, head_dim**-0.5)
             full_out = out.new_zeros(*shape, head_dim)
             full_out[rows] = out.transpose(1, 2).unflatten(0, shape[:2])
             full_lse = lse.new_full(shape, -torch.inf)
@@ -65,6 +70,25 @@ def gathered(pattern, q, k):
         return sum(weight[..., None] * out for weight, out in zip(weights, outs, strict=True))
 
     return attention
+
+
+def mixed_as_torchscale(q, k, v, pattern, **options):
+    """What torchscale computes (torchscale/component/dilated_attention.py): the output of
+    dilated_attention, with another gradient.
+
+    Each branch attends by itself, and the outputs are mixed by weights that are constants to
+    autograd, where the softmax over all keys has a gradient through them as well: dQ and dK differ,
+    dV does not. Arguments and output as in dilated_attention.
+    """
+    offsets = pattern.offsets(q.shape[2], k.shape[2])
+    outs, lses = [], []
+    for (width, rate), row in zip(pattern.branches, offsets, strict=True):
+        branch = DilatedPattern((width,), (rate,), (row,))
+        out, lse_bhs = dilated_attention(q, k, v, branch, return_lse=True, **options)
+        outs.append(out)
+        lses.append(lse_bhs.mT)
+    weights = torch.stack(lses).softmax(0).nan_to_num().to(q.dtype)  # lse has no gradient
+    return sum(weight[..., None] * out for weight, out in zip(weights, outs, strict=True))
 
 
 def fold(x_bshd, width: int, rate: int):

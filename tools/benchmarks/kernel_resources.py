@@ -39,25 +39,23 @@ SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 SHARED_OF = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 120: 99 * 1024}  # others: 227 KiB
 VARIANTS = {
     "forward": [
-        ("sparse", forward_kernel, {"EPILOGUE": "partial"}),
-        ("base", forward_kernel, {"EPILOGUE": "merge"}),
+        ("sparse", forward_kernel, {"MERGE": False}),
+        ("base", forward_kernel, {"MERGE": True}),
     ],
     "dq": [("sparse", dq_kernel, {"MERGE": False}), ("base", dq_kernel, {"MERGE": True})],
     "dkdv": [("sparse", dkdv_kernel, {"MERGE": False}), ("base", dkdv_kernel, {"MERGE": True})],
 }
 # What training seldom or never runs, but must compile. "ones": Triton turns an integer argument
 # that is 1 (a stride, and whatever VARYING leaves out) into a constant, which has other methods.
+ROWS = {"GATHERED": True, "CAUSAL": False}
 VARIANTS["rare"] = [
     ("delta", delta_kernel, {}),
-    ("branch-delta", forward_kernel, {"EPILOGUE": "delta"}),
-    ("forward-no-base", forward_kernel, {"EPILOGUE": "merge", "ATTENDS": False}),
+    ("forward-no-base", forward_kernel, {"MERGE": True, "ATTENDS": False}),
     ("dq-no-base", dq_kernel, {"MERGE": True, "ATTENDS": False}),
     ("dkdv-no-base", dkdv_kernel, {"MERGE": True, "ATTENDS": False}),
-    ("forward-gathered", forward_kernel, {"EPILOGUE": "merge", "GATHERED": True}),
-    ("dq-gathered", dq_kernel, {"MERGE": True, "GATHERED": True}),
-    ("dkdv-gathered", dkdv_kernel, {"MERGE": True, "GATHERED": True}),
-    ("dq-detached", dq_kernel, {"MERGE": False, "DETACHED": True}),
-    ("dkdv-detached", dkdv_kernel, {"MERGE": False, "DETACHED": True}),
+    ("forward-gathered", forward_kernel, {"MERGE": True, **ROWS}),
+    ("dq-gathered", dq_kernel, {"MERGE": True, **ROWS}),
+    ("dkdv-gathered", dkdv_kernel, {"MERGE": True, **ROWS}),
 ]
 for kind, kernel, constants in [
     item for name in ("forward", "dq", "dkdv") for item in VARIANTS[name]
@@ -68,8 +66,7 @@ for kind, kernel, constants in [
             options = {"CAUSAL": causal, "GATHERED": gathered, "ONES": True}
             VARIANTS["rare"].append((name, kernel, {**constants, **options}))
 ACCUMULATED = {"lse_ptr", "partial_lse_ptr", "delta_ptr", "partial_dk_ptr", "partial_dv_ptr"}
-TABLES = {"tile_ptr": "i32", "document_ptr": "i64", "branch_ptr": "i32", "offset_ptr": "i32"}
-TABLES["class_ptr"] = "i32"
+TABLES = {"tile_ptr": "i32", "branch_ptr": "i64", "offset_ptr": "i32", "class_ptr": "i32"}
 
 
 def compile_kernel(kernel, generation: int, dtype: str, constants: dict, warps: int, stages: int):
@@ -117,7 +114,7 @@ def resources(compiled) -> dict:
 def resources_of(name: str, head_dim: int, dtype: str, generation: int, chosen: TileSizes):
     """One dictionary for each variant of a kernel, or of "rare", in given tile sizes."""
     defaults = {
-        "CAUSAL": True, "ATTENDS": True, "GATHERED": False, "DETACHED": False,
+        "CAUSAL": True, "ATTENDS": True, "GATHERED": False,
         "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim),
         "BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n, "ACC": triton.language.float32,
         "PRECISION": "tf32x3" if dtype == "float32" else "ieee",

@@ -132,13 +132,13 @@ def milliseconds(kernel: str, pattern, q, k, v, grad) -> float:
 
     from megalong.attention.triton import launch
 
-    options = {"causal": True, "scale": q.shape[-1] ** -0.5, "document_starts": None}
+    options = {"causal": True, "scale": q.shape[-1] ** -0.5}
 
     def forward():
         return launch.forward(q, k, v, pattern, **options)
 
     def backward():
-        return launch.backward(grad, q, k, v, out, lse, pattern, **options, mix_gradient="exact")
+        return launch.backward(grad, q, k, v, out, lse, pattern, **options)
 
     try:
         out, lse = forward()

@@ -9,54 +9,53 @@ import torch
 from megalong.attention.triton.tile_sizes import interpreting
 
 
-def unsupported(q_bshd) -> str | None:
-    """Why this backend cannot run on such inputs; None where it can. Does not import triton."""
-    if find_spec("triton") is None:
+def unsupported(device, dtype, head_dim) -> str | None:
+    """Why it cannot run. A GPU that is not there is one of a dry run on fake tensors: such as the
+    kernels are made for, with Triton installed."""
+    absent = device.type == "cuda" and not torch.cuda.is_available()
+    if not absent and find_spec("triton") is None:
         return "triton is not installed"
-    if q_bshd.shape[-1] > 256:
-        return f"head_dim is {q_bshd.shape[-1]}, more than 256"
+    if head_dim > 256:
+        return f"head_dim is {head_dim}, more than 256"
     if interpreting():
-        if q_bshd.device.type != "cpu":
+        if device.type != "cpu":
             return "TRITON_INTERPRET=1 runs on the CPU"
-        if q_bshd.dtype == torch.bfloat16:
+        if dtype == torch.bfloat16:
             return "Triton's interpreter multiplies bfloat16 wrongly"
         return None
-    if q_bshd.device.type != "cuda" or torch.version.hip:
+    if device.type != "cuda" or torch.version.hip:
         return "it needs an NVIDIA GPU"
-    if torch.cuda.get_device_capability(q_bshd.device) < (8, 0):
+    if not absent and torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than Ampere (compute capability 8.0)"
-    if q_bshd.dtype == torch.float32 and q_bshd.shape[-1] > 128:
-        return f"head_dim is {q_bshd.shape[-1]}, and float32 tiles of more than 128 do not fit"
-    if q_bshd.dtype == torch.float64:
+    if dtype == torch.float32 and head_dim > 128:
+        return f"head_dim is {head_dim}, and float32 tiles of more than 128 do not fit"
+    if dtype == torch.float64:
         return "float64 runs in the interpreter only"
     return None
 
 
-def forward(q, k, v, pattern, **options):
-    """The backend's forward: output and log-sum-exp."""
+# The modules with kernels are imported where they run, because they import triton.
+
+
+def forward(*inputs, **options):
     from megalong.attention.triton import launch
 
-    return launch.forward(q, k, v, pattern, **options)
+    return launch.forward(*inputs, **options)
 
 
-def backward(grad, q, k, v, out, lse, pattern, **options):
-    """The backend's backward: gradients of q, k and v."""
+def backward(*inputs, **options):
     from megalong.attention.triton import launch
 
-    return launch.backward(grad, q, k, v, out, lse, pattern, **options)
+    return launch.backward(*inputs, **options)
 
 
-def attend_rows(q, k, v, *, scale):
-    """The backend's dense attention of queries to other rows: output and log-sum-exp."""
+def attend_rows(*inputs, **options):
     from megalong.attention.triton import rows
 
-    return rows.attend_rows(q, k, v, causal=False, query_shift=0, scale=scale)
+    return rows.attend_rows(*inputs, **options)
 
 
-def attend_rows_backward(grad, q, k, v, out, lse, *, scale):
-    """Shares of the gradients of q, k and v, from the output and log-sum-exp of all parts."""
+def attend_rows_backward(*inputs, **options):
     from megalong.attention.triton import rows
 
-    return rows.attend_rows_backward(
-        grad, q, k, v, out, lse, causal=False, query_shift=0, scale=scale
-    )
+    return rows.attend_rows_backward(*inputs, **options)

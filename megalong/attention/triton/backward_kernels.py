@@ -19,6 +19,7 @@ from megalong.attention.triton.geometry import (
     load_rows,
     locate,
     rows_of,
+    seen_keys,
     store_rows,
 )
 
@@ -50,19 +51,17 @@ def dq_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, partial_ptr,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     grad_batch, grad_row, grad_head, dq_batch, dq_row, dq_head,
-    tile_ptr, document_ptr, branch_ptr, offset_ptr,
-    tiles, branches, heads, kv_heads, queries, partial_rows, delta_rows, gathered_keys, shift,
-    scale,
-    MERGE: tl.constexpr, ATTENDS: tl.constexpr, GATHERED: tl.constexpr, DETACHED: tl.constexpr,
-    CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    tile_ptr, branch_ptr, offset_ptr,
+    tiles, branches, heads, kv_heads, queries, keys, partial_rows, scale,
+    MERGE: tl.constexpr, ATTENDS: tl.constexpr, GATHERED: tl.constexpr, CAUSAL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries: dq = scale * sum over keys of dS k. Grid as in the forward kernel.
 
     Not MERGE: the share of a sparse branch goes to partial (batch, heads, partial_rows, head_dim).
     MERGE: the tile of the base adds these shares and writes dq (batch, queries, heads, head_dim).
-    lse: (batch, heads, queries), natural. delta: the same, or with DETACHED (batch, heads,
-    delta_rows), compact, one for each branch. ATTENDS, GATHERED: as in the forward kernel.
+    lse, delta: (batch, heads, queries), lse natural. ATTENDS, GATHERED: as in the forward kernel.
     """
     pid = tl.program_id(0)
     group = heads // kv_heads
@@ -73,15 +72,14 @@ def dq_kernel(
     head = kv_head * group + pid % group
     batch_head = batch * heads + head
 
-    branch, tile, document_line, start, length, rate, compact = locate(
-        tile_ptr, document_ptr, branch_ptr, branches, line
-    )
+    branch, tile, start, length, rate, compact = locate(tile_ptr, branch_ptr, line, queries)
     offset = tl.load(offset_ptr + branch * heads + head)
     rows = rows_of(length, offset, rate)
     t_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     valid_m = t_m < rows
     first = start + offset
     rate = rate.to(tl.int64)
+    position_m = first + t_m * rate
 
     dq_md = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     if ATTENDS:
@@ -89,39 +87,27 @@ def dq_kernel(
         grad_ptr += batch * grad_batch + head.to(tl.int64) * grad_head + first * grad_row
         q_md = load_rows(q_ptr, q_row * rate, t_m, valid_m, HEAD_DIM, BLOCK_D)
         grad_md = load_rows(grad_ptr, grad_row * rate, t_m, valid_m, HEAD_DIM, BLOCK_D)
-        position_m = first + t_m * rate
         lse_m = tl.load(lse_ptr + batch_head * queries + position_m, mask=valid_m, other=0.0)
         lse_m = lse_m * LOG2E
-        if DETACHED:
-            delta_ptr += batch_head * delta_rows + compact
-            delta_m = tl.load(delta_ptr + t_m, mask=valid_m, other=0.0)
-        else:
-            delta_ptr += batch_head * queries
-            delta_m = tl.load(delta_ptr + position_m, mask=valid_m, other=0.0)
-
+        delta_m = tl.load(delta_ptr + batch_head * queries + position_m, mask=valid_m, other=0.0)
         if GATHERED:
-            keys = gathered_keys
+            key_rows = keys
             first_key = tl.zeros_like(first)
             key_rate = tl.full([], 1, tl.int64)
         else:
-            keys = rows
+            key_rows = rows
             first_key = first
             key_rate = rate
-        stop = keys
-        if CAUSAL:
-            stop = tl.minimum(keys, (tile + 1) * BLOCK_M + shift)
-        stop = tl.where(tile * BLOCK_M < rows, stop, 0)  # a head that has no row in this tile
+        last_m, stop = seen_keys(tile, t_m, rows, key_rows, CAUSAL, BLOCK_M)
         k_ptr += batch * k_batch + kv_head.to(tl.int64) * k_head + first_key * k_row
         v_ptr += batch * v_batch + kv_head.to(tl.int64) * v_head + first_key * v_row
         for n0 in tl.range(0, stop, BLOCK_N):
             t_n = n0 + tl.arange(0, BLOCK_N)
-            k_nd = load_rows(k_ptr, k_row * key_rate, t_n, t_n < keys, HEAD_DIM, BLOCK_D)
-            v_nd = load_rows(v_ptr, v_row * key_rate, t_n, t_n < keys, HEAD_DIM, BLOCK_D)
+            k_nd = load_rows(k_ptr, k_row * key_rate, t_n, t_n < stop, HEAD_DIM, BLOCK_D)
+            v_nd = load_rows(v_ptr, v_row * key_rate, t_n, t_n < stop, HEAD_DIM, BLOCK_D)
             s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision=PRECISION, out_dtype=ACC)
-            seen = (t_n < keys)[None, :]
-            if CAUSAL:
-                seen = seen & (t_n[None, :] <= t_m[:, None] + shift)
-            p_mn = tl.where(seen, tl.exp2(s_mn * (scale * LOG2E) - lse_m[:, None]), 0.0)
+            p_mn = tl.exp2(s_mn * (scale * LOG2E) - lse_m[:, None])
+            p_mn = tl.where(t_n[None, :] <= last_m[:, None], p_mn, 0.0)
             dp_mn = tl.dot(grad_md, tl.trans(v_nd), input_precision=PRECISION, out_dtype=ACC)
             ds_mn = p_mn * (dp_mn - delta_m[:, None])
             dq_md = tl.dot(
@@ -131,10 +117,9 @@ def dq_kernel(
 
     partial_ptr += batch_head * partial_rows * HEAD_DIM
     if MERGE:
-        local_m = (first - tl.load(document_line)).to(tl.int32) + t_m
         for sparse in tl.range(0, branches - 1):
             covered_m, row_m = compact_rows(
-                local_m, valid_m, document_line, branch_ptr, sparse,
+                position_m.to(tl.int32), valid_m, branch_ptr, sparse,
                 tl.load(offset_ptr + sparse * heads + head),
             )  # fmt: skip
             dq_md += load_rows(partial_ptr, HEAD_DIM, row_m, covered_m, HEAD_DIM, BLOCK_D)
@@ -146,7 +131,7 @@ def dq_kernel(
 
 @triton.jit
 def add_class_shares(
-    x_nd, partial_ptr, class_ptr, local_n, valid_n, document_line, branch_ptr,
+    x_nd, partial_ptr, class_ptr, position_n, valid_n, branch_ptr,
     sparse_branches, kv_heads, slots, partial_rows,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -158,7 +143,7 @@ def add_class_shares(
         sparse = number // slots
         slot = number % slots
         offset = tl.load(class_ptr + sparse * kv_heads * slots + slot)
-        covered_n, row_n = compact_rows(local_n, valid_n, document_line, branch_ptr, sparse, offset)
+        covered_n, row_n = compact_rows(position_n, valid_n, branch_ptr, sparse, offset)
         row_n += slot.to(tl.int64) * partial_rows
         x_nd += load_rows(partial_ptr, HEAD_DIM, row_n, covered_n, HEAD_DIM, BLOCK_D)
     return x_nd
@@ -170,11 +155,10 @@ def dkdv_kernel(
     partial_dk_ptr, partial_dv_ptr,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     grad_batch, grad_row, grad_head, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head,
-    tile_ptr, document_ptr, branch_ptr, offset_ptr, class_ptr,
-    tiles, branches, heads, kv_heads, slots, queries, partial_rows, delta_rows, gathered_queries,
-    shift, scale,
-    MERGE: tl.constexpr, ATTENDS: tl.constexpr, GATHERED: tl.constexpr, DETACHED: tl.constexpr,
-    CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    tile_ptr, branch_ptr, offset_ptr, class_ptr,
+    tiles, branches, heads, kv_heads, slots, queries, keys, partial_rows, scale,
+    MERGE: tl.constexpr, ATTENDS: tl.constexpr, GATHERED: tl.constexpr, CAUSAL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: dv = sum over queries of P dO, dk = scale * sum over queries of dS q.
@@ -185,8 +169,8 @@ def dkdv_kernel(
 
     Not MERGE: the shares of a sparse branch go to partial_dk and partial_dv (batch, kv_heads,
     slots, partial_rows, head_dim). MERGE: the tile of the base adds these shares and writes dk and
-    dv (batch, keys, kv_heads, head_dim). lse, delta, DETACHED: as in dq_kernel. GATHERED: the
-    table's rows are the gathered keys, and the `gathered_queries` queries are neighbouring rows.
+    dv (batch, keys, kv_heads, head_dim). lse, delta: as in dq_kernel. GATHERED: the table's
+    rows are the gathered keys, and the queries are `queries` neighbouring rows.
     """
     pid = tl.program_id(0)
     group = heads // kv_heads
@@ -201,9 +185,7 @@ def dkdv_kernel(
     kv_head = batch_kv_head % kv_heads
     batch = (batch_kv_head // kv_heads).to(tl.int64)
 
-    branch, tile, document_line, start, length, rate, compact = locate(
-        tile_ptr, document_ptr, branch_ptr, branches, line
-    )
+    branch, tile, start, length, rate, compact = locate(tile_ptr, branch_ptr, line, keys)
     offset = tl.load(class_ptr + (branch * kv_heads + kv_head) * slots + slot)
     rows = tl.where(offset < 0, 0, rows_of(length, offset, rate))  # a slot that is not used: none
     t_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -219,7 +201,7 @@ def dkdv_kernel(
         k_nd = load_rows(k_ptr, k_row * rate, t_n, valid_n, HEAD_DIM, BLOCK_D)
         v_nd = load_rows(v_ptr, v_row * rate, t_n, valid_n, HEAD_DIM, BLOCK_D)
         if GATHERED:
-            query_rows = gathered_queries
+            query_rows = queries
             first_query = tl.zeros_like(first)
             query_rate = tl.full([], 1, tl.int64)
         else:
@@ -228,7 +210,7 @@ def dkdv_kernel(
             query_rate = rate
         begin = 0
         if CAUSAL:
-            begin = tl.maximum(tile * BLOCK_N - shift, 0) // BLOCK_M * BLOCK_M
+            begin = tile * BLOCK_N // BLOCK_M * BLOCK_M
         stop = tl.where(tile * BLOCK_N < rows, query_rows, 0)
 
         for member in tl.range(0, group):
@@ -238,12 +220,7 @@ def dkdv_kernel(
             grad = grad_ptr + batch * grad_batch + head.to(tl.int64) * grad_head
             grad += first_query * grad_row
             lse = lse_ptr + batch_head * queries + first_query
-            if DETACHED:
-                delta = delta_ptr + batch_head * delta_rows + compact
-                delta_rate = tl.full([], 1, tl.int64)
-            else:
-                delta = delta_ptr + batch_head * queries + first_query
-                delta_rate = query_rate
+            delta = delta_ptr + batch_head * queries + first_query
             reads = tl.load(offset_ptr + branch * heads + head) == offset
             for m0 in tl.range(begin, tl.where(reads, stop, 0), BLOCK_M):
                 t_m = m0 + tl.arange(0, BLOCK_M)
@@ -254,13 +231,13 @@ def dkdv_kernel(
                 s_nm = tl.dot(k_nd, tl.trans(q_md), input_precision=PRECISION, out_dtype=ACC)
                 p_nm = tl.exp2(s_nm * (scale * LOG2E) - (lse_m * LOG2E)[None, :])
                 if CAUSAL:
-                    p_nm = tl.where(t_n[:, None] <= t_m[None, :] + shift, p_nm, 0.0)
+                    p_nm = tl.where(t_n[:, None] <= t_m[None, :], p_nm, 0.0)
                 grad_md = load_rows(grad, grad_row * query_rate, t_m, valid_m, HEAD_DIM, BLOCK_D)
                 dv_nd = tl.dot(
                     p_nm.to(grad_md.dtype), grad_md, dv_nd,
                     input_precision=PRECISION, out_dtype=ACC,
                 )  # fmt: skip
-                delta_m = tl.load(delta + t_m * delta_rate, mask=valid_m, other=0.0)
+                delta_m = tl.load(delta + t_m * query_rate, mask=valid_m, other=0.0)
                 dp_nm = tl.dot(v_nd, tl.trans(grad_md), input_precision=PRECISION, out_dtype=ACC)
                 ds_nm = p_nm * (dp_nm - delta_m[None, :])
                 dk_nd = tl.dot(
@@ -269,18 +246,18 @@ def dkdv_kernel(
         dk_nd = dk_nd * scale
 
     if MERGE:
-        local_n = (first - tl.load(document_line)).to(tl.int32) + t_n
+        position_n = first.to(tl.int32) + t_n
         share = (batch * kv_heads + kv_head) * slots * partial_rows * HEAD_DIM
         dv_nd = add_class_shares(
-            dv_nd, partial_dv_ptr + share, class_ptr + kv_head * slots, local_n, valid_n,
-            document_line, branch_ptr, branches - 1, kv_heads, slots, partial_rows,
+            dv_nd, partial_dv_ptr + share, class_ptr + kv_head * slots, position_n, valid_n,
+            branch_ptr, branches - 1, kv_heads, slots, partial_rows,
             HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         dv_ptr += batch * dv_batch + kv_head.to(tl.int64) * dv_head + first * dv_row
         store_rows(dv_ptr, dv_row, t_n, valid_n, dv_nd, HEAD_DIM, BLOCK_D)
         dk_nd = add_class_shares(  # only now: both at once would not fit the registers
-            dk_nd, partial_dk_ptr + share, class_ptr + kv_head * slots, local_n, valid_n,
-            document_line, branch_ptr, branches - 1, kv_heads, slots, partial_rows,
+            dk_nd, partial_dk_ptr + share, class_ptr + kv_head * slots, position_n, valid_n,
+            branch_ptr, branches - 1, kv_heads, slots, partial_rows,
             HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         dk_ptr += batch * dk_batch + kv_head.to(tl.int64) * dk_head + first * dk_row

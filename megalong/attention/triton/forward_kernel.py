@@ -15,17 +15,20 @@ from megalong.attention.triton.geometry import (
     load_rows,
     locate,
     rows_of,
+    seen_keys,
     store_rows,
 )
 
 
 @triton.jit
 def attend(
-    q_md, k_ptr, v_ptr, k_step, v_step, t_m, keys, stop, scale2,
-    CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    q_md, k_ptr, v_ptr, k_step, v_step, last_m, stop, scale2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Softmax of a tile of queries over the keys [0, stop), online: one pass over the keys.
+    """Softmax of a tile of queries over the key rows [0, stop), online: one pass over the keys.
+
+    Of these a query sees those up to its last one.
 
     Returns per query the largest score (in base 2), the sum of exp2(score - largest) and the
     sum of exp2(score - largest) * v; -inf, 0 and 0 for a query without keys.
@@ -35,18 +38,15 @@ def attend(
     acc_md = tl.zeros([q_md.shape[0], BLOCK_D], ACC)
     for n0 in tl.range(0, stop, BLOCK_N):
         t_n = n0 + tl.arange(0, BLOCK_N)
-        k_nd = load_rows(k_ptr, k_step, t_n, t_n < keys, HEAD_DIM, BLOCK_D)
+        k_nd = load_rows(k_ptr, k_step, t_n, t_n < stop, HEAD_DIM, BLOCK_D)
         s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision=PRECISION, out_dtype=ACC)
-        seen = (t_n < keys)[None, :]
-        if CAUSAL:
-            seen = seen & (t_n[None, :] <= t_m[:, None])
-        s_mn = tl.where(seen, s_mn * scale2, NEG_INF)
+        s_mn = tl.where(t_n[None, :] <= last_m[:, None], s_mn * scale2, NEG_INF)
         new_m = tl.maximum(largest_m, tl.max(s_mn, 1))
         finite_m = tl.where(new_m == NEG_INF, 0.0, new_m)  # no key yet: exp2(-inf), not exp2(nan)
         p_mn = tl.exp2(s_mn - finite_m[:, None])
         shrink_m = tl.exp2(largest_m - finite_m)
         total_m = total_m * shrink_m + tl.sum(p_mn, 1)
-        v_nd = load_rows(v_ptr, v_step, t_n, t_n < keys, HEAD_DIM, BLOCK_D)
+        v_nd = load_rows(v_ptr, v_step, t_n, t_n < stop, HEAD_DIM, BLOCK_D)
         acc_md = tl.dot(
             p_mn.to(v_nd.dtype), v_nd, acc_md * shrink_m[:, None],
             input_precision=PRECISION, out_dtype=ACC,
@@ -60,24 +60,21 @@ def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     out_batch, out_row, out_head,
-    tile_ptr, document_ptr, branch_ptr, offset_ptr,
-    tiles, branches, heads, kv_heads, queries, partial_rows, gathered_keys, shift, scale,
-    EPILOGUE: tl.constexpr, ATTENDS: tl.constexpr, GATHERED: tl.constexpr,
+    tile_ptr, branch_ptr, offset_ptr,
+    tiles, branches, heads, kv_heads, queries, keys, partial_rows, scale,
+    MERGE: tl.constexpr, ATTENDS: tl.constexpr, GATHERED: tl.constexpr,
     CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: batch * kv_heads * tiles * (heads / kv_heads), the heads of a group next to each other.
 
-    EPILOGUE says what becomes of the tile's softmax:
-    "partial" partial (batch, heads, partial_rows, head_dim) and partial_lse (batch, heads,
-              partial_rows), in base 2: written compactly, for a later merge.
-    "merge"   out (batch, queries, heads, head_dim) and lse (batch, heads, queries), natural:
-              the tile merged with the partials of all sparse branches (LongNet eq. 9-12).
-    "delta"   partial_lse: rowsum(dO * O) of this branch alone, with dO read from out.
+    Not MERGE: the tile's softmax goes to partial (batch, heads, partial_rows, head_dim) and
+    partial_lse (batch, heads, partial_rows), in base 2: compactly, for a later merge.
+    MERGE: the tile is merged with the partials of all sparse branches (LongNet eq. 9-12) and goes
+    to out (batch, queries, heads, head_dim) and lse (batch, heads, queries), natural.
 
     q, k, v, out: last stride 1, other strides given. ATTENDS: False where the base offers no keys.
-    GATHERED: the keys are `gathered_keys` neighbouring rows, the same for all heads, and query t
-    sees the keys up to t + shift.
+    GATHERED: keys are not the rows of the queries, but `keys` neighbouring rows for all heads.
     """
     pid = tl.program_id(0)
     group = heads // kv_heads
@@ -87,9 +84,7 @@ def forward_kernel(
     batch = (batch_kv_head // kv_heads).to(tl.int64)
     head = kv_head * group + pid % group
 
-    branch, tile, document_line, start, length, rate, compact = locate(
-        tile_ptr, document_ptr, branch_ptr, branches, line
-    )
+    branch, tile, start, length, rate, compact = locate(tile_ptr, branch_ptr, line, queries)
     offset = tl.load(offset_ptr + branch * heads + head)
     rows = rows_of(length, offset, rate)
     t_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -102,23 +97,20 @@ def forward_kernel(
             q_row * rate.to(tl.int64), t_m, valid_m, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         if GATHERED:
-            keys = gathered_keys
+            key_rows = keys
             first_key = tl.zeros_like(first)
             key_rate = tl.full([], 1, tl.int64)
         else:
-            keys = rows
+            key_rows = rows
             first_key = first
             key_rate = rate.to(tl.int64)
-        stop = keys
-        if CAUSAL:
-            stop = tl.minimum(keys, (tile + 1) * BLOCK_M + shift)
-        stop = tl.where(tile * BLOCK_M < rows, stop, 0)  # a head that has no row in this tile
+        last_m, stop = seen_keys(tile, t_m, rows, key_rows, CAUSAL, BLOCK_M)
         largest_m, total_m, acc_md = attend(
             q_md,
             k_ptr + batch * k_batch + kv_head.to(tl.int64) * k_head + first_key * k_row,
             v_ptr + batch * v_batch + kv_head.to(tl.int64) * v_head + first_key * v_row,
-            k_row * key_rate, v_row * key_rate, t_m + shift, keys, stop, scale * LOG2E,
-            CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_N, ACC, PRECISION,
+            k_row * key_rate, v_row * key_rate, last_m, stop, scale * LOG2E,
+            HEAD_DIM, BLOCK_D, BLOCK_N, ACC, PRECISION,
         )  # fmt: skip
     else:
         largest_m = tl.full([BLOCK_M], NEG_INF, ACC)
@@ -128,11 +120,11 @@ def forward_kernel(
     batch_head = batch * heads + head
     partial_ptr += batch_head * partial_rows * HEAD_DIM
     partial_lse_ptr += batch_head * partial_rows
-    if EPILOGUE == "merge":
-        local_m = (first - tl.load(document_line)).to(tl.int32) + t_m
+    if MERGE:
+        position_m = first.to(tl.int32) + t_m
         for sparse in tl.range(0, branches - 1):
             covered_m, row_m = compact_rows(
-                local_m, valid_m, document_line, branch_ptr, sparse,
+                position_m, valid_m, branch_ptr, sparse,
                 tl.load(offset_ptr + sparse * heads + head),
             )  # fmt: skip
             lse_m = tl.load(partial_lse_ptr + row_m, mask=covered_m, other=NEG_INF)
@@ -150,15 +142,10 @@ def forward_kernel(
     acc_md = acc_md / safe_m[:, None]
     lse_m = largest_m + tl.log2(safe_m)  # -inf where empty
     out_ptr += batch * out_batch + head.to(tl.int64) * out_head + first * out_row
-    if EPILOGUE == "merge":
+    if MERGE:
         store_rows(out_ptr, out_row, t_m, valid_m, acc_md, HEAD_DIM, BLOCK_D)
         tl.store(lse_ptr + batch_head * queries + first + t_m, lse_m * LN2, mask=valid_m)
-    elif EPILOGUE == "partial":
+    else:
         row_m = compact + t_m
         store_rows(partial_ptr, HEAD_DIM, row_m, valid_m, acc_md, HEAD_DIM, BLOCK_D)
         tl.store(partial_lse_ptr + row_m, lse_m, mask=valid_m)
-    else:
-        out_step = out_row * rate.to(tl.int64)
-        grad_md = load_rows(out_ptr, out_step, t_m, valid_m, HEAD_DIM, BLOCK_D)
-        delta_m = tl.sum(grad_md.to(ACC) * acc_md, 1)
-        tl.store(partial_lse_ptr + compact + t_m, delta_m, mask=valid_m)

@@ -4,6 +4,9 @@ Names inside the kernels: t counts the rows of one segment as one head sees them
 index), so causality is t_key <= t_query and positions play no part; `step` is the distance of two
 such rows in elements, rate * stride, so strided rows are read in place. Everything that is
 multiplied by a stride is int64: tensors may hold more than 2^31 elements.
+
+What a query row sees is a range of key rows, from a first one, which is row 0, to a last one; and a
+key row is seen by a range of query rows. Every mask is the ends of such ranges.
 """
 
 import triton
@@ -13,8 +16,8 @@ LOG2E = tl.constexpr(1.4426950408889634)  # softmax runs in base 2: exp(x) = exp
 LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
 
-# Integer arguments that change with the length of a sequence, the documents in it, the pattern and
-# the heads. Triton would compile once more for each that turns into 1 or into a multiple of 16.
+# Integer arguments that change with the length of a sequence, the pattern and the heads. Triton
+# would compile once more for each that turns into 1 or into a multiple of 16.
 VARYING = (
     "tiles",
     "branches",
@@ -22,33 +25,28 @@ VARYING = (
     "kv_heads",
     "slots",
     "queries",
+    "keys",
     "partial_rows",
-    "delta_rows",
-    "gathered_keys",
-    "gathered_queries",
-    "shift",
 )
 
 
 @triton.jit
-def locate(tile_ptr, document_ptr, branch_ptr, branches, line):
-    """The segment of a line of the tile table.
+def locate(tile_ptr, branch_ptr, line, positions):
+    """The segment of a line of the tile table, in a sequence of so many positions.
 
-    Returns its branch, the tile in it, the address of its document's line, its first position and
-    its length in positions, its rate and its first compact row.
+    Returns its branch, the tile in it, its first position, its length in positions, its rate and
+    its first compact row.
     """
-    branch = tl.load(tile_ptr + 4 * line)
-    document = tl.load(tile_ptr + 4 * line + 1)
-    segment = tl.load(tile_ptr + 4 * line + 2)
-    tile = tl.load(tile_ptr + 4 * line + 3)
-    width = tl.load(branch_ptr + 3 * branch)
-    rate = tl.load(branch_ptr + 3 * branch + 1)
-    segment_rows = tl.load(branch_ptr + 3 * branch + 2)
-    document_line = document_ptr + document.to(tl.int64) * (branches + 2)
-    start = tl.load(document_line) + segment * width
-    length = tl.minimum(tl.load(document_line + 1) - start, width).to(tl.int32)
-    compact = tl.load(document_line + 2 + branch) + segment.to(tl.int64) * segment_rows
-    return branch, tile, document_line, start, length, rate, compact
+    branch = tl.load(tile_ptr + 3 * line)
+    segment = tl.load(tile_ptr + 3 * line + 1).to(tl.int64)
+    tile = tl.load(tile_ptr + 3 * line + 2)
+    width = tl.load(branch_ptr + 4 * branch)
+    rate = tl.load(branch_ptr + 4 * branch + 1).to(tl.int32)
+    start = segment * width
+    length = tl.minimum(positions - start, width).to(tl.int32)
+    compact = tl.load(branch_ptr + 4 * branch + 3)
+    compact += segment * tl.load(branch_ptr + 4 * branch + 2)
+    return branch, tile, start, length, rate, compact
 
 
 @triton.jit
@@ -58,19 +56,31 @@ def rows_of(length, offset, rate):
 
 
 @triton.jit
-def compact_rows(local, valid, document_line, branch_ptr, branch, offset):
-    """Where a sparse branch keeps its results for the positions `local` of a document.
+def seen_keys(tile, t_m, rows, key_rows, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The last key row that each query row of a tile sees, and where the tile's key rows stop."""
+    if CAUSAL:
+        last_m = t_m
+        stop = tl.minimum(key_rows, (tile + 1) * BLOCK_M)
+    else:
+        last_m = tl.zeros_like(t_m) + key_rows - 1
+        stop = key_rows
+    return last_m, tl.where(tile * BLOCK_M < rows, stop, 0)  # a head may have no row in this tile
+
+
+@triton.jit
+def compact_rows(position, valid, branch_ptr, branch, offset):
+    """Where a sparse branch keeps its results for some positions.
 
     Returns which of the positions take part in the branch, and their compact rows (int64).
     """
-    width = tl.load(branch_ptr + 3 * branch)
-    rate = tl.load(branch_ptr + 3 * branch + 1)
-    segment_rows = tl.load(branch_ptr + 3 * branch + 2)
-    segment = local // width
-    inside = local - segment * width
+    width = tl.load(branch_ptr + 4 * branch).to(tl.int32)
+    rate = tl.load(branch_ptr + 4 * branch + 1).to(tl.int32)
+    segment_rows = tl.load(branch_ptr + 4 * branch + 2)
+    first = tl.load(branch_ptr + 4 * branch + 3)
+    segment = position // width
+    inside = position - segment * width
     covered = valid & (inside % rate == offset)
-    first = tl.load(document_line + 2 + branch)
-    return covered, first + segment.to(tl.int64) * segment_rows + inside // rate
+    return covered, first + segment * segment_rows + inside // rate
 
 
 @triton.jit

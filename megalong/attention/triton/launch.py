@@ -4,7 +4,6 @@ Forward: two launches (one where no branch is sparse). All sparse branches write
 and log-sum-exps compactly; the base merges them and writes output and global log-sum-exp.
 Backward: five launches (three where no branch is sparse): delta, then for the gradient of q and
 for those of k and v one launch over the sparse branches and one over the base, which merges.
-mix_gradient="detached" recomputes each branch's own output for its delta: six launches.
 
 Shape suffixes: b batch, s sequence, h query heads, g kv heads, d head_dim.
 """
@@ -60,28 +59,27 @@ def strides(*tensors: torch.Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def forward(q_bshd, k_bsgd, v_bsgd, pattern, *, causal, scale, document_starts):
-    """Output (batch, sequence, heads, head_dim) and log-sum-exp (batch, heads, sequence)."""
+def forward(q_bshd, k_bsgd, v_bsgd, pattern, *, causal, scale):
     q_bshd, k_bsgd, v_bsgd = map(dense_rows, (q_bshd, k_bsgd, v_bsgd))
     (batch, length, heads, head_dim), kv_heads = q_bshd.shape, k_bsgd.shape[2]
     out_bshd = empty_rows(q_bshd)
     lse_bhs = q_bshd.new_empty(batch, heads, length, dtype=accumulator(q_bshd.dtype))
     if not q_bshd.numel():
         return out_bshd, lse_bhs
-    tables = pattern_tables(pattern, length, heads, kv_heads, document_starts, q_bshd.device)
+    tables = pattern_tables(pattern, length, heads, kv_heads, q_bshd.device)
     partial_bhrd = q_bshd.new_empty(batch, heads, tables.sparse_rows, head_dim)
     partial_lse_bhr = lse_bhs.new_empty(batch, heads, tables.sparse_rows)
-    for base, epilogue in ((False, "partial"), (True, "merge")):
+    for base in (False, True):
         launch_forward(
-            tables, base, epilogue, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, partial_bhrd,
+            tables, base, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, partial_bhrd,
             partial_lse_bhr, causal=causal, scale=scale,
         )  # fmt: skip
     return out_bshd, lse_bhs
 
 
 def launch_forward(
-    tables: Tables, base: bool, epilogue: str, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs,
-    partial_bhrd, partial_lse_bhr, *, causal, scale, gathered_keys=None, shift=0,
+    tables: Tables, base: bool, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, partial_bhrd,
+    partial_lse_bhr, *, causal, scale, gathered=False,
 ):  # fmt: skip
     """One launch of the forward kernel, over the base or over all sparse branches."""
     names = constants("forward", q_bshd, causal)
@@ -91,39 +89,26 @@ def launch_forward(
         forward_kernel, batch * heads * len(tiles), q_bshd.device,
         q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, partial_bhrd, partial_lse_bhr,
         *strides(q_bshd, k_bsgd, v_bsgd, out_bshd),
-        tiles, tables.documents, tables.branches, tables.offsets,
-        len(tiles), len(tables.shapes), heads, kv_heads, length, partial_lse_bhr.shape[2],
-        gathered_keys or 0, shift, scale,
-        EPILOGUE=epilogue, ATTENDS=tables.attends or not base,
-        GATHERED=gathered_keys is not None, **names,
+        tiles, tables.branches, tables.offsets,
+        len(tiles), len(tables.shapes), heads, kv_heads, length, k_bsgd.shape[1],
+        partial_lse_bhr.shape[2], scale,
+        MERGE=base, ATTENDS=tables.attends or not base, GATHERED=gathered, **names,
     )  # fmt: skip
 
 
 def backward(
-    grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, pattern, *, causal, scale,
-    document_starts, mix_gradient,
+    grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, pattern, *, causal, scale
 ):  # fmt: skip
-    """Gradients of q, k and v, from the merged output and log-sum-exp."""
     grad_bshd, q_bshd, k_bsgd, v_bsgd = map(dense_rows, (grad_bshd, q_bshd, k_bsgd, v_bsgd))
     lse_bhs = lse_bhs.contiguous()
     (batch, length, heads, head_dim), kv_heads = q_bshd.shape, k_bsgd.shape[2]
     dq_bshd, dk_bsgd, dv_bsgd = gradients = [empty_rows(x) for x in (q_bshd, k_bsgd, v_bsgd)]
     if not q_bshd.numel():
         return tuple(gradients)
-    tables = pattern_tables(pattern, length, heads, kv_heads, document_starts, q_bshd.device)
-    detached = mix_gradient == "detached"
-    if detached:
-        delta = lse_bhs.new_empty(batch, heads, tables.rows)
-        for base in (False, True):
-            launch_forward(
-                tables, base, "delta", q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta, delta,
-                causal=causal, scale=scale,
-            )  # fmt: skip
-    else:
-        delta = launch_delta(out_bshd, grad_bshd)
-
-    common = {"causal": causal, "scale": scale, "detached": detached}
-    inputs = (q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta)
+    tables = pattern_tables(pattern, length, heads, kv_heads, q_bshd.device)
+    common = {"causal": causal, "scale": scale}
+    delta_bhs = launch_delta(out_bshd, grad_bshd)
+    inputs = (q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta_bhs)
     partial_bhrd = lse_bhs.new_empty(batch, heads, tables.sparse_rows, head_dim)
     for base in (False, True):
         launch_dq(tables, base, *inputs, dq_bshd, partial_bhrd, **common)
@@ -152,8 +137,8 @@ def launch_delta(out_bshd, grad_bshd):
 
 
 def launch_dq(
-    tables: Tables, base: bool, q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta, dq_bshd,
-    partial_bhrd, *, causal, scale, detached=False, gathered_keys=None, shift=0,
+    tables: Tables, base: bool, q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta_bhs, dq_bshd,
+    partial_bhrd, *, causal, scale, gathered=False,
 ):  # fmt: skip
     """One launch of the dq kernel, over the base or over all sparse branches."""
     names = constants("dq", q_bshd, causal)
@@ -161,20 +146,18 @@ def launch_dq(
     (batch, length, heads, _), kv_heads = q_bshd.shape, k_bsgd.shape[2]
     launch(
         dq_kernel, batch * heads * len(tiles), q_bshd.device,
-        q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta, dq_bshd, partial_bhrd,
+        q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta_bhs, dq_bshd, partial_bhrd,
         *strides(q_bshd, k_bsgd, v_bsgd, grad_bshd, dq_bshd),
-        tiles, tables.documents, tables.branches, tables.offsets,
-        len(tiles), len(tables.shapes), heads, kv_heads, length, partial_bhrd.shape[2],
-        delta.shape[2], gathered_keys or 0, shift, scale,
-        MERGE=base, ATTENDS=tables.attends or not base, GATHERED=gathered_keys is not None,
-        DETACHED=detached, **names,
+        tiles, tables.branches, tables.offsets,
+        len(tiles), len(tables.shapes), heads, kv_heads, length, k_bsgd.shape[1],
+        partial_bhrd.shape[2], scale,
+        MERGE=base, ATTENDS=tables.attends or not base, GATHERED=gathered, **names,
     )  # fmt: skip
 
 
 def launch_dkdv(
-    tables: Tables, base: bool, q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta, dk_bsgd,
-    dv_bsgd, partial_dk, partial_dv, *, causal, scale, detached=False, gathered_queries=None,
-    shift=0,
+    tables: Tables, base: bool, q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta_bhs,
+    dk_bsgd, dv_bsgd, partial_dk, partial_dv, *, causal, scale, gathered=False,
 ):  # fmt: skip
     """One launch of the dkdv kernel, over the base or over all sparse branches."""
     names = constants("dkdv", q_bshd, causal)
@@ -183,12 +166,11 @@ def launch_dkdv(
     slots = tables.slots
     launch(
         dkdv_kernel, batch * kv_heads * len(tiles) * (1 if base else slots), q_bshd.device,
-        q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta, dk_bsgd, dv_bsgd,
+        q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta_bhs, dk_bsgd, dv_bsgd,
         partial_dk, partial_dv,
         *strides(q_bshd, k_bsgd, v_bsgd, grad_bshd, dk_bsgd, dv_bsgd),
-        tiles, tables.documents, tables.branches, tables.offsets, tables.classes,
-        len(tiles), len(tables.shapes), heads, kv_heads, slots, length, partial_dk.shape[3],
-        delta.shape[2], gathered_queries or 0, shift, scale,
-        MERGE=base, ATTENDS=tables.attends or not base, GATHERED=gathered_queries is not None,
-        DETACHED=detached, **names,
+        tiles, tables.branches, tables.offsets, tables.classes,
+        len(tiles), len(tables.shapes), heads, kv_heads, slots, length, k_bsgd.shape[1],
+        partial_dk.shape[3], scale,
+        MERGE=base, ATTENDS=tables.attends or not base, GATHERED=gathered, **names,
     )  # fmt: skip

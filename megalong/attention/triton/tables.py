@@ -2,7 +2,7 @@
 
 A segment of a branch, seen by one head, is a short sequence of its own: row t of it is the
 position start + offset + t * rate. The kernels work on tiles of such rows. A tile is one line of a
-tile table, (branch, document, segment, tile), and every head and batch row runs through the same
+tile table, (branch, segment, tile), and every head and batch row runs through the same
 lines; whatever else a kernel wants to know follows from the line and these tables. So the number
 of branches is data: no kernel is compiled and none is launched for it.
 
@@ -19,22 +19,22 @@ from functools import lru_cache
 
 import torch
 
-from megalong.attention.pattern import DilatedPattern, document_bounds
+from megalong.attention.pattern import DilatedPattern
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: it is cached
 class Tables:
     """One pattern on sequences of one length. Tensors on the device, the rest on the host."""
 
-    documents: torch.Tensor  # (documents, 2 + branches) int64: start, stop, compact row per branch
-    branches: torch.Tensor  # (branches, 3) int32: segment length, rate, compact rows per segment
+    branches: torch.Tensor  # (branches, 4) int64: see below
     offsets: torch.Tensor  # (branches, heads) int32
     classes: torch.Tensor  # (branches, kv_heads, slots) int32: distinct offsets in a group, or -1
     attends: bool  # the base is a branch of the pattern
+    length: int  # positions of the sequence
     sparse_rows: int  # compact rows of the sparse branches, of one head
-    rows: int  # compact rows of all branches, of one head; those of the base come last
-    bounds: tuple[tuple[int, int], ...]  # [start, stop) of the documents
     shapes: tuple[tuple[int, int, int], ...]  # segment length, rate and least offset of a branch
+
+    # A line of `branches`: segment length, rate, compact rows per segment, first compact row.
 
     @property
     def sparse(self) -> int:
@@ -49,19 +49,13 @@ class Tables:
 
 @lru_cache(maxsize=256)
 def pattern_tables(
-    pattern: DilatedPattern,
-    length: int,
-    heads: int,
-    kv_heads: int,
-    document_starts: tuple[int, ...] | None,
-    device: torch.device,
+    pattern: DilatedPattern, length: int, heads: int, kv_heads: int, device: torch.device
 ) -> Tables:
-    """The tables of a pattern, built once per (pattern, shape, documents, device).
+    """The tables of a pattern, built once per (pattern, shape, device).
 
     Segment lengths, rates and offsets are clipped to the sequence length, which changes no row
     and keeps the kernels' arithmetic in 32 bits.
     """
-    bounds = tuple(document_bounds(length, document_starts))
     branches = [
         (min(width, length), min(rate, length), [min(offset, length) for offset in row])
         for (width, rate), row in zip(
@@ -69,19 +63,17 @@ def pattern_tables(
         )
     ]
     dense = [number for number, (_, rate) in enumerate(pattern.branches) if rate == 1]
-    longest = max(stop - start for start, stop in bounds)
-    base = branches.pop(dense[0]) if dense else (longest, 1, [0] * heads)
+    base = branches.pop(dense[0]) if dense else (length, 1, [0] * heads)
     branches.sort(key=lambda branch: -branch[0] // branch[1])  # the longest tiles start first
     branches.append(base)
 
-    documents = [[start, stop] for start, stop in bounds]
+    lines = []
     compact = sparse_rows = 0
     for width, rate, _ in branches:
         sparse_rows = compact  # after the loop: what came before the base
-        for (start, stop), line in zip(bounds, documents, strict=True):
-            line.append(compact)
-            whole, rest = divmod(stop - start, width)
-            compact += whole * -(-width // rate) - (-rest // rate)
+        lines.append((width, rate, -(-width // rate), compact))
+        whole, rest = divmod(length, width)
+        compact += whole * -(-width // rate) - (-rest // rate)
 
     group = heads // kv_heads
     classes = [
@@ -94,21 +86,19 @@ def pattern_tables(
         return torch.tensor(values, dtype=dtype).to(device)
 
     return Tables(
-        documents=integers(documents, torch.int64),
-        branches=integers([(width, rate, -(-width // rate)) for width, rate, _ in branches]),
+        branches=integers(lines, torch.int64),
         offsets=integers([row for _, _, row in branches]),
         classes=integers([[c + [-1] * (slots - len(c)) for c in row] for row in classes]),
         attends=bool(dense),
+        length=length,
         sparse_rows=sparse_rows,
-        rows=compact,
-        bounds=bounds,
         shapes=tuple((width, rate, min(row)) for width, rate, row in branches),
     )
 
 
 @lru_cache(maxsize=1024)
 def tile_table(tables: Tables, base: bool, block: int, last_first: bool) -> torch.Tensor:
-    """(tiles, 4) int32 on the device: branch, document, segment, tile of `block` rows.
+    """(tiles, 3) int32 on the device: branch, segment, tile of `block` rows.
 
     base: the tiles of the base, or else those of all sparse branches.
     last_first: the order of the tiles of a segment. Under a causal mask the last tile of queries
@@ -117,23 +107,17 @@ def tile_table(tables: Tables, base: bool, block: int, last_first: bool) -> torc
     The tiles of a segment are those of the head with the most rows; a head that has one row
     fewer may find its last tile empty.
     """
-    bounds = torch.tensor(tables.bounds)
-    document_length = bounds[:, 1] - bounds[:, 0]
-    lines = [torch.empty(0, 4, dtype=torch.int64)]
+    lines = [torch.empty(0, 3, dtype=torch.int64)]
     for branch in (tables.sparse,) if base else range(tables.sparse):
         width, rate, offset = tables.shapes[branch]
-        document, segment, _ = _enumerate(-(-document_length // width))
-        length = (document_length[document] - segment * width).clamp(max=width)
+        start = torch.arange(0, tables.length, width)
+        length = (tables.length - start).clamp(max=width)
         rows = ((length - offset + rate - 1) // rate).clamp(min=0)
-        index, tile, count = _enumerate(-(-rows // block))
+        segment, tile, count = _enumerate(-(-rows // block))
         if last_first:
             tile = count - 1 - tile
-        lines.append(
-            torch.stack(
-                [torch.full_like(tile, branch), document[index], segment[index], tile], dim=1
-            )
-        )
-    return torch.cat(lines).to(torch.int32).to(tables.documents.device)
+        lines.append(torch.stack([torch.full_like(tile, branch), segment, tile], dim=1))
+    return torch.cat(lines).to(torch.int32).to(tables.branches.device)
 
 
 def _enumerate(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

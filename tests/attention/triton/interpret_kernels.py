@@ -17,9 +17,8 @@ from attention_cases import assert_agree, corners, random_case, run_backend, run
 from triton.runtime import interpreter
 
 from megalong.attention import DilatedPattern, dilated_attention
-from megalong.attention.dilated import choose_backend
-from megalong.attention.triton import launch, tile_sizes
-from megalong.attention.triton.rows import attend_rows, attend_rows_backward
+from megalong.attention.backends import choose_backend
+from megalong.attention.triton import attend_rows, attend_rows_backward, launch, tile_sizes
 
 CORNERS = {case.name: case for case in corners()}
 RANDOM = 150
@@ -54,7 +53,7 @@ def small_case(seed: int):
     """A random case of a few tiles: the interpreter runs some fifty programs a second."""
     case = random_case(seed, longest=34, most_heads=2, most_batch=2)
     segments = sum(
-        len(list(case.pattern.segments(branch, case.length, case.document_starts)))
+        len(list(case.pattern.segments(branch, case.length)))
         for branch in range(len(case.pattern.branches))
     )
     if segments * case.heads * case.batch > 60:
@@ -85,7 +84,7 @@ def test_corner_in_float64(name, monkeypatch):
 
 
 def thinned(case):
-    """The same corner with fewer batch rows and heads: its length and pattern are the point."""
+    """A corner with fewer batch rows and heads: its length and pattern are the point."""
     plain = case.heads == case.kv_heads == 4 and case.pattern.head_offsets == "mod"
     heads = {"heads": 2, "kv_heads": 2} if plain else {}
     return dataclasses.replace(case, batch=1, **heads)
@@ -106,7 +105,7 @@ def test_random_case_in_float16(seed):
 
 
 @pytest.mark.parametrize(
-    "name", ["grouped", "grouped-block", "documents", "no-dense-branch", "rows-in-no-branch"]
+    "name", ["grouped", "grouped-block", "tail", "no-dense-branch", "rows-in-no-branch"]
 )
 def test_gradcheck(name):
     case = CORNERS[name]
@@ -122,30 +121,23 @@ def test_gradcheck(name):
         torch.randn(1, 9, h, 1, generator=generator, dtype=torch.float64, requires_grad=True)
         for h in (heads[0], heads[1], heads[1])
     ]
-    starts = (0, 3) if name == "documents" else None
     assert torch.autograd.gradcheck(
-        lambda q, k, v: dilated_attention(
-            q, k, v, pattern, backend="triton", causal=case.causal, document_starts=starts
-        ),
+        lambda q, k, v: dilated_attention(q, k, v, pattern, backend="triton", causal=case.causal),
         qkv,
         fast_mode=True,
     )
 
 
 PATTERNS = [
-    (DilatedPattern((8,), (1,)), "exact", (1, 3)),
-    (DilatedPattern((8, 16), (1, 2)), "exact", (2, 5)),
-    (DilatedPattern((8, 16, 24, 4, 16), (1, 2, 3, 1, 4)), "exact", (2, 5)),
-    (DilatedPattern((8, 16), (2, 4)), "exact", (2, 5)),
-    (DilatedPattern((8, 16, 24), (2, 4, 1)), "detached", (2, 6)),
-    (DilatedPattern((8, 16, 24, 8), (2, 4, 1, 3)), "detached", (2, 6)),
+    (DilatedPattern((8,), (1,)), (1, 3)),
+    (DilatedPattern((8, 16), (1, 2)), (2, 5)),
+    (DilatedPattern((8, 16, 24, 4, 16), (1, 2, 3, 1, 4)), (2, 5)),
+    (DilatedPattern((8, 16), (2, 4)), (2, 5)),
 ]
 
 
-@pytest.mark.parametrize(("pattern", "mix_gradient", "expected"), PATTERNS)
-def test_launches_do_not_depend_on_the_number_of_branches(
-    pattern, mix_gradient, expected, monkeypatch
-):
+@pytest.mark.parametrize(("pattern", "expected"), PATTERNS)
+def test_launches_do_not_depend_on_the_number_of_branches(pattern, expected, monkeypatch):
     names = []
     original = launch.launch
 
@@ -156,7 +148,7 @@ def test_launches_do_not_depend_on_the_number_of_branches(
 
     monkeypatch.setattr(launch, "launch", counting)
     q = torch.randn(1, 24, 1, 16, requires_grad=True)
-    out = dilated_attention(q, q, q, pattern, backend="triton", mix_gradient=mix_gradient)
+    out = dilated_attention(q, q, q, pattern, backend="triton")
     forward = len(names)
     out.sum().backward()
     assert (forward, len(names) - forward) == expected
@@ -177,33 +169,20 @@ def test_strides_of_zero_and_last_strides():
         torch.testing.assert_close(found, gradients[2], rtol=0, atol=1e-12)
 
 
-def dense_rows(q, k, v, causal, shift, scale):
+def dense_rows(q, k, v, scale):
     """attend_rows in plain PyTorch: output and log-sum-exp."""
     group = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
-    if causal:
-        i, j = (torch.arange(n) for n in scores.shape[-2:])
-        scores = scores.masked_fill(j > i[:, None] + shift, -torch.inf)
     lse = torch.logsumexp(scores, -1)
-    weights = torch.exp(scores - lse[..., None]).nan_to_num()
-    return torch.einsum("bhij,bjhd->bihd", weights, v), lse
+    return torch.einsum("bhij,bjhd->bihd", torch.exp(scores - lse[..., None]), v), lse
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "shift", "causal"),
-    [
-        (20, 60, 40, True),
-        (20, 60, 0, False),
-        (33, 70, 35, True),
-        (17, 5, 3, True),
-        (20, 10, -6, True),
-        (20, 16, 100, True),
-        (1, 1, 0, True),
-    ],
+    ("queries", "keys"), [(20, 60), (33, 70), (17, 5), (20, 16), (16, 32), (32, 15), (1, 1)]
 )
-def test_attend_rows(queries, keys, shift, causal):
-    """Queries of one rank against gathered keys, as the last rows of a longer sequence."""
+def test_attend_rows(queries, keys):
+    """Queries of one rank against rows of others."""
     generator = torch.Generator().manual_seed(queries)
     q, grad = (
         torch.randn(1, 3 * queries, 2, 8, generator=generator, dtype=torch.float64)[:, 1::3]
@@ -211,12 +190,11 @@ def test_attend_rows(queries, keys, shift, causal):
     )
     k, v = (torch.randn(1, keys, 1, 8, generator=generator, dtype=torch.float64) for _ in range(2))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    options = {"causal": causal, "query_shift": shift, "scale": 0.3}
     with torch.no_grad():
-        out, lse = attend_rows(q, k, v, **options)
+        out, lse = attend_rows(q, k, v, scale=0.3)
         turned = lse.mT.contiguous().mT  # a merged log-sum-exp may come in any layout
-        found = attend_rows_backward(grad, q, k, v, out, turned, **options)
-    expected, expected_lse = dense_rows(q, k, v, causal, shift, 0.3)
+        found = attend_rows_backward(grad, q, k, v, out, turned, scale=0.3)
+    expected, expected_lse = dense_rows(q, k, v, 0.3)
     torch.testing.assert_close(out, expected.detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close(lse, expected_lse.detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close(
@@ -224,30 +202,41 @@ def test_attend_rows(queries, keys, shift, causal):
     )
 
 
+def test_shares_of_gradients_are_in_float32():
+    q, k, v = (torch.randn(1, 20, 2, 8, dtype=torch.float16) for _ in range(3))
+    out, lse = attend_rows(q, k, v, scale=0.3)
+    assert out.dtype == torch.float16 and lse.dtype == torch.float32
+    for share in attend_rows_backward(out, q, k, v, out, lse, scale=0.3):
+        assert share.dtype == torch.float32
+
+
 def test_attend_rows_merge_to_attention_over_all_keys():
     """What the sequence axis does: parts by key, merged log-sum-exp, gradients that add."""
     q, k, v, grad = (torch.randn(1, 40, 2, 8, dtype=torch.float64) for _ in range(4))
-    local = q[:, 24:]
-    parts = [
-        ((local, k[:, :24], v[:, :24]), {"causal": False, "query_shift": 0}),
-        ((local, k[:, 24:], v[:, 24:]), {"causal": True, "query_shift": 0}),
+    local, local_grad = q[:, 24:], grad[:, 24:]
+    within = DilatedPattern((16,), (1,))
+    earlier = (local, k[:, :24], v[:, :24])
+    here = (local, k[:, 24:], v[:, 24:])
+    results = [
+        attend_rows(*earlier, scale=0.3),
+        launch.forward(*here, within, causal=True, scale=0.3),
     ]
-    results = [attend_rows(*tensors, scale=0.3, **options) for tensors, options in parts]
     lse = torch.logaddexp(results[0][1], results[1][1])
     out = sum(o * torch.exp(part - lse).transpose(1, 2)[..., None] for o, part in results)
-    whole, whole_lse = attend_rows(local, k, v, causal=True, query_shift=24, scale=0.3)
-    torch.testing.assert_close(out, whole, rtol=0, atol=1e-13)
-    torch.testing.assert_close(lse, whole_lse, rtol=0, atol=1e-13)
-
-    def backward(*tensors, **options):
-        return attend_rows_backward(grad[:, 24:], *tensors, out, lse, scale=0.3, **options)
-
-    shares = [backward(*tensors, **options) for tensors, options in parts]
-    expected = backward(local, k, v, causal=True, query_shift=24)
-    torch.testing.assert_close(shares[0][0] + shares[1][0], expected[0], rtol=0, atol=1e-13)
-    for number in (1, 2):
+    shares = [
+        attend_rows_backward(local_grad, *earlier, out, lse, scale=0.3),
+        launch.backward(local_grad, *here, out, lse, within, causal=True, scale=0.3),
+    ]
+    whole = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = dilated_attention(
+        *whole, DilatedPattern((40,), (1,)), backend="reference", scale=0.3
+    )[:, 24:]
+    dq, dk, dv = torch.autograd.grad(expected, whole, local_grad)
+    torch.testing.assert_close(out, expected.detach(), rtol=0, atol=1e-13)
+    torch.testing.assert_close(shares[0][0] + shares[1][0], dq[:, 24:], rtol=0, atol=1e-13)
+    for number, wanted in ((1, dk), (2, dv)):
         keys = torch.cat([shares[0][number], shares[1][number]], dim=1)
-        torch.testing.assert_close(keys, expected[number], rtol=0, atol=1e-13)
+        torch.testing.assert_close(keys, wanted, rtol=0, atol=1e-13)
 
 
 def test_compiled_equals_eager():

@@ -11,23 +11,19 @@ CASES = [*corners(), *(random_case(seed, 300) for seed in range(60))]
 
 
 def tables_of(case) -> Tables:
-    return pattern_tables(
-        case.pattern, case.length, case.heads, case.kv_heads, case.document_starts,
-        torch.device("cpu"),
-    )  # fmt: skip
+    return pattern_tables(case.pattern, case.length, case.heads, case.kv_heads, torch.device("cpu"))
 
 
 def tile_rows(tables: Tables, line, head: int, block: int):
     """(position, compact row) of the rows of a tile, by the kernels' arithmetic."""
-    branch, document, segment, tile = line
-    width, rate, segment_rows = tables.branches[branch].tolist()
-    start, stop, *compact = tables.documents[document].tolist()
-    start += segment * width
-    length = min(width, stop - start)
+    branch, segment, tile = line
+    width, rate, segment_rows, compact = tables.branches[branch].tolist()
+    start = segment * width
+    length = min(width, tables.length - start)
     offset = int(tables.offsets[branch, head])
     rows = (length - offset + rate - 1) // rate
     for t in range(tile * block, min((tile + 1) * block, rows)):
-        yield start + offset + t * rate, compact[branch] + segment * segment_rows + t
+        yield start + offset + t * rate, compact + segment * segment_rows + t
 
 
 def original_branches(case, tables):
@@ -35,7 +31,7 @@ def original_branches(case, tables):
     offsets = case.pattern.offsets(case.heads, case.kv_heads)
     found = []
     for branch in range(len(case.pattern.branches)):
-        segments = list(case.pattern.segments(branch, case.length, case.document_starts))
+        segments = list(case.pattern.segments(branch, case.length))
         found.append(
             [
                 sorted(
@@ -66,7 +62,6 @@ def test_every_row_of_every_head_exactly_once(case, block):
                     assert compact not in used[head]
                     used[head].add(compact)
                     assert (compact >= tables.sparse_rows) == base
-                    assert compact < tables.rows
     rows = [[sorted(head) for head in branch] for branch in rows]
     assert rows[-1] == [list(range(case.length))] * case.heads  # the base owns every row
     expected = original_branches(case, tables)
@@ -90,24 +85,23 @@ def test_classes_are_the_offsets_of_a_group(case):
 
 def test_longest_tiles_first():
     pattern = DilatedPattern((64, 256), (1, 2))
-    tables = pattern_tables(pattern, 256, 2, 2, None, torch.device("cpu"))
+    tables = pattern_tables(pattern, 256, 2, 2, torch.device("cpu"))
     for last_first, tiles in ((True, [3, 2, 1, 0]), (False, [0, 1, 2, 3])):
         lines = tile_table(tables, True, 16, last_first)
-        assert lines[:4, 3].tolist() == tiles and lines[:4, 2].tolist() == [0] * 4
+        assert lines[:4, 2].tolist() == tiles and lines[:4, 1].tolist() == [0] * 4
 
 
 def test_compact_rows_are_a_fraction():
     """A ladder of ratio 4 keeps 1/4 + 1/16 + ... < 1/3 of the rows between its two launches."""
     pattern = DilatedPattern.geometric(2**20)
-    tables = pattern_tables(pattern, 2**20, 16, 16, None, torch.device("cpu"))
+    tables = pattern_tables(pattern, 2**20, 16, 16, torch.device("cpu"))
     assert tables.sparse_rows < 2**20 / 3
-    assert tables.rows == tables.sparse_rows + 2**20
     assert len(tile_table(tables, True, 128, True)) == 2**20 // 128
 
 
 def test_tables_are_built_once():
     pattern = DilatedPattern((64, 256), (1, 2))
-    arguments = (pattern, 300, 2, 2, (0, 100), torch.device("cpu"))
+    arguments = (pattern, 300, 2, 2, torch.device("cpu"))
     tables = pattern_tables(*arguments)
     assert pattern_tables(*arguments) is tables
     assert tile_table(tables, True, 16, True) is tile_table(tables, True, 16, True)
