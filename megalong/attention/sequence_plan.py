@@ -24,6 +24,7 @@ is not causal (eq. 24).
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -38,6 +39,8 @@ from megalong.attention.shards import (
     local_attention,
     sparse_rows,
 )
+
+Held = tuple[int, SparseRows, range]  # rank, rows, and those of their positions that it holds
 
 
 @dataclass(frozen=True)
@@ -143,18 +146,16 @@ def _any_rank_sends(pattern: DilatedPattern, shards: Shards) -> bool:
 
 def _gather(size: int, sparse: list[SparseRows], shards: Shards, causal: bool) -> Exchange:
     """The exchange inside a subgroup. Lists: by rank, by SparseRows, with equal room for each."""
-
-    def held_by(ranks):
-        return [
-            (rank, rows, shards.held(rows.positions, rank)) for rank in ranks for rows in sparse
-        ]
-
-    members = sparse[0].segment.ranks(shards.length)
+    members = sparse[0].segment.ranks(shards.length)  # of all these segments
     rooms = [_room(rows, shards) for rows in sparse]
-    own = _row_list(held_by([shards.rank]), rooms)
-    gathered = _row_list(held_by(members), rooms * len(members))
+    own = _row_list(_held_by([shards.rank], sparse, shards), rooms)
+    gathered = _row_list(_held_by(members, sparse, shards), rooms * len(members))
     seen = (b for b in gathered.blocks if _seen(b.rows, shards, shards.rank, b.rank, causal))
     return Exchange(AllGather(size), tuple(sparse), own, RowList(gathered.length, tuple(seen)))
+
+
+def _held_by(ranks: Iterable[int], sparse: list[SparseRows], shards: Shards) -> list[Held]:
+    return [(rank, rows, shards.held(rows.positions, rank)) for rank in ranks for rows in sparse]
 
 
 def _send(sparse: list[SparseRows], shards: Shards, causal: bool) -> Exchange:
@@ -188,9 +189,9 @@ def _room(rows: SparseRows, shards: Shards) -> int:
     return -(-shards.length // rows.positions.step)
 
 
-def _row_list(held: list[tuple[int, SparseRows, range]], rooms: list[int]) -> RowList:
-    """The list in which these (rank, rows, positions) follow each other, each in a room of its own,
-    which it fills from the front."""
+def _row_list(held: list[Held], rooms: list[int]) -> RowList:
+    """The list in which these follow each other, each in a room of its own that it fills from the
+    front."""
     ends = list(accumulate(rooms, initial=0))
     blocks = (
         Block(rank, rows, positions, range(first, first + len(positions)))

@@ -105,47 +105,68 @@ def gathers(case: Case, branch: int) -> bool:
     return whole and width > case.length >= rate and case.ranks > 1
 
 
+def planned_pairs(case: Case, rank: int, exchange, came: list) -> Counter:
+    """(branch, head, query, key) that the integers say, of blocks that lie where they say."""
+    shards, pairs = case.shards(rank), Counter()
+    for block in exchange.arriving.blocks:
+        listed = came[block.places.start : block.places.stop]
+        assert listed == [(key, block.rows.kv_head) for key in block.positions]
+        pairs.update(
+            (block.rows.segment.branch, head, query, key)
+            for head in block.rows.heads
+            for query in between(block.rows.positions, shards.start, shards.stop)
+            for key in block.positions
+        )
+    return pairs
+
+
+def attended_pairs(case: Case, rank: int, rows, came: list) -> Counter:
+    """(head, query, key) that the index tensors say."""
+    pairs, key_rows = Counter(), []
+    for attention in rows.attention:
+        key_rows += attention.key_rows.flatten().tolist()
+        sharing = len(attention.heads) // attention.key_rows.shape[1]
+        merged = []
+        for number, head in enumerate(attention.heads.tolist()):
+            keys = [came[place] for place in attention.key_rows[:, number // sharing].tolist()]
+            assert {kv_head for _, kv_head in keys} == {head // case.group}
+            queries = (attention.query_rows[:, number] + rank * case.length).tolist()
+            merged += [(head, query) for query in queries]
+            pairs.update((head, query, key) for query in queries for key, _ in keys)
+        assert len(set(merged)) == len(merged)  # so that they can be merged at once
+    assert len(set(key_rows)) == len(key_rows)  # so that gradients can be written, not added
+    return pairs
+
+
 @pytest.mark.parametrize("seed", range(120))
 def test_every_pair_that_crosses_shards_is_attended_to_once_per_branch(seed):
     case = Case(seed)
     for rank in range(case.ranks):
-        shards = case.shards(rank)
-        planned, attended, carried = Counter(), Counter(), Counter()
+        planned, attended = Counter(), Counter()
         for size, (exchange, rows) in case.exchanges(rank).items():
             came = arrived(case, rank, size)
-            for block in exchange.arriving.blocks:
-                listed = came[block.places.start : block.places.stop]
-                assert listed == [(key, block.rows.kv_head) for key in block.positions]
-                queries = between(block.rows.positions, shards.start, shards.stop)
-                planned.update(
-                    (block.rows.segment.branch, head, query, key)
-                    for head in block.rows.heads
-                    for query in queries
-                    for key in block.positions
-                )
-                if not size:
-                    branch = block.rows.segment.branch
-                    carried.update((branch, *row) for row in listed)
-            used = []
-            for attention in rows.attention:
-                sharing = len(attention.heads) // attention.key_rows.shape[1]
-                used += attention.key_rows.flatten().tolist()
-                for number, head in enumerate(attention.heads.tolist()):
-                    keys = [came[i] for i in attention.key_rows[:, number // sharing].tolist()]
-                    assert {kv_head for _, kv_head in keys} == {head // case.group}
-                    attended.update(
-                        (head, shards.start + query, key)
-                        for query in attention.query_rows[:, number].tolist()
-                        for key, _ in keys
-                    )
-            assert len(set(used)) == len(used)  # so that gradients can be written there
-            assert size or len(used) == len(came)  # nobody is sent what it does not see
-
+            planned += planned_pairs(case, rank, exchange, came)
+            attended += attended_pairs(case, rank, rows, came)
         _, others = case.pairs(rank)
         assert planned == others
         assert attended == without_branch(others)
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_a_rank_is_sent_each_row_that_it_sees_once_per_branch_and_no_other(seed):
+    case = Case(seed)
+    for rank in range(case.ranks):
+        exchange, _ = case.exchanges(rank).get(0, (None, None))
+        sent = Counter(
+            (block.rows.segment.branch, key, block.rows.kv_head)
+            for block in (exchange.arriving.blocks if exchange else ())
+            for key in block.positions
+        )
+        assert sent.total() == (len(arrived(case, rank, 0)) if exchange else 0)
+        _, others = case.pairs(rank)
         seen = {(branch, key, head // case.group) for branch, head, _, key in others}
-        assert carried == Counter(row for row in seen if not gathers(case, row[0]))
+        assert sent == Counter(row for row in seen if not gathers(case, row[0]))
+        assert case.ranks > 1 or not case.exchanges(rank)
 
 
 @pytest.mark.parametrize("seed", range(120))
