@@ -43,7 +43,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def resolve(self, world_size: int) -> Config:
-        """The same configuration with every default that depends on another field filled in.
+        """This configuration, with every default that depends on another field filled in.
 
         Raises UserError where the result cannot work on `world_size` ranks.
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megalong.config.flags import flag
+from megalong.data.tokenizer import TOKENIZERS
 from megalong.errors import UserError
 
 
@@ -17,7 +18,7 @@ class DataConfig:
     tokenizer_type: str = flag(
         "SentencePieceTokenizer",
         "tokenizer",
-        choices=("SentencePieceTokenizer", "ByteTokenizer", "HuggingFaceTokenizer"),
+        choices=tuple(TOKENIZERS),
     )
     tokenizer_model: str | None = flag(None, "file (or folder) of the tokenizer")
     prepend_bos: bool = flag(

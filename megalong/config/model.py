@@ -67,7 +67,8 @@ class ModelConfig:
     )
 
     def resolve(self) -> ModelConfig:
-        """The same with every size filled in. Raises UserError where one cannot be derived."""
+        """These settings, with the sizes that were left open derived from the others. Raises
+        UserError where one cannot be."""
         require_positive(self, "num_layers", "hidden_size", "num_attention_heads", "seq_length")
         ffn_hidden_size, kv_channels = self.ffn_hidden_size, self.kv_channels
         if ffn_hidden_size is None:

@@ -68,7 +68,7 @@ class ParallelConfig:
         return stage // self.num_layers_per_virtual_pipeline_stage
 
     def virtual_pipeline_size(self, model: ModelConfig) -> int | None:
-        """The same as Megatron-core wants it: None for one."""
+        """Chunks per stage in Megatron-core's words, in which one is None."""
         chunks = self.chunks_per_stage(model)
         return chunks if chunks > 1 else None
 
@@ -96,8 +96,9 @@ class ParallelConfig:
         return world_size // self.ranks_per_replica
 
     def resolve(self) -> ParallelConfig:
-        """The same with a ZeRO stage that can be had: DeepSpeed cannot run a backward pass that it
-        does not own without a ZeRO optimizer; stage 1 on one rank is the same arithmetic."""
+        """These settings, with a ZeRO stage that can be had: DeepSpeed cannot run a backward pass
+        that it does not own without a ZeRO optimizer; stage 1 on one rank is the same
+        arithmetic."""
         return dataclasses.replace(self, zero_stage=max(1, self.zero_stage))
 
     def check(self, model: ModelConfig, global_batch_size: int, num_microbatches: int) -> None:

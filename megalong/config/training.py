@@ -49,7 +49,8 @@ class TrainingConfig:
     )
 
     def resolve(self, data_parallel_size: int) -> TrainingConfig:
-        """The same with the batch and the end of the decay filled in."""
+        """These settings; where they were left open, the batch is one micro batch a replica, and
+        the decay ends with the last iteration."""
         require_positive(self, "micro_batch_size", "train_iters")
         return dataclasses.replace(
             self,

@@ -1,7 +1,9 @@
 """Evaluation by context length, against the plain way to compute it."""
 
 import dataclasses
+import importlib.util
 import math
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,9 @@ import torch
 from megalong.hf.evaluation import evaluate_texts, passkey, token_losses
 from megalong.hf.loaded_model import LoadedModel
 from tests.hf.test_transformers import make_model
+from tests.launching import REPOSITORY, run
+
+TOOL = REPOSITORY / "tools" / "evaluate.py"
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +70,28 @@ def test_a_passkey_is_found_by_a_model_that_copies(loaded):
         assert passkey(copies, 400, depth, trials=3)["accuracy"] == 1
     with pytest.raises(ValueError, match="--passkey-lengths 50"):
         passkey(loaded, 50, 0.5, trials=1)
+
+
+def test_an_earlier_evaluation_is_not_overwritten_unasked(tmp_path):
+    (tmp_path / "evaluation.json").write_text("{}")
+    command = [sys.executable, str(TOOL), "--model", "none", "--passkey-lengths", "9"]
+    command += ["--output", str(tmp_path)]
+    refused = run(command, check=False)
+    assert refused.returncode == 2 and "set --overwrite" in refused.stderr
+    asked = run([*command, "--overwrite"], check=False)
+    assert "none is not a checkpoint" in asked.stderr
+    assert (tmp_path / "evaluation.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("length, hinted", [(300, True), (12_000, False)])
+def test_a_handful_of_tokens_is_worth_a_hint(loaded, length, hinted, capsys, monkeypatch):
+    spec = importlib.util.spec_from_file_location("evaluate", TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.setattr(
+        sys, "argv", f"x --model y --input z --output {TOOL} --context-lengths 400".split()
+    )
+    results = tool.evaluate(loaded, ["x" * length], tool.parse_arguments())
+    assert results["texts"][0]["tokens"] == length
+    printed = capsys.readouterr().err
+    assert ("hint: --input has only 300 tokens" in printed) == hinted
