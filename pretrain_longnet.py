@@ -33,6 +33,7 @@ def main(arguments: list[str]) -> None:
     from megalong.log_filters import filter_library_logs
 
     filter_library_logs()
+    from megalong.model.build import check_backend
     from megalong.parallel import check_precision, launch, set_gpu_defaults, watch_ranks
     from megalong.training.deepspeed_config import deepspeed_config
     from megalong.training.loop import Trainer
@@ -44,6 +45,7 @@ def main(arguments: list[str]) -> None:
 
     set_gpu_defaults()
     check_precision(config.training.precision)
+    check_backend(config)
     deepspeed_config(config, config.parallel.data_parallel_size(world_size()))
     data = open_run_data(config)
     check_wandb(config)

@@ -26,7 +26,7 @@ def test_defaults_that_depend_on_others():
     assert config.model.num_query_groups == 8
     assert config.model.ffn_hidden_size == 1408  # 8/3 x 512, a multiple of 64
     assert resolve("--no-swiglu", "--hidden-size", 768).model.ffn_hidden_size == 3072
-    assert config.attention.pattern() == DilatedPattern.geometric(32768)
+    assert config.attention.pattern(32768) == DilatedPattern.geometric(32768)
     assert config.training.lr_decay_iters == config.training.train_iters
     assert resolve("--micro-batch-size", 3, ranks=4).training.global_batch_size == 12
     assert resolve("--zero-stage", 0).parallel.zero_stage == 1
@@ -171,7 +171,8 @@ def test_processes_that_do_not_know_of_each_other(monkeypatch):
     assert world_size() == 4
 
 
-def test_an_unknown_backend_in_the_environment(monkeypatch):
-    monkeypatch.setenv("MEGALONG_ATTENTION_BACKEND", "fast")
-    with pytest.raises(UserError, match="MEGALONG_ATTENTION_BACKEND=fast"):
-        resolve()
+def test_the_backend_of_the_attention():
+    assert resolve().attention.attention_backend == "auto"
+    assert resolve("--attention-backend", "sdpa").attention.attention_backend == "sdpa"
+    with pytest.raises(UserError, match=r"--attention-backend: invalid choice: 'fast'.*reference"):
+        resolve("--attention-backend", "fast")

@@ -41,11 +41,8 @@ def main() -> None:
     elif read_config(args.input).get("model_type") != "longnet":
         changes.setdefault("attention", "dense")
     checkpoint, config = import_model(args.input, args.output, changes)
-    attention = config.attention.attention
-    if attention == "dilated":
-        branches = config.attention.pattern().branches
-        attention += " " + ", ".join(f"{length}/{rate}" for length, rate in branches)
-    print(f"{checkpoint}: {attention} attention, {config.model.seq_length} tokens")
+    seq_length = config.model.seq_length
+    print(f"{checkpoint}: {seq_length} tokens; {config.attention.description(seq_length)}")
     tokenizer = f"--tokenizer-type {config.data.tokenizer_type}"
     if config.data.tokenizer_model is not None:
         tokenizer += f" --tokenizer-model {config.data.tokenizer_model}"

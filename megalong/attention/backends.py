@@ -32,7 +32,6 @@ To add a backend, name its module in BACKENDS and its place in AUTO.
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 from importlib import import_module
 from types import MappingProxyType, ModuleType
@@ -49,7 +48,6 @@ BACKENDS = MappingProxyType(
     }
 )
 AUTO = ("triton", "sdpa")  # what "auto" tries, in this order
-BACKEND_VARIABLE = "MEGALONG_ATTENTION_BACKEND"
 
 
 def choose_backend(name: str, q: torch.Tensor) -> ModuleType:
@@ -57,17 +55,13 @@ def choose_backend(name: str, q: torch.Tensor) -> ModuleType:
 
     Raises ValueError where the name is none, or nothing can run.
     """
-    if name == "auto":
-        name = os.environ.get(BACKEND_VARIABLE) or "auto"
     return _choose(name, q.device, q.dtype, q.shape[-1])
 
 
 @lru_cache(maxsize=256)
 def _choose(name: str, device, dtype, head_dim: int) -> ModuleType:
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(
-            f"backend (or {BACKEND_VARIABLE}) must be auto, {', '.join(BACKENDS)}; got {name!r}"
-        )
+        raise ValueError(f"backend must be auto, {', '.join(BACKENDS)}; got {name!r}")
     reasons = []
     for candidate in AUTO if name == "auto" else (name,):
         module = import_module(BACKENDS[candidate])

@@ -33,3 +33,8 @@ def dense_attention(
         enable_gqa=heads != kv_heads,
     )
     return out_bhsd.transpose(1, 2)
+
+
+def attend(q, k, v, pattern, *, scale: float | None = None, backend: str = "auto") -> torch.Tensor:
+    """dense_attention as a kind of attention is called; a pattern and backends are not its own."""
+    return dense_attention(q, k, v, scale=scale)

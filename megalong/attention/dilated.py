@@ -40,8 +40,7 @@ def dilated_attention(
     pattern: segment lengths, dilation rates and head offsets.
     causal: a query sees only keys at its own position and before.
     scale: factor on the scores, positive; None is head_dim ** -0.5.
-    backend: "triton", "sdpa", "reference", or "auto", which the environment variable
-        MEGALONG_ATTENTION_BACKEND overrides.
+    backend: "triton", "sdpa", "reference", or "auto", the first of the first two that can run.
     return_lse: also return the log-sum-exp.
 
     Returns out, like q in shape and dtype; with return_lse (out, lse), lse (batch, heads,

@@ -58,7 +58,9 @@ class Config:
         )
         model, training = resolved.model, resolved.training
         model.check()
-        resolved.attention.check(model.num_attention_heads, model.num_query_groups)
+        resolved.attention.check(
+            model.num_attention_heads, model.num_query_groups, model.seq_length
+        )
         training.check(data_parallel_size)
         resolved.parallel.check(
             model, training.global_batch_size, resolved.num_microbatches(data_parallel_size)

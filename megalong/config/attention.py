@@ -1,22 +1,74 @@
-"""The attention pattern."""
+"""The kinds of attention, and the pattern of a run."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from pkgutil import resolve_name
+from types import MappingProxyType
+from typing import Any
 
 from megalong.attention import DilatedPattern
-from megalong.attention.backends import BACKEND_VARIABLE, BACKENDS
+from megalong.attention.backends import BACKENDS
 from megalong.config.flags import flag
 from megalong.errors import UserError
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """What is known of a kind of attention; whoever needs to know asks here.
+
+    pattern: which rows attend to which, from the settings and the length of a sequence; imports no
+        torch. Raises ValueError. Asked of it: `at_layer`, `for_heads`, `attention_pairs`, as of
+        DilatedPattern, and by the functions below what they want.
+    describe: the pattern in words, for logs and model cards.
+    Functions, imported when they are first needed, because they need torch:
+    attend: (q, k, v, pattern, *, scale, backend) -> out, of a whole sequence, causal; shapes as of
+        `megalong.attention.dilated_attention`.
+    attend_shard: (q, k, v, pattern, sequence, *, scale, backend) -> out, of a shard of a sequence.
+    subgroup_sizes: (pattern, shard_length, ranks) -> numbers of ranks that exchange rows.
+    """
+
+    pattern: Callable[[AttentionConfig, int], Any]
+    describe: Callable[[Any], str]
+    attend: str
+    attend_shard: str = "megalong.attention.sequence_parallel:sequence_parallel_attention"
+    subgroup_sizes: str = "megalong.attention.sequence_plan:subgroup_sizes"
+
+    def function(self, name: str) -> Callable:
+        """One of the functions, by the name of its field."""
+        return resolve_name(getattr(self, name))
+
+
+def _describe_branches(pattern: DilatedPattern) -> str:
+    branches = ", ".join(f"{length}/{rate}" for length, rate in pattern.branches)
+    return f"dilated attention, segment length/dilation rate: {branches}"
+
+
+# To add one: a file beside megalong/attention/dense.py, and its row here, with its flags below.
+KINDS = MappingProxyType(
+    {
+        "dilated": AttentionKind(
+            pattern=lambda config, seq_length: config.dilated_pattern(),
+            describe=_describe_branches,
+            attend="megalong.attention.dilated:dilated_attention",
+        ),
+        "dense": AttentionKind(
+            # One branch that spans the sequence and leaves nothing out.
+            pattern=lambda config, seq_length: DilatedPattern((seq_length,), (1,)),
+            describe=lambda pattern: "dense attention",
+            attend="megalong.attention.dense:attend",
+        ),
+    }
+)
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
     """The attention pattern (LongNet, arXiv 2307.02486, section 3.2)."""
 
-    attention: str = flag("dilated", "kind of attention", choices=("dilated", "dense"))
+    attention: str = flag("dilated", "kind of attention", choices=tuple(KINDS))
     segment_lengths: tuple[int, ...] | None = flag(
         None,
         "segment length of each branch (default: a ladder 2048 x 4^k up to the sequence length,"
@@ -31,14 +83,33 @@ class AttentionConfig:
         " x heads as JSON",
         is_json=True,
     )
+    attention_backend: str = flag(
+        "auto",
+        "what computes it: Triton kernels, PyTorch's operators, or the plain definition; auto takes"
+        " the first of the first two that runs",
+        choices=("auto", *BACKENDS),
+    )
 
-    def pattern(self) -> DilatedPattern:
+    @property
+    def kind(self) -> AttentionKind:
+        return KINDS[self.attention]
+
+    def pattern(self, seq_length: int) -> Any:
+        """Which rows attend to which in sequences of this length (after `resolve`)."""
+        return self.kind.pattern(self, seq_length)
+
+    def description(self, seq_length: int) -> str:
+        """The pattern in words."""
+        return self.kind.describe(self.pattern(seq_length))
+
+    def dilated_pattern(self) -> DilatedPattern:
         """The dilated pattern that these fields describe (after `resolve`)."""
         assert self.segment_lengths is not None and self.dilation_rates is not None
         return DilatedPattern(self.segment_lengths, self.dilation_rates, self.head_offsets)
 
     def resolve(self, seq_length: int) -> AttentionConfig:
-        """The same with its branches filled in. Raises UserError where half of them is given."""
+        """These settings, with branches where none are given. Raises UserError where half of them
+        is given."""
         lengths, rates = self.segment_lengths, self.dilation_rates
         if (lengths is None) != (rates is None):
             names = ("--segment-lengths", "--dilation-rates")
@@ -51,9 +122,11 @@ class AttentionConfig:
             self, segment_lengths=tuple(lengths), dilation_rates=tuple(rates)
         )
 
-    def check(self, heads: int, kv_heads: int) -> None:
-        """Raise UserError where these fields are no pattern for so many heads (after
-        `resolve`)."""
+    def check(self, heads: int, kv_heads: int, seq_length: int) -> None:
+        """Raise UserError where these fields are no pattern for so many heads (after `resolve`).
+
+        The dilated one has to be right whatever the kind is: checkpoints and exports keep it.
+        """
         lengths, rates = self.segment_lengths, self.dilation_rates
         assert lengths is not None and rates is not None
         if len(lengths) != len(rates):
@@ -61,12 +134,13 @@ class AttentionConfig:
                 f"--segment-lengths has {len(lengths)} values and --dilation-rates {len(rates)}:"
                 " a branch is one of each"
             )
-        backend = os.environ.get(BACKEND_VARIABLE) or "auto"
-        if backend != "auto" and backend not in BACKENDS:
-            raise UserError(f"{BACKEND_VARIABLE}={backend}: choose auto, {', '.join(BACKENDS)}")
         try:
-            self.pattern().offsets(heads, kv_heads)
+            self.dilated_pattern().offsets(heads, kv_heads)
         except ValueError as error:
             raise UserError(
                 f"--segment-lengths, --dilation-rates or --head-offsets: {error}"
             ) from error
+        try:
+            self.pattern(seq_length).for_heads(heads, kv_heads, 0, heads)
+        except ValueError as error:
+            raise UserError(f"--attention {self.attention}: {error}") from error

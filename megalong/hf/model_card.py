@@ -58,15 +58,12 @@ def model_card(
     config: Config, provenance: dict[str, Any], parameters: ParameterCount, dtype: str
 ) -> str:
     """The text of README.md in an exported folder."""
-    branches = zip(config.attention.segment_lengths, config.attention.dilation_rates, strict=True)
-    ladder = ", ".join(f"({w:,}, {r})" for w, r in branches)
-    dilated = f"dilated attention with branches (segment length, dilation rate) {ladder}"
     versions = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())
     return _CARD.format(
         name=provenance["checkpoint"].split("/")[0],
         dtype=dtype,
         layers=config.model.num_layers,
-        attention=dilated if config.attention.attention == "dilated" else "dense attention",
+        attention=config.attention.description(config.model.seq_length),
         seq_length=config.model.seq_length,
         config=to_yaml(_without_paths(config), only_given=True),
         parameters=parameters,

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
+from megalong.attention.backends import choose_backend
 from megalong.config import Config, ParallelConfig
 from megalong.device import use_gpu
+from megalong.errors import UserError
+from megalong.model.core_attention import CoreAttention
 from megalong.model.layer_spec import get_longnet_block_spec, use_transformer_engine
 from megalong.model.names import named_parameters
 from megalong.model.parameters import Initial, gradient_is_summed, row_of
@@ -22,6 +26,17 @@ from megalong.parallel.cpu import cuda_means_cpu
 from megalong.parallel.mesh import Mesh
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_backend(config: Config) -> None:
+    """Raise UserError where `--attention-backend` cannot run on this machine's device."""
+    name, dtype = config.attention.attention_backend, DTYPES[config.training.precision]
+    device = "cuda" if use_gpu() else "cpu"
+    q = torch.empty(1, 1, 1, config.model.kv_channels, dtype=dtype, device=device)
+    try:
+        choose_backend(name, q)
+    except ValueError as error:
+        raise UserError(f"--attention-backend {name}: {error}; set it to auto") from error
 
 
 def build_model(
@@ -62,13 +77,19 @@ def _chunk(
 ) -> GPTModel:
     """Chunk number `chunk` of the `chunks` that this stage holds."""
     model_config = config.model
-    pattern = config.attention.pattern() if config.attention.attention == "dilated" else None
+    core_attention = partial(
+        CoreAttention,
+        attention=config.attention,
+        seq_length=model_config.seq_length,
+        sequence=mesh.sequence,
+        tensor_rank=mesh.tensor_parallel_rank,
+    )
     numbered = chunk if chunks > 1 else None  # None is Megatron-core's word for one chunk
     with cuda_means_cpu():
         model = GPTModel(
             config=megatron_config,
             transformer_layer_spec=get_longnet_block_spec(
-                megatron_config, pattern, model_config.transformer_impl, mesh.sequence, numbered
+                megatron_config, core_attention, model_config.transformer_impl, numbered
             ),
             vocab_size=model_config.vocabulary_rows(vocab_size),
             max_sequence_length=model_config.seq_length,

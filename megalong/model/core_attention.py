@@ -1,25 +1,29 @@
 """What stands in the place of Megatron-core's `core_attention` inside its SelfAttention.
 
-Both modules read Megatron's (sequence, batch, heads, head_dim) tensors as views, without copies,
-and never make or read an attention mask. Shape letters: s sequence, b batch, h heads, d head_dim.
+It reads Megatron's (sequence, batch, heads, head_dim) tensors as views, without copies, and never
+makes or reads an attention mask. Shape letters: s sequence, b batch, h heads, d head_dim.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from megatron.core.transformer.module import MegatronModule
 
-from megalong.attention import DilatedPattern, dilated_attention
-from megalong.attention.dense import dense_attention
 from megalong.attention.exchange import SequenceGroup
-from megalong.attention.sequence_parallel import sequence_parallel_attention
+from megalong.config import AttentionConfig
 
 
-class _CoreAttention(MegatronModule):
-    """The part both share: Megatron-core's interface, causal self-attention only."""
+class CoreAttention(MegatronModule):
+    """Causal self-attention of the kind that the configuration names, over all ranks of the
+    sequence.
+
+    attention: resolved. seq_length: of the whole sequence. sequence: the ranks that share it; None
+    where each has all of it. tensor_rank: this rank's place among those that divide the heads; it
+    takes the part of the pattern that is of its own.
+    """
 
     def __init__(
         self,
@@ -30,11 +34,28 @@ class _CoreAttention(MegatronModule):
         cp_comm_type: str | None = None,
         softmax_scale: float | None = None,
         pg_collection: Any = None,
+        *,
+        attention: AttentionConfig,
+        seq_length: int,
         sequence: SequenceGroup | None = None,
+        tensor_rank: int = 0,
     ):
         super().__init__(config=config)
-        self.softmax_scale = softmax_scale
-        self.sequence = sequence if sequence is not None and sequence.size > 1 else None
+        here = config.num_attention_heads // config.tensor_model_parallel_size
+        self.pattern = (
+            attention.pattern(seq_length)
+            .at_layer(layer_number - 1)  # Megatron-core counts layers from one
+            .for_heads(
+                config.num_attention_heads,
+                config.num_query_groups,
+                start=here * tensor_rank,
+                stop=here * (tensor_rank + 1),
+            )
+        )
+        self._attend = attention.kind.function("attend")
+        if sequence is not None and sequence.size > 1:
+            self._attend = partial(attention.kind.function("attend_shard"), sequence=sequence)
+        self._options = {"scale": softmax_scale, "backend": attention.attention_backend}
 
     def forward(
         self,
@@ -53,43 +74,5 @@ class _CoreAttention(MegatronModule):
         """
         assert attention_mask is None and attention_bias is None and packed_seq_params is None
         q_bshd, k_bshd, v_bshd = (x.transpose(0, 1) for x in (q_sbhd, k_sbhd, v_sbhd))
-        return self.attend(q_bshd, k_bshd, v_bshd).transpose(0, 1).flatten(2)
-
-    def attend(self, q_bshd, k_bshd, v_bshd) -> torch.Tensor:
-        raise NotImplementedError
-
-
-class DilatedCoreAttention(_CoreAttention):
-    """Dilated attention (LongNet section 3.2), over all ranks of the sequence.
-
-    pattern: that of the whole model; a tensor-parallel rank takes the offsets of its own heads.
-    """
-
-    def __init__(self, *args: Any, pattern: DilatedPattern, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        layer_number = kwargs["layer_number"]  # Megatron-core counts layers from one
-        heads, kv_heads = self.config.num_attention_heads, self.config.num_query_groups
-        here = heads // self.config.tensor_model_parallel_size
-        first = here * get_tensor_model_parallel_rank()
-        layer_pattern = pattern.at_layer(layer_number - 1)
-        self.pattern = layer_pattern.for_heads(heads, kv_heads, first, first + here)
-
-    def attend(self, q_bshd, k_bshd, v_bshd) -> torch.Tensor:
-        if self.sequence is None:
-            return dilated_attention(q_bshd, k_bshd, v_bshd, self.pattern, scale=self.softmax_scale)
-        return sequence_parallel_attention(
-            q_bshd, k_bshd, v_bshd, self.pattern, self.sequence, scale=self.softmax_scale
-        )
-
-
-class DenseCoreAttention(_CoreAttention):
-    """Plain causal attention: the vanilla Transformer to compare with."""
-
-    def attend(self, q_bshd, k_bshd, v_bshd) -> torch.Tensor:
-        if self.sequence is None:
-            return dense_attention(q_bshd, k_bshd, v_bshd, scale=self.softmax_scale)
-        # One branch that spans the sequence and leaves nothing out.
-        whole = DilatedPattern((q_bshd.shape[1] * self.sequence.size,), (1,))
-        return sequence_parallel_attention(
-            q_bshd, k_bshd, v_bshd, whole, self.sequence, scale=self.softmax_scale
-        )
+        out_bshd = self._attend(q_bshd, k_bshd, v_bshd, self.pattern, **self._options)
+        return out_bshd.transpose(0, 1).flatten(2)

@@ -9,10 +9,10 @@ gradient of a product are two products of its size. What is computed once more t
 work of the model, and the utilisation that is made of these numbers is less for it. So does PaLM
 (arXiv 2204.02311, appendix B), but for the scores, of which it counts all N^2.
 
-Dilated attention counts the exact pairs of its pattern (`DilatedPattern.attention_pairs`), dense
-attention the N (N + 1) / 2 causal pairs of each head. The *dense equivalent* of a model is the one
-with dense attention in the place of its own: what a Transformer without the pattern would have had
-to compute for the same tokens.
+Attention counts the exact pairs of its pattern (`DilatedPattern.attention_pairs`), which are
+N (N + 1) / 2 a head for dense attention. The *dense equivalent* of a model is the one with dense
+attention in the place of its own: what a Transformer without the pattern would have had to compute
+for the same tokens.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def _product(rows: int, inner: int, columns: int) -> int:
 def _attention_flops(config: Config, dense: bool) -> int:
     model = config.model
     tokens, heads, kv_heads = model.seq_length, model.num_attention_heads, model.num_query_groups
-    if dense or config.attention.attention == "dense":
+    if dense:
         pairs = model.num_layers * heads * (tokens * (tokens + 1) // 2)
     else:
-        pattern = config.attention.pattern()
+        pattern = config.attention.pattern(tokens)
         pairs = sum(
             pattern.at_layer(layer).attention_pairs(tokens, heads, kv_heads, causal=True)
             for layer in range(model.num_layers)

@@ -1,4 +1,4 @@
-"""The Megatron-core layer spec of LongNet: a GPT layer whose core attention is dilated.
+"""The Megatron-core layer spec of LongNet: a GPT layer with our attention in it.
 
 Everything else of the layer is Megatron-core's own, but for the norms: apex's fused LayerNorm where
 that is installed and there is a GPU, else PyTorch's. With `--transformer-impl transformer_engine`
@@ -7,7 +7,7 @@ or `auto` the modules are Transformer Engine's.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core.fusions.fused_layer_norm import HAVE_FUSED_LAYER_NORM, FusedLayerNorm
@@ -22,27 +22,22 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 
-from megalong.attention import DilatedPattern
-from megalong.attention.exchange import SequenceGroup
 from megalong.device import use_gpu
 from megalong.errors import UserError
-from megalong.model.core_attention import DenseCoreAttention, DilatedCoreAttention
 from megalong.model.norms import LayerNorm, RMSNorm
 
 
 def get_longnet_layer_spec(
-    pattern: DilatedPattern | None,
+    core_attention: Callable[..., Any],
     normalization: str = "RMSNorm",
     transformer_impl: str = "local",
-    sequence: SequenceGroup | None = None,
     qk_layernorm: bool = False,
 ) -> ModuleSpec:
     """The spec of one layer, for `megatron.core.models.gpt.GPTModel`.
 
-    pattern: the dilated attention pattern; None gives dense attention (the vanilla Transformer).
+    core_attention: makes the attention of a layer (`megalong.model.core_attention`).
     normalization: "RMSNorm" or "LayerNorm".
     transformer_impl: "local", "transformer_engine", or "auto" for the better of those available.
-    sequence: the ranks that share the sequence; None where each has all of it.
     qk_layernorm: whether each head's queries and keys are normed.
     Raises UserError where Transformer Engine is asked for and cannot be used.
     """
@@ -55,17 +50,14 @@ def get_longnet_layer_spec(
         if qk_layernorm:
             attention = spec.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = norm
-    kind = DenseCoreAttention if pattern is None else partial(DilatedCoreAttention, pattern=pattern)
-    core_attention = partial(kind, sequence=sequence)
     spec.submodules.self_attention.submodules.core_attention = core_attention
     return spec
 
 
 def get_longnet_block_spec(
     config: TransformerConfig,
-    pattern: DilatedPattern | None,
+    core_attention: Callable[..., Any],
     transformer_impl: str = "local",
-    sequence: SequenceGroup | None = None,
     chunk: int | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, or of a chunk of it, and the final norm.
@@ -74,7 +66,7 @@ def get_longnet_block_spec(
     a machine without a GPU too, or apex's, which has no RMSNorm.
     """
     layer = get_longnet_layer_spec(
-        pattern, config.normalization, transformer_impl, sequence, config.qk_layernorm
+        core_attention, config.normalization, transformer_impl, config.qk_layernorm
     )
     if use_transformer_engine(transformer_impl):
         from megatron.core.extensions.transformer_engine import TENorm as norm

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from megalong.attention.exchange import SequenceGroup
-from megalong.attention.sequence_plan import subgroup_sizes
 from megalong.config import Config
 from megalong.device import use_gpu
 from megalong.errors import UserError
@@ -206,9 +205,8 @@ def _sequence_group(config: Config) -> SequenceGroup:
 
     size = config.parallel.sequence_parallel_size
     shard = config.model.seq_length // size
-    sizes = []
-    if config.attention.attention == "dilated":  # dense attention is one segment of all ranks
-        sizes = subgroup_sizes(config.attention.pattern(), shard, size)
+    pattern = config.attention.pattern(config.model.seq_length)
+    sizes = config.attention.kind.function("subgroup_sizes")(pattern, shard, size)
     timeout = timedelta(minutes=config.run.distributed_timeout_minutes)
     return SequenceGroup.create(parallel_state.get_context_parallel_group(), sizes, timeout)
 

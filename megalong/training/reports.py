@@ -74,19 +74,14 @@ class Reports:
         if not self.mesh.is_main:
             return
         config, mesh = self.config, self.mesh
-        attention, training = config.attention, config.training
+        training = config.training
         say(
             f"{self.parameters}, {training.precision}, on {mesh.world_size}"
             f" {mesh.device.type} ranks: sequence {mesh.sequence.size} x tensor"
             f" {mesh.tensor_parallel_size} x pipeline {mesh.pipeline_parallel_size} x data"
             f" {mesh.data_parallel_size}, ZeRO {config.parallel.zero_stage}"
         )
-        if attention.attention == "dilated":
-            branches = zip(attention.segment_lengths, attention.dilation_rates, strict=True)
-            ladder = ", ".join(f"{length}/{rate}" for length, rate in branches)
-            say(f"dilated attention, segment length/dilation rate: {ladder}")
-        else:
-            say("dense attention")
+        say(config.attention.description(config.model.seq_length))
         say(
             f"{training.train_iters:,} iterations of {training.global_batch_size:,} sequences of"
             f" {config.model.seq_length:,} tokens; one epoch is"
@@ -158,7 +153,7 @@ class Reports:
         pace = (time.perf_counter() - self._begin) / (iteration - self._first_iteration)
         norm = "skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
         mfu = f"MFU {record['mfu']:.1%}"
-        if self.config.attention.attention != "dense":
+        if record["mfu_dense_equivalent"] != record["mfu"]:
             mfu += f" (dense equivalent {record['mfu_dense_equivalent']:.1%})"
         words = [
             f"iteration {iteration}/{train_iters}",

@@ -155,8 +155,9 @@ def _check_together(checkpoint: Path, verify: bool, held: contextlib.ExitStack) 
 _FREE_MODEL_FIELDS = {"seq_length", "init_method_std", "transformer_impl"}
 # What a run in the same folder keeps: its data order and its held-out documents hang on it, and its
 # losses would not be one curve.
-_RUN_FIELDS = ["seed", "split", "data_path"]
-_RUN_FIELDS += [field.name for field in dataclasses.fields(AttentionConfig)]
+_PATTERN_FIELDS = [field.name for field in dataclasses.fields(AttentionConfig)]
+_PATTERN_FIELDS.remove("attention_backend")  # all compute the same
+_RUN_FIELDS = ["seed", "split", "data_path", *_PATTERN_FIELDS]
 
 
 def _check_same_run(checkpoint: Path, config: Config) -> None:
@@ -180,7 +181,7 @@ def _check_same_run(checkpoint: Path, config: Config) -> None:
 
 def other_ways(checkpoint: Path, config: Config) -> list[str]:
     """What a run does otherwise than that of the checkpoint, and may: a line each, to be told."""
-    names = [field.name for field in dataclasses.fields(AttentionConfig)]
+    names = list(_PATTERN_FIELDS)
     if iteration_of(checkpoint):  # an imported model has seen no data
         names += ["seed", "split"]
     return [

@@ -68,7 +68,7 @@ def dense(llama, tmp_path_factory):
 
 def test_dense_is_the_same_and_dilated_is_not(llama, dense, tmp_path):
     said = tool("convert_from_hf.py", "--input", llama, "--output", tmp_path / "dilated", *PATTERN)
-    assert "dilated 32/1, 256/8 attention, 256 tokens" in said
+    assert "256 tokens; dilated attention, segment length/dilation rate: 32/1, 256/8" in said
     assert "--tokenizer-type HuggingFaceTokenizer --tokenizer-model" in said
     assert "--prepend-bos --append-eod" in said
     texts = [(REPOSITORY / "pretrain_longnet.py").read_text()[:3000]]

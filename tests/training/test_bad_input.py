@@ -48,6 +48,7 @@ def test_every_rank_finds_it_and_one_says_it(corpus, tmp_path):
             ["--tokenizer-model no.model"],
         ),
         ({"load": "nowhere"}, ["--load nowhere"]),
+        ({"attention_backend": "triton"}, ["--attention-backend triton", "it needs an NVIDIA GPU"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
