@@ -30,7 +30,7 @@ class Meter:
         self._start = time.perf_counter()
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, whose making is time that the training waits for data."""
+        """The batches; until one is there, the training waits for data."""
         while True:
             start = time.perf_counter()
             batch = next(batches)
