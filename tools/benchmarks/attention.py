@@ -48,20 +48,19 @@ from attention_report import MEASURES, Setting, losses, losses_text, plot, row_t
 from contenders import CONTENDERS, ON_CPU
 
 from megalong.attention import DilatedPattern
+from megalong.peak_flops import peak_of_name
 
-# Dense bfloat16 FLOP/s (half of what is advertised "with sparsity") and bytes/s, by a part of the
-# device's name; the first that fits. From NVIDIA's data sheets of the A100 (2021), H100 (2023),
-# H200 (2024) and HGX B200 (2025).
-PEAKS = {
-    "A100-SXM4-80GB": (312e12, 2.039e12),
-    "A100 80GB PCIe": (312e12, 1.935e12),
-    "A100": (312e12, 1.555e12),
-    "H100 PCIe": (756e12, 2.0e12),
-    "H100 NVL": (835e12, 3.9e12),
-    "H100": (989e12, 3.35e12),
-    "H200 NVL": (835e12, 4.8e12),
-    "H200": (989e12, 4.8e12),
-    "B200": (2250e12, 8.0e12),
+# Bytes/s of the memory, by a part of the device's name; the first that fits. From the data sheets
+# of NVIDIA's A100 (2021), H100 (2023), H200 (2024) and HGX B200 (2025).
+BANDWIDTH = {
+    "A100-SXM4-80GB": 2.039e12,
+    "A100 80GB PCIe": 1.935e12,
+    "A100": 1.555e12,
+    "H100 PCIe": 2.0e12,
+    "H100 NVL": 3.9e12,
+    "H100": 3.35e12,
+    "H200": 4.8e12,
+    "B200": 8.0e12,
 }
 
 
@@ -281,7 +280,9 @@ def peaks(args) -> tuple[float, float] | None:
     if not on_gpu(args) or args.dtype not in ("bfloat16", "float16"):
         return None
     name = torch.cuda.get_device_name()
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    flops = peak_of_name(name, torch.bfloat16)
+    bandwidth = next((speed for part, speed in BANDWIDTH.items() if part in name), None)
+    return None if flops is None or bandwidth is None else (flops, bandwidth)
 
 
 def peak_of_child(args, setting: Setting, length: int, name: str) -> int:
