@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from megalong.config import Config
+from megalong.errors import system_errors_of
 from megalong.model.flops import PARTS
 from megalong.training.weights_and_biases import WandbBoard
 
@@ -51,12 +53,14 @@ class MetricsLog:
 
     def __init__(self, config: Config, resumed_iteration: int):
         run = config.run
+        self._system_errors = partial(system_errors_of, "--save", str(run.save))
         self._file = None
         self._boards: list[Board] = []
         if run.save is not None:
             path = Path(run.save) / "metrics.jsonl"
-            forget_after(path, resumed_iteration)
-            self._file = path.open("a")
+            with self._system_errors():
+                forget_after(path, resumed_iteration)
+                self._file = path.open("a")
         if run.tensorboard_dir is not None:
             self._boards.append(_TensorBoard(run.tensorboard_dir, resumed_iteration))
         if run.wandb_project is not None:
@@ -79,7 +83,8 @@ class MetricsLog:
     def make_durable(self) -> None:
         """Flush to the disk: what a checkpoint says was done is in the log as well."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with self._system_errors():
+                os.fsync(self._file.fileno())
         for board in self._boards:
             board.flush()
 
@@ -99,8 +104,9 @@ class MetricsLog:
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            with self._system_errors():
+                self._file.write(json.dumps(record) + "\n")
+                self._file.flush()
 
     def _draw(self, record: dict[str, Any], group: str, names: tuple[str, ...]) -> None:
         values = {f"{group}/{n}": record[n] for n in names if record.get(n) is not None}
@@ -122,17 +128,22 @@ class _TensorBoard:
     def __init__(self, folder: str, resumed_iteration: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(folder, purge_step=resumed_iteration + 1)
+        self._system_errors = partial(system_errors_of, "--tensorboard-dir", folder)
+        with self._system_errors():
+            self._writer = SummaryWriter(folder, purge_step=resumed_iteration + 1)
 
     def scalars(self, iteration: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, iteration)
+        with self._system_errors():
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, iteration)
 
     def flush(self) -> None:
-        self._writer.flush()
+        with self._system_errors():
+            self._writer.flush()
 
     def close(self, failed: bool) -> None:
-        self._writer.close()
+        with self._system_errors():
+            self._writer.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ from megalong.config import (
     TrainingConfig,
     flag_name,
 )
-from megalong.errors import UserError
+from megalong.errors import UserError, system_errors_of
 from megalong.training.run_folder import same_folder
 
 
@@ -49,12 +49,13 @@ def open_checkpoint(config: Config) -> Path | None:
     load = config.run.load
     if load is None:
         return None
-    if not has_pointer(Path(load)):
-        if same_folder(load, config.run.save):
-            return None
-        raise UserError(f"--load {load}: no checkpoint there (no file `latest`)")
-    checkpoint, _ = _first_sound(_candidates(config), check_files, config)
-    _check_same_run(checkpoint, config)
+    with system_errors_of("--load", load):
+        if not has_pointer(Path(load)):
+            if same_folder(load, config.run.save):
+                return None
+            raise UserError(f"--load {load}: no checkpoint there (no file `latest`)")
+        checkpoint, _ = _first_sound(_candidates(config), check_files, config)
+        _check_same_run(checkpoint, config)
     return checkpoint
 
 
@@ -67,24 +68,32 @@ def sound_checkpoint(config: Config, say: Callable[[str], None]) -> Iterator[Pat
     say: where rank 0 says what is damaged, if `--load-fallback` goes past it; a run that goes on in
     the same folder sets that aside. Raises UserError on every rank.
     """
-    # A network file system may show each rank its own: what rank 0 sees counts.
-    candidates = [_candidates(config) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(candidates, src=0)
     with contextlib.ExitStack() as held:
-        checkpoint, damage = _first_sound(
-            candidates[0],
-            lambda candidate: _check_together(candidate, config.run.verify_checkpoint, held),
-            config,
-        )
-        _check_same_run(checkpoint, config)
-        if damage and dist.get_rank() == 0:
-            for line in damage.values():
-                say(f"{line}: going on from {checkpoint.name} (--load-fallback)")
-            if same_folder(config.run.load, config.run.save):
-                point_at(checkpoint)
-                for damaged in damage:
-                    set_aside(damaged)
+
+        def check(candidate: Path) -> None:
+            _check_together(candidate, config.run.verify_checkpoint, held)
+
+        with system_errors_of("--load", config.run.load):
+            # A network file system may show each rank its own: what rank 0 sees counts.
+            candidates = [_candidates(config) if dist.get_rank() == 0 else None]
+            dist.broadcast_object_list(candidates, src=0)
+            checkpoint, damage = _first_sound(candidates[0], check, config)
+            _check_same_run(checkpoint, config)
+            if damage and dist.get_rank() == 0:
+                _go_past(damage, checkpoint, config, say)
         yield checkpoint
+
+
+def _go_past(
+    damage: dict[Path, str], checkpoint: Path, config: Config, say: Callable[[str], None]
+) -> None:
+    """Say what is damaged; in the run's own folder, put the sound one before it in force."""
+    for line in damage.values():
+        say(f"{line}: going on from {checkpoint.name} (--load-fallback)")
+    if same_folder(config.run.load, config.run.save):
+        point_at(checkpoint)
+        for damaged in damage:
+            set_aside(damaged)
 
 
 def check_agreement(config: Config, checkpoint: Path | None) -> None:

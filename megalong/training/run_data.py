@@ -12,7 +12,7 @@ from megalong.data.batches import num_evaluation_batches
 from megalong.data.formats import open_documents
 from megalong.data.stream import TokenStream, split_documents
 from megalong.data.tokenizer import Tokenizer, build_tokenizer
-from megalong.errors import UserError
+from megalong.errors import UserError, system_errors_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ def open_run_data(config: Config) -> RunData:
     data = config.data
     tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model)
     config.model.vocabulary_rows(tokenizer.vocab_size)  # an error, where they are too few
-    documents = open_documents(data.data_path)
+    with system_errors_of("--data-path", data.data_path):
+        documents = open_documents(data.data_path)
     made_with = documents.vocab_size
     if made_with is not None and made_with != tokenizer.vocab_size:
         raise UserError(

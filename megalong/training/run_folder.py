@@ -10,28 +10,28 @@ megalong/checkpoint
 from __future__ import annotations
 
 import fcntl
+import tempfile
 from pathlib import Path
 from typing import IO
 
 from megalong.checkpoint.folder import has_pointer
 from megalong.config import Config
 from megalong.config.arguments import to_yaml
-from megalong.errors import UserError
+from megalong.errors import UserError, system_errors_of
 
 
 def prepare_run_folder(config: Config) -> None:
     """Make the folders of `--save` and `--tensorboard-dir`.
 
-    Raises UserError where one cannot be made, or where `--save` holds a run that this one would
-    overwrite because `--load` does not name it.
+    Raises UserError where one cannot be made or written to, or where `--save` holds a run that this
+    one would overwrite because `--load` does not name it.
     """
     run = config.run
     for flag, folder in (("--save", run.save), ("--tensorboard-dir", run.tensorboard_dir)):
         if folder is not None:
-            try:
+            with system_errors_of(flag, folder):
                 Path(folder).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"{flag} {folder}: {error.strerror}") from error
+            _check_writable(flag, Path(folder))
     if run.save is None or same_folder(run.load, run.save):
         return
     folder = Path(run.save)
@@ -40,6 +40,15 @@ def prepare_run_folder(config: Config) -> None:
             f"--save {run.save} holds another run already: --load {run.save} to go on with it, or"
             " save elsewhere"
         )
+
+
+def _check_writable(flag: str, folder: Path) -> None:
+    """That a file can be made there; it is gone afterwards."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:  # names the file that is gone
+        raise UserError(f"{flag} {folder}: no file can be made there: {error.strerror}") from error
 
 
 def same_folder(one: str | None, other: str | None) -> bool:
@@ -56,20 +65,22 @@ def open_run_folder(config: Config, given: Config) -> IO[str] | None:
     if config.run.save is None:
         return None
     folder = Path(config.run.save)
-    lock = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise UserError(f"--save {folder}: another run is writing there") from None
-    except OSError:
-        pass  # some network file systems have no locks
-    (folder / "flags.yaml").write_text(to_yaml(given, only_given=True))
-    (folder / "config.yaml").write_text(to_yaml(config))
-    (folder / "stopped").unlink(missing_ok=True)
+    with system_errors_of("--save", folder):
+        lock = (folder / ".lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise UserError(f"--save {folder}: another run is writing there") from None
+        except OSError:
+            pass  # some network file systems have no locks
+        (folder / "flags.yaml").write_text(to_yaml(given, only_given=True))
+        (folder / "config.yaml").write_text(to_yaml(config))
+        (folder / "stopped").unlink(missing_ok=True)
     return lock
 
 
 def leave_unfinished(config: Config, why: str) -> None:
     """Leave the file `stopped`, by which a job script knows that the run is to be started again."""
-    (Path(config.run.save) / "stopped").write_text(why + "\n")
+    with system_errors_of("--save", config.run.save):
+        (Path(config.run.save) / "stopped").write_text(why + "\n")
