@@ -1,5 +1,6 @@
 """What a run says of itself: utilisation, memory, waiting, saves, a trace, Weights & Biases."""
 
+import contextlib
 import gzip
 import importlib.util
 import json
@@ -7,6 +8,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +16,10 @@ import torch
 from megalong.config.arguments import parse_arguments
 from megalong.errors import UserError
 from megalong.training import meter as meter_module
-from megalong.training import weights_and_biases
+from megalong.training import profiling, weights_and_biases
 from megalong.training.meter import Meter
 from megalong.training.metrics import read_metrics
+from megalong.training.profiling import Profiler
 from megalong.training.weights_and_biases import check_wandb
 from tests.forked import run_ranks
 from tests.launching import small_run_flags
@@ -187,6 +190,45 @@ def test_the_meter_leaves_out_what_is_no_training(monkeypatch):
     next(timed)
     meter.step()
     assert meter.take() == (0.5, 1.0)
+
+
+GPU = torch.device("cuda", 0)
+
+
+def profiled(tmp_path, iterations):
+    """A profiler of iterations 2 and 3 on what it takes for a GPU; what it says."""
+    config = resolved(save=tmp_path, profile=True, profile_step_start=2, profile_step_end=4)
+    said, mesh = [], SimpleNamespace(device=GPU, rank=0)
+    with Profiler(config, mesh, said.append, contextlib.nullcontext) as profiler:
+        for iteration in iterations:
+            with profiler.iteration(iteration):
+                torch.ones(2) + 1
+    return said
+
+
+def test_on_a_gpu_there_is_a_snapshot_of_its_memory(tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr(profiling, "record_memory_history", lambda n: events.append("record"))
+    monkeypatch.setattr(profiling, "write_memory_history", lambda path: events.append(path))
+    trace = tmp_path / "profile" / "rank0_iterations_2-3.json.gz"
+    assert profiled(tmp_path, range(1, 6)) == [f"traced iterations 2 to 3: {trace}"]
+    snapshot = tmp_path / "profile" / "rank0_iterations_2-3_memory.pickle"
+    assert trace.exists() and events == ["record", str(snapshot)]
+    assert profiled(tmp_path, [1, 2])[0].startswith("traced iterations 2 to 2: ")  # ended early
+    assert profiled(tmp_path, [4, 5]) == []
+
+
+def test_a_trace_that_cannot_be_written_ends_no_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(profiling, "record_memory_history", lambda n: None)
+    (tmp_path / "profile").write_text("in the way")
+    [line] = profiled(tmp_path, range(1, 6))
+    assert line.startswith("--profile: no trace of iterations 2 to 3: ")
+
+
+def test_memory_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 9)
+    assert Meter(GPU).memory() == {"peak_memory_bytes": 7, "peak_reserved_bytes": 9}
 
 
 if __name__ == "__main__":
