@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -17,7 +19,7 @@ from megalong.device import use_gpu
 from megalong.errors import UserError
 from megalong.model.core_attention import CoreAttention
 from megalong.model.layer_spec import get_longnet_block_spec, use_transformer_engine
-from megalong.model.names import named_parameters
+from megalong.model.names import parameter_places
 from megalong.model.parameters import Initial, gradient_is_summed, row_of
 from megalong.model.rotary import LongRotaryEmbedding
 from megalong.model.stage import PipelineStage
@@ -40,13 +42,22 @@ def check_backend(config: Config) -> None:
 
 
 def build_model(
-    config: Config, vocab_size: int, mesh: Mesh, initialize: bool = True
+    config: Config,
+    vocab_size: int,
+    mesh: Mesh,
+    initialize: bool = True,
+    divide: Callable[[torch.nn.Parameter], None] | None = None,
 ) -> PipelineStage:
-    """This rank's part of the model, in float32 on the CPU, with the initial weights of
-    `config.training.seed`.
+    """This rank's part of the model, on the mesh's device and in the precision of the training,
+    with the initial weights of `config.training.seed`.
+
+    The parameters come into being one at a time, where they will stay: no more than one of them, in
+    float32 and whole over its tensor-parallel ranks, is ever in memory besides.
 
     vocab_size: the tokenizer's; the embedding may have more rows (`ModelConfig.vocabulary_rows`).
     initialize: False leaves the weights as memory is, for a checkpoint to fill them in.
+    divide: called with each parameter as soon as it has its values, in the same order on every
+        rank: for ZeRO 3, which keeps a part of it.
     Needs Megatron-core's groups (`megalong.parallel.launch`).
     """
     megatron_config = transformer_config(config)
@@ -57,14 +68,39 @@ def build_model(
             for chunk in range(chunks)
         ]
     )
-    for name, parameter in named_parameters(stage):
+    for name, module, attribute in list(parameter_places(stage)):
+        parameter = _materialize(module, attribute, DTYPES[config.training.precision], mesh.device)
         # DeepSpeed counts a parameter once in the gradient norm, unless it is told of its parts.
         divided = cut_dimension(name) is not None and mesh.tensor_parallel_size > 1
         parameter.tensor_model_parallel = divided
         parameter.sum_over_tensor_ranks = gradient_is_summed(name, config.parallel.divides_norms)
-    if initialize:
-        initialize_weights(stage, config, mesh)
+        if initialize:
+            initialize_parameter(name, parameter, config, mesh)
+        if divide is not None:
+            divide(parameter)
+    assert not any(buffer.is_meta for buffer in stage.buffers()), "a buffer without values"
     return stage
+
+
+class _Model(GPTModel):
+    """Megatron-core's model without the collective, at its construction, that makes the copies of a
+    tied embedding equal: they have the same initial weights here, and no values yet there."""
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        pass
+
+
+def _materialize(
+    module: torch.nn.Module, attribute: str, dtype: torch.dtype, device: torch.device
+) -> torch.nn.Parameter:
+    """Put a parameter with memory in the place of one that is a shape only."""
+    shape_only = getattr(module, attribute)
+    if not shape_only.is_meta:  # Transformer Engine's are made on the device
+        return shape_only
+    parameter = torch.nn.Parameter(torch.empty_like(shape_only, dtype=dtype, device=device))
+    vars(parameter).update(vars(shape_only))  # Megatron-core's marks
+    setattr(module, attribute, parameter)
+    return parameter
 
 
 def _chunk(
@@ -75,7 +111,7 @@ def _chunk(
     chunk: int,
     chunks: int,
 ) -> GPTModel:
-    """Chunk number `chunk` of the `chunks` that this stage holds."""
+    """Chunk number `chunk` of the `chunks` that this stage holds, its parameters shapes only."""
     model_config = config.model
     core_attention = partial(
         CoreAttention,
@@ -85,8 +121,9 @@ def _chunk(
         tensor_rank=mesh.tensor_parallel_rank,
     )
     numbered = chunk if chunks > 1 else None  # None is Megatron-core's word for one chunk
-    with cuda_means_cpu():
-        model = GPTModel(
+    fused = use_transformer_engine(model_config.transformer_impl)
+    with cuda_means_cpu(), contextlib.nullcontext() if fused else torch.device("meta"):
+        model = _Model(
             config=megatron_config,
             transformer_layer_spec=get_longnet_block_spec(
                 megatron_config, core_attention, model_config.transformer_impl, numbered
@@ -141,10 +178,11 @@ def transformer_config(config: Config) -> TransformerConfig:
         attention_dropout=0.0,
         bf16=config.training.precision == "bf16",
         fp16=config.training.precision == "fp16",
-        params_dtype=torch.float32,
+        params_dtype=DTYPES[config.training.precision],
         pipeline_dtype=DTYPES[config.training.precision],
+        # Without it, Megatron-core names the device itself: what Transformer Engine needs.
         use_cpu_initialization=not use_transformer_engine(model.transformer_impl),
-        perform_initialization=False,  # initialize_weights does it, the same in every layout
+        perform_initialization=False,  # initialize_parameter does it, the same in every layout
         gradient_accumulation_fusion=False,  # writes to main_grad, which DeepSpeed does not have
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
@@ -164,29 +202,30 @@ def _full_recompute(parallel: ParallelConfig) -> dict[str, object]:
 
 
 @torch.no_grad()
-def initialize_weights(stage: PipelineStage, config: Config, mesh: Mesh) -> None:
-    """Fill in the initial weights: each parameter from its own seed, made of the run's seed and the
-    parameter's global name, and from it the rank's part, so that they are the same in every layout.
+def initialize_parameter(
+    name: str, parameter: torch.nn.Parameter, config: Config, mesh: Mesh
+) -> None:
+    """Fill in initial values, those of the parameter's row in the table: made from its own seed, of
+    the run's seed and its canonical name, and from them the rank's part, so that they are the same
+    in every layout.
 
-    Which values a parameter has is in its row of the table (`megalong.model.parameters`).
+    Random numbers are drawn on the parameter's device, in float32: a CPU and a GPU draw others.
     """
-    std = config.model.init_method_std
-    deviations = {
-        Initial.NORMAL: std,
-        Initial.RESIDUAL: std / math.sqrt(2 * config.model.num_layers),
-    }
-    for name, parameter in named_parameters(stage):
-        row = row_of(name)
-        if row.initial is Initial.ZEROS:
-            parameter.zero_()
-        elif row.initial is Initial.ONES:
-            parameter.fill_(1.0)
-        else:
-            seed = hashlib.sha256(f"{config.training.seed} {name}".encode()).digest()[:8]
-            generator = torch.Generator().manual_seed(int.from_bytes(seed, "big") >> 1)
-            shape, ranks = list(parameter.shape), mesh.tensor_parallel_size
-            if row.cut is not None:
-                shape[row.cut] *= ranks
-            values = torch.randn(shape, generator=generator, dtype=torch.float32)
-            values = tensor_slice(name, values, mesh.tensor_parallel_rank, ranks, config.model)
-            parameter.copy_(values * deviations[row.initial])
+    row, model, ranks = row_of(name), config.model, mesh.tensor_parallel_size
+    if row.initial is Initial.ZEROS:
+        parameter.zero_()
+    elif row.initial is Initial.ONES:
+        parameter.fill_(1.0)
+    else:
+        seed = hashlib.sha256(f"{config.training.seed} {name}".encode()).digest()[:8]
+        generator = torch.Generator(parameter.device)
+        generator.manual_seed(int.from_bytes(seed, "big") >> 1)
+        shape = list(parameter.shape)
+        if row.cut is not None:
+            shape[row.cut] *= ranks
+        values = torch.randn(
+            shape, generator=generator, dtype=torch.float32, device=parameter.device
+        )
+        values = tensor_slice(name, values, mesh.tensor_parallel_rank, ranks, model)
+        residual = math.sqrt(2 * model.num_layers) if row.initial is Initial.RESIDUAL else 1.0
+        parameter.copy_(values.mul_(model.init_method_std / residual))

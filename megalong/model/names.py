@@ -27,9 +27,17 @@ def canonical_name(local_name: str, first_layer: int = 0, tied: bool = False) ->
 
 def named_parameters(stage: PipelineStage) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """The parameters of a pipeline stage by canonical name."""
+    for name, module, attribute in parameter_places(stage):
+        yield name, getattr(module, attribute)
+
+
+def parameter_places(stage: PipelineStage) -> Iterator[tuple[str, torch.nn.Module, str]]:
+    """The parameters of a pipeline stage: canonical name, module, and its name in that module."""
     for model in stage.chunks:
         layers = model.decoder.layers
         first_layer = layers[0].layer_number - 1 if len(layers) else 0  # Megatron-core's 1 is our 0
         tied = model.share_embeddings_and_output_weights
-        for name, parameter in model.named_parameters():
-            yield canonical_name(name, first_layer, tied), parameter
+        for local_name, _ in model.named_parameters():
+            module, _, attribute = local_name.rpartition(".")
+            name = canonical_name(local_name, first_layer, tied)
+            yield name, model.get_submodule(module), attribute

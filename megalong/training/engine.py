@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -78,7 +78,7 @@ class TrainingEngine:
         self.optimizer = optimizer_of(training)
         groups = _weight_decay_groups(model, training.weight_decay)
         optimizer = self.optimizer.build(groups, fused=mesh.device.type == "cuda")
-        try:
+        with _refusals(config):
             if config.parallel.zero_stage == 3:
                 _divide_weights(model, settings)
             with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use
@@ -88,12 +88,6 @@ class TrainingEngine:
                     config=settings,
                     mpu=DeepSpeedMPU,
                 )
-        except Exception as error:
-            if training.deepspeed_config is None:
-                raise
-            raise UserError(
-                f"DeepSpeed refuses --deepspeed-config {training.deepspeed_config}: {error}"
-            ) from error
         _create_state(self.deepspeed, self.optimizer)
         model.config.grad_scale_func = self.deepspeed.scale
         self.traffic: Counts | None = None  # of one step on this rank, until it is taken
@@ -210,8 +204,26 @@ def _held_out_losses(losses: torch.Tensor, mask: torch.Tensor):
     return losses.sum(), (losses, mask)
 
 
-def _divide_weights(model: torch.nn.Module, settings: dict[str, Any]) -> None:
-    """Divide the weights for ZeRO 3 over all ranks that hold the same ones.
+def weights_divider(config: Config, mesh: Mesh) -> Callable[[torch.nn.Parameter], None] | None:
+    """What `build_model` does with each parameter that it has made: for ZeRO 3, divide it, so that
+    no rank ever holds the whole of its pipeline stage; else nothing.
+
+    Raises UserError where DeepSpeed refuses the settings.
+    """
+    if config.parallel.zero_stage != 3:
+        return None
+    settings = deepspeed_config(config, mesh.data_parallel_size)
+
+    def divide(parameter: torch.nn.Parameter) -> None:
+        with _refusals(config):
+            _divide_weights(torch.nn.ParameterList([parameter]), settings)
+
+    return divide
+
+
+def _divide_weights(module: torch.nn.Module, settings: dict[str, Any]) -> None:
+    """Divide the weights of a module for ZeRO 3 over all ranks that hold the same ones; those that
+    are divided already stay as they are.
 
     Left to itself, DeepSpeed divides them over the data-parallel ranks alone, and then forgets the
     gradients of the other ranks of a sequence.
@@ -221,11 +233,24 @@ def _divide_weights(model: torch.nn.Module, settings: dict[str, Any]) -> None:
     from megalong.parallel.deepspeed_mpu import DeepSpeedMPU
 
     deepspeed.zero.Init(
-        module=model,
+        module=module,
         data_parallel_group=DeepSpeedMPU.get_sequence_data_parallel_group(),
         config_dict_or_path=settings,
         mpu=DeepSpeedMPU,
     )
+
+
+@contextlib.contextmanager
+def _refusals(config: Config) -> Iterator[None]:
+    """Makes a UserError of what DeepSpeed says to settings that came from the user."""
+    try:
+        yield
+    except Exception as error:
+        if config.training.deepspeed_config is None:
+            raise
+        raise UserError(
+            f"DeepSpeed refuses --deepspeed-config {config.training.deepspeed_config}: {error}"
+        ) from error
 
 
 def _weight_decay_groups(model: PipelineStage, weight_decay: float) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from megalong.errors import UserError
 from megalong.model.build import build_model
 from megalong.parallel.mesh import Mesh
 from megalong.progress import progress_bar
-from megalong.training.engine import StepResult, TrainingEngine
+from megalong.training.engine import StepResult, TrainingEngine, weights_divider
 from megalong.training.engine_state import load_checkpoint, progress_to_save, tensors_to_save
 from megalong.training.evaluation import evaluate
 from megalong.training.learning_rate import learning_rate
@@ -60,7 +60,8 @@ class Trainer:
             if checkpoint is not None:
                 checkpoint = held.enter_context(sound_checkpoint(config, say))
             vocab_size = data.tokenizer.vocab_size
-            model = build_model(config, vocab_size, mesh, initialize=checkpoint is None)
+            divide = weights_divider(config, mesh)
+            model = build_model(config, vocab_size, mesh, checkpoint is None, divide)
             self.engine = TrainingEngine(model, config, mesh)
             if checkpoint is not None:
                 reader = CheckpointReader(checkpoint)

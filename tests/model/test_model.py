@@ -1,15 +1,18 @@
 """The model: Megatron-core's GPTModel with our attention, positions and initial weights."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megalong.config import ModelConfig
 from megalong.config.arguments import parse_arguments
 from megalong.errors import UserError
 from megalong.model import norms
-from megalong.model.build import build_model, initialize_weights, transformer_config
+from megalong.model.build import DTYPES, build_model, initialize_parameter, transformer_config
 from megalong.model.names import canonical_name, named_parameters
 from megalong.model.parameters import count_parameters, decays, parameters
 from megalong.model.rotary import LongRotaryEmbedding
@@ -119,10 +122,55 @@ def test_an_initial_weight_depends_on_seed_and_name_only(build, mesh):
     residual = "decoder.layers.1.mlp.linear_fc2.weight"
     torch.testing.assert_close(ours[residual], theirs[residual] * math.sqrt(2))
     before = ours[name].clone()
-    initialize_weights(model, config, mesh)
+    initialize_parameter(name, ours[name], config, mesh)
     assert torch.equal(ours[name], before)
     reseeded, _ = build(seed=2)
     assert not torch.equal(dict(named_parameters(reseeded))[name], before)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_starts_from_the_same_weights(build, precision):
+    exact, low = (dict(named_parameters(build(precision=word)[0])) for word in ("fp32", precision))
+    for name, parameter in low.items():
+        assert parameter.dtype == DTYPES[precision]
+        assert torch.equal(parameter, exact[name].to(DTYPES[precision]))
+
+
+def test_parameters_are_given_away_as_soon_as_they_have_their_values(build, mesh):
+    expected = [parameter.detach().clone() for _, parameter in named_parameters(build()[0])]
+    given = []
+
+    def divide(parameter):
+        given.append(parameter.detach().clone())
+        parameter.data = torch.empty(0)
+
+    model = build_model(resolved(), VOCAB_SIZE, mesh, divide=divide)
+    assert all(torch.equal(*pair) for pair in zip(given, expected, strict=True))
+    assert not any(parameter.numel() for parameter in model.parameters())
+
+
+class LargestOnTheHost(TorchDispatchMode):
+    """Elements of the largest CPU tensor that is made in the block."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("changes", [{}, {"untie_embeddings_and_output_weights": True}])
+def test_the_host_holds_nothing_of_a_model_on_another_device(mesh, changes):
+    """The device stands in for a GPU; nothing can be drawn on it, so the weights have no values."""
+    elsewhere = dataclasses.replace(mesh, device=torch.device("meta"))
+    config = resolved(qk_layernorm=True, **changes)
+    with LargestOnTheHost() as largest:
+        model = build_model(config, VOCAB_SIZE, elsewhere, initialize=False)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert largest.elements <= config.model.kv_channels  # rotary frequencies
 
 
 def test_every_parameter_is_initialized_and_named_canonically(build):

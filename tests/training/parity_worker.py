@@ -21,7 +21,7 @@ from megalong.model.build import build_model
 from megalong.model.names import named_parameters
 from megalong.model.tensor_slices import join_slices
 from megalong.parallel import process_group
-from megalong.training.engine import TrainingEngine
+from megalong.training.engine import TrainingEngine, weights_divider
 from megalong.training.evaluation import evaluate
 from megalong.training.learning_rate import learning_rate
 from megalong.training.run_data import open_run_data
@@ -146,7 +146,9 @@ def main(data_path: str, output: str) -> None:
 
 def train(config, mesh):
     data = open_run_data(config)
-    engine = TrainingEngine(build_model(config, data.tokenizer.vocab_size, mesh), config, mesh)
+    divide = weights_divider(config, mesh)
+    model = build_model(config, data.tokenizer.vocab_size, mesh, divide=divide)
+    engine = TrainingEngine(model, config, mesh)
     batches = training_batches(
         data.train,
         consumed_samples=0,
