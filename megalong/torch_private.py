@@ -1,5 +1,5 @@
 """What PyTorch does not document and we need all the same: its names stand here and nowhere else,
-but for the operators of its attention, which `megalong/attention/operators.py` calls.
+but for the operators of its attention, which `megalong/attention/sdpa_operators.py` calls.
 
 A test looks for all of them in the installed PyTorch.
 """
