@@ -77,7 +77,7 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
         matrix = torch.ones(size, size, dtype=dtype, device=device)
         seconds = min(_seconds_of_product(matrix) for _ in range(2))
         best = max(best, 2 * size**3 / seconds)
-        if seconds > _LONG or size == 8192:
+        if seconds > _LONG or size == 4096:
             return best
         size *= 2
 

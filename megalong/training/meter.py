@@ -22,6 +22,7 @@ class Meter:
 
     def __init__(self, device: torch.device):
         self._device = device
+        self._save: tuple[float, float] | None = None  # begin, and seconds of standstill
         self.restart()
 
     def restart(self) -> None:
@@ -49,6 +50,24 @@ class Meter:
             yield
         finally:
             self._paused += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Inside, a checkpoint is saved, or copied to be written in the background."""
+        begin = time.perf_counter()
+        with self.pause():
+            yield
+        self._save = begin, time.perf_counter() - begin
+
+    def take_save(self, durable_at: float | None) -> dict[str, float]:
+        """The times of the last save, once: nothing before it is on the disk, nor afterwards.
+
+        durable_at: `time.perf_counter()` when the last checkpoint was on the disk.
+        """
+        if self._save is None or durable_at is None or durable_at < self._save[0]:
+            return {}
+        (begin, blocking), self._save = self._save, None
+        return {"save_seconds": durable_at - begin, "save_blocking_seconds": blocking}
 
     def take(self) -> tuple[float, float]:
         """Seconds of a step, mean over those since the last call, and the share of them that was

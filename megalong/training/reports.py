@@ -54,8 +54,6 @@ class Reports:
         self._first_iteration, self._begin = progress.iteration, time.perf_counter()
         self._says_flops = True  # in the first record
         self._memory_said = 0
-        self._save_begin: float | None = None  # of a save that no record has told of
-        self._save_blocking = 0.0
 
     def __enter__(self) -> Reports:
         return self
@@ -132,7 +130,7 @@ class Reports:
             "mfu_dense_equivalent": dense / seconds / self.peak,
             "data_share": data_share,
             **self.meter.memory(),
-            **self._take_save_times(),
+            **self.meter.take_save(self.saver.durable_at),
         }
         if self._says_flops:
             record["flops"] = {
@@ -187,7 +185,7 @@ class Reports:
                 "tokens": result.tokens,
                 "position_edges": position_edges(self.config.model.seq_length),
                 "loss_by_position": result.loss_by_position,
-                **(saved := self._take_save_times()),
+                **(saved := self.meter.take_save(self.saver.durable_at)),
             }
         )
         words = [
@@ -204,18 +202,8 @@ class Reports:
         """Inside, a checkpoint is saved, or copied to be written in the background."""
         if self.metrics is not None:
             self.metrics.make_durable()
-        begin = time.perf_counter()
-        with self.meter.pause():
+        with self.meter.saving():
             yield
-        self._save_begin, self._save_blocking = begin, time.perf_counter() - begin
-
-    def _take_save_times(self) -> dict[str, float]:
-        """Of the last save, once after it is on the disk."""
-        begin, end = self._save_begin, self.saver.durable_at
-        if begin is None or end is None or end < begin:
-            return {}
-        self._save_begin = None
-        return {"save_seconds": end - begin, "save_blocking_seconds": self._save_blocking}
 
     def _words_on_save(self, record: dict[str, Any]) -> list[str]:
         if "save_seconds" not in record:
