@@ -19,6 +19,9 @@ from megalong.attention.tensor_cache import tensor_cache
 
 def merge(out_bshd, lse_bsh, new_out_bshd, new_lse_bsh):
     """Two softmaxes over different keys as one (eq. 9-12); absent ones have log-sum-exp -inf."""
+    # A backend's order of axes must not show: numbers side by side in memory are computed in
+    # vectors, with other last bits than one by one.
+    new_lse_bsh = new_lse_bsh.contiguous()
     # e^new / (e^old + e^new), and 0 where there is nothing on either side
     weight_bsh = torch.sigmoid(new_lse_bsh - lse_bsh).nan_to_num(0.0)
     merged_bshd = torch.lerp(out_bshd, new_out_bshd.to(out_bshd.dtype), weight_bsh[..., None])

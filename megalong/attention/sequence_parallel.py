@@ -129,7 +129,7 @@ def _local_forward(ctx, q_bshd, k_bsgd, v_bsgd):
     dtype = results[0][1].dtype
     if len(results) == 1:
         [(out_bshd, lse_bhs)] = results
-        return out_bshd.to(dtype) if ctx.remote else out_bshd, lse_bhs.mT
+        return out_bshd.to(dtype) if ctx.remote else out_bshd, lse_bhs.mT.contiguous()
     out_bshd = q_bshd.new_zeros(q_bshd.shape, dtype=dtype)
     lse_bsh = q_bshd.new_full(q_bshd.shape[:3], -torch.inf, dtype=dtype)
     for piece, (new_out_bshd, new_lse_bhs) in zip(ctx.local, results, strict=True):

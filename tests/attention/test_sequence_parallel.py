@@ -11,7 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megalong.attention import DilatedPattern
 from megalong.attention.exchange import AllGather, AllToAll, SequenceGroup
-from megalong.attention.remote_rows import remote_rows
+from megalong.attention.remote_rows import merge, remote_rows
 from megalong.attention.sequence_parallel import sequence_parallel_attention
 from megalong.attention.sequence_plan import gathered_rows, make_plan, subgroup_sizes
 from megalong.attention.shards import (
@@ -66,6 +66,14 @@ def test_a_dry_run_of_one_rank_needs_no_other_and_no_numbers():
         dist.destroy_process_group()
     assert out.shape == q.grad.shape == (2, 16, 4, 8)
     assert k.grad.shape == v.grad.shape == (2, 16, 2, 8)
+
+
+def test_a_merge_has_the_same_bits_whatever_the_order_of_axes_in_memory():
+    out, new_out = torch.randn(2, 2, 17, 3, 8).unbind()
+    lse, new_lse = torch.randn(2, 2, 17, 3).unbind()
+    transposed = new_lse.mT.contiguous().mT
+    merged = merge(out, lse, new_out, new_lse)
+    assert all(map(torch.equal, merge(out, lse, new_out, transposed), merged))
 
 
 # Four ranks of 16 positions.
