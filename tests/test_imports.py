@@ -87,9 +87,9 @@ def test_libraries_stay_in_their_rooms(library):
     assert found and {path for path in found if not path.startswith(allowed)} == set()
 
 
-def test_megatrons_global_state_is_asked_in_one_room():
-    asking = {room(path) for path in FILES if "parallel_state" in "".join(modules(path))}
-    assert asking == {"parallel"}
+def test_the_mesh_alone_asks_megatrons_global_state():
+    asking = {path.name for path in FILES if "parallel_state" in "".join(modules(path))}
+    assert asking == {"mesh.py"}
 
 
 def test_hugging_faces_side_needs_neither_megatron_nor_deepspeed():

@@ -1,7 +1,7 @@
-"""The `mpu` that DeepSpeed is given: Megatron-core's groups under the names DeepSpeed asks for.
+"""The `mpu` that DeepSpeed is given: the mesh's groups under the names that DeepSpeed asks for.
 
-Not `parallel_state` itself: DeepSpeed wants `get_model_parallel_*` to span everything that holds
-different weights of one replica, without the sequence axis, and wants `get_sequence_*`, which
+Not Megatron-core's `parallel_state`: DeepSpeed wants `get_model_parallel_*` to span everything that
+holds different weights of one replica, without the sequence axis, and wants `get_sequence_*`, which
 Megatron-core has under the name of context parallelism. It also takes any object that has an
 attribute `initialize_sequence_parallel` for one without model parallelism, so there is none.
 """
@@ -9,53 +9,73 @@ attribute `initialize_sequence_parallel` for one without model parallelism, so t
 from __future__ import annotations
 
 import torch.distributed as dist
-from megatron.core import parallel_state as state
+
+from megalong.parallel.mesh import Mesh
 
 
 class DeepSpeedMPU:
-    """Megatron-core's `parallel_state`, as `deepspeed.initialize(mpu=...)` wants to see it."""
+    """The mesh as `deepspeed.initialize(mpu=...)` wants to see it: for each of its axes a group,
+    this rank's place in it, and its size."""
 
-    get_tensor_model_parallel_group = staticmethod(state.get_tensor_model_parallel_group)
-    get_tensor_model_parallel_rank = staticmethod(state.get_tensor_model_parallel_rank)
-    get_tensor_model_parallel_world_size = staticmethod(state.get_tensor_model_parallel_world_size)
-    get_tensor_model_parallel_src_rank = staticmethod(state.get_tensor_model_parallel_src_rank)
+    def __init__(self, mesh: Mesh):
+        self._mesh = mesh
 
-    get_pipeline_model_parallel_group = staticmethod(state.get_pipeline_model_parallel_group)
-    get_pipeline_model_parallel_rank = staticmethod(state.get_pipeline_model_parallel_rank)
-    get_pipeline_model_parallel_world_size = staticmethod(
-        state.get_pipeline_model_parallel_world_size
-    )
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.tensor_group
 
-    get_data_parallel_group = staticmethod(state.get_data_parallel_group)
-    get_data_parallel_rank = staticmethod(state.get_data_parallel_rank)
-    get_data_parallel_world_size = staticmethod(state.get_data_parallel_world_size)
+    def get_tensor_model_parallel_rank(self) -> int:
+        return dist.get_rank(self._mesh.tensor_group)
 
-    get_sequence_parallel_group = staticmethod(state.get_context_parallel_group)
-    get_sequence_parallel_rank = staticmethod(state.get_context_parallel_rank)
-    get_sequence_parallel_world_size = staticmethod(state.get_context_parallel_world_size)
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._mesh.tensor_group)
 
-    get_model_parallel_group = staticmethod(state.get_model_parallel_group)
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        return dist.get_process_group_ranks(self._mesh.tensor_group)[0]
 
-    @staticmethod
-    def get_model_parallel_rank() -> int:
-        return dist.get_rank(state.get_model_parallel_group())
+    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.pipeline_group
 
-    @staticmethod
-    def get_model_parallel_world_size() -> int:
-        return dist.get_world_size(state.get_model_parallel_group())
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return dist.get_rank(self._mesh.pipeline_group)
 
-    @staticmethod
-    def get_data_parallel_group_ranks() -> list[int]:
-        return dist.get_process_group_ranks(state.get_data_parallel_group())
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._mesh.pipeline_group)
 
-    @staticmethod
-    def get_sequence_data_parallel_group() -> dist.ProcessGroup:
-        return state.get_data_parallel_group(with_context_parallel=True)
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.model_group
 
-    @staticmethod
-    def get_sequence_data_parallel_rank() -> int:
-        return state.get_data_parallel_rank(with_context_parallel=True)
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(self._mesh.model_group)
 
-    @staticmethod
-    def get_sequence_data_parallel_world_size() -> int:
-        return state.get_data_parallel_world_size(with_context_parallel=True)
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._mesh.model_group)
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.data_group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self._mesh.data_group)
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self._mesh.data_group)
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._mesh.data_group)
+
+    def get_sequence_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.sequence.group
+
+    def get_sequence_parallel_rank(self) -> int:
+        return dist.get_rank(self._mesh.sequence.group)
+
+    def get_sequence_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._mesh.sequence.group)
+
+    def get_sequence_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.replica_group
+
+    def get_sequence_data_parallel_rank(self) -> int:
+        return dist.get_rank(self._mesh.replica_group)
+
+    def get_sequence_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._mesh.replica_group)

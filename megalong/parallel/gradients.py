@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megalong.parallel.deepspeed_private import accumulated_gradient, count_once_in_norm
 
 
-def sum_divided_gradients(model: torch.nn.Module) -> None:
+def sum_divided_gradients(model: torch.nn.Module, group: dist.ProcessGroup) -> None:
     """Sum, in every backward pass, the gradients of which each tensor-parallel rank has a part:
     those of the parameters that `build_model` has marked `sum_over_tensor_ranks`.
 
     Before DeepSpeed looks at them, whatever the ZeRO stage. They are vectors.
+    group: of the tensor-parallel ranks.
     """
-    group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
         return
     for parameter in model.parameters():
@@ -37,9 +36,15 @@ class TiedEmbedding:
     Each collects the gradients of its own use; both must take the same step, that of the sum.
     """
 
-    def __init__(self, weight: torch.nn.Parameter | None, is_copy: bool):
-        """Called before DeepSpeed sees the model. weight: None where there is no other copy."""
-        self.weight = weight
+    def __init__(
+        self,
+        weight: torch.nn.Parameter | None,
+        is_copy: bool,
+        group: dist.ProcessGroup | None,
+    ):
+        """Called before DeepSpeed sees the model. weight: None where there is no other copy.
+        group: of both stages."""
+        self.weight, self.group = weight, group
         if weight is not None:
             count_once_in_norm(weight, is_copy)
 
@@ -47,4 +52,4 @@ class TiedEmbedding:
         """Add the two accumulated gradients up, on both; after backward, before the step."""
         if self.weight is not None:
             gradient = accumulated_gradient(self.weight)
-            dist.all_reduce(gradient, group=parallel_state.get_embedding_group())
+            dist.all_reduce(gradient, group=self.group)

@@ -31,12 +31,20 @@ class Mesh:
 
     sequence: the ranks that share this one's sequence, and its place among them.
     data_parallel_size, data_parallel_rank: replicas of the model that see different sequences.
+    data_group: the ranks at this one's place in those replicas.
     replica_group: the ranks that hold the same part of the weights, over data and sequence axis.
+    model_group: the ranks that hold the parts of one replica, over tensor and pipeline axis.
+    embedding_group: of a pipeline's first and last stage, which share a tied embedding; None on the
+        stages between them.
     """
 
     sequence: SequenceGroup
     tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
     replica_group: dist.ProcessGroup
+    model_group: dist.ProcessGroup
+    embedding_group: dist.ProcessGroup | None
     tensor_parallel_size: int
     tensor_parallel_rank: int
     pipeline_parallel_size: int
@@ -76,6 +84,19 @@ class Mesh:
         """Whether this rank's token losses count: the last stage has them, every tensor rank the
         same ones."""
         return self.is_last_stage and self.tensor_parallel_rank == 0
+
+    @property
+    def groups_by_axis(self) -> dict[str, list[dist.ProcessGroup]]:
+        """The groups of this rank under the names of the axes: "tensor", "sequence", "pipeline",
+        and "data", which is what reduces gradients and shards the optimizer: over replicas and,
+        where there are several, shards of a sequence."""
+        pipeline = [self.pipeline_group, self.embedding_group]
+        return {
+            "sequence": list(self.sequence.subgroups.values()),
+            "data": [self.data_group, self.replica_group],
+            "tensor": [self.tensor_group],
+            "pipeline": [group for group in pipeline if isinstance(group, dist.ProcessGroup)],
+        }
 
     def sequence_range(self, seq_length: int) -> tuple[int, int]:
         """The positions [start, stop) of a sequence that this rank holds."""
@@ -184,7 +205,11 @@ def build_mesh(config: Config, device: torch.device) -> Iterator[Mesh]:
         yield Mesh(
             sequence=_sequence_group(config),
             tensor_group=parallel_state.get_tensor_model_parallel_group(),
+            pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+            data_group=parallel_state.get_data_parallel_group(),
             replica_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            model_group=parallel_state.get_model_parallel_group(),
+            embedding_group=parallel_state.get_embedding_group(check_initialized=False),
             tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
             tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
             pipeline_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),

@@ -25,11 +25,13 @@ class CountTraffic(TorchDispatchMode):
         buffers. A group of one rank sends nothing and is left out.
     """
 
-    def __init__(self, axis_of_group: dict[str, str]):
-        """axis_of_group: the name of a process group -> its axis; unknown ones are "other"."""
+    def __init__(self, groups_by_axis: dict[str, list[dist.ProcessGroup]]):
+        """groups_by_axis: `Mesh.groups_by_axis`; what none of them carries is "other"."""
         super().__init__()
         self.counts: Counts = {}
-        self._axis_of_group = axis_of_group
+        self._axis_of_group = {
+            group.group_name: axis for axis, groups in groups_by_axis.items() for group in groups
+        }
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         if operator.namespace == "c10d":
@@ -45,34 +47,6 @@ class CountTraffic(TorchDispatchMode):
         count = self.counts.setdefault(axis, {}).setdefault(name, {"calls": 0, "bytes": 0})
         count["calls"] += 1
         count["bytes"] += max(sum(x.nbytes for x in _tensors(arg)) for arg in args)
-
-
-def axes_of_groups(sequence_groups: list[dist.ProcessGroup]) -> dict[str, str]:
-    """The names of this rank's process groups -> "tensor", "sequence", "data" or "pipeline".
-
-    sequence_groups: the group of the sequence and its subgroups. "data" is what reduces gradients
-    and shards the optimizer: over replicas and, where there are several, shards of a sequence.
-    """
-    from megatron.core import parallel_state as state
-
-    groups = {
-        "sequence": sequence_groups,
-        "data": [
-            state.get_data_parallel_group(),
-            state.get_data_parallel_group(with_context_parallel=True),
-        ],
-        "tensor": [state.get_tensor_model_parallel_group()],
-        "pipeline": [
-            state.get_pipeline_model_parallel_group(),
-            state.get_embedding_group(check_initialized=False),
-        ],
-    }
-    return {
-        group.group_name: axis
-        for axis, members in groups.items()
-        for group in members
-        if isinstance(group, dist.ProcessGroup)
-    }
 
 
 def _group(argument: Any) -> dist.ProcessGroup | None:

@@ -35,7 +35,7 @@ from megalong.parallel.deepspeed_private import (
 from megalong.parallel.gradients import TiedEmbedding, sum_divided_gradients
 from megalong.parallel.mesh import Mesh
 from megalong.parallel.schedule import ScheduleModule, run_schedule
-from megalong.parallel.traffic import Counts, CountTraffic, axes_of_groups
+from megalong.parallel.traffic import Counts, CountTraffic
 from megalong.training.deepspeed_config import deepspeed_config
 
 
@@ -72,26 +72,27 @@ class TrainingEngine:
         self.loss_scale = mesh.data_parallel_size / shards  # see above
         self.tokens_per_step = training.global_batch_size * config.model.seq_length
         self.model = model
-        sum_divided_gradients(model)
-        self.tied_embedding = TiedEmbedding(model.copied_embedding, is_copy=model.is_last)
+        sum_divided_gradients(model, mesh.tensor_group)
+        self.tied_embedding = TiedEmbedding(
+            model.copied_embedding, is_copy=model.is_last, group=mesh.embedding_group
+        )
         settings = deepspeed_config(config, mesh.data_parallel_size)
         self.optimizer = optimizer_of(training)
         groups = _weight_decay_groups(model, training.weight_decay)
         optimizer = self.optimizer.build(groups, fused=mesh.device.type == "cuda")
         with _refusals(config):
             if config.parallel.zero_stage == 3:
-                _divide_weights(model, settings)
+                _divide_weights(model, settings, mesh)
             with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use
                 self.deepspeed, *_ = deepspeed.initialize(
                     model=model,
                     optimizer=optimizer,
                     config=settings,
-                    mpu=DeepSpeedMPU,
+                    mpu=DeepSpeedMPU(mesh),
                 )
         _create_state(self.deepspeed, self.optimizer)
         model.config.grad_scale_func = self.deepspeed.scale
         self.traffic: Counts | None = None  # of one step on this rank, until it is taken
-        self._axes = axes_of_groups(list(mesh.sequence.subgroups.values()))
         self._steps = 0
         self._updates_before = 0  # those of the run that a checkpoint was written by
         self.modules = [
@@ -110,7 +111,8 @@ class TrainingEngine:
         self._steps += 1
         # The second step is like all that follow; in the first, ZeRO 3 is still finding its way.
         counting = self._steps == 2
-        with CountTraffic(self._axes) if counting else contextlib.nullcontext() as counter:
+        groups = self.mesh.groups_by_axis
+        with CountTraffic(groups) if counting else contextlib.nullcontext() as counter:
             result = self._train_step(batches)
         if counting:
             self.traffic = counter.counts
@@ -216,12 +218,12 @@ def weights_divider(config: Config, mesh: Mesh) -> Callable[[torch.nn.Parameter]
 
     def divide(parameter: torch.nn.Parameter) -> None:
         with _refusals(config):
-            _divide_weights(torch.nn.ParameterList([parameter]), settings)
+            _divide_weights(torch.nn.ParameterList([parameter]), settings, mesh)
 
     return divide
 
 
-def _divide_weights(module: torch.nn.Module, settings: dict[str, Any]) -> None:
+def _divide_weights(module: torch.nn.Module, settings: dict[str, Any], mesh: Mesh) -> None:
     """Divide the weights of a module for ZeRO 3 over all ranks that hold the same ones; those that
     are divided already stay as they are.
 
@@ -234,9 +236,9 @@ def _divide_weights(module: torch.nn.Module, settings: dict[str, Any]) -> None:
 
     deepspeed.zero.Init(
         module=module,
-        data_parallel_group=DeepSpeedMPU.get_sequence_data_parallel_group(),
+        data_parallel_group=mesh.replica_group,
         config_dict_or_path=settings,
-        mpu=DeepSpeedMPU,
+        mpu=DeepSpeedMPU(mesh),
     )
 
 

@@ -98,7 +98,8 @@ class MetricsLog:
         traceback: TracebackType | None,
     ) -> None:
         if self._file is not None:
-            self._file.close()
+            with self._system_errors():
+                self._file.close()
         for board in self._boards:
             board.close(failed=error is not None)
 
