@@ -27,6 +27,7 @@ from megalong.model.stage import PipelineStage
 from megalong.optimizers import Optimizer, optimizer_of
 from megalong.parallel.deepspeed_private import (
     link_state,
+    one_optimizer_for_zero_1,
     partitions,
     stepping_optimizer,
     steps_made,
@@ -83,7 +84,8 @@ class TrainingEngine:
         with _refusals(config):
             if config.parallel.zero_stage == 3:
                 _divide_weights(model, settings, mesh)
-            with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use
+            # It prints its memory use.
+            with contextlib.redirect_stdout(io.StringIO()), one_optimizer_for_zero_1():
                 self.deepspeed, *_ = deepspeed.initialize(
                     model=model,
                     optimizer=optimizer,

@@ -24,7 +24,7 @@ from tests.training.meshes import temporary_mesh
 ENGINES = {
     (1, "fp32"): ("ZeRO 1 and 2", "parameter of ZeRO 1 and 2"),
     (1, "fp16"): ("ZeRO 1 and 2", "parameter of ZeRO 1 and 2"),
-    (1, "bf16"): ("BF16_Optimizer", "parameter of ZeRO 1 and 2"),
+    (1, "bf16"): ("ZeRO 1 and 2", "parameter of ZeRO 1 and 2"),
     (2, "fp32"): ("ZeRO 1 and 2", "parameter of ZeRO 1 and 2"),
     (2, "bf16"): ("ZeRO 1 and 2", "parameter of ZeRO 1 and 2"),
     (3, "fp32"): ("ZeRO 3", "parameter of ZeRO 3"),
@@ -59,6 +59,7 @@ def check_names(engine, kinds) -> None:
     parameter = next(engine.model.parameters())
     for owner, kind in (
         (engine.deepspeed, "engine"),
+        (engine.deepspeed, "DeepSpeedEngine"),
         (engine.deepspeed.optimizer, "any ZeRO optimizer"),
         (engine.deepspeed.optimizer, optimizer_kind),
         (parameter, parameter_kind),
