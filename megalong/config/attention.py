@@ -144,3 +144,11 @@ class AttentionConfig:
             self.pattern(seq_length).for_heads(heads, kv_heads, 0, heads)
         except ValueError as error:
             raise UserError(f"--attention {self.attention}: {error}") from error
+
+
+# What a model is made with: checkpoints and exports keep it.
+PATTERN_FIELDS = tuple(
+    field.name
+    for field in dataclasses.fields(AttentionConfig)
+    if field.name != "attention_backend"  # all compute the same
+)

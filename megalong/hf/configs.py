@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megalong.config import Config
+from megalong.config.attention import PATTERN_FIELDS
 from megalong.data.tokenizer import Tokenizer
 from megalong.errors import UserError
 
@@ -22,8 +23,7 @@ AUTO_MAP = {
 def longnet_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     """The fields of LongNetConfig for a model of ours, trained with this tokenizer; config:
     resolved."""
-    model, attention = config.model, config.attention
-    offsets = attention.head_offsets
+    model = config.model
     return {
         "vocab_size": model.padded_vocab_size or tokenizer.vocab_size,
         "hidden_size": model.hidden_size,
@@ -43,16 +43,18 @@ def longnet_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
         "rotary_base": model.rotary_base,
         "rope_scaling_factor": model.rope_scaling_factor,
         "rope_original_length": model.rope_original_length,
-        "attention": attention.attention,
-        "segment_lengths": list(attention.segment_lengths),
-        "dilation_rates": list(attention.dilation_rates),
-        "head_offsets": offsets if isinstance(offsets, str) else [list(row) for row in offsets],
+        **{name: _as_json(getattr(config.attention, name)) for name in PATTERN_FIELDS},
         "initializer_range": model.init_method_std,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "bos_token_id": tokenizer.bos if config.data.prepend_bos else None,
         "eos_token_id": tokenizer.eod,
         "pad_token_id": tokenizer.eod,
     }
+
+
+def _as_json(value: Any) -> Any:
+    """Lists for tuples."""
+    return [_as_json(item) for item in value] if isinstance(value, tuple) else value
 
 
 def megalong_values(config: dict[str, Any], where: str) -> dict[str, Any]:
@@ -87,7 +89,7 @@ _ADDED_FIELDS = {
 def _from_longnet(config: dict[str, Any]) -> dict[str, Any]:
     same = ("normalization", "norm_epsilon", "swiglu", "position_embedding_type", "rotary_base")
     same += ("rope_scaling_factor", "rope_original_length")
-    same += ("attention", "segment_lengths", "dilation_rates", "head_offsets")
+    same += tuple(name for name in PATTERN_FIELDS if name in config)
     return {
         **_sizes(config),
         **{name: config[name] for name in same},

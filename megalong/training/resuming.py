@@ -27,13 +27,13 @@ from megalong.checkpoint.folder import (
 from megalong.checkpoint.manifest import DamagedCheckpoint, check_files, check_share
 from megalong.checkpoint.texts import read_settings
 from megalong.config import (
-    AttentionConfig,
     Config,
     DataConfig,
     ModelConfig,
     TrainingConfig,
     flag_name,
 )
+from megalong.config.attention import PATTERN_FIELDS
 from megalong.errors import UserError, system_errors_of
 from megalong.training.run_folder import same_folder
 
@@ -164,9 +164,7 @@ def _check_together(checkpoint: Path, verify: bool, held: contextlib.ExitStack) 
 _FREE_MODEL_FIELDS = {"seq_length", "init_method_std", "transformer_impl"}
 # What a run in the same folder keeps: its data order and its held-out documents hang on it, and its
 # losses would not be one curve.
-_PATTERN_FIELDS = [field.name for field in dataclasses.fields(AttentionConfig)]
-_PATTERN_FIELDS.remove("attention_backend")  # all compute the same
-_RUN_FIELDS = ["seed", "split", "data_path", *_PATTERN_FIELDS]
+_RUN_FIELDS = ["seed", "split", "data_path", *PATTERN_FIELDS]
 
 
 def _check_same_run(checkpoint: Path, config: Config) -> None:
@@ -190,7 +188,7 @@ def _check_same_run(checkpoint: Path, config: Config) -> None:
 
 def other_ways(checkpoint: Path, config: Config) -> list[str]:
     """What a run does otherwise than that of the checkpoint, and may: a line each, to be told."""
-    names = list(_PATTERN_FIELDS)
+    names = list(PATTERN_FIELDS)
     if iteration_of(checkpoint):  # an imported model has seen no data
         names += ["seed", "split"]
     return [

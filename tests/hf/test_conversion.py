@@ -115,7 +115,7 @@ def test_pipeline_and_the_model_card(tmp_path):
     for prompt, (text,) in zip(prompts, texts, strict=True):
         assert text["generated_text"].startswith(prompt)
     card = (tmp_path / "hf" / "README.md").read_text()
-    assert "run/iter_0000000" in card and "(32, 1), (64, 2), (128, 3)" in card
+    assert "run/iter_0000000" in card and "32/1, 64/2, 128/3" in card
     assert "num_layers: 2" in card and "library_name: transformers" in card
     assert str(tmp_path) not in card
     weights = tmp_path / "hf" / "model.safetensors"
