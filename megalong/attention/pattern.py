@@ -5,7 +5,8 @@ inside a segment a head with offset o keeps the rows o, o + r, o + 2r, ... and t
 to each other densely. Paper: LongNet (arXiv 2307.02486), section 2.2 (one branch, eq. 2-8), 2.3
 (several branches, eq. 9-12) and 2.4 (heads shifted against each other, eq. 13-15).
 
-Only Python integers live here: importing this module costs nothing and builds no tensor.
+Only Python integers live here: importing this module costs nothing and builds no tensor. The file
+travels with exported models (megalong/hf), and needs nothing but Python.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
-"""What a LongNet model is, for Transformers. Travels in the exported folder: needs only that."""
+"""What a LongNet model is, for Transformers. Travels in the exported folder: needs only that, and
+the pattern beside it."""
 
 from __future__ import annotations
 
 from transformers import PreTrainedConfig
+
+from .pattern import DilatedPattern
 
 
 class LongNetConfig(PreTrainedConfig):
@@ -12,8 +15,8 @@ class LongNetConfig(PreTrainedConfig):
         keeps the positions o, o + r, o + 2r, ... of each segment of w, and they attend to each
         other; one softmax runs over the keys of all branches. Not looked at where `attention` is
         "dense".
-    head_offsets: "mod" (kv head mod r), "block" (head // ceil(heads / r)), "layer"
-        ((kv head + layer x kv heads) mod r), or a table of branches x query heads.
+    head_offsets: a rule, "mod", "block" or "layer", or a table of branches x query heads; see
+        `DilatedPattern`.
     max_position_embeddings: the sequence length of training; longer sequences work.
     rope_scaling_factor, rope_original_length: RoPE stretched as in Llama 3.1; None: as it is.
     swiglu: a gated SiLU MLP; else GELU. linear_bias: biases in all linear layers; qkv_bias: in the
@@ -81,36 +84,9 @@ class LongNetConfig(PreTrainedConfig):
         layer (from 0). Raises ValueError where the fields do not fit each other."""
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.attention == "dense":
-            return [(2**62, 1, [0] * heads)]  # one segment without end
-        lengths, rates = self.segment_lengths, self.dilation_rates or []
-        if len(lengths) != len(rates) or min([*lengths, *rates]) < 1:
-            raise ValueError(
-                "segment_lengths and dilation_rates must hold one positive integer per branch, got"
-                f" {lengths} and {rates}"
-            )
-        group = heads // kv_heads
-        rules = {
-            "mod": lambda head, rate: (head // group) % rate,
-            "block": lambda head, rate: head // -(-heads // rate),
-            "layer": lambda head, rate: (head // group + layer * kv_heads) % rate,
-        }
-        if isinstance(self.head_offsets, str):
-            if self.head_offsets not in rules:
-                raise ValueError(
-                    f"head_offsets must be one of {', '.join(rules)} or a table, got"
-                    f" {self.head_offsets!r}"
-                )
-            rule = rules[self.head_offsets]
-            table = [[rule(head, rate) for head in range(heads)] for rate in rates]
+            pattern = DilatedPattern((2**62,), (1,))  # one segment without end
         else:
-            table = [list(row) for row in self.head_offsets]
-        fits = len(table) == len(rates) and all(
-            len(row) == heads and min(row) >= 0 and max(row) < rate
-            for row, rate in zip(table, rates, strict=True)
-        )
-        if not fits:
-            raise ValueError(
-                f"head_offsets must hold {len(rates)} rows of {heads} offsets, each below the"
-                f" branch's dilation rate, got {table}"
-            )
-        return list(zip(lengths, rates, table, strict=True))
+            fields = self.segment_lengths, self.dilation_rates, self.head_offsets
+            pattern = DilatedPattern(*fields, layer)
+        offsets = pattern.offsets(heads, kv_heads)
+        return [(*branch, list(row)) for branch, row in zip(pattern.branches, offsets, strict=True)]

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import megalong
+from megalong.attention import pattern
 from megalong.checkpoint.stored_model import StoredModel
 from megalong.config import Config
 from megalong.data.tokenizer import build_tokenizer
@@ -25,7 +26,11 @@ from megalong.hf.names import Entry, check_names, check_shape, entries
 from megalong.model.parameters import count_parameters
 from megalong.progress import progress_bar
 
-MODEL_FILES = ("configuration_longnet.py", "modeling_longnet.py", "attention_longnet.py")
+# The code that travels with a model. Of the pattern there is one file only, that of the training.
+MODEL_FILES = (
+    *sorted(Path(__file__).parent.glob("*_longnet.py")),
+    Path(pattern.__file__),
+)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
 
 
@@ -78,8 +83,8 @@ def export(
         )
         tokens = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         _write_json(folder / "generation_config.json", {**tokens, "do_sample": False})
-        for name in MODEL_FILES:
-            shutil.copy(Path(__file__).with_name(name), folder / name)
+        for file in MODEL_FILES:
+            shutil.copy(file, folder / file.name)
         for file in folder.glob("*.safetensors"):
             shutil.copymode(folder / "config.json", file)  # safetensors makes them private
         (folder / "README.md").write_text(model_card(config, provenance, parameters, dtype))

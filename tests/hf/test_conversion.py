@@ -1,6 +1,7 @@
 """There and back: checkpoints to Transformers' folders, and those to checkpoints."""
 
 import dataclasses
+import inspect
 import json
 import shutil
 
@@ -22,6 +23,7 @@ from transformers import (
     pipeline,
 )
 
+import megalong.attention.pattern
 from megalong.checkpoint import first
 from megalong.checkpoint.first import write_first_checkpoint
 from megalong.checkpoint.folder import checkpoint_folder, remove_old
@@ -94,6 +96,10 @@ def test_auto_classes_load_the_folder(changes, tmp_path):
         assert sum(x.nbytes for x in load_file(tmp_path / "hf" / file).values()) <= 66_000
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     assert model.dtype == torch.float32 and type(model).__name__ == "LongNetForCausalLM"
+    # All of its code is the folder's, the pattern's too, of which there is one file for both sides.
+    pattern = inspect.getmodule(inspect.getmodule(type(model.config)).DilatedPattern)
+    assert pattern.__name__.startswith("transformers_modules.")
+    assert inspect.getsource(pattern) == inspect.getsource(megalong.attention.pattern)
     tokens = random_tokens(1, 150)
     with torch.no_grad():
         expected = huggingface_model(config, weights)(tokens).logits
