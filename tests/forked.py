@@ -40,7 +40,7 @@ def run_ranks(ranks: int, script: str, *arguments: object, timeout=300.0, check=
 
 @contextlib.contextmanager
 def started_ranks(ranks: int, script: str, *arguments: object) -> Iterator["Launch"]:
-    """The same under way; at the end of the block nothing of it is left alive."""
+    """Ranks under way, as `run_ranks` starts them; at the end of the block none is left alive."""
     with tempfile.TemporaryDirectory() as folder:
         launch = _server().launch(ranks, script, list(map(str, arguments)), Path(folder, "output"))
         try:

@@ -83,7 +83,7 @@ def small_run_flags(corpus: Path, **changes: object) -> list[str]:
 
 
 def deepspeed_command(ranks: int, script: str, *arguments: object) -> list[str]:
-    """The same with the deepspeed launcher."""
+    """The command that starts a script on this many ranks by the deepspeed launcher."""
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
     launcher += ["--master_port", str(free_port())]
     return [*launcher, script, *map(str, arguments)]

@@ -92,6 +92,15 @@ def test_the_mesh_alone_asks_megatrons_global_state():
     assert asking == {"mesh.py"}
 
 
+def test_the_checkpoint_room_alone_names_its_files():
+    names = {"latest", "manifest.json", "progress.json", ".metadata", ".distcp", ".damaged"}
+    places = [p for p in FILES if room(p) != "checkpoint"] + [*(REPOSITORY / "tools").rglob("*.py")]
+    for path in [*places, REPOSITORY / "pretrain_longnet.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert node.value not in names and not node.value.startswith("iter_"), path
+
+
 def test_hugging_faces_side_needs_neither_megatron_nor_deepspeed():
     seen, coming = set(), {f"megalong.hf.{path.stem}" for path in (PACKAGE / "hf").glob("*.py")}
     while coming:
