@@ -30,6 +30,7 @@ ROOMS = {
     "parallel": SMALL | {"config", "attention"},
     "model": SMALL | {"parallel", "config", "attention"},
     "training": SMALL | {"model", "checkpoint", "parallel", "optimizers", "config", "data"},
+    "planning": SMALL | {"training", "model", "parallel", "config", "data"},
     "hf": SMALL | {"model", "checkpoint", "config", "data", "attention"},
     "doctor": SMALL | {"command_line", "training", "attention"},
 }

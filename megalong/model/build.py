@@ -158,6 +158,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         # each other's next and previous one, as two interleaved stages are.
         overlap_p2p_comm=parallel.virtual_pipeline_size(model) is not None,
         batch_p2p_comm=parallel.virtual_pipeline_size(model) is None,
+        batch_p2p_sync=False,  # would stop the host after each of them, for an old race in PyTorch
         sequence_parallel=parallel.divides_norms,
         recompute_granularity=parallel.recompute_granularity,
         **_full_recompute(parallel),

@@ -40,7 +40,8 @@ class LongRotaryEmbedding(RotaryEmbedding):
         positions = torch.arange(
             self.first_position, self.first_position + length, dtype=torch.float64, device=device
         )
-        angles = torch.outer(positions, self.frequencies.to(device)).remainder_(2 * math.pi).float()
+        frequencies = self.frequencies.to(device, non_blocking=True)
+        angles = torch.outer(positions, frequencies).remainder_(2 * math.pi).float()
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
 

@@ -18,6 +18,7 @@ FENCES = {
     "parallel/deepspeed_private.py",
     "parallel/megatron_private.py",
     "torch_private.py",
+    "planning/torch_private.py",
     "attention/sdpa_operators.py",  # PyTorch's attention; that room imports no other
 }
 # Documented all the same: https://docs.python.org/3, of os and of collections.namedtuple.
@@ -30,6 +31,9 @@ OWNERS = (
     torch.cuda.memory,
     torch.distributed.checkpoint.FileSystemReader,
     torch.utils,
+    torch.testing,
+    torch._C,
+    torch,
 )
 
 
@@ -90,7 +94,7 @@ def test_pytorch_has_its_own():
         assert hasattr(importlib.import_module(module), name), (module, name)
     for name in torch_private.COLLECTIVES:
         assert hasattr(torch.ops.c10d, name), name
-    for fence in ("torch_private.py", "attention/sdpa_operators.py"):
+    for fence in ("torch_private.py", "planning/torch_private.py", "attention/sdpa_operators.py"):
         for name in foreign_private_names((MEGALONG / fence).read_text()):
             assert any(hasattr(owner, name) for owner in OWNERS), name
 

@@ -1,0 +1,157 @@
+"""One rank of a launch, of any size, runs a training step on a GPU that is not there.
+
+    from megalong.planning import fake_device
+    fake_device.load()
+    import torch
+    fake_device.pretend()
+    from megalong.planning.dry_run import dry_run
+    result = dry_run(config, vocab_size, rank=5, ranks=8)
+
+The step is the training's own: TrainingEngine, Megatron-core's schedule, DeepSpeed's optimizer.
+Its collectives send nothing. So what it says of memory and traffic cannot differ from the code, and
+what would stop a GPU (`host_syncs`) or fail on one (tensors on the wrong device) stops it here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from megalong.config import Config
+from megalong.data.batches import Batch
+from megalong.model.build import build_model
+from megalong.parallel.mesh import Mesh, build_mesh
+from megalong.parallel.traffic import Counts
+from megalong.planning.fake_tensors import fake_device_tensors
+from megalong.planning.host_syncs import HostSyncs, Wait
+from megalong.planning.memory import DeviceMemory
+from megalong.planning.torch_private import FakeStore
+from megalong.training.engine import TrainingEngine, weights_divider
+
+# Where a step waits for the device, and why. Everything else is an error.
+ALLOWED = (
+    Wait(
+        "megalong/training/engine.py:_train_step",
+        "the step's loss and gradient norm: for the log, and to end a run that goes wrong",
+    ),
+    Wait(
+        "deepspeed/runtime/utils.py:mask_nan_or_inf_with_val_inplace",
+        "DeepSpeed copies the number -1, which stands for a norm that is not finite, to the device",
+    ),
+    Wait(
+        "deepspeed/runtime/utils.py:is_invalid_grad_norm",
+        "DeepSpeed asks whether the norm is finite, and leaves out the update if not",
+    ),
+    Wait(
+        "deepspeed/runtime/zero/stage_1_and_2.py:has_overflow",
+        "DeepSpeed's ZeRO 1 and 2 ask whether all gradients are finite, in any precision",
+    ),
+    Wait(
+        "deepspeed/runtime/zero/stage_1_and_2.py:get_grad_norm_direct",
+        "DeepSpeed's ZeRO 1 and 2 make a zero on the host where a rank counts no norm of a group",
+    ),
+    Wait(
+        "deepspeed/runtime/zero/stage3.py:independent_gradient_partition_epilogue",
+        "DeepSpeed's ZeRO 3 waits for the stream that reduces gradients, at the end of backward",
+    ),
+    Wait(
+        "deepspeed/runtime/zero/stage3.py:get_grad_norm_direct",
+        "DeepSpeed's ZeRO 3 makes numbers on the host to sum up the norms of its groups",
+    ),
+    Wait(
+        "deepspeed/accelerator/cuda_accelerator.py:synchronize",
+        "DeepSpeed's ZeRO 3 waits for the small weights that each rank keeps, after the update",
+    ),
+)
+
+# Where DeepSpeed's ZeRO 3 compares what the ranks are about to do, in the first step: the others
+# are not there to be asked.
+COMPARISONS = tuple(
+    f"deepspeed.runtime.zero.{module}.assert_ints_same_as_other_ranks"
+    for module in ("partition_parameters", "partitioned_param_coordinator", "stage3")
+)
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a step of one rank needs.
+
+    memory: bytes of the device at the peak, by what they are for or when they came into being:
+        "weights", "optimizer" (with what ZeRO 3 divides of the weights), "forward", "backward".
+    traffic: of the step, by axis and collective (`megalong.parallel.traffic`).
+    waits: how often the host waits for the device in a step, by the function that waits.
+    """
+
+    memory: Counter[str]
+    traffic: Counts
+    waits: Counter[str]
+
+
+def dry_run(
+    config: Config,
+    vocab_size: int,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    prepare: Callable[[TrainingEngine], None] = lambda _: None,
+) -> DryRun:
+    """Two training steps of rank `rank` of a launch of `ranks`; the second, which is like all that
+    follow, is reported.
+
+    config: resolved for as many ranks; data and tokenizer are not opened.
+    prepare: is given the engine before its first step.
+    Raises HostSync, WrongDevice, or PyTorch's FakeTensorDeviceMismatchError.
+    """
+    memory = DeviceMemory()
+    with fake_rank(config, rank, ranks) as mesh, memory:
+        engine = fake_engine(config, vocab_size, mesh, memory)
+        prepare(engine)
+        batches = host_batches(config, mesh)
+        for allowed in (None, ALLOWED):
+            with memory.during("forward"), HostSyncs(allowed) as syncs:
+                engine.train_step(batches, config.training.lr)
+    return DryRun(memory.peak, engine.traffic, syncs.counts)
+
+
+@contextlib.contextmanager
+def fake_rank(config: Config, rank: int, ranks: int) -> Iterator[Mesh]:
+    """This process is one rank of so many, whose collectives send nothing, on a fake GPU."""
+    names = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": ranks}
+    environment = {name: str(value) for name, value in names.items()}
+    with mock.patch.dict(os.environ, environment), contextlib.ExitStack() as stack:
+        dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+        stack.callback(dist.destroy_process_group)
+        mesh = stack.enter_context(build_mesh(config, torch.device("cuda", 0)))
+        stack.enter_context(fake_device_tensors())
+        for name in COMPARISONS:
+            stack.enter_context(mock.patch(name, lambda _: None))
+        yield mesh
+
+
+def fake_engine(
+    config: Config, vocab_size: int, mesh: Mesh, memory: DeviceMemory | None = None
+) -> TrainingEngine:
+    """The engine of this rank; its weights have no values."""
+    memory = memory or DeviceMemory()
+    with memory.during("weights"):
+        divide = weights_divider(config, mesh)
+        model = build_model(config, vocab_size, mesh, initialize=False, divide=divide)
+    with memory.during("optimizer"):
+        engine = TrainingEngine(model, config, mesh)
+    memory.are(model.parameters(), "weights")
+    return engine
+
+
+def host_batches(config: Config, mesh: Mesh) -> Iterator[Batch]:
+    """Micro batches without end, as `megalong.data.batches` makes them, all of token 0."""
+    start, stop = mesh.sequence_range(config.model.seq_length)
+    tokens = torch.zeros(config.training.micro_batch_size, stop - start, dtype=torch.int64)
+    while True:
+        yield {"tokens": tokens, "labels": tokens, "positions": torch.arange(start, stop)}

@@ -1,0 +1,66 @@
+"""The host is real, the device is fake: what lives on the CPU is computed, what lives on the GPU
+has a shape, a dtype and a device, and no data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import torch
+
+from megalong.planning.torch_private import FakeTensor, FakeTensorMode, tree_leaves
+
+
+class FakeDeviceMode(FakeTensorMode):
+    """Makes tensors of device "cuda", and what is computed with them, fake; others stay real.
+
+    So tables, plans and random states on the host have values, which their code may look at.
+    """
+
+    avoid_device_init = True  # there is none to initialise, whatever torch.cuda says
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        device = torch.device(kwargs.get("device") or "cpu")
+        if device.type == "cuda" or any(isinstance(x, FakeTensor) for x in tensors):
+            return super().__torch_dispatch__(operator, types, args, kwargs)
+        return operator(*args, **kwargs)
+
+
+@cache
+def _mode() -> FakeDeviceMode:
+    """One for the process: tables that are kept for later calls belong to it."""
+    return FakeDeviceMode()
+
+
+@contextlib.contextmanager
+def fake_device_tensors() -> Iterator[FakeDeviceMode]:
+    """Inside, tensors of device "cuda" are fake, and modules of them may change their dtype."""
+    with (
+        _mode() as mode,
+        mock.patch.object(torch.nn.Module, "_apply", _apply),
+        mock.patch.object(torch.Tensor, "record_stream", lambda *_: None),  # wants a real stream
+    ):
+        yield mode
+
+
+def _apply(module: torch.nn.Module, function: Any, recurse: bool = True) -> torch.nn.Module:
+    """`torch.nn.Module._apply` (what `.to` and `.bfloat16` are made of), which gives up on fake
+    parameters: they stay the same objects, as real ones do."""
+    for child in module.children() if recurse else ():
+        _apply(child, function)
+    for parameter in module.parameters(recurse=False):
+        with torch.no_grad():
+            new = function(parameter)
+        if new is not parameter:
+            parameter.data = new
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        setattr(module, name, function(buffer))
+    return module

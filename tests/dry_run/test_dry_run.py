@@ -1,0 +1,62 @@
+"""A training step on a GPU that is not there: no waits but those known, no mixed devices, and what
+is planted is caught."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from megalong.planning import fake_device
+from tests.dry_run.run_cases import CASES, PLANTS
+from tests.launching import made_once, run
+
+pytestmark = pytest.mark.skipif(
+    fake_device.compiler() is None, reason="the fake GPU needs a C++ compiler"
+)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, dict]:
+    def make(path: Path) -> None:
+        script = Path(__file__).with_name("run_cases.py")
+        print(run([sys.executable, str(script), str(path)], timeout=900).stderr)
+
+    return json.loads(made_once(tmp_path_factory, "dry_runs.json", make).read_text())
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if CASES[name].plant is None])
+def test_a_step_runs_on_the_device_alone(case, results):
+    assert results[case]["error"] is None
+    assert results[case]["memory"]["optimizer"] > 0
+    axes = {"sequence", "tensor", "pipeline", "data"} if "tp2" in case else set()
+    assert axes <= results[case]["traffic"].keys()
+
+
+def test_every_wait_that_is_allowed_happens(results):
+    happened = {where for result in results.values() for where in result.get("waits", ())}
+    assert happened == set(results["allowed"])
+
+
+CAUGHT = {
+    "item": "HostSync: the host reads a value",
+    "branch": "HostSync: the host reads a value",
+    "cpu_tensor": "at least two devices, cuda:0 and cpu",
+    "item_in_backward": "HostSync: the host reads a value",
+    "blocking_copy": "HostSync: a copy to the device of (128,) is not non_blocking",
+    "synchronize": "HostSync: the host waits for torch.cuda.synchronize",
+    "collective_on_cpu": "WrongDevice: c10d.allreduce_.default gets a tensor of the CPU",
+}
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_what_is_planted_is_caught(plant, results):
+    error = results[f"planted {plant}"]["error"]
+    assert CAUGHT[plant] in error
+    if error.startswith("HostSync"):  # it says where
+        assert f"plant_{plant}" in error or "<lambda>" in error
+        assert "run_cases.py:" in error
+
+
+def test_what_is_planted_is_caught_in_a_pipeline(results):
+    assert "HostSync: the host reads a value" in results["planted item in a pipeline"]["error"]
