@@ -115,8 +115,8 @@ def _chunk(
     model_config = config.model
     core_attention = partial(
         CoreAttention,
+        model=model_config,
         attention=config.attention,
-        seq_length=model_config.seq_length,
         sequence=mesh.sequence,
         tensor_rank=mesh.tensor_parallel_rank,
     )

@@ -13,16 +13,16 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 
 from megalong.attention.exchange import SequenceGroup
-from megalong.config import AttentionConfig
+from megalong.config import AttentionConfig, ModelConfig
 
 
 class CoreAttention(MegatronModule):
     """Causal self-attention of the kind that the configuration names, over all ranks of the
     sequence.
 
-    attention: resolved. seq_length: of the whole sequence. sequence: the ranks that share it; None
-    where each has all of it. tensor_rank: this rank's place among those that divide the heads; it
-    takes the part of the pattern that is of its own.
+    model, attention: resolved. sequence: the ranks that share a sequence; None where each has all of
+    it. tensor_rank: this rank's place among those that divide the heads; of the pattern it takes
+    the part of its own.
     """
 
     def __init__(
@@ -35,15 +35,15 @@ class CoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         pg_collection: Any = None,
         *,
+        model: ModelConfig,
         attention: AttentionConfig,
-        seq_length: int,
         sequence: SequenceGroup | None = None,
         tensor_rank: int = 0,
     ):
         super().__init__(config=config)
         here = config.num_attention_heads // config.tensor_model_parallel_size
         self.pattern = (
-            attention.pattern(seq_length)
+            attention.pattern(model.seq_length)
             .at_layer(layer_number - 1)  # Megatron-core counts layers from one
             .for_heads(
                 config.num_attention_heads,
