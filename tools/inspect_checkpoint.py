@@ -57,7 +57,11 @@ def show(reader: CheckpointReader, manifest: Manifest) -> None:
         f" | {progress.consumed_tokens:,} tokens | {progress.updates:,} updates"
     )
     print(f"saved by {layout(settings, manifest.ranks)}")
-    print(f"{parameters:,} parameters in {len(reader.tensors)} tensors:")
+    # Training does not count those of ids that its tokenizer has not; it is not asked for here.
+    print(
+        f"{parameters:,} parameters, with those that fill up the vocabulary; in all"
+        f" {len(reader.tensors)} tensors:"
+    )
     width = max(map(len, reader.tensors))
     for name, entry in sorted(reader.tensors.items()):
         dtype = str(entry.properties.dtype).removeprefix("torch.")

@@ -149,6 +149,15 @@ def test_parameters_are_given_away_as_soon_as_they_have_their_values(build, mesh
     assert not any(parameter.numel() for parameter in model.parameters())
 
 
+def test_parameters_that_modules_make_on_the_device_themselves_stay(build, monkeypatch):
+    """As Transformer Engine's do, for which Megatron-core names the device."""
+    expected = dict(named_parameters(build()[0]))
+    monkeypatch.setattr("megalong.model.build.use_transformer_engine", lambda impl: True)
+    monkeypatch.setattr(torch, "empty_like", None)  # none is made a second time
+    for name, parameter in named_parameters(build()[0]):
+        assert torch.equal(parameter, expected[name])
+
+
 class LargestOnTheHost(TorchDispatchMode):
     """Elements of the largest CPU tensor that is made in the block."""
 
