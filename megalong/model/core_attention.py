@@ -20,8 +20,8 @@ class CoreAttention(MegatronModule):
     """Causal self-attention of the kind that the configuration names, over all ranks of the
     sequence.
 
-    model, attention: resolved. sequence: the ranks that share a sequence; None where each has all of
-    it. tensor_rank: this rank's place among those that divide the heads; of the pattern it takes
+    model, attention: resolved. sequence: the ranks that share a sequence; None where each has all
+    of it. tensor_rank: this rank's place among those that divide the heads; of the pattern it takes
     the part of its own.
     """
 
