@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -40,19 +39,39 @@ from megalong.parallel.traffic import Counts, CountTraffic
 from megalong.training.deepspeed_config import deepspeed_config
 
 
-@dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step reports.
+    """What one optimizer step reports. Its numbers may be read while the next step runs: who reads
+    one waits until the device has come that far.
 
-    loss: mean token loss over the global batch, in nats.
-    grad_norm: L2 norm of the global gradient before clipping; None where the step was skipped.
     skipped: the gradients were not finite, and DeepSpeed left the weights alone: an overflow of
         fp16, after which the loss scale is lowered, or with any other precision a run gone wrong.
     """
 
-    loss: float
-    grad_norm: float | None
-    skipped: bool
+    def __init__(self, loss: torch.Tensor, grad_norm: torch.Tensor | float, skipped: bool):
+        """loss, grad_norm: scalars; copied to the host from now on, without waiting."""
+        numbers = torch.stack([loss.double(), torch.as_tensor(grad_norm).to(loss.device).double()])
+        self.skipped = skipped
+        self._host, self._arrived = numbers, None
+        if numbers.is_cuda:
+            self._host = torch.empty_like(numbers, device="cpu", pin_memory=True)
+            self._host.copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    @property
+    def loss(self) -> float:
+        """The mean token loss over the global batch, in nats."""
+        return self._read()[0]
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The L2 norm of the global gradient before clipping; None where the step was skipped."""
+        return None if self.skipped else self._read()[1]
+
+    def _read(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host.tolist()
 
 
 class TrainingEngine:
@@ -141,9 +160,11 @@ class TrainingEngine:
         self.deepspeed.step()
         nothing = torch.zeros((), device=self.mesh.device)  # of a stage that sees no losses
         loss_sum = self.mesh.sum_of_losses(sum(results, start=nothing))
-        skipped = was_skipped(self.deepspeed)
-        grad_norm = None if skipped else float(self.deepspeed.get_global_grad_norm())
-        return StepResult(loss_sum.item() / self.tokens_per_step, grad_norm, skipped)
+        return StepResult(
+            loss_sum.double() / self.tokens_per_step,
+            self.deepspeed.get_global_grad_norm(),
+            was_skipped(self.deepspeed),
+        )
 
     @property
     def updates(self) -> int:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections import deque
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
+
+import torch.distributed as dist
 
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.reading import CheckpointReader
@@ -55,6 +59,11 @@ class Trainer:
         self.config, self.data, self.mesh, self.stop = config, data, mesh, stop
         self.lock = open_run_folder(config, given) if mesh.is_main else None
         self.progress = Progress()
+        self._unread: deque[tuple[int, StepResult]] = deque()  # results of the newest iterations
+        self._host_group: dist.ProcessGroup | None = None  # where the ranks talk over gloo anyway
+        if mesh.device.type == "cuda":
+            timeout = timedelta(minutes=config.run.distributed_timeout_minutes)
+            self._host_group = dist.new_group(backend="gloo", timeout=timeout)
         check_agreement(config, checkpoint)
         with contextlib.ExitStack() as held:
             if checkpoint is not None:
@@ -101,6 +110,7 @@ class Trainer:
                 result = self.engine.train_step(batches, rate)
             self.reports.meter.step()
             self._advance(iteration, result)
+            self._read_results(all_but=1)  # the device may still be busy with the newest
             if self._due(iteration, run.log_interval):
                 self._log(rate, result)
             self._check_stop()
@@ -134,35 +144,44 @@ class Trainer:
     def _check_stop(self) -> None:
         if self.saver.failed:
             self.stop.ask(FAILED_SAVE)
-        self.stop.check(self.mesh.device)
+        self.stop.check(self._host_group)
 
     def _advance(self, iteration: int, result: StepResult) -> None:
-        # fp16 skips a step now and then, by design; anything else that is not finite is the end.
-        broken = result.skipped and self.config.training.precision != "fp16"
-        if broken or not math.isfinite(result.loss):
-            what = "gradients are not finite" if broken else f"loss is {result.loss}"
-            raise UserError(
-                f"the {what} at iteration {iteration}: lower --lr or --clip-grad, and go on from"
-                " the last checkpoint with --load"
-            )
+        self._unread.append((iteration, result))
         self.progress = dataclasses.replace(
             self.progress,
             iteration=iteration,
             consumed_samples=self.progress.consumed_samples
             + self.config.training.global_batch_size,
             consumed_tokens=self.progress.consumed_tokens + self.engine.tokens_per_step,
-            losses=[*self.progress.losses, result.loss],
         )
+
+    def _read_results(self, all_but: int = 0) -> None:
+        """Read the results of the steps so far, but for the newest `all_but`."""
+        while len(self._unread) > all_but:
+            iteration, result = self._unread.popleft()
+            # fp16 skips a step now and then, by design; anything else not finite is the end.
+            broken = result.skipped and self.config.training.precision != "fp16"
+            if broken or not math.isfinite(result.loss):
+                what = "gradients are not finite" if broken else f"loss is {result.loss}"
+                raise UserError(
+                    f"the {what} at iteration {iteration}: lower --lr or --clip-grad, and go on"
+                    " from the last checkpoint with --load"
+                )
+            losses = [*self.progress.losses, result.loss]
+            self.progress = dataclasses.replace(self.progress, losses=losses)
 
     def _due(self, iteration: int, interval: int) -> bool:
         return iteration % interval == 0 or iteration == self.config.training.train_iters
 
     def _log(self, rate: float, result: StepResult) -> None:
         """Report the iterations since the last log, and forget their losses."""
+        self._read_results()
         self.reports.iterations(self.progress, rate, result, self.engine.take_traffic())
         self.progress = dataclasses.replace(self.progress, losses=[])
 
     def _save(self) -> None:
+        self._read_results()
         with self.reports.saving():
             self.saver.wait()  # before there is a second copy in memory
             progress = progress_to_save(self.engine, self.progress)
@@ -180,6 +199,7 @@ class Trainer:
         stream = self.data.held_out.get(split)
         if stream is None:
             return
+        self._read_results()
         training, eval_iters = self.config.training, self.config.run.eval_iters
         whole = whole or eval_iters == 0
         size = {

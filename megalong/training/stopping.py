@@ -69,16 +69,17 @@ class StopRequest:
         if not self._reason:
             self._reason, self._first = reason, time.monotonic()
 
-    def check(self, device: torch.device) -> None:
+    def check(self, group: dist.ProcessGroup | None = None) -> None:
         """Raise Stopped on every rank if any of them has been asked.
 
-        Called by every rank of the run at the same point. device: that of its collectives.
+        Called by every rank of the run at the same point. group: all of them, over gloo, so that
+        nobody waits for a GPU; None where gloo is what they talk over anyway.
         """
         reason = self._reason
         if not reason and time.monotonic() >= self._deadline:
             reason = CLOCK
-        reasons = torch.tensor(reason, device=device)
-        dist.all_reduce(reasons, op=dist.ReduceOp.MAX)
+        reasons = torch.tensor(reason)
+        dist.all_reduce(reasons, op=dist.ReduceOp.MAX, group=group)
         reason = int(reasons)
         if reason:
             self._stopped = True

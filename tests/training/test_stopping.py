@@ -6,7 +6,6 @@ import sys
 import time
 
 import pytest
-import torch
 
 from megalong.training import stopping
 from tests.forked import run_ranks, started_ranks
@@ -90,11 +89,10 @@ def test_a_killed_rank_ends_the_job(corpus, tmp_path, launcher, lost):
 
 
 def test_the_clock_stops_a_run(monkeypatch):
-    monkeypatch.setattr(stopping.dist, "all_reduce", lambda tensor, op: None)
-    cpu = torch.device("cpu")
-    stopping.StopRequest(exit_minutes=1).check(cpu)
+    monkeypatch.setattr(stopping.dist, "all_reduce", lambda tensor, op, group: None)
+    stopping.StopRequest(exit_minutes=1).check()
     with pytest.raises(stopping.Stopped, match="--exit-duration-in-mins"):
-        stopping.StopRequest(exit_minutes=0).check(cpu)
+        stopping.StopRequest(exit_minutes=0).check()
 
 
 SECOND_SIGNAL = """
