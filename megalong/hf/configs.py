@@ -19,6 +19,27 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_longnet.LongNetForCausalLM",
 }
 
+# The settings of a model besides its sizes: our names, and LongNetConfig's.
+_SETTINGS = {
+    "normalization": "normalization",
+    "norm_epsilon": "norm_epsilon",
+    "swiglu": "swiglu",
+    "add_bias_linear": "linear_bias",
+    "add_qkv_bias": "qkv_bias",
+    "qk_layernorm": "qk_norm",
+    "position_embedding_type": "position_embedding_type",
+    "rotary_base": "rotary_base",
+    "rope_scaling_factor": "rope_scaling_factor",
+    "rope_original_length": "rope_original_length",
+}
+# Those that the folders of earlier versions have not.
+_ADDED = {
+    "qkv_bias": False,
+    "qk_norm": False,
+    "rope_scaling_factor": None,
+    "rope_original_length": 8192,
+}
+
 
 def longnet_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     """The fields of LongNetConfig for a model of ours, trained with this tokenizer; config:
@@ -33,16 +54,7 @@ def longnet_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
         "num_key_value_heads": model.num_query_groups,
         "head_dim": model.kv_channels,
         "max_position_embeddings": model.seq_length,
-        "normalization": model.normalization,
-        "norm_epsilon": model.norm_epsilon,
-        "swiglu": model.swiglu,
-        "linear_bias": model.add_bias_linear,
-        "qkv_bias": model.add_qkv_bias,
-        "qk_norm": model.qk_layernorm,
-        "position_embedding_type": model.position_embedding_type,
-        "rotary_base": model.rotary_base,
-        "rope_scaling_factor": model.rope_scaling_factor,
-        "rope_original_length": model.rope_original_length,
+        **{theirs: getattr(model, ours) for ours, theirs in _SETTINGS.items()},
         **{name: _as_json(getattr(config.attention, name)) for name in PATTERN_FIELDS},
         "initializer_range": model.init_method_std,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
@@ -66,7 +78,7 @@ def megalong_values(config: dict[str, Any], where: str) -> dict[str, Any]:
     model_type = config.get("model_type")
     try:
         if model_type == "longnet":
-            return _from_longnet(_ADDED_FIELDS | config)
+            return _from_longnet(_ADDED | config)
         if model_type in LLAMA_FAMILY:
             return _from_llama(config, where)
     except KeyError as missing:
@@ -77,25 +89,12 @@ def megalong_values(config: dict[str, Any], where: str) -> dict[str, Any]:
     )
 
 
-# Not in the folders of earlier versions.
-_ADDED_FIELDS = {
-    "qkv_bias": False,
-    "qk_norm": False,
-    "rope_scaling_factor": None,
-    "rope_original_length": 8192,
-}
-
-
 def _from_longnet(config: dict[str, Any]) -> dict[str, Any]:
-    same = ("normalization", "norm_epsilon", "swiglu", "position_embedding_type", "rotary_base")
-    same += ("rope_scaling_factor", "rope_original_length")
-    same += tuple(name for name in PATTERN_FIELDS if name in config)
+    pattern = {name: config[name] for name in PATTERN_FIELDS if name in config}
     return {
         **_sizes(config),
-        **{name: config[name] for name in same},
-        "add_bias_linear": config["linear_bias"],
-        "add_qkv_bias": config["qkv_bias"],
-        "qk_layernorm": config["qk_norm"],
+        **{ours: config[theirs] for ours, theirs in _SETTINGS.items()},
+        **pattern,
         "init_method_std": config["initializer_range"],
     }
 
