@@ -31,7 +31,7 @@ class Optimizer(ABC):
     def build(self, groups: list[dict[str, Any]], fused: bool) -> torch.optim.Optimizer:
         """PyTorch's optimizer for these parameter groups, each with its `weight_decay`.
 
-        fused: with one kernel for many tensors, on a GPU.
+        fused: with one kernel for many tensors, on a GPU, where PyTorch has such a one.
         """
 
     def first_state(self, partition: torch.Tensor, fused: bool) -> dict[str, torch.Tensor]:

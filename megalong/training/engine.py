@@ -99,7 +99,8 @@ class TrainingEngine:
         settings = deepspeed_config(config, mesh.data_parallel_size)
         self.optimizer = optimizer_of(training)
         groups = _weight_decay_groups(model, training.weight_decay)
-        optimizer = self.optimizer.build(groups, fused=mesh.device.type == "cuda")
+        fused = mesh.device.type == "cuda"
+        optimizer = self.optimizer.build(groups, fused)
         with _refusals(config):
             if config.parallel.zero_stage == 3:
                 _divide_weights(model, settings, mesh)
@@ -111,7 +112,7 @@ class TrainingEngine:
                     config=settings,
                     mpu=DeepSpeedMPU(mesh),
                 )
-        _create_state(self.deepspeed, self.optimizer)
+        _create_state(self.deepspeed, self.optimizer, fused)
         model.config.grad_scale_func = self.deepspeed.scale
         self.traffic: Counts | None = None  # of one step on this rank, until it is taken
         self._steps = 0
@@ -289,7 +290,7 @@ def _weight_decay_groups(model: PipelineStage, weight_decay: float) -> list[dict
     ]
 
 
-def _create_state(engine: Any, optimizer: Optimizer) -> None:
+def _create_state(engine: Any, optimizer: Optimizer, fused: bool) -> None:
     """Give every partition its optimizer state now.
 
     PyTorch's optimizer would do so at its first step, but ZeRO 1 and 2 tell each parameter where
@@ -298,5 +299,5 @@ def _create_state(engine: Any, optimizer: Optimizer) -> None:
     """
     stepping = stepping_optimizer(engine)
     for partition in partitions(engine):
-        stepping.state[partition] = optimizer.first_state(partition, stepping.defaults["fused"])
+        stepping.state[partition] = optimizer.first_state(partition, fused)
     link_state(engine)
