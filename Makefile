@@ -14,10 +14,11 @@ quickstart: setup
 test: setup
 	$(bin)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
-# On a machine with an NVIDIA GPU, with the Python at hand: tests, then benchmarks into $(OUT), also
-# if a test failed. Estimated for one H100, on the cautious side, 7.5 minutes: tests 3 (compiling
-# some 100 kernels 2, FlexAttention 0.5); "lengths" 3 (FlexAttention twice 1, the runs at 1M tokens
-# 1); "heads" 1.5.
+# On a machine with an NVIDIA GPU, with the Python at hand: tests, training, then benchmarks of the
+# kernels, into $(OUT); each also where one before it failed. Estimated for one H100, on the cautious
+# side, 8.5 minutes: tests 3 (compiling some 100 kernels 2, FlexAttention 0.5); training 3 (its
+# Python starts 4 times, 0.3 each; kernels compile 0.5; steps 0.5; data 0.3; sequence axis 0.5);
+# "lengths" 1.8 (FlexAttention 0.5, the runs at 1M tokens 0.5); "heads" 0.7.
 benchmark = PYTHONPATH=. $(PYTHON) tools/benchmarks/attention.py --device cuda --dtype bfloat16 \
     --heads 16 --repeats 10 --longest-dense 32768
 gpu:
@@ -25,9 +26,11 @@ gpu:
 	status=0; \
 	PYTHONPATH=. $(PYTHON) -m pytest -rA tests/attention/triton/test_gpu.py \
 	    --junit-xml $(OUT)/tests.xml || status=1; \
-	$(benchmark) --patterns A L --head-dims 128 --kv-heads 16 --flex-lengths 16384 \
-	    --lengths 2048 4096 8192 16384 32768 131072 1048576 --output $(OUT)/lengths || status=1; \
-	$(benchmark) --patterns A B --head-dims 64 128 --kv-heads 16 4 2 \
+	PYTHONPATH=. $(PYTHON) tools/benchmarks/training.py --device cuda \
+	    --output $(OUT)/training || status=1; \
+	$(benchmark) --patterns A --head-dims 128 --kv-heads 16 --flex-lengths 16384 \
+	    --lengths 2048 8192 16384 32768 131072 1048576 --output $(OUT)/lengths || status=1; \
+	$(benchmark) --patterns B --head-dims 64 128 --kv-heads 16 4 \
 	    --lengths 8192 131072 --output $(OUT)/heads || status=1; \
 	exit $$status
 

@@ -11,7 +11,13 @@ from unittest import mock
 
 import torch
 
-from megalong.planning.torch_private import FakeTensor, FakeTensorMode, tree_leaves
+from megalong.planning.torch_private import (
+    EFFICIENT_ATTENTION,
+    FLASH_ATTENTION,
+    FakeTensor,
+    FakeTensorMode,
+    tree_leaves,
+)
 
 
 class FakeDeviceMode(FakeTensorMode):
@@ -47,8 +53,19 @@ def fake_device_tensors() -> Iterator[FakeDeviceMode]:
         _mode() as mode,
         mock.patch.object(torch.nn.Module, "_apply", _apply),
         mock.patch.object(torch.Tensor, "record_stream", lambda *_: None),  # wants a real stream
+        mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _dense_attention),
     ):
         yield mode
+
+
+def _dense_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False):
+    """As PyTorch's `scaled_dot_product_attention` on a GPU: what it runs there it asks the device,
+    and would otherwise hold all scores."""
+    if q.dtype.itemsize == 2:
+        return FLASH_ATTENTION(q, k, v, 0.0, is_causal, scale=scale)[0]
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return EFFICIENT_ATTENTION(q, k, v, None, True, 0.0, is_causal, scale=scale)[0]
 
 
 def _apply(module: torch.nn.Module, function: Any, recurse: bool = True) -> torch.nn.Module:

@@ -14,6 +14,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # also makes 
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
+    "EFFICIENT_ATTENTION",
+    "FLASH_ATTENTION",
     "READ_VALUE",
     "TO_COPY",
     "TO_PINNED",
@@ -30,6 +32,10 @@ __all__ = [
 READ_VALUE = torch.ops.aten._local_scalar_dense.default
 TO_COPY = torch.ops.aten._to_copy.default
 TO_PINNED = torch.ops.aten._pin_memory.default
+
+# What PyTorch's dense attention runs on a GPU, in half precision and in float32.
+FLASH_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention
+EFFICIENT_ATTENTION = torch.ops.aten._scaled_dot_product_efficient_attention
 
 
 def is_going_backward() -> bool:

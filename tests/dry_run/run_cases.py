@@ -50,6 +50,7 @@ class Case:
 CASES = {
     "one": Case(),
     "dense": Case({"attention": "dense"}),
+    "dense, fp32": Case({"attention": "dense", "precision": "fp32"}),
     "fp32, full recomputation, untied, norms of queries and keys": Case(
         {
             "precision": "fp32",
