@@ -98,8 +98,8 @@ def dry_run(
     ranks: int = 1,
     prepare: Callable[[TrainingEngine], None] = lambda _: None,
 ) -> DryRun:
-    """Two training steps of rank `rank` of a launch of `ranks`; the second, which is like all that
-    follow, is reported.
+    """Two training steps of rank `rank` of a launch of `ranks`, and the forward pass of an
+    evaluation; the second step, which is like all that follow, is reported.
 
     config: resolved for as many ranks; data and tokenizer are not opened.
     prepare: is given the engine before its first step.
@@ -113,6 +113,8 @@ def dry_run(
         for allowed in (None, ALLOWED):
             with memory.during("forward"), HostSyncs(allowed) as syncs:
                 engine.train_step(batches, config.training.lr)
+        with HostSyncs(ALLOWED):
+            engine.token_losses([next(batches)])
     return DryRun(memory.peak, engine.traffic, syncs.counts)
 
 

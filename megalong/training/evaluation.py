@@ -61,8 +61,9 @@ def evaluate(
         # Stages before the last have no losses, and come here to pass activations on.
         for batch, (losses, mask) in zip(some, engine.token_losses(some), strict=False):
             losses_by_position.add(batch["positions"], losses, mask)
-            labels = batch["labels"].to(mesh.device)
-            total_bytes += bytes_of_token[labels[mask]].sum()
+            labels = batch["labels"].to(mesh.device, non_blocking=True)
+            # Not labels[mask]: how many there are, the host would have to wait for.
+            total_bytes += (bytes_of_token[labels.clamp(min=0)] * mask).sum()
         for _ in some:
             on_batch()
     for tensor in (losses_by_position.sums, losses_by_position.counts, total_bytes):
