@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,8 @@ def build_model(
     with the initial weights of `config.training.seed`.
 
     The parameters come into being one at a time, where they will stay: no more than one of them, in
-    float32 and whole over its tensor-parallel ranks, is ever in memory besides.
+    float32 and whole over its tensor-parallel ranks, is ever in the device's memory besides, and of
+    that a piece in the host's.
 
     vocab_size: the tokenizer's; the embedding may have more rows (`ModelConfig.vocabulary_rows`).
     initialize: False leaves the weights as memory is, for a checkpoint to fill them in.
@@ -210,7 +212,7 @@ def initialize_parameter(
     the run's seed and its canonical name, and from them the rank's part, so that they are the same
     in every layout.
 
-    Random numbers are drawn on the parameter's device, in float32: a CPU and a GPU draw others.
+    Random numbers are drawn on the host, so that they are the same on every device too.
     """
     row, model, ranks = row_of(name), config.model, mesh.tensor_parallel_size
     if row.initial is Initial.ZEROS:
@@ -219,14 +221,28 @@ def initialize_parameter(
         parameter.fill_(1.0)
     else:
         seed = hashlib.sha256(f"{config.training.seed} {name}".encode()).digest()[:8]
-        generator = torch.Generator(parameter.device)
-        generator.manual_seed(int.from_bytes(seed, "big") >> 1)
+        generator = torch.Generator().manual_seed(int.from_bytes(seed, "big") >> 1)
         shape = list(parameter.shape)
         if row.cut is not None:
             shape[row.cut] *= ranks
-        values = torch.randn(
-            shape, generator=generator, dtype=torch.float32, device=parameter.device
-        )
+        values = normal_numbers(shape, generator, parameter.device)
         values = tensor_slice(name, values, mesh.tensor_parallel_rank, ranks, model)
         residual = math.sqrt(2 * model.num_layers) if row.initial is Initial.RESIDUAL else 1.0
         parameter.copy_(values.mul_(model.init_method_std / residual))
+
+
+def normal_numbers(
+    shape: Sequence[int], generator: torch.Generator, device: torch.device, piece: int = 2**24
+) -> torch.Tensor:
+    """`torch.randn(shape, generator=generator)`, float32, on any device.
+
+    generator: of the CPU. The host holds `piece` numbers (a multiple of 16) and a few at a time.
+    """
+    values = torch.empty(shape, dtype=torch.float32, device=device)
+    flat = values.view(-1)
+    # PyTorch draws in groups of 16 and makes the last 16 of a tensor anew, so that pieces have to
+    # begin at a multiple of 16, and none may have fewer numbers than that.
+    starts = range(0, max(len(flat) - 15, 1), piece)
+    for start, stop in pairwise([*starts, len(flat)]):
+        flat[start:stop].copy_(torch.randn(stop - start, generator=generator))
+    return values

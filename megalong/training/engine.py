@@ -239,17 +239,21 @@ def weights_divider(config: Config, mesh: Mesh) -> Callable[[torch.nn.Parameter]
     if config.parallel.zero_stage != 3:
         return None
     settings = deepspeed_config(config, mesh.data_parallel_size)
+    swapper = None  # of weights that a DeepSpeed file puts on NVMe: one set of buffers for all
 
     def divide(parameter: torch.nn.Parameter) -> None:
+        nonlocal swapper
         with _refusals(config):
-            _divide_weights(torch.nn.ParameterList([parameter]), settings, mesh)
+            swapper = _divide_weights(torch.nn.ParameterList([parameter]), settings, mesh, swapper)
 
     return divide
 
 
-def _divide_weights(module: torch.nn.Module, settings: dict[str, Any], mesh: Mesh) -> None:
+def _divide_weights(
+    module: torch.nn.Module, settings: dict[str, Any], mesh: Mesh, swapper: Any = None
+) -> Any:
     """Divide the weights of a module for ZeRO 3 over all ranks that hold the same ones; those that
-    are divided already stay as they are.
+    are divided already stay as they are. Returns DeepSpeed's swapper, `swapper` if there is one.
 
     Left to itself, DeepSpeed divides them over the data-parallel ranks alone, and then forgets the
     gradients of the other ranks of a sequence.
@@ -258,12 +262,13 @@ def _divide_weights(module: torch.nn.Module, settings: dict[str, Any], mesh: Mes
 
     from megalong.parallel.deepspeed_mpu import DeepSpeedMPU
 
-    deepspeed.zero.Init(
+    return deepspeed.zero.Init(
         module=module,
         data_parallel_group=mesh.replica_group,
         config_dict_or_path=settings,
         mpu=DeepSpeedMPU(mesh),
-    )
+        param_swapper=swapper,
+    ).param_swapper
 
 
 @contextlib.contextmanager

@@ -12,7 +12,13 @@ from megalong.config import ModelConfig
 from megalong.config.arguments import parse_arguments
 from megalong.errors import UserError
 from megalong.model import norms
-from megalong.model.build import DTYPES, build_model, initialize_parameter, transformer_config
+from megalong.model.build import (
+    DTYPES,
+    build_model,
+    initialize_parameter,
+    normal_numbers,
+    transformer_config,
+)
 from megalong.model.names import canonical_name, named_parameters
 from megalong.model.parameters import count_parameters, decays, parameters
 from megalong.model.rotary import LongRotaryEmbedding
@@ -180,6 +186,21 @@ def test_the_host_holds_nothing_of_a_model_on_another_device(mesh, changes):
         model = build_model(config, VOCAB_SIZE, elsewhere, initialize=False)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert largest.elements <= config.model.kv_channels  # rotary frequencies
+
+
+@pytest.mark.parametrize("shape", [(3,), (7, 9), (8, 16), (31,), (32, 5, 3), (33, 1), (47,), (48,)])
+def test_random_numbers_drawn_in_pieces_are_those_drawn_at_once(shape):
+    pieces = normal_numbers(shape, torch.Generator().manual_seed(5), torch.device("cpu"), piece=32)
+    assert torch.equal(pieces, torch.randn(shape, generator=torch.Generator().manual_seed(5)))
+
+
+def test_the_host_draws_initial_weights_in_pieces(mesh, monkeypatch):
+    """In whatever precision and on whatever device: here one that only stands for a GPU."""
+    monkeypatch.setattr(normal_numbers, "__defaults__", (256,))
+    elsewhere = dataclasses.replace(mesh, device=torch.device("meta"))
+    with LargestOnTheHost() as largest:
+        build_model(resolved(), VOCAB_SIZE, elsewhere)
+    assert largest.elements <= 256 + 15
 
 
 def test_every_parameter_is_initialized_and_named_canonically(build):
