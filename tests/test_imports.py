@@ -10,15 +10,13 @@ from tests.launching import REPOSITORY
 PACKAGE = REPOSITORY / "megalong"
 
 # Room (a folder, or a file beside the folders) -> the rooms it may import. From the bottom up.
-SMALL = {"device", "disk", "errors", "log_filters", "peak_flops", "position_losses", "progress"}
-SMALL |= {"torch_private"}
+SMALL = {"device", "disk", "errors", "log_filters", "position_losses", "progress", "torch_private"}
 ROOMS = {
     "errors": set(),
     "command_line": {"errors"},
     "device": set(),
     "disk": {"errors"},
     "log_filters": {"device"},
-    "peak_flops": set(),
     "position_losses": set(),
     "progress": set(),
     "torch_private": set(),

@@ -87,6 +87,8 @@ def _refuse_contradictions(
             "the power of two of --initial-loss-scale",
         ),
         (("zero_optimization", "reduce_scatter"), True, "megalong's gradient scale"),
+        (("zero_optimization", "compute_grad_norm"), True, "megalong's log of gradient norms"),
+        (("bf16", "check_grad_overflow"), True, "megalong's end of a run gone wrong"),
         (("zero_force_ds_cpu_optimizer",), False, "megalong's optimizer, which is PyTorch's,"),
         (("data_types", "grad_accum_dtype"), "fp32", "megalong's gradient accumulation"),
         (("managed_gradient_accumulation",), False, "megalong's schedule"),

@@ -160,10 +160,12 @@ class Trainer:
         """Read the results of the steps so far, but for the newest `all_but`."""
         while len(self._unread) > all_but:
             iteration, result = self._unread.popleft()
-            # fp16 skips a step now and then, by design; anything else not finite is the end.
-            broken = result.skipped and self.config.training.precision != "fp16"
-            if broken or not math.isfinite(result.loss):
-                what = "gradients are not finite" if broken else f"loss is {result.loss}"
+            # fp16 skips a step now and then, by design; anything else not finite is the end, which
+            # DeepSpeed calls a norm of -1 where it did not look at the gradients themselves.
+            norm, skips = result.grad_norm, self.config.training.precision == "fp16"
+            sound = skips if norm is None else 0 <= norm < math.inf
+            if not sound or not math.isfinite(result.loss):
+                what = f"loss is {result.loss}" if sound else "gradients are not finite"
                 raise UserError(
                     f"the {what} at iteration {iteration}: lower --lr or --clip-grad, and go on"
                     " from the last checkpoint with --load"

@@ -18,8 +18,8 @@ from megalong.config import Config
 from megalong.model.build import DTYPES
 from megalong.model.flops import step_flops
 from megalong.model.parameters import count_parameters
+from megalong.model.peak_flops import peak_flops
 from megalong.parallel.mesh import Mesh
-from megalong.peak_flops import peak_flops
 from megalong.position_losses import position_edges
 from megalong.progress import clock, human_bytes
 from megalong.training.engine import StepResult

@@ -1,11 +1,17 @@
 """Whatever is wrong ends a run with one clear line, exit code 2, and no traceback."""
 
 import json
+import math
 import shutil
 import sys
+from collections import deque
+from types import SimpleNamespace
 
 import pytest
 
+from megalong.checkpoint.progress import Progress
+from megalong.errors import UserError
+from megalong.training.loop import Trainer
 from tests.forked import run_ranks
 from tests.launching import PRETRAIN, ranks_command, run, small_run_flags
 
@@ -155,3 +161,19 @@ def test_gradients_that_are_not_finite(corpus, tmp_path):
     failed = int(lines[0].split("at iteration ")[1].split(":")[0])
     saved = [int(path.name.removeprefix("iter_")) for path in tmp_path.glob("iter_*")]
     assert sorted(saved) == list(range(1, failed))
+
+
+@pytest.mark.parametrize("norm", [-1.0, math.inf, math.nan, None])
+def test_a_norm_that_is_no_number_ends_the_run(norm):
+    """DeepSpeed says -1 where it did not look at the gradients; None is a step that was skipped,
+    which fp16 alone may do."""
+    result = SimpleNamespace(loss=1.0, grad_norm=norm, skipped=norm is None)
+    for precision in ("fp32", "bf16", "fp16"):
+        config = SimpleNamespace(training=SimpleNamespace(precision=precision))
+        trainer = SimpleNamespace(_unread=deque([(7, result)]), config=config, progress=Progress())
+        if norm is None and precision == "fp16":
+            Trainer._read_results(trainer)
+            assert trainer.progress.losses == [1.0]
+            continue
+        with pytest.raises(UserError, match="the gradients are not finite at iteration 7: lower"):
+            Trainer._read_results(trainer)

@@ -60,6 +60,11 @@ def test_what_no_flag_owns_is_passed_on(tmp_path):
         ({"optimizer": {"type": None}}, ["None", "AdamW"]),
         ({"zero_optimization": 3}, ["zero_optimization must be an object"]),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, ["grad_accum_dtype", "bf16", "fp32"]),
+        ({"bf16": {"check_grad_overflow": False}}, ["bf16.check_grad_overflow", "false", "true"]),
+        (
+            {"zero_optimization": {"compute_grad_norm": False}},
+            ["zero_optimization.compute_grad_norm", "false", "true"],
+        ),
         ("{broken", ["not JSON"]),
         ("[]", ["expected a JSON object"]),
     ],

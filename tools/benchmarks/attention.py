@@ -48,7 +48,7 @@ from attention_report import MEASURES, Setting, losses, losses_text, plot, row_t
 from contenders import CONTENDERS, ON_CPU
 
 from megalong.attention import DilatedPattern
-from megalong.peak_flops import peak_of_name
+from megalong.model.peak_flops import peak_of_name
 
 # Bytes/s of the memory, by a part of the device's name; the first that fits. From the data sheets
 # of NVIDIA's A100 (2021), H100 (2023), H200 (2024) and HGX B200 (2025).
