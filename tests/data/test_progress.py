@@ -1,7 +1,11 @@
 """The progress on a terminal and in a log file."""
 
 import io
+import os
 import re
+import termios
+
+import pytest
 
 from megalong.progress import clock, human_bytes, progress_bar
 
@@ -9,6 +13,17 @@ from megalong.progress import clock, human_bytes, progress_bar
 class Terminal(io.StringIO):
     def isatty(self):
         return True
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """A clock that the test moves."""
+
+    class Clock:
+        time = 100.0
+
+    monkeypatch.setattr("tqdm.std.time", lambda: Clock.time)
+    return Clock
 
 
 def test_lines_in_a_log_file():
@@ -23,6 +38,30 @@ def test_lines_in_a_log_file():
     assert re.fullmatch(r"reading:  50% 50.0k/100k \[00:00<00:00, .*B/s\]", half)
     assert re.fullmatch(r"reading:  90% 90.0k/100k \[.*B/s, 7 documents\]", rest[-1])
     assert "\r" not in stream.getvalue() and stream.getvalue().endswith("]\n")
+
+
+def test_a_line_has_count_rate_and_time_left(now):
+    stream = io.StringIO()
+    with progress_bar(100, "batch", "evaluating", stream=stream) as bar:
+        for _ in range(9):
+            now.time += 1
+            bar.update(10)
+    assert stream.getvalue().splitlines() == [  # every five seconds, and at the end
+        "evaluating:  50% 50/100 [00:05<00:05, 10.00batch/s]",
+        "evaluating:  90% 90/100 [00:09<00:01, 10.00batch/s]",
+    ]
+
+
+def test_rate_is_that_of_the_recent_past(now):
+    with progress_bar(1000, "batch", "evaluating", stream=io.StringIO()) as bar:
+        now.time += 100  # the first compiles
+        bar.update()
+        for _ in range(100):
+            now.time += 1
+            bar.update()
+        line = str(bar)
+    assert "101/1000 [03:20<" in line
+    assert float(re.search(r"([\d.]+)s/batch", line)[1]) == pytest.approx(1, rel=0.1)
 
 
 def test_a_log_file_does_not_hear_of_what_is_quickly_done():
@@ -40,6 +79,20 @@ def test_bar_on_a_terminal():
     assert output.count("\n") == 1 and output.endswith("\n")
     last = output.rstrip("\n").split("\r")[-1]
     assert re.fullmatch(r"evaluating:  50%\|.+\| 2/4 \[00:00<00:00, .*batch/s\] *", last)
+
+
+def test_a_bar_is_not_wider_than_the_terminal():
+    inside, outside = os.openpty()
+    termios.tcsetwinsize(outside, (20, 40))
+    with os.fdopen(outside, "w") as stream:
+        with progress_bar(4, "batch", "a long description", stream=stream) as bar:
+            bar.set_postfix_str("a long message" * 5)
+            bar.update(4)
+        stream.flush()
+        output = os.read(inside, 10_000).decode()
+    os.close(inside)
+    assert "a long description" in output
+    assert all(len(line) <= 40 for line in re.split("[\r\n]+", output))
 
 
 def test_silent_but_for_what_is_written():

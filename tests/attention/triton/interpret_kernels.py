@@ -133,6 +133,8 @@ PATTERNS = [
     (DilatedPattern((8, 16), (1, 2)), (2, 5)),
     (DilatedPattern((8, 16, 24, 4, 16), (1, 2, 3, 1, 4)), (2, 5)),
     (DilatedPattern((8, 16), (2, 4)), (2, 5)),
+    (DilatedPattern((8, 16, 24), (2, 4, 1)), (2, 5)),
+    (DilatedPattern((8, 16, 24, 8), (2, 4, 1, 3)), (2, 5)),
 ]
 
 

@@ -26,6 +26,7 @@ CASES = [
         "d64-block", 1000, P((128, 512), (1, 4), "block"), heads=8, kv_heads=2, head_dim=64,
         batch=2,
     ),
+    Case("d64-two-branches", 1000, P((128, 512), (1, 2)), head_dim=64),
     Case("d64-no-dense-branch", 900, P((256, 512), (2, 4)), head_dim=64, layout="sbhd", batch=2),
     Case("d80-bidirectional", 900, P((100, 400), (1, 3)), head_dim=80, causal=False),
     Case("d128-grouped", 1000, P((128, 512), (1, 4)), heads=8, kv_heads=2, head_dim=128),
