@@ -60,4 +60,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(partial(main, sys.argv[1:]))
+    run(partial(main, sys.argv[1:]), system_errors=False)

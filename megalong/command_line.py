@@ -19,7 +19,10 @@ from typing import Any, NoReturn
 from megalong.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-HUGGING_FACE = ("transformers", "tokenizers", "safetensors")  # the extra "hf" of pyproject.toml
+# What our modules import: of requirements.txt, and of the extra "hf" of pyproject.toml.
+REQUIRED = ("torch", "triton", "deepspeed", "megatron", "numpy", "sentencepiece", "tensorboard")
+REQUIRED += ("yaml", "tqdm", "matplotlib")
+HUGGING_FACE = ("transformers", "tokenizers", "safetensors")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -34,24 +37,26 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists all flags")
 
 
-def run(command: Callable[[], int | None]) -> NoReturn:
+def run(command: Callable[[], int | None], system_errors: bool = True) -> NoReturn:
     """Call a command and end the process: with the status that it returns (None is 0), or with 2
     after the one line of a mistake.
 
-    Mistakes are UserErrors, errors of the operating system that name a file, and packages that are
-    not installed.
+    Mistakes are UserErrors and our requirements that are not installed.
+    system_errors: errors of the operating system that name a file, too; not in a command that makes
+        UserErrors of those of its flags itself (`system_errors_of`), where others are of a library,
+        such as no compiler for Triton.
     """
     try:
         sys.exit(command())
     except UserError as error:
         _end(str(error))
     except ModuleNotFoundError as error:
-        package = (error.name or "megalong").partition(".")[0]
-        if package == "megalong":
+        # A module inside an installed package, or one that only such a package needs, is a bug.
+        if error.name not in REQUIRED + HUGGING_FACE:
             raise
-        _end(_how_to_get(package))
+        _end(_how_to_get(error.name))
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None or not system_errors:
             raise
         _end(f"{error.filename}: {error.strerror}")
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from megalong.attention import __all__ as attention_names
-from megalong.command_line import ArgumentParser, run
+from megalong.command_line import REQUIRED, ArgumentParser, run
 from megalong.errors import UserError
 from tests.launching import REPOSITORY
 
@@ -89,7 +89,7 @@ def test_a_wrong_flag_is_one_line(command):
     [
         (UserError("--lr is 0"), "error: --lr is 0\n"),
         (FileNotFoundError(2, "No such file or directory", "x"), "error: x: No such file or dir"),
-        (ModuleNotFoundError("...", name="transformers.models"), "error: transformers is not inst"),
+        (ModuleNotFoundError("...", name="transformers"), "error: transformers is not inst"),
     ],
 )
 def test_what_the_user_can_mend(error, said, capsys):
@@ -100,12 +100,32 @@ def test_what_the_user_can_mend(error, said, capsys):
 
 @pytest.mark.parametrize(
     "error",
-    [ValueError("bug"), ConnectionError("lost"), ModuleNotFoundError("...", name="megalong.bug")],
+    [
+        ValueError("bug"),
+        ConnectionError("lost"),
+        ModuleNotFoundError("...", name="megalong.bug"),
+        ModuleNotFoundError("...", name="transformers.models"),  # a package that is incomplete
+        ModuleNotFoundError("...", name="hjson"),  # DeepSpeed's requirement, not ours
+    ],
 )
 def test_everything_else_shows_its_traceback(error):
     with pytest.raises(type(error)) as raised:
         run(lambda: (_ for _ in ()).throw(error))
     assert raised.value is error
+
+
+def test_where_files_have_their_flags_others_show_their_traceback():
+    error = FileNotFoundError(2, "No such file or directory", "gcc")
+    with pytest.raises(FileNotFoundError) as raised:
+        run(lambda: (_ for _ in ()).throw(error), system_errors=False)
+    assert raised.value is error
+
+
+def test_every_requirement_is_known():
+    lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
+    names = {re.split("[>;]", line)[0] for line in lines if not line.startswith("#")}
+    modules = {"megatron-core": "megatron", "PyYAML": "yaml"}
+    assert {modules.get(name, name) for name in names} == {*REQUIRED}
 
 
 def test_exit_statuses():
