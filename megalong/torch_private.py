@@ -1,7 +1,8 @@
-"""What PyTorch does not document and we need all the same: its names stand here and nowhere else,
-but for the operators of its attention, which `megalong/attention/sdpa_operators.py` calls.
+"""What PyTorch does not document and we need all the same: its names stand here and in one other
+file, `megalong/attention/sdpa_operators.py`, since the attention imports nothing else of megalong.
 
-A test looks for all of them in the installed PyTorch.
+That file calls operators of `torch.ops.aten` alone. A test looks for the names of both in the
+installed PyTorch, each where it belongs, and for such names anywhere else.
 """
 
 from __future__ import annotations
@@ -9,17 +10,65 @@ from __future__ import annotations
 from typing import IO, Any
 
 import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,  # what a fake tensor says to `.item()`
+    DynamicOutputShapeException,  # and to an index of booleans
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.distributed.checkpoint import FileSystemReader
+from torch.testing._internal.distributed.fake_pg import FakeStore  # also makes the backend "fake"
 from torch.utils._python_dispatch import TorchDispatchMode  # sees every operator, as it is called
+from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "CHECKPOINT_CLASSES",
     "COLLECTIVES",
+    "EFFICIENT_ATTENTION",
+    "FLASH_ATTENTION",
+    "NAMES",
+    "READ_VALUE",
+    "TO_COPY",
+    "TO_PINNED",
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "FakeStore",
+    "FakeTensor",
+    "FakeTensorMode",
     "TorchDispatchMode",
+    "is_going_backward",
     "record_memory_history",
     "slice_of_file",
+    "tree_leaves",
     "write_memory_history",
 ]
+
+# (owner, name) of what this file takes as an attribute or imports.
+NAMES = (
+    (torch, "_C"),
+    (torch, "_subclasses"),
+    (torch.testing, "_internal"),
+    (torch.utils, "_python_dispatch"),
+    (torch.utils, "_pytree"),
+    (torch._C, "_current_graph_task_id"),
+    (torch.cuda.memory, "_dump_snapshot"),
+    (torch.cuda.memory, "_record_memory_history"),
+    (FileSystemReader, "_slice_file"),
+    (torch.ops.aten, "_local_scalar_dense"),
+    (torch.ops.aten, "_pin_memory"),
+    (torch.ops.aten, "_scaled_dot_product_efficient_attention"),
+    (torch.ops.aten, "_scaled_dot_product_flash_attention"),
+    (torch.ops.aten, "_to_copy"),
+)
+
+# What `.item()`, `.to()` and `.pin_memory()` end up in.
+READ_VALUE = torch.ops.aten._local_scalar_dense.default
+TO_COPY = torch.ops.aten._to_copy.default
+TO_PINNED = torch.ops.aten._pin_memory.default
+
+# What PyTorch's dense attention runs on a GPU, in half precision and in float32.
+FLASH_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention
+EFFICIENT_ATTENTION = torch.ops.aten._scaled_dot_product_efficient_attention
 
 # The operators of torch.ops.c10d, where every collective of every library ends up, and the names
 # that people know them by.
@@ -63,6 +112,11 @@ def slice_of_file(reader: FileSystemReader, file: IO[bytes], piece: Any) -> IO[b
     piece: what the list of tensors says of where it is (`Metadata.storage_data`).
     """
     return reader._slice_file(file, piece)
+
+
+def is_going_backward() -> bool:
+    """Whether autograd is computing gradients right now, recomputation for them included."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def record_memory_history(events: int) -> None:

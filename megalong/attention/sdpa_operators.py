@@ -1,7 +1,9 @@
 """Dense attention that also returns its log-sum-exp, and its backward: PyTorch's own operators.
 
 Which of them runs depends on device, dtype and head_dim; where none does, a blockwise one of
-PyTorch's elementary operations.
+PyTorch's elementary operations. PyTorch documents none of the fused ones. Their names, all of
+`torch.ops.aten`, stand in this file and not in `megalong.torch_private`, since the attention
+imports nothing else of megalong.
 
 Shape suffixes: f batch, h heads, n rows, d head_dim.
 """

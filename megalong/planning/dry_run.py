@@ -32,7 +32,7 @@ from megalong.parallel.traffic import Counts
 from megalong.planning.fake_tensors import fake_device_tensors
 from megalong.planning.host_syncs import HostSyncs, Wait
 from megalong.planning.memory import DeviceMemory
-from megalong.planning.torch_private import FakeStore
+from megalong.torch_private import FakeStore
 from megalong.training.engine import TrainingEngine, weights_divider
 
 # Where a step waits for the device, and why: none of it is ours. Everything else is an error.

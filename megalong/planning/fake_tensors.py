@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from megalong.planning.torch_private import (
+from megalong.torch_private import (
     EFFICIENT_ATTENTION,
     FLASH_ATTENTION,
     FakeTensor,

@@ -19,15 +19,15 @@ from unittest import mock
 import torch
 
 from megalong.planning import fake_device
-from megalong.planning.torch_private import (
+from megalong.torch_private import (
     READ_VALUE,
     TO_COPY,
     TO_PINNED,
     DataDependentOutputException,
     DynamicOutputShapeException,
+    TorchDispatchMode,
     tree_leaves,
 )
-from megalong.torch_private import TorchDispatchMode
 
 aten = torch.ops.aten
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megalong.planning.torch_private import is_going_backward, tree_leaves
-from megalong.torch_private import TorchDispatchMode
+from megalong.torch_private import TorchDispatchMode, is_going_backward, tree_leaves
 
 BLOCK = 512  # bytes: PyTorch's allocator rounds up to multiples of that
 

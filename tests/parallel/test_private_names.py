@@ -1,40 +1,36 @@
 """Names that other libraries do not document: all exist in the installed versions, and stand in the
-one file that each library has for them."""
+one file that each library has for them. The operators of PyTorch's attention alone stand in a
+second one, since the attention imports nothing else of megalong."""
 
 import ast
 import importlib
-from pathlib import Path
 
+import pytest
 import torch
 
-import megalong
 from megalong import torch_private
 from megalong.parallel import deepspeed_private
 from tests.forked import run_ranks
+from tests.launching import REPOSITORY
 
 WORKER = __file__.replace("test_private_names", "private_names_worker")
-MEGALONG = Path(megalong.__file__).parent
+ATTENTION = "megalong/attention/sdpa_operators.py"  # of torch.ops.aten
 FENCES = {
-    "parallel/deepspeed_private.py",
-    "parallel/megatron_private.py",
-    "torch_private.py",
-    "planning/torch_private.py",
-    "attention/sdpa_operators.py",  # PyTorch's attention; that room imports no other
+    "megalong/parallel/deepspeed_private.py",
+    "megalong/parallel/megatron_private.py",
+    "megalong/torch_private.py",
+    ATTENTION,
 }
+SOURCES = [
+    REPOSITORY / "pretrain_longnet.py",
+    *(
+        path
+        for folder in ("megalong", "tools", "examples")
+        for path in (REPOSITORY / folder).rglob("*.py")
+    ),
+]
 # Documented all the same: https://docs.python.org/3, of os and of collections.namedtuple.
 DOCUMENTED = {"_exit", "_fields", "_asdict", "_replace", "_make"}
-
-
-# Whose PyTorch's private names are.
-OWNERS = (
-    torch.ops.aten,
-    torch.cuda.memory,
-    torch.distributed.checkpoint.FileSystemReader,
-    torch.utils,
-    torch.testing,
-    torch._C,
-    torch,
-)
 
 
 def is_private(name: str) -> bool:
@@ -64,15 +60,20 @@ def foreign_private_names(source: str) -> set[str]:
     return {name for name in found - own if is_private(name)}
 
 
-def test_private_names_stand_in_their_files():
-    taken = {
-        str(path.relative_to(MEGALONG)): names
-        for path in MEGALONG.rglob("*.py")
-        if (names := foreign_private_names(path.read_text()))
+@pytest.fixture(scope="module")
+def taken() -> dict[str, set[str]]:
+    """The private names of others in every file that has such."""
+    found = {
+        str(path.relative_to(REPOSITORY)): foreign_private_names(path.read_text())
+        for path in SOURCES
     }
+    return {file: names for file, names in found.items() if names}
+
+
+def test_private_names_stand_in_their_files(taken):
     assert taken.keys() == FENCES, {file: taken[file] for file in taken.keys() - FENCES}
     listed = {name for names in deepspeed_private.NAMES.values() for name in names}
-    assert taken["parallel/deepspeed_private.py"] <= listed
+    assert taken["megalong/parallel/deepspeed_private.py"] <= listed
 
 
 def test_the_search_finds_them():
@@ -89,14 +90,15 @@ class Ours:
     assert foreign_private_names(source) == expected
 
 
-def test_pytorch_has_its_own():
+def test_pytorch_has_its_own(taken):
     for module, name in torch_private.CHECKPOINT_CLASSES:
         assert hasattr(importlib.import_module(module), name), (module, name)
     for name in torch_private.COLLECTIVES:
         assert hasattr(torch.ops.c10d, name), name
-    for fence in ("torch_private.py", "planning/torch_private.py", "attention/sdpa_operators.py"):
-        for name in foreign_private_names((MEGALONG / fence).read_text()):
-            assert any(hasattr(owner, name) for owner in OWNERS), name
+    assert {name for _, name in torch_private.NAMES} == taken["megalong/torch_private.py"]
+    operators = [(torch.ops.aten, name) for name in taken[ATTENTION]]
+    for owner, name in (*torch_private.NAMES, *operators):
+        assert hasattr(owner, name), (owner, name)
 
 
 def test_deepspeed_and_megatron_core_have_theirs(corpus):

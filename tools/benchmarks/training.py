@@ -167,12 +167,12 @@ def call(command: list[str], **environment: str) -> None:
 def rows(arguments: Namespace, _: Path) -> dict[str, object]:
     import torch
     import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from megalong.attention import DilatedPattern, dilated_attention
     from megalong.attention.exchange import SequenceGroup
     from megalong.attention.sequence_parallel import sequence_parallel_attention
     from megalong.attention.sequence_plan import subgroup_sizes
+    from megalong.torch_private import FakeStore
 
     result: dict[str, object] = {"errors": rows_errors(arguments)}
     shard, heads = (256, 2) if arguments.tiny else (32768, 12)
