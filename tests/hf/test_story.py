@@ -134,7 +134,7 @@ def test_checkpoint_and_export_are_evaluated_alike(place, text_file, tmp_path):
         flags += ["--passkey-lengths", 200, "--passkey-depths", 0, 0.5, "--passkey-trials", 2]
         # The quickstart's checkpoint knows its tokenizer by a path from where it was made.
         flags += ["--tokenizer-model", place / "runs" / "quickstart" / "tokenizer.model"]
-        tool("evaluate.py", "--model", place / "runs" / name, *flags)
+        tool("evaluate.py", "--model", place / "runs" / name, "--overwrite", *flags)
         results.append(json.loads((tmp_path / "evaluation.json").read_text()))
         assert (tmp_path / "evaluation.png").stat().st_size > 10_000
     ours, theirs = results
