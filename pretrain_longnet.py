@@ -22,6 +22,8 @@ from megalong.command_line import run
 
 
 def main(arguments: list[str]) -> None:
+    """Train as these flags say, as one rank of however many were started. Raises UserError where a
+    flag, a file or the machine does not allow it."""
     from megalong.config import world_size
     from megalong.config.arguments import parse_arguments
 

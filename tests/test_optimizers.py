@@ -8,7 +8,7 @@ import torch
 
 import megalong.optimizers
 from megalong.config import TrainingConfig
-from megalong.optimizers import optimizer_of
+from megalong.optimizers import OPTIMIZERS, optimizer_of
 
 [CHOICES] = [
     field.metadata["choices"]
@@ -18,6 +18,7 @@ from megalong.optimizers import optimizer_of
 
 
 def test_the_flag_has_all_there_are():
+    assert set(OPTIMIZERS) == set(CHOICES)
     files = {path.stem for path in Path(megalong.optimizers.__file__).parent.glob("*.py")}
     assert files == {"__init__", "optimizer", *CHOICES}
 

@@ -49,22 +49,36 @@ ops = torch.ops.megalong
 
 
 def forward(q, k, v, pattern: DilatedPattern, *, causal: bool, scale: float, backend: str):
+    """Dilated attention: out like q, lse (batch, heads, sequence) in at least float32.
+
+    q (batch, sequence, heads, head_dim); k, v (batch, sequence, kv_heads, head_dim). backend: as
+    `choose_backend` takes it; ValueError where that cannot run.
+    """
     return ops.dilated_attention(q, k, v, pattern.text, causal, scale, backend)
 
 
 def backward(
     grad, q, k, v, out, lse, pattern: DilatedPattern, *, causal: bool, scale: float, backend: str
 ):
+    """Gradients (dq, dk, dv) of `forward`, in its inputs' dtype.
+
+    out and lse, like `forward`'s, may be those of a softmax over more keys.
+    """
     return ops.dilated_attention_backward(
         grad, q, k, v, out, lse, pattern.text, causal, scale, backend
     )
 
 
 def attend_rows(q, k, v, *, scale: float, backend: str):
+    """Dense attention: out like q, lse (batch, heads, m) in at least float32.
+
+    q (batch, m, heads, head_dim); k, v (batch, n, kv_heads, head_dim). backend as in `forward`.
+    """
     return ops.attend_rows(q, k, v, scale, backend)
 
 
 def attend_rows_backward(grad, q, k, v, out, lse, *, scale: float, backend: str):
+    """Gradients (dq, dk, dv) of `attend_rows`, to be added to others: in the dtype of lse."""
     return ops.attend_rows_backward(grad, q, k, v, out, lse, scale, backend)
 
 

@@ -1,19 +1,23 @@
-"""The optimizers that `--optimizer` chooses from, a file each under that name.
+"""The optimizers that `--optimizer` chooses from, a file each.
 
-Another one is such a file, with a subclass of `Optimizer` called `Component`, and its name and
-settings as flags in `megalong/config/training.py`. Training, checkpoints and imports ask here.
+Another one is such a file, with a subclass of `Optimizer`, a line in the table below, and its name
+and settings as flags in `megalong/config/training.py`. Training, checkpoints and imports ask here.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
+from types import MappingProxyType
 
 from megalong.config.training import TrainingConfig
+from megalong.optimizers.adam import AdamW
 from megalong.optimizers.optimizer import Optimizer
+from megalong.optimizers.sgd import SGDMomentum
 
-__all__ = ["Optimizer", "optimizer_of"]
+__all__ = ["OPTIMIZERS", "Optimizer", "optimizer_of"]
+
+OPTIMIZERS = MappingProxyType({"adam": AdamW, "sgd": SGDMomentum})
 
 
 def optimizer_of(training: TrainingConfig) -> Optimizer:
     """The optimizer that these settings ask for."""
-    return import_module(f"megalong.optimizers.{training.optimizer}").Component(training)
+    return OPTIMIZERS[training.optimizer](training)

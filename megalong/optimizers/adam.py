@@ -8,11 +8,14 @@ import torch
 from megalong.optimizers.optimizer import Optimizer
 
 
-class Component(Optimizer):
+class AdamW(Optimizer):
+    """`--optimizer adam`: PyTorch's AdamW, with `--lr` and the flags `--adam-...`."""
+
     moments = ("exp_avg", "exp_avg_sq")
     deepspeed_types = ("AdamW", "Adam")
 
     def build(self, groups, fused):
+        """torch.optim.AdamW; each group has its own weight decay."""
         training = self.training
         return torch.optim.AdamW(
             groups,
@@ -23,12 +26,14 @@ class Component(Optimizer):
         )
 
     def first_state(self, partition, fused):
+        """Both moments and the count of steps, all zero."""
         # The fused AdamW wants its step counter on the device, the other on the CPU.
         device = partition.device if fused else "cpu"
         step = torch.zeros((), dtype=torch.float32, device=device)
         return {"step": step, **super().first_state(partition, fused)}
 
     def deepspeed_params(self):
+        """As DeepSpeed names AdamW's: lr, betas, eps, weight_decay, adam_w_mode."""
         training = self.training
         betas = [training.adam_beta1, training.adam_beta2]
         return {

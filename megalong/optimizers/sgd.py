@@ -10,15 +10,19 @@ import torch
 from megalong.optimizers.optimizer import Optimizer
 
 
-class Component(Optimizer):
+class SGDMomentum(Optimizer):
+    """`--optimizer sgd`: PyTorch's SGD with `--lr` and `--sgd-momentum`."""
+
     moments = ("momentum_buffer",)
     deepspeed_types = ("SGD",)
 
     def build(self, groups, fused):
+        """torch.optim.SGD; each group has its own weight decay."""
         training = self.training
         return torch.optim.SGD(groups, lr=training.lr, momentum=training.sgd_momentum, fused=fused)
 
     def deepspeed_params(self):
+        """As DeepSpeed names SGD's: lr, momentum, weight_decay."""
         training = self.training
         return {
             "lr": (training.lr, "--lr"),

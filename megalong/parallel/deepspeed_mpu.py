@@ -14,8 +14,16 @@ from megalong.parallel.mesh import Mesh
 
 
 class DeepSpeedMPU:
-    """The mesh as `deepspeed.initialize(mpu=...)` wants to see it: for each of its axes a group,
-    this rank's place in it, and its size."""
+    """The mesh as `deepspeed.initialize(mpu=...)` wants to see it: for each of its axes a group
+    (`get_..._group`), this rank's place in it (`get_..._rank`), and its size
+    (`get_..._world_size`).
+
+    tensor_model_parallel, pipeline_model_parallel: Megatron-core's axes. model_parallel: the
+    ranks that hold the parts of one replica. data_parallel: those that see different samples.
+    sequence_parallel: those that see different positions of the same samples.
+    sequence_data_parallel: those that hold the same part of the weights, which ZeRO partitions.
+    `..._src_rank` and `..._group_ranks` are numbers of ranks in the whole launch.
+    """
 
     def __init__(self, mesh: Mesh):
         self._mesh = mesh

@@ -118,11 +118,14 @@ class MetricsLog:
 class Board(Protocol):
     """Where curves are drawn."""
 
-    def scalars(self, iteration: int, values: dict[str, float]) -> None: ...
+    def scalars(self, iteration: int, values: dict[str, float]) -> None:
+        """A point of each of these curves."""
 
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        """Write out what is held back."""
 
-    def close(self, failed: bool) -> None: ...
+    def close(self, failed: bool) -> None:
+        """The run ends; failed: by an error."""
 
 
 class _TensorBoard:

@@ -51,10 +51,12 @@ class WandbBoard:
         self._run.define_metric("*", step_metric="iteration")
 
     def scalars(self, iteration: int, values: dict[str, float]) -> None:
+        """A point of each of these curves."""
         self._run.log({"iteration": iteration, **values})
 
     def flush(self) -> None:
         """wandb writes to its own file on the disk at once."""
 
     def close(self, failed: bool) -> None:
+        """The run ends; failed: by an error."""
         self._run.finish(exit_code=int(failed))
