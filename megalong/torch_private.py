@@ -36,6 +36,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
+    "forget_memory_history",
     "is_going_backward",
     "record_memory_history",
     "slice_of_file",
@@ -125,6 +126,10 @@ def record_memory_history(events: int) -> None:
 
 
 def write_memory_history(path: str) -> None:
-    """Write what was remembered, for https://pytorch.org/memory_viz, and forget it."""
+    """Write what was remembered, for https://pytorch.org/memory_viz."""
     torch.cuda.memory._dump_snapshot(path)
+
+
+def forget_memory_history() -> None:
+    """Remember nothing any more."""
     torch.cuda.memory._record_memory_history(enabled=None)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -44,14 +43,9 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, *error: Any) -> None:
         # What ends the run already is the news; a checkpoint under way is finished all the same.
-        with contextlib.suppress(Exception) if error is not None else contextlib.nullcontext():
+        with contextlib.suppress(Exception) if kind is not None else contextlib.nullcontext():
             self.wait()
         self._pool.shutdown()
 

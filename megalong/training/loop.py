@@ -87,7 +87,7 @@ class Trainer:
 
         A run that is asked to stop saves a checkpoint and returns early.
         """
-        with self.saver, self.reports:
+        with self.saver, self.reports.running():
             try:
                 with self.profiler:
                     self._train()

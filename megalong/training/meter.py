@@ -77,13 +77,16 @@ class Meter:
         self.restart()
         return result
 
-    def memory(self) -> dict[str, Any]:
-        """The peak of this process's memory so far, in bytes: on a GPU what its tensors took
-        (peak_memory_bytes) and what PyTorch had reserved for them, on a CPU the resident set."""
+    def take_memory(self) -> dict[str, Any]:
+        """The peak of this process's memory, in bytes: on a GPU, since the last call, what its
+        tensors took (peak_memory_bytes) and what PyTorch had reserved for them; on a CPU, since
+        the start, the resident set."""
         if self._device.type == "cuda":
-            return {
+            peaks = {
                 "peak_memory_bytes": torch.cuda.max_memory_allocated(self._device),
                 "peak_reserved_bytes": torch.cuda.max_memory_reserved(self._device),
             }
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return peaks
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {"peak_memory_bytes": resident * 1024}  # Linux counts in KiB

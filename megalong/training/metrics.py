@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 from megalong.config import Config
@@ -38,7 +39,9 @@ class MetricsLog:
         mfu, mfu_dense_equivalent: share of all ranks' peak FLOP/s that the model FLOPs of the
             executed attention are, and those of dense attention would be (`megalong.model.flops`);
         data_share: share of the time in which this process waited for data;
-        peak_memory_bytes (on a GPU peak_reserved_bytes too): since the start, of this process;
+        peak_memory_bytes: of this process: on a GPU what its tensors took at most since the last
+            record (and peak_reserved_bytes, what PyTorch had reserved for them), on a CPU the
+            largest resident set since the start;
     One training record of every start of a run has
         flops: model FLOPs of a step by part, the total of its dense equivalent, the peak FLOP/s of
             all ranks together, and where that is from;
@@ -51,7 +54,8 @@ class MetricsLog:
     Only the main process has one.
     """
 
-    def __init__(self, config: Config, resumed_iteration: int):
+    def __init__(self, config: Config, resumed_iteration: int, say: Callable[[str], None]):
+        """say: called with a line to be said."""
         run = config.run
         self._system_errors = partial(system_errors_of, "--save", str(run.save))
         self._file = None
@@ -64,7 +68,7 @@ class MetricsLog:
         if run.tensorboard_dir is not None:
             self._boards.append(_TensorBoard(run.tensorboard_dir, resumed_iteration))
         if run.wandb_project is not None:
-            self._boards.append(WandbBoard(config))
+            self._boards.append(WandbBoard(config, say))
 
     def training(self, record: dict[str, Any]) -> None:
         """One logged iteration."""
@@ -91,17 +95,12 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._file is not None:
-            with self._system_errors():
-                self._file.close()
-        for board in self._boards:
-            board.close(failed=error is not None)
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        with self._system_errors(), contextlib.ExitStack() as closing:
+            if self._file is not None:
+                closing.callback(self._file.close)
+            for board in self._boards:
+                closing.callback(board.close, failed=kind is not None)
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._file is not None:

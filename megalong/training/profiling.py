@@ -6,14 +6,18 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
+import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megalong.config import Config
 from megalong.parallel.mesh import Mesh
-from megalong.torch_private import record_memory_history, write_memory_history
-from megalong.training.stopping import Stopped
+from megalong.torch_private import (
+    forget_memory_history,
+    record_memory_history,
+    write_memory_history,
+)
 
 MEMORY_EVENTS = 1_000_000  # allocations and releases that a snapshot remembers
 
@@ -21,7 +25,8 @@ MEMORY_EVENTS = 1_000_000  # allocations and releases that a snapshot remembers
 class Profiler:
     """Profiles this rank's iterations from `--profile-step-start` on, up to that before
     `--profile-step-end`, where `--profile` and `--profile-ranks` want it. A context around the
-    training: of one that is asked to stop, what was traced until then is kept.
+    training: of one that ends early, what was traced until then is kept. Out of memory is where a
+    snapshot of it is wanted most.
 
     Writes into the run folder profile/rank0_iterations_10-11.json.gz, which Perfetto and
     chrome://tracing show, and on a GPU ..._memory.pickle for https://pytorch.org/memory_viz.
@@ -45,14 +50,8 @@ class Profiler:
     def __enter__(self) -> Profiler:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if kind is None or issubclass(kind, Stopped):
-            self._finish()
+    def __exit__(self, *error: Any) -> None:
+        self._finish()
 
     @contextlib.contextmanager
     def iteration(self, number: int) -> Iterator[None]:
@@ -60,10 +59,10 @@ class Profiler:
         if not self._wanted or not self._first <= number < self._stop:
             yield
             return
+        self._iterations.append(number)
         if self._under_way is None:
             with self._pause():
                 self._begin()
-        self._iterations.append(number)
         with record_function(f"iteration {number}"):
             yield
         if number == self._stop - 1:
@@ -73,6 +72,7 @@ class Profiler:
     def _begin(self) -> None:
         activities = [ProfilerActivity.CPU]
         if self._mesh.device.type == "cuda":
+            torch.cuda.synchronize(self._mesh.device)  # no kernels of the step before in the trace
             activities.append(ProfilerActivity.CUDA)
             record_memory_history(MEMORY_EVENTS)
         self._under_way = profile(activities=activities, record_shapes=True, with_stack=True)
@@ -82,16 +82,29 @@ class Profiler:
         profiler, self._under_way = self._under_way, None
         if profiler is None:
             return
-        profiler.stop()
-        first, last = self._iterations[0], self._iterations[-1]
-        name = f"rank{self._mesh.rank}_iterations_{first}-{last}"
+        name = f"rank{self._mesh.rank}_iterations_{self._iterations[0]}-{self._iterations[-1]}"
         folder = Path(self._save) / "profile"
-        try:
+        with self._kept("trace"):
+            profiler.stop()
             folder.mkdir(exist_ok=True)
-            profiler.export_chrome_trace(str(folder / f"{name}.json.gz"))
-            if self._mesh.device.type == "cuda":
+            trace = folder / f"{name}.json.gz"
+            profiler.export_chrome_trace(str(trace))
+            self._say(f"traced {self._which}: {trace}")
+        if self._mesh.device.type == "cuda":
+            with self._kept("snapshot of memory"), contextlib.ExitStack() as at_end:
+                at_end.callback(forget_memory_history)
+                folder.mkdir(exist_ok=True)
                 write_memory_history(str(folder / f"{name}_memory.pickle"))
-        except OSError as error:  # no reason to end a training
-            self._say(f"--profile: no trace of iterations {first} to {last}: {error}")
-        else:
-            self._say(f"traced iterations {first} to {last}: {folder / name}.json.gz")
+
+    @contextlib.contextmanager
+    def _kept(self, what: str) -> Iterator[None]:
+        """Inside, it is written; where that fails, a line says so, for it is no reason to end a
+        training, nor to hide what has ended it."""
+        try:
+            yield
+        except Exception as error:
+            self._say(f"--profile: no {what} of {self._which}: {error}")
+
+    @property
+    def _which(self) -> str:
+        return f"iterations {self._iterations[0]} to {self._iterations[-1]}"

@@ -34,7 +34,7 @@ WORTH_A_WORD = 0.05  # waiting for data, and growth of the peak memory, as a sha
 
 class Reports:
     """What a run says of itself, and the meter that it takes its numbers from. Every rank has one,
-    and the main process speaks; a context, which closes the metrics at its end.
+    and the main process speaks.
 
     progress: where the run begins. saver: asked when a checkpoint was on the disk.
     """
@@ -50,17 +50,16 @@ class Reports:
         self.flops = step_flops(config, data.tokenizer.vocab_size)
         self.dense_flops = step_flops(config, data.tokenizer.vocab_size, dense=True)
         self.peak, self.peak_source = _peak_of_all_ranks(config, mesh)
-        self.metrics = MetricsLog(config, progress.iteration) if mesh.is_main else None
+        self.metrics = MetricsLog(config, progress.iteration, say) if mesh.is_main else None
         self._first_iteration, self._begin = progress.iteration, time.perf_counter()
         self._says_flops = True  # in the first record
-        self._memory_said = 0
+        self._memory_before = 0  # the least peak since one was said
 
-    def __enter__(self) -> Reports:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self.metrics is not None:
-            self.metrics.__exit__(*error)
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, there is something to report; at the end, the metrics are closed."""
+        with contextlib.nullcontext() if self.metrics is None else self.metrics:
+            yield
 
     def begin(self) -> None:
         """The training begins now, after all that had to be built."""
@@ -129,7 +128,7 @@ class Reports:
             "mfu": total / seconds / self.peak,
             "mfu_dense_equivalent": dense / seconds / self.peak,
             "data_share": data_share,
-            **self.meter.memory(),
+            **self.meter.take_memory(),
             **self.meter.take_save(self.saver.durable_at),
         }
         if self._says_flops:
@@ -163,9 +162,11 @@ class Reports:
         ]
         if record["data_share"] > WORTH_A_WORD:
             words.append(f"waiting for data {record['data_share']:.0%}")
-        if record["peak_memory_bytes"] > (1 + WORTH_A_WORD) * self._memory_said:
-            self._memory_said = record["peak_memory_bytes"]
-            words.append(f"peak memory {human_bytes(self._memory_said)}")
+        memory = record["peak_memory_bytes"]
+        if memory > (1 + WORTH_A_WORD) * self._memory_before:
+            self._memory_before = memory
+            words.append(f"peak memory {human_bytes(memory)}")
+        self._memory_before = min(self._memory_before, memory)
         words += self._words_on_save(record)
         words.append(f"{clock(pace * (train_iters - iteration))} left")
         return " | ".join(words)

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,12 +52,7 @@ class StopRequest:
         self._handlers = {number: signal.signal(number, _handled_by_thread) for number in SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         for number, handler in self._handlers.items():
             # The signal that stopped the others may still be on its way to this one.
             signal.signal(number, signal.SIG_IGN if self._stopped else handler)

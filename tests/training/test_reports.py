@@ -18,8 +18,9 @@ from megalong.errors import UserError
 from megalong.training import meter as meter_module
 from megalong.training import profiling, weights_and_biases
 from megalong.training.meter import Meter
-from megalong.training.metrics import read_metrics
+from megalong.training.metrics import MetricsLog, read_metrics
 from megalong.training.profiling import Profiler
+from megalong.training.reports import Reports
 from megalong.training.weights_and_biases import check_wandb
 from tests.forked import run_ranks
 from tests.launching import small_run_flags
@@ -136,6 +137,32 @@ def test_without_the_package_wandb(monkeypatch):
     monkeypatch.setattr(weights_and_biases.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--wandb-project tests needs the package wandb: pip "):
         check_wandb(config)
+    monkeypatch.setenv("RANK", "1")  # draws nothing
+    check_wandb(config)
+
+
+def test_a_service_that_fails_ends_no_training(tmp_path, monkeypatch):
+    """Nor does it hide what does; and a file that a killed run left empty has no id."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "stand_in")
+    sys.modules.pop("wandb", None)
+    (tmp_path / "wandb_run_id").write_text("")
+    said = []
+    config = resolved(save=tmp_path, wandb_project="tests", tensorboard_dir=tmp_path)
+    with pytest.raises(KeyError, match="real"), MetricsLog(config, 0, said.append) as log:
+        [*_, board] = log._boards
+        assert (tmp_path / "wandb_run_id").read_text() == board._run.id != ""
+        assert not (tmp_path / "wandb_run_id.tmp").exists()
+        monkeypatch.delattr("wandb._Run._call")
+        for iteration in (1, 2):
+            log.training({"iteration": iteration, "loss": 1.0})
+        raise KeyError("real")
+    [line] = said
+    assert line.startswith("--wandb-project: curves are missing there: ")
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+    (tmp_path / "wandb_run_id").unlink()
+    (tmp_path / "wandb_run_id").mkdir()
+    with pytest.raises(UserError, match=r"--save .*wandb_run_id: Is a directory"):
+        MetricsLog(config, 0, said.append)
 
 
 def resolved(ranks=1, **changes):
@@ -210,40 +237,94 @@ def test_a_save_in_the_background_takes_longer_than_the_training_stands_still(mo
 GPU = torch.device("cuda", 0)
 
 
-def profiled(tmp_path, iterations):
-    """A profiler of iterations 2 and 3 on what it takes for a GPU; what it says."""
+@pytest.fixture
+def gpu_calls(monkeypatch):
+    """What is asked of a GPU that is not there: to wait, and of its memory."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("wait"))
+    for name in ("record_memory_history", "write_memory_history"):
+        monkeypatch.setattr(profiling, name, calls.append)
+    monkeypatch.setattr(profiling, "forget_memory_history", lambda: calls.append("forget"))
+    return calls
+
+
+def profiled(tmp_path, iterations, error=None):
+    """A profiler of iterations 2 and 3 on what it takes for a GPU; what it says. error: in the
+    last of the iterations."""
     config = resolved(save=tmp_path, profile=True, profile_step_start=2, profile_step_end=4)
     said, mesh = [], SimpleNamespace(device=GPU, rank=0)
-    with Profiler(config, mesh, said.append, contextlib.nullcontext) as profiler:
+    expected = contextlib.nullcontext() if error is None else pytest.raises(type(error))
+    with (
+        expected as raised,
+        Profiler(config, mesh, said.append, contextlib.nullcontext) as profiler,
+    ):
         for iteration in iterations:
             with profiler.iteration(iteration):
                 torch.ones(2) + 1
+                if error is not None and iteration == iterations[-1]:
+                    raise error
+    assert error is None or raised.value is error
     return said
 
 
-def test_on_a_gpu_there_is_a_snapshot_of_its_memory(tmp_path, monkeypatch):
-    events = []
-    monkeypatch.setattr(profiling, "record_memory_history", lambda n: events.append("record"))
-    monkeypatch.setattr(profiling, "write_memory_history", lambda path: events.append(path))
+def test_on_a_gpu_there_is_a_snapshot_of_its_memory(tmp_path, gpu_calls):
     trace = tmp_path / "profile" / "rank0_iterations_2-3.json.gz"
     assert profiled(tmp_path, range(1, 6)) == [f"traced iterations 2 to 3: {trace}"]
     snapshot = tmp_path / "profile" / "rank0_iterations_2-3_memory.pickle"
-    assert trace.exists() and events == ["record", str(snapshot)]
+    assert trace.exists()
+    assert gpu_calls == ["wait", profiling.MEMORY_EVENTS, str(snapshot), "forget"]
     assert profiled(tmp_path, [1, 2])[0].startswith("traced iterations 2 to 2: ")  # ended early
     assert profiled(tmp_path, [4, 5]) == []
 
 
-def test_a_trace_that_cannot_be_written_ends_no_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(profiling, "record_memory_history", lambda n: None)
+def test_out_of_memory_leaves_a_snapshot_of_it(tmp_path, gpu_calls):
+    [line] = profiled(tmp_path, [1, 2], torch.OutOfMemoryError("full"))
+    folder = tmp_path / "profile"
+    assert line == f"traced iterations 2 to 2: {folder / 'rank0_iterations_2-2.json.gz'}"
+    assert gpu_calls[2:] == [str(folder / "rank0_iterations_2-2_memory.pickle"), "forget"]
+
+
+@pytest.mark.parametrize("error", [None, torch.OutOfMemoryError("full")])
+def test_a_trace_that_cannot_be_written_ends_no_training(tmp_path, gpu_calls, error):
     (tmp_path / "profile").write_text("in the way")
-    [line] = profiled(tmp_path, range(1, 6))
-    assert line.startswith("--profile: no trace of iterations 2 to 3: ")
+    trace, snapshot = profiled(tmp_path, [1, 2, 3], error)
+    assert trace.startswith("--profile: no trace of iterations 2 to 3: ")
+    assert snapshot.startswith("--profile: no snapshot of memory of iterations 2 to 3: ")
+    assert gpu_calls[2:] == ["forget"]
 
 
-def test_memory_of_a_gpu(monkeypatch):
+def test_whatever_the_profiler_fails_with_ends_no_training(tmp_path, gpu_calls, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(profiling.profile, "export_chrome_trace", fail)
+    monkeypatch.setattr(profiling, "write_memory_history", fail)
+    lines = profiled(tmp_path, range(1, 6))
+    assert [line.endswith("of iterations 2 to 3: no room") for line in lines] == [True, True]
+    assert gpu_calls[2:] == ["forget"]
+
+
+def test_memory_of_a_gpu_is_that_since_the_last_record(monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", forgotten.append)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 9)
-    assert Meter(GPU).memory() == {"peak_memory_bytes": 7, "peak_reserved_bytes": 9}
+    assert Meter(GPU).take_memory() == {"peak_memory_bytes": 7, "peak_reserved_bytes": 9}
+    assert forgotten == [GPU]
+
+
+def test_growth_of_memory_is_said_after_a_spike_too():
+    reports = SimpleNamespace(
+        _memory_before=0, _begin=0.0, _first_iteration=0, _words_on_save=lambda record: [],
+        config=SimpleNamespace(training=SimpleNamespace(train_iters=9)),
+    )  # fmt: skip
+    record = {"iteration": 1, "loss": 1.0, "learning_rate": 1.0, "grad_norm": 1.0, "mfu": 0.5}
+    record |= {"mfu_dense_equivalent": 0.5, "data_share": 0.0, "tokens_per_second": 1.0}
+    said = [
+        "peak memory" in Reports._line(reports, record | {"peak_memory_bytes": gib * 2**30})
+        for gib in (90, 20, 20.5, 21.5, 22, 23)
+    ]
+    assert said == [True, False, False, True, False, True]
 
 
 if __name__ == "__main__":

@@ -97,11 +97,12 @@ def train(arguments: Namespace, scratch: Path) -> dict[str, object]:
     records = training_run(arguments, scratch, "train", f"{flags} {steps} --precision bf16")
     last = records[-1]
     names = ("tokens_per_second", "mfu", "mfu_dense_equivalent")
-    names += ("peak_memory_bytes", "peak_reserved_bytes")
+    peaks = ("peak_memory_bytes", "peak_reserved_bytes")  # of the records' intervals
     return {
         "flags": flags,
         "losses": [record["loss"] for record in records],
-        **{name: last[name] for name in names if name in last},
+        **{name: last[name] for name in names},
+        **{name: max(r[name] for r in records) for name in peaks if name in last},
     }
 
 
