@@ -3,9 +3,9 @@
     python tools/benchmarks/kernel_resources.py 90 bfloat16 forward:64 dkdv:128 rare:64 ...
 
 prints one line of JSON for each variant of each kernel and head_dim, as tile_sizes.py has them:
-registers, bytes of stack (spills), shared memory, and the tensor-core instructions found. It needs
-no GPU, only the ptxas and cuobjdump inside the triton package. Not under TRITON_INTERPRET.
-tune_attention.py uses it, and so do the tests.
+registers, bytes of stack (spills), shared memory, the tensor-core instructions found, and the
+instructions of the main loop (`main_loop`). It needs no GPU, only the ptxas and cuobjdump inside
+the triton package. Not under TRITON_INTERPRET. tune_attention.py uses it, and so do the tests.
 """
 
 import json
@@ -32,6 +32,7 @@ from megalong.attention.triton.tile_sizes import (
     newest_that_fits,
     padded_head_dim,
     sizes_of,
+    splits,
 )
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -108,13 +109,51 @@ def resources(compiled) -> dict:
         "hgmma": len(re.findall(r"\bHGMMA\.", assembly)),
         "hmma": len(re.findall(r"\bHMMA\.", assembly)),
         "local": len(re.findall(r"\b(?:STL|LDL)\b", assembly)),
+        **main_loop(assembly),
     }
+
+
+def main_loop(assembly: str) -> dict:
+    """The instructions of the loop that most tiles run through.
+
+    A loop is what lies between a branch backwards and its target, without another such branch
+    inside; of those with tensor-core instructions the main one is the shortest for each of them:
+    tiles at an edge also compute a mask. Of its instructions, "tensor" multiply matrices, "masking"
+    compare or select, "memory" read or write any kind of memory, "spills" the stack.
+    """
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*);", assembly)
+    code = [(int(address, 16), text) for address, text in lines]
+    ends = [
+        (int(found[1], 16), address)
+        for address, text in code
+        if (found := re.match(r"BRA\b.*?0x([0-9a-f]+)", text)) and int(found[1], 16) < address
+    ]
+    loops = []
+    for start, stop in ends:
+        inside = any(start <= a and b < stop for a, b in ends if (a, b) != (start, stop))
+        body = [text for address, text in code if start <= address <= stop]
+        tensor = sum(text.startswith(("HMMA", "HGMMA")) for text in body)
+        if tensor and not inside:
+            kinds = {
+                "loop": len(body),
+                "loop_tensor": tensor,
+                "loop_masking": count(body, "ISETP", "FSEL", "SEL", "UISETP", "USEL", "PLOP3"),
+                "loop_memory": count(body, "LD", "ST", "UTMALDG"),
+                "loop_spills": count(body, "LDL", "STL"),
+            }
+            loops.append((len(body) / tensor, kinds))
+    return {**min(loops, key=lambda loop: loop[0])[1], "loops": len(loops)} if loops else {}
+
+
+def count(body: list[str], *names: str) -> int:
+    return sum(text.startswith(names) for text in body)
 
 
 def resources_of(name: str, head_dim: int, dtype: str, generation: int, chosen: TileSizes):
     """One dictionary for each variant of a kernel, or of "rare", in given tile sizes."""
     defaults = {
         "CAUSAL": True, "ATTENDS": True, "GATHERED": False,
+        "SPLIT": splits(head_dim, getattr(torch, dtype), generation),
         "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim),
         "BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n, "ACC": triton.language.float32,
         "PRECISION": "tf32x3" if dtype == "float32" else "ieee",

@@ -16,9 +16,11 @@ from megalong.attention.triton.geometry import (
     LOG2E,
     VARYING,
     compact_rows,
+    compact_start,
     load_rows,
     locate,
     rows_of,
+    seeing_queries,
     seen_keys,
     store_rows,
 )
@@ -46,6 +48,30 @@ def delta_kernel(
     tl.store(delta_ptr + batch_head * queries + row_m, delta_m, mask=valid_m)
 
 
+@triton.jit
+def add_keys(
+    dq_md, q_md, grad_md, lse_m, delta_m, k_ptr, v_ptr, k_step, v_step, last_m, start, stop,
+    scale2, EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq plus the share of the key rows [start, stop). EDGE: a query sees those up to its last one;
+    otherwise there are whole tiles of rows, and every query sees all. lse_m: in base 2."""
+    ACC: tl.constexpr = dq_md.dtype
+    for n0 in tl.range(start, stop, BLOCK_N):
+        t_n = n0 + tl.arange(0, BLOCK_N)
+        valid_n = (t_n < stop) if EDGE else None
+        k_nd = load_rows(k_ptr, k_step, t_n, valid_n, HEAD_DIM, BLOCK_D)
+        v_nd = load_rows(v_ptr, v_step, t_n, valid_n, HEAD_DIM, BLOCK_D)
+        s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision=PRECISION, out_dtype=ACC)
+        p_mn = tl.exp2(s_mn * scale2 - lse_m[:, None])
+        if EDGE:
+            p_mn = tl.where(t_n[None, :] <= last_m[:, None], p_mn, 0.0)
+        dp_mn = tl.dot(grad_md, tl.trans(v_nd), input_precision=PRECISION, out_dtype=ACC)
+        ds_mn = p_mn * (dp_mn - delta_m[:, None])
+        dq_md = tl.dot(ds_mn.to(k_nd.dtype), k_nd, dq_md, input_precision=PRECISION, out_dtype=ACC)
+    return dq_md
+
+
 @triton.jit(do_not_specialize=VARYING)
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, partial_ptr,
@@ -53,7 +79,8 @@ def dq_kernel(
     grad_batch, grad_row, grad_head, dq_batch, dq_row, dq_head,
     tile_ptr, branch_ptr, offset_ptr,
     tiles, branches, heads, kv_heads, queries, keys, partial_rows, scale,
-    MERGE: tl.constexpr, ATTENDS: tl.constexpr, GATHERED: tl.constexpr, CAUSAL: tl.constexpr,
+    MERGE: tl.constexpr, ATTENDS: tl.constexpr, GATHERED: tl.constexpr, SPLIT: tl.constexpr,
+    CAUSAL: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -72,14 +99,13 @@ def dq_kernel(
     head = kv_head * group + pid % group
     batch_head = batch * heads + head
 
-    branch, tile, start, length, rate, compact = locate(tile_ptr, branch_ptr, line, queries)
+    branch, tile, start, length, rate = locate(tile_ptr, branch_ptr, line, queries)
     offset = tl.load(offset_ptr + branch * heads + head)
     rows = rows_of(length, offset, rate)
     t_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     valid_m = t_m < rows
     first = start + offset
     rate = rate.to(tl.int64)
-    position_m = first + t_m * rate
 
     dq_md = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     if ATTENDS:
@@ -87,6 +113,7 @@ def dq_kernel(
         grad_ptr += batch * grad_batch + head.to(tl.int64) * grad_head + first * grad_row
         q_md = load_rows(q_ptr, q_row * rate, t_m, valid_m, HEAD_DIM, BLOCK_D)
         grad_md = load_rows(grad_ptr, grad_row * rate, t_m, valid_m, HEAD_DIM, BLOCK_D)
+        position_m = first + t_m * rate
         lse_m = tl.load(lse_ptr + batch_head * queries + position_m, mask=valid_m, other=0.0)
         lse_m = lse_m * LOG2E
         delta_m = tl.load(delta_ptr + batch_head * queries + position_m, mask=valid_m, other=0.0)
@@ -98,35 +125,38 @@ def dq_kernel(
             key_rows = rows
             first_key = first
             key_rate = rate
-        last_m, stop = seen_keys(tile, t_m, rows, key_rows, CAUSAL, BLOCK_M)
+        last_m, whole, stop = seen_keys(tile, t_m, rows, key_rows, CAUSAL, BLOCK_M, BLOCK_N)
         k_ptr += batch * k_batch + kv_head.to(tl.int64) * k_head + first_key * k_row
         v_ptr += batch * v_batch + kv_head.to(tl.int64) * v_head + first_key * v_row
-        for n0 in tl.range(0, stop, BLOCK_N):
-            t_n = n0 + tl.arange(0, BLOCK_N)
-            k_nd = load_rows(k_ptr, k_row * key_rate, t_n, t_n < stop, HEAD_DIM, BLOCK_D)
-            v_nd = load_rows(v_ptr, v_row * key_rate, t_n, t_n < stop, HEAD_DIM, BLOCK_D)
-            s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision=PRECISION, out_dtype=ACC)
-            p_mn = tl.exp2(s_mn * (scale * LOG2E) - lse_m[:, None])
-            p_mn = tl.where(t_n[None, :] <= last_m[:, None], p_mn, 0.0)
-            dp_mn = tl.dot(grad_md, tl.trans(v_nd), input_precision=PRECISION, out_dtype=ACC)
-            ds_mn = p_mn * (dp_mn - delta_m[:, None])
-            dq_md = tl.dot(
-                ds_mn.to(k_nd.dtype), k_nd, dq_md, input_precision=PRECISION, out_dtype=ACC
-            )
+        k_row *= key_rate
+        v_row *= key_rate
+        if not SPLIT:
+            whole = tl.zeros_like(whole)
+        dq_md = add_keys(
+            dq_md, q_md, grad_md, lse_m, delta_m, k_ptr, v_ptr, k_row, v_row, last_m, whole, stop,
+            scale * LOG2E, True, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+        )  # fmt: skip
+        if SPLIT:
+            dq_md = add_keys(
+                dq_md, q_md, grad_md, lse_m, delta_m, k_ptr, v_ptr, k_row, v_row, last_m, 0, whole,
+                scale * LOG2E, False, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+            )  # fmt: skip
         dq_md = dq_md * scale
 
     partial_ptr += batch_head * partial_rows * HEAD_DIM
     if MERGE:
+        place_m = first.to(tl.int32) + t_m  # not position_m: it would take registers until here
         for sparse in tl.range(0, branches - 1):
             covered_m, row_m = compact_rows(
-                position_m.to(tl.int32), valid_m, branch_ptr, sparse,
+                place_m, valid_m, branch_ptr, sparse,
                 tl.load(offset_ptr + sparse * heads + head),
             )  # fmt: skip
             dq_md += load_rows(partial_ptr, HEAD_DIM, row_m, covered_m, HEAD_DIM, BLOCK_D)
         dq_ptr += batch * dq_batch + head.to(tl.int64) * dq_head + first * dq_row
         store_rows(dq_ptr, dq_row, t_m, valid_m, dq_md, HEAD_DIM, BLOCK_D)
     else:
-        store_rows(partial_ptr, HEAD_DIM, compact + t_m, valid_m, dq_md, HEAD_DIM, BLOCK_D)
+        row_m = compact_start(tile_ptr, branch_ptr, line) + t_m
+        store_rows(partial_ptr, HEAD_DIM, row_m, valid_m, dq_md, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -149,6 +179,49 @@ def add_class_shares(
     return x_nd
 
 
+@triton.jit
+def add_queries(
+    dk_nd, dv_nd, k_nd, v_nd, q_ptr, grad_ptr, lse_ptr, delta_ptr, q_step, grad_step, rate,
+    t_n, begin, stop, gap_start, gap_stop, scale2,
+    EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    CAUSAL: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv plus the shares of the query rows [begin, stop) but those in the gap.
+
+    EDGE: a key row is seen by the query rows from its own on, if CAUSAL; otherwise there are whole
+    tiles of query rows, all of which see all keys. A query beyond the last one has lse inf, and
+    exp2(s - inf) = 0. The few tiles at edges are not pipelined: that would cost the main loop
+    registers.
+    """
+    ACC: tl.constexpr = dk_nd.dtype
+    gap = gap_stop - gap_start
+    for before in tl.range(begin, stop - gap, BLOCK_M, num_stages=1 if EDGE and SPLIT else None):
+        m0 = tl.where(before < gap_start, before, before + gap) if EDGE else before
+        t_m = m0 + tl.arange(0, BLOCK_M)
+        valid_m = (t_m < stop) if EDGE else None
+        q_md = load_rows(q_ptr, q_step, t_m, valid_m, HEAD_DIM, BLOCK_D)
+        if EDGE:
+            lse_m = tl.load(lse_ptr + t_m * rate, mask=valid_m, other=float("inf"))
+        else:
+            lse_m = tl.load(lse_ptr + t_m * rate)
+        s_nm = tl.dot(k_nd, tl.trans(q_md), input_precision=PRECISION, out_dtype=ACC)
+        p_nm = tl.exp2(s_nm * scale2 - (lse_m * LOG2E)[None, :])
+        if EDGE and CAUSAL:
+            p_nm = tl.where(t_n[:, None] <= t_m[None, :], p_nm, 0.0)
+        grad_md = load_rows(grad_ptr, grad_step, t_m, valid_m, HEAD_DIM, BLOCK_D)
+        dv_nd = tl.dot(
+            p_nm.to(grad_md.dtype), grad_md, dv_nd, input_precision=PRECISION, out_dtype=ACC
+        )
+        if EDGE:
+            delta_m = tl.load(delta_ptr + t_m * rate, mask=valid_m, other=0.0)
+        else:
+            delta_m = tl.load(delta_ptr + t_m * rate)
+        dp_nm = tl.dot(v_nd, tl.trans(grad_md), input_precision=PRECISION, out_dtype=ACC)
+        ds_nm = p_nm * (dp_nm - delta_m[None, :])
+        dk_nd = tl.dot(ds_nm.to(q_md.dtype), q_md, dk_nd, input_precision=PRECISION, out_dtype=ACC)
+    return dk_nd, dv_nd
+
+
 @triton.jit(do_not_specialize=VARYING)
 def dkdv_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
@@ -157,7 +230,8 @@ def dkdv_kernel(
     grad_batch, grad_row, grad_head, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head,
     tile_ptr, branch_ptr, offset_ptr, class_ptr,
     tiles, branches, heads, kv_heads, slots, queries, keys, partial_rows, scale,
-    MERGE: tl.constexpr, ATTENDS: tl.constexpr, GATHERED: tl.constexpr, CAUSAL: tl.constexpr,
+    MERGE: tl.constexpr, ATTENDS: tl.constexpr, GATHERED: tl.constexpr, SPLIT: tl.constexpr,
+    CAUSAL: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -185,7 +259,7 @@ def dkdv_kernel(
     kv_head = batch_kv_head % kv_heads
     batch = (batch_kv_head // kv_heads).to(tl.int64)
 
-    branch, tile, start, length, rate, compact = locate(tile_ptr, branch_ptr, line, keys)
+    branch, tile, start, length, rate = locate(tile_ptr, branch_ptr, line, keys)
     offset = tl.load(class_ptr + (branch * kv_heads + kv_head) * slots + slot)
     rows = tl.where(offset < 0, 0, rows_of(length, offset, rate))  # a slot that is not used: none
     t_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -208,10 +282,13 @@ def dkdv_kernel(
             query_rows = rows
             first_query = first
             query_rate = rate
-        begin = 0
-        if CAUSAL:
-            begin = tile * BLOCK_N // BLOCK_M * BLOCK_M
-        stop = tl.where(tile * BLOCK_N < rows, query_rows, 0)
+        begin, first_whole, last_whole, stop = seeing_queries(
+            tile, rows, query_rows, CAUSAL, BLOCK_M, BLOCK_N
+        )
+        if not SPLIT:
+            last_whole = first_whole
+        q_step = q_row * query_rate
+        grad_step = grad_row * query_rate
 
         for member in tl.range(0, group):
             head = kv_head * group + member
@@ -222,27 +299,17 @@ def dkdv_kernel(
             lse = lse_ptr + batch_head * queries + first_query
             delta = delta_ptr + batch_head * queries + first_query
             reads = tl.load(offset_ptr + branch * heads + head) == offset
-            for m0 in tl.range(begin, tl.where(reads, stop, 0), BLOCK_M):
-                t_m = m0 + tl.arange(0, BLOCK_M)
-                valid_m = t_m < query_rows
-                q_md = load_rows(query, q_row * query_rate, t_m, valid_m, HEAD_DIM, BLOCK_D)
-                # Beyond the last query: exp2(s - inf) = 0.
-                lse_m = tl.load(lse + t_m * query_rate, mask=valid_m, other=float("inf"))
-                s_nm = tl.dot(k_nd, tl.trans(q_md), input_precision=PRECISION, out_dtype=ACC)
-                p_nm = tl.exp2(s_nm * (scale * LOG2E) - (lse_m * LOG2E)[None, :])
-                if CAUSAL:
-                    p_nm = tl.where(t_n[:, None] <= t_m[None, :], p_nm, 0.0)
-                grad_md = load_rows(grad, grad_row * query_rate, t_m, valid_m, HEAD_DIM, BLOCK_D)
-                dv_nd = tl.dot(
-                    p_nm.to(grad_md.dtype), grad_md, dv_nd,
-                    input_precision=PRECISION, out_dtype=ACC,
+            dk_nd, dv_nd = add_queries(
+                dk_nd, dv_nd, k_nd, v_nd, query, grad, lse, delta, q_step, grad_step,
+                query_rate, t_n, begin, tl.where(reads, stop, 0), first_whole, last_whole,
+                scale * LOG2E, True, HEAD_DIM, BLOCK_D, BLOCK_M, CAUSAL, SPLIT, PRECISION,
+            )  # fmt: skip
+            if SPLIT:
+                dk_nd, dv_nd = add_queries(
+                    dk_nd, dv_nd, k_nd, v_nd, query, grad, lse, delta, q_step, grad_step,
+                    query_rate, t_n, first_whole, tl.where(reads, last_whole, 0), 0, 0,
+                    scale * LOG2E, False, HEAD_DIM, BLOCK_D, BLOCK_M, CAUSAL, SPLIT, PRECISION,
                 )  # fmt: skip
-                delta_m = tl.load(delta + t_m * query_rate, mask=valid_m, other=0.0)
-                dp_nm = tl.dot(v_nd, tl.trans(grad_md), input_precision=PRECISION, out_dtype=ACC)
-                ds_nm = p_nm * (dp_nm - delta_m[None, :])
-                dk_nd = tl.dot(
-                    ds_nm.to(q_md.dtype), q_md, dk_nd, input_precision=PRECISION, out_dtype=ACC
-                )
         dk_nd = dk_nd * scale
 
     if MERGE:
@@ -264,6 +331,6 @@ def dkdv_kernel(
         store_rows(dk_ptr, dk_row, t_n, valid_n, dk_nd, HEAD_DIM, BLOCK_D)
     else:
         share = ((batch * kv_heads + kv_head) * slots + slot) * partial_rows * HEAD_DIM
-        row_n = compact + t_n
+        row_n = compact_start(tile_ptr, branch_ptr, line) + t_n
         store_rows(partial_dk_ptr + share, HEAD_DIM, row_n, valid_n, dk_nd, HEAD_DIM, BLOCK_D)
         store_rows(partial_dv_ptr + share, HEAD_DIM, row_n, valid_n, dv_nd, HEAD_DIM, BLOCK_D)

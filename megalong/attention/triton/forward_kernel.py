@@ -12,6 +12,7 @@ from megalong.attention.triton.geometry import (
     NEG_INF,
     VARYING,
     compact_rows,
+    compact_start,
     load_rows,
     locate,
     rows_of,
@@ -22,31 +23,30 @@ from megalong.attention.triton.geometry import (
 
 @triton.jit
 def attend(
-    q_md, k_ptr, v_ptr, k_step, v_step, last_m, stop, scale2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    largest_m, total_m, acc_md, q_md, k_ptr, v_ptr, k_step, v_step, last_m, start, stop, scale2,
+    EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Softmax of a tile of queries over the key rows [0, stop), online: one pass over the keys.
+    """The online softmax of a tile of queries goes on over the key rows [start, stop).
 
-    Of these a query sees those up to its last one.
-
-    Returns per query the largest score (in base 2), the sum of exp2(score - largest) and the
-    sum of exp2(score - largest) * v; -inf, 0 and 0 for a query without keys.
+    Per query: the largest score so far (in base 2), the sum of exp2(score - largest) and the sum of
+    exp2(score - largest) * v; -inf, 0 and 0 before the first key. EDGE: a query sees the key rows
+    up to its last one, at least the first of them; otherwise there are whole tiles of rows, and
+    every query sees all. So the largest score is finite from the first tile on.
     """
-    largest_m = tl.full([q_md.shape[0]], NEG_INF, ACC)
-    total_m = tl.zeros([q_md.shape[0]], ACC)
-    acc_md = tl.zeros([q_md.shape[0], BLOCK_D], ACC)
-    for n0 in tl.range(0, stop, BLOCK_N):
+    ACC: tl.constexpr = acc_md.dtype
+    for n0 in tl.range(start, stop, BLOCK_N):
         t_n = n0 + tl.arange(0, BLOCK_N)
-        k_nd = load_rows(k_ptr, k_step, t_n, t_n < stop, HEAD_DIM, BLOCK_D)
+        valid_n = (t_n < stop) if EDGE else None
+        k_nd = load_rows(k_ptr, k_step, t_n, valid_n, HEAD_DIM, BLOCK_D)
         s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision=PRECISION, out_dtype=ACC)
-        s_mn = tl.where(t_n[None, :] <= last_m[:, None], s_mn * scale2, NEG_INF)
-        new_m = tl.maximum(largest_m, tl.max(s_mn, 1))
-        finite_m = tl.where(new_m == NEG_INF, 0.0, new_m)  # no key yet: exp2(-inf), not exp2(nan)
-        p_mn = tl.exp2(s_mn - finite_m[:, None])
-        shrink_m = tl.exp2(largest_m - finite_m)
+        if EDGE:
+            s_mn = tl.where(t_n[None, :] <= last_m[:, None], s_mn, NEG_INF)
+        new_m = tl.maximum(largest_m, tl.max(s_mn, 1) * scale2)
+        p_mn = tl.exp2(s_mn * scale2 - new_m[:, None])
+        shrink_m = tl.exp2(largest_m - new_m)
         total_m = total_m * shrink_m + tl.sum(p_mn, 1)
-        v_nd = load_rows(v_ptr, v_step, t_n, t_n < stop, HEAD_DIM, BLOCK_D)
+        v_nd = load_rows(v_ptr, v_step, t_n, valid_n, HEAD_DIM, BLOCK_D)
         acc_md = tl.dot(
             p_mn.to(v_nd.dtype), v_nd, acc_md * shrink_m[:, None],
             input_precision=PRECISION, out_dtype=ACC,
@@ -62,7 +62,7 @@ def forward_kernel(
     out_batch, out_row, out_head,
     tile_ptr, branch_ptr, offset_ptr,
     tiles, branches, heads, kv_heads, queries, keys, partial_rows, scale,
-    MERGE: tl.constexpr, ATTENDS: tl.constexpr, GATHERED: tl.constexpr,
+    MERGE: tl.constexpr, ATTENDS: tl.constexpr, GATHERED: tl.constexpr, SPLIT: tl.constexpr,
     CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -74,6 +74,7 @@ def forward_kernel(
     to out (batch, queries, heads, head_dim) and lse (batch, heads, queries), natural.
 
     q, k, v, out: last stride 1, other strides given. ATTENDS: False where the base offers no keys.
+    SPLIT: tiles that need no mask have a loop of their own.
     GATHERED: keys are not the rows of the queries, but `keys` neighbouring rows for all heads.
     """
     pid = tl.program_id(0)
@@ -84,13 +85,16 @@ def forward_kernel(
     batch = (batch_kv_head // kv_heads).to(tl.int64)
     head = kv_head * group + pid % group
 
-    branch, tile, start, length, rate, compact = locate(tile_ptr, branch_ptr, line, queries)
+    branch, tile, start, length, rate = locate(tile_ptr, branch_ptr, line, queries)
     offset = tl.load(offset_ptr + branch * heads + head)
     rows = rows_of(length, offset, rate)
     t_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     valid_m = t_m < rows
     first = start + offset
 
+    largest_m = tl.full([BLOCK_M], NEG_INF, ACC)
+    total_m = tl.zeros([BLOCK_M], ACC)
+    acc_md = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     if ATTENDS:
         q_md = load_rows(
             q_ptr + batch * q_batch + head.to(tl.int64) * q_head + first * q_row,
@@ -104,18 +108,22 @@ def forward_kernel(
             key_rows = rows
             first_key = first
             key_rate = rate.to(tl.int64)
-        last_m, stop = seen_keys(tile, t_m, rows, key_rows, CAUSAL, BLOCK_M)
+        k_ptr += batch * k_batch + kv_head.to(tl.int64) * k_head + first_key * k_row
+        v_ptr += batch * v_batch + kv_head.to(tl.int64) * v_head + first_key * v_row
+        last_m, whole, stop = seen_keys(tile, t_m, rows, key_rows, CAUSAL, BLOCK_M, BLOCK_N)
+        k_row *= key_rate
+        v_row *= key_rate
+        if SPLIT:
+            largest_m, total_m, acc_md = attend(
+                largest_m, total_m, acc_md, q_md, k_ptr, v_ptr, k_row, v_row, last_m, 0, whole,
+                scale * LOG2E, False, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+            )  # fmt: skip
+        else:
+            whole = tl.zeros_like(whole)
         largest_m, total_m, acc_md = attend(
-            q_md,
-            k_ptr + batch * k_batch + kv_head.to(tl.int64) * k_head + first_key * k_row,
-            v_ptr + batch * v_batch + kv_head.to(tl.int64) * v_head + first_key * v_row,
-            k_row * key_rate, v_row * key_rate, last_m, stop, scale * LOG2E,
-            HEAD_DIM, BLOCK_D, BLOCK_N, ACC, PRECISION,
+            largest_m, total_m, acc_md, q_md, k_ptr, v_ptr, k_row, v_row, last_m, whole, stop,
+            scale * LOG2E, True, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
-    else:
-        largest_m = tl.full([BLOCK_M], NEG_INF, ACC)
-        total_m = tl.zeros([BLOCK_M], ACC)
-        acc_md = tl.zeros([BLOCK_M, BLOCK_D], ACC)
 
     batch_head = batch * heads + head
     partial_ptr += batch_head * partial_rows * HEAD_DIM
@@ -146,6 +154,6 @@ def forward_kernel(
         store_rows(out_ptr, out_row, t_m, valid_m, acc_md, HEAD_DIM, BLOCK_D)
         tl.store(lse_ptr + batch_head * queries + first + t_m, lse_m * LN2, mask=valid_m)
     else:
-        row_m = compact + t_m
+        row_m = compact_start(tile_ptr, branch_ptr, line) + t_m
         store_rows(partial_ptr, HEAD_DIM, row_m, valid_m, acc_md, HEAD_DIM, BLOCK_D)
         tl.store(partial_lse_ptr + row_m, lse_m, mask=valid_m)

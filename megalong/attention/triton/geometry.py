@@ -6,7 +6,9 @@ such rows in elements, rate * stride, so strided rows are read in place. Everyth
 multiplied by a stride is int64: tensors may hold more than 2^31 elements.
 
 What a query row sees is a range of key rows, from a first one, which is row 0, to a last one; and a
-key row is seen by a range of query rows. Every mask is the ends of such ranges.
+key row is seen by a range of query rows. Every mask is the ends of such ranges. A tile that lies
+wholly inside the ranges of all its rows needs none, so every kernel loops over those apart from the
+tiles at the edges.
 """
 
 import triton
@@ -34,8 +36,7 @@ VARYING = (
 def locate(tile_ptr, branch_ptr, line, positions):
     """The segment of a line of the tile table, in a sequence of so many positions.
 
-    Returns its branch, the tile in it, its first position, its length in positions, its rate and
-    its first compact row.
+    Returns its branch, the tile in it, its first position, its length in positions and its rate.
     """
     branch = tl.load(tile_ptr + 3 * line)
     segment = tl.load(tile_ptr + 3 * line + 1).to(tl.int64)
@@ -44,9 +45,15 @@ def locate(tile_ptr, branch_ptr, line, positions):
     rate = tl.load(branch_ptr + 4 * branch + 1).to(tl.int32)
     start = segment * width
     length = tl.minimum(positions - start, width).to(tl.int32)
-    compact = tl.load(branch_ptr + 4 * branch + 3)
-    compact += segment * tl.load(branch_ptr + 4 * branch + 2)
-    return branch, tile, start, length, rate, compact
+    return branch, tile, start, length, rate
+
+
+@triton.jit
+def compact_start(tile_ptr, branch_ptr, line):
+    """The first compact row of that segment. Asked for late: loops in between need registers."""
+    branch = tl.load(tile_ptr + 3 * line)
+    segment = tl.load(tile_ptr + 3 * line + 1)
+    return tl.load(branch_ptr + 4 * branch + 3) + segment * tl.load(branch_ptr + 4 * branch + 2)
 
 
 @triton.jit
@@ -56,15 +63,40 @@ def rows_of(length, offset, rate):
 
 
 @triton.jit
-def seen_keys(tile, t_m, rows, key_rows, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The last key row that each query row of a tile sees, and where the tile's key rows stop."""
+def seen_keys(
+    tile, t_m, rows, key_rows,
+    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What the queries of a tile see: the last key row that each sees; where the tiles of key rows
+    end that all of them see whole; and where the key rows stop that any of them sees."""
     if CAUSAL:
         last_m = t_m
+        all_see = tl.minimum(key_rows, tile * BLOCK_M + 1)
         stop = tl.minimum(key_rows, (tile + 1) * BLOCK_M)
     else:
         last_m = tl.zeros_like(t_m) + key_rows - 1
+        all_see = key_rows
         stop = key_rows
-    return last_m, tl.where(tile * BLOCK_M < rows, stop, 0)  # a head may have no row in this tile
+    some = tile * BLOCK_M < rows  # a head may have no row in this tile
+    return last_m, tl.where(some, all_see // BLOCK_N * BLOCK_N, 0), tl.where(some, stop, 0)
+
+
+@triton.jit
+def seeing_queries(
+    tile, rows, query_rows,
+    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Which tiles of query rows see the keys of a tile: where they begin and stop, and between
+    which ends all rows see all keys, in multiples of BLOCK_M from the beginning."""
+    begin = 0
+    if CAUSAL:
+        begin = tile * BLOCK_N // BLOCK_M * BLOCK_M
+    stop = tl.where(tile * BLOCK_N < rows, query_rows, 0)  # a head may have no row in this tile
+    first = begin
+    if CAUSAL:
+        first = tl.cdiv((tile + 1) * BLOCK_N - 1, BLOCK_M) * BLOCK_M
+        first = tl.minimum(first, tl.cdiv(tl.maximum(stop, begin), BLOCK_M) * BLOCK_M)
+    return begin, first, tl.maximum(stop // BLOCK_M * BLOCK_M, first), stop
 
 
 @triton.jit
@@ -100,12 +132,15 @@ def row_mask(valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def load_rows(ptr, step, rows, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(rows, BLOCK_D), zero where invalid or padded."""
-    return tl.load(
-        row_pointers(ptr, step, rows, BLOCK_D),
-        mask=row_mask(valid, HEAD_DIM, BLOCK_D),
-        other=0.0,
-    )
+    """(rows, BLOCK_D), zero where invalid or padded. valid: None where all rows are."""
+    pointers = row_pointers(ptr, step, rows, BLOCK_D)
+    if valid is not None:
+        x = tl.load(pointers, mask=row_mask(valid, HEAD_DIM, BLOCK_D), other=0.0)
+    elif HEAD_DIM < BLOCK_D:
+        x = tl.load(pointers, mask=(tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :], other=0.0)
+    else:
+        x = tl.load(pointers)
+    return x
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from megalong.attention.triton.tile_sizes import (
     generation_of,
     padded_head_dim,
     sizes_of,
+    splits,
 )
 
 
@@ -39,11 +40,13 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def constants(kernel: str, q_bshd: torch.Tensor, causal: bool) -> dict:
     """The compile-time arguments that every kernel takes, and the launch options."""
     head_dim, dtype = q_bshd.shape[-1], q_bshd.dtype
-    chosen = sizes_of(kernel, head_dim, dtype, generation_of(q_bshd.device))
+    generation = generation_of(q_bshd.device)
+    chosen = sizes_of(kernel, head_dim, dtype, generation)
     return {
         "CAUSAL": causal,
         "HEAD_DIM": head_dim,
         "BLOCK_D": padded_head_dim(head_dim),
+        "SPLIT": splits(head_dim, dtype, generation),
         "BLOCK_M": chosen.block_m,
         "BLOCK_N": chosen.block_n,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
@@ -126,7 +129,7 @@ def launch_delta(out_bshd, grad_bshd):
     delta_bhs = out_bshd.new_empty(batch, heads, length, dtype=accumulator(out_bshd.dtype))
     names = constants("delta", out_bshd, causal=False)
     tiles = -(-length // names["BLOCK_M"])
-    for unused in ("CAUSAL", "BLOCK_N", "PRECISION"):
+    for unused in ("CAUSAL", "SPLIT", "BLOCK_N", "PRECISION"):
         del names[unused]
     launch(
         delta_kernel, batch * heads * tiles, out_bshd.device,

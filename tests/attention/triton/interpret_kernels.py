@@ -95,6 +95,8 @@ def test_random_case_in_float32(seed, monkeypatch):
     if seed % 4 == 0:  # blocks of unequal sides, either way
         blocks = (32, 16) if seed % 8 else (16, 32)
         monkeypatch.setattr(tile_sizes, "INTERPRETED", tile_sizes.TileSizes(*blocks, 1, 1))
+    if seed % 5 == 0:  # one loop over all tiles, as where registers are scarce
+        monkeypatch.setattr(launch, "splits", lambda *_: False)
     agree(small_case(seed), torch.float32, {"out lse": 2e-6, "dq dk dv": 1e-5})
 
 
