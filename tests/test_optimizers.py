@@ -25,7 +25,7 @@ def test_the_flag_has_all_there_are():
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_the_first_state_is_that_of_pytorch(name):
-    """The same steps, bit for bit, and the same state as one that makes its own."""
+    """Its steps and its state are, bit for bit, those of one that makes its own."""
     component = optimizer_of(TrainingConfig(optimizer=name, lr=0.1))
     start, *gradients = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
     results = []

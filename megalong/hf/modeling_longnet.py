@@ -238,7 +238,7 @@ class Padding:
         return cls(counts, torch.argsort((~real).int(), dim=1, stable=True))
 
     def to_end(self, x):
-        """The same rows with the padding after the real tokens."""
+        """Rows of a batch with their padding moved behind the real tokens."""
         return x if self.order is None else _pick(x, self.order)
 
     def back(self, x):

@@ -59,7 +59,7 @@ def one_optimizer_for_zero_1() -> Iterator[None]:
 
     Left to itself, DeepSpeed takes its BF16_Optimizer there, which holds the float32 gradients of
     all parameters all the time, and copies them to reduce them: 15.5 bytes a parameter at the peak
-    on one of 8 ranks, and 7.5 between two steps, instead of 8.5 and 3.5.
+    on one of 8 ranks, and 7.5 between two steps, instead of 8 and 3.5.
     """
     from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION, DeepSpeedEngine
 
