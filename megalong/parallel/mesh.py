@@ -164,12 +164,20 @@ def process_group(timeout_minutes: int = 10) -> Iterator[torch.device]:
         enable_megatron_without_gpu()
         skip_shared_memory_kernels()
     with _single_process_environment():
-        deepspeed.init_distributed(
-            "nccl" if on_gpu else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=timedelta(minutes=timeout_minutes),
-        )
+        try:
+            deepspeed.init_distributed(
+                "nccl" if on_gpu else "gloo",
+                auto_mpi_discovery=False,
+                verbose=False,
+                timeout=timedelta(minutes=timeout_minutes),
+            )
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise UserError(
+                f"port {os.environ['MASTER_PORT']}, where the ranks meet, is taken, by another run"
+                " perhaps: give the launcher another --master_port"
+            ) from error
         try:
             yield torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
         except BaseException:

@@ -43,6 +43,7 @@ class Profiler:
         run = config.run
         self._wanted = run.profile and mesh.rank in run.profile_ranks
         self._first, self._stop = run.profile_step_start, run.profile_step_end
+        self._last = config.training.train_iters
         self._mesh, self._say, self._pause, self._save = mesh, say, pause, run.save
         self._under_way: profile | None = None
         self._iterations: list[int] = []
@@ -65,7 +66,7 @@ class Profiler:
                 self._begin()
         with record_function(f"iteration {number}"):
             yield
-        if number == self._stop - 1:
+        if number in (self._stop - 1, self._last):  # before the save and the evaluation after it
             with self._pause():
                 self._finish()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ class Reports:
         self.tokens_per_step = config.training.global_batch_size * config.model.seq_length
         self.parameters = count_parameters(config.model, data.tokenizer.vocab_size)
         self.tokens_per_epoch = data.train.tokens_per_epoch
+        self.evaluates = bool(data.held_out)
         self.flops = step_flops(config, data.tokenizer.vocab_size)
         self.dense_flops = step_flops(config, data.tokenizer.vocab_size, dense=True)
         self.peak, self.peak_source = _peak_of_all_ranks(config, mesh)
@@ -101,6 +103,10 @@ class Reports:
             say(f"no checkpoint in {config.run.load} yet: starting at the beginning")
         if config.run.profile and progress.iteration >= config.run.profile_step_end - 1:
             say(f"--profile: the run is past iteration {config.run.profile_step_end - 1} already")
+        if not self.evaluates:
+            say(f"--split {config.data.split} leaves no document to evaluate on")
+        if config.run.save is None:
+            say("without --save nothing is kept")
         if progress.iteration >= training.train_iters:
             say(f"--train-iters {training.train_iters} are done: evaluating only")
 
@@ -226,8 +232,11 @@ class Reports:
 
 
 def say(line: str) -> None:
-    """One line to the terminal, at once."""
-    print(line, file=sys.stdout, flush=True)
+    """One line to the terminal, at once. A run goes on where what read its lines has ended."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _peak_of_all_ranks(config: Config, mesh: Mesh) -> tuple[float, str]:
