@@ -73,8 +73,9 @@ def sizes_of(kernel: str, head_dim: int, dtype: torch.dtype, generation: int):
 
 def splits(head_dim: int, dtype: torch.dtype, generation: int) -> bool:
     """Whether the kernels loop over tiles that need no mask apart from those at edges. Two loops
-    want more registers than one, which the largest tiles do not have: they would spill."""
-    return generation == 0 or (dtype.itemsize == 2 and padded_head_dim(head_dim) <= 128)
+    want more registers than one, which the largest tiles and those of the smallest heads do not
+    have: they would spill."""
+    return generation == 0 or (dtype.itemsize == 2 and 32 <= padded_head_dim(head_dim) <= 128)
 
 
 def line_name(generation: int, dtype: torch.dtype, head_dim: int) -> str:

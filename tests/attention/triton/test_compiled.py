@@ -32,8 +32,8 @@ STACK = {
     (90, "bfloat16", "dkdv", 256): (112, 176),
     (80, "float32", "dq", 128): (8, 0),
     (80, "float32", "dkdv", 128): (72, 64),
-    (90, "float32", "dq", 128): (72, 16),
-    (90, "float32", "dkdv", 128): (88, 72),
+    (90, "float32", "dq", 128): (56, 32),
+    (90, "float32", "dkdv", 128): (80, 72),
 }
 # Instructions of the main loop, bfloat16.
 LOOP = {
