@@ -52,15 +52,16 @@ OPTIMIZERS = {"adam": OPTIMIZER, "sgd": SGD}
 
 
 def pairs() -> list[tuple[str, str, str]]:
-    """(the optimizer, the layout that loads, the one that saved): every pair of layouts that Adam
-    can go between, and for the others a way around through all."""
+    """(the optimizer, the layout that loads, the one that saved): a way around through all layouts
+    for each optimizer, and every pair of them for Adam, but for those with ZeRO 2, which keeps the
+    state of an optimizer as ZeRO 1 does."""
     layouts = list(LAYOUTS)
-    found = [("adam", to, source) for to in layouts for source in layouts if to != source]
-    found.append(("adam", *UNEVEN))
-    for optimizer in list(OPTIMIZERS)[1:]:
-        found += [(optimizer, to, layouts[number - 1]) for number, to in enumerate(layouts)]
-        found.append((optimizer, *UNEVEN))
-    return found
+    around = [(to, layouts[number - 1]) for number, to in enumerate(layouts)]
+    every = [(to, source) for to in layouts for source in layouts if to != source]
+    every = [pair for pair in every if "dp2-z2" not in pair]
+    ways = {optimizer: around for optimizer in OPTIMIZERS}
+    ways["adam"] = list(dict.fromkeys([*around, *every]))
+    return [(optimizer, *pair) for optimizer in ways for pair in [*ways[optimizer], UNEVEN]]
 
 
 def flags_of(layout: str) -> dict[str, int]:
