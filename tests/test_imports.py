@@ -21,12 +21,13 @@ ROOMS = {
     "progress": set(),
     "torch_private": set(),
     "attention": set(),
+    "tiling": set(),
     "data": SMALL,
     "config": SMALL | {"command_line", "attention", "data"},
     "optimizers": SMALL | {"config"},
     "checkpoint": SMALL | {"optimizers", "config"},
     "parallel": SMALL | {"config", "attention"},
-    "model": SMALL | {"parallel", "config", "attention"},
+    "model": SMALL | {"parallel", "config", "attention", "tiling"},
     "training": SMALL | {"model", "checkpoint", "parallel", "optimizers", "config", "data"},
     "planning": SMALL | {"training", "model", "parallel", "config", "data"},
     "hf": SMALL | {"model", "checkpoint", "config", "data", "attention"},
@@ -38,7 +39,7 @@ LIBRARIES = {
     "megatron": {"model", "parallel", "data/indexed.py"},
     "deepspeed": {"training", "parallel"},
     "transformers": {"hf", "data/tokenizer.py"},
-    "triton": {"attention/triton"},
+    "triton": {"attention/triton", "tiling/triton"},
 }
 
 FILES = sorted(PACKAGE.rglob("*.py"))
