@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from megalong.config.attention import AttentionConfig
 from megalong.config.data import DataConfig
 from megalong.config.flags import flag_name
+from megalong.config.memory import MemoryConfig
 from megalong.config.model import ModelConfig
 from megalong.config.parallel import ParallelConfig, world_size
 from megalong.config.run import RunConfig
@@ -23,6 +24,7 @@ __all__ = [
     "AttentionConfig",
     "Config",
     "DataConfig",
+    "MemoryConfig",
     "ModelConfig",
     "ParallelConfig",
     "TrainingConfig",
@@ -38,6 +40,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -65,6 +68,7 @@ class Config:
         resolved.parallel.check(
             model, training.global_batch_size, resolved.num_microbatches(data_parallel_size)
         )
+        resolved.memory.check(model, resolved.parallel)
         resolved.run.check(training.train_iters, world_size)
         resolved.data.check()
         return resolved

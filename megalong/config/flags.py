@@ -36,3 +36,8 @@ def require_more_than_zero(section: Any, *names: str) -> None:
 def default(value: Any, otherwise: Any) -> Any:
     """The value of a field that was given, or what stands for None."""
     return otherwise if value is None else value
+
+
+def largest_divisor(value: int, limit: int) -> int:
+    """The largest divisor of `value` that is not more than `limit`."""
+    return next(size for size in range(min(value, limit), 0, -1) if value % size == 0)

@@ -11,7 +11,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 
-from megalong.config.flags import flag, require_positive
+from megalong.config.flags import flag, largest_divisor, require_positive
 from megalong.config.model import ModelConfig
 from megalong.errors import UserError
 
@@ -84,7 +84,7 @@ class ParallelConfig:
             others = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
             way_out = "make the three smaller"
             if world_size % others == 0:
-                fitting = _largest_divisor(world_size // others, self.sequence_parallel_size)
+                fitting = largest_divisor(world_size // others, self.sequence_parallel_size)
                 way_out = f"set --sequence-parallel-size {fitting}"
             raise UserError(
                 f"{world_size} ranks do not divide by --tensor-model-parallel-size"
@@ -126,7 +126,7 @@ class ParallelConfig:
                 raise UserError(
                     f"{flag_} {value} does not divide by --tensor-model-parallel-size {size}, whose"
                     f" ranks share it: set --tensor-model-parallel-size"
-                    f" {_largest_divisor(value, size)}, or {flag_} {_next_multiple(value, size)}"
+                    f" {largest_divisor(value, size)}, or {flag_} {_next_multiple(value, size)}"
                 )
 
     def _check_sequence(self, model: ModelConfig) -> None:
@@ -135,7 +135,7 @@ class ParallelConfig:
             raise UserError(
                 f"--seq-length {length} does not divide by --sequence-parallel-size {size}: set"
                 f" --seq-length {_next_multiple(length, size)}, or --sequence-parallel-size"
-                f" {_largest_divisor(length, size)}"
+                f" {largest_divisor(length, size)}"
             )
         shard, tensor = length // size, self.tensor_model_parallel_size
         if self.divides_norms and shard % tensor:
@@ -153,7 +153,7 @@ class ParallelConfig:
         if layers % size:
             raise UserError(
                 f"--num-layers {layers} does not divide by --pipeline-model-parallel-size {size}:"
-                f" set --pipeline-model-parallel-size {_largest_divisor(layers, size)}, or"
+                f" set --pipeline-model-parallel-size {largest_divisor(layers, size)}, or"
                 f" --num-layers {_next_multiple(layers, size)}"
             )
         if size > 1 and self.zero_stage > 1:
@@ -181,7 +181,7 @@ class ParallelConfig:
         if stage_layers % layers or layers == stage_layers:
             way_out = "leave it out"
             if stage_layers > 1:
-                fitting = _largest_divisor(stage_layers, min(layers, stage_layers - 1))
+                fitting = largest_divisor(stage_layers, min(layers, stage_layers - 1))
                 way_out = f"set {flag_} {fitting}, or {way_out}"
             raise UserError(
                 f"{flag_} {layers} does not cut the {stage_layers} layers of a stage into several"
@@ -212,7 +212,7 @@ class ParallelConfig:
             raise UserError(
                 f"--recompute-num-layers {count} does not divide the {layers} layers of a pipeline"
                 f" stage (or of a chunk of it): set --recompute-num-layers"
-                f" {_largest_divisor(layers, count)}"
+                f" {largest_divisor(layers, count)}"
             )
 
 
@@ -234,7 +234,3 @@ def world_size() -> int:
 
 def _next_multiple(value: int, of: int) -> int:
     return -(-value // of) * of
-
-
-def _largest_divisor(value: int, limit: int) -> int:
-    return next(size for size in range(min(value, limit), 0, -1) if value % size == 0)

@@ -1,0 +1,93 @@
+"""What a step holds in memory of a long sequence, and what it computes again instead.
+
+The pieces are exact, and each has its flag. Left to themselves they follow `--memory-path`: "on" is
+all of them, "off" none, and "auto" is decided by tokens per rank and the memory of device and host,
+before the model is built (`megalong.model.memory_path`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from megalong.config.flags import flag, largest_divisor, require_positive
+from megalong.config.model import ModelConfig
+from megalong.config.parallel import ParallelConfig
+from megalong.errors import UserError
+
+# The pieces that --memory-path turns on and off.
+PIECES = ("linear_cross_entropy", "tiled_mlp", "tiled_attention", "offload_activations")
+HEAD_GROUPS = 4  # of attention, where nothing else is said and the heads divide
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """The memory of long sequences: a few tensors of a layer at a time, in tiles of rows."""
+
+    memory_path: str = flag(
+        "auto",
+        "the pieces below that bound memory on long sequences: on, off, or as memory requires",
+        choices=("auto", "on", "off"),
+    )
+    linear_cross_entropy: bool | None = flag(
+        None, "losses without logits of the whole sequence (default: as --memory-path says)"
+    )
+    loss_chunk_size: int = flag(1024, "tokens whose logits exist at a time")
+    tiled_mlp: bool | None = flag(
+        None, "norm and MLP over tiles of the sequence (default: as --memory-path says)"
+    )
+    tiled_attention: bool | None = flag(
+        None,
+        "attention for some heads at a time, norm and projections over tiles of the sequence"
+        " (default: as --memory-path says)",
+    )
+    tile_size: int = flag(4096, "tokens in a tile")
+    attention_head_groups: int | None = flag(
+        None, "with --tiled-attention: groups of heads, one at a time (default: up to 4)"
+    )
+    offload_activations: bool | None = flag(
+        None,
+        "keep what the backward pass needs of a layer in the host's memory (default: as"
+        " --memory-path says)",
+    )
+
+    def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
+        """Raise UserError where these settings cannot be (resolved configurations)."""
+        require_positive(self, "loss_chunk_size", "tile_size")
+        if self.memory_path == "off" and self.attention_head_groups and not self.tiled_attention:
+            raise UserError(
+                "--attention-head-groups belongs to --tiled-attention, which --memory-path off"
+                " leaves out: set --tiled-attention too"
+            )
+        if self.attention_head_groups is None:
+            return
+        require_positive(self, "attention_head_groups")
+        heads = kv_heads_of_a_rank(model, parallel)
+        if heads % self.attention_head_groups:
+            fitting = largest_divisor(heads, self.attention_head_groups)
+            raise UserError(
+                f"--attention-head-groups {self.attention_head_groups} does not divide the {heads}"
+                f" key/value heads of a tensor-parallel rank: set --attention-head-groups {fitting}"
+            )
+
+    def with_pieces(
+        self, on: bool, model: ModelConfig, parallel: ParallelConfig, offload: bool | None = None
+    ) -> MemoryConfig:
+        """These settings with nothing left open: what is not given is as `on` says, and the
+        offload, where it is not given, as `offload` says if that is not None."""
+        values = {name: getattr(self, name) for name in PIECES}
+        values = {name: on if value is None else value for name, value in values.items()}
+        if self.offload_activations is None and offload is not None:
+            values["offload_activations"] = offload
+        groups = self.attention_head_groups or largest_divisor(
+            kv_heads_of_a_rank(model, parallel), HEAD_GROUPS
+        )
+        return dataclasses.replace(
+            self, memory_path="on" if on else "off", attention_head_groups=groups, **values
+        )
+
+
+def kv_heads_of_a_rank(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Key/value heads that a tensor-parallel rank has (resolved)."""
+    assert model.num_query_groups is not None
+    return model.num_query_groups // parallel.tensor_model_parallel_size
