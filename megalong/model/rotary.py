@@ -15,34 +15,46 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from megalong.config import ModelConfig
+from megalong.tiling.rows import tiles
+
+PIECE = 2**16  # positions at a time in float64: temporaries that do not grow with the sequence
 
 
 class LongRotaryEmbedding(RotaryEmbedding):
     """Angles of the rotary encoding for the positions `first_position`, `first_position` + 1, ...
 
     A drop-in for GPTModel's `rotary_pos_emb` (RoPE, arXiv 2104.09864; half-rotation layout).
+    one_per_pair: each angle once, as `megalong.tiling.rotary` takes them; Megatron-core's own
+    rotation wants them twice.
     """
 
-    def __init__(self, model: ModelConfig, first_position: int = 0):
+    def __init__(self, model: ModelConfig, first_position: int = 0, *, one_per_pair: bool = False):
         super().__init__(
             model.kv_channels, 1.0, rotary_base=model.rotary_base, use_cpu_initialization=True
         )
         self.frequencies = rotary_frequencies(model)
         self.first_position = first_position
+        self.copies = 1 if one_per_pair else 2
 
     def forward(self, length: int, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Angles in [0, 2 pi), float32, (length, 1, 1, kv_channels), on the model's device."""
+        """Angles in [0, 2 pi), float32, (length, 1, 1, kv_channels), on the model's device; with
+        one_per_pair (length, 1, 1, kv_channels / 2)."""
         device = torch.cuda.current_device()  # the CPU where there is no GPU: see parallel/cpu.py
         return self._angles(length, device)
 
     @functools.lru_cache(maxsize=4)  # noqa: B019  one module per model, and both live equally long
     def _angles(self, length: int, device: Any) -> torch.Tensor:
-        positions = torch.arange(
-            self.first_position, self.first_position + length, dtype=torch.float64, device=device
-        )
         frequencies = self.frequencies.to(device, non_blocking=True)
-        angles = torch.outer(positions, frequencies).remainder_(2 * math.pi).float()
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        pairs, first = len(frequencies), self.first_position
+        shape = (length, 1, 1, self.copies * pairs)
+        angles = torch.empty(shape, dtype=torch.float32, device=device)
+        for rows in tiles(length, PIECE):
+            positions = torch.arange(
+                first + rows.start, first + rows.stop, dtype=torch.float64, device=device
+            )
+            turns = torch.outer(positions, frequencies).remainder_(2 * math.pi)
+            angles[rows, 0, 0].unflatten(1, (self.copies, pairs)).copy_(turns[:, None])
+        return angles
 
 
 def rotary_frequencies(model: ModelConfig) -> torch.Tensor:

@@ -252,6 +252,18 @@ def test_rotary_angles_agree_with_megatron_where_float32_can_count(factor):
     torch.testing.assert_close(ours.sin(), theirs.sin(), rtol=0, atol=1e-4)
 
 
+def test_rotary_angles_in_pieces_and_once_per_pair(monkeypatch):
+    """Bit for bit those of the whole sequence at once."""
+    monkeypatch.setattr("megalong.model.rotary.PIECE", 64)
+    model, first = ModelConfig(kv_channels=80), 2**30 + 5
+    rotary = LongRotaryEmbedding(model, first)
+    positions = torch.arange(first, first + 200, dtype=torch.float64)
+    whole = torch.outer(positions, rotary.frequencies).remainder_(2 * math.pi).float()
+    assert torch.equal(rotary(200), torch.cat((whole, whole), -1)[:, None, None])
+    once = LongRotaryEmbedding(model, first, one_per_pair=True)(200)
+    assert torch.equal(once, whole[:, None, None])
+
+
 def test_rotary_angles_stay_exact_at_a_billion():
     """Integer arithmetic on the frequencies' own float64 values gives the turn exactly."""
     from fractions import Fraction
