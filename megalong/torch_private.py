@@ -1,8 +1,8 @@
-"""What PyTorch does not document and we need all the same: its names stand here and in one other
-file, `megalong/attention/sdpa_operators.py`, since the attention imports nothing else of megalong.
-
-That file calls operators of `torch.ops.aten` alone. A test looks for the names of both in the
-installed PyTorch, each where it belongs, and for such names anywhere else.
+"""What PyTorch does not document and we need all the same: its names stand here and in two other
+files, since the attention and the tiling import nothing else of megalong:
+`megalong/attention/sdpa_operators.py`, of `torch.ops.aten`, and `megalong/tiling/offload.py`, of
+tensors. A test looks for the names of all three in the installed PyTorch, each where it belongs,
+and for such names anywhere else.
 """
 
 from __future__ import annotations

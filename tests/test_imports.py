@@ -10,12 +10,16 @@ from tests.launching import REPOSITORY
 PACKAGE = REPOSITORY / "megalong"
 
 # Room (a folder, or a file beside the folders) -> the rooms it may import. From the bottom up.
-SMALL = {"device", "disk", "errors", "log_filters", "position_losses", "progress", "torch_private"}
+SMALL = {
+    "device", "disk", "errors", "host_memory", "log_filters", "position_losses", "progress",
+    "torch_private",
+}  # fmt: skip
 ROOMS = {
     "errors": set(),
     "command_line": {"errors"},
     "device": set(),
     "disk": {"errors"},
+    "host_memory": set(),
     "log_filters": {"device"},
     "position_losses": set(),
     "progress": set(),

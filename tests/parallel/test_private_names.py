@@ -1,6 +1,6 @@
 """Names that other libraries do not document: all exist in the installed versions, and stand in the
-one file that each library has for them. The operators of PyTorch's attention alone stand in a
-second one, since the attention imports nothing else of megalong."""
+one file that each library has for them. The operators of PyTorch's attention, and what its tensors
+say of themselves, stand apart: the attention and the tiling import nothing else of megalong."""
 
 import ast
 import importlib
@@ -15,11 +15,13 @@ from tests.launching import REPOSITORY
 
 WORKER = __file__.replace("test_private_names", "private_names_worker")
 ATTENTION = "megalong/attention/sdpa_operators.py"  # of torch.ops.aten
+OFFLOAD = "megalong/tiling/offload.py"  # of torch.Tensor
 FENCES = {
     "megalong/parallel/deepspeed_private.py",
     "megalong/parallel/megatron_private.py",
     "megalong/torch_private.py",
     ATTENTION,
+    OFFLOAD,
 }
 SOURCES = [
     REPOSITORY / "pretrain_longnet.py",
@@ -97,7 +99,8 @@ def test_pytorch_has_its_own(taken):
         assert hasattr(torch.ops.c10d, name), name
     assert {name for _, name in torch_private.NAMES} == taken["megalong/torch_private.py"]
     operators = [(torch.ops.aten, name) for name in taken[ATTENTION]]
-    for owner, name in (*torch_private.NAMES, *operators):
+    of_tensors = [(torch.Tensor, name) for name in taken[OFFLOAD]]
+    for owner, name in (*torch_private.NAMES, *operators, *of_tensors):
         assert hasattr(owner, name), (owner, name)
 
 

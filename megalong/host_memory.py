@@ -1,0 +1,68 @@
+"""How much memory the host has left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Of a memory cgroup, version 2 and 1: its limit, what counts against it, and the name in
+# memory.stat of the file cache in it, which gives way.
+GROUP_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def host_bytes_available(root: Path = Path("/")) -> int:
+    """Bytes that this process and others can still get before the host, or a container or a job
+    that they are in, swaps or kills: Linux's MemAvailable, and what is left in each of the
+    process's control groups, whichever is least.
+
+    root: where /proc and /sys are. On other systems: the pages that are free.
+    Ranks that share a host share these bytes.
+    """
+    found = [*_machine(root / "proc/meminfo"), *_groups(root)]
+    if not found:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(0, min(found))
+
+
+def _machine(meminfo: Path) -> Iterator[int]:
+    with contextlib.suppress(OSError):
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                yield int(line.split()[1]) * 1024
+
+
+def _groups(root: Path) -> Iterator[int]:
+    """What is left in the process's memory groups and in those around them.
+
+    In a container the process may be told the path of its group on the host, which it does not see:
+    its own is then the root.
+    """
+    with contextlib.suppress(OSError):
+        for line in root.joinpath("proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if "memory" in controllers.split(","):
+                top = root / "sys/fs/cgroup/memory"
+            elif controllers == "":
+                top = root / "sys/fs/cgroup"
+            else:
+                continue
+            group = top / path.strip("/")
+            for folder in {top, group, *(p for p in group.parents if p.is_relative_to(top))}:
+                yield from _left(folder)
+
+
+def _left(group: Path) -> Iterator[int]:
+    for limit, usage, cache in GROUP_FILES:
+        with contextlib.suppress(OSError):
+            text = group.joinpath(limit).read_text().strip()
+            if text != "max":
+                stat = dict(
+                    line.split() for line in group.joinpath("memory.stat").read_text().splitlines()
+                )
+                used = int(group.joinpath(usage).read_text()) - int(stat.get(cache, 0))
+                yield int(text) - used
