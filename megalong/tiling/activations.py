@@ -1,6 +1,7 @@
 """Activations of the MLP, with what the backward pass needs from one reading of their input.
 
-To add one: its function and its slope in FUNCTIONS, and an Activation below.
+On a GPU each way is one Triton kernel. To add an activation: its function and slope in FUNCTIONS
+(and, to be as fast on a GPU, in triton/activation_kernels.py), and an Activation below.
 
 Shape suffixes: n rows, f features.
 """
@@ -15,6 +16,7 @@ from types import MappingProxyType
 import torch
 from torch.nn import functional
 
+from megalong.tiling import triton
 from megalong.tiling.rows import tiles, wide
 
 TILE = 2**18  # numbers at a time without the kernels: temporaries of a few megabytes
@@ -89,6 +91,11 @@ def row_tiles(x_nf: torch.Tensor) -> Iterator[slice]:
 @torch.library.impl("megalong::activate", "CompositeExplicitAutograd")
 def _(x_nf, function, gated):
     y_nf = empty_activation(x_nf, function, gated)
+    if triton.runs_on(x_nf):
+        from megalong.tiling.triton import activation_kernels
+
+        activation_kernels.forward(x_nf, y_nf, function, gated)
+        return y_nf
     value, _ = FUNCTIONS[function]
     for rows in row_tiles(x_nf):
         x = x_nf[rows].to(wide(x_nf.dtype))
@@ -102,6 +109,10 @@ def _(x_nf, function, gated):
 
 @torch.library.impl("megalong::activate_backward_", "CompositeExplicitAutograd")
 def _(grad_nf, x_nf, function, gated):
+    if triton.runs_on(x_nf):
+        from megalong.tiling.triton import activation_kernels
+
+        return activation_kernels.backward(grad_nf, x_nf, function, gated)
     value, slope = FUNCTIONS[function]
     for rows in row_tiles(x_nf):
         x, grad = (t[rows].to(wide(t.dtype)) for t in (x_nf, grad_nf))
@@ -124,4 +135,4 @@ def empty_activation(x_nf, function, gated):
 
 @torch.library.register_fake("megalong::activate_backward_")
 def _(grad, x, function, gated):
-    return None
+    pass

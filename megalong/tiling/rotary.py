@@ -2,7 +2,7 @@
 
 A head's channels i and i + d/2 are a pair, which turns by the angle of its row: the half-rotation
 layout, Megatron-core's where `rotary_interleaved` is off. Cosines and sines exist for a tile of
-rows only.
+rows only. On a GPU a Triton kernel reads and writes x once.
 
 Shape suffixes: s sequence, b batch, h heads, d channels of a head, p their pairs (d / 2).
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from megalong.tiling import triton
 from megalong.tiling.rows import tiles, wide
 
 TILE = 2**18  # numbers at a time without the kernel: temporaries of a few megabytes
@@ -43,6 +44,10 @@ def rotate_(x_sbhd: torch.Tensor, angles_sp: torch.Tensor, *, inverse: bool = Fa
 
 @torch.library.impl("megalong::rotate_", "CompositeExplicitAutograd")
 def _(x_sbhd, angles_sp, inverse):
+    if triton.runs_on(x_sbhd):
+        from megalong.tiling.triton import rotary_kernel
+
+        return rotary_kernel.rotate_(x_sbhd, angles_sp, inverse)
     _, batch, heads, head_dim = x_sbhd.shape
     dtype = wide(x_sbhd.dtype)
     for rows in tiles(len(x_sbhd), max(1, TILE // max(1, batch * heads * head_dim))):
@@ -58,4 +63,4 @@ def _(x_sbhd, angles_sp, inverse):
 
 @torch.library.register_fake("megalong::rotate_")
 def _(x, angles, inverse):
-    return None
+    pass

@@ -1,70 +1,42 @@
 """Activations against autograd of the plain formulas."""
 
-import random
-
 import pytest
 import torch
-import torch.nn.functional as F
 
 from megalong.tiling import activations
-from megalong.tiling.activations import GELU, SWIGLU, Activation
-
-GEGLU = Activation("gelu", gated=True)
-SILU = Activation("silu", gated=False)
-ALL = {"swiglu": SWIGLU, "gelu": GELU, "geglu": GEGLU, "silu": SILU}
-
-
-def plain(activation, x):
-    """As Megatron-core's MLP has it."""
-    function = {"silu": F.silu, "gelu": F.gelu}[activation.function]
-    if not activation.gated:
-        return function(x)
-    gate, up = x.chunk(2, -1)
-    return function(gate) * up
-
-
-def random_case(activation, seed: int):
-    """x and the gradient of its activation, rows with gaps or without, float64."""
-    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    rows, width = draw.randint(1, 50), draw.choice((1, 7, 33, 64, 200, 1500))
-    features = width * (2 if activation.gated else 1)
-    gap = draw.choice((0, 0, 5))
-    x, grad = (
-        3 * torch.randn(rows, n + gap, generator=generator, dtype=torch.float64)[:, :n]
-        for n in (features, width)
-    )
-    return x, grad
+from megalong.tiling.activations import GELU, SWIGLU
+from tests.tiling.cases import ACTIVATIONS, activation_case, plain
 
 
 @pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_random_case(name, seed, monkeypatch):
     if seed % 2:
         monkeypatch.setattr(activations, "TILE", 500)
-    x, grad = random_case(ALL[name], seed)
+    x, grad = activation_case(ACTIVATIONS[name], seed)
     leaf = x.clone().requires_grad_()
-    expected = plain(ALL[name], leaf)
+    expected = plain(ACTIVATIONS[name], leaf)
     (slope,) = torch.autograd.grad(expected, leaf, grad)
-    torch.testing.assert_close(ALL[name].forward(x), expected.detach(), rtol=0, atol=1e-12)
-    y, grad_x = ALL[name].backward(grad, x)
+    torch.testing.assert_close(ACTIVATIONS[name].forward(x), expected.detach(), rtol=0, atol=1e-12)
+    y, grad_x = ACTIVATIONS[name].backward(grad, x)
     torch.testing.assert_close(y, expected.detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close(grad_x, slope, rtol=0, atol=1e-12)
     assert y.data_ptr() == grad.data_ptr() and grad_x.data_ptr() == x.data_ptr()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_errors_are_no_larger_than_those_of_the_plain_path(name, dtype):
-    x, grad = (t.to(dtype) for t in random_case(ALL[name], 3))
+    x, grad = (t.to(dtype) for t in activation_case(ACTIVATIONS[name], 3))
     leaves = [x.clone().requires_grad_(), x.double().requires_grad_()]
-    plainly = [plain(ALL[name], leaf) for leaf in leaves]
+    plainly = [plain(ACTIVATIONS[name], leaf) for leaf in leaves]
     slopes = [
         torch.autograd.grad(y, leaf, grad.to(y.dtype))[0]
         for y, leaf in zip(plainly, leaves, strict=True)
     ]
-    forward = ALL[name].forward(x)
+    forward = ACTIVATIONS[name].forward(x)
     assert forward.dtype == dtype
-    y, grad_x = ALL[name].backward(grad, x)
+    y, grad_x = ACTIVATIONS[name].backward(grad, x)
     assert torch.equal(y, forward)
     for ours, (theirs, exact) in ((y, plainly), (grad_x, slopes)):
         errors = [(t.detach().double() - exact.detach()).norm() for t in (ours, theirs)]

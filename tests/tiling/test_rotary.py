@@ -1,7 +1,5 @@
 """Rotation in place against the plain formula, Megatron-core's, and itself backwards."""
 
-import math
-import random
 from types import SimpleNamespace
 
 import pytest
@@ -9,43 +7,16 @@ import torch
 
 from megalong.tiling import rotary
 from megalong.tiling.rotary import rotate_
-
-
-def rotated(x_sbhd, angles_sp):
-    """The formula, out of place."""
-    cos, sin = angles_sp.cos()[:, None, None], angles_sp.sin()[:, None, None]
-    first, second = x_sbhd.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-
-
-def random_case(seed: int):
-    """x in one of several layouts, float64, and angles."""
-    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    length, batch, heads = draw.randint(1, 70), draw.randint(1, 3), draw.randint(1, 5)
-    pairs = draw.choice((1, 3, 8, 12, 32, 40, 128))
-    packed = torch.randn(
-        length, batch, heads, 3 * 2 * pairs + 1, generator=generator, dtype=torch.float64
-    )
-    x = packed[..., 2 * pairs : 4 * pairs]  # as between queries and values
-    layout = draw.randrange(4)
-    if layout == 1:
-        x = x.contiguous()
-    elif layout == 2:  # as Megatron's (batch, heads, sequence, d)
-        x = x.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
-    elif layout == 3:  # every third row
-        x = packed.repeat_interleave(3, 0)[1::3, ..., 1 : 1 + 2 * pairs]
-    angles = torch.rand(length, pairs, generator=generator, dtype=torch.float64) * 2 * math.pi
-    return x, angles
+from tests.tiling.cases import rotary_case, rotated
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_random_case(seed, monkeypatch):
     if seed % 2:
         monkeypatch.setattr(rotary, "TILE", 500)
-    x, angles = random_case(seed)
+    x, angles = rotary_case(seed)
     around = x._base if x._is_view() else x
     before, untouched = x.clone(), around.clone()
-    x.requires_grad_(False)
     expected = rotated(before, angles)
     rotate_(x, angles)
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-12)
@@ -66,7 +37,7 @@ def test_as_megatron(dtype):
     """Bit for bit in float32 and float64; 16 bits round once, not four times."""
     from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 
-    x, angles = random_case(1)
+    x, angles = rotary_case(1)
     angles = angles.to(torch.promote_types(dtype, torch.float32))
     config = SimpleNamespace(
         apply_rope_fusion=False, rotary_interleaved=False, multi_latent_attention=False

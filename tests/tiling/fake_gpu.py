@@ -1,0 +1,63 @@
+"""Long sequences on a fake GPU: prints the peak of its memory in bytes, by what is done, as JSON.
+
+Fails where the host would wait for the device.
+"""
+
+import json
+
+from megalong.planning import fake_device
+
+if __name__ == "__main__":
+    fake_device.load()
+import torch
+
+LENGTH, HEADS, HEAD_DIM, WIDTH = 4 * 2**20, 12, 64, 2048
+
+
+def rotation():
+    from megalong.tiling.rotary import rotate_
+
+    x = torch.empty(LENGTH, 1, HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    rotate_(x, torch.empty(LENGTH, HEAD_DIM // 2, device="cuda"))
+
+
+def swiglu():
+    from megalong.tiling.activations import SWIGLU
+
+    x = torch.empty(LENGTH, 2 * WIDTH, dtype=torch.bfloat16, device="cuda")
+    y = SWIGLU.forward(x)
+    y, grad_x = SWIGLU.backward(y, x)
+    assert y.shape == (LENGTH, WIDTH) and grad_x is x
+
+
+def angles(one_per_pair):
+    from megalong.config import ModelConfig
+    from megalong.model.rotary import LongRotaryEmbedding
+
+    LongRotaryEmbedding(ModelConfig(kv_channels=HEAD_DIM), one_per_pair=one_per_pair)(LENGTH)
+
+
+CASES = {
+    "rotation": rotation,
+    "swiglu": swiglu,
+    "angles": lambda: angles(False),
+    "angles, one per pair": lambda: angles(True),
+}
+
+
+def main() -> None:
+    fake_device.pretend()
+    from megalong.planning.fake_tensors import fake_device_tensors
+    from megalong.planning.host_syncs import HostSyncs
+    from megalong.planning.memory import DeviceMemory
+
+    peaks = {}
+    for name, case in CASES.items():
+        with DeviceMemory() as memory, fake_device_tensors(), HostSyncs(), torch.no_grad():
+            case()
+        peaks[name] = memory.peak.total()
+    print(json.dumps(peaks))
+
+
+if __name__ == "__main__":
+    main()

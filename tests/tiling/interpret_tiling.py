@@ -1,0 +1,108 @@
+"""The kernels in Triton's interpreter, on the CPU. A pytest file of a process of its own.
+
+As tests/attention/triton/interpret_kernels.py, test_kernels_interpreted.py runs it. By hand:
+
+    TRITON_INTERPRET=1 python -m pytest tests/tiling/interpret_tiling.py
+
+float64 shows everything but rounding. The interpreter does not round bfloat16 to the nearest, so
+bfloat16 is left to the GPU tests.
+"""
+
+import math
+
+import pytest
+import torch
+
+from megalong.tiling import triton
+from megalong.tiling.rotary import rotate_
+from megalong.tiling.triton import activation_kernels, rotary_kernel
+from tests.tiling.cases import ACTIVATIONS, activation_case, plain, rotary_case, rotated
+
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-2}
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the kernels that ran."""
+    names = []
+    for module in (activation_kernels, rotary_kernel):
+
+        def launch(kernel, *arguments, original=module.launch, **constants):
+            names.append(kernel.__name__)
+            original(kernel, *arguments, **constants)
+
+        monkeypatch.setattr(module, "launch", launch)
+    return names
+
+
+@pytest.mark.parametrize("seed", range(27))
+def test_rotation(seed, launches):
+    dtype = list(TOLERANCE)[seed % 3]
+    x, angles = rotary_case(seed)
+    if dtype == torch.float64:  # a view still: what lies beside x must stay
+        around = x._base if x._is_view() else x
+    else:
+        around = x = x.to(dtype)
+        angles = angles.float()
+    before, untouched = x.clone(), around.clone()
+    rotate_(x, angles)
+    expected = rotated(before.double(), angles.double())
+    torch.testing.assert_close(x.double(), expected, rtol=0, atol=4 * TOLERANCE[dtype])
+    rotate_(x, angles, inverse=True)
+    torch.testing.assert_close(x, before, rtol=0, atol=8 * TOLERANCE[dtype])
+    x.copy_(before)
+    assert torch.equal(around, untouched)
+    assert launches == ["rotate_kernel"] * 2
+
+
+def test_angles_at_the_ends_of_a_turn_and_between_quarters():
+    eighths = torch.arange(17) * math.pi / 8
+    angles = torch.cat((eighths, eighths.nextafter(eighths - 1), eighths.nextafter(eighths + 1)))
+    angles = torch.cat((angles, torch.rand(2000) * 2 * math.pi))[:, None]
+    x = torch.tensor([1.0, 0.0]).repeat(len(angles), 1)[:, None, None].clone()
+    rotate_(x, angles)
+    exact = torch.cat((angles.double().cos(), angles.double().sin()), -1)
+    assert (x[:, 0, 0].double() - exact).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_errors_are_no_larger_than_those_of_the_plain_rotation(dtype):
+    x, angles = rotary_case(5)
+    x, angles = x.to(dtype), angles.float()
+    exact = rotated(x.double(), angles.double())
+    cos, sin = (f(angles).to(dtype)[:, None, None] for f in (torch.cos, torch.sin))
+    first, second = x.chunk(2, -1)
+    plainly = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    rotate_(x, angles)
+    ours, theirs = ((y.double() - exact).norm() for y in (x, plainly))
+    assert ours <= (1.25 if dtype == torch.float32 else 1) * theirs
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation(name, seed, dtype, launches):
+    activation = ACTIVATIONS[name]
+    x, grad = (t[:9].to(dtype) for t in activation_case(activation, seed))
+    leaf = x.double().requires_grad_()
+    expected = plain(activation, leaf)
+    (slope,) = torch.autograd.grad(expected, leaf, grad.double())
+    expected = expected.detach()
+    forward = activation.forward(x)
+    y, grad_x = activation.backward(grad, x)
+    assert forward.dtype == dtype and torch.equal(y, forward)
+    tolerance = {"rtol": TOLERANCE[dtype], "atol": 10 * TOLERANCE[dtype]}
+    torch.testing.assert_close(y.double(), expected, **tolerance)
+    torch.testing.assert_close(grad_x.double(), slope, **tolerance)
+    assert launches == ["activate_kernel", "activate_backward_kernel"]
+
+
+def test_nothing_to_do():
+    rotate_(torch.zeros(0, 1, 2, 4), torch.zeros(0, 2))
+    rotate_(torch.zeros(3, 1, 0, 4), torch.zeros(3, 2))
+    for activation in ACTIVATIONS.values():
+        assert activation.forward(torch.zeros(0, 6)).shape[0] == 0
+
+
+def test_bfloat16_is_left_to_pytorch():
+    assert triton.runs_on(torch.zeros(1)) and not triton.runs_on(torch.zeros(1).bfloat16())
