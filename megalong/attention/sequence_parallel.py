@@ -23,7 +23,7 @@ from megalong.attention.dilated import checked_scale
 from megalong.attention.exchange import SequenceGroup
 from megalong.attention.pattern import DilatedPattern
 from megalong.attention.remote_rows import merge, remote_rows
-from megalong.attention.sequence_plan import make_plan
+from megalong.attention.sequence_plan import Plan, make_plan
 from megalong.attention.shards import Shards
 
 
@@ -50,12 +50,9 @@ def sequence_parallel_attention(
     The other arguments, the results and the errors are those of dilated_attention; gradients are
     exact. lse is that of the shard's queries, (batch, heads, shard).
     """
-    shards = Shards(sequence.rank, sequence.size, q.shape[1])
     scale = checked_scale(q, k, v, pattern, scale)
-    plan = make_plan(pattern, shards, q.shape[2], k.shape[2], bool(causal))
-    remote = remote_rows(plan, q.device)
     out_bshd, lse_bhs = _SequenceParallelAttention.apply(
-        q, k, v, plan.local, remote, sequence, bool(causal), scale, backend
+        q, k, v, pattern, sequence, bool(causal), scale, backend
     )
     return (out_bshd, lse_bhs) if return_lse else out_bshd
 
@@ -64,82 +61,113 @@ class _SequenceParallelAttention(torch.autograd.Function):
     """Keeps q, k, v, output, log-sum-exp and the remote rows; the backends recompute the rest."""
 
     @staticmethod
-    def forward(ctx, q_bshd, k_bsgd, v_bsgd, local, remote, sequence, causal, scale, backend):
-        ctx.local, ctx.remote, ctx.sequence = local, remote, sequence
-        ctx.rows = {"scale": scale, "backend": backend}
-        ctx.options = {"causal": causal, **ctx.rows}
-        with torch.autocast(q_bshd.device.type, enabled=False):
-            arriving = [exchange.start(sequence, k_bsgd, v_bsgd) for exchange in remote]
-            out_bshd, lse_bsh = _local_forward(ctx, q_bshd, k_bsgd, v_bsgd)
-            for exchange, (rows, work) in zip(remote, arriving, strict=True):
-                work.wait()
-                for attention in exchange.attention:
-                    new = operators.attend_rows(
-                        attention.queries(q_bshd), *attention.keys(rows), **ctx.rows
-                    )
-                    attention.merge(out_bshd, lse_bsh, *new)
-        lse_bhs = lse_bsh.transpose(1, 2)
-        out_bshd = out_bshd.to(q_bshd.dtype)
-        ctx.save_for_backward(
-            q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, *(rows for rows, _ in arriving)
-        )
+    def forward(ctx, q_bshd, k_bsgd, v_bsgd, pattern, sequence, causal, scale, backend):
+        ctx.where = pattern, sequence
+        ctx.options = {"causal": causal, "scale": scale, "backend": backend}
+        out_bshd, lse_bhs, kept = forward(q_bshd, k_bsgd, v_bsgd, *ctx.where, **ctx.options)
+        ctx.save_for_backward(q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, *kept)
         ctx.mark_non_differentiable(lse_bhs)
         return out_bshd, lse_bhs
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_bshd, _):
-        q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, *arrived = ctx.saved_tensors
-        lse_bsh = lse_bhs.transpose(1, 2)
-        with torch.autocast(grad_bshd.device.type, enabled=False):
-            returning, query_gradients = [], []
-            for exchange, rows in zip(ctx.remote, arrived, strict=True):
-                gradients = torch.zeros_like(rows, dtype=lse_bhs.dtype)
-                for attention in exchange.attention:
-                    dq_bmhd, dk_bntd, dv_bntd = operators.attend_rows_backward(
-                        attention.queries(grad_bshd), attention.queries(q_bshd),
-                        *attention.keys(rows), attention.queries(out_bshd),
-                        attention.queries(lse_bsh).mT, **ctx.rows,
-                    )  # fmt: skip
-                    attention.put_keys(gradients, dk_bntd, dv_bntd)
-                    query_gradients.append((attention, dq_bmhd))
-                returning.append(exchange.collective.start_back(ctx.sequence, gradients))
-
-            dq_bshd, dk_bsgd, dv_bsgd = _local_backward(
-                ctx, grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs
-            )
-            for attention, dq_bmhd in query_gradients:
-                attention.add_queries(dq_bshd, dq_bmhd)
-            for exchange, (rows, work) in zip(ctx.remote, returning, strict=True):
-                work.wait()
-                exchange.leaving.add_to(dk_bsgd, dv_bsgd, rows)
-        return (*(x.to(q_bshd.dtype) for x in (dq_bshd, dk_bsgd, dv_bsgd)), *[None] * 6)
+        q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, *kept = ctx.saved_tensors
+        gradients = backward(
+            grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, kept, *ctx.where, **ctx.options
+        )
+        return (*gradients, *[None] * 5)
 
 
-def _local_forward(ctx, q_bshd, k_bsgd, v_bsgd):
+def forward(
+    q_bshd, k_bsgd, v_bsgd, pattern: DilatedPattern, sequence: SequenceGroup,
+    *, causal: bool, scale: float, backend: str,
+):  # fmt: skip
+    """Output like q, log-sum-exp (batch, heads, shard), and the rows that came from other ranks:
+    for `backward`, which then needs none."""
+    plan = _plan(q_bshd, k_bsgd, pattern, sequence, causal)
+    remote = remote_rows(plan, q_bshd.device)
+    rows_options = {"scale": scale, "backend": backend}
+    with torch.autocast(q_bshd.device.type, enabled=False):
+        arriving = [exchange.start(sequence, k_bsgd, v_bsgd) for exchange in remote]
+        out_bshd, lse_bsh = _local_forward(
+            plan, q_bshd, k_bsgd, v_bsgd, causal=causal, **rows_options
+        )
+        for exchange, (rows, work) in zip(remote, arriving, strict=True):
+            work.wait()
+            for attention in exchange.attention:
+                new = operators.attend_rows(
+                    attention.queries(q_bshd), *attention.keys(rows), **rows_options
+                )
+                attention.merge(out_bshd, lse_bsh, *new)
+    kept = tuple(rows for rows, _ in arriving)
+    return out_bshd.to(q_bshd.dtype), lse_bsh.transpose(1, 2), kept
+
+
+def backward(
+    grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, kept, pattern: DilatedPattern,
+    sequence: SequenceGroup, *, causal: bool, scale: float, backend: str,
+):  # fmt: skip
+    """Gradients (dq, dk, dv) of `forward`, in its inputs' dtype."""
+    plan = _plan(q_bshd, k_bsgd, pattern, sequence, causal)
+    remote = remote_rows(plan, q_bshd.device)
+    rows_options = {"scale": scale, "backend": backend}
+    lse_bsh = lse_bhs.transpose(1, 2)
+    with torch.autocast(grad_bshd.device.type, enabled=False):
+        returning, query_gradients = [], []
+        for exchange, rows in zip(remote, kept, strict=True):
+            gradients = torch.zeros_like(rows, dtype=lse_bhs.dtype)
+            for attention in exchange.attention:
+                dq_bmhd, dk_bntd, dv_bntd = operators.attend_rows_backward(
+                    attention.queries(grad_bshd), attention.queries(q_bshd),
+                    *attention.keys(rows), attention.queries(out_bshd),
+                    attention.queries(lse_bsh).mT, **rows_options,
+                )  # fmt: skip
+                attention.put_keys(gradients, dk_bntd, dv_bntd)
+                query_gradients.append((attention, dq_bmhd))
+            returning.append(exchange.collective.start_back(sequence, gradients))
+
+        dq_bshd, dk_bsgd, dv_bsgd = _local_backward(
+            plan, grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, causal=causal,
+            **rows_options,
+        )  # fmt: skip
+        for attention, dq_bmhd in query_gradients:
+            attention.add_queries(dq_bshd, dq_bmhd)
+        for exchange, (rows, work) in zip(remote, returning, strict=True):
+            work.wait()
+            exchange.leaving.add_to(dk_bsgd, dv_bsgd, rows)
+    return tuple(x.to(q_bshd.dtype) for x in (dq_bshd, dk_bsgd, dv_bsgd))
+
+
+def _plan(q_bshd, k_bsgd, pattern, sequence, causal) -> Plan:
+    shards = Shards(sequence.rank, sequence.size, q_bshd.shape[1])
+    return make_plan(pattern, shards, q_bshd.shape[2], k_bsgd.shape[2], causal)
+
+
+def _local_forward(plan: Plan, q_bshd, k_bsgd, v_bsgd, **options):
     """Output and log-sum-exp (batch, shard, heads, ...) of the shard's own rows, to be merged into:
     at least float32 where something will be."""
     results = [
         operators.forward(
             *(x[:, piece.start : piece.stop] for x in (q_bshd, k_bsgd, v_bsgd)), piece.pattern,
-            **ctx.options,
+            **options,
         )
-        for piece in ctx.local
+        for piece in plan.local
     ]  # fmt: skip
     dtype = results[0][1].dtype
     if len(results) == 1:
         [(out_bshd, lse_bhs)] = results
-        return out_bshd.to(dtype) if ctx.remote else out_bshd, lse_bhs.mT.contiguous()
+        return out_bshd.to(dtype) if plan.exchanges else out_bshd, lse_bhs.mT.contiguous()
     out_bshd = q_bshd.new_zeros(q_bshd.shape, dtype=dtype)
     lse_bsh = q_bshd.new_full(q_bshd.shape[:3], -torch.inf, dtype=dtype)
-    for piece, (new_out_bshd, new_lse_bhs) in zip(ctx.local, results, strict=True):
+    for piece, (new_out_bshd, new_lse_bhs) in zip(plan.local, results, strict=True):
         here = slice(piece.start, piece.stop)
         merged = merge(out_bshd[:, here], lse_bsh[:, here], new_out_bshd, new_lse_bhs.mT)
         out_bshd[:, here], lse_bsh[:, here] = merged
     return out_bshd, lse_bsh
 
 
-def _local_backward(ctx, grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs):
+def _local_backward(plan: Plan, grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, **options):
     """The gradients of q, k and v that come from the shard's own rows, to be added to: at least
     float32 where something will be."""
     shares = [
@@ -148,15 +176,15 @@ def _local_backward(ctx, grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs):
                 x[:, piece.start : piece.stop]
                 for x in (grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd)
             ),
-            lse_bhs[:, :, piece.start : piece.stop], piece.pattern, **ctx.options,
+            lse_bhs[:, :, piece.start : piece.stop], piece.pattern, **options,
         )
-        for piece in ctx.local
+        for piece in plan.local
     ]  # fmt: skip
     if len(shares) == 1:
-        dtype = lse_bhs.dtype if ctx.remote else q_bshd.dtype
+        dtype = lse_bhs.dtype if plan.exchanges else q_bshd.dtype
         return [gradient.to(dtype) for gradient in shares[0]]
     totals = [torch.zeros_like(x, dtype=lse_bhs.dtype) for x in (q_bshd, k_bsgd, v_bsgd)]
-    for piece, gradients in zip(ctx.local, shares, strict=True):
+    for piece, gradients in zip(plan.local, shares, strict=True):
         for total, gradient in zip(totals, gradients, strict=True):
             total[:, piece.start : piece.stop] += gradient
     return totals

@@ -28,6 +28,8 @@ class AttentionKind:
         `megalong.attention.dilated_attention`.
     attend_shard: (q, k, v, pattern, sequence, *, scale, backend) -> out, of a shard of a sequence.
     subgroup_sizes: (pattern, shard_length, ranks) -> numbers of ranks that exchange rows.
+    passes: (pattern, sequence, *, scale, backend) -> forward and backward as functions without
+        autograd, causal, of a shard or, where sequence is None, of a whole sequence.
     """
 
     pattern: Callable[[AttentionConfig, int], Any]
@@ -35,6 +37,7 @@ class AttentionKind:
     attend: str
     attend_shard: str = "megalong.attention.sequence_parallel:sequence_parallel_attention"
     subgroup_sizes: str = "megalong.attention.sequence_plan:subgroup_sizes"
+    passes: str = "megalong.attention.passes:Passes"
 
     def function(self, name: str) -> Callable:
         """One of the functions, by the name of its field."""

@@ -7,13 +7,16 @@ makes or reads an attention mask. Shape letters: s sequence, b batch, h heads, d
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.transformer.module import MegatronModule
 
 from megalong.attention.exchange import SequenceGroup
 from megalong.config import AttentionConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from megalong.attention.passes import Passes
 
 
 class CoreAttention(MegatronModule):
@@ -42,6 +45,8 @@ class CoreAttention(MegatronModule):
     ):
         super().__init__(config=config)
         here = config.num_attention_heads // config.tensor_model_parallel_size
+        self._heads = here
+        self._kv_heads = config.num_query_groups // config.tensor_model_parallel_size
         self.pattern = (
             attention.pattern(model.seq_length)
             .at_layer(layer_number - 1)  # Megatron-core counts layers from one
@@ -52,6 +57,7 @@ class CoreAttention(MegatronModule):
                 stop=here * (tensor_rank + 1),
             )
         )
+        self._passes = partial(attention.kind.function("passes"), sequence=sequence)
         self._attend = attention.kind.function("attend")
         if sequence is not None and sequence.size > 1:
             self._attend = partial(attention.kind.function("attend_shard"), sequence=sequence)
@@ -76,3 +82,17 @@ class CoreAttention(MegatronModule):
         q_bshd, k_bshd, v_bshd = (x.transpose(0, 1) for x in (q_sbhd, k_sbhd, v_sbhd))
         out_bshd = self._attend(q_bshd, k_bshd, v_bshd, self.pattern, **self._options)
         return out_bshd.transpose(0, 1).flatten(2)
+
+    def passes(self, groups: int) -> list[Passes]:
+        """Forward and backward without autograd, one for each group of heads.
+
+        Group i has the i-th part of this rank's query heads and kv heads. groups: divides the kv
+        heads.
+        """
+        assert self._kv_heads % groups == 0
+        heads = self._heads // groups
+        parts = (
+            self.pattern.for_heads(self._heads, self._kv_heads, start, start + heads)
+            for start in range(0, self._heads, heads)
+        )
+        return [self._passes(part, **self._options) for part in parts]

@@ -118,6 +118,19 @@ def test_layers_have_their_own_offsets_under_the_layer_rule(build):
     assert offsets[0] != offsets[1]
 
 
+def test_passes_of_groups_of_heads_compute_the_attention_of_a_layer(build):
+    model, _ = build(head_offsets="layer", num_query_groups=4)
+    attention = model.chunks[0].decoder.layers[1].self_attention.core_attention
+    q, k, v = torch.randn(3, LENGTH, 1, 4, 16)  # (s, b, heads, d)
+    whole = attention(q, k, v, None)
+    for groups in (1, 2, 4):
+        passes = attention.passes(groups)
+        parts = zip(*(x.transpose(0, 1).chunk(groups, 2) for x in (q, k, v)), strict=True)
+        outs = [one.forward(*part)[0] for one, part in zip(passes, parts, strict=True)]
+        together = torch.cat(outs, 2).transpose(0, 1).flatten(2)
+        torch.testing.assert_close(together, whole, rtol=0, atol=1e-6)
+
+
 def test_an_initial_weight_depends_on_seed_and_name_only(build, mesh):
     model, config = build()
     other, _ = build(num_layers=4)  # the first layers of a deeper model, but for the depth's scale
