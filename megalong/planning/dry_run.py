@@ -81,11 +81,14 @@ class DryRun:
 
     memory: bytes of the device at the peak, by what they are for or when they came into being:
         "weights", "optimizer" (with what ZeRO 3 divides of the weights), "forward", "backward".
+    host: bytes of pinned memory at the peak: activations that wait there, with
+        --offload-activations.
     traffic: of the step, by axis and collective (`megalong.parallel.traffic`).
     waits: how often the host waits for the device in a step, by the function that waits.
     """
 
     memory: Counter[str]
+    host: int
     traffic: Counts
     waits: Counter[str]
 
@@ -115,7 +118,7 @@ def dry_run(
                 engine.train_step(batches, config.training.lr)
         with HostSyncs(ALLOWED):
             engine.token_losses([next(batches)])
-    return DryRun(memory.peak, engine.traffic, syncs.counts)
+    return DryRun(memory.peak, memory.host_peak, engine.traffic, syncs.counts)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,9 @@
 
 On a GPU the host runs ahead and queues work. Whatever needs a value of the device back on the host
 (`.item()`, `if tensor:`, `.cpu()`, an index of booleans) stops it until all that was queued is
-done, and so does a copy to the device that is not `non_blocking`. PyTorch can say so on a GPU
-(`torch.cuda.set_sync_debug_mode`); on fake tensors it can be seen without one.
+done, and so does a copy between the two that is not `non_blocking`, or goes to memory of the host
+that is not pinned. PyTorch can say so on a GPU (`torch.cuda.set_sync_debug_mode`); on fake tensors
+it can be seen without one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from unittest import mock
 import torch
 
 from megalong.planning import fake_device
+from megalong.planning.fake_tensors import is_pinned
 from megalong.torch_private import (
     READ_VALUE,
     TO_COPY,
@@ -110,13 +112,18 @@ class HostSyncs(TorchDispatchMode):
     def _check_copy(self, operator: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if operator is TO_COPY:
             [source], target = args, torch.device(kwargs.get("device") or args[0].device)
-            non_blocking = kwargs.get("non_blocking", False)
+            non_blocking, pinned = kwargs.get("non_blocking", False), True  # if it is to the host
         else:
             target, source = args[0].device, args[1]
             non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
-        if {source.device.type, target.type} == {"cpu", "cuda"} and not non_blocking:
-            what = "to the device" if target.type == "cuda" else "to the host"
-            self._wait(f"a copy {what} of {tuple(source.shape)} is not non_blocking")
+            pinned = is_pinned(args[0])
+        if {source.device.type, target.type} != {"cpu", "cuda"}:
+            return
+        to = "to the device" if target.type == "cuda" else "to the host"
+        if not non_blocking:
+            self._wait(f"a copy {to} of {tuple(source.shape)} is not non_blocking")
+        elif target.type == "cpu" and not pinned:
+            self._wait(f"a copy {to} of {tuple(source.shape)} goes to memory that is not pinned")
 
     def _wait(self, what: str) -> None:
         if self.allowed is None:

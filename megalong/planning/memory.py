@@ -1,4 +1,5 @@
-"""The device memory that a run on fake tensors would hold at its peak, and of what kind."""
+"""The memory that a run on fake tensors would hold at its peak: of the device, and of what kind,
+and pinned memory of the host."""
 
 from __future__ import annotations
 
@@ -10,25 +11,29 @@ from dataclasses import dataclass
 
 import torch
 
+from megalong.planning.fake_tensors import is_pinned
 from megalong.torch_private import TorchDispatchMode, is_going_backward, tree_leaves
 
 BLOCK = 512  # bytes: PyTorch's allocator rounds up to multiples of that
 
 
 class DeviceMemory(TorchDispatchMode):
-    """Follows every storage on the device from the operator that makes it to its end.
+    """Follows every storage on the device, and in pinned memory, from the operator that makes it to
+    its end.
 
     What a storage is for is told by when it is made: `during` names the phase, and within one that
     is called "forward", what autograd makes while it goes backward is "backward".
     Not in it: the allocator's fragmentation, CUDA's context, what kernels and NCCL hold.
 
-    now, peak: bytes by kind.
+    now, peak: bytes of the device by kind. host_now, host_peak: bytes of pinned memory, which
+    PyTorch rounds up to a power of two; their peak may come at another time.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
+        self.host_now = self.host_peak = 0
         self._phase = "other"
         self._seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
@@ -44,8 +49,12 @@ class DeviceMemory(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda":
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            if tensor.device.type == "cuda":
                 self._follow(tensor.untyped_storage())
+            elif is_pinned(tensor):
+                self._follow_on_host(tensor.untyped_storage())
         return result
 
     def are(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
@@ -71,6 +80,18 @@ class DeviceMemory(TorchDispatchMode):
 
     def _forget(self, entry: _Entry) -> None:
         self.now[entry.kind] -= entry.size
+
+    def _follow_on_host(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._seen:
+            return
+        size = 1 << max(0, storage.nbytes() - 1).bit_length()
+        self._seen[storage] = _Entry("host", size)
+        self.host_now += size
+        self.host_peak = max(self.host_peak, self.host_now)
+        weakref.finalize(storage, self._forget_on_host, size)
+
+    def _forget_on_host(self, size: int) -> None:
+        self.host_now -= size
 
 
 @dataclass

@@ -2,13 +2,19 @@
 that makes copies as late as it may."""
 
 import gc
+import json
 import random
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 
+from megalong.planning import fake_device
+from megalong.tiling.offload import CHUNK as CHUNK_ON_GPU
 from megalong.tiling.offload import HostMemoryError, HostOffload
+from tests.launching import made_once, run
 from tests.tiling.stand_in_device import Race, StandIn
 
 CPU = torch.device("cpu")
@@ -243,3 +249,48 @@ def test_no_room_on_the_host():
         device.pinned = allocate
         with pytest.raises(HostMemoryError, match=r"320 bytes .* beside 0 .*: CUDA error"):
             losses_of(weights, x, offload_on(device))
+
+
+@pytest.fixture(scope="module")
+def on_fake_device(tmp_path_factory) -> dict:
+    if fake_device.compiler() is None:
+        pytest.skip("the fake GPU needs a C++ compiler")
+
+    def make(path: Path) -> None:
+        script = Path(__file__).with_name("offload_on_fake_device.py")
+        run([sys.executable, str(script), str(path)])
+
+    return json.loads(made_once(tmp_path_factory, "offload.json", make).read_text())
+
+
+ROWS, ACTIVATION = 2**20 + 1, 2 * (2**20 + 1) * 64  # tokens, bytes: a little more than four chunks
+
+
+def test_the_devices_peak_does_not_grow_with_the_layers(on_fake_device):
+    def grows(stack):
+        return on_fake_device[f"8 {stack}"]["device"] - on_fake_device[f"4 {stack}"]["device"]
+
+    assert grows("kept") > 4 * 2 * ACTIVATION
+    for stack in ("offloaded", "no prefetch"):  # by weights, their gradients, and what is small
+        assert 4 * 2 * ROWS < grows(stack) < 4 * 2 * ROWS + 4 * 2**15
+    without = on_fake_device["8 no prefetch"]["device"]
+    assert on_fake_device["8 offloaded"]["device"] - without == 2 * (ACTIVATION + 384)  # as rounded
+
+
+@pytest.mark.parametrize("layers", [4, 8])
+def test_copies_and_bytes_on_the_host_are_as_predicted(layers, on_fake_device):
+    kept = on_fake_device[f"{layers} kept"]
+    assert (kept["host"], kept["out"], kept["into"]) == (0, 0, 0)
+    for stack in ("offloaded", "no prefetch"):
+        found = on_fake_device[f"{layers} {stack}"]
+        assert found["host"] == layers * 2 * 5 * CHUNK_ON_GPU
+        assert found["out"] == layers * 2 * 5
+        assert found["into"] == (layers - 1) * 2 * 5
+
+
+def test_a_dry_run_knows_which_copies_make_the_host_wait(on_fake_device):
+    assert "(1048576,) goes to memory that is not pinned" in on_fake_device["pageable"]
+    assert "a copy to the host of (1048576,) is not non_blocking" in on_fake_device["blocking"]
+    assert "a copy to the device of (1048576,) is not" in on_fake_device["blocking back"]
+    assert on_fake_device["pinned"] is None
+    assert on_fake_device["small"] == [1, 1, 1]  # small tables in pinned memory have values
