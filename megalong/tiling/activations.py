@@ -1,7 +1,8 @@
 """Activations of the MLP, with what the backward pass needs from one reading of their input.
 
-On a GPU each way is one Triton kernel. To add an activation: its function and slope in FUNCTIONS
-(and, to be as fast on a GPU, in triton/activation_kernels.py), and an Activation below.
+On a GPU each way is one Triton kernel. To add an activation: an Activation below, and its function
+and slope in FUNCTIONS, if they are new; triton/activation_kernels.py may have a function too, those
+that it has not run in PyTorch.
 
 Shape suffixes: n rows, f features.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 
 import torch
 from torch.nn import functional
@@ -19,7 +20,7 @@ from torch.nn import functional
 from megalong.tiling import triton
 from megalong.tiling.rows import tiles, wide
 
-TILE = 2**18  # numbers at a time without the kernels: temporaries of a few megabytes
+TILE = 2**17  # numbers at a time without the kernels: temporaries that stay in a cache
 
 # Operators, so that fake tensors run no kernel. Not torch.library.custom_op: slow to call.
 torch.library.define("megalong::activate", "(Tensor x, str function, bool gated) -> Tensor")
@@ -34,7 +35,8 @@ class Activation:
     """function: one of FUNCTIONS. gated: x has gate and up side by side, and the activation is
     function(gate) * up, half as wide as x; otherwise function(x).
 
-    Tensors: any float dtype, inside in at least float32. Nothing is recorded for autograd.
+    Tensors: any float dtype, inside in at least float32; the numbers of a row side by side, else
+    ValueError. Nothing is recorded for autograd.
     """
 
     function: str
@@ -42,6 +44,7 @@ class Activation:
 
     def forward(self, x_nf: torch.Tensor) -> torch.Tensor:
         """The activation of x (rows, features), in its dtype: (rows, features), or half of them."""
+        require_dense_rows(x_nf)
         return torch.ops.megalong.activate(x_nf, self.function, self.gated)
 
     def backward(
@@ -58,6 +61,7 @@ class Activation:
                 f"gradient {tuple(grad_nf.shape)} {grad_nf.dtype} is not that of an activation"
                 f" of {tuple(x_nf.shape)} {x_nf.dtype}"
             )
+        require_dense_rows(grad_nf, x_nf)
         torch.ops.megalong.activate_backward_(grad_nf, x_nf, self.function, self.gated)
         torch.autograd.graph.increment_version((grad_nf, x_nf))
         return grad_nf, x_nf
@@ -84,6 +88,20 @@ FUNCTIONS = MappingProxyType(
 )
 
 
+def require_dense_rows(*tensors: torch.Tensor) -> None:
+    if any(x_nf.stride(1) != 1 for x_nf in tensors):
+        raise ValueError("an activation takes rows with their numbers side by side")
+
+
+def kernels(x_nf: torch.Tensor, function: str) -> ModuleType | None:
+    """The kernels, where they can run and know the function."""
+    if not triton.runs_on(x_nf):
+        return None
+    from megalong.tiling.triton import activation_kernels
+
+    return activation_kernels if function in activation_kernels.FUNCTIONS else None
+
+
 def row_tiles(x_nf: torch.Tensor) -> Iterator[slice]:
     return tiles(len(x_nf), max(1, TILE // max(1, x_nf.shape[1])))
 
@@ -91,10 +109,8 @@ def row_tiles(x_nf: torch.Tensor) -> Iterator[slice]:
 @torch.library.impl("megalong::activate", "CompositeExplicitAutograd")
 def _(x_nf, function, gated):
     y_nf = empty_activation(x_nf, function, gated)
-    if triton.runs_on(x_nf):
-        from megalong.tiling.triton import activation_kernels
-
-        activation_kernels.forward(x_nf, y_nf, function, gated)
+    if on_gpu := kernels(x_nf, function):
+        on_gpu.forward(x_nf, y_nf, function, gated)
         return y_nf
     value, _ = FUNCTIONS[function]
     for rows in row_tiles(x_nf):
@@ -109,10 +125,8 @@ def _(x_nf, function, gated):
 
 @torch.library.impl("megalong::activate_backward_", "CompositeExplicitAutograd")
 def _(grad_nf, x_nf, function, gated):
-    if triton.runs_on(x_nf):
-        from megalong.tiling.triton import activation_kernels
-
-        return activation_kernels.backward(grad_nf, x_nf, function, gated)
+    if on_gpu := kernels(x_nf, function):
+        return on_gpu.backward(grad_nf, x_nf, function, gated)
     value, slope = FUNCTIONS[function]
     for rows in row_tiles(x_nf):
         x, grad = (t[rows].to(wide(t.dtype)) for t in (x_nf, grad_nf))

@@ -14,7 +14,7 @@ import torch
 from megalong.tiling import triton
 from megalong.tiling.rows import tiles, wide
 
-TILE = 2**18  # numbers at a time without the kernel: temporaries of a few megabytes
+TILE = 2**17  # numbers at a time without the kernel: temporaries that stay in a cache
 
 # An operator, so that fake tensors run no kernel. Not torch.library.custom_op: slow to call.
 torch.library.define("megalong::rotate_", "(Tensor(a!) x, Tensor angles, bool inverse) -> ()")

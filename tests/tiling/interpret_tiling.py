@@ -106,3 +106,10 @@ def test_nothing_to_do():
 
 def test_bfloat16_is_left_to_pytorch():
     assert triton.runs_on(torch.zeros(1)) and not triton.runs_on(torch.zeros(1).bfloat16())
+
+
+def test_a_function_that_has_no_kernel_runs_in_pytorch(launches, monkeypatch):
+    monkeypatch.setattr(activation_kernels, "FUNCTIONS", ())
+    x, grad = torch.randn(3, 8), torch.randn(3, 4)
+    y, _ = ACTIVATIONS["swiglu"].backward(grad, x.clone())
+    assert torch.equal(y, ACTIVATIONS["swiglu"].forward(x)) and not launches

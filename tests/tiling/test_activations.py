@@ -49,3 +49,7 @@ def test_a_gradient_that_does_not_fit_is_refused():
         SWIGLU.backward(torch.zeros(3, 4), torch.zeros(3, 4))
     with pytest.raises(ValueError, match="float64 is not that of an activation of"):
         GELU.backward(torch.zeros(3, 4).double(), torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="side by side"):
+        SWIGLU.forward(torch.zeros(4, 3).T)
+    with pytest.raises(ValueError, match="side by side"):
+        GELU.backward(torch.zeros(4, 3).T, torch.zeros(3, 4))
