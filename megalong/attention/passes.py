@@ -36,15 +36,21 @@ class Passes:
 
     @torch.no_grad()
     def forward(
-        self, q_bshd: torch.Tensor, k_bsgd: torch.Tensor, v_bsgd: torch.Tensor
+        self,
+        q_bshd: torch.Tensor,
+        k_bsgd: torch.Tensor,
+        v_bsgd: torch.Tensor,
+        kept: tuple[torch.Tensor, ...] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
         """Returns out, like q; the log-sum-exp (batch, heads, sequence), at least float32; and what
         `backward` needs besides: the rows of K and V that came from other ranks, so that they come
-        once. Shapes, dtypes and errors are those of `dilated_attention`."""
+        once. Shapes, dtypes and errors are those of `dilated_attention`.
+
+        kept: what an earlier call with the same tensors returned; nothing is exchanged then."""
         options = self._options(q_bshd, k_bsgd, v_bsgd)
         if self._sharded:
             return sequence_parallel.forward(
-                q_bshd, k_bsgd, v_bsgd, self.pattern, self.sequence, **options
+                q_bshd, k_bsgd, v_bsgd, self.pattern, self.sequence, kept=kept, **options
             )
         return *operators.forward(q_bshd, k_bsgd, v_bsgd, self.pattern, **options), ()
 

@@ -81,20 +81,24 @@ class _SequenceParallelAttention(torch.autograd.Function):
 
 def forward(
     q_bshd, k_bsgd, v_bsgd, pattern: DilatedPattern, sequence: SequenceGroup,
-    *, causal: bool, scale: float, backend: str,
+    *, causal: bool, scale: float, backend: str, kept: tuple[torch.Tensor, ...] | None = None,
 ):  # fmt: skip
     """Output like q, log-sum-exp (batch, heads, shard), and the rows that came from other ranks:
-    for `backward`, which then needs none."""
+    for `backward`, which then needs none. kept: those rows, where they have come before."""
     plan = _plan(q_bshd, k_bsgd, pattern, sequence, causal)
     remote = remote_rows(plan, q_bshd.device)
     rows_options = {"scale": scale, "backend": backend}
     with torch.autocast(q_bshd.device.type, enabled=False):
-        arriving = [exchange.start(sequence, k_bsgd, v_bsgd) for exchange in remote]
+        if kept is None:
+            arriving = [exchange.start(sequence, k_bsgd, v_bsgd) for exchange in remote]
+        else:
+            arriving = [(rows, None) for rows in kept]
         out_bshd, lse_bsh = _local_forward(
             plan, q_bshd, k_bsgd, v_bsgd, causal=causal, **rows_options
         )
         for exchange, (rows, work) in zip(remote, arriving, strict=True):
-            work.wait()
+            if work is not None:
+                work.wait()
             for attention in exchange.attention:
                 new = operators.attend_rows(
                     attention.queries(q_bshd), *attention.keys(rows), **rows_options

@@ -69,6 +69,9 @@ class Config:
             model, training.global_batch_size, resolved.num_microbatches(data_parallel_size)
         )
         resolved.memory.check(model, resolved.parallel)
+        resolved = dataclasses.replace(
+            resolved, memory=resolved.memory.resolve(model, resolved.parallel)
+        )
         resolved.run.check(training.train_iters, world_size)
         resolved.data.check()
         return resolved

@@ -70,6 +70,12 @@ class MemoryConfig:
                 f" key/value heads of a tensor-parallel rank: set --attention-head-groups {fitting}"
             )
 
+    def resolve(self, model: ModelConfig, parallel: ParallelConfig) -> MemoryConfig:
+        """These settings with nothing left open but what "auto" decides later."""
+        if self.memory_path == "auto":
+            return self
+        return self.with_pieces(self.memory_path == "on", model, parallel)
+
     def with_pieces(
         self, on: bool, model: ModelConfig, parallel: ParallelConfig, offload: bool | None = None
     ) -> MemoryConfig:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
 from megalong.attention.backends import choose_backend
-from megalong.config import Config, ParallelConfig
+from megalong.config import Config
 from megalong.device import use_gpu
 from megalong.errors import UserError
 from megalong.model.core_attention import CoreAttention
@@ -25,8 +26,10 @@ from megalong.model.parameters import Initial, gradient_is_summed, row_of
 from megalong.model.rotary import LongRotaryEmbedding
 from megalong.model.stage import PipelineStage
 from megalong.model.tensor_slices import cut_dimension, tensor_slice
+from megalong.model.tiled_layer import has_pieces, recomputes_by_itself
 from megalong.parallel.cpu import cuda_means_cpu
 from megalong.parallel.mesh import Mesh
+from megalong.tiling.offload import HostOffload
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -64,9 +67,13 @@ def build_model(
     """
     megatron_config = transformer_config(config)
     chunks = config.parallel.chunks_per_stage(config.model)
+    tiled = None
+    if has_pieces(config):
+        offload = HostOffload(mesh.device) if config.memory.offload_activations else None
+        tiled = {"settings": config, "mesh": mesh, "offload": offload}
     stage = PipelineStage(
         [
-            _chunk(config, megatron_config, vocab_size, mesh, chunk, chunks)
+            _chunk(config, megatron_config, vocab_size, mesh, chunk, chunks, tiled)
             for chunk in range(chunks)
         ]
     )
@@ -112,6 +119,7 @@ def _chunk(
     mesh: Mesh,
     chunk: int,
     chunks: int,
+    tiled: dict[str, Any] | None,
 ) -> GPTModel:
     """Chunk number `chunk` of the `chunks` that this stage holds, its parameters shapes only."""
     model_config = config.model
@@ -128,7 +136,7 @@ def _chunk(
         model = _Model(
             config=megatron_config,
             transformer_layer_spec=get_longnet_block_spec(
-                megatron_config, core_attention, model_config.transformer_impl, numbered
+                megatron_config, core_attention, model_config.transformer_impl, numbered, tiled
             ),
             vocab_size=model_config.vocabulary_rows(vocab_size),
             max_sequence_length=model_config.seq_length,
@@ -143,7 +151,9 @@ def _chunk(
         )
     if model_config.position_embedding_type == "rope":
         model.rotary_pos_emb = LongRotaryEmbedding(
-            model_config, first_position=mesh.sequence_range(model_config.seq_length)[0]
+            model_config,
+            first_position=mesh.sequence_range(model_config.seq_length)[0],
+            one_per_pair=bool(config.memory.tiled_attention),
         )
     return model
 
@@ -162,8 +172,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         batch_p2p_comm=parallel.virtual_pipeline_size(model) is None,
         batch_p2p_sync=False,  # would stop the host after each of them, for an old race in PyTorch
         sequence_parallel=parallel.divides_norms,
-        recompute_granularity=parallel.recompute_granularity,
-        **_full_recompute(parallel),
+        **_recomputation(config),
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -195,10 +204,15 @@ def transformer_config(config: Config) -> TransformerConfig:
     )
 
 
-def _full_recompute(parallel: ParallelConfig) -> dict[str, object]:
+def _recomputation(config: Config) -> dict[str, object]:
+    """What Megatron-core recomputes; nothing, where the layers do it themselves."""
+    parallel = config.parallel
+    if recomputes_by_itself(config):
+        return {"recompute_granularity": None}
     if parallel.recompute_granularity != "full":
-        return {}
+        return {"recompute_granularity": parallel.recompute_granularity}
     return {
+        "recompute_granularity": "full",
         "recompute_method": parallel.recompute_method,
         "recompute_num_layers": parallel.recompute_num_layers,
     }

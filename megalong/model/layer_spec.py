@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_block import (
 from megalong.device import use_gpu
 from megalong.errors import UserError
 from megalong.model.norms import LayerNorm, RMSNorm
+from megalong.model.tiled_layer import TiledTransformerLayer
 
 
 def get_longnet_layer_spec(
@@ -32,10 +33,12 @@ def get_longnet_layer_spec(
     normalization: str = "RMSNorm",
     transformer_impl: str = "local",
     qk_layernorm: bool = False,
+    tiled: dict[str, Any] | None = None,
 ) -> ModuleSpec:
     """The spec of one layer, for `megatron.core.models.gpt.GPTModel`.
 
     core_attention: makes the attention of a layer (`megalong.model.core_attention`).
+    tiled: what `TiledTransformerLayer` is made with besides; None: the layer is Megatron-core's.
     normalization: "RMSNorm" or "LayerNorm".
     transformer_impl: "local", "transformer_engine", or "auto" for the better of those available.
     qk_layernorm: whether each head's queries and keys are normed.
@@ -51,6 +54,8 @@ def get_longnet_layer_spec(
             attention = spec.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = norm
     spec.submodules.self_attention.submodules.core_attention = core_attention
+    if tiled is not None:
+        spec.module, spec.params = TiledTransformerLayer, tiled
     return spec
 
 
@@ -59,20 +64,21 @@ def get_longnet_block_spec(
     core_attention: Callable[..., Any],
     transformer_impl: str = "local",
     chunk: int | None = None,
+    tiled: dict[str, Any] | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, or of a chunk of it, and the final norm.
 
     Megatron-core would choose the final norm by what is installed alone: Transformer Engine's, on
     a machine without a GPU too, or apex's, which has no RMSNorm.
     """
-    layer = get_longnet_layer_spec(
-        core_attention, config.normalization, transformer_impl, config.qk_layernorm
+    spec = get_longnet_layer_spec(
+        core_attention, config.normalization, transformer_impl, config.qk_layernorm, tiled
     )
     if use_transformer_engine(transformer_impl):
         from megatron.core.extensions.transformer_engine import TENorm as norm
     else:
         norm = _local_norm(config.normalization)
-    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, chunk), norm)
+    return TransformerBlockSubmodules([spec] * get_num_layers_to_build(config, chunk), norm)
 
 
 def _local_norm(normalization: str) -> type:

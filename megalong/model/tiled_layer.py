@@ -1,0 +1,175 @@
+"""A Transformer layer of Megatron-core's modules that computes with `megalong.tiling`.
+
+The modules hold the parameters; of the two halves of the layer, those that are tiled are computed
+from these, the other as Megatron-core does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer import TransformerConfig, TransformerLayer
+
+from megalong.config import Config
+from megalong.parallel.mesh import Mesh
+from megalong.tiling.activations import GELU, SWIGLU
+from megalong.tiling.attention import TiledAttention
+from megalong.tiling.layer import TiledLayer
+from megalong.tiling.mlp import TiledMLP
+from megalong.tiling.offload import HostOffload
+from megalong.tiling.tensor_ranks import TensorRanks
+from megalong.tiling.weights import AttentionWeights, MLPWeights, Norm
+
+
+def recomputes_by_itself(config: Config) -> bool:
+    """Whether the layers recompute their activations themselves, rather than Megatron-core for
+    them: where `--recompute-granularity full` takes one layer at a time, and any piece of the
+    memory path is theirs."""
+    parallel = config.parallel
+    return (
+        has_pieces(config)
+        and parallel.recompute_granularity == "full"
+        and parallel.recompute_method == "uniform"
+        and parallel.recompute_num_layers == 1
+    )
+
+
+def has_pieces(config: Config) -> bool:
+    """Whether a layer is another than Megatron-core's."""
+    memory = config.memory
+    return bool(memory.tiled_mlp or memory.tiled_attention or memory.offload_activations)
+
+
+def tensor_ranks(config: Config, mesh: Mesh) -> TensorRanks:
+    """The ranks that share this one's matrices, for `megalong.tiling`."""
+    return TensorRanks(
+        mesh.tensor_parallel_size,
+        mesh.tensor_parallel_rank,
+        mesh.tensor_group,
+        divides_rows=config.parallel.divides_norms,
+    )
+
+
+class TiledTransformerLayer(TransformerLayer):
+    """Megatron-core's layer with the pieces of the memory path that `settings.memory` names.
+
+    settings: resolved, with nothing left open in its memory section. offload: where the layers of a
+    stage keep what their backward pass needs, with `--offload-activations`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        settings: Config,
+        mesh: Mesh,
+        offload: HostOffload | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(config, *args, **kwargs)
+        model, memory = settings.model, settings.memory
+        rows = max(memory.tile_size // settings.training.micro_batch_size, 1)
+        ranks = tensor_ranks(settings, mesh)
+        norm = Norm(model.normalization, model.norm_epsilon)
+        self._recompute = recomputes_by_itself(settings)
+        self._attention = self._mlp = None
+        if memory.tiled_mlp:
+            self._mlp = TiledMLP(norm, SWIGLU if model.swiglu else GELU, rows, ranks)
+        if memory.tiled_attention:
+            self._attention = TiledAttention(
+                model.kv_channels,
+                model.num_attention_heads // model.num_query_groups,
+                self.self_attention.core_attention.passes(memory.attention_head_groups),
+                norm,
+                rows,
+                qk_norm=norm if model.qk_layernorm else None,
+                ranks=ranks,
+            )
+        self._saving = contextlib.nullcontext if offload is None else offload.saving
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *args: Any,
+        rotary_pos_emb: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """(sequence, batch, hidden) to the same; nothing else is asked of the layer here."""
+        with self._saving():
+            if self._attention is not None:
+                x_sbh = self._tiled(hidden_states, rotary_pos_emb)
+                return x_sbh if self._mlp is not None else self._mlp_half(x_sbh), None
+            x_sbh = self._half(self._attention_half, hidden_states, rotary_pos_emb)
+            if self._mlp is not None:
+                return self._mlp(x_sbh, mlp_weights(self)), None
+            return self._half(self._mlp_half, x_sbh), None
+
+    def _tiled(self, x_sbh: torch.Tensor, angles: torch.Tensor | None) -> torch.Tensor:
+        """The attention half and, if that is tiled too, the MLP."""
+        if angles is not None:
+            angles = angles.flatten(1)
+        layer = TiledLayer(self._attention, self._mlp, self._recompute)
+        weights = mlp_weights(self) if self._mlp is not None else None
+        return layer(x_sbh, angles, attention_weights(self), weights)
+
+    def _half(self, half: Any, *inputs: torch.Tensor | None) -> torch.Tensor:
+        if not self._recompute:
+            return half(*inputs)
+        return tensor_parallel.checkpoint(half, False, *inputs)
+
+    def _attention_half(self, x_sbh: torch.Tensor, angles: torch.Tensor | None) -> torch.Tensor:
+        normed = self.input_layernorm(x_sbh)
+        out = self.self_attention(normed, attention_mask=None, rotary_pos_emb=angles)
+        return self._add(self.self_attn_bda, out, x_sbh)
+
+    def _mlp_half(self, x_sbh: torch.Tensor) -> torch.Tensor:
+        return self._add(self.mlp_bda, self.mlp(self.pre_mlp_layernorm(x_sbh)), x_sbh)
+
+    def _add(self, bda: Any, out: tuple, x_sbh: torch.Tensor) -> torch.Tensor:
+        return bda(self.training, self.config.bias_dropout_fusion)(out, x_sbh, self.hidden_dropout)
+
+
+def attention_weights(layer: TransformerLayer) -> AttentionWeights:
+    """The parameters of a layer's attention half, wherever they are."""
+    attention = layer.self_attention
+    return AttentionWeights(
+        *_norm(layer.input_layernorm, attention.linear_qkv),
+        attention.linear_qkv.weight,
+        _bias(attention.linear_qkv),
+        *_norm(attention.q_layernorm),
+        *_norm(attention.k_layernorm),
+        attention.linear_proj.weight,
+        _bias(attention.linear_proj),
+    )
+
+
+def mlp_weights(layer: TransformerLayer) -> MLPWeights:
+    """The parameters of a layer's MLP half, wherever they are."""
+    mlp = layer.mlp
+    return MLPWeights(
+        *_norm(layer.pre_mlp_layernorm, mlp.linear_fc1),
+        mlp.linear_fc1.weight,
+        _bias(mlp.linear_fc1),
+        mlp.linear_fc2.weight,
+        _bias(mlp.linear_fc2),
+    )
+
+
+def _norm(
+    norm: torch.nn.Module | None, linear: torch.nn.Module | None = None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Weight and bias of a norm. linear: has them where the norm is a part of it, as Transformer
+    Engine's is."""
+    if hasattr(norm, "weight"):
+        return norm.weight, _bias(norm)
+    if hasattr(linear, "layer_norm_weight"):
+        return linear.layer_norm_weight, getattr(linear, "layer_norm_bias", None)
+    return None, None
+
+
+def _bias(module: torch.nn.Module) -> torch.Tensor | None:
+    bias = getattr(module, "bias", None)
+    return bias if bias is not None and bias.numel() else None  # Transformer Engine's may be empty
