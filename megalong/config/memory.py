@@ -17,7 +17,9 @@ from megalong.errors import UserError
 
 # The pieces that --memory-path turns on and off.
 PIECES = ("linear_cross_entropy", "tiled_mlp", "tiled_attention", "offload_activations")
-HEAD_GROUPS = 4  # of attention, where nothing else is said and the heads divide
+# What is taken where nothing else is said.
+HEAD_GROUPS = 4  # of attention, if the heads divide
+TILE_NUMBERS, LARGEST_TILE = 2**26, 2**14  # inner values of the MLP in a tile; tokens
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class MemoryConfig:
         "attention for some heads at a time, norm and projections over tiles of the sequence"
         " (default: as --memory-path says)",
     )
-    tile_size: int = flag(4096, "tokens in a tile")
+    tile_size: int | None = flag(
+        None, "tokens in a tile (default: up to 16384, as many as make 64M numbers in the MLP)"
+    )
     attention_head_groups: int | None = flag(
         None, "with --tiled-attention: groups of heads, one at a time (default: up to 4)"
     )
@@ -53,7 +57,9 @@ class MemoryConfig:
 
     def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
         """Raise UserError where these settings cannot be (resolved configurations)."""
-        require_positive(self, "loss_chunk_size", "tile_size")
+        for name in ("loss_chunk_size", "tile_size", "attention_head_groups"):
+            if getattr(self, name) is not None:
+                require_positive(self, name)
         if self.memory_path == "off" and self.attention_head_groups and not self.tiled_attention:
             raise UserError(
                 "--attention-head-groups belongs to --tiled-attention, which --memory-path off"
@@ -61,7 +67,6 @@ class MemoryConfig:
             )
         if self.attention_head_groups is None:
             return
-        require_positive(self, "attention_head_groups")
         heads = kv_heads_of_a_rank(model, parallel)
         if heads % self.attention_head_groups:
             fitting = largest_divisor(heads, self.attention_head_groups)
@@ -89,8 +94,21 @@ class MemoryConfig:
             kv_heads_of_a_rank(model, parallel), HEAD_GROUPS
         )
         return dataclasses.replace(
-            self, memory_path="on" if on else "off", attention_head_groups=groups, **values
+            self,
+            memory_path="on" if on else "off",
+            attention_head_groups=groups,
+            tile_size=self.tile_size or _tile_size(model, parallel),
+            **values,
         )
+
+
+def _tile_size(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Tokens that keep a GPU busy, and whose inner values of the MLP are small beside a sequence:
+    a power of two."""
+    assert model.ffn_hidden_size is not None
+    width = model.ffn_hidden_size * (2 if model.swiglu else 1)
+    width //= parallel.tensor_model_parallel_size
+    return 2 ** (min(max(TILE_NUMBERS // width, 256), LARGEST_TILE).bit_length() - 1)
 
 
 def kv_heads_of_a_rank(model: ModelConfig, parallel: ParallelConfig) -> int:
