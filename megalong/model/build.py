@@ -22,6 +22,7 @@ from megalong.errors import UserError
 from megalong.model.core_attention import CoreAttention
 from megalong.model.layer_spec import get_longnet_block_spec, use_transformer_engine
 from megalong.model.names import parameter_places
+from megalong.model.output import LossLayer, avoid_logits
 from megalong.model.parameters import Initial, gradient_is_summed, row_of
 from megalong.model.rotary import LongRotaryEmbedding
 from megalong.model.stage import PipelineStage
@@ -93,10 +94,22 @@ def build_model(
 
 class _Model(GPTModel):
     """Megatron-core's model without the collective, at its construction, that makes the copies of a
-    tied embedding equal: they have the same initial weights here, and no values yet there."""
+    tied embedding equal: they have the same initial weights here, and no values yet there. And with
+    an output layer that may make losses itself."""
 
     def setup_embeddings_and_output_layer(self) -> None:
         pass
+
+    def compute_language_model_loss(
+        self, labels: torch.Tensor, logits: torch.Tensor
+    ) -> torch.Tensor:
+        """Token losses (b, s) of labels (b, s) and what the output layer gave: logits, or a
+        LossLayer hidden states."""
+        if not isinstance(self.output_layer, LossLayer):
+            return super().compute_language_model_loss(labels, logits)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        return self.output_layer(logits, labels.T, weight=weight).T.contiguous()
 
 
 def _materialize(
@@ -149,6 +162,8 @@ def _chunk(
             ),
             vp_stage=numbered,
         )
+        if config.memory.linear_cross_entropy and model.post_process:
+            avoid_logits(model, config, mesh)
     if model_config.position_embedding_type == "rope":
         model.rotary_pos_emb = LongRotaryEmbedding(
             model_config,

@@ -73,6 +73,11 @@ CASES = {
     # Rank = tensor + 2 (sequence + 2 stage).
     "tp2 sp2 pp2, rank 3": Case(LAYOUT, rank=3, ranks=8),
     "tp2 sp2 pp2, rank 4": Case(LAYOUT, rank=4, ranks=8),
+    "tp2 sp2 pp2, rank 4, losses without logits": Case(
+        {**LAYOUT, "linear_cross_entropy": True, "loss_chunk_size": 96, "tile_size": 80},
+        rank=4,
+        ranks=8,
+    ),
     "tp2 sp2 pp2, interleaved": Case(
         {**LAYOUT, "num_layers": 4, "num_layers_per_virtual_pipeline_stage": 1}, rank=5, ranks=8
     ),

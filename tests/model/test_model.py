@@ -201,6 +201,25 @@ def test_the_host_holds_nothing_of_a_model_on_another_device(mesh, changes):
     assert largest.elements <= config.model.kv_channels  # rotary frequencies
 
 
+@pytest.mark.parametrize("changes", [{}, {"untie_embeddings_and_output_weights": True}])
+def test_losses_need_no_logits(build, changes, tokens):
+    """The same losses and gradients, of parameters of the same names; logits of 16 x 2 tokens."""
+    found, largest = [], []
+    for how in ({}, {"linear_cross_entropy": True, "loss_chunk_size": 32, "tile_size": 10}):
+        model, config = build(hidden_size=32, ffn_hidden_size=32, **changes, **how)
+        places = torch.arange(LENGTH)
+        with LargestOnTheHost() as made:
+            losses = model(tokens, places, attention_mask=None, labels=tokens.flip(1))
+            losses.square().mean().backward()
+        largest.append(made.elements)
+        found.append({"losses": losses} | {n: p.grad for n, p in model.named_parameters()})
+    rows = config.model.vocabulary_rows(VOCAB_SIZE)
+    assert largest[0] == tokens.numel() * rows and largest[1] <= 128 * rows
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("shape", [(3,), (7, 9), (8, 16), (31,), (32, 5, 3), (33, 1), (47,), (48,)])
 def test_random_numbers_drawn_in_pieces_are_those_drawn_at_once(shape):
     pieces = normal_numbers(shape, torch.Generator().manual_seed(5), torch.device("cpu"), piece=32)

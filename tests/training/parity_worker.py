@@ -65,6 +65,18 @@ MODELS = {
     "offloaded optimizer": {"deepspeed_config": Path(__file__).parent / "offload.json"},
 }
 
+# The same models, computed otherwise: a copy -> the model that it has to equal.
+COPIES = {f"{model}, without logits": model for model in (*list(MODELS)[:2], "whole norms")}
+WITHOUT_LOGITS = {"linear_cross_entropy": True, "loss_chunk_size": 24, "tile_size": 20}
+# DeepSpeed leaves weights as small as these whole, and whole ones for a while, unless it is told.
+DIVIDED_WEIGHTS = {"deepspeed_config": Path(__file__).parent / "divided_weights.json"}
+COPY_CASES = [
+    (layout, stage, copy)
+    for layout, stage in (("one", 1), ("tp2", 1), ("pp2", 1), ("dp2", 3))
+    for copy in COPIES
+    if "whole norms" not in copy or layout == "tp2"
+]
+
 AXES = {
     "sp": "sequence_parallel_size",
     "tp": "tensor_model_parallel_size",
@@ -100,7 +112,8 @@ BOTH = list(MODELS)[:2]
 
 def cases() -> list[tuple[str, int, str]]:
     """(layout, ZeRO stage, model): the first two models in every layout, the first of them with
-    every ZeRO stage that there is; the others on two ranks, where most of it shows."""
+    every ZeRO stage that there is; the others on two ranks, where most of it shows; the copies on
+    few."""
     found = []
     for layout, ranks in LAYOUTS.items():
         models = list(MODELS) if ranks <= 2 and "vp" not in layout else BOTH
@@ -110,7 +123,7 @@ def cases() -> list[tuple[str, int, str]]:
         if ranks == 2:
             for model in ("bf16", "sgd", "offloaded optimizer"):
                 found += [(layout, stage, model) for stage in stages[1:]]
-    return found
+    return found + COPY_CASES
 
 
 def flags_of(layout: str, stage: int, model: str) -> dict[str, object]:
@@ -120,7 +133,11 @@ def flags_of(layout: str, stage: int, model: str) -> dict[str, object]:
         "global_batch_size": 4,
         "num_layers": 4 if "vp" in layout else 2,
     }
-    return {**OPTIMIZER, **sizes, **MODELS[model], **axes, "zero_stage": stage}
+    if model in COPIES:
+        flags = MODELS[COPIES[model]] | WITHOUT_LOGITS | (DIVIDED_WEIGHTS if stage == 3 else {})
+    else:
+        flags = MODELS[model]
+    return {**OPTIMIZER, **sizes, **flags, **axes, "zero_stage": stage}
 
 
 def main(data_path: str, output: str) -> None:

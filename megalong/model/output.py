@@ -1,0 +1,73 @@
+"""The output layer that makes losses of hidden states, and never logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from megalong.config import Config
+from megalong.model.norms import LayerNorm, RMSNorm
+from megalong.parallel.mesh import Mesh
+from megalong.tiling.linear_cross_entropy import linear_cross_entropy
+from megalong.tiling.tensor_ranks import TensorRanks
+
+
+def avoid_logits(model: GPTModel, config: Config, mesh: Mesh) -> None:
+    """Have the model of the last stage make losses in chunks of rows, and its final norm, if that
+    is ours, work in tiles of rows."""
+    ranks = TensorRanks(
+        mesh.tensor_parallel_size,
+        mesh.tensor_parallel_rank,
+        mesh.tensor_group,
+        divides_rows=config.parallel.divides_norms,
+    )
+    batch = config.training.micro_batch_size
+    chunk_size = max(config.memory.loss_chunk_size // batch, 1)
+    model.output_layer = LossLayer(model.output_layer.weight, chunk_size, ranks)
+    if isinstance(model.decoder.final_layernorm, LayerNorm | RMSNorm):
+        model.decoder.final_layernorm.tile_size = max(config.memory.tile_size // batch, 1)
+
+
+class LossLayer(torch.nn.Module):
+    """Stands where Megatron-core's output layer stood, whose weight it takes.
+
+    Megatron-core asks its output layer for logits first and for losses of these then
+    (`compute_language_model_loss`). This one gives the hidden states for logits, and makes losses
+    of them where it is called with labels.
+
+    chunk_size: rows of the sequence whose logits exist at a time.
+    """
+
+    def __init__(self, weight: torch.nn.Parameter | None, chunk_size: int, ranks: TensorRanks):
+        """weight: None where it is the embedding's, and comes with every call."""
+        super().__init__()
+        self.register_parameter("weight", weight)
+        self.chunk_size, self.ranks = chunk_size, ranks
+
+    def __call__(
+        self, hidden_sbh: torch.Tensor, labels_sb: torch.Tensor | None = None, **others: Any
+    ) -> Any:
+        """With labels, as any module is called; without, (hidden, None), for (logits, bias).
+
+        Not by way of `forward`, whose hooks would have ZeRO 3 gather the weight for nothing.
+        """
+        if labels_sb is None:
+            return hidden_sbh, None
+        return super().__call__(hidden_sbh, labels_sb, **others)
+
+    def forward(
+        self,
+        hidden_sbh: torch.Tensor,
+        labels_sb: torch.Tensor,
+        weight: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Token losses, (s, b): see `megalong.tiling.linear_cross_entropy`."""
+        return linear_cross_entropy(
+            hidden_sbh,
+            self.weight if weight is None else weight,
+            labels_sb,
+            chunk_size=self.chunk_size,
+            ranks=self.ranks,
+        )
