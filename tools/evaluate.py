@@ -112,7 +112,11 @@ def evaluate(loaded: LoadedModel, texts: list[str], args: argparse.Namespace) ->
             )
     for length in args.passkey_lengths:
         for depth in args.passkey_depths:
-            result = passkey(loaded, length, depth, args.passkey_trials)
+            trials = args.passkey_trials
+            with progress_bar(
+                trials * (length - 1), "token", f"passkey at {depth:.0%} of {length}"
+            ) as bar:
+                result = passkey(loaded, length, depth, trials, on_tokens=bar.update)
             results["passkey"].append(result)
             print(
                 f"passkey at {depth:.0%} of {length}: found in {result['accuracy']:.0%},"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,21 +15,47 @@ import torch.nn.functional as F
 
 from megalong.errors import UserError
 from megalong.hf.loaded_model import LoadedModel
+from megalong.hf.modeling_longnet import LongNetModel
 from megalong.position_losses import PositionLosses, perplexity
 
 LOGIT_ROWS = 1024  # positions whose logits are held at once
+CHUNK = 8192  # tokens that a LongNet reads at once
+
+
+def hidden_states(loaded: LoadedModel, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The hidden states of one sequence, (positions, hidden_size), a chunk after the other.
+
+    tokens: ids, (1, positions). A LongNet keeps of the past what its cache does, so that memory
+    does not grow with the length; other models, and dense attention, read all at once.
+    """
+    base = loaded.model.base_model
+    if not isinstance(base, LongNetModel) or base.config.attention == "dense":
+        yield base(tokens, use_cache=False).last_hidden_state[0]
+        return
+    cache = base.new_cache()
+    for chunk in tokens.split(CHUNK, 1):
+        yield base(chunk, cache=cache).last_hidden_state[0]
 
 
 @torch.no_grad()
-def token_losses(loaded: LoadedModel, tokens: Sequence[int]) -> torch.Tensor:
-    """The loss of each token but the first, in nats, float32 on the CPU: (tokens - 1,)."""
+def token_losses(
+    loaded: LoadedModel,
+    tokens: Sequence[int],
+    on_tokens: Callable[[int], object] = lambda count: None,
+) -> torch.Tensor:
+    """The loss of each token but the first, in nats, float32 on the CPU: (tokens - 1,).
+
+    on_tokens: hears how many more are done.
+    """
     ids = torch.tensor([tokens], device=loaded.model.device)
-    hidden = loaded.model.base_model(ids[:, :-1], use_cache=False).last_hidden_state[0]
     head = loaded.model.get_output_embeddings()
-    losses = [
-        F.cross_entropy(head(rows).float(), labels, reduction="none")
-        for rows, labels in zip(hidden.split(LOGIT_ROWS), ids[0, 1:].split(LOGIT_ROWS), strict=True)
-    ]
+    losses, done = [], 0
+    for hidden in hidden_states(loaded, ids[:, :-1]):
+        for rows in hidden.split(LOGIT_ROWS):
+            labels = ids[0, done + 1 : done + 1 + len(rows)]
+            losses.append(F.cross_entropy(head(rows).float(), labels, reduction="none"))
+            done += len(rows)
+        on_tokens(len(hidden))
     return torch.cat(losses).cpu()
 
 
@@ -44,17 +70,20 @@ def evaluate_texts(
 
     Every token of every text is predicted once, from what its window holds before it, or from the
     token before the window. edges: of the buckets of positions in the window, from 0 to context;
-    the loss of one without predictions is None. on_bytes: hears how much of the text is done,
-    window by window.
+    the loss of one without predictions is None. on_bytes: hears how much more of the text is done.
     """
     losses, size = PositionLosses(edges), 0
     for text in texts:
         tokens, of_text = [loaded.first, *loaded.encode(text)], len(text.encode())
         size += of_text
+        a_token = of_text / max(len(tokens) - 1, 1)
         for start in range(0, len(tokens) - 1, context):
-            of_window = token_losses(loaded, tokens[start : start + context + 1])
+            of_window = token_losses(
+                loaded,
+                tokens[start : start + context + 1],
+                lambda count, size=a_token: on_bytes(count * size),
+            )
             losses.add(torch.arange(len(of_window)), of_window[None])
-            on_bytes(of_text * len(of_window) / (len(tokens) - 1))
     return {
         "context": context,
         "tokens": losses.tokens,
@@ -70,23 +99,32 @@ def evaluate_texts(
 _FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back.\n"
 
 
+@torch.no_grad()
 def passkey(
-    loaded: LoadedModel, length: int, depth: float, trials: int, seed: int = 0
+    loaded: LoadedModel,
+    length: int,
+    depth: float,
+    trials: int,
+    seed: int = 0,
+    on_tokens: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Any]:
     """Whether the model finds a number that is said once in a long text.
 
     length: tokens of the text, with question and answer. depth: where the number is said, from 0
     (the beginning) to 1. accuracy: share of trials in which greedy decoding would give all of the
-    number's tokens; loss: of those tokens, in nats. Raises UserError where length is too short.
+    number's tokens; loss: of those tokens, in nats. on_tokens: hears how many more tokens are read.
+    Raises UserError where length is too short.
     """
     draw = random.Random(f"{seed} {length} {depth}")
     found, losses = 0, []
     for _ in range(trials):
         tokens, answer = _passkey_tokens(loaded, length, depth, draw.randint(10000, 99999))
         ids = torch.tensor([tokens], device=loaded.model.device)
-        with torch.no_grad():
-            hidden = loaded.model.base_model(ids[:, :-1], use_cache=False).last_hidden_state
-            logits = loaded.model.get_output_embeddings()(hidden[0, -answer:]).float()
+        tail = None
+        for hidden in hidden_states(loaded, ids[:, :-1]):
+            tail = (hidden if tail is None else torch.cat((tail, hidden)))[-answer:]
+            on_tokens(len(hidden))
+        logits = loaded.model.get_output_embeddings()(tail).float()
         found += bool((logits.argmax(-1) == ids[0, -answer:]).all())
         losses.append(F.cross_entropy(logits, ids[0, -answer:]).item())
     return {

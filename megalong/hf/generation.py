@@ -5,11 +5,14 @@ By any model that `megalong.hf.loaded_model` loads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from megalong.hf.loaded_model import LoadedModel
+from megalong.progress import progress_bar
 
 
 def continue_text(
@@ -39,13 +42,45 @@ def continue_text(
         top_k=0 if temperature else None,
     )
     tokens = torch.tensor([[loaded.first, *loaded.encode(prompt)]], device=loaded.model.device)
-    loaded.model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=max_new_tokens,
-        prefill_chunk_size=prefill_chunk_size,
-        streamer=Printer(loaded),
-    )
+    length = tokens.shape[1]
+    with progress_bar(length, "token", "prompt", enabled=length > prefill_chunk_size) as bar:
+        reading = loaded.model.base_model.register_forward_hook(
+            lambda model, inputs, output: bar.update(output.last_hidden_state.shape[1])
+        )
+
+        def read() -> None:
+            reading.remove()
+            bar.close()
+
+        loaded.model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=max_new_tokens,
+            prefill_chunk_size=prefill_chunk_size,
+            streamer=AfterPrompt(Printer(loaded), read),
+        )
+
+
+class AfterPrompt(BaseStreamer):
+    """Holds the prompt back until it is read: on a terminal its bar and its text would mix."""
+
+    def __init__(self, streamer: BaseStreamer, on_read: Callable[[], object]):
+        self.streamer, self.on_read, self.prompt = streamer, on_read, None
+
+    def put(self, value: torch.Tensor) -> None:
+        """value: token ids; the first call has the prompt's."""
+        if self.on_read is None:
+            self.streamer.put(value)
+        elif self.prompt is None:
+            self.prompt = value
+        else:
+            self.on_read()
+            self.on_read = None
+            self.streamer.put(self.prompt)
+            self.streamer.put(value)
+
+    def end(self) -> None:
+        self.streamer.end()
 
 
 class Printer(BaseStreamer):

@@ -34,8 +34,10 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 
 The model's code is in this folder; it needs torch and transformers (5.24 or later) only. Attention
 is linear in the length, and the cache keeps what later tokens can still attend to: at most the sum
-of segment length / dilation rate rows, however long the sequence. `prefill_chunk_size` bounds the
-memory of a long prompt.
+of segment length / dilation rate rows, however long the sequence. With `prefill_chunk_size`
+`generate` reads a long prompt in chunks, in bounded memory; any size gives the same. With labels
+the loss of a long sequence is computed in chunks and comes without logits, unless `logits_to_keep`
+asks for some.
 
 ## Where it comes from
 

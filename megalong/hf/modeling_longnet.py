@@ -18,11 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention_longnet import Branch, LongNetCache, dilated_attention
+from .attention_longnet import Branch, LongNetCache, LongNetCacheLayer, dilated_attention
 from .configuration_longnet import LongNetConfig
+from .loss_longnet import next_token_loss
+
+TILE = 8192  # positions that go through a layer at once where nobody asks for a gradient
+MANY_LOGITS = 2**28  # more than so many are not made for a loss, nor unasked
 
 
 class LongNetRMSNorm(nn.Module):
@@ -66,7 +71,7 @@ def rotary_angles(config: LongNetConfig, starts: list[int], length: int, device)
     starts = torch.tensor(starts if len(set(starts)) > 1 else starts[:1], device=device)
     positions = starts[:, None].double() + torch.arange(length, device=device)
     angles = positions[..., None] * rotary_frequencies(config).to(device)
-    angles = angles.remainder(2 * math.pi).float()
+    angles = angles.remainder_(2 * math.pi).float()
     angles = torch.cat((angles, angles), -1)[:, :, None]
     return angles.cos(), angles.sin()
 
@@ -82,7 +87,7 @@ class LongNetAttention(nn.Module):
 
     def __init__(self, config: LongNetConfig, layer: int):
         super().__init__()
-        self.head_dim, self.layer = config.head_dim, layer
+        self.head_dim = config.head_dim
         hidden, heads, kv_heads = (
             config.hidden_size,
             config.num_attention_heads,
@@ -108,7 +113,7 @@ class LongNetAttention(nn.Module):
         if cache is None:
             out, _ = dilated_attention(q, k, v, self.branches)
         else:
-            out = cache.layers[self.layer].attend(q, k, v, counts)
+            out = cache.attend(q, k, v, counts)
         return self.o_proj(out.flatten(2))
 
 
@@ -177,6 +182,9 @@ class LongNetModel(LongNetPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """The hidden states of the input, which follows what is in the cache.
 
+        Without gradients a layer takes `TILE` positions at a time, so that beyond the hidden states
+        themselves memory does not grow with the length.
+
         attention_mask: (b, s) or, with a cache, (b, all columns so far): 0 where there is padding.
             Padding may be on either side, or between.
         Raises ValueError for other masks and for caches of other models.
@@ -202,18 +210,43 @@ class LongNetModel(LongNetPreTrainedModel):
         padding = Padding.of(attention_mask, batch, length)
         x = padding.to_end(x)
         starts = cache.lengths if cache is not None and cache.lengths else [0] * batch
-        rotary = None
-        if self.config.position_embedding_type == "rope":
-            rotary = rotary_angles(self.config, starts, length, x.device)
+        tiled = length > TILE and not torch.is_grad_enabled()
+        rotary = None if tiled else self._rotary(starts, length, x.device)
         states = []
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
             if keep:
                 states.append(padding.back(x))
-            x = layer(x, rotary, padding.counts, cache=cache)
-        x = padding.back(self.norm(x))
+            kept = None if cache is None else cache.layers[number]
+            if tiled:
+                x = self._in_tiles(layer, x, starts, padding.counts, kept)
+            else:
+                x = layer(x, rotary, padding.counts, cache=kept)
+        if tiled:
+            for tile in x.split(TILE, 1):
+                tile.copy_(self.norm(tile))
+        else:
+            x = self.norm(x)
+        x = padding.back(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x, cache=cache, hidden_states=(*states, x) if keep else None
         )
+
+    def _in_tiles(self, layer, x, starts, counts, kept):
+        """One layer, `TILE` positions at a time: to each, those before it are in the cache."""
+        if kept is None:
+            kept = LongNetCacheLayer(layer.self_attn.branches)
+        out = torch.empty_like(x)
+        for first, tile in zip(range(0, x.shape[1], TILE), x.split(TILE, 1), strict=True):
+            size = tile.shape[1]
+            rotary = self._rotary([start + first for start in starts], size, x.device)
+            here = [min(max(count - first, 0), size) for count in counts]
+            out[:, first : first + size] = layer(tile, rotary, here, cache=kept)
+        return out
+
+    def _rotary(self, starts, length, device):
+        if self.config.position_embedding_type == "rope":
+            return rotary_angles(self.config, starts, length, device)
+        return None
 
 
 class Padding:
@@ -270,12 +303,16 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int | torch.Tensor | None = None,
         return_dict: bool | None = None,
         **loss_options,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits, and with labels (-100 where there is none) the mean loss of the next tokens.
 
+        logits_to_keep: logits of how many positions at the end (0: of all), or of which. None: of
+            all, but of none where there are labels and it would be more than `MANY_LOGITS` values.
+        The loss is that of all positions in any case, and holds a chunk of logits at a time where
+        there are not those of all.
         There are no position_ids: positions count from each sequence's first real token.
         """
         unknown = loss_options.keys() - {"num_items_in_batch", "ignore_index"}
@@ -284,13 +321,20 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids, attention_mask, cache, inputs_embeds, use_cache, output_hidden_states
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        hidden, keep = outputs.last_hidden_state, logits_to_keep
+        ours = labels is not None and self.loss_function is ForCausalLMLoss  # and nobody's own
+        if keep is None:
+            many = hidden.shape[:2].numel() * self.config.vocab_size > MANY_LOGITS
+            keep = hidden.new_empty(0, dtype=torch.long) if ours and many else 0
+        logits = self.lm_head(hidden[:, slice(-keep, None) if isinstance(keep, int) else keep])
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_options
-            )
+            loss_options["vocab_size"] = self.config.vocab_size
+            whole = isinstance(keep, int) and logits.shape[1] == hidden.shape[1]
+            if ours and not whole:
+                loss = next_token_loss(self.lm_head, hidden, labels, **loss_options)
+            else:
+                loss = self.loss_function(logits=logits, labels=labels, **loss_options)
         result = CausalLMOutputWithPast(
             loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states
         )
