@@ -38,6 +38,11 @@ CHUNK = 32 * 2**20  # bytes: a power of two, since PyTorch rounds pinned memory 
 SMALLEST = CHUNK // 2  # bytes: a chunk for less would be more than half empty
 
 
+def pinned_bytes(nbytes: int, *, smallest: int = SMALLEST, chunk: int = CHUNK) -> int:
+    """The pinned memory that a saved tensor of so many bytes takes, in bytes."""
+    return -(-nbytes // chunk) * chunk if nbytes >= smallest else 0
+
+
 class HostMemoryError(RuntimeError):
     """The host has not the pinned memory that is needed."""
 
@@ -142,9 +147,8 @@ class HostOffload:
         return list(self._saved.values())
 
     def _before(self, block: int) -> int | None:
-        """The block before this one, of those that backward has yet to come to."""
-        blocks = (s.block for s in self._living() if s.block < block and not s.taken)
-        return max(blocks, default=None)
+        """The block before this one, of those that autograd still holds."""
+        return max((s.block for s in self._living() if s.block < block), default=None)
 
     def _bring(self, block: int | None) -> None:
         for saved in self._living():

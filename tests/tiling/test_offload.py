@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from megalong.planning import fake_device
-from megalong.tiling.offload import CHUNK as CHUNK_ON_GPU
-from megalong.tiling.offload import HostMemoryError, HostOffload
+from megalong.tiling.offload import HostMemoryError, HostOffload, pinned_bytes
 from tests.launching import made_once, run
 from tests.tiling.stand_in_device import Race, StandIn
 
@@ -143,6 +142,40 @@ def test_what_comes_back_is_fetched_a_layer_ahead():
     # When a layer's gradient comes, before it asks for its tensors: those of layers 3 (still
     # there), 2, 1 and 0.
     assert came == [0, 2, 4, 6]
+
+
+def test_what_was_not_expected_comes_before_what_is_expected_next():
+    weights, inputs = weights_and_inputs(layers=2, inputs=2)
+    pending = []
+    with StandIn() as device:
+        offload = offload_on(device)
+        with offload.saving():
+            y = Layer.apply(inputs[0] * 1, weights[0])
+        y.register_hook(lambda _: pending.append(len(device.queue)))
+        with offload.saving():
+            loss = Layer.apply(y * 1, weights[1]).sum()
+        other = losses_of(weights, inputs[1], offload)  # another micro batch: these have all left
+        loss.backward()
+        del other
+    # After the second layer's backward pass, which has had to wait for its own tensors, those of
+    # the first one are still to come: two, of two chunks.
+    assert pending == [4]
+
+
+def test_two_views_of_one_storage_are_two_tensors():
+    weights, [x] = weights_and_inputs()
+    table = torch.randn(2, *SHAPE)
+
+    def product(x, table, *around):
+        with around[0] if around else nullcontext():
+            return x * table[0] * table[1] + 1
+
+    expected = gradients(losses_of(weights, product(x, table)), [x])
+    with StandIn() as device:
+        offload = offload_on(device)
+        y = product(x, table.clone(), offload.saving())
+        assert device.copied == {"out": 2 * 320}
+        assert all(map(torch.equal, gradients(losses_of(weights, y, offload), [x]), expected))
 
 
 def test_what_is_saved_several_times_is_copied_once():
@@ -283,7 +316,7 @@ def test_copies_and_bytes_on_the_host_are_as_predicted(layers, on_fake_device):
     assert (kept["host"], kept["out"], kept["into"]) == (0, 0, 0)
     for stack in ("offloaded", "no prefetch"):
         found = on_fake_device[f"{layers} {stack}"]
-        assert found["host"] == layers * 2 * 5 * CHUNK_ON_GPU
+        assert found["host"] == layers * 2 * pinned_bytes(ACTIVATION) == layers * 2 * 5 * 2**25
         assert found["out"] == layers * 2 * 5
         assert found["into"] == (layers - 1) * 2 * 5
 
