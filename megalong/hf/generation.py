@@ -44,9 +44,11 @@ def continue_text(
     tokens = torch.tensor([[loaded.first, *loaded.encode(prompt)]], device=loaded.model.device)
     length = tokens.shape[1]
     with progress_bar(length, "token", "prompt", enabled=length > prefill_chunk_size) as bar:
-        reading = loaded.model.base_model.register_forward_hook(
-            lambda model, inputs, output: bar.update(output.last_hidden_state.shape[1])
-        )
+
+        def count(model, inputs, output) -> None:
+            bar.update(output.last_hidden_state.shape[1])
+
+        reading = loaded.model.base_model.register_forward_hook(count)
 
         def read() -> None:
             reading.remove()

@@ -1,14 +1,18 @@
 """A long sequence takes the memory of its hidden states, and gives what a short one would."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
 from megalong.hf import attention_longnet, evaluation, loss_longnet, modeling_longnet
 from megalong.hf.generation import continue_text
 from megalong.hf.loaded_model import LoadedModel
 from megalong.hf.loss_longnet import next_token_loss
+from megalong.progress import progress_bar
 from tests.hf.test_transformers import batch_of, make_model, sequences
 
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -171,35 +175,33 @@ def bytes_of(tokens):
 
 
 def test_the_prompt_and_what_follows_are_printed_alike(capsys, monkeypatch):
-    seen = []
-    bar = type("Bar", (), {"update": seen.append, "close": lambda: None})
+    bars = []
+
+    class Bar(tqdm):
+        """Notes what it is told."""
+
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.seen = []
+            bars.append(self)
+
+        def update(self, count):
+            self.seen.append(count)
+            return super().update(count)
+
+    monkeypatch.setattr("megalong.progress.tqdm", Bar)
     monkeypatch.setattr(
-        "megalong.hf.generation.progress_bar", lambda *args, **options: Shown(bar, options)
+        "megalong.hf.generation.progress_bar", functools.partial(progress_bar, interval=0)
     )
     told = []
     for chunk in (10, 1000):
         continue_text(loaded_model(), "a prompt " * 9, max_new_tokens=12, temperature=0, top_p=1,
                       seed=0, prefill_chunk_size=chunk)  # fmt: skip
-        told.append(capsys.readouterr().out)
+        out, shown = capsys.readouterr()
+        told.append(out)
+        assert ("82/82" in shown) == (chunk == 10)
     assert told[0] == told[1] and told[0].startswith("a prompt " * 9)
-    assert seen == [10] * 8 + [2] + [82]  # nothing of what is generated
-    assert [shown.options["enabled"] for shown in Shown.all] == [True, False]
-
-
-class Shown:
-    """A bar in a context; all of them."""
-
-    all = []  # noqa: RUF012
-
-    def __init__(self, bar, options):
-        self.bar, self.options = bar, options
-        self.all.append(self)
-
-    def __enter__(self):
-        return self.bar
-
-    def __exit__(self, *error):
-        pass
+    assert [bar.seen for bar in bars] == [[10] * 8 + [2], [82]]  # nothing of what is generated
 
 
 @pytest.mark.parametrize("attention", ["dilated", "dense"])
