@@ -25,6 +25,7 @@ import torch
 
 from megalong.attention.pattern import DilatedPattern
 from megalong.attention.sdpa_operators import attend, attend_backward
+from megalong.attention.tensor_cache import PATTERNS
 
 # ------------------------------------------------------------------------------ the backend
 
@@ -196,7 +197,7 @@ class Block:
         return x.as_strided(shape, strides, start)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=PATTERNS)
 def plan(pattern: DilatedPattern, length: int, heads: int, kv_heads: int) -> tuple[Block, ...]:
     """The blocks of a pattern on sequences of `length`; branches of the smallest rate first."""
     offsets = pattern.offsets(heads, kv_heads)

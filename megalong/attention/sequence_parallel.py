@@ -15,6 +15,8 @@ rows, n key rows, t sparse rows (see `remote_rows`).
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -22,9 +24,9 @@ from megalong.attention import operators
 from megalong.attention.dilated import checked_scale
 from megalong.attention.exchange import SequenceGroup
 from megalong.attention.pattern import DilatedPattern
-from megalong.attention.remote_rows import merge, remote_rows
 from megalong.attention.sequence_plan import Plan, make_plan
-from megalong.attention.shards import Shards
+from megalong.attention.shard_rows import ShardRows, shard_rows
+from megalong.attention.shards import LocalAttention, Shards
 
 
 def sequence_parallel_attention(
@@ -85,27 +87,36 @@ def forward(
 ):  # fmt: skip
     """Output like q, log-sum-exp (batch, heads, shard), and the rows that came from other ranks:
     for `backward`, which then needs none. kept: those rows, where they have come before."""
-    plan = _plan(q_bshd, k_bsgd, pattern, sequence, causal)
-    remote = remote_rows(plan, q_bshd.device)
+    plan, shard = _plan(q_bshd, k_bsgd, pattern, sequence, causal)
     rows_options = {"scale": scale, "backend": backend}
+
+    def attend(piece: LocalAttention):
+        here = [x[:, piece.positions] for x in (q_bshd, k_bsgd, v_bsgd)]
+        out, lse = operators.forward(*here, piece.pattern, causal=causal, **rows_options)
+        return out, lse.mT
+
     with torch.autocast(q_bshd.device.type, enabled=False):
         if kept is None:
-            arriving = [exchange.start(sequence, k_bsgd, v_bsgd) for exchange in remote]
+            arriving = [exchange.start(sequence, k_bsgd, v_bsgd) for exchange in shard.exchanges]
         else:
             arriving = [(rows, None) for rows in kept]
-        out_bshd, lse_bsh = _local_forward(
-            plan, q_bshd, k_bsgd, v_bsgd, causal=causal, **rows_options
-        )
-        for exchange, (rows, work) in zip(remote, arriving, strict=True):
+        out_bshd, lse_bsh = _joined(map(attend, plan.base))
+        sums = [shard.queries.take(x, lse_bsh.dtype) for x in (out_bshd, lse_bsh)]
+        parts = iter(shard.queries.parts)
+        for piece in plan.further:
+            part = next(parts)
+            part.merge(*sums, *(part.of(x, piece.start) for x in attend(piece)))
+        for exchange, (rows, work) in zip(shard.exchanges, arriving, strict=True):
             if work is not None:
                 work.wait()
             for attention in exchange.attention:
-                new = operators.attend_rows(
+                new_out_bmhd, new_lse_bhm = operators.attend_rows(
                     attention.queries(q_bshd), *attention.keys(rows), **rows_options
                 )
-                attention.merge(out_bshd, lse_bsh, *new)
-    kept = tuple(rows for rows, _ in arriving)
-    return out_bshd.to(q_bshd.dtype), lse_bsh.transpose(1, 2), kept
+                next(parts).merge(*sums, new_out_bmhd, new_lse_bhm.mT)
+        for x, x_sums in zip((out_bshd, lse_bsh), sums, strict=True):
+            shard.queries.put(x, x_sums)
+    return out_bshd, lse_bsh.mT, tuple(rows for rows, _ in arriving)
 
 
 def backward(
@@ -113,82 +124,64 @@ def backward(
     sequence: SequenceGroup, *, causal: bool, scale: float, backend: str,
 ):  # fmt: skip
     """Gradients (dq, dk, dv) of `forward`, in its inputs' dtype."""
-    plan = _plan(q_bshd, k_bsgd, pattern, sequence, causal)
-    remote = remote_rows(plan, q_bshd.device)
+    plan, shard = _plan(q_bshd, k_bsgd, pattern, sequence, causal)
     rows_options = {"scale": scale, "backend": backend}
-    lse_bsh = lse_bhs.transpose(1, 2)
+
+    def gradients_of(piece: LocalAttention):
+        here = [x[:, piece.positions] for x in (grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd)]
+        lse = lse_bhs[:, :, piece.positions]
+        return operators.backward(*here, lse, piece.pattern, causal=causal, **rows_options)
+
     with torch.autocast(grad_bshd.device.type, enabled=False):
         returning, query_gradients = [], []
-        for exchange, rows in zip(remote, kept, strict=True):
+        for exchange, rows in zip(shard.exchanges, kept, strict=True):
             gradients = torch.zeros_like(rows, dtype=lse_bhs.dtype)
             for attention in exchange.attention:
                 dq_bmhd, dk_bntd, dv_bntd = operators.attend_rows_backward(
                     attention.queries(grad_bshd), attention.queries(q_bshd),
                     *attention.keys(rows), attention.queries(out_bshd),
-                    attention.queries(lse_bsh).mT, **rows_options,
+                    attention.queries(lse_bhs.mT).mT, **rows_options,
                 )  # fmt: skip
                 attention.put_keys(gradients, dk_bntd, dv_bntd)
-                query_gradients.append((attention, dq_bmhd))
+                query_gradients.append(dq_bmhd)
             returning.append(exchange.collective.start_back(sequence, gradients))
+            del gradients
 
-        dq_bshd, dk_bsgd, dv_bsgd = _local_backward(
-            plan, grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, causal=causal,
-            **rows_options,
-        )  # fmt: skip
-        for attention, dq_bmhd in query_gradients:
-            attention.add_queries(dq_bshd, dq_bmhd)
-        for exchange, (rows, work) in zip(remote, returning, strict=True):
+        gradients = _joined(map(gradients_of, plan.base))
+        owners = (shard.queries, shard.keys, shard.keys)
+        dq_sums, dk_sums, dv_sums = sums = [
+            rows.take(x, lse_bhs.dtype) for rows, x in zip(owners, gradients, strict=True)
+        ]
+        query_parts, key_parts = iter(shard.queries.parts), iter(shard.keys.parts)
+        for piece in plan.further:
+            query_part, key_part = next(query_parts), next(key_parts)
+            found = gradients_of(piece)
+            for part, x_sums, x in zip((query_part, key_part, key_part), sums, found, strict=True):
+                part.add(x_sums, part.of(x, piece.start))
+            del found, x
+        for dq_bmhd in query_gradients:
+            next(query_parts).add(dq_sums, dq_bmhd)
+        for exchange, (rows, work) in zip(shard.exchanges, returning, strict=True):
             work.wait()
-            exchange.leaving.add_to(dk_bsgd, dv_bsgd, rows)
-    return tuple(x.to(q_bshd.dtype) for x in (dq_bshd, dk_bsgd, dv_bsgd))
+            for places in exchange.leaving.distinct:
+                part = next(key_parts)
+                for x_sums, new_nbd in zip((dk_sums, dv_sums), rows[places].unbind(1), strict=True):
+                    part.add(x_sums, new_nbd.transpose(0, 1))
+        for rows, x, x_sums in zip(owners, gradients, sums, strict=True):
+            rows.put(x, x_sums)
+    return tuple(gradients)
 
 
-def _plan(q_bshd, k_bsgd, pattern, sequence, causal) -> Plan:
+def _plan(q_bshd, k_bsgd, pattern, sequence, causal) -> tuple[Plan, ShardRows]:
+    heads, kv_heads = q_bshd.shape[2], k_bsgd.shape[2]
     shards = Shards(sequence.rank, sequence.size, q_bshd.shape[1])
-    return make_plan(pattern, shards, q_bshd.shape[2], k_bsgd.shape[2], causal)
+    plan = make_plan(pattern, shards, heads, kv_heads, causal)
+    return plan, shard_rows(plan, heads, kv_heads, q_bshd.device)
 
 
-def _local_forward(plan: Plan, q_bshd, k_bsgd, v_bsgd, **options):
-    """Output and log-sum-exp (batch, shard, heads, ...) of the shard's own rows, to be merged into:
-    at least float32 where something will be."""
-    results = [
-        operators.forward(
-            *(x[:, piece.start : piece.stop] for x in (q_bshd, k_bsgd, v_bsgd)), piece.pattern,
-            **options,
-        )
-        for piece in plan.local
-    ]  # fmt: skip
-    dtype = results[0][1].dtype
-    if len(results) == 1:
-        [(out_bshd, lse_bhs)] = results
-        return out_bshd.to(dtype) if plan.exchanges else out_bshd, lse_bhs.mT.contiguous()
-    out_bshd = q_bshd.new_zeros(q_bshd.shape, dtype=dtype)
-    lse_bsh = q_bshd.new_full(q_bshd.shape[:3], -torch.inf, dtype=dtype)
-    for piece, (new_out_bshd, new_lse_bhs) in zip(plan.local, results, strict=True):
-        here = slice(piece.start, piece.stop)
-        merged = merge(out_bshd[:, here], lse_bsh[:, here], new_out_bshd, new_lse_bhs.mT)
-        out_bshd[:, here], lse_bsh[:, here] = merged
-    return out_bshd, lse_bsh
-
-
-def _local_backward(plan: Plan, grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, **options):
-    """The gradients of q, k and v that come from the shard's own rows, to be added to: at least
-    float32 where something will be."""
-    shares = [
-        operators.backward(
-            *(
-                x[:, piece.start : piece.stop]
-                for x in (grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd)
-            ),
-            lse_bhs[:, :, piece.start : piece.stop], piece.pattern, **options,
-        )
-        for piece in plan.local
-    ]  # fmt: skip
-    if len(shares) == 1:
-        dtype = lse_bhs.dtype if plan.exchanges else q_bshd.dtype
-        return [gradient.to(dtype) for gradient in shares[0]]
-    totals = [torch.zeros_like(x, dtype=lse_bhs.dtype) for x in (q_bshd, k_bsgd, v_bsgd)]
-    for piece, gradients in zip(plan.local, shares, strict=True):
-        for total, gradient in zip(totals, gradients, strict=True):
-            total[:, piece.start : piece.stop] += gradient
-    return totals
+def _joined(results: Iterable[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """The tensors (batch, s, ...) of consecutive pieces of the shard, one after the other."""
+    parts = [list(result) for result in results]
+    if len(parts) == 1:
+        return parts[0]
+    return [torch.cat([part.pop(0) for part in parts], dim=1) for _ in range(len(parts[0]))]

@@ -39,6 +39,7 @@ from megalong.attention.shards import (
     local_attention,
     sparse_rows,
 )
+from megalong.attention.tensor_cache import PATTERNS
 
 Held = tuple[int, SparseRows, range]  # rank, rows, and those of their positions that it holds
 
@@ -82,8 +83,19 @@ class Plan:
     local: tuple[LocalAttention, ...]
     exchanges: tuple[Exchange, ...]
 
+    @property
+    def base(self) -> tuple[LocalAttention, ...]:
+        """The first of `local` that together have every position of the shard, once."""
+        whole = self.local[0].stop - self.local[0].start == self.shards.length
+        return self.local[: 1 if whole else 2]
 
-@lru_cache(maxsize=256)
+    @property
+    def further(self) -> tuple[LocalAttention, ...]:
+        """The rest of `local`, each of one branch."""
+        return self.local[len(self.base) :]
+
+
+@lru_cache(maxsize=PATTERNS)
 def make_plan(
     pattern: DilatedPattern, shards: Shards, heads: int, kv_heads: int, causal: bool
 ) -> Plan:

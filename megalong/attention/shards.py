@@ -121,6 +121,10 @@ class LocalAttention:
     stop: int
     pattern: DilatedPattern
 
+    @property
+    def positions(self) -> slice:
+        return slice(self.start, self.stop)
+
 
 def local_attention(
     pattern: DilatedPattern, shards: Shards, heads: int, kv_heads: int
@@ -128,8 +132,9 @@ def local_attention(
     """What this shard attends to within itself, as dilated attention of its own.
 
     One where segment lengths divide the shard length or are multiples of it: a shard inside a
-    longer segment is one segment itself, in which the offsets are shifted. Any other length adds
-    two, because the first segment of a branch then ends somewhere inside.
+    longer segment is one segment itself, in which the offsets are shifted. A branch of any other
+    length is two of its own, because its first segment then ends somewhere inside. Those with the
+    branch of the least rate come first; if that is one of two, all others have one branch too.
     """
     cut_inside, uncut = [], []
     for (length, rate), offsets in zip(
@@ -144,10 +149,20 @@ def local_attention(
             continue
         for x, y, table in ((0, cut, shifted), (cut, shards.length, offsets)):
             cut_inside.append(LocalAttention(x, y, DilatedPattern((length,), (rate,), (table,))))
-    if not uncut:
-        return cut_inside
-    together = DilatedPattern(*zip(*uncut, strict=True))
-    return [LocalAttention(0, shards.length, together), *cut_inside]
+    cut_inside.sort(key=_least_rate)
+
+    def whole(branches) -> LocalAttention:
+        return LocalAttention(0, shards.length, DilatedPattern(*zip(*branches, strict=True)))
+
+    if not cut_inside:
+        return [whole(uncut)]
+    if uncut and _least_rate(whole(uncut)) <= _least_rate(cut_inside[0]):
+        return [whole(uncut), *cut_inside]
+    return [*cut_inside, *(whole([branch]) for branch in uncut)]
+
+
+def _least_rate(piece: LocalAttention) -> int:
+    return min(piece.pattern.dilation_rates)
 
 
 def pairs_of_rank(pattern: DilatedPattern, shards: Shards, heads: int, kv_heads: int) -> int:

@@ -7,6 +7,10 @@ from functools import lru_cache, wraps
 
 import torch
 
+# Entries of the caches of plans and tables: a model has one pattern for each layer and group of
+# heads, and uses them all in every step.
+PATTERNS = 1024
+
 
 def tensor_cache(build: Callable) -> Callable:
     """functools.lru_cache for a function that makes tensors, which must be hashable in all its
@@ -16,7 +20,7 @@ def tensor_cache(build: Callable) -> Callable:
     one to none: each gets its own entries, so that neither is handed out where the other is meant.
     """
 
-    @lru_cache(maxsize=256)
+    @lru_cache(maxsize=PATTERNS)
     def build_in(fake_mode, *args):
         return build(*args)
 

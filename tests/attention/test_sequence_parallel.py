@@ -11,9 +11,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megalong.attention import DilatedPattern
 from megalong.attention.exchange import AllGather, AllToAll, SequenceGroup
-from megalong.attention.remote_rows import merge, remote_rows
+from megalong.attention.remote_rows import remote_rows
 from megalong.attention.sequence_parallel import sequence_parallel_attention
 from megalong.attention.sequence_plan import gathered_rows, make_plan, subgroup_sizes
+from megalong.attention.shard_rows import merge
 from megalong.attention.shards import (
     Segment,
     Shards,

@@ -12,6 +12,7 @@ from megalong.attention import DilatedPattern
 from megalong.attention.exchange import AllGather
 from megalong.attention.remote_rows import remote_rows
 from megalong.attention.sequence_plan import gathered_rows, make_plan
+from megalong.attention.shard_rows import shard_rows
 from megalong.attention.shards import Shards, between
 
 CPU = torch.device("cpu")
@@ -182,6 +183,45 @@ def test_the_local_attention_has_the_pairs_inside_the_shard(seed):
             for (_, head, query, key), count in inside.pairs(0)[0].items():
                 local[head, first + query, first + key] += count
         assert local == without_branch(case.pairs(rank)[0])
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_the_base_has_every_position_and_sums_have_the_rows_of_the_rest(seed):
+    case = Case(seed)
+    for rank in range(case.ranks):
+        plan = make_plan(case.pattern, case.shards(rank), case.heads, case.kv_heads, case.causal)
+        positions = [x for piece in plan.base for x in range(piece.start, piece.stop)]
+        assert positions == list(range(case.length))
+        rows = shard_rows(plan, case.heads, case.kv_heads, CPU)
+        for shared, group in ((rows.queries, 1), (rows.keys, case.group)):
+            assert_rows_share_places(shared)
+            for piece, part in zip(plan.further, shared.parts, strict=False):
+                [(width, rate)] = piece.pattern.branches
+                kept = {
+                    (position, head // group)
+                    for head, offset in enumerate(
+                        piece.pattern.offsets(case.heads, case.kv_heads)[0]
+                    )
+                    for position in range(piece.start, piece.stop)
+                    if (position - piece.start) % width % rate == offset
+                }
+                assert set(listed(part.positions, part.heads)) == kept
+
+
+def assert_rows_share_places(shared) -> None:
+    place_of: dict[tuple, int] = {}
+    for part in shared.parts:
+        rows = listed(part.positions, part.heads)
+        assert len(set(rows)) == len(rows)  # so that they can be added to at once
+        for row, place in zip(rows, part.places.flatten().tolist(), strict=True):
+            assert place_of.setdefault(row, place) == place
+    assert len(set(place_of.values())) == len(place_of)
+    taken = listed(shared.positions, shared.heads)
+    assert all(taken[place] == row for row, place in place_of.items())
+
+
+def listed(positions, heads) -> list[tuple[int, int]]:
+    return list(zip(positions.flatten().tolist(), heads.flatten().tolist(), strict=True))
 
 
 @pytest.mark.parametrize("seed", range(120))

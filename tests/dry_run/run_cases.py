@@ -1,7 +1,7 @@
 """Dry runs on a fake GPU, one after the other in a process that has been given one.
 
 Writes {case: {"memory", "traffic", "waits", "error"}} as JSON to the file it is given; error is
-None or the exception's type and message.
+None or the exception's type and message. Under "attention": see `attention_memory`.
 """
 
 import json
@@ -161,6 +161,9 @@ def main(output: str) -> None:
     for name, case in CASES.items():
         print(name, file=sys.stderr, flush=True)  # shown if one ends the process
         results[name] = dry_run_of(case)
+    from tests.dry_run.attention_memory import measured
+
+    results["attention"] = measured()
     Path(output).write_text(json.dumps(results))
 
 

@@ -60,3 +60,22 @@ def test_what_is_planted_is_caught(plant, results):
 
 def test_what_is_planted_is_caught_in_a_pipeline(results):
     assert "HostSync: the host reads a value" in results["planted item in a pipeline"]["error"]
+
+
+@pytest.mark.parametrize("heads", [12, 3])
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_a_shards_attention_takes_hardly_more_memory_than_a_whole_sequence_as_long(
+    ranks, heads, results
+):
+    """Sums, rows of other ranks and index tensors go with the rows that cross borders."""
+    peaks = results["attention"]
+    alone, shard = peaks[f"{heads} heads, 1 ranks"], peaks[f"{heads} heads, {ranks} ranks"]
+    for name in ("forward", "backward"):
+        assert alone[name] < shard[name] < 1.02 * alone[name]
+
+
+def test_a_shard_that_no_segment_begins_with_adds_less_than_a_second_output_of_each(results):
+    """Then some of its attention is apart, and a third of its rows are summed up in float32."""
+    alone, shard = (results["attention"][f"uneven, {ranks} ranks"] for ranks in (1, 4))
+    assert shard["forward"] < 1.7 * alone["forward"]
+    assert shard["backward"] < 1.8 * alone["backward"]

@@ -20,6 +20,7 @@ from functools import lru_cache
 import torch
 
 from megalong.attention.pattern import DilatedPattern
+from megalong.attention.tensor_cache import PATTERNS
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: it is cached
@@ -47,7 +48,7 @@ class Tables:
         return self.classes.shape[2]
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=PATTERNS)
 def pattern_tables(
     pattern: DilatedPattern, length: int, heads: int, kv_heads: int, device: torch.device
 ) -> Tables:
@@ -96,7 +97,7 @@ def pattern_tables(
     )
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=6 * PATTERNS)  # three kernels, base and sparse branches
 def tile_table(tables: Tables, base: bool, block: int, last_first: bool) -> torch.Tensor:
     """(tiles, 3) int32 on the device: branch, segment, tile of `block` rows.
 
