@@ -60,6 +60,15 @@ class ParallelConfig:
         """Whether Megatron's sequence parallelism of the norm regions is in use."""
         return self.sequence_parallel and self.tensor_model_parallel_size > 1
 
+    @property
+    def recomputes_each_layer(self) -> bool:
+        """Whether every layer is recomputed by itself, from its own input."""
+        return (
+            self.recompute_granularity == "full"
+            and self.recompute_method == "uniform"
+            and self.recompute_num_layers == 1
+        )
+
     def chunks_per_stage(self, model: ModelConfig) -> int:
         """Chunks of layers that a pipeline stage holds: one, unless the schedule is interleaved."""
         if self.num_layers_per_virtual_pipeline_stage is None:

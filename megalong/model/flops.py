@@ -47,6 +47,40 @@ def step_flops(config: Config, vocab_size: int, dense: bool = False) -> dict[str
     return {part: 3 * config.training.global_batch_size * flops for part, flops in forward.items()}
 
 
+def executed_flops(config: Config, vocab_size: int) -> dict[str, int]:
+    """FLOPs that one training step executes, by part: with what is computed again to save memory,
+    and with the scores that attention computes again in its backward pass.
+
+    config: resolved, nothing left open in its memory section.
+    """
+    memory, parallel = config.memory, config.parallel
+    forward = forward_flops(config, vocab_size)
+    passes = dict.fromkeys(PARTS, 3.0)
+    passes["attention"] = 3.5
+    if memory.linear_cross_entropy:
+        passes["logits"] += 1
+    full = parallel.recompute_granularity == "full"
+    tiled = memory.tiled_attention or memory.tiled_mlp
+    if full and tiled and not parallel.recomputes_each_layer:
+        for part in ("qkv", "attention", "attention_output", "mlp"):
+            passes[part] += 1  # Megatron-core's, of several layers around the layers' own
+        full = False
+    if memory.tiled_attention:
+        passes["qkv"] += 2 if full else 1  # for the output, and for the gradients
+        passes["attention"] += 1 if full else 0
+        passes["attention_output"] += 1 if memory.tiled_mlp else 0
+    else:
+        passes["qkv"] += 1 if full else 0
+        passes["attention"] += 1 if full or parallel.recompute_granularity == "selective" else 0
+        passes["attention_output"] += 1 if full else 0
+    if memory.tiled_mlp:
+        passes["mlp"] += 2 / 3 if config.model.swiglu else 1 / 2  # all but the last matrix
+    elif full:
+        passes["mlp"] += 1
+    sequences = config.training.global_batch_size
+    return {part: round(sequences * passes[part] * flops) for part, flops in forward.items()}
+
+
 def _product(rows: int, inner: int, columns: int) -> int:
     """Of a (rows, inner) matrix with an (inner, columns) one."""
     return 2 * rows * inner * columns

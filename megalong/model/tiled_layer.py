@@ -7,6 +7,7 @@ from these, the other as Megatron-core does.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,27 +15,21 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer import TransformerConfig, TransformerLayer
 
 from megalong.config import Config
+from megalong.errors import UserError
 from megalong.parallel.mesh import Mesh
 from megalong.tiling.activations import GELU, SWIGLU
 from megalong.tiling.attention import TiledAttention
 from megalong.tiling.layer import TiledLayer
 from megalong.tiling.mlp import TiledMLP
-from megalong.tiling.offload import HostOffload
+from megalong.tiling.offload import HostMemoryError, HostOffload
 from megalong.tiling.tensor_ranks import TensorRanks
 from megalong.tiling.weights import AttentionWeights, MLPWeights, Norm
 
 
 def recomputes_by_itself(config: Config) -> bool:
     """Whether the layers recompute their activations themselves, rather than Megatron-core for
-    them: where `--recompute-granularity full` takes one layer at a time, and any piece of the
-    memory path is theirs."""
-    parallel = config.parallel
-    return (
-        has_pieces(config)
-        and parallel.recompute_granularity == "full"
-        and parallel.recompute_method == "uniform"
-        and parallel.recompute_num_layers == 1
-    )
+    them."""
+    return has_pieces(config) and config.parallel.recomputes_each_layer
 
 
 def has_pieces(config: Config) -> bool:
@@ -88,7 +83,7 @@ class TiledTransformerLayer(TransformerLayer):
                 qk_norm=norm if model.qk_layernorm else None,
                 ranks=ranks,
             )
-        self._saving = contextlib.nullcontext if offload is None else offload.saving
+        self._offload = offload
 
     def forward(
         self,
@@ -106,6 +101,21 @@ class TiledTransformerLayer(TransformerLayer):
             if self._mlp is not None:
                 return self._mlp(x_sbh, mlp_weights(self)), None
             return self._half(self._mlp_half, x_sbh), None
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Inside, what the backward pass needs goes to the host, if it is to."""
+        if self._offload is None:
+            yield
+            return
+        try:
+            with self._offload.saving():
+                yield
+        except HostMemoryError as error:
+            raise UserError(
+                f"--offload-activations: {error}: set --recompute-granularity full, which keeps"
+                " less, or --no-offload-activations"
+            ) from error
 
     def _tiled(self, x_sbh: torch.Tensor, angles: torch.Tensor | None) -> torch.Tensor:
         """The attention half and, if that is tiled too, the MLP."""

@@ -25,6 +25,7 @@ from megalong.data.batches import (
 from megalong.data.prefetch import made_ahead
 from megalong.errors import UserError
 from megalong.model.build import build_model
+from megalong.model.memory_path import settle_memory_path
 from megalong.parallel.mesh import Mesh
 from megalong.progress import progress_bar
 from megalong.training.engine import StepResult, TrainingEngine, weights_divider
@@ -56,6 +57,7 @@ class Trainer:
         mesh: Mesh,
         stop: StopRequest,
     ):
+        config, memory_path = settle_memory_path(config, data.tokenizer.vocab_size, mesh)
         self.config, self.data, self.mesh, self.stop = config, data, mesh, stop
         self.lock = open_run_folder(config, given) if mesh.is_main else None
         self.progress = Progress()
@@ -80,7 +82,7 @@ class Trainer:
         self.saver = Saver(config, say)
         self.reports = Reports(config, data, mesh, self.saver, self.progress)
         self.profiler = Profiler(config, mesh, say, self.reports.meter.pause)
-        self.reports.announce(checkpoint, self.progress)
+        self.reports.announce(checkpoint, self.progress, memory_path)
 
     def train(self) -> None:
         """Train from where the run stands to `--train-iters`, then evaluate.

@@ -68,8 +68,9 @@ class Reports:
         self._begin = time.perf_counter()
         self.meter.restart()
 
-    def announce(self, checkpoint: Path | None, progress: Progress) -> None:
-        """What is about to run. checkpoint: what the run goes on from, or None."""
+    def announce(self, checkpoint: Path | None, progress: Progress, memory_path: str) -> None:
+        """What is about to run. checkpoint: what the run goes on from, or None. memory_path: in
+        words."""
         if not self.mesh.is_main:
             return
         config, mesh = self.config, self.mesh
@@ -95,6 +96,7 @@ class Reports:
             f" {_human_flops(dense)}; peak of the {mesh.world_size} ranks"
             f" {_human_flops(self.peak)}/s ({self.peak_source})"
         )
+        say(memory_path)
         if checkpoint is not None:
             say(f"resuming from {checkpoint}")
             for line in other_ways(checkpoint, config):
