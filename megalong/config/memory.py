@@ -34,7 +34,9 @@ class MemoryConfig:
     linear_cross_entropy: bool | None = flag(
         None, "losses without logits of the whole sequence (default: as --memory-path says)"
     )
-    loss_chunk_size: int = flag(1024, "tokens whose logits exist at a time")
+    loss_chunk_size: int | None = flag(
+        None, "tokens whose logits exist at a time (default: as many as make 32M logits)"
+    )
     tiled_mlp: bool | None = flag(
         None, "norm and MLP over tiles of the sequence (default: as --memory-path says)"
     )

@@ -76,11 +76,11 @@ def needs(config: Config, vocab_size: int) -> Needs:
     mlp_half = (6 if model.swiglu else 3) * inner
     recompute = parallel.recompute_granularity == "full"
 
-    kept = hidden if recompute else 0.0  # of a layer, until its backward pass
-    working = 6 * hidden  # of one layer at a time
+    kept = hidden  # of a layer, until its backward pass
+    working = 5 * hidden  # of the one layer that goes backward
     if memory.tiled_attention:
-        kept = hidden if recompute else hidden + heads
-        working += 5 * heads + 9 * heads / memory.attention_head_groups
+        kept += 0 if recompute else heads
+        working += 4 * heads + 9 * heads / memory.attention_head_groups
     else:
         kept += 0 if recompute else attention_half
         working += attention_half

@@ -9,22 +9,21 @@ from megatron.core.models.gpt import GPTModel
 
 from megalong.config import Config
 from megalong.model.norms import LayerNorm, RMSNorm
+from megalong.model.tiled_layer import tensor_ranks
 from megalong.parallel.mesh import Mesh
 from megalong.tiling.linear_cross_entropy import linear_cross_entropy
 from megalong.tiling.tensor_ranks import TensorRanks
+
+LOGITS = 2**25  # at a time, where --loss-chunk-size is not given: 128 MiB in float32
 
 
 def avoid_logits(model: GPTModel, config: Config, mesh: Mesh) -> None:
     """Have the model of the last stage make losses in chunks of rows, and its final norm, if that
     is ours, work in tiles of rows."""
-    ranks = TensorRanks(
-        mesh.tensor_parallel_size,
-        mesh.tensor_parallel_rank,
-        mesh.tensor_group,
-        divides_rows=config.parallel.divides_norms,
-    )
+    ranks = tensor_ranks(config, mesh)
     batch = config.training.micro_batch_size
-    chunk_size = max(config.memory.loss_chunk_size // batch, 1)
+    tokens = config.memory.loss_chunk_size or max(LOGITS * ranks.size // model.vocab_size, 1)
+    chunk_size = max(tokens // batch, 1)
     model.output_layer = LossLayer(model.output_layer.weight, chunk_size, ranks)
     if isinstance(model.decoder.final_layernorm, LayerNorm | RMSNorm):
         model.decoder.final_layernorm.tile_size = max(config.memory.tile_size // batch, 1)
