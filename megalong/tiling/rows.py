@@ -38,4 +38,7 @@ def add_weight_gradient(total_oi: torch.Tensor, grad_no: torch.Tensor, x_ni: tor
 
     total: (out, in), in the wide dtype. grad: (rows, out) of y; x: (rows, in).
     """
-    total_oi += wide_product(grad_no.T, x_ni)
+    if grad_no.dtype == total_oi.dtype:  # no product beside the total, which may be large
+        torch.addmm(total_oi, grad_no.T, x_ni, out=total_oi)
+    else:
+        total_oi += wide_product(grad_no.T, x_ni)

@@ -72,7 +72,7 @@ WITHOUT_LOGITS = {"linear_cross_entropy": True, "loss_chunk_size": 24, "tile_siz
 DIVIDED_WEIGHTS = {"deepspeed_config": Path(__file__).parent / "divided_weights.json"}
 COPY_CASES = [
     (layout, stage, copy)
-    for layout, stage in (("one", 1), ("tp2", 1), ("pp2", 1), ("dp2", 3))
+    for layout, stage in (("one", 1), ("tp2", 1), ("pp2", 1), ("pp2 vp1", 1), ("dp2", 3))
     for copy in COPIES
     if "whole norms" not in copy or layout == "tp2"
 ]
