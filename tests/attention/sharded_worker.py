@@ -49,9 +49,11 @@ def random_case(seed: int, ranks: int) -> dict:
     }
 
 
-def check(seed: int, group, backend: str, dtype: torch.dtype) -> tuple[float, float, str]:
+def check(
+    seed: int, group, backend: str, dtype: torch.dtype, by_groups: bool
+) -> tuple[float, float, str]:
     """The largest errors, of output and log-sum-exp and of the gradients, and the case; in both,
-    those of heads in groups, of all that they find."""
+    with by_groups those of heads in groups, of all that they find."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     case = random_case(seed, ranks)
     batch, total, heads, kv_heads, head_dim = case["shape"]
@@ -81,14 +83,17 @@ def check(seed: int, group, backend: str, dtype: torch.dtype) -> tuple[float, fl
     if dtype == torch.float64:
         check_traffic(counts, case, Shards(rank, ranks, shard))
     qkv = [x.detach() for x in local]
-    found = (my_out.detach(), my_lse, *(x.grad for x in local))
-    by_groups = check_passes(found, counts, qkv, grad[:, here].to(dtype), case, sequence, backend)
+    of_parts = 0.0
+    if by_groups:
+        found = (my_out.detach(), my_lse, *(x.grad for x in local))
+        my_grad = grad[:, here].to(dtype)
+        of_parts = check_passes(found, counts, qkv, my_grad, case, sequence, backend)
     forward = max(difference(my_out, out[:, here]), difference(my_lse, lse[:, :, here]))
     backward = max(
         difference(mine.grad, theirs.grad[:, here])
         for mine, theirs in zip(local, reference, strict=True)
     )
-    return max(forward, by_groups), max(backward, by_groups), str(case)
+    return max(forward, of_parts), max(backward, of_parts), str(case)
 
 
 def check_traffic(counts: dict, case: dict, shards: Shards) -> None:
@@ -159,7 +164,10 @@ def main(count: str, first_seed: str, backend: str, dtype: str = "float64") -> N
     torch.set_num_threads(1)
     failed = 0
     for seed in range(int(first_seed), int(first_seed) + int(count)):
-        forward, backward, case = check(seed, dist.group.WORLD, backend, getattr(torch, dtype))
+        by_groups = backend != "triton" or seed % 6 == 0  # its interpreter is slow
+        forward, backward, case = check(
+            seed, dist.group.WORLD, backend, getattr(torch, dtype), by_groups
+        )
         if not (forward < tolerance and backward < tolerance):
             failed += 1
             print(f"rank {dist.get_rank()} seed {seed}: {forward:.1e} {backward:.1e} {case}")

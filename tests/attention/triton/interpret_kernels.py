@@ -18,6 +18,7 @@ from triton.runtime import interpreter
 
 from megalong.attention import DilatedPattern, dilated_attention
 from megalong.attention.backends import choose_backend
+from megalong.attention.passes import Passes
 from megalong.attention.triton import attend_rows, attend_rows_backward, launch, tile_sizes
 
 CORNERS = {case.name: case for case in corners()}
@@ -241,6 +242,16 @@ def test_attend_rows_merge_to_attention_over_all_keys():
     for number, wanted in ((1, dk), (2, dv)):
         keys = torch.cat([shares[0][number], shares[1][number]], dim=1)
         torch.testing.assert_close(keys, wanted, rtol=0, atol=1e-13)
+
+
+def test_passes_equal_the_public_function():
+    case = small_case(3)
+    *qkv, grad = case.inputs(torch.float32)
+    passes = Passes(case.pattern, backend="triton", **case.options)
+    out, lse, kept = passes.forward(*qkv)
+    gradients = passes.backward(grad, *qkv, out, lse, kept)
+    expected = run_backend(case, (*qkv, grad), "triton").values()
+    assert all(map(torch.equal, (out, lse, *gradients), expected))
 
 
 def test_compiled_equals_eager():
