@@ -56,9 +56,9 @@ class _TiledLayer(torch.autograd.Function):
             if layer.mlp is not None:
                 tile_lbh = layer.mlp.forward_tile(tile_lbh, mlp_weights)
             out_lbh[rows] = tile_lbh
-        ctx.layer = layer
+        ctx.layer, ctx.angles_sd = layer, angles_sd  # all layers share the angles
         ctx.num_kept = [len(kept) for kept in attended.kept]
-        saved = [x_lbh, angles_sd, *weights, *(x for kept in attended.kept for x in kept)]
+        saved = [x_lbh, *weights, *(x for kept in attended.kept for x in kept)]
         if not layer.recompute:
             saved += [attended.out_sbad, *attended.lse]
         ctx.save_for_backward(*saved)
@@ -67,8 +67,8 @@ class _TiledLayer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_lbh):
-        layer, groups = ctx.layer, len(ctx.num_kept)
-        x_lbh, angles_sd, *saved = ctx.saved_tensors
+        layer, angles_sd, groups = ctx.layer, ctx.angles_sd, len(ctx.num_kept)
+        x_lbh, *saved = ctx.saved_tensors
         num_weights = len(AttentionWeights._fields)
         num_weights += len(MLPWeights._fields) if layer.mlp is not None else 0
         attention_weights, mlp_weights = _split(layer, saved[:num_weights])

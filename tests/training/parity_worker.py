@@ -65,16 +65,43 @@ MODELS = {
     "offloaded optimizer": {"deepspeed_config": Path(__file__).parent / "offload.json"},
 }
 
-# The same models, computed otherwise: a copy -> the model that it has to equal.
-COPIES = {f"{model}, without logits": model for model in (*list(MODELS)[:2], "whole norms")}
+BOTH = list(MODELS)[:2]
+LOW_PRECISION = ("bf16", "fp16")
+
+# The same models, computed otherwise.
 WITHOUT_LOGITS = {"linear_cross_entropy": True, "loss_chunk_size": 24, "tile_size": 20}
+MEMORY_PATH = {"memory_path": "on", "loss_chunk_size": 24, "tile_size": 20}
+RECOMPUTED = {**MEMORY_PATH, "recompute_granularity": "full"}
+HALVES = {  # one half of a layer at a time
+    "tiled MLP": {"tiled_mlp": True, "tile_size": 20, "recompute_granularity": "full"},
+    "tiled attention": {"tiled_attention": True, "tile_size": 20, "attention_head_groups": 1},
+}
+# A copy -> the model that it has to equal, and how it is computed.
+COPIES = {
+    **{f"{model}, without logits": (model, WITHOUT_LOGITS) for model in list(MODELS)[:2]},
+    **{f"{model}, memory path": (model, MEMORY_PATH) for model in MODELS},
+    **{f"{model}, memory path, recomputed": (model, RECOMPUTED) for model in MODELS},
+    **{f"tied, {half}": ("tied", flags) for half, flags in HALVES.items()},
+}
 # DeepSpeed leaves weights as small as these whole, and whole ones for a while, unless it is told.
 DIVIDED_WEIGHTS = {"deepspeed_config": Path(__file__).parent / "divided_weights.json"}
+TILED_LAYOUTS = (
+    ("one", 1), ("one vp", 1), ("sp2", 1), ("tp2", 1), ("pp2", 1), ("pp2 vp1", 1), ("dp2", 3),
+    ("sp2", 3), ("tp2", 3), ("sp4", 1), ("sp2 tp2", 1), ("sp2 dp2", 3), ("sp2 pp2 vp1", 1),
+    ("sp2 tp2 pp2", 1), ("sp2 tp2 dp2", 3),
+)  # fmt: skip
 COPY_CASES = [
-    (layout, stage, copy)
-    for layout, stage in (("one", 1), ("tp2", 1), ("pp2", 1), ("pp2 vp1", 1), ("dp2", 3))
-    for copy in COPIES
-    if "whole norms" not in copy or layout == "tp2"
+    *((layout, 1, f"{model}, without logits") for layout in ("tp2", "pp2") for model in BOTH),
+    *(
+        (*where, f"{model}, memory path{how}")
+        for where in TILED_LAYOUTS
+        for model, how in zip(BOTH, ("", ", recomputed"), strict=True)
+    ),
+    ("sp2 tp2 pp2", 1, "tied, memory path, recomputed"),
+    *((layout, 1, f"tied, {half}") for layout in ("one", "tp2") for half in HALVES),
+    *((layout, 1, "dense, memory path") for layout in ("one", "sp2", "tp2")),
+    *(("tp2", 1, f"whole norms, memory path{how}") for how in ("", ", recomputed")),
+    *((where, 1, f"{dtype}, memory path") for where in ("one", "tp2") for dtype in LOW_PRECISION),
 ]
 
 AXES = {
@@ -107,9 +134,6 @@ LAYOUTS = {
 }
 
 
-BOTH = list(MODELS)[:2]
-
-
 def cases() -> list[tuple[str, int, str]]:
     """(layout, ZeRO stage, model): the first two models in every layout, the first of them with
     every ZeRO stage that there is; the others on two ranks, where most of it shows; the copies on
@@ -134,7 +158,8 @@ def flags_of(layout: str, stage: int, model: str) -> dict[str, object]:
         "num_layers": 4 if "vp" in layout else 2,
     }
     if model in COPIES:
-        flags = MODELS[COPIES[model]] | WITHOUT_LOGITS | (DIVIDED_WEIGHTS if stage == 3 else {})
+        copied, how = COPIES[model]
+        flags = MODELS[copied] | how | (DIVIDED_WEIGHTS if stage == 3 else {})
     else:
         flags = MODELS[model]
     return {**OPTIMIZER, **sizes, **flags, **axes, "zero_stage": stage}
