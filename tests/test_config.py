@@ -118,6 +118,17 @@ def test_a_missing_yaml_is_named():
         ("--loss-scale -5", 1, "--loss-scale -5"),
         ("--lr 0", 1, "--lr 0"),
         ("--tokenizer-type SentencePieceTokenizer", 1, "--tokenizer-model is missing"),
+        ("--loss-chunk-size 0", 1, "--loss-chunk-size 0 must be positive"),
+        ("--tile-size -1", 1, "--tile-size -1 must be positive"),
+        ("--attention-head-groups 0", 1, "--attention-head-groups 0 must be positive"),
+        ("--attention-head-groups 5", 1, "set --attention-head-groups 4"),
+        (
+            "--attention-head-groups 6 --tensor-model-parallel-size 4",
+            4,
+            "does not divide the 3 key/value heads of a tensor-parallel rank: set"
+            " --attention-head-groups 3",
+        ),
+        ("--memory-path off --attention-head-groups 2", 1, "set --tiled-attention too"),
     ],
 )
 def test_what_cannot_work_is_refused(flags, ranks, message):
@@ -176,3 +187,21 @@ def test_the_backend_of_the_attention():
     assert resolve("--attention-backend", "sdpa").attention.attention_backend == "sdpa"
     with pytest.raises(UserError, match=r"--attention-backend: invalid choice: 'fast'.*reference"):
         resolve("--attention-backend", "fast")
+
+
+def test_the_pieces_of_the_memory_path_follow_it_where_they_are_not_given():
+    pieces = ("linear_cross_entropy", "tiled_mlp", "tiled_attention", "offload_activations")
+
+    def given(*flags):
+        memory = resolve(*flags).memory
+        return [getattr(memory, name) for name in pieces]
+
+    assert given() == [None] * 4  # decided when the memory is known
+    assert given("--memory-path", "on") == [True] * 4
+    assert given("--memory-path", "off") == [False] * 4
+    assert given("--memory-path", "on", "--no-tiled-mlp") == [True, False, True, True]
+    assert given("--memory-path", "off", "--tiled-attention") == [False, False, True, False]
+    assert resolve("--memory-path", "on").memory.attention_head_groups == 4
+    assert (
+        resolve("--memory-path", "on", "--num-query-groups", "3").memory.attention_head_groups == 3
+    )

@@ -74,16 +74,19 @@ def needs(config: Config, vocab_size: int) -> Needs:
     layers *= parallel.pipeline_model_parallel_size
     attention_half = 9 * hidden + 5 * heads
     mlp_half = (6 if model.swiglu else 3) * inner
+    tiled = memory.tiled_attention or memory.tiled_mlp
     recompute = parallel.recompute_granularity == "full"
-
     kept = hidden  # of a layer, until its backward pass
     working = 5 * hidden  # of the one layer that goes backward
+    if recompute and tiled and not parallel.recomputes_each_layer:
+        recompute = False  # several layers together: in the second forward pass each keeps its own
+        working += 2 * hidden
     if memory.tiled_attention:
         kept += 0 if recompute else heads
         working += 4 * heads + 9 * heads / memory.attention_head_groups
     else:
         kept += 0 if recompute else attention_half
-        working += attention_half
+        working += 1.5 * attention_half
     if memory.tiled_mlp:
         kept += 0 if memory.tiled_attention else hidden
     else:

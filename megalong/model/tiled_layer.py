@@ -96,7 +96,9 @@ class TiledTransformerLayer(TransformerLayer):
         with self._saving():
             if self._attention is not None:
                 x_sbh = self._tiled(hidden_states, rotary_pos_emb)
-                return x_sbh if self._mlp is not None else self._mlp_half(x_sbh), None
+                if self._mlp is None:
+                    x_sbh = self._half(self._mlp_half, x_sbh)
+                return x_sbh, None
             x_sbh = self._half(self._attention_half, hidden_states, rotary_pos_emb)
             if self._mlp is not None:
                 return self._mlp(x_sbh, mlp_weights(self)), None

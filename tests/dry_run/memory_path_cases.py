@@ -1,0 +1,83 @@
+"""Peak and executed FLOPs of a step on a fake GPU, and what `megalong.model` says of them.
+
+Writes {case: {"peak", "host", "flops", "needs", "needs_host", "executed"}} as JSON to the file it
+is given.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from megalong.planning import fake_device
+
+if __name__ == "__main__":
+    fake_device.load()
+
+VOCABULARY = 8000
+SHAPE = {
+    "num_layers": 3,
+    "hidden_size": 512,
+    "num_attention_heads": 8,
+    "ffn_hidden_size": 1408,
+    "seq_length": 2**17,
+    "tile_size": 8192,
+    "loss_chunk_size": 8192,
+    "micro_batch_size": 1,
+    "global_batch_size": 1,
+    "precision": "bf16",
+    "data_path": "unread",
+    "tokenizer_type": "ByteTokenizer",
+}
+FULL = {"recompute_granularity": "full"}
+ON = {"memory_path": "on"}
+CASES = {
+    "off": {"memory_path": "off"},
+    "off, GELU": {"memory_path": "off", "swiglu": False, "ffn_hidden_size": 2048},
+    "off, full recomputation": {"memory_path": "off", **FULL},
+    "off, selective recomputation": {"memory_path": "off", "recompute_granularity": "selective"},
+    "on": ON,
+    "on, GELU": {**ON, "swiglu": False, "ffn_hidden_size": 2048},
+    "on, grouped queries": {**ON, "num_query_groups": 2},
+    "on, full recomputation": {**ON, **FULL},
+    "on, kept on the device": {**ON, "offload_activations": False},
+    "on, MLP as it is": {**ON, "tiled_mlp": False, **FULL},
+    "on, attention as it is": {**ON, "tiled_attention": False, **FULL},
+    "on, three layers recomputed at once": {**ON, **FULL, "recompute_num_layers": 3},
+}
+
+
+def main(output: str) -> None:
+    fake_device.pretend()
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from megalong.config.arguments import config_from_values
+    from megalong.model.flops import executed_flops
+    from megalong.model.memory_path import needs
+    from megalong.planning.dry_run import fake_engine, fake_rank, host_batches
+    from megalong.planning.host_syncs import HostSyncs
+    from megalong.planning.memory import DeviceMemory
+
+    results = {}
+    for name, flags in CASES.items():
+        config = config_from_values(SHAPE | flags).resolve(1)
+        memory = DeviceMemory()
+        with fake_rank(config, 0, 1) as mesh, memory:
+            engine = fake_engine(config, VOCABULARY, mesh, memory)
+            batches = host_batches(config, mesh)
+            counter = FlopCounterMode(display=False)
+            with memory.during("forward"), HostSyncs(None), counter:
+                engine.train_step(batches, config.training.lr)
+        needed = needs(config, VOCABULARY)
+        results[name] = {
+            "peak": memory.peak.total(),
+            "host": memory.host_peak,
+            "flops": counter.get_total_flops(),
+            "needs": needed.device,
+            "needs_host": needed.host,
+            "executed": executed_flops(config, VOCABULARY),
+        }
+    Path(output).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
