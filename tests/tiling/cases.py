@@ -60,3 +60,23 @@ def rotary_case(seed: int):
         x = packed.repeat_interleave(3, 0)[1::3, ..., 1 : 1 + 2 * pairs]
     angles = torch.rand(length, pairs, generator=generator, dtype=torch.float64) * 2 * math.pi
     return x, angles
+
+
+def logits_case(seed: int):
+    """Logits, labels in and out of the slice of the vocabulary, its first label, and gradients of
+    the losses; float64."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    rows, columns = draw.randint(1, 9), draw.choice((1, 7, 1000, 1024, 4096, 5001, 9000))
+    gap, first = draw.choice((0, 0, 5)), draw.choice((0, 1, columns, 3 * columns))
+    x = 4 * torch.randn(rows, columns + gap, generator=generator, dtype=torch.float64)
+    labels = torch.randint(first - columns, first + 2 * columns, (rows,), generator=generator)
+    labels[0] = first + columns - 1
+    grad = torch.randn(rows, generator=generator, dtype=torch.float64)
+    return x[:, :columns], labels, first, grad
+
+
+def read(logits_nv, labels_n, first):
+    """The formulas: logsumexp, the labels' logits, and where they are, 1 there and 0 elsewhere."""
+    columns = torch.arange(logits_nv.shape[1], device=logits_nv.device)
+    labelled_nv = (columns == labels_n[:, None] - first).to(logits_nv.dtype)
+    return logits_nv.logsumexp(1), (logits_nv * labelled_nv).sum(1), labelled_nv

@@ -30,6 +30,17 @@ def swiglu():
     assert y.shape == (LENGTH, WIDTH) and grad_x is x
 
 
+def losses():
+    """The two passes over logits, whose gradient has 16 bits."""
+    from megalong.tiling.cross_entropy import differentiate_logits_, read_logits_
+
+    logits = torch.empty(LENGTH, WIDTH, device="cuda")
+    labels = torch.empty(LENGTH, dtype=torch.int64, device="cuda")
+    lse, target = read_logits_(logits, labels)
+    grad = differentiate_logits_(logits, labels, lse, target, dtype=torch.bfloat16)
+    assert grad.shape == logits.shape and grad.dtype == torch.bfloat16
+
+
 def angles(one_per_pair):
     from megalong.config import ModelConfig
     from megalong.model.rotary import LongRotaryEmbedding
@@ -40,6 +51,7 @@ def angles(one_per_pair):
 CASES = {
     "rotation": rotation,
     "swiglu": swiglu,
+    "losses": losses,
     "angles": lambda: angles(False),
     "angles, one per pair": lambda: angles(True),
 }

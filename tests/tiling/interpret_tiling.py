@@ -14,9 +14,19 @@ import pytest
 import torch
 
 from megalong.tiling import triton
+from megalong.tiling.cross_entropy import differentiate_logits_, read_logits_
+from megalong.tiling.linear_cross_entropy import linear_cross_entropy
 from megalong.tiling.rotary import rotate_
-from megalong.tiling.triton import activation_kernels, rotary_kernel
-from tests.tiling.cases import ACTIVATIONS, activation_case, plain, rotary_case, rotated
+from megalong.tiling.triton import activation_kernels, cross_entropy_kernels, rotary_kernel
+from tests.tiling.cases import (
+    ACTIVATIONS,
+    activation_case,
+    logits_case,
+    plain,
+    read,
+    rotary_case,
+    rotated,
+)
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-2}
 
@@ -25,7 +35,7 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-2}
 def launches(monkeypatch):
     """The names of the kernels that ran."""
     names = []
-    for module in (activation_kernels, rotary_kernel):
+    for module in (activation_kernels, cross_entropy_kernels, rotary_kernel):
 
         def launch(kernel, *arguments, original=module.launch, **constants):
             names.append(kernel.__name__)
@@ -95,6 +105,54 @@ def test_activation(name, seed, dtype, launches):
     torch.testing.assert_close(y.double(), expected, **tolerance)
     torch.testing.assert_close(grad_x.double(), slope, **tolerance)
     assert launches == ["activate_kernel", "activate_backward_kernel"]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("seed", range(10))
+def test_cross_entropy(seed, dtype, launches):
+    """dtype: of the gradient."""
+    x, labels, first, grad = logits_case(seed)
+    wide = torch.promote_types(dtype, torch.float32)
+    x = torch.empty_strided(x.shape, x.stride(), dtype=wide).copy_(x)
+    *expected, labelled = read(x.double(), labels, first)
+    found = read_logits_(x.clone(), labels, first)
+    tolerance = {"rtol": TOLERANCE[wide], "atol": 10 * TOLERANCE[wide]}
+    torch.testing.assert_close([t.double() for t in found], expected, **tolerance)
+
+    lse = expected[0] + 0.5  # of a whole vocabulary
+    slope = ((x.double() - lse[:, None]).exp() - labelled) * grad[:, None]
+    grad_x = differentiate_logits_(x, labels, lse.to(wide), grad.to(wide), first, dtype=dtype)
+    assert grad_x.dtype == dtype and (grad_x is x) == (dtype == wide)
+    tolerance = {"rtol": TOLERANCE[dtype], "atol": 10 * TOLERANCE[dtype]}
+    torch.testing.assert_close(grad_x.double(), slope, **tolerance)
+    assert launches == ["read_kernel", "differentiate_kernel"]
+
+
+def test_rows_that_end_in_a_number_that_is_none():
+    """As without the kernels: no loss of a row that has nan or inf, and others as they are."""
+    x, labels = torch.randn(4, 5000), torch.tensor([4999, 0, 0, 0])
+    expected = x.logsumexp(1)
+    x[1, 4999], x[2, 7], x[3, :4999] = math.nan, math.inf, -math.inf
+    expected[3] = x[3, 4999]
+    lse, target = read_logits_(x.clone(), labels)
+    torch.testing.assert_close(lse[[0, 3]], expected[[0, 3]])
+    assert lse[1:3].isnan().all() and torch.equal(target, x[torch.arange(4), labels])
+
+
+def test_losses_in_chunks(launches):
+    torch.manual_seed(0)
+    x = torch.randn(9, 2, 6).double().requires_grad_()
+    weight = torch.randn(1030, 6).double().requires_grad_()
+    labels = torch.randint(1030, (2, 9)).T
+    expected = torch.nn.functional.cross_entropy(
+        (x @ weight.T).flatten(0, 1), labels.flatten(), reduction="none"
+    ).view(9, 2)
+    losses = linear_cross_entropy(x, weight, labels, chunk_size=4)
+    torch.testing.assert_close(losses, expected)
+    grad = torch.randn(9).double()[:, None].expand(9, 2)
+    found, slopes = (torch.autograd.grad(y, [x, weight], grad) for y in (losses, expected))
+    torch.testing.assert_close(found, slopes)
+    assert launches == ["read_kernel"] * 3 + ["differentiate_kernel"] * 3
 
 
 def test_nothing_to_do():

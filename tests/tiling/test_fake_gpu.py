@@ -20,6 +20,7 @@ def test_memory_of_four_million_rows():
     expected = {
         "rotation": 2 * HEADS * HEAD_DIM + 2 * HEAD_DIM,  # x and the angles
         "swiglu": 2 * 3 * WIDTH,  # x and y
+        "losses": (4 + 2) * WIDTH + 8 + 2 * 4,  # logits, gradient; label, logsumexp, its logit
         "angles": 4 * HEAD_DIM,
         "angles, one per pair": 2 * HEAD_DIM,
     }

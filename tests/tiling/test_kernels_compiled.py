@@ -14,11 +14,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megalong.tiling.triton import activation_kernels as activations
+from megalong.tiling.triton import cross_entropy_kernels as cross_entropy
 from megalong.tiling.triton import rotary_kernel as rotary
 from megalong.tiling.triton.launch import BLOCK, WARPS
 
 ROTATE = rotary.rotate_kernel
 ACTIVATE, BACKWARD = activations.activate_kernel, activations.activate_backward_kernel
+READ, DIFFERENTIATE = cross_entropy.read_kernel, cross_entropy.differentiate_kernel
+READING = {"BLOCK_V": cross_entropy.READ_BLOCK, "ACC": tl.float32}
+DIFFERENTIATING = {"BLOCK_V": BLOCK, "ACC": tl.float32}
+WIDE = ("angles_ptr", "logits_ptr", "lse_ptr", "target_ptr", "grad_loss_ptr")
 
 
 def rotation(pairs, inverse=False):
@@ -44,13 +49,15 @@ def compiled(kernel, constants, generation, dtype, *, integers="i32", aligned=Tr
         if name in constants:
             signature[name] = "constexpr"
         elif pointer:
-            signature[name] = "*fp32" if name == "angles_ptr" else f"*{dtype}"
+            wide = name in WIDE and dtype != "fp64"
+            signature[name] = "*i64" if name == "labels_ptr" else "*fp32" if wide else f"*{dtype}"
         else:
             signature[name] = integers if stride else "i32"
-        if aligned and name not in constants and (stride or name == "features"):
+        if aligned and name not in constants and (stride or name in ("features", "columns")):
             attributes[number,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": WARPS, "enable_fp_fusion": True}
+    warps = cross_entropy.READ_WARPS if kernel is READ else WARPS
+    options = {"num_warps": warps, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
 
 
@@ -79,25 +86,34 @@ CASES = {
     "gelu": (ACTIVATE, activation("gelu", False), 80, "bf16"),
     "gelu-backward": (BACKWARD, activation("gelu", False), 90, "bf16"),
     "geglu-backward-narrow": (BACKWARD, activation("gelu", True, 112), 90, "fp32"),
+    "logits": (READ, READING, 90, "fp32"),
+    "logits-80": (READ, READING, 80, "fp32"),
+    "logits-backward": (DIFFERENTIATE, DIFFERENTIATING, 90, "bf16"),
+    "logits-backward-80": (DIFFERENTIATE, DIFFERENTIATING, 80, "fp16"),
+    "logits-backward-float32": (DIFFERENTIATE, DIFFERENTIATING, 90, "fp32"),
 }
+
+
+# Label, its logit twice, logsumexp; label, logsumexp, the loss's gradient: numbers of a whole row.
+SINGLE = {READ: 4, DIFFERENTIATE: 3}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_resources(name, resources):
     kernel = compiled(*CASES[name])
     found = resources(kernel)
-    assert found["stack"] == found["local"] == found["shared"] == 0, found
+    assert found["stack"] == found["local"] == 0, found
+    assert found["shared"] == (4 * cross_entropy.READ_WARPS if CASES[name][0] is READ else 0)
     assert found["registers"] <= 64, found
-    # Not a byte is read or written in smaller pieces.
-    assert set(re.findall(r"(?:ld|st)\.global\S*", kernel.asm["ptx"])) == {
-        "ld.global.v4.b32", "st.global.v4.b32",
-    }  # fmt: skip
+    # Not a byte of what is large is read or written in smaller pieces.
+    pieces = re.findall(r"(?:ld|st)\.global\S*", kernel.asm["ptx"])
+    assert sum(".v4.b32" not in piece for piece in pieces) == SINGLE.get(CASES[name][0], 0)
 
 
 @pytest.mark.parametrize(
     ("kernel", "constants"),
     [(ROTATE, rotation(3)), (ACTIVATE, activation("silu", True, 7)),
-     (BACKWARD, activation("gelu", False, 1))],
+     (BACKWARD, activation("gelu", False, 1)), (READ, READING), (DIFFERENTIATE, DIFFERENTIATING)],
 )  # fmt: skip
 @pytest.mark.parametrize(
     "options", [{"integers": "ones"}, {"integers": "i64"}, {"aligned": False}], ids=str
@@ -110,7 +126,7 @@ def test_rare_variants_compile(kernel, constants, options, resources):
 @pytest.mark.parametrize(
     ("kernel", "constants"),
     [(ROTATE, rotation(32)), (ACTIVATE, activation("silu", True)),
-     (BACKWARD, activation("gelu", True))],
+     (BACKWARD, activation("gelu", True)), (READ, READING), (DIFFERENTIATE, DIFFERENTIATING)],
 )  # fmt: skip
 def test_float64_compiles(kernel, constants):
     compiled(kernel, {**constants, "ACC": tl.float64}, 90, "fp64")

@@ -3,9 +3,18 @@
 import pytest
 import torch
 
+from megalong.tiling.cross_entropy import differentiate_logits_, read_logits_
 from megalong.tiling.rotary import rotate_
 from megalong.tiling.triton import runs_on
-from tests.tiling.cases import ACTIVATIONS, activation_case, plain, rotary_case, rotated
+from tests.tiling.cases import (
+    ACTIVATIONS,
+    activation_case,
+    logits_case,
+    plain,
+    read,
+    rotary_case,
+    rotated,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -56,11 +65,33 @@ def test_activation_errors_are_no_larger_than_those_of_the_plain_path(name, seed
         assert error(ours, exact) <= 2 * error(theirs, exact) + {8: 1e-13}.get(dtype.itemsize, 0)
 
 
-def huge(*shape):
-    size = 2 * torch.Size(shape).numel()
-    if torch.cuda.mem_get_info()[0] < 1.2 * size:
-        pytest.skip(f"needs {size / 2**30:.0f} GiB")
-    return torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("seed", range(6))
+def test_cross_entropy_errors_are_no_larger_than_those_of_the_plain_path(seed, dtype):
+    """dtype: of the gradient."""
+    x, labels, first, grad = logits_case(seed)
+    wide = torch.promote_types(dtype, torch.float32)
+    x = torch.empty_strided(x.shape, x.stride(), dtype=wide, device="cuda").copy_(x)
+    labels, grad = labels.cuda(), grad.cuda()
+    *exact, labelled = read(x.double(), labels, first)
+    lse, target = read_logits_(x.clone(), labels, first)
+    assert torch.equal(target.double(), exact[1])
+    assert error(lse, exact[0]) <= 4 * torch.finfo(wide).eps
+
+    lse = exact[0] + 0.5  # of a whole vocabulary
+    exact = ((x.double() - lse[:, None]).exp() - labelled) * grad[:, None]
+    lse, grad = lse.to(wide), grad.to(wide)
+    plainly = (((x - lse[:, None]).exp() - labelled) * grad[:, None]).to(dtype)
+    found = differentiate_logits_(x, labels, lse, grad, first, dtype=dtype)
+    assert found.dtype == dtype
+    assert error(found, exact) <= 2 * error(plainly, exact) + torch.finfo(wide).eps
+
+
+def huge(*shape, dtype=torch.bfloat16):
+    size = dtype.itemsize * torch.Size(shape).numel()
+    if torch.cuda.mem_get_info()[0] < 1.6 * size:
+        pytest.skip(f"needs {1.6 * size / 2**30:.0f} GiB")
+    return torch.zeros(shape, dtype=dtype, device="cuda")
 
 
 def test_rotation_of_more_than_two_to_the_31_numbers():
@@ -85,6 +116,20 @@ def test_activation_of_more_than_two_to_the_31_numbers():
     assert grad_x[-3:].all() and not grad_x[:-3].any()
 
 
+def test_cross_entropy_of_more_than_two_to_the_31_logits():
+    x = huge(2**31 // 4096 + 3, 4096, dtype=torch.float32)
+    x[-3:] = torch.randn(3, 4096)
+    labels = torch.full((len(x),), 4095, device="cuda")
+    exact, target, labelled = read(x[-3:].double(), labels[-3:], 0)
+    slope = (x[-3:].double() - exact[:, None]).exp() - labelled
+    lse, found = read_logits_(x, labels)  # the kernel leaves x as it is
+    assert error(lse[-3:], exact) < 1e-6 and torch.equal(found[-3:].double(), target)
+    grad = torch.zeros_like(lse)
+    grad[-3:] = 1
+    grad_x = differentiate_logits_(x, labels, lse, grad, dtype=torch.bfloat16)
+    assert error(grad_x[-3:], slope) < 4e-3 and not grad_x[:-3].any()
+
+
 def test_nothing_waits_for_the_gpu_and_the_speed_is_shown():
     """Bytes read and written in a second; a copy is as fast as it gets."""
     x = torch.randn(2**18, 1, 12, 64, device="cuda").bfloat16()
@@ -92,11 +137,18 @@ def test_nothing_waits_for_the_gpu_and_the_speed_is_shown():
     wide = torch.randn(2**16, 4096, device="cuda").bfloat16()
     y = torch.randn(2**16, 2048, device="cuda").bfloat16()
     swiglu = ACTIVATIONS["swiglu"]
+    logits = torch.randn(2**12, 2**15, device="cuda")
+    labels, row = torch.arange(2**12, device="cuda"), torch.ones(2**12, device="cuda")
     sizes = {
         "copy": (lambda: wide.clone(), 2 * wide.nbytes),
         "rotation": (lambda: rotate_(x, angles), 2 * x.nbytes + angles.nbytes),
         "swiglu": (lambda: swiglu.forward(wide), wide.nbytes + y.nbytes),
         "swiglu backward": (lambda: swiglu.backward(y, wide), 2 * (wide.nbytes + y.nbytes)),
+        "logits": (lambda: read_logits_(logits, labels), logits.nbytes),
+        "logits backward": (
+            lambda: differentiate_logits_(logits, labels, row, row, dtype=torch.bfloat16),
+            logits.nbytes + logits.nbytes // 2,
+        ),
     }
     for name, (work, size) in sizes.items():
         work()

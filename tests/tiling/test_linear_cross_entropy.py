@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megalong.tiling.cross_entropy import differentiate_logits_, read_logits_
 from megalong.tiling.linear_cross_entropy import linear_cross_entropy
 from tests.forked import run_ranks
+from tests.tiling.cases import logits_case, read
 
 WORKER = __file__.replace("test_linear", "linear").replace(".py", "_worker.py")
 
@@ -80,6 +82,20 @@ def test_in_16_bits_nothing_is_worse_than_with_whole_logits(dtype, scale):
     for exactly, one, other in zip(truth, chunked, plainly, strict=True):
         # Small logits lose nothing in 16 bits; what is left is the rounding of the result.
         assert (one - exactly).norm() <= 1.005 * (other - exactly).norm()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_slice_of_the_vocabulary(seed):
+    x, labels, first, grad = logits_case(seed)
+    *expected, labelled = read(x, labels, first)
+    lse = expected[0] + 0.5  # of a whole vocabulary
+    slope = ((x - lse[:, None]).exp() - labelled) * grad[:, None]
+    assert_close(read_logits_(x.clone(), labels, first), tuple(expected))
+    narrow = differentiate_logits_(x.clone(), labels, lse, grad, first, dtype=torch.float32)
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow, slope.float())
+    assert differentiate_logits_(x, labels, lse, grad, first, dtype=x.dtype) is x
+    assert_close(x, slope)
 
 
 def test_it_keeps_its_inputs_and_one_number_a_token():
