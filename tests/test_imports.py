@@ -33,7 +33,7 @@ ROOMS = {
     "parallel": SMALL | {"config", "attention"},
     "model": SMALL | {"parallel", "config", "attention", "tiling"},
     "training": SMALL | {"model", "checkpoint", "parallel", "optimizers", "config", "data"},
-    "planning": SMALL | {"training", "model", "parallel", "config", "data"},
+    "planning": SMALL | {"training", "model", "parallel", "config", "data", "attention"},
     "hf": SMALL | {"model", "checkpoint", "config", "data", "attention"},
     "doctor": SMALL | {"command_line", "training", "attention"},
 }

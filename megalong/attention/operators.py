@@ -18,6 +18,8 @@ head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
@@ -85,9 +87,18 @@ def attend_rows_backward(grad, q, k, v, out, lse, *, scale: float, backend: str)
 # ---------------------------------------------------------------------------- with numbers
 
 
+IMPLEMENTATIONS: dict[str, Callable] = {}  # by name of the operator
+
+
 def implements(name: str):
     """Registers what an operator does on every device, below autograd."""
-    return torch.library.impl(f"megalong::{name}", "CompositeExplicitAutograd")
+
+    def register(function: Callable) -> Callable:
+        IMPLEMENTATIONS[name] = function
+        torch.library.impl(f"megalong::{name}", "CompositeExplicitAutograd", function)
+        return function
+
+    return register
 
 
 @implements("dilated_attention")

@@ -30,7 +30,9 @@ from megalong.model.build import build_model
 from megalong.parallel.mesh import Mesh, build_mesh
 from megalong.parallel.traffic import Counts
 from megalong.planning.fake_tensors import fake_device_tensors
+from megalong.planning.flops import ExecutedFlops, PartOf
 from megalong.planning.host_syncs import HostSyncs, Wait
+from megalong.planning.kernels import NoKernels
 from megalong.planning.memory import DeviceMemory
 from megalong.torch_private import FakeStore
 from megalong.training.engine import TrainingEngine, weights_divider
@@ -85,12 +87,14 @@ class DryRun:
         --offload-activations.
     traffic: of the step, by axis and collective (`megalong.parallel.traffic`).
     waits: how often the host waits for the device in a step, by the function that waits.
+    flops: executed, by part (`part_of`) and direction ("forward", "backward").
     """
 
     memory: Counter[str]
     host: int
     traffic: Counts
     waits: Counter[str]
+    flops: Counter[tuple[str, str]]
 
 
 def dry_run(
@@ -100,12 +104,16 @@ def dry_run(
     rank: int = 0,
     ranks: int = 1,
     prepare: Callable[[TrainingEngine], None] = lambda _: None,
+    part_of: PartOf = lambda name, shapes: "all",
+    quick: bool = False,
 ) -> DryRun:
     """Two training steps of rank `rank` of a launch of `ranks`, and the forward pass of an
     evaluation; the second step, which is like all that follow, is reported.
 
     config: resolved for as many ranks; data and tokenizer are not opened.
     prepare: is given the engine before its first step.
+    part_of: of operators that compute, for `flops`.
+    quick: one step, and no evaluation: memory and FLOPs are the same, traffic and waits are empty.
     Raises HostSync, WrongDevice, or PyTorch's FakeTensorDeviceMismatchError.
     """
     memory = DeviceMemory()
@@ -113,12 +121,14 @@ def dry_run(
         engine = fake_engine(config, vocab_size, mesh, memory)
         prepare(engine)
         batches = host_batches(config, mesh)
-        for allowed in (None, ALLOWED):
-            with memory.during("forward"), HostSyncs(allowed) as syncs:
+        for allowed in (None,) if quick else (None, ALLOWED):
+            flops = ExecutedFlops(part_of)
+            with memory.during("forward"), HostSyncs(allowed) as syncs, NoKernels(), flops:
                 engine.train_step(batches, config.training.lr)
-        with HostSyncs(ALLOWED):
-            engine.token_losses([next(batches)])
-    return DryRun(memory.peak, memory.host_peak, engine.traffic, syncs.counts)
+        if not quick:
+            with HostSyncs(ALLOWED):
+                engine.token_losses([next(batches)])
+    return DryRun(memory.peak, memory.host_peak, engine.traffic or {}, syncs.counts, flops.counts)
 
 
 @contextlib.contextmanager

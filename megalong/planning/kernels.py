@@ -1,0 +1,55 @@
+"""Attention on fake tensors with the memory that it takes on the way.
+
+To fake tensors an operator is its results. What its launches hand to one another (the partial
+results of dilated branches) is made by the code that launches, so that code runs, and launches
+nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from importlib.util import find_spec
+from unittest import mock
+
+from megalong.attention.operators import IMPLEMENTATIONS
+from megalong.torch_private import FakeTensor, TorchDispatchMode
+
+
+class NoKernels(TorchDispatchMode):
+    """Runs what attention's operators are made of, without the kernels; modes that are entered
+    before see its tensors. To be entered inside a FakeTensorMode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._patches = contextlib.ExitStack()
+
+    def __enter__(self) -> NoKernels:
+        if find_spec("triton") is not None:
+            from megalong.attention.triton import launch
+
+            self._patches.enter_context(mock.patch.object(launch, "launch", lambda *_, **__: None))
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        self._patches.close()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.overloadpacket.__name__
+        ours = operator.namespace == "megalong" and name in IMPLEMENTATIONS
+        if not ours or not isinstance(args[0], FakeTensor):
+            return operator(*args, **(kwargs or {}))
+        with _InParts():
+            return IMPLEMENTATIONS[name](*args, **(kwargs or {}))
+
+
+class _InParts(TorchDispatchMode):
+    """Takes composite operators (`.to` is one) apart, as autograd does above the modes: they know
+    the parts."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs, result = kwargs or {}, NotImplemented
+        if operator.namespace == "aten":
+            with self:
+                result = operator.decompose(*args, **kwargs)
+        return operator(*args, **kwargs) if result is NotImplemented else result

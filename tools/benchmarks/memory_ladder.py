@@ -1,0 +1,281 @@
+"""Dry runs of one training step, feature after feature: device and host memory, executed FLOPs, and
+the longest sequence that fits. To be imported in a process that has been given a fake device.
+
+A cell is one dry run: a shape, a rung, a number of layers and a length. All layers are alike, and a
+tile of a sequence is like any other, so few layers and moderate lengths tell of all: bytes at the
+peak are linear in the layers and, where a sequence has many tiles, in its tokens. What is told of a
+length that was not run is run at that length afterwards, with the same few layers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shapes import SHAPES, VOCABULARY
+
+from megalong.config import Config
+from megalong.config.arguments import config_from_values
+from megalong.planning.dry_run import dry_run
+
+GIB = 2**30
+USABLE = 76 * GIB  # of a device of 80 GiB: the rest is for CUDA's context, NCCL and fragments
+LAYERS = (2, 3)
+KINDS = ("weights", "optimizer", "forward", "backward")
+# Weights, gradients and optimizer of 7B do not fit: ZeRO 3 over so many ranks, a sequence on each.
+RANKS = {"7B": 8}
+
+FULL = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+PIECES = ("linear_cross_entropy", "tiled_mlp", "tiled_attention", "offload_activations")
+OFF, ON = {"memory_path": "off"}, {"memory_path": "on"}
+
+
+def _with(count: int) -> dict[str, bool]:
+    return dict.fromkeys(PIECES[:count], True)
+
+
+# What is switched on. "on" is all four pieces; with full recomputation a layer leaves one tensor,
+# its input, without it two, also the attention's output (and a float a head).
+RUNGS: dict[str, dict[str, Any]] = {
+    "plain": OFF,
+    "full recomputation": {**OFF, **FULL},
+    "+ linear cross entropy": {**OFF, **FULL, **_with(1)},
+    "+ tiled MLP": {**OFF, **FULL, **_with(2)},
+    "+ tiled attention": {**OFF, **FULL, **_with(3)},
+    "+ offload: all on, one tensor a layer": {**ON, **FULL},
+    "all on, two tensors a layer": ON,
+    "all on but linear cross entropy": {**ON, **FULL, "linear_cross_entropy": False},
+    "all on but tiled MLP": {**ON, **FULL, "tiled_mlp": False},
+    "all on but tiled attention": {**ON, **FULL, "tiled_attention": False},
+    "all on but offload": {**ON, **FULL, "offload_activations": False},
+}
+SAME = {"all on but offload": "+ tiled attention"}  # rungs that are others by another name
+BASE = "full recomputation"  # what FLOPs are compared with
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One dry run."""
+
+    shape: str
+    rung: str
+    layers: int
+    length: int
+
+    @property
+    def file(self) -> str:
+        """The name of its file: letters, digits and dashes."""
+        words = "".join(x if x.isalnum() else " " for x in self.rung).split()
+        return f"{self.shape}-{'-'.join(words)}-{self.layers}-{self.length}.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run: models by name (fields of the configuration), and three lengths.
+
+    usable: bytes of the device that the longest sequence may take. step: tokens of which it is a
+    multiple.
+    """
+
+    shapes: dict[str, dict[str, Any]]
+    lengths: tuple[int, ...]
+    usable: int = USABLE
+    step: int = 4096
+    vocabulary: int = VOCABULARY
+
+    def cells(self, shape: str, rung: str) -> list[Cell]:
+        """Those that a row of the table is made of."""
+        return [Cell(shape, rung, layers, length) for length in self.lengths for layers in LAYERS]
+
+
+PLAN = Plan(SHAPES, (65_536, 131_072, 262_144))
+TINY = Plan(  # to see that it works
+    {
+        "tiny": {
+            "num_layers": 4,
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "ffn_hidden_size": 128,
+            "loss_chunk_size": 256,
+            "tile_size": 256,
+        }
+    },
+    (512, 1024, 2048),
+    usable=206 * 2**20,
+    step=256,
+    vocabulary=512,
+)
+
+
+class Cells:
+    """Results of a plan's cells, each run once: kept in a folder, and found there again.
+
+    done: called after each dry run.
+    """
+
+    def __init__(self, folder: Path, plan: Plan, done: Callable[[], object] = lambda: None):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.plan, self.done = folder, plan, done
+
+    def __getitem__(self, cell: Cell) -> dict[str, Any]:
+        path = self.folder / cell.file
+        if not path.exists():
+            path.write_text(json.dumps(self._run(cell)) + "\n")
+            self.done()
+        return json.loads(path.read_text())
+
+    def _run(self, cell: Cell) -> dict[str, Any]:
+        ranks = RANKS.get(cell.shape, 1)
+        config = configuration(
+            self.plan.shapes[cell.shape]
+            | RUNGS[cell.rung]
+            | {"num_layers": cell.layers, "seq_length": cell.length, "global_batch_size": ranks}
+            | ({"zero_stage": 3} if ranks > 1 else {}),
+            ranks,
+        )
+        start = time.process_time()
+        result = dry_run(
+            config,
+            self.plan.vocabulary,
+            ranks=ranks,
+            part_of=parts(config, self.plan.vocabulary),
+            quick=True,
+        )
+        flops: dict[str, dict[str, int]] = {}
+        for (part, direction), count in result.flops.items():
+            flops.setdefault(part, {})[direction] = count
+        return {
+            **vars(cell),
+            "device": {kind: result.memory[kind] for kind in KINDS},
+            "host": result.host,
+            "flops": flops,
+            "cpu_seconds": round(time.process_time() - start, 1),
+        }
+
+
+def configuration(values: dict[str, Any], ranks: int = 1) -> Config:
+    """A resolved configuration of one micro batch of one sequence."""
+    common = {
+        "micro_batch_size": 1,
+        "global_batch_size": 1,
+        "precision": "bf16",
+        "make_vocab_size_divisible_by": 1,
+        "data_path": "unread",
+        "tokenizer_type": "ByteTokenizer",
+    }
+    return config_from_values(common | values).resolve(ranks)
+
+
+def parts(config: Config, vocabulary: int) -> Callable[[str, Sequence[tuple[int, ...]]], str]:
+    """Says of an operator what it is a part of: attention, logits, MLP or projections.
+
+    A product of matrices has three sizes: tokens, of the whole sequence, a tile or a chunk, and the
+    two of a weight.
+    """
+    model, memory = config.model, config.memory
+    inner = {model.ffn_hidden_size, 2 * model.ffn_hidden_size}
+    counts = set()
+    for size in (memory.tile_size, memory.loss_chunk_size):
+        counts |= {model.seq_length, size, model.seq_length % size if size else None}
+
+    def part_of(name: str, shapes: Sequence[tuple[int, ...]]) -> str:
+        if name.startswith("megalong."):
+            return "attention"
+        sizes = sorted({size for shape in shapes[-2:] for size in shape}, reverse=True)
+        weight = [size for size in sizes if size not in counts] or sizes
+        if vocabulary in weight:
+            return "logits"
+        return "mlp" if inner & set(weight if len(weight) > 1 else sizes) else "projections"
+
+    return part_of
+
+
+def extended(low: dict, high: dict, field: str, value: int) -> dict[str, Any]:
+    """What a cell would be, linear in one of its fields, from two cells that differ in it."""
+
+    def line(a: float, b: float) -> float:
+        return a + (b - a) * (value - low[field]) / (high[field] - low[field])
+
+    return {
+        **low,
+        field: value,
+        "device": {k: line(low["device"][k], high["device"][k]) for k in KINDS},
+        "host": line(low["host"], high["host"]),
+        "flops": {
+            part: {way: line(n, high["flops"][part][way]) for way, n in low["flops"][part].items()}
+            for part in low["flops"]
+        },
+    }
+
+
+def row(cells: Cells, shape: str, rung: str) -> dict[str, Any]:
+    """A rung with all its layers: bytes a token at each length, FLOPs, the longest sequence."""
+    layers, lengths = cells.plan.shapes[shape]["num_layers"], cells.plan.lengths
+
+    def whole(length: int) -> dict[str, Any]:
+        pair = (cells[Cell(shape, rung, few, length)] for few in LAYERS)
+        return extended(*pair, "layers", layers)
+
+    at = {length: whole(length) for length in lengths}
+    before, last = at[lengths[-2]], at[lengths[-1]]
+    slope = {
+        kind: (last["device"][kind] - before["device"][kind]) / (lengths[-1] - lengths[-2])
+        for kind in last["device"]
+    }
+    return {
+        "shape": shape,
+        "rung": rung,
+        "ranks": RANKS.get(shape, 1),
+        "at": {
+            length: {
+                "device": total(cell),
+                **{kind: cell["device"][kind] for kind in KINDS},
+                "host": cell["host"],
+            }
+            for length, cell in at.items()
+        },
+        "bytes_per_token": {"device": sum(slope.values()), **slope, "host": last["host"]
+                            / lengths[-1]},
+        "flops_per_token": {
+            part: {way: n / lengths[-1] for way, n in ways.items()}
+            for part, ways in last["flops"].items()
+        },
+        "longest": longest(cells, shape, rung, before, last),
+    }  # fmt: skip
+
+
+def total(cell: dict[str, Any]) -> float:
+    return sum(cell["device"].values())
+
+
+def longest(cells: Cells, shape: str, rung: str, before: dict, last: dict) -> dict[str, Any]:
+    """The longest sequence of all layers that fits, from the line through two lengths; and one dry
+    run, of few layers, at that length, beside what the line says of it. A shorter one, where it
+    turns out not to fit."""
+    plan = cells.plan
+    slope = (total(last) - total(before)) / (last["length"] - before["length"])
+    few = [cells[Cell(shape, rung, LAYERS[0], length)] for length in plan.lengths[-2:]]
+    tokens = int(last["length"] + (plan.usable - total(last)) / slope) // plan.step * plan.step
+    while tokens > 0:
+        expected = total(extended(*few, "length", tokens))
+        found = total(cells[Cell(shape, rung, LAYERS[0], tokens)])
+        at_length = extended(before, last, "length", tokens)
+        device = total(at_length) + found - expected
+        if device <= plan.usable:
+            return {
+                "tokens": tokens,
+                "device": device,
+                "host": at_length["host"],
+                "error": found / expected - 1,
+            }
+        tokens -= math.ceil((device - plan.usable) / slope / plan.step) * plan.step
+    return {"tokens": 0}
