@@ -25,7 +25,8 @@ gpu:
 	mkdir -p $(OUT)
 	status=0; \
 	PYTHONPATH=. $(PYTHON) -m pytest -rA tests/attention/triton/test_gpu.py \
-	    tests/tiling/test_kernels_gpu.py tests/tiling/test_offload_gpu.py --junit-xml $(OUT)/tests.xml || status=1; \
+	    tests/tiling/test_kernels_gpu.py tests/tiling/test_offload_gpu.py \
+	    --junit-xml $(OUT)/tests.xml || status=1; \
 	PYTHONPATH=. $(PYTHON) tools/benchmarks/training.py --device cuda \
 	    --output $(OUT)/training || status=1; \
 	$(benchmark) --patterns A --head-dims 128 --kv-heads 16 --flex-lengths 16384 \

@@ -31,8 +31,10 @@ def read_logits_(
 
     logits: (n, v), float32 or float64, the numbers of a row side by side; not to be used after.
     labels: (n,), int64, any. first: the label of the slice's first column. Returns (n,) each, in
-    the logits' dtype. Nothing is recorded for autograd.
+    the logits' dtype. Nothing is recorded for autograd. Raises ValueError where a row's numbers
+    are not side by side.
     """
+    require_dense_rows(logits_nv)
     return torch.ops.megalong.read_logits_(logits_nv, labels_n, first)
 
 
@@ -48,12 +50,19 @@ def differentiate_logits_(
     """The gradient of the logits: (softmax - 1 at the label) * the gradient of the row's loss.
 
     logits, labels, first: as `read_logits_` takes them. lse: (n,), of the whole vocabulary. grad:
-    (n,). Returns (n, v) in dtype, any float: the logits' memory where it is theirs, which
-    otherwise are not to be used after. Nothing is recorded for autograd.
+    (n,). Returns (n, v) in dtype, any float: the logits, overwritten, where dtype is theirs;
+    otherwise a new tensor, and the logits are not to be used after. Nothing is recorded for
+    autograd. Raises ValueError as `read_logits_` does.
     """
+    require_dense_rows(logits_nv)
     out_nv = None if dtype == logits_nv.dtype else torch.empty_like(logits_nv, dtype=dtype)
     torch.ops.megalong.differentiate_logits_(logits_nv, labels_n, lse_n, grad_n, first, out_nv)
     return logits_nv if out_nv is None else out_nv
+
+
+def require_dense_rows(logits_nv: torch.Tensor) -> None:
+    if logits_nv.stride(1) != 1:
+        raise ValueError("cross entropy takes rows with their logits side by side")
 
 
 def kernels(x: torch.Tensor) -> ModuleType | None:

@@ -98,6 +98,14 @@ def test_a_slice_of_the_vocabulary(seed):
     assert_close(x, slope)
 
 
+def test_logits_that_are_not_side_by_side_are_refused():
+    x, row = torch.zeros(4, 3).T, torch.zeros(3)
+    with pytest.raises(ValueError, match="side by side"):
+        read_logits_(x, row.long())
+    with pytest.raises(ValueError, match="side by side"):
+        differentiate_logits_(x, row.long(), row, row, dtype=x.dtype)
+
+
 def test_it_keeps_its_inputs_and_one_number_a_token():
     x, weight, labels, _ = made(40, 2, 8, 30, torch.bfloat16)
     kept = []
