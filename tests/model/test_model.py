@@ -22,6 +22,7 @@ from megalong.model.build import (
 from megalong.model.names import canonical_name, named_parameters
 from megalong.model.parameters import count_parameters, decays, parameters
 from megalong.model.rotary import LongRotaryEmbedding
+from megalong.model.tiled_layer import attention_weights, mlp_weights
 from megalong.parallel import launch
 from tests.launching import small_run_flags
 
@@ -338,3 +339,37 @@ def test_rows_of_the_vocabulary():
     assert own.vocabulary_rows(257) == 300
     with pytest.raises(UserError, match="--padded-vocab-size 300 is less than the 301 ids"):
         own.vocabulary_rows(301)
+
+
+def test_the_tiled_layer_finds_the_parameters_of_transformer_engines_modules():
+    """There a norm is a part of the matrix after it, and a bias that is not there is empty."""
+    from types import SimpleNamespace as Module
+
+    def linear(size, norm_bias=None, **norm):
+        parts = {"layer_norm_bias": norm_bias} if norm else {}
+        return Module(
+            weight=torch.full((size, 4), float(size)), bias=torch.empty(0), **norm, **parts
+        )
+
+    layer = Module(
+        input_layernorm=Module(),
+        pre_mlp_layernorm=Module(),
+        self_attention=Module(
+            linear_qkv=linear(12, layer_norm_weight=torch.ones(4)),
+            linear_proj=linear(5),
+            q_layernorm=None,
+            k_layernorm=Module(weight=torch.ones(2)),
+        ),
+        mlp=Module(
+            linear_fc1=linear(16, torch.zeros(4), layer_norm_weight=torch.ones(4)),
+            linear_fc2=linear(6),
+        ),
+    )
+    attention, mlp = attention_weights(layer), mlp_weights(layer)
+    assert attention.norm_weight is layer.self_attention.linear_qkv.layer_norm_weight
+    assert attention.qkv_weight.shape == (12, 4) and attention.out_weight.shape == (5, 4)
+    assert attention.k_norm_weight.shape == (2,) and attention.q_norm_weight is None
+    assert attention.norm_bias is attention.qkv_bias is attention.out_bias is None
+    assert mlp.norm_bias is layer.mlp.linear_fc1.layer_norm_bias
+    assert mlp.in_weight.shape == (16, 4) and mlp.out_weight.shape == (6, 4)
+    assert mlp.in_bias is mlp.out_bias is None
