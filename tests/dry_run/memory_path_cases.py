@@ -48,30 +48,19 @@ CASES = {
 
 def main(output: str) -> None:
     fake_device.pretend()
-    from torch.utils.flop_counter import FlopCounterMode
-
     from megalong.config.arguments import config_from_values
     from megalong.model.flops import executed_flops
     from megalong.model.memory_path import needs
-    from megalong.planning.dry_run import fake_engine, fake_rank, host_batches
-    from megalong.planning.host_syncs import HostSyncs
-    from megalong.planning.memory import DeviceMemory
+    from megalong.planning.dry_run import dry_run
 
     results = {}
     for name, flags in CASES.items():
         config = config_from_values(SHAPE | flags).resolve(1)
-        memory = DeviceMemory()
-        with fake_rank(config, 0, 1) as mesh, memory:
-            engine = fake_engine(config, VOCABULARY, mesh, memory)
-            batches = host_batches(config, mesh)
-            counter = FlopCounterMode(display=False)
-            with memory.during("forward"), HostSyncs(None), counter:
-                engine.train_step(batches, config.training.lr)
-        needed = needs(config, VOCABULARY)
+        result, needed = dry_run(config, VOCABULARY, quick=True), needs(config, VOCABULARY)
         results[name] = {
-            "peak": memory.peak.total(),
-            "host": memory.host_peak,
-            "flops": counter.get_total_flops(),
+            "peak": result.memory.total(),
+            "host": result.host,
+            "flops": result.flops.total(),
             "needs": needed.device,
             "needs_host": needed.host,
             "executed": executed_flops(config, VOCABULARY),

@@ -78,6 +78,27 @@ CASES = {
         rank=4,
         ranks=8,
     ),
+    **{
+        f"tp2 sp2 pp2, rank {rank}, memory path{words}": Case(
+            {**LAYOUT, "memory_path": "on", "tile_size": 80, "attention_head_groups": 1, **more},
+            rank=rank,
+            ranks=8,
+        )
+        for rank, words, more in (
+            (3, "", {}),
+            (4, ", recomputed", {"recompute_granularity": "full"}),
+        )
+    },
+    "memory path": Case({"memory_path": "on", "attention_head_groups": 2}),
+    "dp2, ZeRO 3, memory path": Case(
+        {"zero_stage": 3, "memory_path": "on", "precision": "fp16"}, rank=1, ranks=2
+    ),
+    "sp4": Case({"sequence_parallel_size": 4}, rank=1, ranks=4),
+    "sp4, memory path": Case(
+        {"sequence_parallel_size": 4, "memory_path": "on", "recompute_granularity": "full"},
+        rank=1,
+        ranks=4,
+    ),
     "tp2 sp2 pp2, interleaved": Case(
         {**LAYOUT, "num_layers": 4, "num_layers_per_virtual_pipeline_stage": 1}, rank=5, ranks=8
     ),

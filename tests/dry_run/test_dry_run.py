@@ -62,6 +62,24 @@ def test_what_is_planted_is_caught_in_a_pipeline(results):
     assert "HostSync: the host reads a value" in results["planted item in a pipeline"]["error"]
 
 
+@pytest.mark.parametrize(
+    "plain, other",
+    [
+        ("sp4", "sp4, memory path"),
+        ("tp2 sp2 pp2, rank 3", "tp2 sp2 pp2, rank 3, memory path"),
+        ("tp2 sp2 pp2, rank 4", "tp2 sp2 pp2, rank 4, memory path, recomputed"),
+    ],
+)
+def test_the_memory_path_sends_the_same_bytes_over_the_sequence_axis(plain, other, results):
+    """Recomputing or not: what has come from other ranks is kept."""
+
+    def sent(case):
+        counts = results[case]["traffic"]["sequence"]
+        return {collective: count["bytes"] for collective, count in counts.items()}
+
+    assert sent(other) == sent(plain)
+
+
 @pytest.mark.parametrize("heads", [12, 3])
 @pytest.mark.parametrize("ranks", [4, 8])
 def test_a_shards_attention_takes_hardly_more_memory_than_a_whole_sequence_as_long(
