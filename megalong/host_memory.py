@@ -20,12 +20,13 @@ def host_bytes_available(root: Path = Path("/")) -> int:
     that they are in, swaps or kills: Linux's MemAvailable, and what is left in each of the
     process's control groups, whichever is least.
 
-    root: where /proc and /sys are. On other systems: the pages that are free.
+    root: where /proc and /sys are. On other systems: the pages that are free, or all.
     Ranks that share a host share these bytes.
     """
     found = [*_machine(root / "proc/meminfo"), *_groups(root)]
     if not found:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     return max(0, min(found))
 
 

@@ -19,7 +19,8 @@ from megalong.errors import UserError
 PIECES = ("linear_cross_entropy", "tiled_mlp", "tiled_attention", "offload_activations")
 # What is taken where nothing else is said.
 HEAD_GROUPS = 4  # of attention, if the heads divide
-TILE_NUMBERS, LARGEST_TILE = 2**26, 2**14  # inner values of the MLP in a tile; tokens
+TILE_NUMBERS = 2**26  # inner values of the MLP in a tile
+SMALLEST_TILE, LARGEST_TILE = 2**12, 2**14  # tokens
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class MemoryConfig:
         None, "losses without logits of the whole sequence (default: as --memory-path says)"
     )
     loss_chunk_size: int | None = flag(
-        None, "tokens whose logits exist at a time (default: as many as make 32M logits)"
+        None, "tokens whose logits exist at a time (default: 4096, or as many as make 256M logits)"
     )
     tiled_mlp: bool | None = flag(
         None, "norm and MLP over tiles of the sequence (default: as --memory-path says)"
@@ -46,7 +47,9 @@ class MemoryConfig:
         " (default: as --memory-path says)",
     )
     tile_size: int | None = flag(
-        None, "tokens in a tile (default: up to 16384, as many as make 64M numbers in the MLP)"
+        None,
+        "tokens in a tile, of all tensor ranks (default: 4096 to 16384, as many as make 64M numbers"
+        " in the MLP)",
     )
     attention_head_groups: int | None = flag(
         None, "with --tiled-attention: groups of heads, one at a time (default: up to 4)"
@@ -92,8 +95,12 @@ class MemoryConfig:
         values = {name: on if value is None else value for name, value in values.items()}
         if self.offload_activations is None and offload is not None:
             values["offload_activations"] = offload
+        most = HEAD_GROUPS
+        if parallel.divides_norms:
+            # Each group gathers the rows of all tensor ranks, which have fewer heads each.
+            most = max(HEAD_GROUPS // parallel.tensor_model_parallel_size, 1)
         groups = self.attention_head_groups or largest_divisor(
-            kv_heads_of_a_rank(model, parallel), HEAD_GROUPS
+            kv_heads_of_a_rank(model, parallel), most
         )
         return dataclasses.replace(
             self,
@@ -110,7 +117,7 @@ def _tile_size(model: ModelConfig, parallel: ParallelConfig) -> int:
     assert model.ffn_hidden_size is not None
     width = model.ffn_hidden_size * (2 if model.swiglu else 1)
     width //= parallel.tensor_model_parallel_size
-    return 2 ** (min(max(TILE_NUMBERS // width, 256), LARGEST_TILE).bit_length() - 1)
+    return 2 ** (min(max(TILE_NUMBERS // width, SMALLEST_TILE), LARGEST_TILE).bit_length() - 1)
 
 
 def kv_heads_of_a_rank(model: ModelConfig, parallel: ParallelConfig) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -64,8 +65,14 @@ def build_model(
     initialize: False leaves the weights as memory is, for a checkpoint to fill them in.
     divide: called with each parameter as soon as it has its values, in the same order on every
         rank: for ZeRO 3, which keeps a part of it.
+    `--memory-path auto`, where nobody has decided what it is (`megalong.model.memory_path`), is no
+    more than the pieces that are given.
+
     Needs Megatron-core's groups (`megalong.parallel.launch`).
     """
+    if config.memory.memory_path == "auto":
+        memory = config.memory.with_pieces(False, config.model, config.parallel)
+        config = dataclasses.replace(config, memory=memory)
     megatron_config = transformer_config(config)
     chunks = config.parallel.chunks_per_stage(config.model)
     tiled = None

@@ -27,6 +27,7 @@ from megalong.model.flops import executed_flops
 from megalong.model.parameters import count_parameters
 from megalong.parallel.mesh import Mesh
 
+MARGIN = 1.05  # on what is estimated
 USABLE = 0.9  # of the device's memory and of the host's: the rest is for fragments and for others
 GIB = 2**30
 
@@ -39,40 +40,56 @@ class Needs:
     host: float
 
 
+@dataclass(frozen=True)
+class Room:
+    """What there is for a rank: bytes of its device and of the host, whether the device is a GPU,
+    and how many ranks hold the same weights, over which ZeRO divides."""
+
+    device: float
+    host: float
+    on_gpu: bool
+    replicas: int
+
+
 def settle_memory_path(config: Config, vocab_size: int, mesh: Mesh) -> tuple[Config, str]:
+    """`choose_memory_path` for this launch; the same on every rank, which all call it."""
+    return choose_memory_path(config, vocab_size, _room(mesh))
+
+
+def choose_memory_path(config: Config, vocab_size: int, room: Room) -> tuple[Config, str]:
     """The configuration with nothing left open in its memory section, and a line that says what
-    was chosen and what it costs; the same on every rank.
+    was chosen and what it costs.
 
     config: resolved. vocab_size: the tokenizer's.
-    Raises UserError where what is to be offloaded does not fit in the host's memory.
+    Raises UserError where what was asked to be offloaded does not fit in the host's memory.
     """
-    device, host = _memory(mesh)
-    chosen = next(
-        (rung for rung in _rungs(config, mesh) if _fits(needs(rung, vocab_size), device, host)),
-        None,
-    )
-    if chosen is None:  # the leanest has the best chance
-        *_, chosen = _rungs(config, mesh)
-    needed = needs(chosen, vocab_size)
-    if needed.host > USABLE * host:
-        raise UserError(_no_room(chosen, needed, host))
-    return chosen, _description(chosen, vocab_size, needed, device)
+    rungs = [(rung, needs(rung, vocab_size, room.replicas)) for rung in _rungs(config, room)]
+    on_host = [pair for pair in rungs if pair[1].host <= USABLE * room.host]
+    if not on_host:  # every rung has what was asked for
+        raise UserError(_no_room(*rungs[-1], room))
+    fitting = (pair for pair in on_host if pair[1].device <= USABLE * room.device)
+    # Where nothing seems to fit, what needs least has the best chance.
+    chosen, needed = next(fitting, None) or min(on_host, key=lambda pair: pair[1].device)
+    return chosen, _description(chosen, vocab_size, needed, room)
 
 
-def needs(config: Config, vocab_size: int) -> Needs:
-    """An estimate, mostly of what grows with the sequence. config: nothing left open."""
+def needs(config: Config, vocab_size: int, replicas: int = 1) -> Needs:
+    """An estimate, mostly of what grows with the sequence. config: nothing left open. replicas:
+    ranks that hold the same weights."""
     model, parallel, memory = config.model, config.parallel, config.memory
     tensor = parallel.tensor_model_parallel_size
     tokens = config.training.micro_batch_size * model.seq_length // parallel.sequence_parallel_size
     size = 4 if config.training.precision == "fp32" else 2
     shares = tensor if parallel.divides_norms else 1
     hidden = model.hidden_size * size / shares  # bytes of a token in a tensor like the residual
-    heads = model.num_attention_heads * (model.kv_channels * size + 4) / tensor
+    channels = model.num_attention_heads * model.kv_channels / tensor
+    heads = channels * size + 4 * model.num_attention_heads / tensor  # with a log-sum-exp
     inner = model.ffn_hidden_size * size / tensor
-    layers = model.num_layers // parallel.pipeline_model_parallel_size
-    # Under 1F1B the first stage has as many micro batches under way as there are stages.
-    layers *= parallel.pipeline_model_parallel_size
-    attention_half = 9 * hidden + 5 * heads
+    # What the sparse branches hand to the dense one: a row in so many, of two float32 gradients.
+    rates = config.attention.pattern(model.seq_length).dilation_rates
+    partial = sum(8 * channels / rate for rate in rates if rate > 1)
+    before_norm = 2 * heads if model.qk_layernorm else 0.0
+    attention_half = 9 * hidden + 5 * heads + before_norm
     mlp_half = (6 if model.swiglu else 3) * inner
     tiled = memory.tiled_attention or memory.tiled_mlp
     recompute = parallel.recompute_granularity == "full"
@@ -83,10 +100,11 @@ def needs(config: Config, vocab_size: int) -> Needs:
         working += 2 * hidden
     if memory.tiled_attention:
         kept += 0 if recompute else heads
-        working += 4 * heads + 9 * heads / memory.attention_head_groups
+        group = 9 * heads + partial + before_norm
+        working += 4 * heads + group / memory.attention_head_groups
     else:
         kept += 0 if recompute else attention_half
-        working += 1.5 * attention_half
+        working += 1.5 * attention_half + partial
     if memory.tiled_mlp:
         kept += 0 if memory.tiled_attention else hidden
     else:
@@ -94,58 +112,73 @@ def needs(config: Config, vocab_size: int) -> Needs:
         working += 2 * mlp_half if recompute else mlp_half
     logits = model.vocabulary_rows(vocab_size) / tensor * (size + 4)
     peak = working if memory.linear_cross_entropy else max(working, logits + 4 * hidden)
-    host = layers * kept if memory.offload_activations else 0.0
-    if not memory.offload_activations:
-        peak += layers * kept
-    count = count_parameters(model, vocab_size)
-    parameters = (count.used + count.padding) / (tensor * parallel.pipeline_model_parallel_size)
-    return Needs(device=tokens * peak + parameters * 20, host=tokens * host)
+    kept *= _layers_under_way(config, replicas)
+    host = kept if memory.offload_activations else 0.0
+    peak += 0.0 if memory.offload_activations else kept
+    return Needs(
+        device=MARGIN * tokens * peak + _of_parameters(config, vocab_size, replicas),
+        host=tokens * host,
+    )
 
 
-def _rungs(config: Config, mesh: Mesh) -> Iterator[Config]:
+def _layers_under_way(config: Config, replicas: int) -> int:
+    """Layers whose activations the first stage holds at once, over its micro batches."""
+    model, parallel = config.model, config.parallel
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.chunks_per_stage(model)
+    microbatches = config.num_microbatches(max(replicas // parallel.sequence_parallel_size, 1))
+    under_way = stages if chunks == 1 else 2 * (stages - 1) + (chunks - 1) * stages + 1
+    return model.num_layers // (stages * chunks) * min(under_way, microbatches * chunks)
+
+
+def _of_parameters(config: Config, vocab_size: int, replicas: int) -> float:
+    """Bytes of weights, gradients and optimizer, of which ZeRO divides some over the replicas."""
+    parallel = config.parallel
+    count = count_parameters(config.model, vocab_size)
+    parameters = count.used + count.padding
+    parameters /= parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    weights = 4 if config.training.precision == "fp32" else 2
+    optimizer, gradients = 12, 4  # two moments and float32 weights; in float32
+    sharded = (optimizer, gradients, weights)[: parallel.zero_stage]
+    whole = (optimizer, gradients, weights)[parallel.zero_stage :]
+    return parameters * (sum(whole) + sum(sharded) / replicas)
+
+
+def _rungs(config: Config, room: Room) -> Iterator[Config]:
     """What is left open decided in every way, the fastest first."""
     model, parallel, memory = config.model, config.parallel, config.memory
+    if not room.on_gpu:  # the host's memory is the device's: nothing is moved
+        memory = dataclasses.replace(memory, offload_activations=False)
     if memory.memory_path != "auto":
-        yield _without_offload_on_cpu(config, mesh)
+        yield dataclasses.replace(config, memory=memory)
         return
-    yield dataclasses.replace(config, memory=memory.with_pieces(False, model, parallel))
+    off = memory.with_pieces(False, model, parallel)
+    yield dataclasses.replace(config, memory=off)
     recomputing = dataclasses.replace(
         parallel, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
     )
     ways = [parallel] if parallel.recompute_granularity == "full" else [parallel, recomputing]
-    for offload in (False, True) if mesh.device.type == "cuda" else (False,):
+    for offload in (False, True) if memory.offload_activations is None else (None,):
         for way in ways:
             pieces = memory.with_pieces(True, model, way, offload=offload)
             yield dataclasses.replace(config, memory=pieces, parallel=way)
 
 
-def _without_offload_on_cpu(config: Config, mesh: Mesh) -> Config:
-    """The host's memory is the device's there, so that nothing is moved."""
-    if mesh.device.type == "cuda":
-        return config
-    return dataclasses.replace(
-        config, memory=dataclasses.replace(config.memory, offload_activations=False)
-    )
-
-
-def _memory(mesh: Mesh) -> tuple[float, float]:
-    """Bytes of a rank's device, and what the host has for it; of the rank that has least."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    host = host_bytes_available() / here
-    device = host
-    if mesh.device.type == "cuda":
+def _room(mesh: Mesh) -> Room:
+    """Of the rank that has least."""
+    on_gpu = mesh.device.type == "cuda"
+    # Where no launcher says how many ranks share the host: as many as it has GPUs, or all.
+    most = torch.cuda.device_count() if on_gpu else mesh.world_size
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", min(most, mesh.world_size)))
+    host = device = host_bytes_available() / here
+    if on_gpu:
         device = torch.cuda.get_device_properties(mesh.device).total_memory
     found = torch.tensor([device, host], dtype=torch.float64, device=mesh.device)
     dist.all_reduce(found, op=dist.ReduceOp.MIN)
     device, host = found.tolist()
-    return device, host
+    return Room(device, host, on_gpu, mesh.data_parallel_size * mesh.sequence.size)
 
 
-def _fits(needed: Needs, device: float, host: float) -> bool:
-    return needed.device <= USABLE * device and needed.host <= USABLE * host
-
-
-def _description(config: Config, vocab_size: int, needed: Needs, device: float) -> str:
+def _description(config: Config, vocab_size: int, needed: Needs, room: Room) -> str:
     memory = config.memory
     pieces = []
     if memory.linear_cross_entropy:
@@ -154,7 +187,9 @@ def _description(config: Config, vocab_size: int, needed: Needs, device: float) 
         pieces.append("tiled MLP")
     if memory.tiled_attention:
         pieces.append(f"attention in {memory.attention_head_groups} groups of heads")
-    size = f"about {needed.device / GIB:.1f} of {device / GIB:.1f} GiB a rank"
+    size = f"about {needed.device / GIB:.1f} of {room.device / GIB:.1f} GiB a rank"
+    if needed.device > USABLE * room.device:
+        size += ", which may not fit"
     if not pieces and not memory.offload_activations:
         return f"memory path: off ({size})"
     if config.parallel.recompute_granularity == "full":
@@ -173,11 +208,11 @@ def _description(config: Config, vocab_size: int, needed: Needs, device: float) 
     return f"memory path: {', '.join(pieces)} ({size}; {more - 1:.0%} more FLOPs than without)"
 
 
-def _no_room(config: Config, needed: Needs, host: float) -> str:
+def _no_room(config: Config, needed: Needs, room: Room) -> str:
     way_out = "set --no-offload-activations, or a larger --sequence-parallel-size"
     if config.parallel.recompute_granularity != "full":
         way_out = f"set --recompute-granularity full, which keeps about half, or {way_out[4:]}"
     return (
         f"--offload-activations keeps {needed.host / GIB:.1f} GiB of each rank in the host's"
-        f" memory, which has {host / GIB:.1f} GiB left for it: {way_out}"
+        f" memory, which has {room.host / GIB:.1f} GiB left for it: {way_out}"
     )

@@ -14,7 +14,9 @@ from megalong.parallel.mesh import Mesh
 from megalong.tiling.linear_cross_entropy import linear_cross_entropy
 from megalong.tiling.tensor_ranks import TensorRanks
 
-LOGITS = 2**25  # at a time, where --loss-chunk-size is not given: 128 MiB in float32
+# At a time, where --loss-chunk-size is not given: up to 1 GiB in float32. Fewer rows would have the
+# weight's gradient, which every chunk adds to, cost more than the product that it comes from.
+LOGITS, ROWS = 2**28, 4096
 
 
 def avoid_logits(model: GPTModel, config: Config, mesh: Mesh) -> None:
@@ -22,7 +24,7 @@ def avoid_logits(model: GPTModel, config: Config, mesh: Mesh) -> None:
     is ours, work in tiles of rows."""
     ranks = tensor_ranks(config, mesh)
     batch = config.training.micro_batch_size
-    tokens = config.memory.loss_chunk_size or max(LOGITS * ranks.size // model.vocab_size, 1)
+    tokens = config.memory.loss_chunk_size or min(ROWS, LOGITS * ranks.size // model.vocab_size)
     chunk_size = max(tokens // batch, 1)
     model.output_layer = LossLayer(model.output_layer.weight, chunk_size, ranks)
     if isinstance(model.decoder.final_layernorm, LayerNorm | RMSNorm):

@@ -66,8 +66,8 @@ class TiledTransformerLayer(TransformerLayer):
     ):
         super().__init__(config, *args, **kwargs)
         model, memory = settings.model, settings.memory
-        rows = max(memory.tile_size // settings.training.micro_batch_size, 1)
         ranks = tensor_ranks(settings, mesh)
+        rows = max(memory.tile_size // settings.training.micro_batch_size // ranks.shares, 1)
         norm = Norm(model.normalization, model.norm_epsilon)
         self._recompute = recomputes_by_itself(settings)
         self._attention = self._mlp = None

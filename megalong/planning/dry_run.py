@@ -15,6 +15,7 @@ what would stop a GPU (`host_syncs`) or fail on one (tensors on the wrong device
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,8 +28,10 @@ import torch.distributed as dist
 from megalong.config import Config
 from megalong.data.batches import Batch
 from megalong.model.build import build_model
+from megalong.model.memory_path import Room, choose_memory_path
 from megalong.parallel.mesh import Mesh, build_mesh
 from megalong.parallel.traffic import Counts
+from megalong.planning import fake_device
 from megalong.planning.fake_tensors import fake_device_tensors
 from megalong.planning.flops import ExecutedFlops, PartOf
 from megalong.planning.host_syncs import HostSyncs, Wait
@@ -110,7 +113,8 @@ def dry_run(
     """Two training steps of rank `rank` of a launch of `ranks`, and the forward pass of an
     evaluation; the second step, which is like all that follow, is reported.
 
-    config: resolved for as many ranks; data and tokenizer are not opened.
+    config: resolved for as many ranks; data and tokenizer are not opened. `--memory-path auto` is
+        what it is on such a device, with a host that has room for everything.
     prepare: is given the engine before its first step.
     part_of: of operators that compute, for `flops`.
     quick: one step, and no evaluation: memory and FLOPs are the same, traffic and waits are empty.
@@ -118,6 +122,9 @@ def dry_run(
     """
     memory = DeviceMemory()
     with fake_rank(config, rank, ranks) as mesh, memory:
+        replicas = mesh.data_parallel_size * mesh.sequence.size
+        room = Room(fake_device.MEMORY, host=math.inf, on_gpu=True, replicas=replicas)
+        config, _ = choose_memory_path(config, vocab_size, room)
         engine = fake_engine(config, vocab_size, mesh, memory)
         prepare(engine)
         batches = host_batches(config, mesh)

@@ -88,7 +88,7 @@ class TiledAttention:
         whole = None
         lses, all_kept = [], []
         for number, heads in enumerate(self._groups(weights)):
-            q_sbad, k_sbgd, v_sbgd, _ = self._project(x_lbh, weights, heads, angles_sd)
+            q_sbad, k_sbgd, v_sbgd = self._project(x_lbh, weights, heads, angles_sd)
             out_bsad, lse, left = self.passes[number].forward(
                 *(x.transpose(0, 1) for x in (q_sbad, k_sbgd, v_sbgd)),
                 kept=None if kept is None else kept[number],
@@ -160,7 +160,8 @@ class TiledAttention:
         out_sbad = attended.out_sbad
         all_dk = all_dv = None
         for number, heads in enumerate(self._groups(weights)):
-            q_sbad, k_sbgd, v_sbgd, raw = self._project(x_lbh, weights, heads, angles_sd)
+            raw: list[torch.Tensor] = []
+            q_sbad, k_sbgd, v_sbgd = self._project(x_lbh, weights, heads, angles_sd, raw)
             gradients = self.passes[number].backward(
                 self._output_gradient(grad_lbh, weights, heads, q_sbad).transpose(0, 1),
                 *(x.transpose(0, 1) for x in (q_sbad, k_sbgd, v_sbgd)),
@@ -174,7 +175,7 @@ class TiledAttention:
             if angles_sd is not None:
                 rotate_(dq_sbad, angles_sd, inverse=True)
                 rotate_(dk_sbgd, angles_sd, inverse=True)
-            if raw is not None:
+            if raw:
                 self._norm_backward_("q_norm", dq_sbad, raw[0], weights, sums)
                 self._norm_backward_("k_norm", dk_sbgd, raw[1], weights, sums)
                 del raw
@@ -189,9 +190,9 @@ class TiledAttention:
             del dq_sbad, dk_sbgd, dv_sbgd
         return out_sbad, all_dk, all_dv
 
-    def _project(self, x_lbh, weights, heads: _Heads, angles_sd):
-        """Queries, keys and values of some heads, normed and rotated; and where there is a norm of
-        queries and keys, both before it, else None."""
+    def _project(self, x_lbh, weights, heads: _Heads, angles_sd, raw: list | None = None):
+        """Queries, keys and values of some heads, normed and rotated. raw: is given queries and
+        keys as they were before their norm, if they have one."""
         width = (self.group + 2) * self.head_dim
         packed = slice(heads.keys.start * width, heads.keys.stop * width)
         weight_rh = weights.qkv_weight[packed]
@@ -208,22 +209,23 @@ class TiledAttention:
             self.ranks.put_tile(q_sbad, tile, packed_sbgd[:, :, :, : self.group].flatten(2, 3))
             self.ranks.put_tile(k_sbgd, tile, k_tile)
             self.ranks.put_tile(v_sbgd, tile, v_tile)
-        raw = None
         if self.qk_norm is not None:
-            raw = q_sbad, k_sbgd
-            q_sbad = self._normed("q_norm", q_sbad, weights)
-            k_sbgd = self._normed("k_norm", k_sbgd, weights)
+            if raw is not None:
+                raw += q_sbad, k_sbgd
+                q_sbad, k_sbgd = torch.empty_like(q_sbad), torch.empty_like(k_sbgd)
+            before = raw or (q_sbad, k_sbgd)
+            self._norm_into("q_norm", q_sbad, before[0], weights)
+            self._norm_into("k_norm", k_sbgd, before[1], weights)
         if angles_sd is not None:
             rotate_(q_sbad, angles_sd)
             rotate_(k_sbgd, angles_sd)
-        return q_sbad, k_sbgd, v_sbgd, raw
+        return q_sbad, k_sbgd, v_sbgd
 
-    def _normed(self, name: str, x_sbad: torch.Tensor, weights: AttentionWeights) -> torch.Tensor:
+    def _norm_into(self, name, out_sbad, x_sbad, weights) -> None:
+        """The norm of queries or keys; out may be x itself."""
         weight, bias = _norm_of(name, weights)
-        out_sbad = torch.empty_like(x_sbad)
         for rows in tiles(len(x_sbad), self.tile_size):
             out_sbad[rows] = norm(x_sbad[rows], weight, bias, *self.qk_norm)
-        return out_sbad
 
     def _norm_backward_(self, name, grad_sbad, x_sbad, weights, sums) -> None:
         """From the gradient after the norm of queries or keys to that before it, in place."""

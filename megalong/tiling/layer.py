@@ -57,6 +57,7 @@ class _TiledLayer(torch.autograd.Function):
                 tile_lbh = layer.mlp.forward_tile(tile_lbh, mlp_weights)
             out_lbh[rows] = tile_lbh
         ctx.layer, ctx.angles_sd = layer, angles_sd  # all layers share the angles
+        ctx.overwritten = False
         ctx.num_kept = [len(kept) for kept in attended.kept]
         saved = [x_lbh, *weights, *(x for kept in attended.kept for x in kept)]
         if not layer.recompute:
@@ -68,6 +69,10 @@ class _TiledLayer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_lbh):
         layer, angles_sd, groups = ctx.layer, ctx.angles_sd, len(ctx.num_kept)
+        # Where autograd saves through hooks it does not see that.
+        if ctx.overwritten:
+            raise RuntimeError("a tiled layer goes backward once: it overwrites what it has saved")
+        ctx.overwritten = not layer.recompute
         x_lbh, *saved = ctx.saved_tensors
         num_weights = len(AttentionWeights._fields)
         num_weights += len(MLPWeights._fields) if layer.mlp is not None else 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from megalong.tiling.cross_entropy import differentiate_logits_, read_logits_
 from megalong.tiling.rows import add_weight_gradient, tiles, wide, wide_product
@@ -60,6 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return lse_sb - target_sb
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_sb):
         hidden_lbh, weight_vh, labels_sb, lse_sb = ctx.saved_tensors
         ranks = ctx.ranks

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from megalong.tiling.rows import tiles, wide
 
@@ -78,6 +79,7 @@ class _TiledNorm(torch.autograd.Function):
         return out_sbh
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_sbh):
         x_sbh, weight, bias = ctx.saved_tensors
         grad_x_sbh = torch.empty_like(x_sbh)

@@ -42,6 +42,13 @@ CASES = {
     "on, kept on the device": {**ON, "offload_activations": False},
     "on, MLP as it is": {**ON, "tiled_mlp": False, **FULL},
     "on, attention as it is": {**ON, "tiled_attention": False, **FULL},
+    "on, eight groups of heads": {**ON, "attention_head_groups": 8},
+    "on, five branches, norms of queries and keys": {
+        **ON,
+        "qk_layernorm": True,
+        "segment_lengths": (2048, 4096, 8192, 16384, 32768),
+        "dilation_rates": (1, 2, 3, 4, 6),
+    },
     "on, three layers recomputed at once": {**ON, **FULL, "recompute_num_layers": 3},
 }
 

@@ -1,6 +1,8 @@
 """The tiled MLP, attention and layer equal the plain computation: float64, all gradients."""
 
+import contextlib
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -139,3 +141,41 @@ def test_pieces_equal_the_plain_layer(seed):
         plain_half = plain_attention(x, first, angles, kv_heads, group, how)
         want = gradients(plain_mlp(plain_half, second, activation, how), (x, *first, *second), grad)
         assert distance(gradients(both, (x, *first, *second), grad), want) < 1e-10
+
+
+@pytest.mark.parametrize("hooks", [False, True])
+def test_a_layer_that_has_overwritten_what_it_saved_goes_backward_once(hooks):
+    """Also where hooks keep the saved tensor itself, and autograd does not look at its version."""
+    draw = partial(torch.randn, dtype=torch.float64)
+    x, how = draw(20, 1, 8, requires_grad=True), Norm("RMSNorm", 1e-5)
+    weights = attention_weights(draw, 8, 2, 1, 4, "RMSNorm", False, False)
+    identity = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    for recompute in (False, True):
+        layer = TiledLayer(TiledAttention(4, 1, passes_of(2, 1, 2), how, 7), None, recompute)
+        with identity if hooks else contextlib.nullcontext():
+            loss = layer(x, None, weights, None).square().sum()
+        (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+        if recompute:
+            assert torch.equal(torch.autograd.grad(loss, x)[0], first)
+        else:
+            with pytest.raises(RuntimeError, match=r"backward once|inplace operation"):
+                torch.autograd.grad(loss, x)
+
+
+def test_what_needs_no_gradient_may_be_anything():
+    """A layer whose input needs none, and weights that need none: the others get theirs."""
+    draw = partial(torch.randn, dtype=torch.float64)
+    how, x = Norm("RMSNorm", 1e-5), draw(9, 2, 8)
+    weights = attention_weights(draw, 8, 2, 1, 4, "RMSNorm", False, False)
+    second = mlp_weights(draw, 8, 10, SWIGLU, "RMSNorm", False)
+    second.in_weight.requires_grad_()
+    layer = TiledLayer(
+        TiledAttention(4, 1, passes_of(2, 1, 1), how, 4), TiledMLP(how, SWIGLU, 4), False
+    )
+    layer(x, None, weights, second).square().sum().backward()
+    found = second.in_weight.grad.clone()
+    second.in_weight.grad = None
+    half = plain_attention(x, weights, None, 2, 1, how)
+    plain_mlp(half, second, SWIGLU, how).square().sum().backward()
+    assert distance([found], [second.in_weight.grad]) < 1e-10
+    assert second.out_weight.grad is x.grad is None
