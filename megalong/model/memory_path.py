@@ -24,6 +24,7 @@ from megalong.config import Config
 from megalong.errors import UserError
 from megalong.host_memory import host_bytes_available
 from megalong.model.flops import executed_flops
+from megalong.model.output import tokens_of_a_chunk
 from megalong.model.parameters import count_parameters
 from megalong.parallel.mesh import Mesh
 
@@ -110,13 +111,17 @@ def needs(config: Config, vocab_size: int, replicas: int = 1) -> Needs:
     else:
         kept += 0 if recompute else mlp_half
         working += 2 * mlp_half if recompute else mlp_half
-    logits = model.vocabulary_rows(vocab_size) / tensor * (size + 4)
+    vocabulary = model.vocabulary_rows(vocab_size)
+    logits = vocabulary / tensor * (size + 4)
     peak = working if memory.linear_cross_entropy else max(working, logits + 4 * hidden)
+    scratch = memory.tile_size * 6 * inner if memory.tiled_mlp else 0
+    if memory.linear_cross_entropy:  # never at the same time as a tile
+        scratch = max(scratch, tokens_of_a_chunk(config, vocabulary) * logits)
     kept *= _layers_under_way(config, replicas)
     host = kept if memory.offload_activations else 0.0
     peak += 0.0 if memory.offload_activations else kept
     return Needs(
-        device=MARGIN * tokens * peak + _of_parameters(config, vocab_size, replicas),
+        device=MARGIN * tokens * peak + scratch + _of_parameters(config, vocab_size, replicas),
         host=tokens * host,
     )
 

@@ -24,11 +24,16 @@ def avoid_logits(model: GPTModel, config: Config, mesh: Mesh) -> None:
     is ours, work in tiles of rows."""
     ranks = tensor_ranks(config, mesh)
     batch = config.training.micro_batch_size
-    tokens = config.memory.loss_chunk_size or min(ROWS, LOGITS * ranks.size // model.vocab_size)
-    chunk_size = max(tokens // batch, 1)
+    chunk_size = max(tokens_of_a_chunk(config, model.vocab_size) // batch, 1)
     model.output_layer = LossLayer(model.output_layer.weight, chunk_size, ranks)
     if isinstance(model.decoder.final_layernorm, LayerNorm | RMSNorm):
         model.decoder.final_layernorm.tile_size = max(config.memory.tile_size // batch, 1)
+
+
+def tokens_of_a_chunk(config: Config, vocabulary: int) -> int:
+    """Whose logits exist at a time. vocabulary: rows of the embedding."""
+    ranks = config.parallel.tensor_model_parallel_size
+    return config.memory.loss_chunk_size or min(ROWS, max(LOGITS * ranks // vocabulary, 1))
 
 
 class LossLayer(torch.nn.Module):
