@@ -48,7 +48,7 @@ class DeviceMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
+        for tensor in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if not isinstance(tensor, torch.Tensor):
                 continue
             if tensor.device.type == "cuda":

@@ -15,4 +15,6 @@ def test_the_benchmark_of_training_runs(tmp_path):
     assert {"tokens_per_second", "mfu", "peak_memory_bytes"} <= results["train"].keys()
     assert results["precision"]["bf16"]["difference"] <= results["precision"]["bf16"]["bound"]
     assert results["rows"]["rank 7 of 8"]["milliseconds"] > 0
+    assert {"tokens_per_second", "mfu", "executed"} <= results["long"].keys()
+    assert results["long"]["dry run"]["peak"] > 0 and len(results["long"]["step_seconds"]) == 3
     assert (tmp_path / "training.png").exists()

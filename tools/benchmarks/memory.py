@@ -1,18 +1,23 @@
-"""Memory of a training step by token, from dry runs on a GPU that is not there.
-
-Subcommands:
-    ladder    bytes per token at the peak, by kind and with each feature on and off, FLOPs executed,
-              and the longest sequence on a device of 80 GB, for models of 125M to 7B parameters;
-              dry runs, a quarter of an hour on one core. Goes on where it was stopped.
+"""Memory of a training step by token, and what it costs: dry runs and real steps.
 
     python tools/benchmarks/memory.py ladder --output runs/memory
 
-Writes JSON, a table (Markdown) and a plot into --output.
+ladder    Dry runs on a GPU that is not there: bytes per token at the peak, by kind and with each
+          feature on and off, FLOPs executed, and the longest sequence on a device of 80 GB, for
+          models of 125M to 7B parameters. Half an hour on one core; goes on where it was stopped.
+measured  Real steps of a small model on the CPU, each length in a process of its own: the peak of
+          resident memory beside a dry run's. Ends with status 1 where they differ by more than 5%.
+          Ten minutes on two cores; goes on where it was stopped.
+time      Real steps on the CPU in one process: everything on against full recomputation alone,
+          taking turns, and the time per token by length. Some minutes on two cores.
+
+Each writes its JSON into --output, all but time a table (Markdown) and a plot as well.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import Namespace
 from itertools import chain
@@ -33,18 +38,27 @@ def main() -> int | None:
 def parse_arguments() -> Namespace:
     parser = ArgumentParser(__doc__)
     commands = parser.add_subparsers(required=True)
-    for function in (ladder,):
-        command = commands.add_parser(function.__name__, description=function.__doc__)
+
+    def add(function):
+        command = commands.add_parser(function.__name__, description=__doc__)
         command.set_defaults(command=function)
         command.add_argument("--output", type=Path, required=True, help="folder for the results")
-        command.add_argument("--tiny", action="store_true", help="a model of seconds")
-        command.add_argument("--shapes", nargs="+", help="of the models (default: all)")
-        command.add_argument("--rungs", nargs="+", help="of the ladder (default: all)")
+        return command.add_argument
+
+    option = add(ladder)
+    option("--tiny", action="store_true", help="a model of seconds")
+    option("--shapes", nargs="+", help="of the models (default: all)")
+    option("--rungs", nargs="+", help="of the ladder (default: all)")
+    option = add(measured)
+    option("--lengths", type=int, nargs="+", default=[16_384, 65_536, 262_144], help="tokens")
+    option = add(time)
+    option("--length", type=int, default=32_768, help="tokens of the steps that take turns")
+    option("--repeats", type=int, default=5, help="steps of each")
+    option("--lengths", type=int, nargs="+", default=[32_768, 131_072, 524_288], help="tokens")
     return parser.parse_args()
 
 
 def ladder(arguments: Namespace) -> None:
-    """Bytes per token at the peak, FLOPs and the longest sequence, from dry runs."""
     from megalong.planning import fake_device
 
     fake_device.load()
@@ -61,19 +75,60 @@ def ladder(arguments: Namespace) -> None:
         (shape, rung)
         for shape in arguments.shapes or plan.shapes
         for rung in arguments.rungs or dry.RUNGS
-        if rung not in dry.SAME
     ]
     folder = arguments.output / "cells"
     planned = list(chain.from_iterable(plan.cells(*pair) for pair in pairs))
-    missing = sum(not (folder / cell.file).exists() for cell in planned) + len(pairs)
+    missing = sum(not (folder / cell.file).exists() for cell in planned)
+    missing += sum(rung in dry.CONFIRMED for _, rung in pairs)
     with progress_bar(missing, "run", "dry runs") as bar:
         cells = dry.Cells(folder, plan, done=bar.update)
         rows = [dry.row(cells, *pair) for pair in pairs]
-    (arguments.output / "ladder.json").write_text(json.dumps(rows, indent=1) + "\n")
+    write(arguments.output / "ladder.json", rows)
     text = report.table(rows)
     (arguments.output / "ladder.md").write_text(text)
     print(text)
     report.plot(rows, arguments.output / "ladder.png")
+
+
+def measured(arguments: Namespace) -> int:
+    import memory_measured as real
+    import memory_report as report
+
+    from megalong.progress import progress_bar
+
+    path = arguments.output / "measured.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    known = {(row["rung"], row["length"]) for row in rows}
+    wanted = [(rung, n) for n in sorted(arguments.lengths) for rung in real.MEASURED]
+    missing = [pair for pair in wanted if pair not in known]
+    with progress_bar(len(missing), "pair", "real and dry steps") as bar:
+        for rung, length in missing:
+            rows.append(real.compare(rung, length))
+            write(path, rows)
+            bar.update()
+    text = report.measured_table(rows)
+    (arguments.output / "measured.md").write_text(text)
+    print(text)
+    report.plot_measured(rows, arguments.output / "measured.png")
+    return int(any(abs(row["difference"]) > real.BOUND for row in rows))
+
+
+def time(arguments: Namespace) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import memory_measured as real
+
+    result = real.take_turns(arguments.length, arguments.repeats)
+    for rung, ratio in result["ratios"].items():
+        print(f"{result['medians'][rung]:8.2f} s, {ratio:5.2f} x: {rung}", flush=True)
+    rows = []
+    for row in real.by_length(arguments.lengths):
+        print("{length:>9,} tokens: {microseconds_per_token:.1f} us a token, {rung}".format(**row))
+        rows.append(row)
+        write(arguments.output / "time.json", {"turns": result, "by_length": rows})
+
+
+def write(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

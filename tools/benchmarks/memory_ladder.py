@@ -50,16 +50,14 @@ RUNGS: dict[str, dict[str, Any]] = {
     "full recomputation": {**OFF, **FULL},
     "+ linear cross entropy": {**OFF, **FULL, **_with(1)},
     "+ tiled MLP": {**OFF, **FULL, **_with(2)},
-    "+ tiled attention": {**OFF, **FULL, **_with(3)},
+    "+ tiled attention: all on but offload": {**OFF, **FULL, **_with(3)},
     "+ offload: all on, one tensor a layer": {**ON, **FULL},
     "all on, two tensors a layer": ON,
     "all on but linear cross entropy": {**ON, **FULL, "linear_cross_entropy": False},
     "all on but tiled MLP": {**ON, **FULL, "tiled_mlp": False},
     "all on but tiled attention": {**ON, **FULL, "tiled_attention": False},
-    "all on but offload": {**ON, **FULL, "offload_activations": False},
 }
-SAME = {"all on but offload": "+ tiled attention"}  # rungs that are others by another name
-BASE = "full recomputation"  # what FLOPs are compared with
+CONFIRMED = list(RUNGS)[:7]  # those whose longest sequence is run
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,9 @@ class Plan:
 
     def cells(self, shape: str, rung: str) -> list[Cell]:
         """Those that a row of the table is made of."""
-        return [Cell(shape, rung, layers, length) for length in self.lengths for layers in LAYERS]
+        few = [Cell(shape, rung, LAYERS[0], length) for length in self.lengths]
+        more = [Cell(shape, rung, LAYERS[1], length) for length in self.lengths[:2]]
+        return few + more
 
 
 PLAN = Plan(SHAPES, (65_536, 131_072, 262_144))
@@ -105,14 +105,14 @@ TINY = Plan(  # to see that it works
             "hidden_size": 64,
             "num_attention_heads": 4,
             "ffn_hidden_size": 128,
-            "loss_chunk_size": 256,
-            "tile_size": 256,
+            "loss_chunk_size": 512,
+            "tile_size": 512,
         }
     },
-    (512, 1024, 2048),
+    (1024, 2048, 4096),
     usable=206 * 2**20,
-    step=256,
-    vocabulary=512,
+    step=512,
+    vocabulary=500,
 )
 
 
@@ -179,78 +179,96 @@ def parts(config: Config, vocabulary: int) -> Callable[[str, Sequence[tuple[int,
     """Says of an operator what it is a part of: attention, logits, MLP or projections.
 
     A product of matrices has three sizes: tokens, of the whole sequence, a tile or a chunk, and the
-    two of a weight.
+    two of a weight. The vocabulary must be no number of tokens.
     """
     model, memory = config.model, config.memory
     inner = {model.ffn_hidden_size, 2 * model.ffn_hidden_size}
-    counts = set()
+    counts = {model.seq_length}
     for size in (memory.tile_size, memory.loss_chunk_size):
-        counts |= {model.seq_length, size, model.seq_length % size if size else None}
+        counts |= {size, model.seq_length % size} if size else set()
 
     def part_of(name: str, shapes: Sequence[tuple[int, ...]]) -> str:
         if name.startswith("megalong."):
             return "attention"
-        sizes = sorted({size for shape in shapes[-2:] for size in shape}, reverse=True)
-        weight = [size for size in sizes if size not in counts] or sizes
-        if vocabulary in weight:
+        *_, (rows, between), (_, columns) = shapes
+        sizes = [rows, between, columns]
+        if vocabulary in sizes:
             return "logits"
-        return "mlp" if inner & set(weight if len(weight) > 1 else sizes) else "projections"
+        sizes.remove(next(size for size in sizes if size in counts))
+        return "mlp" if inner & set(sizes) else "projections"
 
     return part_of
 
 
 def extended(low: dict, high: dict, field: str, value: int) -> dict[str, Any]:
-    """What a cell would be, linear in one of its fields, from two cells that differ in it."""
-
-    def line(a: float, b: float) -> float:
-        return a + (b - a) * (value - low[field]) / (high[field] - low[field])
-
+    """Bytes of a cell, linear in one of its fields, from two cells that differ in it."""
+    share = (value - low[field]) / (high[field] - low[field])
     return {
         **low,
         field: value,
-        "device": {k: line(low["device"][k], high["device"][k]) for k in KINDS},
-        "host": line(low["host"], high["host"]),
-        "flops": {
-            part: {way: line(n, high["flops"][part][way]) for way, n in low["flops"][part].items()}
-            for part in low["flops"]
+        "device": {
+            k: low["device"][k] + share * (high["device"][k] - low["device"][k]) for k in KINDS
         },
+        "host": low["host"] + share * (high["host"] - low["host"]),
+    }
+
+
+def whole(cells: Cells, shape: str, rung: str, length: int) -> dict[str, Any]:
+    """Bytes of a cell with all layers of its shape."""
+    layers, (first, second, _) = cells.plan.shapes[shape]["num_layers"], cells.plan.lengths
+
+    def of_all_layers(at: int) -> dict[str, Any]:
+        pair = (cells[Cell(shape, rung, few, at)] for few in LAYERS)
+        return extended(*pair, "layers", layers)
+
+    if length in (first, second):
+        return of_all_layers(length)
+    # What the further layers take is linear in the tokens.
+    few = [cells[Cell(shape, rung, LAYERS[0], at)] for at in (first, second)]
+    line, line_of_few = (
+        extended(*pair, "length", length)
+        for pair in ([of_all_layers(first), of_all_layers(second)], few)
+    )
+    found = cells[Cell(shape, rung, LAYERS[0], length)]
+    return {
+        **line,
+        "device": {
+            k: found["device"][k] + line["device"][k] - line_of_few["device"][k] for k in KINDS
+        },
+        "host": found["host"] + line["host"] - line_of_few["host"],
     }
 
 
 def row(cells: Cells, shape: str, rung: str) -> dict[str, Any]:
     """A rung with all its layers: bytes a token at each length, FLOPs, the longest sequence."""
-    layers, lengths = cells.plan.shapes[shape]["num_layers"], cells.plan.lengths
-
-    def whole(length: int) -> dict[str, Any]:
-        pair = (cells[Cell(shape, rung, few, length)] for few in LAYERS)
-        return extended(*pair, "layers", layers)
-
-    at = {length: whole(length) for length in lengths}
-    before, last = at[lengths[-2]], at[lengths[-1]]
+    lengths = cells.plan.lengths
+    at = {length: whole(cells, shape, rung, length) for length in lengths}
+    *_, before, last = at.values()
     slope = {
         kind: (last["device"][kind] - before["device"][kind]) / (lengths[-1] - lengths[-2])
-        for kind in last["device"]
+        for kind in KINDS
     }
+    host = (last["host"] - before["host"]) / (lengths[-1] - lengths[-2])
+    layers = cells.plan.shapes[shape]["num_layers"] / LAYERS[0]
+    flops = cells[Cell(shape, rung, LAYERS[0], lengths[-1])]["flops"]
     return {
         "shape": shape,
         "rung": rung,
         "ranks": RANKS.get(shape, 1),
         "at": {
-            length: {
-                "device": total(cell),
-                **{kind: cell["device"][kind] for kind in KINDS},
-                "host": cell["host"],
-            }
+            length: {"device": total(cell), **cell["device"], "host": cell["host"]}
             for length, cell in at.items()
         },
-        "bytes_per_token": {"device": sum(slope.values()), **slope, "host": last["host"]
-                            / lengths[-1]},
+        "bytes_per_token": {"device": sum(slope.values()), **slope, "host": host},
         "flops_per_token": {
-            part: {way: n / lengths[-1] for way, n in ways.items()}
-            for part, ways in last["flops"].items()
+            part: {
+                way: count / lengths[-1] * (1 if part == "logits" else layers)
+                for way, count in ways.items()
+            }
+            for part, ways in flops.items()
         },
         "longest": longest(cells, shape, rung, before, last),
-    }  # fmt: skip
+    }
 
 
 def total(cell: dict[str, Any]) -> float:
@@ -258,24 +276,23 @@ def total(cell: dict[str, Any]) -> float:
 
 
 def longest(cells: Cells, shape: str, rung: str, before: dict, last: dict) -> dict[str, Any]:
-    """The longest sequence of all layers that fits, from the line through two lengths; and one dry
-    run, of few layers, at that length, beside what the line says of it. A shorter one, where it
-    turns out not to fit."""
+    """The longest sequence of all layers that fits, from the line through two lengths; and, of the
+    rungs in `CONFIRMED`, one dry run, of few layers, at that length, beside what the line says of
+    it. A shorter one, where it turns out not to fit."""
     plan = cells.plan
     slope = (total(last) - total(before)) / (last["length"] - before["length"])
     few = [cells[Cell(shape, rung, LAYERS[0], length)] for length in plan.lengths[-2:]]
     tokens = int(last["length"] + (plan.usable - total(last)) / slope) // plan.step * plan.step
     while tokens > 0:
+        at_length = extended(before, last, "length", tokens)
+        sequence = {"tokens": tokens, "device": total(at_length), "host": at_length["host"]}
+        if rung not in CONFIRMED:
+            return sequence
         expected = total(extended(*few, "length", tokens))
         found = total(cells[Cell(shape, rung, LAYERS[0], tokens)])
-        at_length = extended(before, last, "length", tokens)
-        device = total(at_length) + found - expected
-        if device <= plan.usable:
-            return {
-                "tokens": tokens,
-                "device": device,
-                "host": at_length["host"],
-                "error": found / expected - 1,
-            }
-        tokens -= math.ceil((device - plan.usable) / slope / plan.step) * plan.step
+        sequence["device"] += found - expected
+        if sequence["device"] <= plan.usable:
+            return {**sequence, "error": found / expected - 1}
+        excess = sequence["device"] - plan.usable
+        tokens -= math.ceil(excess / slope / plan.step) * plan.step
     return {"tokens": 0}

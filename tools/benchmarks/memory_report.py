@@ -19,7 +19,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     text = []
     for shape in dict.fromkeys(row["shape"] for row in rows):
         mine = [row for row in rows if row["shape"] == shape]
-        lengths = [f"{int(n) // 1024}K" for n in mine[0]["at"]]
+        lengths = [f"{int(n):,}" for n in mine[0]["at"]]
         header = " | ".join(HEADER).format(*lengths)
         ranks = mine[0]["ranks"]
         text += [f"### {shape}" + (f", ZeRO 3 over {ranks} ranks" if ranks > 1 else ""), ""]
@@ -40,7 +40,8 @@ def line(row: dict[str, Any], base: float | None) -> str:
     words.append(f"{flops(row) / base:.2f}" if base else "")
     words.append(f"{longest['tokens']:,}")
     if longest["tokens"]:
-        words += [f"{longest['host'] / GIB:,.0f} GiB", f"{longest['error']:+.1%}"]
+        words.append(f"{longest['host'] / GIB:,.0f} GiB")
+        words.append(f"{longest['error']:+.1%}" if "error" in longest else "not run")
     else:
         words += ["", ""]
     return f"| {' | '.join(words)} |"
@@ -49,6 +50,49 @@ def line(row: dict[str, Any], base: float | None) -> str:
 def flops(row: dict[str, Any]) -> float:
     """Of all parts, forward and backward."""
     return sum(sum(ways.values()) for ways in row["flops_per_token"].values())
+
+
+def measured_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: measured beside dry, and what each token more takes."""
+    text = [
+        "| rung | tokens | measured | dry run | difference | B/token more, measured | dry |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for rung in dict.fromkeys(row["rung"] for row in rows):
+        before = None
+        for row in (row for row in rows if row["rung"] == rung):
+            mib = f"{row['measured'] / 2**20:,.0f} MiB | {row['dry'] / 2**20:,.0f} MiB"
+            line = f"| {rung} | {row['length']:,} | {mib} | {row['difference']:+.1%}"
+            for kind in ("measured", "dry"):
+                line += " | "
+                if before is not None:
+                    more = (row[kind] - before[kind]) / (row["length"] - before["length"])
+                    line += f"{more:,.0f}"
+            text.append(line + " |")
+            before = row
+    return "\n".join(text) + "\n"
+
+
+def plot_measured(rows: list[dict[str, Any]], path: Path) -> None:
+    """Peak by length, measured and dry."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for number, rung in enumerate(dict.fromkeys(row["rung"] for row in rows)):
+        mine = [row for row in rows if row["rung"] == rung]
+        lengths, color = [row["length"] for row in mine], f"C{number}"
+        axes.plot(lengths, [row["dry"] / GIB for row in mine], "-", color=color, label=rung)
+        axes.plot(lengths, [row["measured"] / GIB for row in mine], "o", color=color)
+    axes.set(
+        xlabel="tokens", ylabel="peak (GiB): dry run, and measured (points)", xscale="log",
+        yscale="log",
+    )  # fmt: skip
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Training on one device: 20 steps of a 125M model, low precision against float32, and the kernels
-of the sequence axis by themselves.
+"""Training on one device: 20 steps of a 125M model, low precision against float32, the kernels of
+the sequence axis by themselves, and steps of a million tokens.
 
-On a GPU ("make gpu" does this, after tests and kernels; about 3.5 minutes):
+On a GPU ("make gpu" does this, after tests and kernels; about 4.5 minutes):
 
     python tools/benchmarks/training.py --output runs/gpu/training
 
@@ -18,6 +18,9 @@ Parts, each of which may fail alone:
     rows       rank 7 of 8 of a sequence, with the collectives left out: the time of its attention,
                forward and backward, and of the same tokens on one device; and the kernels that
                attend to other ranks' rows against the definition, with the bound of the error.
+    long       three steps of that model at 1,048,576 tokens with `--memory-path on`: of the last
+               tokens/s, MFU, and the utilisation by all FLOPs that are executed; peak memory of the
+               device and pinned memory of the host, beside what a dry run says of both.
 Data are Python's own sources, a token a byte, made on the spot. Writes training.json into --output,
 after each part, and training.png where matplotlib is installed. Ends with status 1 where a part
 failed.
@@ -33,14 +36,19 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import memory_measured
+from shapes import SHAPES, VOCABULARY, flags
 
 from megalong.command_line import REPOSITORY, ArgumentParser, run
 
 MODEL_125M = (
-    "--num-layers 12 --hidden-size 768 --num-attention-heads 12 --seq-length 32768"
+    f"{flags(SHAPES['125M'])} --seq-length 32768"
     " --segment-lengths 2048 4096 8192 16384 32768 --dilation-rates 1 2 4 6 12"
     " --make-vocab-size-divisible-by 32000 --micro-batch-size 1 --global-batch-size 1"
     " --train-iters 20 --lr 6e-4 --lr-warmup-iters 5 --log-interval 5"
@@ -92,14 +100,14 @@ def parse_arguments() -> Namespace:
 
 
 def train(arguments: Namespace, scratch: Path) -> dict[str, object]:
-    flags = MODEL_SMALL if arguments.tiny else MODEL_125M
+    model = MODEL_SMALL if arguments.tiny else MODEL_125M
     steps = "--train-iters 2" if arguments.tiny else ""
-    records = training_run(arguments, scratch, "train", f"{flags} {steps} --precision bf16")
+    records = training_run(arguments, scratch, "train", f"{model} {steps} --precision bf16")
     last = records[-1]
     names = ("tokens_per_second", "mfu", "mfu_dense_equivalent")
     peaks = ("peak_memory_bytes", "peak_reserved_bytes")  # of the records' intervals
     return {
-        "flags": flags,
+        "flags": model,
         "losses": [record["loss"] for record in records],
         **{name: last[name] for name in names},
         **{name: max(r[name] for r in records) for name in peaks if name in last},
@@ -108,12 +116,20 @@ def train(arguments: Namespace, scratch: Path) -> dict[str, object]:
 
 def precision(arguments: Namespace, scratch: Path) -> dict[str, object]:
     steps = 2 if arguments.tiny else 10
-    flags = f"{MODEL_SMALL} --train-iters {steps}"
+    model = f"{MODEL_SMALL} --train-iters {steps}"
     on_cpu = Namespace(device="cpu", tiny=arguments.tiny)
-    wanted = losses(training_run(on_cpu, scratch, "fp32-cpu", f"{flags} --precision fp32"))
+    corpus(scratch, arguments.tiny)  # before two processes want it
+    kinds = ("bf16",) if arguments.device == "cpu" else ("fp32", "bf16")
+    with ThreadPoolExecutor(1) as other:
+        words = f"{model} --precision fp32"
+        reference = other.submit(training_run, on_cpu, scratch, "fp32-cpu", words)
+        runs = {
+            kind: training_run(arguments, scratch, kind, f"{model} --precision {kind}")
+            for kind in kinds
+        }
+        wanted = losses(reference.result())
     result: dict[str, object] = {"fp32 on the CPU": wanted}
-    for kind in ("bf16",) if arguments.device == "cpu" else ("fp32", "bf16"):
-        records = training_run(arguments, scratch, kind, f"{flags} --precision {kind}")
+    for kind, records in runs.items():
         found = losses(records)
         difference = max(abs(a - b) for a, b in zip(found, wanted, strict=True))
         result[kind] = {"losses": found, "difference": difference, "bound": BOUNDS[kind]}
@@ -126,10 +142,10 @@ def losses(records: list[dict]) -> list[float]:
     return [record["loss"] for record in records]
 
 
-def training_run(arguments: Namespace, scratch: Path, name: str, flags: str) -> list[dict]:
+def training_run(arguments: Namespace, scratch: Path, name: str, words: str) -> list[dict]:
     """Train in a process of its own, as a user does; the training records of its metrics.jsonl."""
     folder = scratch / name
-    command = [sys.executable, str(REPOSITORY / "pretrain_longnet.py"), *flags.split()]
+    command = [sys.executable, str(REPOSITORY / "pretrain_longnet.py"), *words.split()]
     command += ["--data-path", str(corpus(scratch, arguments.tiny)), "--split", "100,0,0"]
     command += ["--tokenizer-type", "ByteTokenizer", "--save", str(folder)]
     command += ["--save-interval", "1000000"]
@@ -201,6 +217,29 @@ def rows(arguments: Namespace, _: Path) -> dict[str, object]:
     finally:
         dist.destroy_process_group()
     return {**result, "tokens": shard, "segment_lengths": pattern.segment_lengths}
+
+
+def long(arguments: Namespace, _: Path) -> dict[str, object]:
+    """The dry run has a process of its own, and a core, while the device is at work."""
+    values = {
+        **(SHAPES["125M"] | {"seq_length": 2**20}),
+        "memory_path": "on",
+        "precision": "bf16",
+        "make_vocab_size_divisible_by": 1,
+        "micro_batch_size": 1,
+        "global_batch_size": 1,
+        "data_path": "unread",
+        "tokenizer_type": "ByteTokenizer",
+    }
+    if arguments.tiny:
+        values |= {"num_layers": 2, "hidden_size": 128, "num_attention_heads": 2}
+        values |= {"ffn_hidden_size": 256, "seq_length": 2048, "tile_size": 512}
+    vocabulary = 256 if arguments.tiny else VOCABULARY
+    environment = {"DS_ACCELERATOR": arguments.device}
+    with ThreadPoolExecutor(1) as other:
+        dry = other.submit(memory_measured.in_process, "dry", values, vocabulary)
+        real = memory_measured.in_process("gpu", values, vocabulary, environment)
+    return {**real, "dry run": dry.result(), "flags": flags(values)}
 
 
 def rows_errors(arguments: Namespace) -> dict[str, float]:
@@ -287,7 +326,7 @@ def plot(results: dict[str, object], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-PARTS = {"train": train, "precision": precision, "rows": rows}
+PARTS = {"train": train, "precision": precision, "rows": rows, "long": long}
 
 if __name__ == "__main__":
     run(main)
