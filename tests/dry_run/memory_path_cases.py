@@ -38,6 +38,7 @@ CASES = {
     "on": ON,
     "on, GELU": {**ON, "swiglu": False, "ffn_hidden_size": 2048},
     "on, grouped queries": {**ON, "num_query_groups": 2},
+    "on, six layers": {**ON, "num_layers": 6},
     "on, full recomputation": {**ON, **FULL},
     "on, kept on the device": {**ON, "offload_activations": False},
     "on, MLP as it is": {**ON, "tiled_mlp": False, **FULL},

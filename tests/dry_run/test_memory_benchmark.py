@@ -1,4 +1,4 @@
-"""The benchmark of memory runs end to end on a tiny model."""
+"""The benchmark of memory runs end to end; and dry runs say what real steps take."""
 
 import json
 import sys
@@ -8,10 +8,12 @@ import pytest
 from megalong.planning import fake_device
 from tests.launching import REPOSITORY, run
 
+pytestmark = pytest.mark.skipif(
+    fake_device.compiler() is None, reason="the fake GPU needs a C++ compiler"
+)
 SCRIPT = str(REPOSITORY / "tools" / "benchmarks" / "memory.py")
 
 
-@pytest.mark.skipif(fake_device.compiler() is None, reason="the fake GPU needs a C++ compiler")
 def test_the_ladder_is_written(tmp_path):
     rung = "+ offload: all on, one tensor a layer"
     command = [sys.executable, SCRIPT, "ladder", "--tiny", "--output", str(tmp_path)]
@@ -30,3 +32,11 @@ def test_the_ladder_is_written(tmp_path):
     assert longest["tokens"] > 4096 and abs(longest["error"]) < 0.05
     assert f"{longest['tokens']:,}" in done.stdout
     assert (tmp_path / "ladder.png").stat().st_size > 0
+
+
+def test_a_real_steps_peak_is_that_of_its_dry_run(tmp_path):
+    command = [sys.executable, SCRIPT, "measured", "--lengths", "8192", "--output", str(tmp_path)]
+    run([*command, "--rungs", "all on, one tensor a layer"], timeout=600)  # at most 5% apart
+    [row] = json.loads((tmp_path / "measured.json").read_text())
+    assert row["length"] == 8192 and row["measured"] > 2**27
+    assert (tmp_path / "measured.md").exists() and (tmp_path / "measured.png").exists()

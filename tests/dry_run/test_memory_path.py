@@ -43,3 +43,10 @@ def test_tiles_and_recomputation_cost_no_more_than_megatrons(results):
     full = results["off, full recomputation"]["flops"]
     assert results["on"]["flops"] < 1.10 * full
     assert results["on, full recomputation"]["flops"] < 1.25 * full
+
+
+def test_with_the_offload_more_layers_take_no_more_of_the_device_but_for_their_parameters(results):
+    three, six = results["on"], results["on, six layers"]
+    parameters = 3 * (4 * 512 * 512 + 3 * 512 * 1408)
+    assert six["peak"] - three["peak"] < 20 * parameters  # a tensor of a layer is 134 MB
+    assert six["host"] == pytest.approx(2 * three["host"], rel=1e-6)

@@ -51,6 +51,7 @@ def parse_arguments() -> Namespace:
     option("--rungs", nargs="+", help="of the ladder (default: all)")
     option = add(measured)
     option("--lengths", type=int, nargs="+", default=[16_384, 65_536, 262_144], help="tokens")
+    option("--rungs", nargs="+", help="what is switched on (default: all, either recomputation)")
     option = add(time)
     option("--length", type=int, default=32_768, help="tokens of the steps that take turns")
     option("--repeats", type=int, default=5, help="steps of each")
@@ -99,7 +100,9 @@ def measured(arguments: Namespace) -> int:
     path = arguments.output / "measured.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     known = {(row["rung"], row["length"]) for row in rows}
-    wanted = [(rung, n) for n in sorted(arguments.lengths) for rung in real.MEASURED]
+    wanted = [
+        (rung, n) for n in sorted(arguments.lengths) for rung in arguments.rungs or real.MEASURED
+    ]
     missing = [pair for pair in wanted if pair not in known]
     with progress_bar(len(missing), "pair", "real and dry steps") as bar:
         for rung, length in missing:
