@@ -92,6 +92,8 @@ def needs(config: Config, vocab_size: int, replicas: int = 1) -> Needs:
     before_norm = 2 * heads if model.qk_layernorm else 0.0
     attention_half = 9 * hidden + 5 * heads + before_norm
     mlp_half = (6 if model.swiglu else 3) * inner
+    # Before Megatron-core 0.19; since then 7.5 and 4 times the inner activation.
+    mlp_twice = (10.5 if model.swiglu else 4.5) * inner
     tiled = memory.tiled_attention or memory.tiled_mlp
     recompute = parallel.recompute_granularity == "full"
     kept = hidden  # of a layer, until its backward pass
@@ -110,7 +112,7 @@ def needs(config: Config, vocab_size: int, replicas: int = 1) -> Needs:
         kept += 0 if memory.tiled_attention else hidden
     else:
         kept += 0 if recompute else mlp_half
-        working += 2 * mlp_half if recompute else mlp_half
+        working += mlp_twice if recompute else mlp_half
     vocabulary = model.vocabulary_rows(vocab_size)
     logits = vocabulary / tensor * (size + 4)
     peak = working if memory.linear_cross_entropy else max(working, logits + 4 * hidden)

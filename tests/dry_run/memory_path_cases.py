@@ -42,6 +42,13 @@ CASES = {
     "on, full recomputation": {**ON, **FULL},
     "on, kept on the device": {**ON, "offload_activations": False},
     "on, MLP as it is": {**ON, "tiled_mlp": False, **FULL},
+    "on, GELU's MLP as it is": {
+        **ON,
+        "tiled_mlp": False,
+        **FULL,
+        "swiglu": False,
+        "ffn_hidden_size": 2048,
+    },
     "on, attention as it is": {**ON, "tiled_attention": False, **FULL},
     "on, eight groups of heads": {**ON, "attention_head_groups": 8},
     "on, five branches, norms of queries and keys": {
