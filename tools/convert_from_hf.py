@@ -10,7 +10,8 @@ tools/convert_to_hf.py writes, and Llama, Mistral, Qwen2 and Qwen3 models with R
 Llama 3.1 scales it, and no sliding window. Anything else is refused with the reason. Without a
 pattern, a model of the Llama family keeps its dense attention (--attention dilated takes the
 default ladder).
-Further flags are those of pretrain_longnet.py, for instance --tokenizer-type and --head-offsets.
+Further flags are those of pretrain_longnet.py, for instance --tokenizer-type and --head-offsets
+(default: what the model's folder says, its tokenizer too).
 """
 
 import sys

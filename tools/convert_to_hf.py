@@ -24,9 +24,14 @@ def main() -> None:
     add("--output", type=Path, required=True, help="folder to write; must not exist")
     add("--dtype", choices=DTYPES, help="of the weights (default: the precision of the training)")
     add("--max-shard-size", default="5GB", help="of one weight file (default: 5GB)")
-    add("--tokenizer-model", help="where the tokenizer is now (default: where the training had it)")
-    add("--no-tokenizer", action="store_true", help="write no tokenizer files")
-    add("--no-verify-checkpoint", action="store_true", help="do not look at its hashes first")
+    add(
+        "--tokenizer-model", help="another tokenizer file or folder (default: the checkpoint's own)"
+    )
+    add(
+        "--no-tokenizer", action="store_true", help="write no tokenizer files (default: write them)"
+    )
+    hashes = "do not compare its files with their hashes first (default: compare them)"
+    add("--no-verify-checkpoint", action="store_true", help=hashes)
     args = parser.parse_args()
     from megalong.log_filters import filter_library_logs
 

@@ -6,6 +6,7 @@ A run folder holds
     iter_0000200/              one checkpoint: tensors by torch.distributed.checkpoint, and
         progress.json          iteration, consumed samples and tokens, loss scale
         config.yaml            the resolved configuration
+        tokenizer.model        the tokenizer, or the files of one of Transformers
         manifest.json          size and SHA-256 of every other file
     iter_0000300.tmp/          one that a killed run left unfinished, and
     iter_0000100.removed/      one that it was removing: never read, cleared away by the next save
@@ -17,10 +18,11 @@ the optimizer's moments (`exp_avg.<name>` and `exp_avg_sq.<name>` of Adam; `mega
 and `random.<rank>.<generator>`.
 So nothing in a checkpoint depends on the layout that wrote it.
 
-names.py has the tensors' names, texts.py what stands beside them. folder.py names checkpoints,
-publishes and removes them; manifest.py finds damage; writing.py writes one checkpoint, saving.py
-those of a run one after the other, in the background if asked to, first.py the one of an import.
-reading.py reads tensor by tensor; stored_model.py is for who wants a model and not an engine.
+names.py has the tensors' names, texts.py and tokenizer.py what stands beside them. folder.py names
+checkpoints, publishes and removes them; manifest.py finds damage; writing.py writes one checkpoint,
+saving.py those of a run one after the other, in the background if asked to, first.py the one of an
+import. reading.py reads tensor by tensor; stored_model.py is for who wants a model and not an
+engine.
 
 Nobody outside of this folder knows a file's name or what is in it.
 """

@@ -14,6 +14,7 @@ from megalong.checkpoint.manifest import Manifest, record_of
 from megalong.checkpoint.names import WEIGHTS, parameter_of, tensor_name
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.texts import texts_of
+from megalong.checkpoint.tokenizer import tokenizer_files
 from megalong.checkpoint.writing import HashingWriter
 from megalong.config import Config
 from megalong.disk import written_aside
@@ -41,8 +42,9 @@ def write_first_checkpoint(
         }
         writer, planner = HashingWriter(aside), _MakeWhenWritten(read)
         dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
-        for name, text in texts_of(Progress(), config).items():
-            (aside / name).write_text(text)
+        texts = texts_of(Progress(), config) | tokenizer_files(config.data)
+        for name, content in texts.items():
+            (aside / name).write_bytes(content)
         others = {p.name: record_of(p) for p in aside.iterdir() if p.name not in writer.files}
         Manifest(ranks=1, files=writer.files | others).write(aside)
     point_at(folder)

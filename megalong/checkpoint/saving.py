@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megalong.checkpoint.folder import checkpoint_folder, has_pointer, latest, remove_old
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.texts import texts_of
+from megalong.checkpoint.tokenizer import tokenizer_files
 from megalong.checkpoint.writing import write_checkpoint
 from megalong.config import Config
 from megalong.errors import UserError
@@ -34,6 +35,8 @@ class Saver:
 
     def __init__(self, config: Config, announce: Callable[[str], None]):
         self._config, self._announce = config, announce
+        # Read now: it may be gone from where it is before the run has ended.
+        self._tokenizer = tokenizer_files(config.data) if dist.get_rank() == 0 else {}
         timeout = timedelta(minutes=config.run.distributed_timeout_minutes)
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -77,7 +80,8 @@ class Saver:
         run = Path(self._config.run.save)
         checkpoint = checkpoint_folder(run, progress.iteration)
         try:
-            write_checkpoint(checkpoint, tensors, texts_of(progress, self._config), self._group)
+            others = texts_of(progress, self._config) | self._tokenizer
+            write_checkpoint(checkpoint, tensors, others, self._group)
         except OSError as error:
             raise UserError(_failure(run, checkpoint, error)) from error
         self.durable_at = time.perf_counter()

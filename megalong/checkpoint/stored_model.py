@@ -14,6 +14,7 @@ from megalong.checkpoint.names import WEIGHTS, parameter_of, tensor_name
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.checkpoint.texts import read_settings
+from megalong.checkpoint.tokenizer import kept_tokenizer
 from megalong.config import Config
 from megalong.config.arguments import config_from_values
 
@@ -42,6 +43,11 @@ class StoredModel:
             for name, entry in self._reader.tensors.items()
             if (parameter := parameter_of(name, WEIGHTS)) is not None
         }
+
+    @property
+    def tokenizer_model(self) -> str | None:
+        """Where its tokenizer is, `tokenizer_model` of `build_tokenizer`."""
+        return kept_tokenizer(self.folder, self.config.data)
 
     def read(self, name: str) -> torch.Tensor:
         """One weight, whole, float32."""

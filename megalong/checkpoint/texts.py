@@ -15,9 +15,10 @@ from megalong.config.arguments import read_yaml, to_yaml
 _PROGRESS, _CONFIG = "progress.json", "config.yaml"
 
 
-def texts_of(progress: Progress, config: Config) -> dict[str, str]:
+def texts_of(progress: Progress, config: Config) -> dict[str, bytes]:
     """The contents of these files by name. config: resolved."""
-    return {_PROGRESS: json.dumps(dataclasses.asdict(progress)), _CONFIG: to_yaml(config)}
+    texts = {_PROGRESS: json.dumps(dataclasses.asdict(progress)), _CONFIG: to_yaml(config)}
+    return {name: text.encode() for name, text in texts.items()}
 
 
 def read_progress(checkpoint: Path) -> Progress:

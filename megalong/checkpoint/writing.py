@@ -29,12 +29,12 @@ from megalong.disk import flush_to_disk
 def write_checkpoint(
     checkpoint: Path,
     tensors: dict[str, torch.Tensor],
-    texts: dict[str, str],
+    others: dict[str, bytes],
     group: dist.ProcessGroup,
 ) -> None:
     """Write a checkpoint and put it in force; called by every rank of `group`, a gloo group.
 
-    tensors: those that this rank has to write, on the CPU. texts: further files; rank 0's count.
+    tensors: those that this rank has to write, on the CPU. others: further files; rank 0's count.
     Raises OSError where a file cannot be written, on every rank.
     """
     is_main, new = dist.get_rank(group) == 0, aside(checkpoint)
@@ -44,8 +44,8 @@ def write_checkpoint(
         new.mkdir()
 
     def finish() -> None:
-        for name, text in texts.items():
-            (new / name).write_text(text)
+        for name, content in others.items():
+            (new / name).write_bytes(content)
         files = {name: record for part in parts for name, record in part.items()}
         for path in new.iterdir():
             if path.name not in files:

@@ -204,6 +204,26 @@ def _tile(q_fgemd, k_fgnd, v_fgnd):
     return (weights @ v_fgnd).reshape(f, g, e, m, d).to(lse.dtype), lse
 
 
+def dilated_probabilities(q_bshd, k_bskd, branches):
+    """The weight of each key in each query's softmax, (b, h, s, s) in at least float32: that of all
+    branches which have it. Quadratic, to be looked at; `dilated_attention` has no such thing."""
+    s, heads = q_bshd.shape[1:3]
+    q_bhsd = q_bshd.transpose(1, 2)
+    k_bhsd = k_bskd.transpose(1, 2).repeat_interleave(heads // k_bskd.shape[2], 1)
+    scores = q_bhsd @ k_bhsd.mT * q_bshd.shape[-1] ** -0.5
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    times_hss = torch.zeros(heads, s, s, dtype=scores.dtype, device=scores.device)
+    positions = torch.arange(s, device=scores.device)
+    for branch in branches:
+        offsets = branch.offsets(scores.device).repeat_interleave(heads // len(branch.streams))
+        kept_hs = positions % branch.length % branch.rate == offsets[:, None]
+        segment_s = positions // branch.length
+        times_hss += kept_hs[..., None] & kept_hs[:, None] & (segment_s[:, None] == segment_s)
+    times_hss.tril_()
+    weights = (scores + times_hss.log().clamp_min(NEVER)).softmax(-1)
+    return weights * (times_hss > 0)
+
+
 class LongNetCacheLayer(CacheLayerMixin):
     """What later queries of one layer can still attend to.
 

@@ -46,8 +46,8 @@ def export(
     """Write a checkpoint as a folder for `AutoModelForCausalLM.from_pretrained`.
 
     load: run folder, or one checkpoint's. output: must not exist. dtype: of the weights; None is
-    the precision of the training. tokenizer_model: where the tokenizer is now, if not where the
-    training found it. verify: compare the checkpoint with its hashes first.
+    the precision of the training. tokenizer_model: the tokenizer, if not the one in the checkpoint.
+    verify: compare the checkpoint with its hashes first.
     Returns the provenance that the folder records, "parameters" (how many, in words) and "files".
     Raises UserError or OSError naming what is wrong.
     """
@@ -55,21 +55,29 @@ def export(
     checkpoint = StoredModel(load, verify)
     config = checkpoint.config
     dtype = dtype or DTYPE_OF_PRECISION[config.training.precision]
-    tokenizer_model = tokenizer_model or config.data.tokenizer_model
+    tokenizer_model = tokenizer_model or checkpoint.tokenizer_model
     with written_aside(output) as folder:
         if with_tokenizer:
-            from megalong.hf.tokenizer_files import export_tokenizer
+            from megalong.hf.tokenizer_files import export_tokenizer, open_tokenizer
 
             tokenizer = export_tokenizer(
-                config.data.tokenizer_type, tokenizer_model, folder, config.data.prepend_bos
+                config.data.tokenizer_type,
+                tokenizer_model,
+                folder,
+                config.model.seq_length,
+                config.data.prepend_bos,
             )
+            pad = open_tokenizer(folder).pad_token_id
         else:
             tokenizer = build_tokenizer(config.data.tokenizer_type, tokenizer_model)
+            pad = None
         table = entries(config.model, tokenizer.vocab_size)
         files = _write_weights(checkpoint, table, getattr(torch, dtype), shard_bytes, folder)
         parameters = count_parameters(config.model, tokenizer.vocab_size)
         provenance = _provenance(checkpoint, config)
         fields = longnet_config(config, tokenizer)
+        if pad is not None:
+            fields["pad_token_id"] = pad
         _write_json(
             folder / "config.json",
             {

@@ -54,13 +54,16 @@ def continue_text(
             reading.remove()
             bar.close()
 
-        loaded.model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=max_new_tokens,
-            prefill_chunk_size=prefill_chunk_size,
-            streamer=AfterPrompt(Printer(loaded), read),
-        )
+        try:
+            loaded.model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=max_new_tokens,
+                prefill_chunk_size=prefill_chunk_size,
+                streamer=AfterPrompt(Printer(loaded), read),
+            )
+        finally:
+            reading.remove()  # also where the prompt was not read to its end
 
 
 class AfterPrompt(BaseStreamer):

@@ -15,19 +15,14 @@ import torch
 from safetensors import safe_open
 
 from megalong.checkpoint.first import write_first_checkpoint
+from megalong.checkpoint.tokenizer import HUGGINGFACE_FILES, SENTENCEPIECE_FILE
 from megalong.config import Config
 from megalong.config.arguments import config_from_values, to_yaml
 from megalong.data.tokenizer import build_tokenizer
 from megalong.errors import UserError
 from megalong.hf.configs import DTYPE_OF_PRECISION, megalong_values
 from megalong.hf.names import Entry, check_names, check_shape, entries
-from megalong.hf.tokenizer_files import (
-    HUGGINGFACE_FILES,
-    SENTENCEPIECE_FILE,
-    begins_with_bos,
-    open_tokenizer,
-    tokenizer_of_export,
-)
+from megalong.hf.tokenizer_files import begins_with_bos, open_tokenizer, tokenizer_of_export
 from megalong.progress import progress_bar
 
 TIED_COPY, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -91,7 +86,7 @@ def import_model(source: Path, run_folder: Path, changes: dict[str, Any]) -> tup
     values = megalong_values(theirs, str(source / "config.json"))
     values, ids = _with_tokenizer(values | changes, source, run_folder)
     if "tokenizer_type" not in changes:
-        values = {"prepend_bos": _begins_with_bos(theirs, source)} | values
+        values = {"prepend_bos": begins_with_bos(open_tokenizer(source))} | values
     given, config = _configuration(theirs, values, ids)
     _check_rows(theirs, config, ids)
     weights = SafetensorsReader(source)
@@ -131,13 +126,6 @@ def _with_tokenizer(
         name = SENTENCEPIECE_FILE if kind == "SentencePieceTokenizer" else "tokenizer"
         model = str((run_folder / name).resolve())
     return values | {"tokenizer_type": kind, "tokenizer_model": model}, ids
-
-
-def _begins_with_bos(theirs: dict[str, Any], source: Path) -> bool:
-    """Whether the model was trained on documents that begin with a token for that."""
-    if theirs["model_type"] == "longnet":
-        return theirs.get("bos_token_id") is not None
-    return begins_with_bos(open_tokenizer(source))
 
 
 def _configuration(

@@ -17,7 +17,7 @@ from megalong.data.tokenizer import Tokenizer, build_tokenizer
 from megalong.errors import UserError
 from megalong.hf.configs import longnet_config
 from megalong.hf.names import check_names, entries
-from megalong.hf.tokenizer_files import begins_with_bos, open_tokenizer
+from megalong.hf.tokenizer_files import begins_with_bos, open_tokenizer, plain_ids
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def load_model(
     """A megalong checkpoint (or run folder), or a folder of Transformers.
 
     device: None is the GPU where there is one.
-    tokenizer_model: where the tokenizer of a megalong checkpoint is now.
+    tokenizer_model: the tokenizer of a megalong checkpoint, if not the one in it.
     Raises UserError where it cannot be read.
     """
     if device is None:
@@ -58,7 +58,8 @@ def load_model(
         )
     checkpoint = StoredModel(path)
     data = checkpoint.config.data
-    tokenizer = build_tokenizer(data.tokenizer_type, tokenizer_model or data.tokenizer_model)
+    kept = tokenizer_model or checkpoint.tokenizer_model
+    tokenizer = build_tokenizer(data.tokenizer_type, kept)
     model = load_checkpoint(checkpoint, tokenizer).to(device, dtype).eval()
     first = tokenizer.bos if data.prepend_bos else tokenizer.eod
 
@@ -79,17 +80,15 @@ def _load_folder(path: Path, device: str, dtype: torch.dtype) -> LoadedModel:
 
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
         model = LongNetForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-        bos = model.config.bos_token_id
     else:
         tokenizer = open_tokenizer(path)
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, local_files_only=True, trust_remote_code=False
         )
-        bos = tokenizer.bos_token_id if begins_with_bos(tokenizer) else None
-    first = tokenizer.eos_token_id if bos is None else bos
+    first = tokenizer.bos_token_id if begins_with_bos(tokenizer) else tokenizer.eos_token_id
 
     def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
+        return plain_ids(tokenizer, text)
 
     def decode(tokens: list[int]) -> str:
         return tokenizer.decode(tokens, skip_special_tokens=True)

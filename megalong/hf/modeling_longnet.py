@@ -22,7 +22,13 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention_longnet import Branch, LongNetCache, LongNetCacheLayer, dilated_attention
+from .attention_longnet import (
+    Branch,
+    LongNetCache,
+    LongNetCacheLayer,
+    dilated_attention,
+    dilated_probabilities,
+)
 from .configuration_longnet import LongNetConfig
 from .loss_longnet import next_token_loss
 
@@ -103,18 +109,27 @@ class LongNetAttention(nn.Module):
         self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rotary, counts, cache):
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k = self._queries_and_keys(x, rotary)
+        v = self._heads(self.v_proj, x)
         if cache is None:
             out, _ = dilated_attention(q, k, v, self.branches)
         else:
             out = cache.attend(q, k, v, counts)
         return self.o_proj(out.flatten(2))
+
+    def probabilities(self, x, rotary):
+        """What each position attends to, (b, h, s, s), as `forward` without a cache does."""
+        return dilated_probabilities(*self._queries_and_keys(x, rotary), self.branches)
+
+    def _queries_and_keys(self, x, rotary):
+        q, k = self._heads(self.q_proj, x), self._heads(self.k_proj, x)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        return q, k
+
+    def _heads(self, projection, x):
+        return projection(x).unflatten(-1, (-1, self.head_dim))
 
 
 class LongNetMLP(nn.Module):
@@ -152,6 +167,8 @@ class LongNetPreTrainedModel(PreTrainedModel):
     config_class = LongNetConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    # Our own attention computes whatever is asked for, "eager" or "sdpa", in PyTorch's operators.
+    _supports_sdpa = True
     _no_split_modules = ["LongNetDecoderLayer"]  # noqa: RUF012  Transformers' own convention
 
 
@@ -179,6 +196,7 @@ class LongNetModel(LongNetPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> BaseModelOutputWithPast:
         """The hidden states of the input, which follows what is in the cache.
 
@@ -187,7 +205,11 @@ class LongNetModel(LongNetPreTrainedModel):
 
         attention_mask: (b, s) or, with a cache, (b, all columns so far): 0 where there is padding.
             Padding may be on either side, or between.
-        Raises ValueError for other masks and for caches of other models.
+        output_attentions: of each layer what each position attends to, (b, h, s, s): zero where its
+            pattern, the future or padding is. Of at most `TILE` positions, and without a cache,
+            which has not all of the past.
+        Raises ValueError for other masks, for caches of other models, and where there are no
+        attentions to give.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -196,8 +218,15 @@ class LongNetModel(LongNetPreTrainedModel):
         keep = output_hidden_states or (
             output_hidden_states is None and self.config.output_hidden_states
         )
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_attentions and (cache is not None or use_cache or length > TILE):
+            raise ValueError(
+                f"output_attentions makes length x length numbers a head: give at most {TILE}"
+                " tokens, and use_cache=False, since a cache has not all of the past"
+            )
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            use_cache = not output_attentions and self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             use_cache, cache = False, None  # the layers run twice
         if cache is None:
@@ -212,10 +241,13 @@ class LongNetModel(LongNetPreTrainedModel):
         starts = cache.lengths if cache is not None and cache.lengths else [0] * batch
         tiled = length > TILE and not torch.is_grad_enabled()
         rotary = None if tiled else self._rotary(starts, length, x.device)
-        states = []
+        states, attentions = [], []
         for number, layer in enumerate(self.layers):
             if keep:
                 states.append(padding.back(x))
+            if output_attentions:
+                weights = layer.self_attn.probabilities(layer.input_layernorm(x), rotary)
+                attentions.append(padding.square_back(weights))
             kept = None if cache is None else cache.layers[number]
             if tiled:
                 x = self._in_tiles(layer, x, starts, padding.counts, kept)
@@ -228,7 +260,10 @@ class LongNetModel(LongNetPreTrainedModel):
             x = self.norm(x)
         x = padding.back(x)
         return BaseModelOutputWithPast(
-            last_hidden_state=x, cache=cache, hidden_states=(*states, x) if keep else None
+            last_hidden_state=x,
+            cache=cache,
+            hidden_states=(*states, x) if keep else None,
+            attentions=tuple(attentions) if output_attentions else None,
         )
 
     def _in_tiles(self, layer, x, starts, counts, kept):
@@ -278,6 +313,17 @@ class Padding:
         """Undoes `to_end`."""
         return x if self.order is None else _pick(x, torch.argsort(self.order, dim=1))
 
+    def square_back(self, x_bhss):
+        """Undoes `to_end` for a square of positions, with zeros where one of them is padding."""
+        if self.order is None:
+            return x_bhss
+        places = torch.arange(x_bhss.shape[-1], device=x_bhss.device)
+        real = places < torch.tensor(self.counts, device=x_bhss.device)[:, None]
+        x_bhss = x_bhss.masked_fill(~(real[:, None, :, None] & real[:, None, None]), 0.0)
+        back = torch.argsort(self.order, dim=1)[:, None]
+        x_bhss = x_bhss.gather(2, back[..., None].expand_as(x_bhss))
+        return x_bhss.gather(3, back[..., None, :].expand_as(x_bhss))
+
 
 def _pick(x_bsd, order_bs):
     return x_bsd.gather(1, order_bs[..., None].expand(-1, -1, x_bsd.shape[2]))
@@ -303,6 +349,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
         return_dict: bool | None = None,
         **loss_options,
@@ -319,7 +366,13 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         if unknown:
             raise TypeError(f"LongNet takes no {', '.join(sorted(unknown))}")
         outputs = self.model(
-            input_ids, attention_mask, cache, inputs_embeds, use_cache, output_hidden_states
+            input_ids,
+            attention_mask,
+            cache,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            output_attentions,
         )
         hidden, keep = outputs.last_hidden_state, logits_to_keep
         ours = labels is not None and self.loss_function is ForCausalLMLoss  # and nobody's own
@@ -336,7 +389,11 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             else:
                 loss = self.loss_function(logits=logits, labels=labels, **loss_options)
         result = CausalLMOutputWithPast(
-            loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states
+            loss=loss,
+            logits=logits,
+            cache=outputs.cache,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
         return result if return_dict in (None, True) else result.to_tuple()
 

@@ -1,7 +1,9 @@
 """megalong's tokenizers as files that Transformers' AutoTokenizer reads, without code of ours.
 
-Each gives the same ids as the tokenizer of the training, for any text, and gives every text back;
-"<eod>" inside a text is just text. What is written is checked against the training tokenizer.
+Each gives the same ids as the tokenizer of the training, for any text, and gives every text back.
+As is usual in Transformers, a text may name special tokens: `text + tokenizer.eos_token` ends with
+the end of document. In training "<eod>" inside a text is just text, as here with
+`split_special_tokens=True`. What is written is checked against the training tokenizer.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+from megalong.checkpoint.tokenizer import HUGGINGFACE_FILES, SENTENCEPIECE_FILE
 from megalong.data.tokenizer import (
     EOD_PIECE,
     SENTENCEPIECE_SPACE,
@@ -18,16 +22,6 @@ from megalong.data.tokenizer import (
 )
 from megalong.errors import UserError
 
-SENTENCEPIECE_FILE = "tokenizer.model"  # beside tokenizer.json, for a way back without loss
-HUGGINGFACE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 _PROBES = (
     "",
     "The quick brown fox, 12345 times.  Two spaces, and a tab:\t\n\n",
@@ -39,10 +33,15 @@ _PROBES = (
 
 
 def export_tokenizer(
-    tokenizer_type: str, tokenizer_model: str | None, folder: Path, prepend_bos: bool = False
+    tokenizer_type: str,
+    tokenizer_model: str | None,
+    folder: Path,
+    max_length: int,
+    prepend_bos: bool = False,
 ) -> Tokenizer:
     """Write the files of one of megalong's tokenizers; returns that tokenizer.
 
+    max_length: tokens of a sequence of the training, which `truncation=True` cuts a text to.
     prepend_bos: whether the documents of the training began with its beginning-of-text token; then
     the texts that the written tokenizer is given do too, and else they do not.
     Raises UserError where it cannot be expressed, and what `build_tokenizer` raises.
@@ -52,31 +51,38 @@ def export_tokenizer(
         for name in HUGGINGFACE_FILES:
             if (Path(tokenizer_model) / name).exists():
                 shutil.copy(Path(tokenizer_model) / name, folder / name)
-        _begin_texts(folder, ours.bos if prepend_bos else None)
-        return ours
-    if tokenizer_type == "ByteTokenizer":
-        backend = _bytes_backend()
+        settings = {}
     else:
-        backend = _sentencepiece_backend(tokenizer_model)
-        shutil.copy(tokenizer_model, folder / SENTENCEPIECE_FILE)
-    backend.save(str(folder / "tokenizer.json"))
-    eod = backend.id_to_token(ours.eod)
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": eod,
-        "pad_token": eod,
-        "padding_side": "left",
-        "split_special_tokens": True,  # "<eod>" in a text is five characters
-        "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": int(1e30),
-    }
-    if ours.bos is not None:
-        settings["bos_token"] = backend.id_to_token(ours.bos)
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+        if tokenizer_type == "ByteTokenizer":
+            backend, names = _bytes_backend(), {}
+        else:
+            backend, names = _sentencepiece_backend(tokenizer_model)
+            # Beside tokenizer.json, for a way back without loss.
+            shutil.copy(tokenizer_model, folder / SENTENCEPIECE_FILE)
+        backend.save(str(folder / "tokenizer.json"))
+        eod = backend.id_to_token(ours.eod)
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": eod,
+            **names,
+            "eos_token": eod,
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
+        if ours.bos is not None:
+            settings["bos_token"] = backend.id_to_token(ours.bos)
+    _set(folder, settings | {"split_special_tokens": False, "model_max_length": max_length})
     _begin_texts(folder, ours.bos if prepend_bos else None)
     _check_same(ours, folder)
     return ours
+
+
+def _set(folder: Path, changes: dict[str, Any]) -> None:
+    """Settings of the tokenizer there that are otherwise now, or new."""
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(settings | changes, indent=2, ensure_ascii=False) + "\n")
 
 
 def _begin_texts(folder: Path, bos: int | None) -> None:
@@ -88,8 +94,8 @@ def _begin_texts(folder: Path, bos: int | None) -> None:
 
     if is_so():
         return
-    path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    content, settings = json.loads(path.read_text()), json.loads(settings_path.read_text())
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
     content["post_processor"] = None
     if bos is not None:
         token = Backend.from_file(str(path)).id_to_token(bos)
@@ -102,7 +108,7 @@ def _begin_texts(folder: Path, bos: int | None) -> None:
             "special_tokens": {token: {"id": token, "ids": [bos], "tokens": [token]}},
         }
     path.write_text(json.dumps(content, ensure_ascii=False))
-    settings_path.write_text(json.dumps(settings | {"add_bos_token": bos is not None}, indent=2))
+    _set(folder, {"add_bos_token": bos is not None})
     if not is_so():
         begin = "does not begin" if bos is not None else "begins"
         raise UserError(
@@ -118,12 +124,19 @@ def _check_same(ours: Tokenizer, folder: Path) -> None:
     for text in _PROBES:
         if not lossless:  # one that adds a prefix adds another one after each stand-in
             text = text.replace(SENTENCEPIECE_SPACE, "")
-        if theirs.encode(text, add_special_tokens=False) != ours.encode(text):
+        if plain_ids(theirs, text) != ours.encode(text):
             raise UserError(
-                "--tokenizer-model: this SentencePiece model cannot be expressed as a fast"
-                f" tokenizer: {text!r} is cut into other tokens. Export without it"
-                " (--no-tokenizer) and add the tokenizer files by hand"
+                "--tokenizer-model: this tokenizer cannot be expressed as one of Transformers:"
+                f" {text!r} is cut into other tokens. Export without it (--no-tokenizer) and add"
+                " the tokenizer files by hand"
             )
+    ended = theirs.encode("a" + theirs.eos_token, add_special_tokens=False)
+    if ended != [*ours.encode("a"), ours.eod]:
+        raise UserError(
+            f"--tokenizer-model: in Transformers {theirs.eos_token!r} is not taken for the token"
+            " that ends a document. Export without the tokenizer (--no-tokenizer) and add its files"
+            " by hand"
+        )
 
 
 def _bytes_backend():
@@ -141,7 +154,10 @@ def _bytes_backend():
 
 
 def _sentencepiece_backend(model_file: str):
-    """A SentencePiece model as a fast tokenizer.
+    """A SentencePiece model as a fast tokenizer, and what it has of "unk_token" and "pad_token".
+
+    Where bytes stand for what has no piece, no text has the unknown token, which can then be that
+    of padding: who fine-tunes learns nothing from padding, but has to from the end of document.
 
     Spaces stay spaces: pieces are spelled with them instead of SentencePiece's stand-in, which in
     a text is then one unknown character more, made of bytes, as in the training tokenizer.
@@ -191,7 +207,7 @@ def _sentencepiece_backend(model_file: str):
         [
             AddedToken(piece, normalized=False)
             for piece, kind in zip(pieces, kind_of, strict=True)
-            if kind == kinds.CONTROL
+            if kind in (kinds.CONTROL, kinds.UNKNOWN)
         ]
     )
     backend.add_tokens(
@@ -201,7 +217,12 @@ def _sentencepiece_backend(model_file: str):
             if kind == kinds.USER_DEFINED
         ]
     )
-    return backend
+    names = {"unk_token": pieces[unknown]}
+    if proto.trainer_spec.pad_id >= 0:
+        names["pad_token"] = pieces[proto.trainer_spec.pad_id]
+    elif byte_fallback:
+        names["pad_token"] = pieces[unknown]
+    return backend, names
 
 
 def _normalizers(spec, normalizers) -> list:
@@ -233,6 +254,11 @@ def open_tokenizer(folder: Path):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def plain_ids(tokenizer, text: str) -> list[int]:
+    """The ids of a text by a tokenizer of Transformers, without any that the text only names."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def begins_with_bos(tokenizer) -> bool:

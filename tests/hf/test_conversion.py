@@ -31,6 +31,7 @@ from megalong.checkpoint.stored_model import StoredModel
 from megalong.errors import UserError
 from megalong.hf.exporting import export, parse_size
 from megalong.hf.importing import SafetensorsReader, import_model
+from megalong.hf.loaded_model import load_model
 from megalong.hf.names import check_names, entries
 from megalong.model.parameters import count_parameters
 from tests.hf.models import VOCAB_SIZE, huggingface_model, random_tokens, resolved
@@ -94,7 +95,9 @@ def test_auto_classes_load_the_folder(changes, tmp_path):
     assert len(files) > 2 and files == {p.name for p in (tmp_path / "hf").glob("*.safetensors")}
     for file in files:
         assert sum(x.nbytes for x in load_file(tmp_path / "hf" / file).values()) <= 66_000
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", trust_remote_code=True, attn_implementation="sdpa"
+    )
     assert model.dtype == torch.float32 and type(model).__name__ == "LongNetForCausalLM"
     # All of its code is the folder's, the pattern's too, of which there is one file for both sides.
     pattern = inspect.getmodule(inspect.getmodule(type(model.config)).DilatedPattern)
@@ -105,7 +108,9 @@ def test_auto_classes_load_the_folder(changes, tmp_path):
         expected = huggingface_model(config, weights)(tokens).logits
         assert torch.equal(model(tokens).logits, expected)
     model.save_pretrained(tmp_path / "saved")  # as after fine-tuning
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", trust_remote_code=True, attn_implementation="eager"
+    )
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, expected)
     import_model(tmp_path / "saved", tmp_path / "imported", {"tokenizer_type": "ByteTokenizer"})
@@ -404,7 +409,15 @@ def test_a_tokenizer_of_transformers_comes_along(tmp_path):
     _, config = import_model(tmp_path / "llama", tmp_path / "imported", {"attention": "dense"})
     assert config.data.tokenizer_type == "HuggingFaceTokenizer"
     shutil.rmtree(tmp_path / "llama")
-    assert AutoTokenizer.from_pretrained(config.data.tokenizer_model).encode("a\n\nb")
+    ids = AutoTokenizer.from_pretrained(config.data.tokenizer_model).encode("a\n\nb")
+    # A checkpoint alone has it too.
+    (tmp_path / "imported" / "iter_0000000").rename(tmp_path / "moved")
+    shutil.rmtree(tmp_path / "imported")
+    export(tmp_path / "moved", tmp_path / "out")
+    again = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    assert again.encode("a\n\nb") == ids and len(ids) == 3
+    loaded = load_model(tmp_path / "moved", "cpu", torch.float32)
+    assert loaded.encode("a\n\nb") == ids
 
 
 @pytest.mark.parametrize("multiple, rows", [(None, 300), (128, 384)])

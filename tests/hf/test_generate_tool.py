@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from megalong.hf.generation import Printer
+from megalong.hf.configuration_longnet import LongNetConfig
+from megalong.hf.generation import Printer, continue_text
 from megalong.hf.loaded_model import LoadedModel
+from megalong.hf.modeling_longnet import LongNetForCausalLM
 
 
 @pytest.mark.parametrize("prompt", [b"prompt \xe2\x82\xac", b""])
@@ -28,3 +30,14 @@ def test_tokens_of_a_byte_each(capsys, prompt, content):
         printer.put(torch.tensor([byte]))
     printer.end()
     assert capsys.readouterr().out == decode(content) + "\n"
+
+
+def test_a_prompt_that_is_not_read_leaves_nothing_behind_in_the_model(monkeypatch):
+    sizes = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LongNetForCausalLM(LongNetConfig(**sizes)).eval()
+    monkeypatch.setattr(model.model.norm, "forward", lambda x: 1 / 0)
+    settings = {"max_new_tokens": 1, "temperature": 0, "top_p": 1, "seed": 0}
+    with pytest.raises(ZeroDivisionError):
+        loaded = LoadedModel(model, lambda text: list(text.encode()), bytes, first=256)
+        continue_text(loaded, "abc", **settings, prefill_chunk_size=2)
+    assert not model.model._forward_hooks

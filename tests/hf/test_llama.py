@@ -47,7 +47,7 @@ def llama(tmp_path_factory):
         eos_token_id=EOD, bos_token_id=BOS, initializer_range=0.1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
-    export_tokenizer("ByteTokenizer", None, folder)
+    export_tokenizer("ByteTokenizer", None, folder, 128)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"bos_token": "<bos>"})
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megalong.checkpoint.stored_model import StoredModel
 from megalong.hf.exporting import export
-from megalong.hf.tokenizer_files import SENTENCEPIECE_FILE
 from megalong.training.metrics import read_metrics
 from tests.launching import REPOSITORY, free_port, made_once, run
 
@@ -95,8 +94,7 @@ def test_the_readmes_story(place, tmp_path):
     before, after = losses(runs / "quickstart"), losses(runs / "continued")
     assert before[0] > 7 and len(after) == 10
     assert sum(after) / 10 < before[-1] + 0.3
-    tokenizer = str(runs / "imported" / SENTENCEPIECE_FILE)
-    export(runs / "continued", tmp_path / "again", tokenizer_model=tokenizer)  # and out again
+    export(runs / "continued", tmp_path / "again")  # and out again
 
 
 def test_the_exported_quickstart(place):
@@ -117,7 +115,6 @@ def test_the_exported_quickstart(place):
 
 def test_checkpoint_and_export_write_alike(place):
     flags = ["--prompt", "import os\n", "--max-new-tokens", 40, "--temperature", 0]
-    flags += ["--tokenizer-model", place / "runs" / "quickstart" / "tokenizer.model"]
     ours, theirs = (
         tool("generate.py", "--model", place / "runs" / name, *flags).stdout
         for name in ("quickstart", "quickstart-hf")
@@ -132,8 +129,6 @@ def test_checkpoint_and_export_are_evaluated_alike(place, text_file, tmp_path):
     for name in ("quickstart", "quickstart-hf"):
         flags = ["--input", text_file, "--context-lengths", 128, 512, "--output", tmp_path]
         flags += ["--passkey-lengths", 200, "--passkey-depths", 0, 0.5, "--passkey-trials", 2]
-        # The quickstart's checkpoint knows its tokenizer by a path from where it was made.
-        flags += ["--tokenizer-model", place / "runs" / "quickstart" / "tokenizer.model"]
         tool("evaluate.py", "--model", place / "runs" / name, "--overwrite", *flags)
         results.append(json.loads((tmp_path / "evaluation.json").read_text()))
         assert (tmp_path / "evaluation.png").stat().st_size > 10_000

@@ -4,6 +4,9 @@ import pytest
 import torch
 from transformers import DynamicCache, Trainer, TrainingArguments
 
+from megalong.attention.pattern import DilatedPattern
+from megalong.attention.reference import dilated_attention_reference
+from megalong.hf.attention_longnet import Branch, dilated_probabilities
 from megalong.hf.configuration_longnet import LongNetConfig
 from megalong.hf.modeling_longnet import LongNetForCausalLM
 
@@ -83,20 +86,17 @@ def test_masks_and_caches_of_another_kind_are_refused(model):
         make_model(head_offsets="modulo")
 
 
+VARIANTS = [
+    {},
+    {"head_offsets": "block", "num_key_value_heads": 1},
+    {"head_offsets": "layer", "position_embedding_type": "none"},
+    {"attention": "dense", "normalization": "LayerNorm", "swiglu": False, "linear_bias": True},
+    {"segment_lengths": [7, 20], "dilation_rates": [2, 9]},  # a query may see nothing
+]
 SIZES = [[1] * 100, [13] * 8, [40, 1, 1, 1, 30, 1, 26, 1, 1]]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"head_offsets": "block", "num_key_value_heads": 1},
-        {"head_offsets": "layer", "position_embedding_type": "none"},
-        {"attention": "dense", "normalization": "LayerNorm", "swiglu": False, "linear_bias": True},
-        {"segment_lengths": [7, 20], "dilation_rates": [2, 9]},  # a query may see nothing
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=["ones", "chunks", "mixed"])
 def test_cached_equals_uncached(changes, sizes):
     """Over more than three times the longest segment, one token or many at a time."""
@@ -215,6 +215,50 @@ def test_hidden_states_and_kept_logits(model):
         full = model(tokens).logits
     assert len(outputs.hidden_states) == 3 and outputs.logits.shape == (2, 2, 50)
     torch.testing.assert_close(outputs.logits, full[:, -2:])
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_attentions_are_those_of_the_definition(changes):
+    config = make_model(**changes).config
+    kv_heads, s = config.num_key_value_heads, 50
+    q, k = (torch.randn(1, s, heads, s, dtype=torch.float64) for heads in (4, kv_heads))
+    v = torch.eye(s, dtype=torch.float64)[:, None].expand(1, s, kv_heads, s)  # out: the weights
+    fields = [[s], [1]] if config.attention == "dense" else list(SEGMENTS.values())
+    fields = [changes.get(name, x) for name, x in zip(SEGMENTS, fields, strict=True)]
+    pattern = DilatedPattern(*fields, config.head_offsets, layer=1)
+    expected = dilated_attention_reference(q, k, v, pattern)[0].transpose(1, 2)
+    branches = [Branch.of(*branch, kv_heads) for branch in config.branches(1)]
+    weights = dilated_probabilities(q, k, branches)
+    torch.testing.assert_close(weights, expected)
+    assert torch.equal(weights == 0, expected == 0)
+
+
+def test_attentions_of_padded_rows_are_what_the_model_computes_with():
+    model = make_model(attn_implementation="eager").double()
+    attention, seen = model.model.layers[1].self_attn, {}
+    attention.v_proj.register_forward_hook(lambda *call: seen.update(values=call[2]))
+    attention.o_proj.register_forward_pre_hook(lambda _, inputs: seen.update(out=inputs[0]))
+    tokens, mask = batch_of(sequences(50, 30), ["right", "both"])
+    with torch.no_grad():
+        attentions = model(tokens, attention_mask=mask, output_attentions=True).attentions
+    real = mask.bool()
+    assert [x.shape for x in attentions] == [(2, 4, 53, 53)] * 2
+    for row, count in enumerate((50, 30)):
+        weights = attentions[1][row]
+        assert not weights[:, ~real[row]].any() and not weights[..., ~real[row]].any()
+        v = seen["values"][row, :count].unflatten(-1, (2, 8)).transpose(0, 1)
+        out = weights[:, real[row]][..., real[row]] @ v.repeat_interleave(2, 0)
+        torch.testing.assert_close(out.transpose(0, 1).flatten(1), seen["out"][row, :count])
+
+
+def test_attentions_without_all_of_the_past_are_refused(model):
+    tokens = sequences(5)[0][None]
+    assert model(tokens).attentions is None
+    with pytest.raises(ValueError, match=r"output_attentions .* use_cache=False"):
+        model.generate(tokens, output_attentions=True, max_new_tokens=2)
+    options = {"output_attentions": True, "return_dict_in_generate": True, "max_new_tokens": 2}
+    steps = model.generate(tokens, **options, use_cache=False).attentions
+    assert [step[0].shape for step in steps] == [(1, 4, 5, 5), (1, 4, 6, 6)]
 
 
 def test_trainer_lowers_the_loss(tmp_path):
