@@ -8,8 +8,8 @@ ladder    Dry runs on a GPU that is not there: bytes per token at the peak, by k
 measured  Real steps of a small model on the CPU, each length in a process of its own: the peak of
           resident memory beside a dry run's. Ends with status 1 where they differ by more than 5%.
           Ten minutes on two cores; goes on where it was stopped.
-time      Real steps on the CPU in one process: everything on against full recomputation alone,
-          taking turns, and the time per token by length. Some minutes on two cores.
+time      Real steps on the CPU: everything on against full recomputation alone, taking turns, and
+          the time per token by length. A quarter of an hour on two cores that do nothing else.
 
 Each writes its JSON into --output, all but time a table (Markdown) and a plot as well.
 """
@@ -17,7 +17,6 @@ Each writes its JSON into --output, all but time a table (Markdown) and a plot a
 from __future__ import annotations
 
 import json
-import os
 import sys
 from argparse import Namespace
 from itertools import chain
@@ -56,6 +55,7 @@ def parse_arguments() -> Namespace:
     option("--length", type=int, default=32_768, help="tokens of the steps that take turns")
     option("--repeats", type=int, default=5, help="steps of each")
     option("--lengths", type=int, nargs="+", default=[32_768, 131_072, 524_288], help="tokens")
+    option("--rungs", nargs="+", help="whose time by length is measured (default: all that are on)")
     return parser.parse_args()
 
 
@@ -117,15 +117,16 @@ def measured(arguments: Namespace) -> int:
 
 
 def time(arguments: Namespace) -> None:
-    os.environ["DS_ACCELERATOR"] = "cpu"
     import memory_measured as real
 
     result = real.take_turns(arguments.length, arguments.repeats)
     for rung, ratio in result["ratios"].items():
         print(f"{result['medians'][rung]:8.2f} s, {ratio:5.2f} x: {rung}", flush=True)
     rows = []
-    for row in real.by_length(arguments.lengths):
-        print("{length:>9,} tokens: {microseconds_per_token:.1f} us a token, {rung}".format(**row))
+    rungs = arguments.rungs or real.MEASURED
+    for row in real.by_length(arguments.lengths, rungs, arguments.repeats):
+        line = "{length:>9,} tokens: {microseconds_per_token:.1f} us a token, {rung}"
+        print(line.format(**row), flush=True)
         rows.append(row)
         write(arguments.output / "time.json", {"turns": result, "by_length": rows})
 

@@ -90,18 +90,12 @@ def compare(rung: str, length: int) -> dict[str, Any]:
 
 
 def take_turns(length: int, repeats: int) -> dict[str, Any]:
-    """Steps of each rung in turn, in this process: seconds of each, and the medians beside that of
-    the first rung. Each has made a step before."""
-    from megalong.parallel import process_group
-
+    """Steps of each rung in turn, each in a process of its own: seconds of each, and the medians
+    beside that of the first rung."""
     seconds: dict[str, list[float]] = {rung: [] for rung in RUNGS}
-    for number in range(repeats + 1):
-        with process_group() as device:
-            for rung, values in RUNGS.items():
-                with engine(MODEL | values | {"seq_length": length}, device) as step:
-                    taken = step()
-                if number:
-                    seconds[rung].append(taken)
+    for _ in range(repeats):
+        for rung in RUNGS:
+            seconds[rung].append(timed(rung, length))
     medians = {rung: statistics.median(values) for rung, values in seconds.items()}
     base = next(iter(medians.values()))
     return {
@@ -112,19 +106,22 @@ def take_turns(length: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def by_length(lengths: list[int]) -> Iterator[dict[str, Any]]:
-    """The time per token of one step with everything on, by length; in this process, which has made
-    a step before."""
-    from megalong.parallel import process_group
+def by_length(lengths: list[int], rungs: list[str], repeats: int) -> Iterator[dict[str, Any]]:
+    """The time per token of a step with everything on, by length: the median of `repeats` steps,
+    of fewer where these would have more than a million tokens together."""
+    for rung in rungs:
+        for length in lengths:
+            steps = max(1, min(repeats, 2**20 // length))
+            seconds = [timed(rung, length) for _ in range(steps)]
+            row = {"rung": rung, "length": length, "seconds": seconds}
+            yield {**row, "microseconds_per_token": 1e6 * statistics.median(seconds) / length}
 
-    with process_group() as device:
-        for rung in MEASURED:
-            values = MODEL | RUNGS[rung]
-            for length in (lengths[0], *lengths):  # the first warms up
-                with engine(values | {"seq_length": length}, device) as step:
-                    seconds = step()
-                row = {"rung": rung, "length": length, "seconds": seconds}
-                yield {**row, "microseconds_per_token": 1e6 * seconds / length}
+
+def timed(rung: str, length: int) -> float:
+    """Seconds of a step in a process that has made a small one before. A process of its own: gloo
+    leaves threads behind that go on polling when a model and its process groups are gone."""
+    values = MODEL | RUNGS[rung] | {"seq_length": length}
+    return in_process("real", values, environment={"DS_ACCELERATOR": "cpu"})["seconds"]
 
 
 def in_process(
