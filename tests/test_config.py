@@ -20,6 +20,12 @@ def test_every_flag_has_help():
         assert action.help, action.option_strings
 
 
+def test_help_shows_defaults_as_they_are_typed():
+    text = " ".join(build_parser().format_help().split())
+    for default in ("GELU (default: on)", "linear layers (default: off)", "traced (default: 0)"):
+        assert default in text
+
+
 def test_defaults_that_depend_on_others():
     config = resolve("--hidden-size", 512, "--num-attention-heads", 8, "--seq-length", 32768)
     assert config.model.kv_channels == 64
@@ -101,7 +107,11 @@ def test_a_missing_yaml_is_named():
         ("--segment-lengths 8 16 --dilation-rates 1", 1, "has 2 values and --dilation-rates 1"),
         ("--segment-lengths 8 16", 1, "--segment-lengths is given without --dilation-rates"),
         ("--dilation-rates 8 16", 1, "--dilation-rates is given without --segment-lengths"),
-        ("--segment-lengths 8 --dilation-rates 0", 1, "--dilation-rates"),
+        (
+            "--segment-lengths 8 --dilation-rates 0",
+            1,
+            "--dilation-rates 0: each must be at least 1",
+        ),
         ("--head-offsets sideways", 1, "--head-offsets"),
         ("--head-offsets [[0]]", 1, "--head-offsets"),
         ("--lr-warmup-iters 20 --train-iters 10", 1, "--lr-warmup-iters 20"),

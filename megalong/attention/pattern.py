@@ -94,7 +94,7 @@ class DilatedPattern:
             if any(not 0 <= offset < rate for offset in row):
                 raise ValueError(
                     f"head_offsets of branch {branch} must lie in [0, {rate}), its dilation "
-                    f"rate, got {row}"
+                    f"rate, got {list(row)}"
                 )
         return table
 

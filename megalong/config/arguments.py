@@ -26,6 +26,7 @@ import yaml
 
 from megalong.command_line import ArgumentParser
 from megalong.config import Config, flag_name
+from megalong.config.flags import shown
 from megalong.errors import UserError
 
 
@@ -179,18 +180,21 @@ def _settings() -> dict[str, _Setting]:
             kind = hints[field.name]
             if isinstance(kind, types.UnionType):
                 kind = next(k for k in kind.__args__ if k is not type(None))
-            shown = field.default is not None and kind is not bool
             settings[field.name] = _Setting(
                 section=section,
                 name=field.name,
                 kind=kind,
                 default=field.default,
-                help=field.metadata["help"] + (f" (default: {field.default})" if shown else ""),
+                help=field.metadata["help"] + _default_in_words(field.default),
                 choices=field.metadata.get("choices"),
                 item=field.metadata.get("item"),
                 is_json=field.metadata.get("is_json", False),
             )
     return settings
+
+
+def _default_in_words(default: Any) -> str:
+    return "" if default is None else f" (default: {shown(default)})"
 
 
 def _checked(value: Any, setting: _Setting, where: str) -> Any:

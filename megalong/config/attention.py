@@ -11,7 +11,7 @@ from typing import Any
 
 from megalong.attention import DilatedPattern
 from megalong.attention.backends import BACKENDS
-from megalong.config.flags import flag
+from megalong.config.flags import flag, flag_name, shown
 from megalong.errors import UserError
 
 
@@ -137,6 +137,10 @@ class AttentionConfig:
                 f"--segment-lengths has {len(lengths)} values and --dilation-rates {len(rates)}:"
                 " a branch is one of each"
             )
+        for name in ("segment_lengths", "dilation_rates"):
+            values = getattr(self, name)
+            if values and min(values) < 1:
+                raise UserError(f"{flag_name(name)} {shown(values)}: each must be at least 1")
         try:
             self.dilated_pattern().offsets(heads, kv_heads)
         except ValueError as error:

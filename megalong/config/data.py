@@ -25,6 +25,13 @@ class DataConfig:
         False, "the documents begin with a beginning-of-text token: preprocess_data's --prepend-bos"
     )
 
+    @property
+    def tokenizer_flag(self) -> str:
+        """The flag that says which tokenizer it is, with its value."""
+        if self.tokenizer_model is None:
+            return f"--tokenizer-type {self.tokenizer_type}"
+        return f"--tokenizer-model {self.tokenizer_model}"
+
     def check(self) -> None:
         """Raise UserError where data or tokenizer is missing."""
         if self.data_path is None:

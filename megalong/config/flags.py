@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import field
 from typing import Any
@@ -17,6 +18,16 @@ def flag(default: Any, help: str, **options: Any) -> Any:
 def flag_name(field_name: str) -> str:
     """The command-line flag of a field: `num_layers` is `--num-layers`."""
     return "--" + field_name.replace("_", "-")
+
+
+def shown(value: Any) -> str:
+    """A value as the command line has it behind its flag: 1 2 4, a table as JSON, on, off."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple | list):
+        nested = any(isinstance(item, tuple | list) for item in value)
+        return json.dumps(value) if nested else " ".join(map(str, value))
+    return "not set" if value is None else str(value)
 
 
 def require_positive(section: Any, *names: str) -> None:

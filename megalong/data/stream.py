@@ -104,7 +104,8 @@ class TokenStream:
         if vocab_size is not None and known is not None and known >= vocab_size:
             raise UserError(
                 f"{documents.prefix} holds token id {known}, but the vocabulary has {vocab_size} "
-                "ids: was the data made with another --tokenizer-model?"
+                "ids: was the data made with another tokenizer (--tokenizer-type,"
+                " --tokenizer-model)?"
             )
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -174,5 +175,5 @@ class TokenStream:
         raise UserError(
             f"document {document} of {self.documents.prefix} holds token id {tokens[where]} (its "
             f"token {start}), but the vocabulary has {self.vocab_size} ids: was the data made with "
-            "another --tokenizer-model?"
+            "another tokenizer (--tokenizer-type, --tokenizer-model)?"
         )

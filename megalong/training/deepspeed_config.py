@@ -64,6 +64,7 @@ def _refuse_contradictions(
 ) -> None:
     training = config.training
     micro_batches = config.num_microbatches(data_parallel_size)
+    precision = f"--precision {training.precision}"
     owned: list[tuple[tuple[str, ...], Any, str]] = [
         (("train_batch_size",), training.global_batch_size, "--global-batch-size"),
         (
@@ -78,8 +79,8 @@ def _refuse_contradictions(
         ),
         (("gradient_clipping",), training.clip_grad, "--clip-grad"),
         (("zero_optimization", "stage"), config.parallel.zero_stage, "--zero-stage"),
-        (("bf16", "enabled"), training.precision == "bf16", "--precision bf16"),
-        (("fp16", "enabled"), training.precision == "fp16", "--precision fp16"),
+        (("bf16", "enabled"), training.precision == "bf16", precision),
+        (("fp16", "enabled"), training.precision == "fp16", precision),
         (("fp16", "loss_scale"), training.loss_scale or 0, "--loss-scale"),
         (
             ("fp16", "initial_scale_power"),
@@ -106,8 +107,8 @@ def _refuse_contradictions(
             theirs = 1  # the same arithmetic, see Config.resolve
         if theirs not in (None, "auto", ours):
             raise UserError(
-                f"{where} sets {'.'.join(path)} to {_show(theirs)}, but {flag} is {_show(ours)}:"
-                " make them agree, or leave it out of the file"
+                f"{where} sets {'.'.join(path)} to {_show(theirs)}, but {flag} makes it"
+                f" {_show(ours)}: make them agree, or leave it out of the file"
             )
     kinds = optimizer.deepspeed_types
     kind = settings.pop("optimizer", {}).get("type", kinds[0])

@@ -34,6 +34,7 @@ from megalong.config import (
     flag_name,
 )
 from megalong.config.attention import PATTERN_FIELDS
+from megalong.config.flags import shown
 from megalong.errors import UserError, system_errors_of
 from megalong.training.run_folder import same_folder
 
@@ -181,8 +182,8 @@ def _check_same_run(checkpoint: Path, config: Config) -> None:
         if name in ("make_vocab_size_divisible_by", "padded_vocab_size"):
             way_out += ", or, for an imported model, import it with another one"
         raise UserError(
-            f"{flag_name(name)} is {ours}, but the checkpoint {checkpoint} was written with"
-            f" {theirs}: set it to that, or {way_out}"
+            f"{flag_name(name)} is {shown(ours)}, but the checkpoint {checkpoint} was written with"
+            f" {shown(theirs)}: set it to that, or {way_out}"
         )
 
 
@@ -192,7 +193,7 @@ def other_ways(checkpoint: Path, config: Config) -> list[str]:
     if iteration_of(checkpoint):  # an imported model has seen no data
         names += ["seed", "split"]
     return [
-        f"{flag_name(name)} is {ours}; the checkpoint was written with {theirs}"
+        f"{flag_name(name)} is {shown(ours)}; the checkpoint was written with {shown(theirs)}"
         for name, (ours, theirs) in _differences(checkpoint, config, names).items()
     ]
 

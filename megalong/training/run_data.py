@@ -43,7 +43,7 @@ def open_run_data(config: Config) -> RunData:
     if made_with is not None and made_with != tokenizer.vocab_size:
         raise UserError(
             f"--data-path {data.data_path} was made with a tokenizer of {made_with} ids, and"
-            f" --tokenizer-model {data.tokenizer_model} has {tokenizer.vocab_size}: give the same"
+            f" {data.tokenizer_flag} has {tokenizer.vocab_size}: give the same"
         )
     if documents.prepend_bos not in (None, data.prepend_bos):
         made, flag = ("with", "") if documents.prepend_bos else ("without", "no-")

@@ -100,6 +100,15 @@ def test_a_vocabulary_smaller_than_the_ids(corpus, tmp_path, with_description):
     assert "300" in line and "--tokenizer-model" in line
 
 
+def test_data_of_another_tokenizer(corpus, tmp_path):
+    for ending in (".bin", ".idx"):
+        shutil.copy(f"{corpus}{ending}", tmp_path / f"other{ending}")
+    description = json.loads((corpus.parent / f"{corpus.name}.json").read_text())
+    (tmp_path / "other.json").write_text(json.dumps(description | {"vocab_size": 500}))
+    line = refused(1, *small_run_flags(tmp_path / "other"))
+    assert "a tokenizer of 500 ids, and --tokenizer-type ByteTokenizer has 257" in line
+
+
 @pytest.fixture(scope="module")
 def finished_run(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
@@ -113,7 +122,7 @@ def finished_run(corpus, tmp_path_factory):
         ({"num_layers": 3}, ["--num-layers is 3", "with 2"]),
         ({"seed": 7}, ["--seed is 7", "--save into another folder"]),
         ({"split": "50,40,10"}, ["--split is 50,40,10"]),
-        ({"dilation_rates": "1 2 4"}, ["--dilation-rates is (1, 2, 4)", "[1, 2, 3]"]),
+        ({"dilation_rates": "1 2 4"}, ["--dilation-rates is 1 2 4", "with 1 2 3"]),
         ({"optimizer": "sgd"}, ["--optimizer is sgd", "with adam", "set it to that"]),
     ],
     ids=["model", "seed", "split", "pattern", "optimizer"],

@@ -51,7 +51,7 @@ def test_what_no_flag_owns_is_passed_on(tmp_path):
         ({"gradient_accumulation_steps": 2}, ["gradient_accumulation_steps", "2", "4"]),
         ({"gradient_clipping": 0.5}, ["gradient_clipping", "0.5", "--clip-grad", "1.0"]),
         ({"bf16": {"enabled": False}}, ["bf16.enabled", "false", "--precision bf16", "true"]),
-        ({"fp16": {"enabled": True}}, ["fp16.enabled", "true", "--precision fp16", "false"]),
+        ({"fp16": {"enabled": True}}, ["fp16.enabled", "true", "--precision bf16 makes it false"]),
         ({"optimizer": {"type": "Lamb"}}, ["Lamb", "AdamW"]),
         ({"optimizer": {"params": {"lr": 0.1}}}, ["optimizer.params.lr", "0.1", "--lr", "0.001"]),
         ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "--lr-decay-style"]),
