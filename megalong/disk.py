@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megalong.errors import UserError
+from megalong.errors import UserError, system_errors_of
 
 UNFINISHED = ".tmp"  # behind the name of what is still being written
 
@@ -22,14 +23,27 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def writable_folder(flag: str, folder: Path) -> None:
+    """Make the folder of a flag, where it is not there, and see that a file can be made in it.
+    Raises UserError: before the work whose result belongs there, not after it."""
+    with system_errors_of(flag, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:  # names the file that is gone
+        raise UserError(f"{flag} {folder}: no file can be made there: {error.strerror}") from error
+
+
 @contextmanager
-def written_aside(folder: Path) -> Iterator[Path]:
+def written_aside(folder: Path, replaces: bool = False) -> Iterator[Path]:
     """A new folder to write into, `.tmp` until the block ends, on the disk, then `folder`.
 
-    Raises UserError where `folder` is there already; leaves nothing behind on an error.
+    replaces: in the place of the one that is there. Raises UserError where there is one and it is
+    not to be replaced; leaves nothing behind on an error, and the old one untouched.
     """
-    if folder.exists():
-        raise UserError(f"{folder} is there already: remove it, or choose another folder")
+    if folder.exists() and not replaces:
+        raise UserError(f"{folder} is there already: choose another folder, or --overwrite")
     aside = folder.with_name(folder.name + UNFINISHED)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -37,7 +51,13 @@ def written_aside(folder: Path) -> Iterator[Path]:
         yield aside
         for path in (*aside.rglob("*"), aside):
             flush_to_disk(path)
-        os.replace(aside, folder)
+        if folder.exists():
+            replaced = folder.with_name(folder.name + ".replaced")
+            os.replace(folder, replaced)
+            os.replace(aside, folder)
+            shutil.rmtree(replaced)
+        else:
+            os.replace(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     flush_to_disk(folder.parent)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from typing import TextIO
+import threading
+from collections.abc import Iterator
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 
 def progress_bar(
-    total: int,
+    total: int | None,
     unit: str,
     description: str,
     *,
@@ -19,7 +22,7 @@ def progress_bar(
 ) -> tqdm:
     """A bar with rate and time left, on standard error; use it as a context manager.
 
-    total: the amount of work in `unit`; "B" is shown as kB, MB, GB.
+    total: the amount of work in `unit`, None where it is not known; "B" is shown as kB, MB, GB.
     interval: seconds between two lines where the stream is not a terminal, and before the first.
     enabled: False makes it silent (all ranks but one).
     """
@@ -31,6 +34,27 @@ def progress_bar(
     # miniters: every update looks at the clock, and no thread has to.
     pace = {"mininterval": interval, "delay": interval, "miniters": 1, "maxinterval": float("inf")}
     return tqdm(**common, **pace, file=_Lines(stream), ncols=0, ascii=True)
+
+
+@contextlib.contextmanager
+def stopwatch(description: str, **options: Any) -> Iterator[None]:
+    """Inside, the time gone by, for a job that does not say how far it is. options: of
+    `progress_bar`."""
+    done = threading.Event()
+
+    def count(bar: tqdm) -> None:
+        while not done.wait(1):
+            bar.update()
+
+    with progress_bar(None, "s", description, **options) as bar:
+        bar.bar_format = "{desc}: {elapsed}"
+        counting = threading.Thread(target=count, args=(bar,), daemon=True)
+        counting.start()
+        try:
+            yield
+        finally:
+            done.set()
+            counting.join()
 
 
 class _Lines:

@@ -5,9 +5,10 @@
 
 writes data/stdlib_text_document.bin, .idx, and .json (counts, tokenizer); train on it with
 --data-path data/stdlib_text_document. Inputs are files, folders or glob patterns: JSON lines
-(.jsonl, .json), one document a line, and anything else as plain text, one document a file; .gz of
-either. What is broken is named on standard error, skipped and counted; --strict makes it an error.
-The output has its final name only when it is complete. It does not depend on --workers.
+(.jsonl, .json, .ndjson, and what holds them under another name), one document a line, and anything
+else as plain text, one document a file; .gz of either. What is broken is named on standard error,
+skipped and counted; --strict makes it an error. The output has its final name only when it is
+complete. It does not depend on --workers.
 Exit status: 0, or 2 after an error (nothing is written then).
 """
 
@@ -70,9 +71,10 @@ def print_summary(summary: Summary) -> None:
         )
     size = sum(part.bytes for part in summary.keys.values())
     seconds = max(summary.seconds, 1e-9)
+    lost = f", and the rest of {summary.cut_short:,} files" if summary.cut_short else ""
     print(
-        f"{summary.files:,} files, {summary.skipped:,} documents skipped, {summary.seconds:.1f} s "
-        f"({human_bytes(size / seconds)}/s)"
+        f"{summary.files:,} files, {summary.skipped:,} documents skipped{lost},"
+        f" {summary.seconds:.1f} s ({human_bytes(size / seconds)}/s)"
     )
 
 

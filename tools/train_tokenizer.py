@@ -2,8 +2,9 @@
 
     python tools/train_tokenizer.py --input stdlib.jsonl --output-prefix tokenizer --vocab-size 4096
 
-writes tokenizer.model. Inputs are files, folders or globs: JSON lines (.jsonl, .json; the texts
-under --json-keys), anything else is plain text; .gz of either. The tokenizer is lossless (every
+writes tokenizer.model. Inputs are files, folders or globs: JSON lines (.jsonl, .json, .ndjson, and
+what holds them under another name; the texts under --json-keys), anything else is plain text; .gz
+of either. The tokenizer is lossless (every
 text comes back unchanged), ends documents with <eod>, and the same input gives the same file.
 Use it with --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model.
 """
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
 from megalong.command_line import ArgumentParser, run
-from megalong.data.documents import BrokenDocument, find_files
+from megalong.data.documents import BrokenDocument, Remarks, find_files
 from megalong.data.formats import raw_documents, texts
 from megalong.errors import UserError
 
@@ -41,18 +42,20 @@ def parse_arguments() -> argparse.Namespace:
         type=float,
         default=0.9995,
         help="share of the text's characters that get an id of their own; the rest is spelled "
-        "in bytes (default: %(default)s)",
+        "in bytes",
     )
     add(
         "--max-bytes",
         type=int,
         default=100_000_000,
-        help="train on a uniform sample of so many bytes of text (default: %(default)s)",
+        help="train on a uniform sample of so many bytes of text",
     )
-    add("--seed", type=int, default=1234, help="of that sample (default: %(default)s)")
+    add("--seed", type=int, default=1234, help="of that sample")
     add("--overwrite", action="store_true", help="replace an existing model")
     add("--verbose", action="store_true", help="show the library's own log")
     args = parser.parse_args()
+    if args.vocab_size < 1:
+        raise UserError(f"--vocab-size {args.vocab_size} must be positive, some thousands usually")
     if args.max_bytes <= 0:
         raise UserError("--max-bytes must be positive")
     if not 0 < args.character_coverage <= 1:
@@ -60,17 +63,19 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def read_texts(files: list[str], json_keys: list[str], progress: tqdm) -> Iterator[str]:
-    """Yields every text of the files; names what is broken on standard error and goes on."""
+def read_texts(
+    files: list[str], json_keys: list[str], progress: tqdm, remarks: Remarks
+) -> Iterator[str]:
+    """Yields every text of the files; says what is broken and goes on."""
     for file in files:
-        for document in raw_documents(file):
+        for document in raw_documents(file, json_keys, remarks.say):
             try:
                 values = texts(document, json_keys).values()
             except BrokenDocument as error:
                 values = [error]
             for value in values:
                 if isinstance(value, BrokenDocument):
-                    progress.write(f"skipped {value}", file=sys.stderr)
+                    remarks.skip(value)
                 else:
                     yield value
             progress.update(document.size)
@@ -80,26 +85,38 @@ def main() -> None:
     args = parse_arguments()
     from megalong.data.tokenizer import SentencePieceTokenizer
     from megalong.data.tokenizer_training import sample_chunks, train_sentencepiece
-    from megalong.progress import progress_bar
+    from megalong.disk import writable_folder
+    from megalong.progress import human_bytes, progress_bar, stopwatch
 
     start = time.monotonic()
     output = Path(args.output_prefix + ".model")
     if output.exists() and not args.overwrite:
-        raise UserError(f"{output} exists: choose another --output-prefix or --overwrite")
+        raise UserError(
+            f"{output} is there already: choose another --output-prefix, or --overwrite"
+        )
+    writable_folder("--output-prefix", output.parent)
     files = find_files(args.input)
     with progress_bar(sum(map(os.path.getsize, files)), "B", "reading") as progress:
-        found = read_texts(files, args.json_keys, progress)
+        remarks = Remarks(progress)
+        found = read_texts(files, args.json_keys, progress, remarks)
         chunks = sample_chunks(found, args.max_bytes, args.seed)
-    model = train_sentencepiece(
-        chunks, args.vocab_size, character_coverage=args.character_coverage, verbose=args.verbose
-    )
-    output.parent.mkdir(parents=True, exist_ok=True)
+    size = human_bytes(sum(len(chunk.encode()) for chunk in chunks))
+    with stopwatch(f"training {args.vocab_size:,} ids on {size} of text"):
+        model = train_sentencepiece(
+            chunks,
+            args.vocab_size,
+            character_coverage=args.character_coverage,
+            verbose=args.verbose,
+        )
     temporary = output.with_name(output.name + ".partial")
     temporary.write_bytes(model)
     os.replace(temporary, output)
     tokenizer = SentencePieceTokenizer(str(output))
     seconds = time.monotonic() - start
-    print(f"{output}: {tokenizer.vocab_size} ids, end of document {tokenizer.eod}, {seconds:.1f} s")
+    print(
+        f"{output}: {tokenizer.vocab_size} ids, end of document {tokenizer.eod}, of {size} of text,"
+        f" {remarks.skipped:,} documents skipped, {seconds:.1f} s"
+    )
 
 
 if __name__ == "__main__":

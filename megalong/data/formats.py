@@ -2,14 +2,14 @@
 
 Reading text is in two steps, so that the costly second one can run in other processes. A format of
 text is a module with two functions, `raw_documents` and `texts`, which do what those of this module
-do, for files of one kind. A format of tokens is a class like `megalong.data.stream.Documents`.
-To add one: a file in this folder, and a line in its table.
+do, for files of one kind, and a NAME. A format of tokens is a class like
+`megalong.data.stream.Documents`. To add one: a file in this folder, and a line in its table.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pkgutil import resolve_name
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING
@@ -20,21 +20,28 @@ from megalong.data.documents import BrokenDocument, RawDocument
 if TYPE_CHECKING:
     from megalong.data.stream import Documents
 
-# By the suffix of a file, less .gz; any other file is plain text.
-TEXT = MappingProxyType({".jsonl": json_lines, ".json": json_lines})
+TEXT = MappingProxyType({module.NAME: module for module in (json_lines, plain_text)})
+
+# By the suffix of a file, less .gz; of any other its content decides.
+_SUFFIXES = MappingProxyType(dict.fromkeys((".jsonl", ".json", ".ndjson"), json_lines))
 
 # By the suffix that makes the prefix of --data-path a file; imported when it is needed. The first
 # is what a prefix of no file is taken for.
 TOKENS = MappingProxyType({".idx": "megalong.data.indexed:IndexedDocuments"})
 
 
-def raw_documents(path: str) -> Iterator[RawDocument]:
+def raw_documents(
+    path: str, json_keys: Sequence[str], say: Callable[[str], object]
+) -> Iterator[RawDocument]:
     """Yields the documents of one file in order, not yet decoded. Never raises for what is wrong in
-    the file: an unreadable rest of it becomes one last RawDocument with `error` set."""
-    return _text_format(path).raw_documents(path)
+    the file: an unreadable rest of it becomes one last RawDocument with `error` set.
+
+    say: hears a line where the content of the file is not what its name promises.
+    """
+    return _text_format(path, json_keys, say).raw_documents(path)
 
 
-def texts(document: RawDocument, json_keys: list[str]) -> dict[str, str | BrokenDocument]:
+def texts(document: RawDocument, json_keys: Sequence[str]) -> dict[str, str | BrokenDocument]:
     """The text of a document under each key, or the reason why there is none.
 
     A format without keys has one text, under the first key. An empty record gives {}.
@@ -42,7 +49,7 @@ def texts(document: RawDocument, json_keys: list[str]) -> dict[str, str | Broken
     """
     if document.error:
         raise BrokenDocument(f"{document.place}: {document.error}")
-    return _text_format(document.path).texts(document, json_keys)
+    return TEXT[document.format].texts(document, json_keys)
 
 
 def open_documents(prefix: str) -> Documents:
@@ -51,6 +58,18 @@ def open_documents(prefix: str) -> Documents:
     return resolve_name(TOKENS[next(found, next(iter(TOKENS)))])(prefix)
 
 
-def _text_format(path: str) -> ModuleType:
+def _text_format(path: str, json_keys: Sequence[str], say: Callable[[str], object]) -> ModuleType:
     suffix = os.path.splitext(path.lower().removesuffix(".gz"))[1]
-    return TEXT.get(suffix, plain_text)
+    if suffix in _SUFFIXES:
+        return _SUFFIXES[suffix]
+    record = json_lines.first_object(path)
+    if record is None:
+        return plain_text
+    if any(key in record for key in json_keys):
+        say(f"{path}: taken for JSON lines, which it holds, whatever its name")
+        return json_lines
+    say(
+        f"{path}: taken for one document of plain text, though its lines are JSON objects, for want"
+        f" of a key {' or '.join(map(repr, json_keys))}"
+    )
+    return plain_text

@@ -1,7 +1,9 @@
 """JSON lines: one document a line, an object with texts under its keys."""
 
+import contextlib
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from megalong.data.documents import (
     UNREADABLE,
@@ -10,6 +12,9 @@ from megalong.data.documents import (
     as_text,
     decompressed,
 )
+
+NAME = "JSON lines"
+_LONGEST_FIRST_LINE = 1 << 24  # bytes, of a file whose name does not say what it is
 
 
 def raw_documents(path: str) -> Iterator[RawDocument]:
@@ -21,12 +26,27 @@ def raw_documents(path: str) -> Iterator[RawDocument]:
                 line += 1
                 size = len(data) if lines is on_disk else on_disk.tell() - position
                 position += size
-                yield RawDocument(path, line, data, None, size)
+                yield RawDocument(NAME, path, line, data, None, size)
     except UNREADABLE as error:
-        yield RawDocument(path, line + 1, None, f"unreadable from here on ({error})", 0)
+        lost = f"unreadable from here on ({error}): all further documents of the file are lost"
+        yield RawDocument(NAME, path, line + 1, None, lost, 0)
 
 
-def texts(document: RawDocument, keys: list[str]) -> dict[str, str | BrokenDocument]:
+def first_object(path: str) -> dict | None:
+    """What the first line holds that is not blank, if that is an object and the next line begins
+    with one too: such a file is JSON lines, whatever its name."""
+    with contextlib.suppress(*UNREADABLE, ValueError, RecursionError), open(path, "rb") as on_disk:
+        file = decompressed(on_disk, path)
+        lines = iter(lambda: file.readline(_LONGEST_FIRST_LINE), b"")
+        first, second = itertools.islice(itertools.chain(filter(bytes.strip, lines), [b"{"]), 2)
+        first = first.removeprefix(b"\xef\xbb\xbf").lstrip()
+        if first.startswith(b"{") and second.lstrip().startswith(b"{"):
+            record = json.loads(first)
+            return record if isinstance(record, dict) else None
+    return None
+
+
+def texts(document: RawDocument, keys: Sequence[str]) -> dict[str, str | BrokenDocument]:
     """The texts of a line's object under these keys. A blank line has none."""
     text = as_text(document.data, document)
     if document.line == 1:

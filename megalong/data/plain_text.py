@@ -1,7 +1,7 @@
-"""Plain text: one document a file, whatever its name."""
+"""Plain text: one document a file."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from megalong.data.documents import (
     UNREADABLE,
@@ -11,13 +11,15 @@ from megalong.data.documents import (
     decompressed,
 )
 
+NAME = "plain text"
+
 
 def raw_documents(path: str) -> Iterator[RawDocument]:
     """The file itself, which `texts` reads."""
-    yield RawDocument(path, None, None, None, os.path.getsize(path))
+    yield RawDocument(NAME, path, None, None, None, os.path.getsize(path))
 
 
-def texts(document: RawDocument, keys: list[str]) -> dict[str, str | BrokenDocument]:
+def texts(document: RawDocument, keys: Sequence[str]) -> dict[str, str | BrokenDocument]:
     """The file's text, under the first key."""
     try:
         with open(document.path, "rb") as on_disk, decompressed(on_disk, document.path) as file:

@@ -10,19 +10,17 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
-from megalong.data.documents import BrokenDocument, RawDocument
+from megalong.data.documents import BrokenDocument, RawDocument, Remarks
 from megalong.data.formats import raw_documents, texts
 from megalong.data.tokenizer import Tokenizer, build_tokenizer
 from megalong.data.writer import DocumentWriter, token_dtype
@@ -31,7 +29,6 @@ from megalong.errors import UserError
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 4096
 BATCHES_PER_WORKER = 3
-NAMED_PROBLEMS = 100  # so many broken documents are named one by one; all are counted
 SIDECAR_VERSION = 1
 
 
@@ -60,6 +57,7 @@ class KeyResult:
 class BatchResult:
     keys: dict[str, KeyResult]
     problems: list[str]
+    cut_short: int  # files whose rest cannot be read
     size: int  # bytes on disk
 
 
@@ -81,8 +79,8 @@ class Summary:
     keys: dict[str, KeySummary]
     files: int
     skipped: int = 0
+    cut_short: int = 0  # files whose rest could not be read
     seconds: float = 0.0
-    problems: list[str] = field(default_factory=list)  # the first NAMED_PROBLEMS
 
 
 def output_prefix(prefix: str, key: str) -> str:
@@ -118,15 +116,20 @@ def preprocess(
     summary = Summary(
         {key: KeySummary(output_prefix(prefix, key)) for key in task.json_keys}, len(files)
     )
+    remarks = Remarks(progress)
     with contextlib.ExitStack() as stack:
         writers = {
             key: stack.enter_context(DocumentWriter(part.prefix, dtype, overwrite=overwrite))
             for key, part in summary.keys.items()
         }
-        results = _tokenize(_batches(files), task, tokenizer, workers)
+        results = _tokenize(_batches(files, task, remarks), task, tokenizer, workers)
         # Closed before the writers are: the workers must be gone when an error is reported.
         for result in stack.enter_context(contextlib.closing(results)):
-            _report(result.problems, summary, strict, progress)
+            summary.cut_short += result.cut_short
+            for problem in result.problems:
+                if strict:
+                    raise UserError(f"{problem} (--strict: nothing was written)")
+                remarks.skip(problem)
             for key, part in result.keys.items():
                 writers[key].add(part.tokens, part.lengths)
                 _count(part, summary.keys[key])
@@ -134,6 +137,7 @@ def preprocess(
             rate = first.documents / max(time.monotonic() - start, 1e-9)
             progress.set_postfix_str(f"{first.documents:,} documents, {rate:,.0f}/s", refresh=False)
             progress.update(result.size)
+        summary.skipped = remarks.skipped
         for key, part in summary.keys.items():
             if not part.documents:
                 raise UserError(_nothing_found(key, part, summary))
@@ -143,11 +147,13 @@ def preprocess(
     return summary
 
 
-def _batches(files: list[str]) -> Iterator[list[RawDocument]]:
+def _batches(
+    files: list[str], task: TokenizingTask, remarks: Remarks
+) -> Iterator[list[RawDocument]]:
     """Groups documents, across files too, into batches of about BATCH_BYTES."""
     batch, size = [], 0
     for file in files:
-        for document in raw_documents(file):
+        for document in raw_documents(file, task.json_keys, remarks.say):
             batch.append(document)
             size += document.size if document.data is None else len(document.data)
             if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
@@ -165,10 +171,10 @@ def _tokenize(
         for batch in batches:
             yield tokenize_batch(batch, task, tokenizer)
         return
-    # Spawned, not forked: the caller may have threads. It imports no torch, so that it starts in
-    # a fraction of a second.
+    # Spawned, not forked: the caller may have threads. A worker is given the tokenizer as it is and
+    # imports neither Transformers nor torch, which would take hundreds of MB in each.
     pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _start_worker, (task,)
+        workers, multiprocessing.get_context("spawn"), _start_worker, (task, tokenizer)
     )
     under_way = collections.deque()
     try:
@@ -193,12 +199,11 @@ def _tokenize(
 _worker: tuple[TokenizingTask, Tokenizer] | None = None  # set once in every worker process
 
 
-def _start_worker(task: TokenizingTask) -> None:
+def _start_worker(task: TokenizingTask, tokenizer: Tokenizer) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    warnings.simplefilter("ignore")  # the parent has warned about the tokenizer already
-    _worker = task, build_tokenizer(task.tokenizer_type, task.tokenizer_model)
+    _worker = task, tokenizer
 
 
 def _exit_with_parent() -> None:
@@ -220,9 +225,10 @@ def tokenize_batch(
     sizes = dict.fromkeys(task.json_keys, 0)
     empty = dict.fromkeys(task.json_keys, 0)
     problems: list[str] = []
+    cut_short = sum(document.error is not None for document in batch)
     for document in batch:
         try:
-            values = texts(document, list(task.json_keys))
+            values = texts(document, task.json_keys)
         except BrokenDocument as error:
             problems.append(str(error))
             continue
@@ -249,20 +255,8 @@ def tokenize_batch(
         )
         for key in task.json_keys
     }
-    return BatchResult(results, problems, sum(document.size for document in batch))
-
-
-def _report(problems: list[str], summary: Summary, strict: bool, progress: tqdm) -> None:
-    if strict and problems:
-        raise UserError(f"{problems[0]} (--strict: nothing was written)")
-    for problem in problems[: max(NAMED_PROBLEMS - len(summary.problems), 0)]:
-        progress.write(f"skipped {problem}", file=sys.stderr)
-        summary.problems.append(problem)
-        if len(summary.problems) == NAMED_PROBLEMS:
-            progress.write(
-                f"{NAMED_PROBLEMS} problems named; further ones are only counted", file=sys.stderr
-            )
-    summary.skipped += len(problems)
+    size = sum(document.size for document in batch)
+    return BatchResult(results, problems, cut_short, size)
 
 
 def _count(part: KeyResult, total: KeySummary) -> None:

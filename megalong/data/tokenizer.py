@@ -209,6 +209,11 @@ class HuggingFaceTokenizer(Tokenizer):
         pieces = _huggingface_pieces(self._backend, set(tokenizer.all_special_ids), folder)
         super().__init__(pieces, tokenizer.eos_token_id, tokenizer.bos_token_id)
 
+    def __setstate__(self, state: dict) -> None:
+        """A copy in another process needs the package tokenizers only."""
+        self.__dict__ |= state
+        self._backend.encode_special_tokens = True  # which the library does not keep in a pickle
+
     def encode(self, text: str) -> list[int]:
         text.encode("utf-8")
         return self._backend.encode(text, add_special_tokens=False).ids

@@ -111,4 +111,5 @@ def _explain(message: str, vocab_size: int) -> str:
             f"--vocab-size {vocab_size}: bytes and single characters alone need {required[1]} "
             "(a larger vocabulary, or a smaller --character-coverage)"
         )
-    return f"SentencePiece could not train: {message}"
+    reason = message.rpartition("] ")[2].strip() or message  # behind the place in its source
+    return f"--vocab-size {vocab_size}: SentencePiece could not train: {reason}"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megalong.disk import writable_folder
 from megalong.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -55,8 +56,10 @@ class DocumentWriter:
         self._lengths: list[np.ndarray] = []
         existing = [prefix + suffix for suffix in SUFFIXES if os.path.exists(prefix + suffix)]
         if existing and not overwrite:
-            raise UserError(f"{existing[0]} exists: choose another --output-prefix, or --overwrite")
-        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+            raise UserError(
+                f"{existing[0]} is there already: choose another --output-prefix, or --overwrite"
+            )
+        writable_folder("--output-prefix", Path(prefix).parent)
         # Opened for appending, so that a file another process is writing is not cut before the
         # lock says so; what a killed process left behind is.
         self._bin = open(self._partial(".bin"), "ab")  # noqa: SIM115, closed by __exit__

@@ -10,13 +10,13 @@ megalong/checkpoint
 from __future__ import annotations
 
 import fcntl
-import tempfile
 from pathlib import Path
 from typing import IO
 
 from megalong.checkpoint.folder import has_pointer
 from megalong.config import Config
 from megalong.config.arguments import to_yaml
+from megalong.disk import writable_folder
 from megalong.errors import UserError, system_errors_of
 
 
@@ -29,9 +29,7 @@ def prepare_run_folder(config: Config) -> None:
     run = config.run
     for flag, folder in (("--save", run.save), ("--tensorboard-dir", run.tensorboard_dir)):
         if folder is not None:
-            with system_errors_of(flag, folder):
-                Path(folder).mkdir(parents=True, exist_ok=True)
-            _check_writable(flag, Path(folder))
+            writable_folder(flag, Path(folder))
     if run.save is None or same_folder(run.load, run.save):
         return
     folder = Path(run.save)
@@ -40,15 +38,6 @@ def prepare_run_folder(config: Config) -> None:
             f"--save {run.save} holds another run already: --load {run.save} to go on with it, or"
             " save elsewhere"
         )
-
-
-def _check_writable(flag: str, folder: Path) -> None:
-    """That a file can be made there; it is gone afterwards."""
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:  # names the file that is gone
-        raise UserError(f"{flag} {folder}: no file can be made there: {error.strerror}") from error
 
 
 def same_folder(one: str | None, other: str | None) -> bool:

@@ -10,10 +10,10 @@ from megalong.data.formats import raw_documents, texts
 from megalong.errors import UserError
 
 
-def read(path, keys=("text",)):
+def read(path, keys=("text",), say=lambda line: None):
     """All texts of a file under the first key, broken ones as their message."""
     found = []
-    for document in raw_documents(str(path)):
+    for document in raw_documents(str(path), keys, say):
         try:
             values = texts(document, list(keys))
         except BrokenDocument as error:
@@ -47,14 +47,46 @@ def test_find_files_refuses_what_names_nothing(tmp_path):
             find_files([str(tmp_path / name)])
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".JSON.GZ"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".jsonl.gz", ".JSON.GZ"])
 def test_json_lines(tmp_path, suffix):
     path = tmp_path / f"documents{suffix}"
     rows = ["one", "two\n\twith \u00e9 \U0001f600", ""]
     content = "\n\n".join(json.dumps({"text": row}) for row in rows).encode()
     path.write_bytes(gzip.compress(content) if suffix.lower().endswith(".gz") else content)
     assert read(path) == rows
-    assert sum(document.size for document in raw_documents(str(path))) == path.stat().st_size
+    assert (
+        sum(document.size for document in raw_documents(str(path), ["text"], print))
+        == path.stat().st_size
+    )
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.1", "a.bak", "part-00000", "a.txt.gz"])
+def test_json_lines_are_known_by_their_content(tmp_path, name):
+    path, said = tmp_path / name, []
+    content = b'\n{"text": "x", "n": 1}\n{"text": "y"}\n'
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert read(path, say=said.append) == ["x", "y"]
+    assert said == [f"{path}: taken for JSON lines, which it holds, whatever its name"]
+    [whole] = read(path, ("body",), said.append)
+    assert whole == content.decode() and "for want of a key 'body'" in said[1]
+
+
+@pytest.mark.parametrize(
+    "text", ['{"text": 1, "and":\n 2}', "{% block %}\n{x}\n", '{"text": "x"}\nno object\n', "[1]\n"]
+)
+def test_what_only_begins_like_json_is_plain_text(tmp_path, text):
+    (tmp_path / "a").write_text(text)
+    assert read(tmp_path / "a", say=pytest.fail) == [text]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.txt.xz"])
+def test_compressed_text_that_is_not_read_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd\x80")
+    for given in (tmp_path / name, tmp_path):
+        with pytest.raises(UserError, match=rf"--input .*{name}: \.\w+ is not supported"):
+            find_files([str(given)])
+    (tmp_path / name).rename(tmp_path / "b.bin")
+    assert "compressed with Zstandard, which is not supp" in read(find_files([str(tmp_path)])[0])[0]
 
 
 @pytest.mark.parametrize("name", ["program.py", "notes", "book.txt.gz"])
@@ -107,6 +139,7 @@ def test_gzip_cut_short(tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     found = read(path)
     assert len(found) > 100 and "unreadable from here on" in found[-1]
+    assert "all further documents" in found[-1]
     assert f"{path}:{len(found)}" in found[-1]
     for name in ("b.jsonl.gz", "b.txt.gz"):
         (tmp_path / name).write_bytes(b"this is not gzip")

@@ -1,8 +1,12 @@
 """Tokenizers of Transformers, made here in a local folder. Transformers is an optional package."""
 
+import pickle
+import sys
+
 import pytest
 
 from megalong.data.tokenizer import build_tokenizer
+from tests.launching import run
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -62,6 +66,18 @@ def test_byte_level_is_exact(byte_level):
         assert tokenizer.decode(ids) == text
         assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
         assert tokenizer.eod not in ids
+
+
+def test_a_copy_for_another_process_imports_no_torch(byte_level, tmp_path):
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", byte_level)
+    (tmp_path / "copy").write_bytes(pickle.dumps(tokenizer))
+    probe = (
+        "import pickle, sys; copy = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "print([copy.encode(text) for text in eval(sys.argv[2])], copy.eod)\n"
+        "assert not {'torch', 'transformers'} & {*sys.modules}"
+    )
+    done = run([sys.executable, "-c", probe, str(tmp_path / "copy"), repr(TEXTS)])
+    assert done.stdout.strip() == f"{[tokenizer.encode(text) for text in TEXTS]} {tokenizer.eod}"
 
 
 def test_byte_fallback_is_exact_but_for_the_stand_in_of_the_space(byte_fallback):

@@ -124,7 +124,9 @@ def test_broken_documents_are_named_counted_and_left_out(tmp_path, run_tool):
     path.write_bytes(b'{"text": "x"}\n{"text": \n{"no": 1}\n{"text": []}\n\xff\n{"text": "y"}\n')
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"\xfe")
-    arguments = ("--input", path, bad, "--output-prefix", tmp_path / "out", *BYTES)
+    cut = tmp_path / "cut.jsonl.gz"
+    cut.write_bytes(gzip.compress(b'{"text": "lost"}\n' * 99)[:20])
+    arguments = ("--input", path, bad, cut, "--output-prefix", tmp_path / "out", *BYTES)
     done = run_tool(TOOL, *arguments)
     assert done.returncode == 0
     assert read_texts(tmp_path / "out_text_document", build_tokenizer("ByteTokenizer")) == [
@@ -134,7 +136,7 @@ def test_broken_documents_are_named_counted_and_left_out(tmp_path, run_tool):
     for number in (2, 3, 4, 5):
         assert f"skipped {path}:{number}: " in done.stderr
     assert f"skipped {bad}: not UTF-8" in done.stderr
-    assert "5 documents skipped" in done.stdout
+    assert "6 documents skipped, and the rest of 1 files" in done.stdout
 
     before = names(tmp_path)
     done = run_tool(TOOL, *arguments, "--overwrite", "--strict")
@@ -181,7 +183,7 @@ def test_existing_output_is_refused_or_replaced(tmp_path, run_tool):
     assert run_tool(TOOL, *arguments).returncode == 0
     write_jsonl(path, [{"text": "new"}])
     done = run_tool(TOOL, *arguments)
-    assert done.returncode == 2 and "out_text_document.bin exists" in done.stderr
+    assert done.returncode == 2 and "out_text_document.bin is there already" in done.stderr
     tokenizer = build_tokenizer("ByteTokenizer")
     assert read_texts(tmp_path / "out_text_document", tokenizer) == ["old"]
     assert run_tool(TOOL, *arguments, "--overwrite").returncode == 0

@@ -66,13 +66,14 @@ def test_inputs_of_every_kind_and_no_library_log(tmp_path, corpus, corpus_texts,
     with gzip.open(folder / "b.jsonl.gz", "wb") as file:
         file.write(corpus.read_bytes())
     with open(folder / "c.jsonl", "w") as file:
-        file.write('{"text": 1}\nnot json\n')
+        file.write('{"text": 1}\nnot json\n' + "not json\n" * 200)
     done = run_tool(
         TOOL, "--input", folder, "--output-prefix", tmp_path / "new/t", "--vocab-size", 400
     )
     assert done.returncode == 0, done.stderr
     assert "new/t.model: 400 ids" in done.stdout
     assert "c.jsonl:1" in done.stderr and "c.jsonl:2" in done.stderr
+    assert done.stderr.count("skipped") == 100 and "202 documents skipped" in done.stdout
     assert "trainer_interface" not in done.stderr
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["t.model"]
 
@@ -89,11 +90,15 @@ def test_errors(tmp_path, corpus, tokenizer_model, run_tool):
     small.write_text("a few words\n")
     assert "supports at most" in failure("--input", small, *new, "--vocab-size", 5000)
     assert "--vocab-size 200" in failure("--input", corpus, *new, "--vocab-size", 200)
+    for size in (0, -1):
+        assert f"--vocab-size {size} must be" in failure(
+            "--input", corpus, *new, "--vocab-size", size
+        )
     empty = tmp_path / "empty.txt"
     empty.touch()
     assert "no text" in failure("--input", empty, *new, "--vocab-size", 500)
     existing = ("--output-prefix", tokenizer_model.removesuffix(".model"))
-    assert "exists" in failure("--input", corpus, *existing, "--vocab-size", 500)
+    assert "is there already" in failure("--input", corpus, *existing, "--vocab-size", 500)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "small.txt"]
 
 
