@@ -6,7 +6,7 @@ bin := $(VENV)/bin
 
 OUT ?= runs/gpu
 
-.PHONY: quickstart test gpu docker-check lint format setup clean
+.PHONY: quickstart test gpu docker-check slurm-check lint format setup clean
 
 quickstart: setup
 	PATH="$(abspath $(bin)):$$PATH" bash examples/quickstart/run.sh $(RUN)
@@ -36,6 +36,11 @@ gpu:
 # The Dockerfile's steps, carried out without Docker in a fresh environment.
 docker-check:
 	$(PYTHON) tests/docker/check_dockerfile.py
+
+# The job scripts of examples/slurm in every case, under a SLURM of two nodes on this machine, which
+# has to be installed (it says how): ten minutes.
+slurm-check: setup
+	$(bin)/python -m tests.slurm.check
 
 lint: setup
 	$(bin)/ruff check .

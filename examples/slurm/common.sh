@@ -1,28 +1,59 @@
 #!/usr/bin/env bash
 # What the two job scripts share; they source it, on the first node of the allocation.
-# Reads RUN, the run folder, and takes the flags of pretrain_longnet.py as arguments.
+# Reads the variables of README.md, and takes the flags of pretrain_longnet.py as arguments.
 # shellcheck disable=SC2034 # the job scripts use the variables
 
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 run=${RUN:-runs/slurm}
-flags=("$@")
+flags=()
+for flag in "$@"; do
+    if [[ $flag == --dry-run ]]; then export DRY_RUN=1; else flags+=("$flag"); fi
+done
 if ((${#flags[@]} == 0)); then # to try it out: a small model on what `make quickstart` leaves
-    flags=(--data-path runs/quickstart/data/python_text_document
-        --tokenizer-model runs/quickstart/tokenizer.model
+    flags=(--data-path "$repository/runs/quickstart/data/python_text_document"
+        --tokenizer-model "$repository/runs/quickstart/tokenizer.model"
         --num-layers 12 --hidden-size 768 --num-attention-heads 12 --seq-length 8192
         --train-iters 2000)
 fi
-training=(pretrain_longnet.py "${flags[@]}" --save "$run" --load "$run")
-mkdir -p "$run"
+training=("$repository/pretrain_longnet.py" "${flags[@]}" --save "$run" --load "$run")
 
-# The Python environment of `make`, if there is one. Else: module load, conda activate, or a
-# container (a flag of srun, below: with pyxis --container-image and --container-mounts).
-if [[ -d .venv ]]; then export PATH=$PWD/.venv/bin:$PATH; fi
+if [[ -z ${SLURM_JOB_ID:-} ]]; then # not a job
+    if [[ -z ${DRY_RUN:-} ]]; then
+        echo "error: a job script: sbatch $0 ..., or bash $0 --dry-run" >&2
+        exit 2
+    fi
+    sbatch --test-only "$0" || exit
+    echo "sbatch [OPTIONS] $0 --dry-run ... says what would start there, and starts nothing."
+    exit
+fi
+mkdir -p "$run" || exit
 
-# Where the ranks meet: the first node of the allocation, on a port that follows from the job.
+# One launcher a node, with all that the job has there, whatever it says of tasks: srun reads these.
+unset SLURM_CPUS_PER_TASK SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK
+on_each_node=(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES"
+    --ntasks-per-node=1 --kill-on-bad-exit=1)
+on_node=$repository/examples/slurm/on_node.sh
+
+# The Python environment: a container, or that of `make`, if there is one. Else add here: module
+# load, conda activate. CONTAINER_MOUNTS: where data and runs are, SOURCE:TARGET[,SOURCE:TARGET...].
+mounts=$repository:$repository,$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
+in_container=()
+case ${CONTAINER:-} in
+    '') if [[ -d $repository/.venv ]]; then export PATH=$repository/.venv/bin:$PATH; fi ;;
+    *.sif) # apptainer
+        export IN_CONTAINER="apptainer exec --nv --bind $mounts --pwd $PWD $CONTAINER"
+        ;;
+    *) # enroot, by pyxis
+        in_container=(--container-image="$CONTAINER" --container-mounts="$mounts"
+            --container-workdir="$PWD")
+        ;;
+esac
+
+# Where the ranks meet: the first node of the allocation, on a port that follows from the job, below
+# those that systems give to whoever asks.
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 master_addr=${nodes[0]}
-master_port=$((20000 + SLURM_JOB_ID % 20000))
-ranks_per_node=${SLURM_GPUS_ON_NODE:-1}
+master_port=$((10000 + SLURM_JOB_ID % 20000))
 
 # NCCL finds its way on most clusters. What to set where it does not, or is slow:
 # Interfaces for the first contact of the ranks (NCCL, gloo), where the host name resolves to one
@@ -43,39 +74,54 @@ ranks_per_node=${SLURM_GPUS_ON_NODE:-1}
 # Leave TORCH_NCCL_ASYNC_ERROR_HANDLING alone: its default ends a rank whose collective failed.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
-# The ranks end by themselves on a signal; their launchers get this long to see it.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-170}
-
-# wait_for PROCESS: its exit status; bash's own `wait` returns early when a trap has run.
-wait_for() {
-    while kill -0 "$1" 2>/dev/null; do wait "$1"; done
-    wait "$1" # bash remembers
+# A signal to this script is passed on to the ranks: by srun, and by a file for the nodes whose part
+# has not started yet.
+export STOP_REQUEST=$run/.stop_request_$SLURM_JOB_ID
+step=
+ask_to_stop() {
+    touch "$STOP_REQUEST"
+    # Not TERM, on which srun kills its step.
+    if [[ -n $step ]]; then kill -USR1 "$step" 2>/dev/null; fi
 }
+rm -f "$STOP_REQUEST"
+trap ask_to_stop USR1 TERM
+if [[ -n ${early:-} ]]; then ask_to_stop; fi
 
-# run_step LAUNCHER...: run it on every node until the end, and requeue the job if the training has
-# stopped without being finished. @NODE_RANK@ in the command stands for the number of the node.
+# job_is STATE: whether `scontrol show job` has this now.
+job_is() { [[ $(scontrol show job "$SLURM_JOB_ID") == *"$1"* ]]; }
+
+# run_step LAUNCHER...: run it on every node until the end, and see to it that the job starts again,
+# exactly once, if the training has stopped without being finished.
 run_step() {
-    local cancelled=false status
+    local command status preempted=true
+    command=("${on_each_node[@]}" "${in_container[@]}" bash "$on_node" "$@")
+    if [[ -n ${DRY_RUN:-} ]]; then
+        echo "${command[*]:0:${#command[@]}-$#} ..."
+        exec "${command[@]}"
+    fi
     rm -f "$run/stopped"
-    srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 \
-        bash examples/slurm/on_node.sh "$@" &
-    local step=$!
-    # srun forwards both to its tasks.
-    trap 'kill -USR1 "$step"' USR1
-    trap 'cancelled=true; kill -TERM "$step"' TERM
-    wait_for "$step"
+    "${command[@]}" &
+    step=$!
+    # bash's wait returns early when a trap has run, and remembers the status of what has ended.
+    while kill -0 "$step" 2>/dev/null; do wait "$step"; done
+    wait "$step"
     status=$?
+    trap '' USR1 TERM
+    rm -f "$STOP_REQUEST"
+
+    # SLURM requeues a job that it has preempted however it ends, and once more if we do it too.
+    if job_is PreemptTime=None; then preempted=false; fi
     if [[ ! -e $run/stopped ]]; then
+        if $preempted && ((status == 0)); then scontrol update JobId="$SLURM_JOB_ID" Requeue=0; fi
         exit "$status"
     fi
     cat "$run/stopped"
-    if $cancelled; then
-        # SLURM requeues a job that it preempts, and not one that was cancelled: leave it to SLURM,
-        # which kills this script, unless it ended by itself, when the grace time is over.
-        sleep "${GRACE_SECONDS:-3600}" &
-        wait $!
-        exit 1
+    if $preempted; then
+        echo "preempted: SLURM starts this job again, where PreemptMode is REQUEUE"
+    elif job_is JobState=RUNNING && scontrol requeue "$SLURM_JOB_ID"; then
+        echo "requeued: SLURM starts this job again, in two minutes at the earliest"
+    else
+        echo "not requeued: submit it again to go on"
     fi
-    scontrol requeue "$SLURM_JOB_ID"
     exit 0
 }
