@@ -9,10 +9,13 @@ without the packages is told what to do. This module needs nothing but the stand
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable
+from argparse import SUPPRESS
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +36,17 @@ class ArgumentParser(argparse.ArgumentParser):
         options["formatter_class"] = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, **options)
 
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """The help of a flag ends with its default, unless it speaks of that itself."""
+        action = super().add_argument(*names, **options)
+        default = action.default
+        if action.help and "(default" not in action.help and default not in (None, [], SUPPRESS):
+            if isinstance(default, bool):
+                default = "on" if default else "off"
+            words = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+            action.help += f" (default: {words.replace('%', '%%')})"
+        return action
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists all flags")
 
@@ -47,18 +61,30 @@ def run(command: Callable[[], int | None], system_errors: bool = True) -> NoRetu
         such as no compiler for Triton.
     """
     try:
-        sys.exit(command())
+        with needed_packages():
+            sys.exit(command())
     except UserError as error:
         _end(str(error))
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and system_errors:  # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
+        if error.filename is None or not system_errors:
+            raise
+        _end(f"{error.filename}: {error.strerror}")
+
+
+@contextlib.contextmanager
+def needed_packages() -> Iterator[None]:
+    """Inside, one of our requirements that is not installed ends the process with the one line that
+    says how to get it: for imports at the beginning of a script."""
+    try:
+        yield
     except ModuleNotFoundError as error:
         # A module inside an installed package, or one that only such a package needs, is a bug.
         if error.name not in REQUIRED + HUGGING_FACE:
             raise
         _end(_how_to_get(error.name))
-    except OSError as error:
-        if error.filename is None or not system_errors:
-            raise
-        _end(f"{error.filename}: {error.strerror}")
 
 
 def _end(message: str) -> NoReturn:

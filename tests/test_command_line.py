@@ -25,6 +25,15 @@ COMMANDS = {
     "tools/train_tokenizer.py": "--input {file} --output-prefix y --vocab-size 9",
     "examples/quickstart/report.py": "x",
 }
+# Those of the scripts in tools/benchmarks that are not parts of others.
+BENCHMARKS = {
+    "attention.py": "--output y",
+    "communication.py": "--output y",
+    "decode_cache.py": "--output y",
+    "memory.py": "ladder --output y",
+    "training.py": "--output y",
+    "tune_attention.py": "--output y",
+}
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -67,10 +76,14 @@ def test_the_configuration_imports_no_torch():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if "report" not in name])
+NEEDING = {name: flags for name, flags in COMMANDS.items() if "report" not in name}
+NEEDING |= {f"tools/benchmarks/{name}": flags for name, flags in BENCHMARKS.items()}
+
+
+@pytest.mark.parametrize("command", NEEDING)
 def test_missing_packages_are_one_line(command, tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    arguments = COMMANDS[command].format(file=tmp_path / "a.txt").split()
+    arguments = NEEDING[command].format(file=tmp_path / "a.txt").split()
     # -S leaves out what is installed.
     done = python("-S", str(REPOSITORY / command), *arguments)
     assert done.returncode == 2 and not done.stdout
@@ -128,11 +141,18 @@ def test_every_requirement_is_known():
     assert {modules.get(name, name) for name in names} == {*REQUIRED}
 
 
-def test_exit_statuses():
+def test_exit_statuses_and_help():
     for status, code in ((None, None), (0, 0), (130, 130)):
         with pytest.raises(SystemExit) as end:
             run(lambda status=status: status)
         assert end.value.code == code
+    parser = ArgumentParser("x")
+    parser.add_argument("--rate", type=float, default=0.5, help="a share of 100%%")
+    parser.add_argument("--lengths", nargs="+", default=[1, 2], help="tokens")
+    parser.add_argument("--quick", action="store_true", help="do less")
+    shown = " ".join(parser.format_help().split())
+    for words in ("100% (default: 0.5)", "tokens (default: 1 2)", "do less (default: off)"):
+        assert words in shown
     with pytest.raises(UserError, match=r"--a.*--help lists all flags"):
         ArgumentParser("x").parse_args(["--a"])
 

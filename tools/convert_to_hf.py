@@ -5,7 +5,7 @@
 then `AutoModelForCausalLM.from_pretrained("longnet-hf", trust_remote_code=True)`. One process, no
 GPU, one tensor in memory at a time, from a checkpoint of any parallel layout. The folder holds
 sharded safetensors, the configuration, the model's code, the tokenizer, and a model card that says
-where the model comes from. It is written aside and renamed, and never over one that is there.
+where the model comes from. It is written aside and renamed.
 """
 
 import sys
@@ -21,9 +21,10 @@ def main() -> None:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--load", type=Path, required=True, help="run folder, or one of its iter_* folders")
-    add("--output", type=Path, required=True, help="folder to write; must not exist")
+    add("--output", type=Path, required=True, help="folder to write")
+    add("--overwrite", action="store_true", help="replace an earlier export in --output")
     add("--dtype", choices=DTYPES, help="of the weights (default: the precision of the training)")
-    add("--max-shard-size", default="5GB", help="of one weight file (default: 5GB)")
+    add("--max-shard-size", default="5GB", help="of one weight file")
     add(
         "--tokenizer-model", help="another tokenizer file or folder (default: the checkpoint's own)"
     )
@@ -46,6 +47,7 @@ def main() -> None:
         args.tokenizer_model,
         not args.no_tokenizer,
         not args.no_verify_checkpoint,
+        args.overwrite,
     )
     print(
         f"{args.output}: iteration {result['iteration']:,}, {result['parameters']} in"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,10 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
 from megalong.command_line import ArgumentParser, run
-from megalong.data.documents import find_files
+from megalong.data.documents import BrokenDocument, find_files
+from megalong.data.formats import raw_documents
+from megalong.data.formats import texts as texts_of
+from megalong.disk import writable_folder
 from megalong.errors import UserError
 from megalong.hf.configs import DTYPES
 
@@ -36,17 +40,29 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--model", type=Path, required=True, help="checkpoint, run folder or Transformers folder")
-    add("--input", nargs="*", default=[], help="text files, folders or globs; a file is a document")
+    add(
+        "--input",
+        nargs="*",
+        default=[],
+        help="files, folders or globs: plain text, a document a file, or JSON lines, one a line"
+        " (its text); .gz of either",
+    )
     add("--max-bytes", type=int, help="take only so much of the beginning of each file")
     add("--context-lengths", type=int, nargs="+", default=[2048], help="tokens of a window")
     add("--passkey-lengths", type=int, nargs="*", default=[], help="tokens of a passkey trial")
-    add("--passkey-depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0])
+    add(
+        "--passkey-depths",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.25, 0.5, 0.75, 1.0],
+        help="where the passkey is said, as a share of the text",
+    )
     add("--passkey-trials", type=int, default=5, help="trials of each length and depth")
     add("--output", type=Path, required=True, help="folder for evaluation.json and .png")
     add("--overwrite", action="store_true", help="replace an earlier evaluation in --output")
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    add("--dtype", choices=DTYPES, default="float32")
-    add("--tokenizer-model", help="where the tokenizer of a megalong checkpoint is now")
+    add("--dtype", choices=DTYPES, default="float32", help="of the weights")
+    add("--tokenizer-model", help="another tokenizer (default: the checkpoint's own)")
     args = parser.parse_args()
     if not args.input and not args.passkey_lengths:
         raise UserError("nothing to do: give --input, or --passkey-lengths, or both")
@@ -56,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError("--passkey-depths must lie between 0 and 1")
     if (args.output / "evaluation.json").exists() and not args.overwrite:
         raise UserError(
-            f"--output {args.output} holds an evaluation already: choose another folder, or set"
+            f"{args.output / 'evaluation.json'} is there already: choose another --output, or"
             " --overwrite"
         )
     return args
@@ -64,9 +80,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    texts = [_read(Path(file), args.max_bytes) for file in find_files(args.input)]
+    texts = [text for file in find_files(args.input) for text in _read(file, args.max_bytes)]
     if args.input and not any(texts):
         raise UserError("--input: the files are empty")
+    writable_folder("--output", args.output)
     from megalong.log_filters import filter_library_logs
 
     filter_library_logs()
@@ -76,13 +93,28 @@ def main() -> None:
 
     loaded = load_model(args.model, args.device, getattr(torch, args.dtype), args.tokenizer_model)
     results = evaluate(loaded, texts, args)
-    args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
     plot(results, args.output / "evaluation.png")
+    print(f"{args.output}: evaluation.json and evaluation.png")
 
 
-def _read(path: Path, max_bytes: int | None) -> str:
-    return path.read_bytes()[:max_bytes].decode("utf-8", errors="ignore")
+def _read(file: str, max_bytes: int | None) -> Iterator[str]:
+    """The documents of a file, as far as its first max_bytes of text. Raises UserError for a broken
+    one: without it the numbers would be others."""
+    left = sys.maxsize if max_bytes is None else max_bytes
+    try:
+        for document in raw_documents(file, ["text"], lambda line: print(line, file=sys.stderr)):
+            text = texts_of(document, ["text"]).get("text", "")
+            if isinstance(text, BrokenDocument):
+                raise text
+            content = text.encode()[:left]
+            left -= len(content)
+            if content:
+                yield content.decode(errors="ignore")
+            if not left:
+                return
+    except BrokenDocument as broken:
+        raise UserError(f"--input {broken}") from None
 
 
 def evaluate(loaded: LoadedModel, texts: list[str], args: argparse.Namespace) -> dict:

@@ -1,18 +1,21 @@
 """What is in a checkpoint, without loading any of its tensors.
 
-    python tools/inspect_checkpoint.py RUN/iter_0001000 [--verify]
+    python tools/inspect_checkpoint.py RUN/iter_0001000 [--verify] [--brief] [--json]
     python tools/inspect_checkpoint.py RUN                          (the one in force)
 
 Names, shapes and number formats; iteration and tokens; the layout that saved it, which any other
-may load; the configuration. --verify compares every file with its hash.
+may load; the configuration. --verify compares every file with its hash first, and says so in the
+second line.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
@@ -27,6 +30,8 @@ def main() -> None:
     parser = ArgumentParser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run folder")
     parser.add_argument("--verify", action="store_true", help="compare every file with its hash")
+    parser.add_argument("--brief", action="store_true", help="no tensors and no configuration")
+    parser.add_argument("--json", action="store_true", help="the same as one JSON object")
     arguments = parser.parse_args()
     from megalong.checkpoint.folder import being_read, find_checkpoint
     from megalong.checkpoint.manifest import Manifest, check_files, check_share
@@ -35,39 +40,77 @@ def main() -> None:
     checkpoint = find_checkpoint(arguments.checkpoint)
     manifest = Manifest.read(checkpoint)
     with being_read(checkpoint):
-        show(CheckpointReader(checkpoint), manifest)
         if arguments.verify:
             check_files(checkpoint)
             check_share(checkpoint, manifest)
-            print(f"sound: all {len(manifest.files)} files are what was written")
+        content = describe(CheckpointReader(checkpoint), manifest)
+    content["verified"] = arguments.verify
+    if arguments.brief:
+        del content["tensors"], content["configuration"]
+    print(json.dumps(content, indent=2) if arguments.json else "\n".join(in_words(content)))
 
 
-def show(reader: CheckpointReader, manifest: Manifest) -> None:
-    """Print all there is to know."""
+def describe(reader: CheckpointReader, manifest: Manifest) -> dict[str, Any]:
+    """All there is to know, without the tensors' values."""
+    import yaml
+
     from megalong.checkpoint.names import WEIGHTS, parameter_of
     from megalong.checkpoint.texts import read_config_text, read_settings
-    from megalong.progress import human_bytes
 
     progress, settings = reader.progress(), read_settings(reader.checkpoint)
-    sizes = {name: math.prod(entry.size) for name, entry in reader.tensors.items()}
-    parameters = sum(size for name, size in sizes.items() if parameter_of(name, WEIGHTS))
-    print(f"{reader.checkpoint}: {human_bytes(manifest.size)} in {len(manifest.files)} files")
-    print(
-        f"iteration {progress.iteration:,} | {progress.consumed_samples:,} sequences"
-        f" | {progress.consumed_tokens:,} tokens | {progress.updates:,} updates"
+    tensors = {
+        name: {
+            "dtype": str(entry.properties.dtype).removeprefix("torch."),
+            "shape": list(entry.size),
+        }
+        for name, entry in sorted(reader.tensors.items())
+    }
+    sizes = {name: math.prod(tensor["shape"]) for name, tensor in tensors.items()}
+    return {
+        "checkpoint": str(reader.checkpoint),
+        "bytes": manifest.size,
+        "files": len(manifest.files),
+        "iteration": progress.iteration,
+        "consumed_samples": progress.consumed_samples,
+        "consumed_tokens": progress.consumed_tokens,
+        "updates": progress.updates,
+        "layout": layout(settings, manifest.ranks),
+        # Training does not count those of ids that its tokenizer has not; it is not asked for here.
+        "parameters": sum(size for name, size in sizes.items() if parameter_of(name, WEIGHTS)),
+        "values": sum(sizes.values()),
+        "tensors": tensors,
+        "configuration": yaml.safe_load(read_config_text(reader.checkpoint)),
+    }
+
+
+def in_words(content: dict[str, Any]) -> Iterator[str]:
+    """The lines of what `describe` has found."""
+    import yaml
+
+    from megalong.progress import human_bytes
+
+    yield f"{content['checkpoint']}: {human_bytes(content['bytes'])} in {content['files']} files"
+    if content["verified"]:
+        yield f"sound: all {content['files']} files are what was written"
+    yield (
+        f"iteration {content['iteration']:,} | {content['consumed_samples']:,} sequences"
+        f" | {content['consumed_tokens']:,} tokens | {content['updates']:,} updates"
     )
-    print(f"saved by {layout(settings, manifest.ranks)}")
-    # Training does not count those of ids that its tokenizer has not; it is not asked for here.
-    print(
-        f"{parameters:,} parameters, with those that fill up the vocabulary; in all"
-        f" {len(reader.tensors)} tensors:"
+    yield f"saved by {content['layout']}"
+    yield (
+        f"{content['parameters']:,} parameters, with those that fill up the vocabulary; with the"
+        f" optimizer's state {content['values']:,} values"
     )
-    width = max(map(len, reader.tensors))
-    for name, entry in sorted(reader.tensors.items()):
-        dtype = str(entry.properties.dtype).removeprefix("torch.")
-        print(f"  {name:{width}}  {dtype:8}  {' x '.join(map(str, entry.size)) or 'scalar'}")
-    print("configuration:")
-    print("  " + read_config_text(reader.checkpoint).strip().replace("\n", "\n  "))
+    if "tensors" not in content:
+        return
+    yield f"{len(content['tensors'])} tensors:"
+    width = max(map(len, content["tensors"]))
+    for name, tensor in content["tensors"].items():
+        shape = " x ".join(map(str, tensor["shape"])) or "scalar"
+        yield f"  {name:{width}}  {tensor['dtype']:8}  {shape}"
+    yield "configuration:"
+    text = yaml.safe_dump(content["configuration"], sort_keys=False, default_flow_style=None)
+    yield from (f"  {line}" for line in text.splitlines())
 
 
 def layout(settings: dict, ranks: int) -> str:

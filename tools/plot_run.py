@@ -2,7 +2,8 @@
 
     python tools/plot_run.py RUN [--output FOLDER]
 
-reads RUN/metrics.jsonl and writes loss_curve.png and loss_by_position.png (into RUN by default).
+reads RUN/metrics.jsonl and writes loss_curve.png and loss_by_position.png (into RUN by default),
+over those that it made earlier.
 """
 
 import sys
@@ -23,6 +24,7 @@ def main() -> None:
     arguments = parser.parse_args()
     import yaml
 
+    from megalong.disk import writable_folder
     from megalong.training.metrics import read_metrics
 
     metrics, resolved = arguments.run / "metrics.jsonl", arguments.run / "config.yaml"
@@ -34,9 +36,14 @@ def main() -> None:
         raise UserError(f"{metrics}: no records yet")
     config = yaml.safe_load(resolved.read_text())
     output = arguments.output or arguments.run
-    output.mkdir(parents=True, exist_ok=True)
-    plot_loss_curve(records, output / "loss_curve.png")
-    plot_loss_by_position(records, config, output / "loss_by_position.png")
+    writable_folder("--output", output)
+    curve, by_position = output / "loss_curve.png", output / "loss_by_position.png"
+    plot_loss_curve(records, curve)
+    print(f"{curve}: the loss of {len(records):,} records up to {records[-1]['iteration']:,}")
+    if plot_loss_by_position(records, config, by_position):
+        print(f"{by_position}: the last held-out loss by position")
+    else:
+        print(f"no {by_position.name}: the run has not been evaluated yet")
 
 
 def plot_loss_curve(records: list[dict], path: Path) -> None:
@@ -63,12 +70,12 @@ def plot_loss_curve(records: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def plot_loss_by_position(records: list[dict], config: dict, path: Path) -> None:
+def plot_loss_by_position(records: list[dict], config: dict, path: Path) -> bool:
     """The last held-out loss against the position in the context; falling means that the model
-    uses what came long before."""
+    uses what came long before. False where there is none to plot."""
     held_out = {r["split"]: r for r in records if "split" in r}  # the last of each split
     if not held_out:
-        return
+        return False
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -94,6 +101,7 @@ def plot_loss_by_position(records: list[dict], config: dict, path: Path) -> None
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
+    return True
 
 
 if __name__ == "__main__":

@@ -39,10 +39,15 @@ def parse_arguments() -> argparse.Namespace:
         "--json-keys",
         nargs="+",
         default=["text"],
-        help="keys of JSON lines; one output each. Plain text goes to the first (default: text)",
+        help="keys of JSON lines; one output each. Plain text goes to the first",
     )
     add("--output-prefix", required=True, help="writes PREFIX_KEY_document.bin, .idx and .json")
-    add("--tokenizer-type", default="SentencePieceTokenizer", choices=list(TOKENIZERS))
+    add(
+        "--tokenizer-type",
+        default="SentencePieceTokenizer",
+        choices=list(TOKENIZERS),
+        help="kind of tokenizer",
+    )
     add("--tokenizer-model", help="SentencePiece: the .model file; Hugging Face: a local folder")
     add("--append-eod", action="store_true", help="end every document with the eod token")
     add(
@@ -51,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
         help="begin every document with the tokenizer's beginning-of-text token, which Llama and"
         " Mistral models expect; training needs the same flag",
     )
-    add("--workers", type=int, default=1, help="tokenizing processes (default: 1)")
+    add("--workers", type=int, default=1, help="tokenizing processes")
     add("--overwrite", action="store_true", help="replace existing output files")
     add("--strict", action="store_true", help="stop at the first broken document")
     args = parser.parse_args()

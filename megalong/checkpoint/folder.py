@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megalong.checkpoint.manifest import MANIFEST, DamagedCheckpoint
+from megalong.checkpoint.manifest import MANIFEST, no_manifest
 from megalong.disk import UNFINISHED, flush_to_disk
 from megalong.errors import UserError
 
@@ -69,13 +69,18 @@ def find_checkpoint(path: Path) -> Path:
 
     Raises UserError where it is neither.
     """
-    folder = (latest(path) if has_pointer(path) else None) or path
-    if not (folder / MANIFEST).exists():
-        raise UserError(
-            f"{folder} is not a checkpoint, it has no {MANIFEST}: give a run folder with a file"
-            f" `{_POINTER}`, or one of its iter_* folders"
-        )
-    return folder
+    pointed = latest(path) if has_pointer(path) else None
+    folder = pointed or path
+    if (folder / MANIFEST).exists():
+        return folder
+    if pointed:
+        raise UserError(f"{no_manifest(pointed)}, and the file `{_POINTER}` names it")
+    what = f"is not a checkpoint, it has no {MANIFEST}" if path.exists() else "is not there"
+    if path.is_dir() and not any(path.iterdir()):
+        what = "is an empty folder"
+    raise UserError(
+        f"{path} {what}: give a run folder with a file `{_POINTER}`, or one of its iter_* folders"
+    )
 
 
 def aside(checkpoint: Path) -> Path:
@@ -150,7 +155,7 @@ def being_read(checkpoint: Path) -> Iterator[None]:
     try:
         file = (checkpoint / MANIFEST).open()
     except FileNotFoundError:
-        raise DamagedCheckpoint(f"{checkpoint} is damaged: it has no {MANIFEST}") from None
+        raise no_manifest(checkpoint) from None
     with file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

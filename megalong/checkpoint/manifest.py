@@ -32,6 +32,15 @@ def reading(checkpoint: Path, what: str) -> Iterator[None]:
         raise DamagedCheckpoint(message) from error
 
 
+def no_manifest(checkpoint: Path) -> DamagedCheckpoint:
+    """What a folder without a manifest is."""
+    if not checkpoint.exists():
+        return DamagedCheckpoint(f"{checkpoint} is not there")
+    if not any(checkpoint.iterdir()):
+        return DamagedCheckpoint(f"{checkpoint} is an empty folder")
+    return DamagedCheckpoint(f"{checkpoint} is damaged: it has no {MANIFEST}")
+
+
 @dataclass(frozen=True)
 class FileRecord:
     """What a file was when it was written."""
@@ -59,7 +68,7 @@ class Manifest:
     def read(checkpoint: Path) -> Manifest:
         """Raises DamagedCheckpoint where there is none, or it cannot be read."""
         if not (checkpoint / MANIFEST).is_file():
-            raise DamagedCheckpoint(f"{checkpoint} is damaged: it has no {MANIFEST}")
+            raise no_manifest(checkpoint)
         try:
             content = json.loads((checkpoint / MANIFEST).read_text())
             files = {name: FileRecord(**record) for name, record in content["files"].items()}

@@ -28,7 +28,7 @@ class DataConfig:
     @property
     def tokenizer_flag(self) -> str:
         """The flag that says which tokenizer it is, with its value."""
-        if self.tokenizer_model is None:
+        if self.tokenizer_model is None or self.tokenizer_type == "ByteTokenizer":
             return f"--tokenizer-type {self.tokenizer_type}"
         return f"--tokenizer-model {self.tokenizer_model}"
 

@@ -3,17 +3,20 @@
 The formats of the files: `megalong.data.formats`.
 """
 
+from __future__ import annotations
+
 import glob
 import gzip
 import os
 import sys
 import zlib
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from megalong.errors import UserError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 # What reading a file may raise, where it is damaged or cannot be read.
 UNREADABLE = (OSError, EOFError, zlib.error)

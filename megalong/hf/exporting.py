@@ -22,7 +22,7 @@ from megalong.disk import written_aside
 from megalong.errors import UserError
 from megalong.hf.configs import AUTO_MAP, DTYPE_OF_PRECISION, longnet_config
 from megalong.hf.model_card import model_card
-from megalong.hf.names import Entry, check_names, check_shape, entries
+from megalong.hf.names import Entry, check_names, check_shape, check_vocabulary, entries
 from megalong.model.parameters import count_parameters
 from megalong.progress import progress_bar
 
@@ -42,12 +42,14 @@ def export(
     tokenizer_model: str | None = None,
     with_tokenizer: bool = True,
     verify: bool = True,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a checkpoint as a folder for `AutoModelForCausalLM.from_pretrained`.
 
-    load: run folder, or one checkpoint's. output: must not exist. dtype: of the weights; None is
+    load: run folder, or one checkpoint's. output: the folder. dtype: of the weights; None is
     the precision of the training. tokenizer_model: the tokenizer, if not the one in the checkpoint.
     verify: compare the checkpoint with its hashes first.
+    overwrite: replace an earlier export.
     Returns the provenance that the folder records, "parameters" (how many, in words) and "files".
     Raises UserError or OSError naming what is wrong.
     """
@@ -56,7 +58,7 @@ def export(
     config = checkpoint.config
     dtype = dtype or DTYPE_OF_PRECISION[config.training.precision]
     tokenizer_model = tokenizer_model or checkpoint.tokenizer_model
-    with written_aside(output) as folder:
+    with written_aside(output, replaces=overwrite and _is_export(output)) as folder:
         if with_tokenizer:
             from megalong.hf.tokenizer_files import export_tokenizer, open_tokenizer
 
@@ -72,6 +74,7 @@ def export(
             tokenizer = build_tokenizer(config.data.tokenizer_type, tokenizer_model)
             pad = None
         table = entries(config.model, tokenizer.vocab_size)
+        check_vocabulary(str(checkpoint.folder), table, tokenizer.vocab_size, checkpoint.shapes)
         files = _write_weights(checkpoint, table, getattr(torch, dtype), shard_bytes, folder)
         parameters = count_parameters(config.model, tokenizer.vocab_size)
         provenance = _provenance(checkpoint, config)
@@ -97,6 +100,13 @@ def export(
             shutil.copymode(folder / "config.json", file)  # safetensors makes them private
         (folder / "README.md").write_text(model_card(config, provenance, parameters, dtype))
     return {**provenance, "parameters": str(parameters), "files": files}
+
+
+def _is_export(folder: Path) -> bool:
+    """Raises UserError where the folder is something else, which nobody wants to lose."""
+    if folder.exists() and not (folder / "config.json").exists():
+        raise UserError(f"--output {folder} is no earlier export: choose another folder")
+    return folder.exists()
 
 
 def parse_size(text: str) -> int:

@@ -16,7 +16,7 @@ from megalong.checkpoint.stored_model import StoredModel
 from megalong.data.tokenizer import Tokenizer, build_tokenizer
 from megalong.errors import UserError
 from megalong.hf.configs import longnet_config
-from megalong.hf.names import check_names, entries
+from megalong.hf.names import check_names, check_vocabulary, entries
 from megalong.hf.tokenizer_files import begins_with_bos, open_tokenizer, plain_ids
 
 
@@ -103,6 +103,7 @@ def load_checkpoint(checkpoint: StoredModel, tokenizer: Tokenizer):
 
     table = entries(checkpoint.config.model, tokenizer.vocab_size)
     check_names(str(checkpoint.folder), (entry.name for entry in table), checkpoint.shapes)
+    check_vocabulary(str(checkpoint.folder), table, tokenizer.vocab_size, checkpoint.shapes)
     model = LongNetForCausalLM(LongNetConfig(**longnet_config(checkpoint.config, tokenizer)))
     parameters = dict(model.named_parameters())
     with torch.no_grad():

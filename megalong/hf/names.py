@@ -74,6 +74,20 @@ def check_shape(name: str, expected: Iterable[int], found: Iterable[int]) -> Non
         )
 
 
+def check_vocabulary(
+    where: str, table: Iterable[Entry], ids: int, found: dict[str, tuple[int, ...]]
+) -> None:
+    """Raise UserError where the rows of the embedding are not those for a tokenizer of `ids` ids;
+    `where`: the checkpoint, found: its shapes by name."""
+    for entry in table:
+        rows = found.get(entry.name, entry.shape)[0]
+        if "model.embed_tokens.weight" in entry.parts and rows != entry.shape[0]:
+            raise UserError(
+                f"--tokenizer-model: a tokenizer of {ids:,} ids is not that of {where}, whose"
+                f" vocabulary has {rows:,} rows: leave the flag out, or give the training's own"
+            )
+
+
 def check_names(where: str, expected: Iterable[str], found: Iterable[str]) -> None:
     """Raise UserError unless exactly the expected tensors are there; `where`: the file."""
     expected, found = set(expected), set(found)

@@ -43,7 +43,10 @@ def load(cache: Path | None = None) -> None:
     global _library
     if "torch" in sys.modules:
         raise RuntimeError("the fake device has to be loaded before torch is imported")
-    folder = Path(importlib.util.find_spec("torch").origin).parent
+    torch = importlib.util.find_spec("torch")
+    if torch is None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+    folder = Path(torch.origin).parent
     if cache is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "megalong")
     version = folder.joinpath("version.py").read_bytes()

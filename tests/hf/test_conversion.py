@@ -32,7 +32,7 @@ from megalong.errors import UserError
 from megalong.hf.exporting import export, parse_size
 from megalong.hf.importing import SafetensorsReader, import_model
 from megalong.hf.loaded_model import load_model
-from megalong.hf.names import check_names, entries
+from megalong.hf.names import check_names, check_vocabulary, entries
 from megalong.model.parameters import count_parameters
 from tests.hf.models import VOCAB_SIZE, huggingface_model, random_tokens, resolved
 
@@ -151,6 +151,8 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half_done(tmp_path):
     (tmp_path / "hf").mkdir()
     with pytest.raises(UserError, match="is there already"):
         export(tmp_path / "run", tmp_path / "hf")
+    with pytest.raises(UserError, match="is no earlier export"):
+        export(tmp_path / "run", tmp_path / "hf", overwrite=True)
     gone = {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": "gone.model"}
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **gone))
     (tmp_path / "other").mkdir()
@@ -170,6 +172,12 @@ def test_values_that_a_dtype_does_not_hold_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"model\.norm\.weight has values .* another --dtype"):
         export(tmp_path / "large", tmp_path / "hf", dtype="float16")
     export(tmp_path / "large", tmp_path / "hf", dtype="bfloat16")
+    with pytest.raises(UserError, match=r"has values"):
+        export(tmp_path / "large", tmp_path / "hf", dtype="float16", overwrite=True)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+    export(tmp_path / "large", tmp_path / "hf", dtype="float32", overwrite=True)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "float32"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "large", "run"]
 
 
 # The name table's errors.
@@ -180,7 +188,11 @@ def test_unknown_missing_and_misshaped_tensors_are_named():
         check_names("x", ["a", "b"], ["a"])
     with pytest.raises(UserError, match="x has an unknown tensor c, d, e and 1 more:"):
         check_names("x", ["a"], "acdef")
-    entry = entries(resolved().model, VOCAB_SIZE)[0]
+    table = entries(resolved().model, VOCAB_SIZE)
+    with pytest.raises(UserError, match=r"of 257 ids is not that of run, whose .* 640 rows"):
+        check_vocabulary("run", table, VOCAB_SIZE, {table[0].name: (640, 64)})
+    check_vocabulary("run", table, VOCAB_SIZE, {table[0].name: table[0].shape})
+    entry = table[0]
     with pytest.raises(UserError, match=r"embedding.*\(3, 4\).*\(384, 64\)"):
         entry.to_huggingface(torch.zeros(3, 4))
     with pytest.raises(UserError, match=r"model.embed_tokens.*\(3, 4\).*\(257, 64\)"):

@@ -77,7 +77,7 @@ def test_an_earlier_evaluation_is_not_overwritten_unasked(tmp_path):
     command = [sys.executable, str(TOOL), "--model", "none", "--passkey-lengths", "9"]
     command += ["--output", str(tmp_path)]
     refused = run(command, check=False)
-    assert refused.returncode == 2 and "set --overwrite" in refused.stderr
+    assert refused.returncode == 2 and "or --overwrite" in refused.stderr
     asked = run([*command, "--overwrite"], check=False)
     assert "none is not a checkpoint" in asked.stderr
     assert (tmp_path / "evaluation.json").read_text() == "{}"

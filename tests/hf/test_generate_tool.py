@@ -32,6 +32,29 @@ def test_tokens_of_a_byte_each(capsys, prompt, content):
     assert capsys.readouterr().out == decode(content) + "\n"
 
 
+@pytest.mark.parametrize(
+    "content, stop, shown",
+    [
+        ("one. two", [". "], "one"),
+        ("one. two", ["x", "two", "one. tw"], ""),
+        ("aaab", ["aab"], "a"),  # what could have begun it has been held back
+        ("one.", [". "], "one."),
+        ("caf\u00e9 \u20ac\u20ac", ["\u20ac"], "caf\u00e9 "),
+    ],
+)
+def test_a_text_to_stop_at_is_left_out(capsys, content, stop, shown):
+    decode = lambda tokens: bytes(tokens).decode(errors="replace")  # noqa: E731
+    printer = Printer(LoadedModel(None, None, decode, first=0), stop, echo=False)
+    printer.put(torch.tensor([[0, *b"a prompt"]]))
+    for byte in content.encode():
+        if printer.stopped:
+            break
+        printer.put(torch.tensor([byte]))
+    printer.end()
+    assert capsys.readouterr().out == shown + "\n" and printer.printed == shown
+    assert printer.stopped == (shown != content)
+
+
 def test_a_prompt_that_is_not_read_leaves_nothing_behind_in_the_model(monkeypatch):
     sizes = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LongNetForCausalLM(LongNetConfig(**sizes)).eval()

@@ -1,5 +1,6 @@
 """A checkpoint is whole or it is not there; damage is named, and the one before it still serves."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -141,6 +142,11 @@ def test_inspecting(copy):
         "sound: all 5 files",
     ):
         assert words in shown, shown
+    assert shown.splitlines()[1].startswith("sound: ")
+    brief = run([*INSPECT, str(copy), "--brief", "--json"]).stdout
+    content = json.loads(brief)
+    assert content["iteration"] == 6 and not content["verified"] and "tensors" not in content
+    assert content["values"] > 3 * content["parameters"] > 0  # with both moments, random states
     flip(copy / "iter_0000006" / "__0_0.distcp")
     done = run([*INSPECT, str(copy / "iter_0000006"), "--verify"], check=False)
     assert done.returncode == 2 and "__0_0.distcp is not what was written" in done.stderr

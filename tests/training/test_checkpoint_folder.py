@@ -9,6 +9,7 @@ from megalong.checkpoint.folder import (
     being_read,
     checkpoints,
     clear_leftovers,
+    find_checkpoint,
     latest,
     point_at,
     remove_old,
@@ -71,6 +72,22 @@ def test_the_pointer(tmp_path):
     assert latest(tmp_path).name == "iter_0000003"
     (tmp_path / "latest").write_bytes(b"../\xff")
     assert latest(tmp_path) is None
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    checkpoint = tmp_path / "iter_0000003"
+    with pytest.raises(UserError, match="run is not there: give a run folder"):
+        find_checkpoint(tmp_path / "run")
+    with pytest.raises(UserError, match=r"is an empty folder: give a run folder with"):
+        find_checkpoint(tmp_path)
+    point_at(checkpoint)
+    for words in ("is not there", "is an empty folder", "is damaged: it has no manifest.json"):
+        with pytest.raises(UserError, match=rf"iter_0000003 {words}, and the file `latest` names"):
+            find_checkpoint(tmp_path)
+        with pytest.raises(DamagedCheckpoint, match=rf"iter_0000003 {words}$"):
+            Manifest.read(checkpoint)
+        folder = checkpoint / "a" if checkpoint.exists() else checkpoint
+        folder.mkdir(exist_ok=True)
 
 
 class Attack:

@@ -43,12 +43,17 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
-import torch
-from attention_report import MEASURES, Setting, losses, losses_text, plot, row_text
-from contenders import CONTENDERS, ON_CPU
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
 
-from megalong.attention import DilatedPattern
-from megalong.model.peak_flops import peak_of_name
+from megalong.command_line import needed_packages
+
+with needed_packages():
+    import torch
+    from attention_report import MEASURES, Setting, losses, losses_text, plot, row_text
+    from contenders import CONTENDERS, ON_CPU
+
+    from megalong.attention import DilatedPattern
+    from megalong.model.peak_flops import peak_of_name
 
 # Bytes/s of the memory, by a part of the device's name; the first that fits. From the data sheets
 # of NVIDIA's A100 (2021), H100 (2023), H200 (2024) and HGX B200 (2025).

@@ -30,19 +30,24 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
 
-from megalong.attention import DilatedPattern
-from megalong.attention.exchange import AllToAll, SequenceGroup
-from megalong.attention.sequence_parallel import sequence_parallel_attention
-from megalong.attention.sequence_plan import (
-    gathered_rows,
-    make_plan,
-    subgroup_sizes,
-)
-from megalong.attention.shards import Shards, pairs_of_rank
-from megalong.parallel.traffic import CountTraffic
+from megalong.command_line import needed_packages
+
+with needed_packages():
+    import torch
+    import torch.distributed as dist
+
+    from megalong.attention import DilatedPattern
+    from megalong.attention.exchange import AllToAll, SequenceGroup
+    from megalong.attention.sequence_parallel import sequence_parallel_attention
+    from megalong.attention.sequence_plan import (
+        gathered_rows,
+        make_plan,
+        subgroup_sizes,
+    )
+    from megalong.attention.shards import Shards, pairs_of_rank
+    from megalong.parallel.traffic import CountTraffic
 
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_to_all")
 

@@ -8,17 +8,23 @@ and the time of one more token. Writes decode_cache.json and decode_cache.png.
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
-import matplotlib
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import torch
+from megalong.command_line import needed_packages
 
-from megalong.hf.configuration_longnet import LongNetConfig
-from megalong.hf.modeling_longnet import LongNetForCausalLM
+with needed_packages():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import torch
+
+    from megalong.hf.configuration_longnet import LongNetConfig
+    from megalong.hf.modeling_longnet import LongNetForCausalLM
 
 
 def main() -> None:

@@ -15,25 +15,30 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
 
-from megalong.attention.triton.backward_kernels import (
-    delta_kernel,
-    dkdv_kernel,
-    dq_kernel,
-)
-from megalong.attention.triton.forward_kernel import forward_kernel
-from megalong.attention.triton.tile_sizes import (
-    SHARED_MEMORY,
-    TileSizes,
-    newest_that_fits,
-    padded_head_dim,
-    sizes_of,
-    splits,
-)
+from megalong.command_line import needed_packages
+
+with needed_packages():
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from megalong.attention.triton.backward_kernels import (
+        delta_kernel,
+        dkdv_kernel,
+        dq_kernel,
+    )
+    from megalong.attention.triton.forward_kernel import forward_kernel
+    from megalong.attention.triton.tile_sizes import (
+        SHARED_MEMORY,
+        TileSizes,
+        newest_that_fits,
+        padded_head_dim,
+        sizes_of,
+        splits,
+    )
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}

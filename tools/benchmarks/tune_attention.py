@@ -25,18 +25,23 @@ from itertools import product
 from pathlib import Path
 from unittest import mock
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
 
-from megalong.attention import DilatedPattern
-from megalong.attention.triton import tile_sizes
-from megalong.attention.triton.tile_sizes import (
-    FILE_VARIABLE,
-    KERNELS,
-    SHARED_MEMORY,
-    TileSizes,
-    generation_of,
-    line_name,
-)
+from megalong.command_line import needed_packages
+
+with needed_packages():
+    import torch
+
+    from megalong.attention import DilatedPattern
+    from megalong.attention.triton import tile_sizes
+    from megalong.attention.triton.tile_sizes import (
+        FILE_VARIABLE,
+        KERNELS,
+        SHARED_MEMORY,
+        TileSizes,
+        generation_of,
+        line_name,
+    )
 
 # All that is ever tried: block_m, block_n, warps, stages. The kernels take other powers of two
 # from 16 up as well.
