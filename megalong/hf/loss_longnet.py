@@ -26,17 +26,19 @@ def next_token_loss(
     cross entropy of each position's next label, or the sum over num_items_in_batch.
 
     Logits exist for a chunk of rows, in the backward pass too, where the head runs again. The
-    gradients of the head's weights are summed over the chunks in at least float32.
+    gradients of the head's weights are summed over the chunks in at least float32, but under
+    DeepSpeed's ZeRO 3 in their own dtype.
     """
     labels_bs = F.pad(labels_bs, (0, 1), value=ignore_index)[:, 1:].to(hidden_bsh.device)
     labels_n = labels_bs.flatten()
     weights, graph = {}, torch.is_grad_enabled()
     if graph:
         # Views: of a leaf autocast keeps one low-precision copy, and sums its gradients in that.
+        # What DeepSpeed has divided among the ranks (ZeRO 3) is whole only inside of the head.
         weights = {
             name: weight.view_as(weight).to(torch.promote_types(weight.dtype, torch.float32))
             for name, weight in head.named_parameters()
-            if weight.requires_grad
+            if weight.requires_grad and not hasattr(weight, "ds_id")
         }
 
     def of_chunk(rows_nh, wanted_n):

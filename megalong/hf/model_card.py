@@ -32,7 +32,9 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
-The model's code is in this folder; it needs torch and transformers (5.24 or later) only. Attention
+The model's code is in this folder; it needs torch and transformers (5.24 or later) only. A text may
+name special tokens: `text + tokenizer.eos_token` ends a document; with `split_special_tokens=True`
+names are plain text, as they were in the training. Attention
 is linear in the length, and the cache keeps what later tokens can still attend to: at most the sum
 of segment length / dilation rate rows, however long the sequence. With `prefill_chunk_size`
 `generate` reads a long prompt in chunks, in bounded memory; any size gives the same. With labels

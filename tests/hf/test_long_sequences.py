@@ -13,6 +13,7 @@ from megalong.hf.generation import continue_text
 from megalong.hf.loaded_model import LoadedModel
 from megalong.hf.loss_longnet import next_token_loss
 from megalong.progress import progress_bar
+from tests.forked import REPOSITORY, run_ranks
 from tests.hf.test_transformers import batch_of, make_model, sequences
 
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -105,6 +106,10 @@ def test_a_models_loss_and_gradients_in_chunks(small_tiles, monkeypatch):
     model.loss_function = lambda logits, labels, vocab_size: logits.sum()
     own = model(tokens, attention_mask=mask, labels=labels)
     assert own.logits.shape == (*tokens.shape, 50) and own.loss == own.logits.sum()
+
+
+def test_a_loss_in_chunks_under_zero_3():
+    run_ranks(2, str(REPOSITORY / "tests" / "hf" / "zero3_loss_worker.py"))
 
 
 @pytest.mark.parametrize(

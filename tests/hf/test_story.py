@@ -3,6 +3,7 @@ evaluated there, by lm-eval too, and comes back."""
 
 import json
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megalong.checkpoint.stored_model import StoredModel
 from megalong.hf.exporting import export
+from megalong.hf.importing import import_model
 from megalong.training.metrics import read_metrics
 from tests.launching import REPOSITORY, free_port, made_once, run
 
@@ -136,6 +138,27 @@ def test_checkpoint_and_export_are_evaluated_alike(place, text_file, tmp_path):
     assert ours["texts"] == theirs["texts"] and len(ours["passkey"]) == 2
     assert ours["texts"][1]["bytes"] == 3000 and 500 < ours["texts"][1]["tokens"] < 2000
     assert 1 < ours["texts"][1]["bits_per_byte"] < 6
+
+
+def test_the_exported_quickstart_is_fine_tuned(place, tmp_path, monkeypatch):
+    """To answer, and to end there: it comes back as what it was, and generates that."""
+    pytest.importorskip("accelerate")
+    lines = [
+        {"prompt": "say " + "more " * more + "\n", "completion": "no" if more % 2 else "yes"}
+        for more in range(8)
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = f"x --model {place}/runs/quickstart-hf --data {tmp_path}/data.jsonl"
+    command += f" --output {tmp_path}/tuned --max-steps 12 --lr 5e-3"
+    monkeypatch.setattr(sys, "argv", command.split())
+    runpy.run_path(str(REPOSITORY / "examples" / "finetune_hf.py"), run_name="__main__")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tuned", trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", trust_remote_code=True)
+    inputs = tokenizer(lines[2]["prompt"], return_tensors="pt")
+    answer = tokenizer.decode(model.generate(**inputs, max_new_tokens=9)[0])
+    assert answer.removeprefix(lines[2]["prompt"]) in ("yes<eod>", "no<eod>")
+    _, config = import_model(tmp_path / "tuned", tmp_path / "back", {})
+    assert config.model.seq_length == tokenizer.model_max_length and not config.data.prepend_bos
 
 
 def test_lm_eval_runs_the_exported_model(place, text_file, tmp_path):

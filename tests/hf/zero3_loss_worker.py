@@ -1,0 +1,50 @@
+"""The loss in chunks of a model that DeepSpeed has divided among the ranks, and its gradients, with
+and without activation checkpointing: those of the whole model with all logits."""
+
+import copy
+import os
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_grad
+
+from megalong.hf import loss_longnet, modeling_longnet
+from megalong.parallel.deepspeed_private import skip_shared_memory_kernels
+from tests.hf.test_transformers import make_model, sequences
+
+CONFIG = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_allow_untested_optimizer": True,  # SGD
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
+
+
+def main(tied: bool, checkpointing: bool) -> None:
+    whole = make_model(tie_word_embeddings=tied).train()
+    model = copy.deepcopy(whole)
+    tokens = torch.stack(sequences(40, 40))
+    modeling_longnet.MANY_LOGITS = 10**9
+    whole(tokens, labels=tokens).loss.backward()
+    modeling_longnet.MANY_LOGITS, loss_longnet.CHUNK_LOGITS = 0, 7 * 50
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = torch.optim.SGD(model.parameters())
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=CONFIG)
+    rank = engine.global_rank
+    outputs = engine(tokens[rank : rank + 1], labels=tokens[rank : rank + 1])
+    assert outputs.logits.shape[1] == 0
+    engine.backward(outputs.loss)
+    for (name, one), other in zip(model.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(
+            safe_get_full_grad(one), other.grad, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n} {m}"
+        )
+    engine.destroy()
+
+
+if __name__ == "__main__":
+    skip_shared_memory_kernels()
+    deepspeed.init_distributed("gloo")
+    assert int(os.environ["WORLD_SIZE"]) == 2
+    main(tied=True, checkpointing=False)
+    main(tied=False, checkpointing=True)
+    torch.distributed.destroy_process_group()
