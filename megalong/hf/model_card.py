@@ -39,7 +39,8 @@ is linear in the length, and the cache keeps what later tokens can still attend 
 of segment length / dilation rate rows, however long the sequence. With `prefill_chunk_size`
 `generate` reads a long prompt in chunks, in bounded memory; any size gives the same. With labels
 the loss of a long sequence is computed in chunks and comes without logits, unless `logits_to_keep`
-asks for some.
+asks for some. The attention is the exact one, in PyTorch's operators, whether `attn_implementation`
+says `eager` or `sdpa`; `output_attentions=True` gives its weights, of up to 8,192 tokens.
 
 ## Where it comes from
 
