@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+FEW_TOKENS = 10_000  # below, chance alone moves a perplexity by some percent
+
 
 def position_edges(seq_length: int) -> list[int]:
     """Edges of the buckets of positions: 0, 4, 6, 8, 12, 16, 24, ... up to the sequence length.

@@ -32,8 +32,10 @@ def main() -> None:
     from megalong.log_filters import filter_library_logs
 
     filter_library_logs()
+    from megalong.disk import writable_folder
     from megalong.hf.importing import import_model, read_config
 
+    writable_folder("--output", args.output.parent)
     changes = vars(build_parser().parse_args(others))
     if "config" in changes:
         changes = read_yaml(changes.pop("config")) | changes

@@ -37,8 +37,10 @@ def main() -> None:
     from megalong.log_filters import filter_library_logs
 
     filter_library_logs()
+    from megalong.disk import writable_folder
     from megalong.hf.exporting import export
 
+    writable_folder("--output", args.output.parent)
     result = export(
         args.load,
         args.output,

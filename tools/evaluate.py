@@ -33,8 +33,6 @@ from megalong.hf.configs import DTYPES
 if TYPE_CHECKING:
     from megalong.hf.loaded_model import LoadedModel
 
-FEW_TOKENS = 10_000  # below, chance alone moves a perplexity by some percent
-
 
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
@@ -120,7 +118,7 @@ def _read(file: str, max_bytes: int | None) -> Iterator[str]:
 def evaluate(loaded: LoadedModel, texts: list[str], args: argparse.Namespace) -> dict:
     """Every measurement that the flags ask for, printed as it is made."""
     from megalong.hf.evaluation import evaluate_texts, passkey
-    from megalong.position_losses import position_edges
+    from megalong.position_losses import FEW_TOKENS, position_edges
     from megalong.progress import progress_bar
 
     results = {"model": str(args.model), "dtype": args.dtype, "texts": [], "passkey": []}

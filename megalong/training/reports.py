@@ -21,7 +21,7 @@ from megalong.model.flops import step_flops
 from megalong.model.parameters import count_parameters
 from megalong.model.peak_flops import peak_flops
 from megalong.parallel.mesh import Mesh
-from megalong.position_losses import position_edges
+from megalong.position_losses import FEW_TOKENS, position_edges
 from megalong.progress import clock, human_bytes
 from megalong.training.engine import StepResult
 from megalong.training.evaluation import Evaluation
@@ -48,7 +48,7 @@ class Reports:
         self.tokens_per_step = config.training.global_batch_size * config.model.seq_length
         self.parameters = count_parameters(config.model, data.tokenizer.vocab_size)
         self.tokens_per_epoch = data.train.tokens_per_epoch
-        self.evaluates = bool(data.held_out)
+        self.held_out = {split: part.tokens_per_epoch for split, part in data.held_out.items()}
         self.flops = step_flops(config, data.tokenizer.vocab_size)
         self.dense_flops = step_flops(config, data.tokenizer.vocab_size, dense=True)
         self.peak, self.peak_source = _peak_of_all_ranks(config, mesh)
@@ -105,8 +105,14 @@ class Reports:
             say(f"no checkpoint in {config.run.load} yet: starting at the beginning")
         if config.run.profile and progress.iteration >= config.run.profile_step_end - 1:
             say(f"--profile: the run is past iteration {config.run.profile_step_end - 1} already")
-        if not self.evaluates:
+        if not self.held_out:
             say(f"--split {config.data.split} leaves no document to evaluate on")
+        for split, tokens in self.held_out.items():
+            if tokens < FEW_TOKENS:
+                say(
+                    f"--split {config.data.split} leaves only {tokens:,} tokens for {split}: below"
+                    f" {FEW_TOKENS:,} chance alone moves its perplexity by some percent"
+                )
         if config.run.save is None:
             say("without --save nothing is kept")
         if progress.iteration >= training.train_iters:

@@ -94,6 +94,13 @@ def test_errors(tmp_path, corpus, tokenizer_model, run_tool):
         assert f"--vocab-size {size} must be" in failure(
             "--input", corpus, *new, "--vocab-size", size
         )
+    nowhere = (
+        "--output-prefix",
+        "/sys/kernel/t",
+        "--vocab-size",
+        500,
+    )  # also root cannot write there
+    assert "--output-prefix /sys/kernel: no file can be made" in failure("--input", small, *nowhere)
     empty = tmp_path / "empty.txt"
     empty.touch()
     assert "no text" in failure("--input", empty, *new, "--vocab-size", 500)

@@ -1,12 +1,15 @@
 """Text comes out whole, whatever the tokens are that it comes in."""
 
+import importlib.util
+
 import pytest
 import torch
 
 from megalong.hf.configuration_longnet import LongNetConfig
-from megalong.hf.generation import Printer, continue_text
+from megalong.hf.generation import Continuation, Printer, continue_text
 from megalong.hf.loaded_model import LoadedModel
 from megalong.hf.modeling_longnet import LongNetForCausalLM
+from tests.launching import REPOSITORY
 
 
 @pytest.mark.parametrize("prompt", [b"prompt \xe2\x82\xac", b""])
@@ -53,6 +56,24 @@ def test_a_text_to_stop_at_is_left_out(capsys, content, stop, shown):
     printer.end()
     assert capsys.readouterr().out == shown + "\n" and printer.printed == shown
     assert printer.stopped == (shown != content)
+
+
+def test_a_conversation_goes_on_with_all_that_was_said(monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("generate", REPOSITORY / "tools" / "generate.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    flags = "x --model y --prompt begin --interactive --max-new-tokens 7 --stop END"
+    monkeypatch.setattr("sys.argv", flags.split())
+    lines, asked = iter(["one", "two", ""]), []
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+
+    def go_on(text, echo):
+        asked.append(text)
+        return Continuation(f"<{len(asked)}>", ended=len(asked) == 1)
+
+    tool.converse(go_on, "begin", tool.parse_arguments())
+    assert asked == ["beginone\n", "beginone\n<1>ENDtwo\n"]
+    assert capsys.readouterr().err == "(cut off after --max-new-tokens 7)\n"
 
 
 def test_a_prompt_that_is_not_read_leaves_nothing_behind_in_the_model(monkeypatch):
