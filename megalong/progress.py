@@ -19,16 +19,18 @@ def progress_bar(
     interval: float = 5.0,
     enabled: bool = True,
     stream: TextIO | None = None,
+    bar_format: str | None = None,
 ) -> tqdm:
     """A bar with rate and time left, on standard error; use it as a context manager.
 
     total: the amount of work in `unit`, None where it is not known; "B" is shown as kB, MB, GB.
     interval: seconds between two lines where the stream is not a terminal, and before the first.
     enabled: False makes it silent (all ranks but one).
+    bar_format: tqdm's, for another line than the usual one.
     """
     stream = sys.stderr if stream is None else stream
     common = {"total": total, "unit": unit, "desc": description, "disable": not enabled}
-    common["unit_scale"] = unit == "B"
+    common |= {"unit_scale": unit == "B", "bar_format": bar_format}
     if stream.isatty():
         return tqdm(**common, file=stream, dynamic_ncols=True)
     # miniters: every update looks at the clock, and no thread has to.
@@ -37,17 +39,17 @@ def progress_bar(
 
 
 @contextlib.contextmanager
-def stopwatch(description: str, **options: Any) -> Iterator[None]:
-    """Inside, the time gone by, for a job that does not say how far it is. options: of
-    `progress_bar`."""
+def stopwatch(description: str, *, tick: float = 1.0, **options: Any) -> Iterator[None]:
+    """Inside, the time gone by, for a job that does not say how far it is. tick: seconds between
+    two looks at the clock. options: of `progress_bar`."""
     done = threading.Event()
 
     def count(bar: tqdm) -> None:
-        while not done.wait(1):
+        while not done.wait(tick):
             bar.update()
 
-    with progress_bar(None, "s", description, **options) as bar:
-        bar.bar_format = "{desc}: {elapsed}"
+    line = "{desc}: {elapsed}"
+    with progress_bar(None, "s", description, bar_format=line, **options) as bar:
         counting = threading.Thread(target=count, args=(bar,), daemon=True)
         counting.start()
         try:

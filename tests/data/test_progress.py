@@ -4,10 +4,11 @@ import io
 import os
 import re
 import termios
+import time
 
 import pytest
 
-from megalong.progress import clock, human_bytes, progress_bar
+from megalong.progress import clock, human_bytes, progress_bar, stopwatch
 
 
 class Terminal(io.StringIO):
@@ -69,6 +70,14 @@ def test_a_log_file_does_not_hear_of_what_is_quickly_done():
     with progress_bar(10, "batch", "evaluating", stream=stream) as bar:
         bar.update(10)
     assert stream.getvalue() == ""
+
+
+def test_the_time_gone_by_where_nothing_else_is_known():
+    stream = io.StringIO()
+    with stopwatch("training", tick=0.01, interval=0, stream=stream):
+        while stream.getvalue().count("\n") < 2:
+            time.sleep(0.01)
+    assert set(stream.getvalue().splitlines()) <= {"training: 00:00", "training: 00:01"}
 
 
 def test_bar_on_a_terminal():
