@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -55,7 +56,8 @@ def run(command: Callable[[], int | None], system_errors: bool = True) -> NoRetu
     """Call a command and end the process: with the status that it returns (None is 0), or with 2
     after the one line of a mistake.
 
-    Mistakes are UserErrors and our requirements that are not installed.
+    Mistakes are UserErrors and our requirements that are not installed. Ctrl-C ends it without a
+    traceback.
     system_errors: errors of the operating system that name a file, too; not in a command that makes
         UserErrors of those of its flags itself (`system_errors_of`), where others are of a library,
         such as no compiler for Triton.
@@ -65,6 +67,8 @@ def run(command: Callable[[], int | None], system_errors: bool = True) -> NoRetu
             sys.exit(command())
     except UserError as error:
         _end(str(error))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and system_errors:  # `| head` has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -88,12 +92,22 @@ def needed_packages() -> Iterator[None]:
 
 
 def _end(message: str) -> NoReturn:
-    # Every rank finds a wrong flag, and one of them should say so: the launcher ends the others
+    # Every rank finds a wrong flag, and one of them should say so: the launchers end the others
     # when the first process is gone. What only this rank has found, it says all the same.
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)
+        time.sleep(5 if os.environ.get("LOCAL_RANK") == "0" else 15)
     print(f"error: {message}", file=sys.stderr)
+    _tell_torchrun(f"error: {message}")
     sys.exit(2)
+
+
+def _tell_torchrun(line: str) -> None:
+    """Have torchrun end what it prints of a failed rank with this line."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        told = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": told}}))
 
 
 def _how_to_get(package: str) -> str:

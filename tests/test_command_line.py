@@ -157,6 +157,27 @@ def test_exit_statuses_and_help():
         ArgumentParser("x").parse_args(["--a"])
 
 
+def test_ctrl_c_shows_no_traceback():
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        run(interrupted)
+    assert end.value.code == 130
+
+
+def test_torchrun_ends_its_words_with_ours(tmp_path, monkeypatch):
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    with pytest.raises(SystemExit):
+        run(lambda: (_ for _ in ()).throw(UserError("--lr is 0")))
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
+    lines = str(ChildFailedError("pretrain_longnet.py", {0: failure})).splitlines()
+    assert lines[-2].endswith("error: --lr is 0")
+
+
 def test_names_of_the_attention_room_are_not_hidden_by_its_files():
     import megalong.attention
 

@@ -2,9 +2,11 @@
 and a layout that works. Every suggestion is tried."""
 
 import re
+import socket
 
 import pytest
 
+from megalong.config import check_master_port
 from megalong.config.arguments import parse_arguments
 from megalong.errors import UserError
 
@@ -135,3 +137,17 @@ def test_data_parallelism_is_what_is_left(ranks, data):
     assert resolve("", ranks).parallel.data_parallel_size(ranks) == data
     config = resolve("--sequence-parallel-size 2 --tensor-model-parallel-size 3", 6 * ranks)
     assert config.parallel.data_parallel_size(6 * ranks) == data
+
+
+def test_a_port_that_is_taken(monkeypatch):
+    """Found before anything slow is imported, by the rank that would listen there, unless that is
+    torchrun."""
+    with socket.create_server(("", 0)) as other:
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(UserError, match="--master_port"):
+            check_master_port()
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        check_master_port()
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+    check_master_port()
