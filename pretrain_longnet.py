@@ -16,19 +16,19 @@ A run small enough for a laptop's CPU, on the data that `make quickstart` leaves
 """
 
 import sys
-from functools import partial
-
-from megalong.command_line import run
+from collections.abc import Sequence
 
 
-def main(arguments: list[str]) -> None:
-    """Train as these flags say, as one rank of however many were started. Raises UserError where a
-    flag, a file or the machine does not allow it."""
-    from megalong.config import world_size
+def main(arguments: list[str], asked: Sequence[int] = ()) -> None:
+    """Train as these flags say, as one rank of however many were started; `asked`: signals that
+    have asked it to stop already. Raises UserError where a flag, a file or the machine does not
+    allow it."""
+    from megalong.config import check_master_port, world_size
     from megalong.config.arguments import parse_arguments
 
     given = parse_arguments(arguments, description=__doc__)
     config = given.resolve(world_size())
+    check_master_port()
 
     # The slow imports wait until the flags are known to be right, and the processes wait for each
     # other only once each of them has found its data and its checkpoint.
@@ -55,11 +55,17 @@ def main(arguments: list[str]) -> None:
     checkpoint = open_checkpoint(config)
     with (
         launch(config) as mesh,
-        watch_ranks(),
-        StopRequest(config.run.exit_duration_in_mins) as stop,
+        watch_ranks(mesh, config.run),
+        StopRequest(config.run.exit_duration_in_mins, asked) as stop,
     ):
         Trainer(config, given, data, checkpoint, mesh, stop).train()
 
 
 if __name__ == "__main__":
-    run(partial(main, sys.argv[1:]), system_errors=False)
+    from megalong.early_signals import remember_requests
+
+    asked = remember_requests()  # before anything that takes longer to import
+
+    from megalong.command_line import run
+
+    run(lambda: main(sys.argv[1:], asked), system_errors=False)

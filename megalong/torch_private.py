@@ -7,6 +7,9 @@ and for such names anywhere else.
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -27,6 +30,7 @@ __all__ = [
     "EFFICIENT_ATTENTION",
     "FLASH_ATTENTION",
     "NAMES",
+    "NAMES_WITH_NCCL",
     "READ_VALUE",
     "TO_COPY",
     "TO_PINNED",
@@ -36,11 +40,14 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
+    "collective_counts",
     "forget_memory_history",
     "is_going_backward",
+    "open_collectives",
     "record_memory_history",
     "slice_of_file",
     "tree_leaves",
+    "write_collectives",
     "write_memory_history",
 ]
 
@@ -52,6 +59,8 @@ NAMES = (
     (torch.utils, "_python_dispatch"),
     (torch.utils, "_pytree"),
     (torch._C, "_current_graph_task_id"),
+    (torch._C, "_distributed_c10d"),
+    (torch._C._distributed_c10d, "_dump_fr_trace"),
     (torch.cuda.memory, "_dump_snapshot"),
     (torch.cuda.memory, "_record_memory_history"),
     (FileSystemReader, "_slice_file"),
@@ -61,6 +70,7 @@ NAMES = (
     (torch.ops.aten, "_scaled_dot_product_flash_attention"),
     (torch.ops.aten, "_to_copy"),
 )
+NAMES_WITH_NCCL = ((torch._C._distributed_c10d, "_dump_nccl_trace"),)  # in builds that have it
 
 # What `.item()`, `.to()` and `.pin_memory()` end up in.
 READ_VALUE = torch.ops.aten._local_scalar_dense.default
@@ -133,3 +143,41 @@ def write_memory_history(path: str) -> None:
 def forget_memory_history() -> None:
     """Remember nothing any more."""
     torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def collective_counts() -> dict[str, Any]:
+    """How many collectives this process has begun and ended, by process group."""
+    counts = {}
+    for backend, dump in _flight_recorders().items():
+        recorded = pickle.loads(
+            dump(includeCollectives=False, includeStackTraces=False, onlyActive=True)
+        )
+        counts[backend] = recorded["pg_status"]
+    return counts
+
+
+def open_collectives() -> Iterator[tuple[str, str]]:
+    """The collectives that this process has begun and that have not ended, the oldest first: their
+    name, such as "all_reduce", and the name of the process group. Takes a while: the recorder
+    keeps thousands."""
+    entries = []
+    for dump in _flight_recorders().values():
+        recorded = pickle.loads(
+            dump(includeCollectives=True, includeStackTraces=False, onlyActive=True)
+        )
+        entries += [entry for entry in recorded["entries"] if not entry["retired"]]
+    for entry in sorted(entries, key=lambda entry: entry["time_created_ns"]):
+        yield entry["profiling_name"].partition(":")[2], entry["process_group"][0]
+
+
+def write_collectives(path: Path) -> None:
+    """Write PyTorch's record of this process's last collectives over NCCL, for `torchfrtrace`."""
+    dump = torch._C._distributed_c10d._dump_nccl_trace
+    path.write_bytes(dump(includeCollectives=True, includeStackTraces=True, onlyActive=False))
+
+
+def _flight_recorders() -> dict[str, Callable[..., bytes]]:
+    recorders = {"gloo": torch._C._distributed_c10d._dump_fr_trace}
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
+        recorders["nccl"] = torch._C._distributed_c10d._dump_nccl_trace
+    return recorders

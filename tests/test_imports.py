@@ -18,6 +18,7 @@ ROOMS = {
     "errors": set(),
     "command_line": {"errors"},
     "device": set(),
+    "early_signals": set(),
     "disk": {"errors"},
     "host_memory": set(),
     "log_filters": {"device"},

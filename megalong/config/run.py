@@ -6,7 +6,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 
-from megalong.config.flags import flag, flag_name, require_more_than_zero, require_positive
+from megalong.config.flags import default, flag, flag_name, require_more_than_zero, require_positive
 from megalong.errors import UserError
 
 
@@ -55,18 +55,29 @@ class RunConfig:
     distributed_timeout_minutes: int = flag(
         10, "minutes that a rank waits for the others in a collective before it gives the run up"
     )
+    hang_timeout_seconds: float | None = flag(
+        None,
+        "seconds that all ranks wait for one that does not move before they end and say which it"
+        " is; 0 is never (default: half of --distributed-timeout-minutes)",
+    )
 
     def resolve(self) -> RunConfig:
-        """These settings with the TensorBoard folder filled in."""
-        if self.tensorboard_dir is not None or self.save is None:
-            return self
-        return dataclasses.replace(self, tensorboard_dir=os.path.join(self.save, "tensorboard"))
+        """These settings with the TensorBoard folder and the time of a hang filled in."""
+        folder = None if self.save is None else os.path.join(self.save, "tensorboard")
+        return dataclasses.replace(
+            self,
+            tensorboard_dir=default(self.tensorboard_dir, folder),
+            hang_timeout_seconds=default(
+                self.hang_timeout_seconds, 30.0 * self.distributed_timeout_minutes
+            ),
+        )
 
     def check(self, train_iters: int, world_size: int) -> None:
         """Raise UserError where these settings contradict each other, or a run of so many
         iterations on so many ranks."""
         self._check_checkpoints()
         self._check_reports()
+        self._check_hang_timeout()
         if self.profile:
             self._check_profile(train_iters, world_size)
 
@@ -105,6 +116,16 @@ class RunConfig:
             raise UserError(
                 f"--wandb-exp-name {self.wandb_exp_name} names a run in a project: set"
                 " --wandb-project, or leave it out"
+            )
+
+    def _check_hang_timeout(self) -> None:
+        seconds, minutes = self.hang_timeout_seconds, self.distributed_timeout_minutes
+        assert seconds is not None
+        if not 0 <= seconds < 60 * minutes:
+            raise UserError(
+                f"--hang-timeout-seconds {seconds:g} has to be less than"
+                f" --distributed-timeout-minutes {minutes}, after which the wait is over anyway:"
+                f" set --hang-timeout-seconds {30 * minutes}, or 0 for no such watch"
             )
 
     def _check_profile(self, train_iters: int, world_size: int) -> None:

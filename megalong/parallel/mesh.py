@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megalong.attention.exchange import SequenceGroup
 from megalong.config import Config
+from megalong.config.parallel import port_is_taken
 from megalong.device import use_gpu
 from megalong.errors import UserError
 from megalong.parallel.cpu import enable_megatron_without_gpu
@@ -36,6 +37,7 @@ class Mesh:
     model_group: the ranks that hold the parts of one replica, over tensor and pipeline axis.
     embedding_group: of a pipeline's first and last stage, which share a tied embedding; None on the
         stages between them.
+    host_group: all ranks, over gloo, for words between them for which nobody waits for a GPU.
     """
 
     sequence: SequenceGroup
@@ -45,6 +47,7 @@ class Mesh:
     replica_group: dist.ProcessGroup
     model_group: dist.ProcessGroup
     embedding_group: dist.ProcessGroup | None
+    host_group: dist.ProcessGroup
     tensor_parallel_size: int
     tensor_parallel_rank: int
     pipeline_parallel_size: int
@@ -174,10 +177,7 @@ def process_group(timeout_minutes: int = 10) -> Iterator[torch.device]:
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise
-            raise UserError(
-                f"port {os.environ['MASTER_PORT']}, where the ranks meet, is taken, by another run"
-                " perhaps: give the launcher another --master_port"
-            ) from error
+            raise port_is_taken(os.environ["MASTER_PORT"]) from error
         try:
             yield torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
         except BaseException:
@@ -218,6 +218,7 @@ def build_mesh(config: Config, device: torch.device) -> Iterator[Mesh]:
             replica_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
             model_group=parallel_state.get_model_parallel_group(),
             embedding_group=parallel_state.get_embedding_group(check_initialized=False),
+            host_group=_host_group(config),
             tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
             tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
             pipeline_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
@@ -242,6 +243,13 @@ def _sequence_group(config: Config) -> SequenceGroup:
     sizes = config.attention.kind.function("subgroup_sizes")(pattern, shard, size)
     timeout = timedelta(minutes=config.run.distributed_timeout_minutes)
     return SequenceGroup.create(parallel_state.get_context_parallel_group(), sizes, timeout)
+
+
+def _host_group(config: Config) -> dist.ProcessGroup:
+    if dist.get_backend() != "nccl":
+        return dist.group.WORLD  # they talk over gloo anyway
+    timeout = timedelta(minutes=config.run.distributed_timeout_minutes)
+    return dist.new_group(backend="gloo", timeout=timeout)
 
 
 @contextlib.contextmanager

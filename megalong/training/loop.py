@@ -7,10 +7,7 @@ import dataclasses
 import math
 from collections import deque
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
-
-import torch.distributed as dist
 
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.reading import CheckpointReader
@@ -45,7 +42,8 @@ class Trainer:
 
     given: the configuration before it was resolved, to be written down beside `config`.
     checkpoint: where to go on from (`megalong.training.resuming.open_checkpoint`), or None.
-    stop: asked after each step whether the run has to end early.
+    stop: asked after each step, and before the model is built, whether the run has to end early.
+        In the latter case this raises Stopped.
     """
 
     def __init__(
@@ -62,10 +60,7 @@ class Trainer:
         self.lock = open_run_folder(config, given) if mesh.is_main else None
         self.progress = Progress()
         self._unread: deque[tuple[int, StepResult]] = deque()  # results of the newest iterations
-        self._host_group: dist.ProcessGroup | None = None  # where the ranks talk over gloo anyway
-        if mesh.device.type == "cuda":
-            timeout = timedelta(minutes=config.run.distributed_timeout_minutes)
-            self._host_group = dist.new_group(backend="gloo", timeout=timeout)
+        self._stop_before_the_building()
         check_agreement(config, checkpoint)
         with contextlib.ExitStack() as held:
             if checkpoint is not None:
@@ -77,8 +72,8 @@ class Trainer:
             if checkpoint is not None:
                 reader = CheckpointReader(checkpoint)
                 self.progress = load_checkpoint(reader, self.engine, config)
-        resumes = checkpoint is not None and same_folder(config.run.load, config.run.save)
-        self.saved_iteration = self.progress.iteration if resumes else None
+        nothing_new = checkpoint is None or same_folder(config.run.load, config.run.save)
+        self.saved_iteration = self.progress.iteration if nothing_new else None
         self.saver = Saver(config, say)
         self.reports = Reports(config, data, mesh, self.saver, self.progress)
         self.profiler = Profiler(config, mesh, say, self.reports.meter.pause)
@@ -102,6 +97,7 @@ class Trainer:
 
     def _train_on(self, batches: Iterator[Batch]) -> None:
         training, run = self.config.training, self.config.run
+        self._check_stop()
         if self.progress.iteration:
             self._evaluate_if_due(self.progress.iteration)
         self.reports.begin()
@@ -133,6 +129,18 @@ class Trainer:
             sequence_range=self.mesh.sequence_range(self.config.model.seq_length),
         )
 
+    def _stop_before_the_building(self) -> None:
+        """Raise Stopped, with all said, where the run was asked to stop while it was starting."""
+        try:
+            self.stop.check(self.mesh.host_group)
+        except Stopped as request:
+            if self.mesh.is_main:
+                words = f"stopped by {request} before the training began"
+                if self.config.run.save is not None:
+                    leave_unfinished(self.config, words)
+                say(f"{words}: the same command begins again")
+            raise
+
     def _end_early(self, reason: str) -> None:
         """Save what there is, and say how to go on. An evaluation under way is made again then."""
         iteration, save = self.progress.iteration, self.config.run.save
@@ -146,7 +154,7 @@ class Trainer:
     def _check_stop(self) -> None:
         if self.saver.failed:
             self.stop.ask(FAILED_SAVE)
-        self.stop.check(self._host_group)
+        self.stop.check(self.mesh.host_group)
 
     def _advance(self, iteration: int, result: StepResult) -> None:
         self._unread.append((iteration, result))

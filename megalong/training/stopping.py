@@ -1,8 +1,9 @@
 """Stopping on request: a signal to any rank, or the clock, ends a run after the step under way.
 
 Schedulers announce the end of a job by a signal: SLURM sends SIGTERM, and with `--signal` SIGUSR1
-some minutes before. It may reach one rank or all of them, at different moments, so the ranks agree
-on it after each step, and all of them stop at the same iteration.
+some minutes before; a user presses Ctrl-C, or kills the launcher. It may reach one rank or all of
+them, at different moments, so the ranks agree on it after each step, and all of them stop at the
+same iteration.
 """
 
 from __future__ import annotations
@@ -14,14 +15,22 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-CLOCK, FAILED_SAVE = 1000, 1001  # further reasons, beside the numbers of signals
-_NAMES = {CLOCK: "--exit-duration-in-mins", FAILED_SAVE: "a checkpoint that was not written"}
+from megalong.training.launchers import Launchers
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+CLOCK, FAILED_SAVE, LAUNCHER = 1000, 1001, 1002  # further reasons, beside the numbers of signals
+_NAMES = {
+    CLOCK: "--exit-duration-in-mins",
+    FAILED_SAVE: "a checkpoint that was not written",
+    LAUNCHER: "the end of its launcher",
+}
+TWICE = 1.0  # seconds within which a terminal and a launcher may both deliver one Ctrl-C
 
 
 class Stopped(Exception):
@@ -29,18 +38,27 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Whether this run has been asked to stop; a context in which signals are such a request.
+    """Whether this run has been asked to stop; a context in which signals are such a request, as is
+    the end of the launcher, and which `Stopped` does not leave.
 
     exit_minutes: after which the clock asks, counted from the creation; None is never.
+    asked: signals that came before.
     forwarded_within: a launcher that is told to stop tells its ranks, which may have been told
         already: signals so many seconds after the first are the same request. A later one means
         it, and ends the process at once, even in the middle of a collective that never returns.
     """
 
-    def __init__(self, exit_minutes: float | None = None, forwarded_within: float = 10.0):
+    def __init__(
+        self,
+        exit_minutes: float | None = None,
+        asked: Sequence[int] = (),
+        forwarded_within: float = 10.0,
+    ):
         self._deadline = math.inf if exit_minutes is None else time.monotonic() + 60 * exit_minutes
         self._forwarded_within = forwarded_within
         self._reason, self._first, self._stopped = 0, 0.0, False
+        self._asked, self._signals = asked, set[int]()
+        self._over = threading.Event()
 
     def __enter__(self) -> StopRequest:
         # Python runs its signal handlers between two instructions of the main thread, never inside
@@ -49,15 +67,25 @@ class StopRequest:
         self._writer.setblocking(False)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._handlers = {number: signal.signal(number, _handled_by_thread) for number in SIGNALS}
+        self._handlers = {
+            number: signal.signal(number, _handled_by_thread)
+            for number in SIGNALS
+            if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN
+        }
+        for number in self._asked:  # none of them comes any more
+            self.ask(number)
+        self._launchers = Launchers()
+        threading.Thread(target=self._watch, name="launchers", daemon=True).start()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        self._over.set()
         for number, handler in self._handlers.items():
             # The signal that stopped the others may still be on its way to this one.
             signal.signal(number, signal.SIG_IGN if self._stopped else handler)
         signal.set_wakeup_fd(self._wakeup)
         self._writer.close()  # ends the thread
+        return isinstance(error, Stopped)
 
     def ask(self, reason: int) -> None:
         """Have the run end as if this process had got a signal."""
@@ -88,13 +116,35 @@ class StopRequest:
                         self._take(number)
 
     def _take(self, number: int) -> None:
+        name = signal.Signals(number).name
+        self._signals.add(number)
         if not self._reason:
             self.ask(number)
-        elif time.monotonic() - self._first > self._forwarded_within:
-            name = signal.Signals(number).name
-            message = f"error: {name} again: ending at once, nothing saved"
-            print(message, file=sys.stderr, flush=True)
-            os._exit(128 + number)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{name}: ending after the step under way; again: at once", flush=True)
+        elif self._is_meant(number):
+            self._end_at_once(number)
+
+    def _is_meant(self, number: int) -> bool:
+        """Whether a further signal is a further request."""
+        waited = time.monotonic() - self._first
+        if signal.SIGINT in self._signals:
+            # Of a first Ctrl-C DeepSpeed's launcher makes SIGTERM, for one rank after the other; of
+            # a second torchrun does.
+            echo = number == signal.SIGTERM and self._launchers.are_deepspeed
+            return waited > TWICE and not echo
+        return waited > self._forwarded_within
+
+    def _watch(self) -> None:
+        while not self._over.wait(1.0):
+            if self._launchers.are_gone:
+                self.ask(LAUNCHER)
+
+    def _end_at_once(self, number: int) -> None:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            again = f"{signal.Signals(number).name} again"
+            print(f"error: {again}: ending at once, nothing saved", file=sys.stderr, flush=True)
+        os._exit(128 + number)
 
 
 def _handled_by_thread(number: int, frame: object) -> None:

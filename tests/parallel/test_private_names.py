@@ -31,8 +31,8 @@ SOURCES = [
         for path in (REPOSITORY / folder).rglob("*.py")
     ),
 ]
-# Documented all the same: https://docs.python.org/3, of os and of collections.namedtuple.
-DOCUMENTED = {"_exit", "_fields", "_asdict", "_replace", "_make"}
+# Documented all the same: https://docs.python.org/3, of os, sys and collections.namedtuple.
+DOCUMENTED = {"_exit", "_current_frames", "_fields", "_asdict", "_replace", "_make"}
 
 
 def is_private(name: str) -> bool:
@@ -97,10 +97,12 @@ def test_pytorch_has_its_own(taken):
         assert hasattr(importlib.import_module(module), name), (module, name)
     for name in torch_private.COLLECTIVES:
         assert hasattr(torch.ops.c10d, name), name
-    assert {name for _, name in torch_private.NAMES} == taken["megalong/torch_private.py"]
+    listed, with_nccl = torch_private.NAMES, torch_private.NAMES_WITH_NCCL
+    assert {name for _, name in listed + with_nccl} == taken["megalong/torch_private.py"]
     operators = [(torch.ops.aten, name) for name in taken[ATTENTION]]
     of_tensors = [(torch.Tensor, name) for name in taken[OFFLOAD]]
-    for owner, name in (*torch_private.NAMES, *operators, *of_tensors):
+    installed = listed + with_nccl if torch.distributed.is_nccl_available() else listed
+    for owner, name in (*installed, *operators, *of_tensors):
         assert hasattr(owner, name), (owner, name)
 
 

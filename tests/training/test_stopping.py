@@ -18,6 +18,7 @@ from tests.launching import (
 )
 from tests.training.test_resume import assert_same_run
 
+EARLY_RUN = __file__.replace("test_stopping", "early_run")
 ENDLESS = {"train_iters": 100_000, "lr_decay_iters": 100, "save_interval": 100_000}
 
 
@@ -58,19 +59,60 @@ def test_four_ranks_go_on_bit_for_bit(corpus, tmp_path):
     assert_same_run(folder, whole)
 
 
-@pytest.mark.parametrize("launcher", [ranks_command, deepspeed_command])
-def test_the_launcher_is_told(corpus, tmp_path, launcher):
-    """Both launchers pass SIGTERM on, and wait half a minute before they kill."""
+@pytest.mark.parametrize(
+    "launcher, number, reason",
+    [
+        (ranks_command, signal.SIGINT, "SIGINT"),
+        (deepspeed_command, signal.SIGTERM, "the end of its launcher"),
+    ],
+)
+def test_the_launcher_is_told(corpus, tmp_path, launcher, number, reason):
+    """torchrun has its ranks in sessions of their own, and passes Ctrl-C on; the `deepspeed`
+    command dies of SIGTERM and leaves its children alone."""
     folder = tmp_path / "run"
     flags = small_run_flags(corpus, **ENDLESS, save=folder, load=folder)
     with Job(launcher(2, PRETRAIN, *flags), tmp_path / "out") as job:
         job.wait_for("iteration 2/")
-        # The `deepspeed` command itself leaves its children alone: the signal is for its launcher.
-        target = job.rank(0).parent()
-        target.send_signal(signal.SIGTERM)
+        rank = job.rank(0)
+        job.process.send_signal(number)
         job.wait()
-    assert "stopped by SIGTERM after iteration" in job.text()
+        rank.wait(60)  # a process with another parent by now, perhaps
+    assert f"stopped by {reason} after iteration" in job.text()
     assert (folder / "latest").exists() and (folder / "stopped").exists()
+
+
+EARLY_SIGNAL = """
+import os, signal
+from megalong.early_signals import remember_requests
+asked = remember_requests()
+os.kill(os.getpid(), signal.SIGUSR1)
+print(*asked, flush=True)
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_a_signal_in_the_first_moment(corpus, tmp_path):
+    """SIGUSR1 is remembered, also where a job script had ignored it; Ctrl-C has nothing to save."""
+    command = ["sh", "-c", 'trap "" USR1; exec "$@"', "", sys.executable, "-c", EARLY_SIGNAL]
+    with Job(command, tmp_path / "out") as job:
+        assert job.wait() == -signal.SIGINT
+    assert job.text() == f"{signal.SIGUSR1.value}\n"
+    folder = tmp_path / "run"
+    flags = small_run_flags(corpus, **ENDLESS, save=folder)
+    done = run_ranks(2, EARLY_RUN, signal.SIGUSR1.value, *flags)
+    line = "stopped by SIGUSR1 before the training began"
+    assert done.stdout.splitlines()[-1].startswith(line)
+    assert (folder / "stopped").read_text() == line + "\n"
+
+
+def test_ctrl_c_in_one_process(corpus, tmp_path):
+    with started_ranks(1, PRETRAIN, *small_run_flags(corpus, **ENDLESS, save=tmp_path)) as launch:
+        launch.wait_for("\niteration 2/")
+        os.kill(launch.pids[0], signal.SIGINT)
+        assert launch.wait(240) == 0, launch.text()
+        text = launch.text()
+    assert "SIGINT: ending after the step under way" in text and "stopped by SIGINT after" in text
+    assert "Traceback" not in text and (tmp_path / "latest").exists()
 
 
 @pytest.mark.parametrize("launcher, lost", [(ranks_command, 2), (deepspeed_command, 0)])
@@ -104,14 +146,20 @@ with StopRequest(forwarded_within=0.5):
 """
 
 
-def test_a_second_signal_ends_at_once(tmp_path):
+@pytest.mark.parametrize(
+    "first, forwarded, last",
+    [("USR1", "TERM", "TERM"), ("INT", "TERM", "INT")],
+)
+def test_a_second_signal_ends_at_once(tmp_path, first, forwarded, last):
     """Not one that a launcher forwards at the same moment, though."""
+    first, forwarded, last = (signal.Signals[f"SIG{name}"] for name in (first, forwarded, last))
     with Job([sys.executable, "-c", SECOND_SIGNAL], tmp_path / "out") as job:
         job.wait_for("ready")
-        job.process.send_signal(signal.SIGUSR1)
-        job.process.send_signal(signal.SIGTERM)
-        time.sleep(1.0)
+        job.process.send_signal(first)
+        job.wait_for(f"{first.name}: ending after the step under way")
+        job.process.send_signal(forwarded)
+        time.sleep(1.1)
         assert job.process.poll() is None
-        job.process.send_signal(signal.SIGTERM)
-        assert job.wait(20) == 128 + signal.SIGTERM
-    assert "error: SIGTERM again" in job.text()
+        job.process.send_signal(last)
+        assert job.wait(20) == 128 + last
+    assert f"error: {last.name} again" in job.text()
