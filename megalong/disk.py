@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megalong.errors import UserError, system_errors_of
+from megalong.errors import UserError
 
 UNFINISHED = ".tmp"  # behind the name of what is still being written
 
@@ -26,8 +26,10 @@ def flush_to_disk(path: Path) -> None:
 def writable_folder(flag: str, folder: Path) -> None:
     """Make the folder of a flag, where it is not there, and see that a file can be made in it.
     Raises UserError: before the work whose result belongs there, not after it."""
-    with system_errors_of(flag, folder):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be made: {error.strerror}") from error
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

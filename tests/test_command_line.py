@@ -134,6 +134,13 @@ def test_where_files_have_their_flags_others_show_their_traceback():
     assert raised.value is error
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    probe = "from megalong.command_line import run; run(lambda: print('line\\n' * 10**6))"
+    line = f'set -o pipefail; "{sys.executable}" -c "{probe}" | head -n 1'
+    done = subprocess.run(["bash", "-c", line], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "line\n", "")
+
+
 def test_every_requirement_is_known():
     lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
     names = {re.split("[>;]", line)[0] for line in lines if not line.startswith("#")}

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
 from megalong.command_line import ArgumentParser, run
-from megalong.errors import UserError
+from megalong.errors import UserError, system_errors_of
 from megalong.hf.configs import DTYPES
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ def converse(go_on: Callable[..., Continuation], text: str, args: argparse.Names
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        with system_errors_of("--prompt-file", file):
+            return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"--prompt-file {file}: not UTF-8 (byte {error.start})") from None
 
