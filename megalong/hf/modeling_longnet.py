@@ -30,7 +30,7 @@ from .attention_longnet import (
     dilated_probabilities,
 )
 from .configuration_longnet import LongNetConfig
-from .loss_longnet import next_token_loss
+from .loss_longnet import is_divided, most_rows, next_token_loss
 
 TILE = 8192  # positions that go through a layer at once where nobody asks for a gradient
 MANY_LOGITS = 2**28  # more than so many are not made for a loss, nor unasked
@@ -239,7 +239,7 @@ class LongNetModel(LongNetPreTrainedModel):
         padding = Padding.of(attention_mask, batch, length)
         x = padding.to_end(x)
         starts = cache.lengths if cache is not None and cache.lengths else [0] * batch
-        tiled = length > TILE and not torch.is_grad_enabled()
+        tiled = length > TILE and not torch.is_grad_enabled() and not is_divided(self)
         rotary = None if tiled else self._rotary(starts, length, x.device)
         states, attentions = [], []
         for number, layer in enumerate(self.layers):
@@ -377,8 +377,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         hidden, keep = outputs.last_hidden_state, logits_to_keep
         ours = labels is not None and self.loss_function is ForCausalLMLoss  # and nobody's own
         if keep is None:
-            many = hidden.shape[:2].numel() * self.config.vocab_size > MANY_LOGITS
-            keep = hidden.new_empty(0, dtype=torch.long) if ours and many else 0
+            many = ours and most_rows(self.lm_head, hidden) * self.config.vocab_size > MANY_LOGITS
+            keep = hidden.new_empty(0, dtype=torch.long) if many else 0
         logits = self.lm_head(hidden[:, slice(-keep, None) if isinstance(keep, int) else keep])
         loss = None
         if labels is not None:

@@ -1,5 +1,5 @@
-"""The loss in chunks of a model that DeepSpeed has divided among the ranks, and its gradients, with
-and without activation checkpointing: those of the whole model with all logits."""
+"""What a model computes that DeepSpeed has divided among the ranks, whose sequences differ in
+length: losses in chunks, gradients, and logits of long sequences as the whole model."""
 
 import copy
 import os
@@ -22,22 +22,28 @@ CONFIG = {
 def main(tied: bool, checkpointing: bool) -> None:
     whole = make_model(tie_word_embeddings=tied).train()
     model = copy.deepcopy(whole)
-    tokens = torch.stack(sequences(40, 40))
+    rows = [row[None] for row in sequences(40, 13)]
     modeling_longnet.MANY_LOGITS = 10**9
-    whole(tokens, labels=tokens).loss.backward()
-    modeling_longnet.MANY_LOGITS, loss_longnet.CHUNK_LOGITS = 0, 7 * 50
+    (sum(whole(row, labels=row).loss for row in rows) / 2).backward()
+    # One rank alone would take its 13 rows at once, without chunks.
+    modeling_longnet.MANY_LOGITS, loss_longnet.CHUNK_LOGITS = 20 * 50, 3 * 50
+    modeling_longnet.TILE = 12
     if checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.SGD(model.parameters())
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=CONFIG)
-    rank = engine.global_rank
-    outputs = engine(tokens[rank : rank + 1], labels=tokens[rank : rank + 1])
+    tokens = rows[engine.global_rank]
+    outputs = engine(tokens, labels=tokens)
     assert outputs.logits.shape[1] == 0
     engine.backward(outputs.loss)
     for (name, one), other in zip(model.named_parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(
             safe_get_full_grad(one), other.grad, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n} {m}"
         )
+    engine.eval()
+    with torch.no_grad():
+        found, expected = engine(tokens).logits, whole.eval()(tokens).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     engine.destroy()
 
 
