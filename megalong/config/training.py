@@ -31,7 +31,9 @@ class TrainingConfig:
         "polynomial", "shape of the decay", choices=("polynomial", "cosine", "constant")
     )
     lr_decay_power: float = flag(1.0, "power of the polynomial decay; 1 is linear")
-    lr_decay_iters: int | None = flag(None, "last iteration of the decay (default: that of the run)")
+    lr_decay_iters: int | None = flag(
+        None, "last iteration of the decay (default: that of the run)"
+    )
     lr_warmup_iters: int = flag(0, "iterations of linear warm-up")
     optimizer: str = flag("adam", "AdamW, or SGD with momentum", choices=("adam", "sgd"))
     weight_decay: float = flag(0.01, "weight decay, on matrices only")

@@ -48,7 +48,8 @@ class MetricsLog:
     and one traffic: what the main process sent and received in a step, by axis and collective
     (`megalong.parallel.traffic`).
     Evaluations have iteration, split, consumed_tokens, loss, perplexity, bits_per_byte, tokens,
-    position_edges, loss_by_position.
+    position_edges, loss_by_position. A run that goes on at an iteration that was evaluated keeps
+    that record; one of the same iteration, on the same tokens, takes its place.
     The first record of either kind after a save has save_seconds, save_blocking_seconds: how long
     it took until it was on the disk, and how long the training stood still for it.
     Only the main process has one.
@@ -57,6 +58,7 @@ class MetricsLog:
     def __init__(self, config: Config, resumed_iteration: int, say: Callable[[str], None]):
         """say: called with a line to be said."""
         run = config.run
+        self._resumed_iteration = resumed_iteration
         self._system_errors = partial(system_errors_of, "--save", str(run.save))
         self._file = None
         self._boards: list[Board] = []
@@ -80,7 +82,15 @@ class MetricsLog:
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """One evaluation of one split."""
-        self._write(record)
+        if self._file is not None and record["iteration"] == self._resumed_iteration:
+            with self._system_errors():
+                path = Path(self._file.name)
+                earlier = (r for r in read_metrics(path) if not _same_evaluation(r, record))
+                _replace(path, [*earlier, record])
+                self._file.close()
+                self._file = path.open("a")
+        else:
+            self._write(record)
         self._draw(record, record["split"], HELD_OUT_CURVES)
         self._draw(record, "train", SAVE_CURVES)
 
@@ -159,18 +169,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def forget_after(path: Path, iteration: int) -> None:
-    """Drop what a run resumed at `iteration` will write again: later training records, and
-    evaluations at `iteration` itself, which come after its checkpoint.
+    """Drop what a run resumed at `iteration` writes again: all that came after its checkpoint, but
+    for evaluations of `iteration` itself, which may not be made again."""
+    if path.exists():
+        _replace(path, [r for r in read_metrics(path) if r["iteration"] <= iteration])
 
-    The file is replaced in one step, so that a run killed here loses nothing.
-    """
-    if not path.exists():
-        return
-    kept = [
-        record
-        for record in read_metrics(path)
-        if record["iteration"] < iteration + ("split" not in record)
-    ]
+
+def _replace(path: Path, records: list[dict[str, Any]]) -> None:
+    """In one step, so that a run killed here loses nothing."""
     aside = path.with_suffix(".tmp")
-    aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    aside.write_text("".join(json.dumps(record) + "\n" for record in records))
     os.replace(aside, path)
+
+
+def _same_evaluation(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    what = ("iteration", "split", "tokens", "position_edges")
+    return "split" in one and all(one[name] == other[name] for name in what)

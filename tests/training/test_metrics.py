@@ -2,7 +2,9 @@
 
 import json
 
-from megalong.training.metrics import forget_after, read_metrics
+from megalong.config import Config
+from megalong.config.run import RunConfig
+from megalong.training.metrics import MetricsLog, forget_after, read_metrics
 
 
 def test_a_line_cut_short_is_left_out(tmp_path):
@@ -22,7 +24,19 @@ def test_resuming_forgets_what_comes_after_the_checkpoint(tmp_path):
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"it')
     forget_after(path, 2)
-    assert read_metrics(path) == records[:3]
+    assert read_metrics(path) == records[:4]
     assert list(tmp_path.iterdir()) == [path]
     forget_after(tmp_path / "absent.jsonl", 2)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_evaluation_takes_the_place_of_the_same_one_only(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    whole = {"iteration": 2, "split": "validation", "tokens": 99, "position_edges": [0, 4]}
+    earlier = [{"iteration": 2}, whole, whole | {"tokens": 9, "loss": 2.0}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in earlier))
+    with MetricsLog(Config(run=RunConfig(save=str(tmp_path))), 2, print) as log:
+        log.evaluation(whole | {"tokens": 9, "loss": 1.0})
+        log.training({"iteration": 3})
+    expected = [*earlier[:2], whole | {"tokens": 9, "loss": 1.0}, {"iteration": 3}]
+    assert read_metrics(path) == expected

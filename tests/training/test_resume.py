@@ -156,6 +156,9 @@ def test_more_iterations_continue_the_same_stream(corpus, tmp_path):
     train(1, corpus, parts, **constant)
     losses = [[r["loss"] for r in numbers(folder) if "split" not in r] for folder in (whole, parts)]
     assert losses[0] == losses[1]
+    # What was evaluated at the end of the first part is not made again, and stays.
+    evaluated = [(r["iteration"], r["split"]) for r in numbers(parts) if "split" in r]
+    assert evaluated == [(i, split) for i in (6, 12) for split in ("validation", "test")]
 
     # Two more with sequences twice as long: the same stream goes on where it stood.
     longer = {"seq_length": 64, "global_batch_size": 32, "train_iters": 14}
