@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megalong.errors import UserError
+from megalong.wording import did_you_mean
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # What our modules import: of requirements.txt, and of the extra "hf" of pyproject.toml.
@@ -47,6 +48,14 @@ class ArgumentParser(argparse.ArgumentParser):
             words = " ".join(map(str, default)) if isinstance(default, list) else str(default)
             action.help += f" (default: {words.replace('%', '%%')})"
         return action
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            hint = did_you_mean(flag, self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return known
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists all flags")

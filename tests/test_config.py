@@ -18,6 +18,7 @@ def resolve(*flags: str, ranks: int = 1):
 def test_every_flag_has_help():
     for action in build_parser()._actions:
         assert action.help, action.option_strings
+        assert "(default: (" not in action.help  # values as one types them
 
 
 def test_help_shows_defaults_as_they_are_typed():
@@ -61,6 +62,10 @@ def test_the_resolved_configuration_reads_back(tmp_path):
     assert parse_arguments(["--config", str(file)]) == config
     assert parse_arguments(["--config", str(file)]).resolve(1) == config
     assert set(yaml.safe_load(file.read_text())) == set(vars(config))
+    # Also once the memory path is settled.
+    off = resolve("--memory-path", "off")
+    file.write_text(to_yaml(off))
+    assert parse_arguments(["--config", str(file)]).resolve(1) == off
 
 
 @pytest.mark.parametrize(
@@ -139,6 +144,10 @@ def test_a_missing_yaml_is_named():
             " --attention-head-groups 3",
         ),
         ("--memory-path off --attention-head-groups 2", 1, "set --tiled-attention too"),
+        ("--memory-path off --tile-size 512", 1, "set --tiled-mlp too, or leave --tile-size out"),
+        ("--memory-path off --loss-chunk-size 512", 1, "set --linear-cross-entropy too"),
+        ("--no-linear-cross-entropy --loss-chunk-size 512", 1, "--linear-cross-entropy, which is"),
+        ("--exit-duration-in-mins 0", 1, "--exit-duration-in-mins 0.0 must be positive"),
     ],
 )
 def test_what_cannot_work_is_refused(flags, ranks, message):
@@ -155,7 +164,9 @@ def test_data_path_is_needed():
 @pytest.mark.parametrize(
     "flags, names",
     [
-        (["--num-layer", "3"], ["--num-layer"]),
+        (["--num-layer", "3"], ["--num-layer 3; did you mean --num-layers?"]),
+        (["--num_layers=3"], ["--num_layers=3; did you mean --num-layers?"]),
+        (["--no-swiglo"], ["did you mean --no-swiglu?"]),
         (["--num-layers", "three"], ["--num-layers", "three"]),
         (["--precision", "fp8"], ["--precision", "fp8", "bf16"]),
         (["--head-offsets", "[[0,"], ["--head-offsets"]),
@@ -169,14 +180,20 @@ def test_a_bad_flag_is_one_line(flags, names):
     assert "\n" not in str(error.value)
 
 
-def test_what_was_given_is_written_without_what_follows_from_it():
+def test_what_starts_a_like_run_is_written_without_what_follows_from_it(tmp_path):
     given = parse_arguments(
-        [*NEEDED, "--lr", "0.5", "--load", "old", "--segment-lengths", "8", "64"]
+        [*NEEDED, "--lr", "0.5", "--load", "old", "--segment-lengths", "8", "64", "--seed", "1234"]
     )
-    assert yaml.safe_load(to_yaml(given, only_given=True)) == {
+    file = tmp_path / "flags.yaml"
+    file.write_text(to_yaml(given, leave_out="open"))
+    like = parse_arguments(["--config", str(file), "--load", "old"])
+    assert like == given and "global_batch_size" not in file.read_text()
+    assert yaml.safe_load(file.read_text())["training"]["seed"] == 1234  # defaults may change
+    assert yaml.safe_load(to_yaml(given, leave_out="defaults")) == {
         "attention": {"segment_lengths": [8, 64]},
         "training": {"lr": 0.5},
         "data": {"data_path": "data", "tokenizer_type": "ByteTokenizer"},
+        "run": {"load": "old"},
     }
 
 

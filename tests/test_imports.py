@@ -12,11 +12,12 @@ PACKAGE = REPOSITORY / "megalong"
 # Room (a folder, or a file beside the folders) -> the rooms it may import. From the bottom up.
 SMALL = {
     "device", "disk", "errors", "host_memory", "log_filters", "position_losses", "progress",
-    "torch_private",
+    "torch_private", "wording",
 }  # fmt: skip
 ROOMS = {
     "errors": set(),
-    "command_line": {"errors"},
+    "wording": set(),
+    "command_line": {"errors", "wording"},
     "device": set(),
     "early_signals": set(),
     "disk": {"errors"},

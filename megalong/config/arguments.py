@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import json
 import types
 import typing
@@ -28,6 +27,7 @@ from megalong.command_line import ArgumentParser
 from megalong.config import Config, flag_name
 from megalong.config.flags import shown
 from megalong.errors import UserError
+from megalong.wording import did_you_mean
 
 
 def parse_arguments(arguments: list[str], description: str | None = None) -> Config:
@@ -100,9 +100,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         where = f"--config {path}: {section + '.' if section else ''}{key}"
         if name not in settings:
-            close = difflib.get_close_matches(name, settings, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(f"{where}: unknown key{hint}")
+            raise UserError(f"{where}: unknown key{did_you_mean(name, settings)}")
         if section not in (None, settings[name].section):
             raise UserError(f"{where}: belongs to the section {settings[name].section}")
         if name in values:
@@ -129,15 +127,18 @@ def config_from_values(values: dict[str, Any]) -> Config:
     return Config(**{name: kind(**sections[name]) for name, kind in _sections().items()})
 
 
-def to_yaml(config: Config, only_given: bool = False) -> str:
+def to_yaml(config: Config, leave_out: str | None = None) -> str:
     """The configuration as text that `--config` reads back to the same configuration.
 
-    only_given: leave out what has its default value, and `load`, which belongs to one start.
+    leave_out: "open" leaves out what has no value yet, and `load`, which belongs to one start: text
+        that starts a like run; "defaults" all that has its default value.
     """
     settings = _settings()
 
     def wanted(name: str, value: Any) -> bool:
-        return not only_given or (value != settings[name].default and name != "load")
+        if leave_out == "open":
+            return value is not None and name != "load"
+        return leave_out is None or value != settings[name].default
 
     content = {
         section: {

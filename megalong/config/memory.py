@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from megalong.config.flags import flag, largest_divisor, require_positive
+from megalong.config.flags import flag, flag_name, largest_divisor, require_positive
 from megalong.config.model import ModelConfig
 from megalong.config.parallel import ParallelConfig
 from megalong.errors import UserError
@@ -65,11 +65,9 @@ class MemoryConfig:
         for name in ("loss_chunk_size", "tile_size", "attention_head_groups"):
             if getattr(self, name) is not None:
                 require_positive(self, name)
-        if self.memory_path == "off" and self.attention_head_groups and not self.tiled_attention:
-            raise UserError(
-                "--attention-head-groups belongs to --tiled-attention, which --memory-path off"
-                " leaves out: set --tiled-attention too"
-            )
+        self._check_used("attention_head_groups", "tiled_attention")
+        self._check_used("loss_chunk_size", "linear_cross_entropy")
+        self._check_used("tile_size", "tiled_mlp", "tiled_attention", "linear_cross_entropy")
         if self.attention_head_groups is None:
             return
         heads = kv_heads_of_a_rank(model, parallel)
@@ -79,6 +77,20 @@ class MemoryConfig:
                 f"--attention-head-groups {self.attention_head_groups} does not divide the {heads}"
                 f" key/value heads of a tensor-parallel rank: set --attention-head-groups {fitting}"
             )
+
+    def _check_used(self, name: str, *pieces: str) -> None:
+        """Raise UserError where a size is given of pieces that are all left out."""
+        if getattr(self, name) is None:
+            return
+        given = {piece: getattr(self, piece) for piece in pieces}
+        left_open = self.memory_path == "off"
+        if any(not left_open if on is None else on for on in given.values()):
+            return
+        raise UserError(
+            f"{flag_name(name)} belongs to {flag_name(pieces[0])}, which"
+            f" {'--memory-path off leaves' if left_open else 'is left'} out: set"
+            f" {flag_name(pieces[0])} too, or leave {flag_name(name)} out"
+        )
 
     def resolve(self, model: ModelConfig, parallel: ParallelConfig) -> MemoryConfig:
         """These settings with nothing left open but what "auto" decides later."""
@@ -102,11 +114,13 @@ class MemoryConfig:
         groups = self.attention_head_groups or largest_divisor(
             kv_heads_of_a_rank(model, parallel), most
         )
+        tiled = any(values[p] for p in ("tiled_mlp", "tiled_attention", "linear_cross_entropy"))
         return dataclasses.replace(
             self,
             memory_path="on" if on else "off",
-            attention_head_groups=groups,
-            tile_size=self.tile_size or _tile_size(model, parallel),
+            attention_head_groups=groups if values["tiled_attention"] else None,
+            loss_chunk_size=self.loss_chunk_size if values["linear_cross_entropy"] else None,
+            tile_size=(self.tile_size or _tile_size(model, parallel)) if tiled else None,
             **values,
         )
 

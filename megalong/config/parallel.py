@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from megalong.config.flags import flag, largest_divisor, require_positive
 from megalong.config.model import ModelConfig
 from megalong.errors import UserError
+from megalong.wording import counted
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,11 @@ class ParallelConfig:
                 fitting = largest_divisor(world_size // others, self.sequence_parallel_size)
                 way_out = f"set --sequence-parallel-size {fitting}"
             raise UserError(
-                f"{world_size} ranks do not divide by --tensor-model-parallel-size"
+                f"{counted(world_size, 'rank')} cannot be shared by --tensor-model-parallel-size"
                 f" {self.tensor_model_parallel_size} x --sequence-parallel-size"
                 f" {self.sequence_parallel_size} x --pipeline-model-parallel-size"
                 f" {self.pipeline_model_parallel_size}: start a multiple of"
-                f" {self.ranks_per_replica} ranks, or {way_out}"
+                f" {counted(self.ranks_per_replica, 'rank')}, or {way_out}"
             )
         return world_size // self.ranks_per_replica
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megalong.config.flags import default, flag, flag_name, require_more_than_zero, require_positive
 from megalong.errors import UserError
+from megalong.wording import counted
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class RunConfig:
     profile_step_start: int = flag(10, "with --profile: first iteration in the trace")
     profile_step_end: int = flag(12, "with --profile: first iteration after it")
     profile_ranks: tuple[int, ...] = flag((0,), "with --profile: ranks that are traced", item=int)
-    exit_duration_in_mins: int | None = flag(
+    exit_duration_in_mins: float | None = flag(
         None, "minutes after which the run saves a checkpoint and ends, as it does on SIGTERM"
     )
     distributed_timeout_minutes: int = flag(
@@ -85,7 +86,9 @@ class RunConfig:
         require_positive(
             self, "save_interval", "log_interval", "eval_interval", "distributed_timeout_minutes"
         )
-        for name in ("exit_duration_in_mins", "keep_last", "keep_every"):
+        if self.exit_duration_in_mins is not None:
+            require_more_than_zero(self, "exit_duration_in_mins")
+        for name in ("keep_last", "keep_every"):
             if getattr(self, name) is not None:
                 require_positive(self, name)
         for name in ("async_save", "keep_last", "keep_every"):
@@ -146,6 +149,6 @@ class RunConfig:
         for rank in self.profile_ranks:
             if not 0 <= rank < world_size:
                 raise UserError(
-                    f"--profile-ranks {rank}: the {world_size} ranks of this launch are numbered"
-                    " from 0"
+                    f"--profile-ranks {rank}: this launch has {counted(world_size, 'rank')},"
+                    " numbered from 0"
                 )

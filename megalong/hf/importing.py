@@ -103,7 +103,7 @@ def import_model(source: Path, run_folder: Path, changes: dict[str, Any]) -> tup
     shapes = {entry.name: entry.shape for entry in table.values()}
     with progress_bar(len(table), "tensor", "importing") as bar:
         checkpoint = write_first_checkpoint(run_folder, config, shapes, read)
-    (run_folder / "flags.yaml").write_text(to_yaml(given, only_given=True))
+    (run_folder / "flags.yaml").write_text(to_yaml(given, leave_out="open"))
     return checkpoint, config
 
 

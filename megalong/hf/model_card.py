@@ -70,7 +70,7 @@ def model_card(
         layers=config.model.num_layers,
         attention=config.attention.description(config.model.seq_length),
         seq_length=config.model.seq_length,
-        config=to_yaml(_without_paths(config), only_given=True),
+        config=to_yaml(_without_paths(config), leave_out="defaults"),
         parameters=parameters,
         **(provenance | {"versions": versions}),
     )

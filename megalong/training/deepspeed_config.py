@@ -1,6 +1,7 @@
 """DeepSpeed's settings, made from ours and merged with the user's own JSON file.
 
-What a flag owns, the file may repeat but not contradict; everything else in the file is passed on.
+What a flag owns, the file may repeat but not contradict; everything else in the file is passed on,
+if DeepSpeed knows it.
 """
 
 from __future__ import annotations
@@ -12,18 +13,24 @@ from typing import Any
 from megalong.config import Config
 from megalong.errors import UserError
 from megalong.optimizers import optimizer_of
+from megalong.training.deepspeed_keys import check_keys
+from megalong.wording import did_you_mean
 
 
 def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
     """The dict for `deepspeed.initialize(config=...)`.
 
-    Raises UserError naming both values where `--deepspeed-config` contradicts a flag.
+    Raises UserError naming both values where `--deepspeed-config` contradicts a flag, and naming
+    the key where it has one that DeepSpeed does not know, or a value that it refuses.
     """
-    settings: dict[str, Any] = {}
-    if config.training.deepspeed_config is not None:
-        settings = _read(config.training.deepspeed_config)
-        _refuse_contradictions(settings, config, data_parallel_size)
-    return _merge(_merge(_defaults(config), settings), _settings_of_flags(config))
+    ours, file = _defaults(config), config.training.deepspeed_config
+    if file is None:
+        return _merge(ours, _settings_of_flags(config))
+    settings = _read(file)
+    _refuse_contradictions(settings, config, data_parallel_size)
+    merged = _merge(_merge(ours, settings), _settings_of_flags(config))
+    check_keys(merged, f"--deepspeed-config {file}")
+    return merged
 
 
 def _defaults(config: Config) -> dict[str, Any]:
@@ -110,8 +117,13 @@ def _refuse_contradictions(
                 f"{where} sets {'.'.join(path)} to {_show(theirs)}, but {flag} makes it"
                 f" {_show(ours)}: make them agree, or leave it out of the file"
             )
+    theirs = settings.pop("optimizer", {})
+    _refuse_others(theirs, {"type", "params"}, where, "optimizer")
+    # PyTorch's optimizer, which torch_adam asks for, it is anyway.
+    known = {*optimizer.deepspeed_params(), "torch_adam"}
+    _refuse_others(theirs.get("params", {}), known, where, "optimizer.params")
     kinds = optimizer.deepspeed_types
-    kind = settings.pop("optimizer", {}).get("type", kinds[0])
+    kind = theirs.get("type", kinds[0])
     if str(kind).lower() not in map(str.lower, kinds):
         raise UserError(
             f"{where} asks for the optimizer {kind}, but --optimizer {training.optimizer} is"
@@ -128,6 +140,15 @@ def _refuse_contradictions(
             " own checkpoint function; set --recompute-granularity instead"
         )
     settings.pop("train_batch_size", None)
+
+
+def _refuse_others(section: dict[str, Any], known: set[str], where: str, name: str) -> None:
+    """Of the section that we carry out in DeepSpeed's place."""
+    for key in section:
+        if key not in known:
+            raise UserError(
+                f"{where}: {name}.{key} is not a setting of megalong's{did_you_mean(key, known)}"
+            )
 
 
 def _read(path: str) -> dict[str, Any]:

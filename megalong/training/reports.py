@@ -29,6 +29,7 @@ from megalong.training.meter import Meter
 from megalong.training.metrics import MetricsLog
 from megalong.training.resuming import other_ways
 from megalong.training.run_data import RunData
+from megalong.wording import counted
 
 WORTH_A_WORD = 0.05  # waiting for data, and growth of the peak memory, as a share, in the log line
 
@@ -76,16 +77,17 @@ class Reports:
         config, mesh = self.config, self.mesh
         training = config.training
         say(
-            f"{self.parameters}, {training.precision}, on {mesh.world_size}"
-            f" {mesh.device.type} ranks: sequence {mesh.sequence.size} x tensor"
-            f" {mesh.tensor_parallel_size} x pipeline {mesh.pipeline_parallel_size} x data"
-            f" {mesh.data_parallel_size}, ZeRO {config.parallel.zero_stage}"
+            f"{self.parameters}, {training.precision}, on"
+            f" {counted(mesh.world_size, f'{mesh.device.type} rank')}:"
+            f" sequence {mesh.sequence.size} x tensor {mesh.tensor_parallel_size}"
+            f" x pipeline {mesh.pipeline_parallel_size} x data {mesh.data_parallel_size},"
+            f" ZeRO {config.parallel.zero_stage}"
         )
         say(config.attention.description(config.model.seq_length))
         say(
-            f"{training.train_iters:,} iterations of {training.global_batch_size:,} sequences of"
-            f" {config.model.seq_length:,} tokens; one epoch is"
-            f" {self.tokens_per_epoch:,} tokens"
+            f"{counted(training.train_iters, 'iteration')} of"
+            f" {counted(training.global_batch_size, 'sequence')} of"
+            f" {config.model.seq_length:,} tokens; one epoch is {self.tokens_per_epoch:,} tokens"
         )
         total, dense = sum(self.flops.values()), sum(self.dense_flops.values())
         parts = ", ".join(
@@ -93,7 +95,7 @@ class Reports:
         )
         say(
             f"{_human_flops(total)} an iteration ({parts}), with dense attention"
-            f" {_human_flops(dense)}; peak of the {mesh.world_size} ranks"
+            f" {_human_flops(dense)}; peak of {counted(mesh.world_size, 'rank')}"
             f" {_human_flops(self.peak)}/s ({self.peak_source})"
         )
         say(memory_path)

@@ -1,6 +1,6 @@
 """The run folder: opened by one run at a time, and never taken over by another by accident.
 
-flags.yaml     what was given on the command line; start a like run with --config
+flags.yaml     what was given on the command line, and the defaults; --config starts a like run
 config.yaml    the resolved configuration: what ran
 stopped        there while the run waits to be started again: it was asked to stop, and did
 metrics.jsonl, tensorboard/: see metrics.py; profile/: see profiling.py; the checkpoints: see
@@ -63,7 +63,7 @@ def open_run_folder(config: Config, given: Config) -> IO[str] | None:
             raise UserError(f"--save {folder}: another run is writing there") from None
         except OSError:
             pass  # some network file systems have no locks
-        (folder / "flags.yaml").write_text(to_yaml(given, only_given=True))
+        (folder / "flags.yaml").write_text(to_yaml(given, leave_out="open"))
         (folder / "config.yaml").write_text(to_yaml(config))
         (folder / "stopped").unlink(missing_ok=True)
     return lock

@@ -65,6 +65,31 @@ def test_what_no_flag_owns_is_passed_on(tmp_path):
             {"zero_optimization": {"compute_grad_norm": False}},
             ["zero_optimization.compute_grad_norm", "false", "true"],
         ),
+        (
+            {"zero_optimisation": {"overlap_comm": False}},
+            ["knows no zero_optimisation; did you mean zero_optimization?"],
+        ),
+        (
+            {"zero_optimization": {"reduce_bucketsize": 5}},
+            ["no zero_optimization.reduce_bucketsize; did you mean reduce_bucket_size?"],
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
+            ["no zero_optimization.offload_optimizer.devise; did you mean device?"],
+        ),
+        ({"timers": {"troughput": {}}}, ["no timers.troughput; did you mean throughput?"]),
+        ({"aio": {"tread_count": 2}}, ["no aio.tread_count"]),
+        ({"checkpoint": {"parallel_writes": {}}}, ["did you mean parallel_write?"]),
+        ({"bfloat16": {"enabled": True}}, ["knows no bfloat16"]),  # beside ours it is not read
+        ({"wobble": 1}, ["knows no wobble"]),
+        ({"optimizer": {"params": {"learning_rate": 1}}}, ["optimizer.params.learning_rate"]),
+        ({"optimizer": {"parameters": {}}}, ["optimizer.parameters", "did you mean params?"]),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "large"}},
+            ["zero_optimization.reduce_bucket_size is 'large': ", "valid integer"],
+        ),
+        ({"communication_data_type": "fp8"}, ["DeepSpeed refuses", "communication_data_type"]),
+        ({"elasticity": {}}, ["Elastic training has been removed"]),
         ("{broken", ["not JSON"]),
         ("[]", ["expected a JSON object"]),
     ],
@@ -74,6 +99,25 @@ def test_contradictions_name_both_values(tmp_path, settings, names):
         merged(tmp_path, settings)
     for name in [*names, "--deepspeed-config"]:
         assert name in str(error.value)
+
+
+def test_what_deepspeed_knows_is_let_through(tmp_path):
+    """Also what it takes whole and reads later, or somewhere else than in its configuration."""
+    known = {
+        "steps_per_print": 5,
+        "comms_logger": {"enabled": False},
+        "tensorboard": {"enabled": False, "output_path": "x"},
+        "flops_profiler": {"enabled": False, "detailed": True},
+        "aio": {"block_size": 2**20, "queue_depth": 4},
+        "checkpoint": {"tag_validation": "Warn", "parallel_write": {"pipeline_stage": False}},
+        "compile": {"deepcompile": False},
+        "data_efficiency": {"enabled": False, "data_sampling": {"num_epochs": 3, "later": 1}},
+        "torch_autocast": {"enabled": False, "dtype": "bfloat16"},
+        "vocabulary_size": 256,
+        "sequence_parallel_size": 1,
+        "zero_optimization": {"stage3_max_live_parameters": 10**8, "overlap_comm": "auto"},
+    }
+    assert merged(tmp_path, known).items() >= {"steps_per_print": 5, "vocabulary_size": 256}.items()
 
 
 def test_the_optimizer_of_the_flags_is_the_files(tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ def test_utilisation_is_that_of_the_count_by_hand(run):
     assert flops["dense_equivalent"] == DENSE_STEP_FLOPS
     assert (flops["peak_per_second"], flops["peak_source"]) == (2 * PEAK * 1e12, "--peak-tflops")
     assert "806 MFLOP an iteration (qkv 12%, attention 6%," in text
-    assert "with dense attention 856 MFLOP; peak of the 2 ranks 100 GFLOP/s" in text
+    assert "with dense attention 856 MFLOP; peak of 2 ranks 100 GFLOP/s" in text
 
 
 def test_memory_waiting_and_saves(run):
@@ -183,7 +183,7 @@ def resolved(ranks=1, **changes):
         ),
         (
             {"profile": True, "save": "x", "profile_step_start": 2, "profile_ranks": "0 2"},
-            "--profile-ranks 2: the 2 ranks of this launch",
+            "--profile-ranks 2: this launch has 2 ranks, numbered from 0",
         ),
         ({"wandb_exp_name": "small"}, "set --wandb-project"),
         ({"peak_tflops": 0}, "--peak-tflops 0.0 must be positive"),
