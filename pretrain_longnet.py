@@ -39,7 +39,7 @@ def main(arguments: list[str], asked: Sequence[int] = ()) -> None:
     from megalong.parallel import check_precision, launch, set_gpu_defaults, watch_ranks
     from megalong.training.deepspeed_config import deepspeed_config
     from megalong.training.loop import Trainer
-    from megalong.training.resuming import open_checkpoint
+    from megalong.training.resuming import starting_point
     from megalong.training.run_data import open_run_data
     from megalong.training.run_folder import prepare_run_folder
     from megalong.training.stopping import StopRequest
@@ -52,7 +52,7 @@ def main(arguments: list[str], asked: Sequence[int] = ()) -> None:
     data = open_run_data(config)
     check_wandb(config)
     prepare_run_folder(config)
-    checkpoint = open_checkpoint(config)
+    config, checkpoint = starting_point(config)
     with (
         launch(config) as mesh,
         watch_ranks(mesh, config.run),

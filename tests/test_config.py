@@ -117,6 +117,17 @@ def test_a_missing_yaml_is_named():
             1,
             "--dilation-rates 0: each must be at least 1",
         ),
+        (
+            "--segment-lengths 8 64 --dilation-rates 1 65",
+            1,
+            "--dilation-rates 65 is above its segment length 64, of which one position at most",
+        ),
+        (
+            "--seq-length 32 --segment-lengths 64 --dilation-rates 64",
+            1,
+            "above its one segment, of --seq-length 32, of which one position at most would take"
+            " part: set 32 or less",
+        ),
         ("--head-offsets sideways", 1, "--head-offsets"),
         ("--head-offsets [[0]]", 1, "--head-offsets"),
         ("--lr-warmup-iters 20 --train-iters 10", 1, "--lr-warmup-iters 20"),
@@ -144,9 +155,6 @@ def test_a_missing_yaml_is_named():
             " --attention-head-groups 3",
         ),
         ("--memory-path off --attention-head-groups 2", 1, "set --tiled-attention too"),
-        ("--memory-path off --tile-size 512", 1, "set --tiled-mlp too, or leave --tile-size out"),
-        ("--memory-path off --loss-chunk-size 512", 1, "set --linear-cross-entropy too"),
-        ("--no-linear-cross-entropy --loss-chunk-size 512", 1, "--linear-cross-entropy, which is"),
         ("--exit-duration-in-mins 0", 1, "--exit-duration-in-mins 0.0 must be positive"),
     ],
 )
@@ -197,6 +205,15 @@ def test_what_starts_a_like_run_is_written_without_what_follows_from_it(tmp_path
     }
 
 
+def test_segments_above_the_sequence_are_told():
+    flags = ["--seq-length", 64, "--dilation-rates", 1, 4, 8, "--segment-lengths", 16, 64, 128]
+    assert resolve(*flags).attention.oddities(64) == [
+        "--segment-lengths 128: above --seq-length 64, and so one segment, the whole sequence"
+    ]
+    assert resolve(*flags, "--attention", "dense").attention.oddities(64) == []
+    assert resolve("--seq-length", 500).attention.oddities(500) == []
+
+
 def test_processes_that_do_not_know_of_each_other(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -228,6 +245,11 @@ def test_the_pieces_of_the_memory_path_follow_it_where_they_are_not_given():
     assert given("--memory-path", "off") == [False] * 4
     assert given("--memory-path", "on", "--no-tiled-mlp") == [True, False, True, True]
     assert given("--memory-path", "off", "--tiled-attention") == [False, False, True, False]
+    sizes = [*NEEDED, "--tile-size", "512", "--loss-chunk-size", "512", "--memory-path"]
+    for path, unused in (("off", ["--tile-size", "--loss-chunk-size"]), ("on", [])):
+        memory = parse_arguments([*sizes, path]).memory
+        settled = parse_arguments([*sizes, path]).resolve(1).memory
+        assert [line.split()[0] for line in memory.unused(settled)] == unused
     assert resolve("--memory-path", "on").memory.attention_head_groups == 4
     assert (
         resolve("--memory-path", "on", "--num-query-groups", "3").memory.attention_head_groups == 3

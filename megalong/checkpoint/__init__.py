@@ -3,6 +3,7 @@
 A run folder holds
 
     latest                     the name of the newest complete checkpoint
+    best                       a link to that of the lowest validation loss, with --keep-best
     iter_0000200/              one checkpoint: tensors by torch.distributed.checkpoint, and
         progress.json          iteration, consumed samples and tokens, loss scale
         config.yaml            the resolved configuration

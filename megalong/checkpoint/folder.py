@@ -18,7 +18,7 @@ from megalong.checkpoint.manifest import MANIFEST, no_manifest
 from megalong.disk import UNFINISHED, flush_to_disk
 from megalong.errors import UserError
 
-_POINTER = "latest"
+_POINTER, _BEST = "latest", "best"
 _NAME = re.compile(r"iter_(\d{7,})")
 _REMOVED, _DAMAGED = ".removed", ".damaged"
 
@@ -50,6 +50,12 @@ def latest(run: Path) -> Path | None:
     return run / name if _NAME.fullmatch(name) else None
 
 
+def best(run: Path) -> Path | None:
+    """The checkpoint that the link `best` names, there or not; None where there is no link."""
+    link = run / _BEST
+    return run / os.readlink(link) if link.is_symlink() else None
+
+
 def newest_first(run: Path) -> list[Path]:
     """The checkpoint in force and those before it; all, where the pointer names none."""
     pointed, found = latest(run), checkpoints(run)
@@ -70,7 +76,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises UserError where it is neither.
     """
     pointed = latest(path) if has_pointer(path) else None
-    folder = pointed or path
+    folder = pointed or (path.resolve() if path.is_symlink() else path)  # `best` is a link
     if (folder / MANIFEST).exists():
         return folder
     if pointed:
@@ -108,6 +114,16 @@ def point_at(checkpoint: Path) -> None:
     flush_to_disk(pointer.parent)
 
 
+def link_best(checkpoint: Path) -> None:
+    """Make the link `best` name this checkpoint, at one stroke."""
+    link = checkpoint.parent / _BEST
+    new = link.with_name(link.name + UNFINISHED)
+    new.unlink(missing_ok=True)
+    new.symlink_to(checkpoint.name)
+    os.replace(new, link)
+    flush_to_disk(link.parent)
+
+
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint: first its name, so that no kill leaves half of it that looks whole."""
     doomed = checkpoint.with_name(checkpoint.name + _REMOVED)
@@ -131,11 +147,12 @@ def remove_old(newest: Path, keep_last: int, keep_every: int | None) -> None:
     """Remove the checkpoints before `newest`, complete and in force, that are not to be kept.
 
     keep_last: how many to keep, with the newest. keep_every: keep those whose iteration is a
-    multiple of it. One that somebody is reading stays until the next time.
+    multiple of it. The best one stays, and one that somebody is reading until the next time.
     """
     older = [c for c in checkpoints(newest.parent) if iteration_of(c) < iteration_of(newest)]
     for checkpoint in older[: max(len(older) - (keep_last - 1), 0)]:
         kept = keep_every is not None and iteration_of(checkpoint) % keep_every == 0
+        kept = kept or checkpoint == best(newest.parent)
         if not kept and not _is_read(checkpoint):
             remove(checkpoint)
 

@@ -29,6 +29,9 @@ from megalong.config.flags import shown
 from megalong.errors import UserError
 from megalong.wording import did_you_mean
 
+# Where one start of a run begins.
+ONE_START = ("load", "finetune", "pretrained_checkpoint", "load_optim", "load_rng")
+
 
 def parse_arguments(arguments: list[str], description: str | None = None) -> Config:
     """The configuration that a command line describes, not yet resolved.
@@ -130,14 +133,14 @@ def config_from_values(values: dict[str, Any]) -> Config:
 def to_yaml(config: Config, leave_out: str | None = None) -> str:
     """The configuration as text that `--config` reads back to the same configuration.
 
-    leave_out: "open" leaves out what has no value yet, and `load`, which belongs to one start: text
-        that starts a like run; "defaults" all that has its default value.
+    leave_out: "open" leaves out what has no value yet, and what belongs to one start, `load` say:
+        text that starts a like run; "defaults" all that has its default value.
     """
     settings = _settings()
 
     def wanted(name: str, value: Any) -> bool:
         if leave_out == "open":
-            return value is not None and name != "load"
+            return value is not None and name not in ONE_START
         return leave_out is None or value != settings[name].default
 
     content = {

@@ -125,6 +125,17 @@ class AttentionConfig:
             self, segment_lengths=tuple(lengths), dilation_rates=tuple(rates)
         )
 
+    def oddities(self, seq_length: int) -> list[str]:
+        """What can be computed, and yet is hardly what was meant; a line each (after `resolve`)."""
+        assert self.segment_lengths is not None
+        longer = [length for length in self.segment_lengths if length > seq_length]
+        if self.attention != "dilated" or not longer:
+            return []
+        return [
+            f"--segment-lengths {shown(longer)}: above --seq-length {seq_length}, and"
+            " so one segment, the whole sequence"
+        ]
+
     def check(self, heads: int, kv_heads: int, seq_length: int) -> None:
         """Raise UserError where these fields are no pattern for so many heads (after `resolve`).
 
@@ -141,6 +152,15 @@ class AttentionConfig:
             values = getattr(self, name)
             if values and min(values) < 1:
                 raise UserError(f"{flag_name(name)} {shown(values)}: each must be at least 1")
+        for length, rate in zip(lengths, rates, strict=True):
+            if rate > min(length, seq_length) > 0:
+                what = f"segment length {length}"
+                if length > seq_length:
+                    what = f"one segment, of --seq-length {seq_length}"
+                raise UserError(
+                    f"--dilation-rates {rate} is above its {what}, of which one position at most"
+                    f" would take part: set {min(length, seq_length)} or less"
+                )
         try:
             self.dilated_pattern().offsets(heads, kv_heads)
         except ValueError as error:

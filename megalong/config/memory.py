@@ -65,9 +65,11 @@ class MemoryConfig:
         for name in ("loss_chunk_size", "tile_size", "attention_head_groups"):
             if getattr(self, name) is not None:
                 require_positive(self, name)
-        self._check_used("attention_head_groups", "tiled_attention")
-        self._check_used("loss_chunk_size", "linear_cross_entropy")
-        self._check_used("tile_size", "tiled_mlp", "tiled_attention", "linear_cross_entropy")
+        if self.memory_path == "off" and self.attention_head_groups and not self.tiled_attention:
+            raise UserError(
+                "--attention-head-groups belongs to --tiled-attention, which --memory-path off"
+                " leaves out: set --tiled-attention too"
+            )
         if self.attention_head_groups is None:
             return
         heads = kv_heads_of_a_rank(model, parallel)
@@ -78,19 +80,16 @@ class MemoryConfig:
                 f" key/value heads of a tensor-parallel rank: set --attention-head-groups {fitting}"
             )
 
-    def _check_used(self, name: str, *pieces: str) -> None:
-        """Raise UserError where a size is given of pieces that are all left out."""
-        if getattr(self, name) is None:
-            return
-        given = {piece: getattr(self, piece) for piece in pieces}
-        left_open = self.memory_path == "off"
-        if any(not left_open if on is None else on for on in given.values()):
-            return
-        raise UserError(
-            f"{flag_name(name)} belongs to {flag_name(pieces[0])}, which"
-            f" {'--memory-path off leaves' if left_open else 'is left'} out: set"
-            f" {flag_name(pieces[0])} too, or leave {flag_name(name)} out"
-        )
+    def unused(self, settled: MemoryConfig) -> list[str]:
+        """Sizes that were given, and belong to pieces that `settled`, these settings with nothing
+        left open, leaves out; a line each."""
+        sizes = ("tile_size", "loss_chunk_size", "attention_head_groups")
+        return [
+            f"{flag_name(size)} {getattr(self, size)} is not used: the memory path leaves out what"
+            " it belongs to"
+            for size in sizes
+            if getattr(self, size) is not None and getattr(settled, size) is None
+        ]
 
     def resolve(self, model: ModelConfig, parallel: ParallelConfig) -> MemoryConfig:
         """These settings with nothing left open but what "auto" decides later."""

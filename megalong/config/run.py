@@ -16,7 +16,21 @@ class RunConfig:
     """Where a run keeps its things, and how often it looks up."""
 
     save: str | None = flag(None, "run folder: checkpoints, metrics.jsonl, config.yaml")
-    load: str | None = flag(None, "run folder to resume from")
+    load: str | None = flag(None, "run folder, or checkpoint, to resume from")
+    finetune: bool = flag(
+        False,
+        "with --load: begin a new run with the checkpoint's weights, and nothing else of it",
+    )
+    pretrained_checkpoint: str | None = flag(
+        None,
+        "run folder, or checkpoint, to --finetune from as long as --load has no checkpoint",
+    )
+    load_optim: bool = flag(
+        True, "load the optimizer's state (--no-load-optim: it begins with none)"
+    )
+    load_rng: bool = flag(
+        True, "load the states of the random generators (--no-load-rng: those of the seed)"
+    )
     load_fallback: bool = flag(
         False, "where the newest checkpoint is damaged, go on from the newest sound one before it"
     )
@@ -31,6 +45,9 @@ class RunConfig:
     keep_last: int | None = flag(None, "checkpoints to keep, the older are removed (default: all)")
     keep_every: int | None = flag(
         None, "with --keep-last: keep also those whose iteration is a multiple of this"
+    )
+    keep_best: bool = flag(
+        False, "keep the checkpoint of the lowest validation loss too, which `best` points to"
     )
     log_interval: int = flag(1, "iterations between log lines; the mean of their losses is logged")
     eval_interval: int = flag(1000, "iterations between evaluations; there is one at the end")
@@ -62,6 +79,11 @@ class RunConfig:
         " is; 0 is never (default: half of --distributed-timeout-minutes)",
     )
 
+    @property
+    def loads_optimizer(self) -> bool:
+        """Whether a run that loads a checkpoint takes the optimizer's state from it too."""
+        return self.load_optim and not self.finetune
+
     def resolve(self) -> RunConfig:
         """These settings with the TensorBoard folder and the time of a hang filled in."""
         folder = None if self.save is None else os.path.join(self.save, "tensorboard")
@@ -76,6 +98,8 @@ class RunConfig:
     def check(self, train_iters: int, world_size: int) -> None:
         """Raise UserError where these settings contradict each other, or a run of so many
         iterations on so many ranks."""
+        if self.finetune and self.load is None:
+            raise UserError("--finetune begins with the weights of a checkpoint: set --load")
         self._check_checkpoints()
         self._check_reports()
         self._check_hang_timeout()
@@ -91,7 +115,7 @@ class RunConfig:
         for name in ("keep_last", "keep_every"):
             if getattr(self, name) is not None:
                 require_positive(self, name)
-        for name in ("async_save", "keep_last", "keep_every"):
+        for name in ("async_save", "keep_last", "keep_every", "keep_best"):
             if getattr(self, name) and self.save is None:
                 raise UserError(
                     f"{flag_name(name)} is about checkpoints: set --save, or leave it out"
@@ -106,6 +130,17 @@ class RunConfig:
                 f"--keep-every {self.keep_every} is not a multiple of --save-interval"
                 f" {self.save_interval}: set --keep-every"
                 f" {-(-self.keep_every // self.save_interval) * self.save_interval}"
+            )
+        if self.keep_best and self.eval_interval % self.save_interval:
+            raise UserError(
+                f"--keep-best needs a checkpoint where there is an evaluation, and --eval-interval"
+                f" {self.eval_interval} is not a multiple of --save-interval {self.save_interval}:"
+                f" set --save-interval {self.eval_interval}"
+            )
+        if self.keep_best and self.full_validation and self.eval_iters:
+            raise UserError(
+                "--keep-best compares evaluations on the same tokens, and --full-validation makes"
+                " the last one on others: set --eval-iters 0, or leave one of the two out"
             )
         if self.eval_iters < 0:
             raise UserError(

@@ -35,6 +35,9 @@ class TrainingConfig:
         None, "last iteration of the decay (default: that of the run)"
     )
     lr_warmup_iters: int = flag(0, "iterations of linear warm-up")
+    use_checkpoint_opt_param_scheduler: bool = flag(
+        False, "with --load: the schedule of the learning rate is that of the checkpoint's run"
+    )
     optimizer: str = flag("adam", "AdamW, or SGD with momentum", choices=("adam", "sgd"))
     weight_decay: float = flag(0.01, "weight decay, on matrices only")
     clip_grad: float = flag(1.0, "clip the global gradient norm to this; 0 turns it off")

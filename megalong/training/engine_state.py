@@ -65,16 +65,20 @@ def progress_to_save(engine: TrainingEngine, progress: Progress) -> Progress:
 
 def load_checkpoint(reader: CheckpointReader, engine: TrainingEngine, config: Config) -> Progress:
     """Fill the engine with a checkpoint: master weights, the optimizer's moments, the model's
-    weights, and this rank's random states. Returns how far the run had come.
+    weights, and this rank's random states, but for what the flags leave out. Returns how far the
+    run has come: with `--finetune` nowhere.
 
     Called by every rank. Raises DamagedCheckpoint where the files do not hold what they should.
     """
-    progress = reader.progress()
+    progress = Progress() if config.run.finetune else reader.progress()
+    if not config.run.loads_optimizer:
+        progress = dataclasses.replace(progress, updates=0, loss_scaler=None)
     # Before the first update all moments are zero, as they are here: any optimizer may go on.
     kinds = (WEIGHTS, *engine.optimizer.moments) if progress.updates else (WEIGHTS,)
     for parameter, kind, value in _slices(reader, engine, config, kinds):
         fill(engine.deepspeed, parameter, None if kind == WEIGHTS else kind, value)
-    _load_random_states(reader, engine.mesh)
+    if config.run.load_rng and not config.run.finetune:
+        _load_random_states(reader, engine.mesh)
     round_master_weights(engine.deepspeed)
     engine.resume_at(progress.updates)
     if progress.loss_scaler is not None:

@@ -25,6 +25,7 @@ from megalong.model.build import build_model
 from megalong.model.memory_path import settle_memory_path
 from megalong.parallel.mesh import Mesh
 from megalong.progress import progress_bar
+from megalong.training.best_checkpoint import BestCheckpoint
 from megalong.training.engine import StepResult, TrainingEngine, weights_divider
 from megalong.training.engine_state import load_checkpoint, progress_to_save, tensors_to_save
 from megalong.training.evaluation import evaluate
@@ -75,9 +76,13 @@ class Trainer:
         nothing_new = checkpoint is None or same_folder(config.run.load, config.run.save)
         self.saved_iteration = self.progress.iteration if nothing_new else None
         self.saver = Saver(config, say)
+        self.best = None
+        if config.run.keep_best:
+            self.best = BestCheckpoint(Path(config.run.save), self.saver, say)
         self.reports = Reports(config, data, mesh, self.saver, self.progress)
         self.profiler = Profiler(config, mesh, say, self.reports.meter.pause)
-        self.reports.announce(checkpoint, self.progress, memory_path)
+        memory = [memory_path, *given.memory.unused(config.memory)]
+        self.reports.announce(checkpoint, self.progress, memory)
 
     def train(self) -> None:
         """Train from where the run stands to `--train-iters`, then evaluate.
@@ -243,3 +248,5 @@ class Trainer:
             with self.reports.meter.pause():
                 result = evaluate(self.engine, ahead, self.data.token_bytes, self.mesh, on_batch)
         self.reports.evaluation(self.progress, split, result)
+        if self.best is not None and split == "validation" and iteration == self.saved_iteration:
+            self.best.evaluated(iteration, result)

@@ -23,11 +23,11 @@ from megalong.model.peak_flops import peak_flops
 from megalong.parallel.mesh import Mesh
 from megalong.position_losses import FEW_TOKENS, position_edges
 from megalong.progress import clock, human_bytes
+from megalong.training.changes import other_ways
 from megalong.training.engine import StepResult
 from megalong.training.evaluation import Evaluation
 from megalong.training.meter import Meter
 from megalong.training.metrics import MetricsLog
-from megalong.training.resuming import other_ways
 from megalong.training.run_data import RunData
 from megalong.wording import counted
 
@@ -50,6 +50,7 @@ class Reports:
         self.parameters = count_parameters(config.model, data.tokenizer.vocab_size)
         self.tokens_per_epoch = data.train.tokens_per_epoch
         self.held_out = {split: part.tokens_per_epoch for split, part in data.held_out.items()}
+        self.oddities = [*config.attention.oddities(config.model.seq_length), *data.oddities]
         self.flops = step_flops(config, data.tokenizer.vocab_size)
         self.dense_flops = step_flops(config, data.tokenizer.vocab_size, dense=True)
         self.peak, self.peak_source = _peak_of_all_ranks(config, mesh)
@@ -69,9 +70,9 @@ class Reports:
         self._begin = time.perf_counter()
         self.meter.restart()
 
-    def announce(self, checkpoint: Path | None, progress: Progress, memory_path: str) -> None:
-        """What is about to run. checkpoint: what the run goes on from, or None. memory_path: in
-        words."""
+    def announce(self, checkpoint: Path | None, progress: Progress, memory: list[str]) -> None:
+        """What is about to run. checkpoint: what the run goes on from, or None. memory: lines on
+        the memory path."""
         if not self.mesh.is_main:
             return
         config, mesh = self.config, self.mesh
@@ -98,15 +99,18 @@ class Reports:
             f" {_human_flops(dense)}; peak of {counted(mesh.world_size, 'rank')}"
             f" {_human_flops(self.peak)}/s ({self.peak_source})"
         )
-        say(memory_path)
+        for line in memory:
+            say(line)
         if checkpoint is not None:
-            say(f"resuming from {checkpoint}")
+            say(f"{_how_it_begins(config)} {checkpoint}")
             for line in other_ways(checkpoint, config):
                 say(line)
         elif config.run.load is not None:
             say(f"no checkpoint in {config.run.load} yet: starting at the beginning")
         if config.run.profile and progress.iteration >= config.run.profile_step_end - 1:
             say(f"--profile: the run is past iteration {config.run.profile_step_end - 1} already")
+        for line in self.oddities:
+            say(line)
         if not self.held_out:
             say(f"--split {config.data.split} leaves no document to evaluate on")
         for split, tokens in self.held_out.items():
@@ -232,13 +236,16 @@ class Reports:
 
     def stopped(self, reason: str, iteration: int) -> None:
         """A run that was asked to stop has done so, after this iteration."""
-        save = self.config.run.save
-        how_to_go_on = f"the same command with --load {save} goes on from there"
-        if self.mesh.is_main:
-            say(
-                f"stopped by {reason} after iteration {iteration}; "
-                + ("without --save nothing is kept" if save is None else how_to_go_on)
-            )
+        if not self.mesh.is_main:
+            return
+        run = self.config.run
+        if run.save is None:
+            then = "without --save nothing is kept"
+        else:
+            anew = run.finetune and run.pretrained_checkpoint is None
+            flags = f"--load {run.save}" + (" and without --finetune" if anew else "")
+            then = f"the same command with {flags} goes on from there"
+        say(f"stopped by {reason} after iteration {iteration}; {then}")
 
 
 def say(line: str) -> None:
@@ -247,6 +254,14 @@ def say(line: str) -> None:
         print(line, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _how_it_begins(config: Config) -> str:
+    if config.run.finetune:
+        return "a new run, with the weights of"
+    left_out = {"--no-load-optim": config.run.load_optim, "--no-load-rng": config.run.load_rng}
+    flags = " ".join(flag for flag, loaded in left_out.items() if not loaded)
+    return f"resuming ({flags}) from" if flags else "resuming from"
 
 
 def _peak_of_all_ranks(config: Config, mesh: Mesh) -> tuple[float, str]:

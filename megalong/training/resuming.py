@@ -8,39 +8,49 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from megalong.checkpoint.folder import (
     being_read,
     has_pointer,
-    iteration_of,
+    is_checkpoint_or_run,
     latest,
     newest_first,
     point_at,
     set_aside,
 )
 from megalong.checkpoint.manifest import DamagedCheckpoint, check_files, check_share
-from megalong.checkpoint.texts import read_settings
-from megalong.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    TrainingConfig,
-    flag_name,
-)
+from megalong.checkpoint.texts import read_progress
+from megalong.config import Config, ModelConfig, flag_name
 from megalong.config.attention import PATTERN_FIELDS
 from megalong.config.flags import shown
 from megalong.errors import UserError, system_errors_of
+from megalong.training.changes import differences, with_schedule_of
 from megalong.training.run_folder import same_folder
 
 
+def starting_point(config: Config) -> tuple[Config, Path | None]:
+    """The checkpoint that the run begins with (see `open_checkpoint`), and the configuration with
+    what hangs on that: what `--pretrained-checkpoint` stands for, and whose schedule it is.
+
+    Raises UserError as `open_checkpoint` does.
+    """
+    run = config.run
+    if run.pretrained_checkpoint is not None and not _has_checkpoint(run.load):
+        run = dataclasses.replace(run, load=run.pretrained_checkpoint, finetune=True)
+        config = dataclasses.replace(config, run=run)
+    checkpoint = open_checkpoint(config)
+    if checkpoint is not None and config.training.use_checkpoint_opt_param_scheduler:
+        config = with_schedule_of(checkpoint, config)
+    return config, checkpoint
+
+
 def open_checkpoint(config: Config) -> Path | None:
-    """The checkpoint that `--load` points at, or None for a run that starts at the beginning.
+    """The checkpoint that `--load` names: of a run the one in force; or None for a run that starts
+    at the beginning.
 
     A run that is started again with the same `--save` and `--load` may have been killed before its
     first checkpoint; anything else that is not there is an error, and so is a damaged checkpoint,
@@ -51,13 +61,23 @@ def open_checkpoint(config: Config) -> Path | None:
     if load is None:
         return None
     with system_errors_of("--load", load):
-        if not has_pointer(Path(load)):
+        if config.run.finetune and same_folder(load, config.run.save):
+            raise UserError(
+                f"--finetune begins a new run, and --save {load} is where that of the checkpoint"
+                " is: --save into another folder"
+            )
+        if not is_checkpoint_or_run(Path(load)):
             if same_folder(load, config.run.save):
                 return None
             raise UserError(f"--load {load}: no checkpoint there (no file `latest`)")
         checkpoint, _ = _first_sound(_candidates(config), check_files, config)
         _check_same_run(checkpoint, config)
     return checkpoint
+
+
+def _has_checkpoint(load: str | None) -> bool:
+    with system_errors_of("--load", str(load)):
+        return load is not None and is_checkpoint_or_run(Path(load))
 
 
 @contextlib.contextmanager
@@ -98,9 +118,10 @@ def _go_past(
 
 
 def check_agreement(config: Config, checkpoint: Path | None) -> None:
-    """That all ranks have found a checkpoint, or none has. Raises UserError on every rank."""
+    """That all ranks have found a checkpoint to go on from, or none has. Raises UserError on every
+    rank."""
     found: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(found, checkpoint is not None)
+    dist.all_gather_object(found, checkpoint is not None and not config.run.finetune)
     if len(set(found)) > 1:
         blind = [rank for rank, sees in enumerate(found) if not sees]
         raise UserError(
@@ -112,6 +133,8 @@ def check_agreement(config: Config, checkpoint: Path | None) -> None:
 def _candidates(config: Config) -> list[Path]:
     """The checkpoint in force, and with `--load-fallback` those before it, the newest first."""
     run = Path(config.run.load)
+    if not has_pointer(run):
+        return [run.resolve()]  # one of them, `best` say
     if config.run.load_fallback:
         return newest_first(run)
     in_force = latest(run)
@@ -171,49 +194,20 @@ _RUN_FIELDS = ["seed", "split", "data_path", *PATTERN_FIELDS]
 def _check_same_run(checkpoint: Path, config: Config) -> None:
     names = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in _FREE_MODEL_FIELDS]
     names += ["tokenizer_type", "tokenizer_model", "prepend_bos"]
-    if iteration_of(checkpoint):  # an imported model has met no optimizer
+    # An imported model has met no optimizer.
+    if config.run.loads_optimizer and read_progress(checkpoint).iteration:
         names.append("optimizer")
     if same_folder(config.run.load, config.run.save):
         names += _RUN_FIELDS
-    for name, (ours, theirs) in _differences(checkpoint, config, names).items():
+    for name, (ours, theirs) in differences(checkpoint, config, names).items():
         way_out = "start a new run without --load"
         if name in _RUN_FIELDS:
             way_out = "--save into another folder"
+        if name == "optimizer":
+            way_out = "set --no-load-optim"
         if name in ("make_vocab_size_divisible_by", "padded_vocab_size"):
             way_out += ", or, for an imported model, import it with another one"
         raise UserError(
             f"{flag_name(name)} is {shown(ours)}, but the checkpoint {checkpoint} was written with"
             f" {shown(theirs)}: set it to that, or {way_out}"
         )
-
-
-def other_ways(checkpoint: Path, config: Config) -> list[str]:
-    """What a run does otherwise than that of the checkpoint, and may: a line each, to be told."""
-    names = list(PATTERN_FIELDS)
-    if iteration_of(checkpoint):  # an imported model has seen no data
-        names += ["seed", "split"]
-    return [
-        f"{flag_name(name)} is {shown(ours)}; the checkpoint was written with {shown(theirs)}"
-        for name, (ours, theirs) in _differences(checkpoint, config, names).items()
-    ]
-
-
-def _differences(checkpoint: Path, config: Config, names: list[str]) -> dict[str, tuple[Any, Any]]:
-    """The values of these fields that differ, ours and those of the checkpoint."""
-    kinds = (ModelConfig, DataConfig, TrainingConfig)
-    theirs = {field.name: field.default for kind in kinds for field in dataclasses.fields(kind)}
-    theirs |= read_settings(checkpoint)
-    sections = (config.model, config.attention, config.training, config.data)
-    ours = {name: value for section in sections for name, value in vars(section).items()}
-    return {
-        name: (ours[name], theirs.get(name))
-        for name in names
-        if _comparable(name, ours[name]) != _comparable(name, theirs.get(name))
-    }
-
-
-def _comparable(name: str, value: Any) -> Any:
-    """Data and tokenizers may have moved to another folder since; YAML has lists for tuples."""
-    if name in ("data_path", "tokenizer_model") and value is not None:
-        return Path(value).name
-    return json.dumps(value)

@@ -13,6 +13,7 @@ from megalong.data.formats import open_documents
 from megalong.data.stream import TokenStream, split_documents
 from megalong.data.tokenizer import Tokenizer, build_tokenizer
 from megalong.errors import UserError, system_errors_of
+from megalong.wording import counted
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class RunData:
     """What a run reads.
 
     held_out: the streams of "validation" and "test", where `--split` gives them documents.
+    oddities: what can be trained on, and yet is hardly what was meant; a line each.
     token_bytes: UTF-8 bytes that each token id stands for, int32 (vocab size,).
     """
 
@@ -27,6 +29,7 @@ class RunData:
     token_bytes: np.ndarray
     train: TokenStream
     held_out: dict[str, TokenStream]
+    oddities: list[str]
 
 
 def open_run_data(config: Config) -> RunData:
@@ -54,6 +57,11 @@ def open_run_data(config: Config) -> RunData:
     ranges = split_documents(documents.num_documents, data.split)
     if not ranges[0]:
         raise UserError(f"--split {data.split} leaves no document for training")
+    if config.run.keep_best and not ranges[1]:
+        raise UserError(
+            f"--keep-best goes by the validation loss, and --split {data.split} leaves no document"
+            " for validation: leave it out, or change --split"
+        )
 
     def stream(document_range: range, shuffle: bool) -> TokenStream:
         return TokenStream(
@@ -65,6 +73,7 @@ def open_run_data(config: Config) -> RunData:
             vocab_size=tokenizer.vocab_size,
         )
 
+    train = stream(ranges[0], shuffle=True)
     parts = zip(("validation", "test"), ranges[1:], strict=True)
     held_out = {name: stream(part, shuffle=False) for name, part in parts if part}
     for part in held_out.values():  # a split too small to evaluate on is found now, not at the end
@@ -72,6 +81,26 @@ def open_run_data(config: Config) -> RunData:
     return RunData(
         tokenizer=tokenizer,
         token_bytes=tokenizer.token_bytes(),
-        train=stream(ranges[0], shuffle=True),
+        train=train,
         held_out=held_out,
+        oddities=_oddities(train, config, tokenizer),
     )
+
+
+def _oddities(train: TokenStream, config: Config, tokenizer: Tokenizer) -> list[str]:
+    lines = []
+    if train.tokens_per_epoch <= config.model.seq_length:
+        lines.append(
+            f"--data-path {config.data.data_path}: its training part is"
+            f" {counted(train.tokens_per_epoch, 'token')}, so that every sequence of --seq-length"
+            f" {config.model.seq_length} repeats them"
+        )
+    documents, lengths = train.documents, train.documents.lengths
+    looked_at = [i for i in train.document_range[:100] if lengths[i]][:10]
+    ends = {int(documents.read(i, int(lengths[i]) - 1)[0]) for i in looked_at}
+    if tokenizer.eod not in ends:
+        lines.append(
+            f"--data-path {config.data.data_path}: its documents end without the end-of-document"
+            " token, so that the model learns no end of a text: preprocess_data.py --append-eod"
+        )
+    return lines

@@ -34,10 +34,10 @@ def prepare_run_folder(config: Config) -> None:
         return
     folder = Path(run.save)
     if has_pointer(folder) or (folder / "metrics.jsonl").exists():
-        raise UserError(
-            f"--save {run.save} holds another run already: --load {run.save} to go on with it, or"
-            " save elsewhere"
-        )
+        go_on = f"--load {run.save} to go on with it"
+        if run.finetune:
+            go_on += f", with --pretrained-checkpoint {run.load} in the place of --finetune"
+        raise UserError(f"--save {run.save} holds another run already: {go_on}, or save elsewhere")
 
 
 def same_folder(one: str | None, other: str | None) -> bool:

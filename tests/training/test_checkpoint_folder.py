@@ -7,10 +7,12 @@ import pytest
 
 from megalong.checkpoint.folder import (
     being_read,
+    best,
     checkpoints,
     clear_leftovers,
     find_checkpoint,
     latest,
+    link_best,
     point_at,
     remove_old,
     set_aside,
@@ -57,6 +59,15 @@ def test_what_is_being_read_stays(tmp_path):
         assert iterations(tmp_path) == [1, 3]
     remove_old(newest, 1, None)
     assert iterations(tmp_path) == [3]
+
+
+def test_the_best_one_stays(tmp_path):
+    newest = make_checkpoints(tmp_path, (1, 2, 3))
+    for iteration in (1, 2):
+        link_best(tmp_path / f"iter_{iteration:07d}")
+    remove_old(newest, 1, None)
+    assert iterations(tmp_path) == [2, 3] and best(tmp_path).name == "iter_0000002"
+    assert find_checkpoint(tmp_path / "best") == tmp_path / "iter_0000002"
 
 
 def test_a_damaged_one_counts_for_nothing(tmp_path):
@@ -108,6 +119,8 @@ def test_the_list_of_tensors_cannot_run_code(tmp_path):
         ({"save": "run", "keep_every": 2000}, "set --keep-last too"),
         ({"save": "run", "keep_last": 1, "keep_every": 1500}, "set --keep-every 2000"),
         ({"keep_last": 1}, "set --save"),
+        ({"save": "run", "keep_best": True, "save_interval": 300}, "set --save-interval 1000"),
+        ({"save": "run", "keep_best": True, "full_validation": True}, "set --eval-iters 0"),
     ],
 )
 def test_flags_that_cannot_be_meant(run, words):

@@ -10,7 +10,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 
+from megalong.checkpoint.folder import best, latest
 from megalong.checkpoint.manifest import Manifest, record_of
+from megalong.checkpoint.reading import CheckpointReader
 from megalong.training.metrics import read_metrics
 from tests.forked import run_ranks, started_ranks
 from tests.launching import PRETRAIN, small_run_flags
@@ -166,8 +168,11 @@ def test_more_iterations_continue_the_same_stream(corpus, tmp_path):
     tokens = [r["consumed_tokens"] for r in numbers(parts) if "split" not in r]
     assert tokens == [32 * 64 * i for i in range(1, 15)]
 
-    # And on two ranks instead of one.
-    train(2, corpus, parts, **constant | longer | {"train_iters": 15})
+    # And on two ranks instead of one, with moments that begin anew.
+    anew = constant | longer | {"train_iters": 15, "no_load_optim": True}
+    said = run_ranks(2, PRETRAIN, *flags(corpus, parts, **anew)).stdout
+    assert "resuming (--no-load-optim) from" in said
+    assert CheckpointReader(latest(parts)).progress().updates == 1
     tokens = [r["consumed_tokens"] for r in numbers(parts) if "split" not in r]
     assert tokens == [32 * 64 * i for i in range(1, 16)]
 
@@ -179,3 +184,19 @@ def test_more_iterations_continue_the_same_stream(corpus, tmp_path):
     other[other.index("--save") + 1] = str(tmp_path / "other")
     said = run_ranks(1, PRETRAIN, *other).stdout
     assert "--split is 50,40,10; the checkpoint was written with 10,80,10" in said
+
+    # The weights alone begin a new run, which then goes on by the same command.
+    tuned = tmp_path / "tuned"
+    new = constant | longer | {"split": "50,40,10", "seed": 7, "pretrained_checkpoint": parts}
+    new |= {"lr_warmup_iters": 0, "keep_best": True, "save_interval": 100}
+    for train_iters, begins in ((1, f"with the weights of {latest(parts)}"), (2, "resuming from")):
+        again = flags(corpus, tuned, **new | {"train_iters": train_iters})
+        assert begins in run_ranks(1, PRETRAIN, *again).stdout
+        validation = {
+            r["loss"]: r["iteration"] for r in numbers(tuned) if r.get("split") == "validation"
+        }
+        assert best(tuned).name == f"iter_{validation[min(validation)]:07d}"
+    first, second = (r for r in numbers(tuned) if "split" not in r)
+    assert first["loss"] < numbers(whole)[0]["loss"] - 0.5
+    assert (first["iteration"], first["consumed_samples"]) == (1, 32)
+    assert second["iteration"] == 2

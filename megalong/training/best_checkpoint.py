@@ -1,0 +1,59 @@
+"""The checkpoint with the lowest validation loss: `best` in the run folder links to it, and it
+stays when older ones are removed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megalong.checkpoint.folder import best, checkpoint_folder, iteration_of, link_best
+from megalong.checkpoint.saving import Saver
+from megalong.errors import system_errors_of
+from megalong.training.evaluation import Evaluation
+from megalong.training.metrics import read_metrics
+
+
+class BestCheckpoint:
+    """What is best so far in a run folder, by the link and the run's metrics; every rank has one.
+
+    say: called on rank 0 when there is a better one.
+    """
+
+    def __init__(self, run: Path, saver: Saver, say: Callable[[str], None]):
+        self._run, self._saver, self._say = run, saver, say
+        found = [_earlier(run) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(found, src=0)
+        self._loss_and_tokens = found[0]
+
+    def evaluated(self, iteration: int, result: Evaluation) -> None:
+        """There is a checkpoint of this iteration, and this is its validation loss. Called by every
+        rank. What was evaluated on another number of tokens cannot be compared, and counts no
+        more."""
+        if self._loss_and_tokens is not None:
+            loss, tokens = self._loss_and_tokens
+            if result.tokens == tokens and result.loss >= loss:
+                return
+        self._loss_and_tokens = result.loss, result.tokens
+        self._saver.wait()  # until it is on the disk
+        if dist.get_rank() == 0:
+            checkpoint = checkpoint_folder(self._run, iteration)
+            with system_errors_of("--save", self._run):
+                link_best(checkpoint)
+            self._say(f"{checkpoint} is the best so far")
+
+
+def _earlier(run: Path) -> tuple[float, int] | None:
+    """Validation loss and tokens of the best checkpoint, which an earlier start has found."""
+    with system_errors_of("--save", run):
+        checkpoint, metrics = best(run), run / "metrics.jsonl"
+        if checkpoint is None or not checkpoint.exists() or not metrics.exists():
+            return None
+        records = [
+            record
+            for record in read_metrics(metrics)
+            if record.get("split") == "validation"
+            and record["iteration"] == iteration_of(checkpoint)
+        ]
+    return (records[-1]["loss"], records[-1]["tokens"]) if records else None

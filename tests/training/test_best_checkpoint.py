@@ -1,0 +1,39 @@
+"""`best` follows the lowest validation loss, over restarts too."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+
+from megalong.checkpoint.folder import best
+from megalong.training.best_checkpoint import BestCheckpoint
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_the_lowest_loss_is_best(one_rank, tmp_path):
+    said, records, saver = [], [], SimpleNamespace(wait=lambda: None)
+    keeper = BestCheckpoint(tmp_path, saver, said.append)
+    # iteration, loss, tokens, the best afterwards
+    for iteration, loss, tokens, expected in (
+        (1, 3.0, 100, 1),
+        (2, 2.0, 100, 2),
+        (2, 2.0, 100, 2),  # made again
+        (3, 2.5, 100, 2),
+        (4, 2.6, 200, 4),  # on other tokens: it cannot be compared, and is the first of its kind
+        (5, 2.5, 200, 5),
+    ):
+        (tmp_path / f"iter_{iteration:07d}").mkdir(exist_ok=True)
+        keeper.evaluated(iteration, SimpleNamespace(loss=loss, tokens=tokens))
+        assert best(tmp_path).name == f"iter_{expected:07d}"
+        record = {"iteration": iteration, "split": "validation", "loss": loss, "tokens": tokens}
+        records += [record, record | {"split": "test", "loss": 0.0}]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        keeper = BestCheckpoint(tmp_path, saver, said.append)  # the run is started again
+    assert said == [f"{tmp_path}/iter_{i:07d} is the best so far" for i in (1, 2, 4, 5)]

@@ -1,0 +1,68 @@
+"""What is told of a run that goes on otherwise than it was."""
+
+import dataclasses
+
+import pytest
+
+from megalong.checkpoint.progress import Progress
+from megalong.checkpoint.texts import texts_of
+from megalong.config.arguments import parse_arguments
+from megalong.training.changes import other_ways, with_schedule_of
+from megalong.training.learning_rate import learning_rate
+from tests.launching import small_run_flags
+
+GIVEN = {"train_iters": 10, "lr": 1.0, "lr_warmup_iters": 0, "memory_path": "off"}
+
+
+def resolved(**changes):
+    return parse_arguments(small_run_flags("data", **GIVEN | changes)).resolve(1)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Of the last iteration."""
+    for name, text in texts_of(Progress(iteration=10), resolved()).items():
+        (tmp_path / name).write_bytes(text)
+    return tmp_path
+
+
+def test_nothing_is_told_where_nothing_changed(checkpoint):
+    assert other_ways(checkpoint, resolved()) == []
+    assert other_ways(checkpoint, resolved(micro_batch_size=4, zero_stage=2)) == []
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"clip_grad": 2.0}, "--clip-grad is 2.0; the checkpoint was written with 1.0"),
+        ({"adam_beta2": 0.9}, "--adam-beta2 is 0.9; the checkpoint was written with 0.98"),
+        ({"sgd_momentum": 0.5}, None),  # it is Adam
+        ({"global_batch_size": 16}, "--global-batch-size is 16; the checkpoint was written with 8"),
+        ({"seq_length": 256}, "--seq-length is 256; the checkpoint was written with 128"),
+        ({"weight_decay": 0}, "--weight-decay is 0.0; the checkpoint was written with 0.01"),
+        ({"loss_scale": 8}, "--loss-scale is 8.0; the checkpoint was written without"),
+        (
+            {"memory_path": "on", "no_offload_activations": True},
+            "the memory path is --linear-cross-entropy --tiled-mlp --tiled-attention; that of the"
+            " checkpoint's run was off",
+        ),
+    ],
+)
+def test_what_changed_is_a_line_each(checkpoint, changes, told):
+    assert other_ways(checkpoint, resolved(**changes)) == ([told] if told else [])
+
+
+def test_a_finished_run_that_is_extended(checkpoint):
+    longer = resolved(train_iters=20)
+    assert other_ways(checkpoint, longer) == [
+        "--train-iters is 20; the checkpoint was written with 10",
+        "the learning rate goes from 1.000e-01 at iteration 10 to 5.000e-01 at iteration 11; with"
+        " the checkpoint's schedule (--use-checkpoint-opt-param-scheduler) to 0.000e+00",
+    ]
+    kept = with_schedule_of(checkpoint, resolved(train_iters=20, lr=5.0))
+    assert kept.training.train_iters == 20 and learning_rate(10, kept.training) == 0.1
+    assert other_ways(checkpoint, kept) == [
+        "--train-iters is 20; the checkpoint was written with 10"
+    ]
+    run = dataclasses.replace(longer.run, finetune=True)
+    assert other_ways(checkpoint, dataclasses.replace(longer, run=run)) == []
