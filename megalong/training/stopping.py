@@ -61,6 +61,7 @@ class StopRequest:
         self._over = threading.Event()
 
     def __enter__(self) -> StopRequest:
+        self._launchers = Launchers()
         # Python runs its signal handlers between two instructions of the main thread, never inside
         # a collective; the wake-up descriptor is written at once, and a thread reads it.
         self._reader, self._writer = socket.socketpair()
@@ -74,7 +75,6 @@ class StopRequest:
         }
         for number in self._asked:  # none of them comes any more
             self.ask(number)
-        self._launchers = Launchers()
         threading.Thread(target=self._watch, name="launchers", daemon=True).start()
         return self
 
