@@ -230,9 +230,9 @@ def _(story: Story) -> None:
 
 @case("TERM to the step in second 1")
 def _(story: Story) -> None:
-    story.start(DEEPSPEED)
-    story.job.wait_for_step()
-    time.sleep(0.5)
+    """As soon as the launchers run: their ranks begin to listen seconds later."""
+    story.start()
+    wait_until(lambda: len(_processes(story.job, "bin/torchrun")) >= 2, 120, "no launchers")
     story.job.signal("--signal=TERM")
     story.goes_on_and_finishes()
     story.sees("^requeued: ")
@@ -297,7 +297,7 @@ def _(story: Story) -> None:
     story.job.wait_for("iteration 12/")
     story.slurm.run("scontrol", "requeue", story.job.number)
     story.ends(requeued=1, tracebacks=True)
-    assert re.search(r"iter_00000[1-7]0", resumed(story.job)), story.job.text()
+    assert re.search(r"iter_00000[1-7]\d", resumed(story.job)), story.job.text()
     story.sees("^resuming from")
 
 
@@ -309,7 +309,7 @@ def _(story: Story) -> None:
     wait_until(lambda: story.job.requeued == 1, 60, "not requeued", story.job.text)
     story.slurm.run("scontrol", "update", f"NodeName={NODES[1]}", "State=RESUME")
     story.ends(requeued=1, tracebacks=True)
-    assert re.search(r"iter_00000[1-7]0", resumed(story.job)), story.job.text()
+    assert re.search(r"iter_00000[1-7]\d", resumed(story.job)), story.job.text()
     story.sees("^resuming from")
 
 
@@ -339,17 +339,24 @@ def _(story: Story) -> None:
 
 def _rank(story: Story, rank: int, signal: str) -> None:
     """A signal to one rank, as the system or a mishap would send it."""
-    for path in Path("/proc").glob("[0-9]*/environ"):
+    process, *_ = sorted(_processes(story.job, "pretrain_longnet.py", RANK=rank), key=int)
+    subprocess.run(["kill", f"-{signal}", process], check=True)
+
+
+def _processes(job: SlurmJob, command: str, **environment: object) -> list[str]:
+    """Numbers of the job's processes that have these in their command line and environment."""
+    wanted = {f"{name}={value}".encode() for name, value in environment.items()}
+    wanted.add(f"SLURM_JOB_ID={job.number}".encode())
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            words = path.read_bytes().split(b"\0")
-            program = (path.parent / "cmdline").read_bytes()
+            words = {*(folder / "environ").read_bytes().split(b"\0")}
+            line = (folder / "cmdline").read_bytes()
         except OSError:
             continue
-        wanted = {f"SLURM_JOB_ID={story.job.number}".encode(), f"RANK={rank}".encode()}
-        if wanted <= {*words} and b"pretrain_longnet.py" in program:
-            subprocess.run(["kill", f"-{signal}", path.parent.name], check=True)
-            return
-    raise AssertionError(f"no rank {rank}\n{story.job.text()}")
+        if wanted <= words and command.encode() in line:
+            found.append(folder.name)
+    return found
 
 
 @case("kill -9 of one rank")
