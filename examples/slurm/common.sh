@@ -110,7 +110,7 @@ run_step() {
     rm -f "$STOP_REQUEST"
 
     # SLURM requeues a job that it has preempted however it ends, and once more if we do it too.
-    if job_is PreemptTime=None; then preempted=false; fi
+    if ! job_is PreemptTime=2; then preempted=false; fi # a date, from the year 2000 on
     if [[ ! -e $run/stopped ]]; then
         if $preempted && ((status == 0)); then scontrol update JobId="$SLURM_JOB_ID" Requeue=0; fi
         exit "$status"
@@ -118,6 +118,8 @@ run_step() {
     cat "$run/stopped"
     if $preempted; then
         echo "preempted: SLURM starts this job again, where PreemptMode is REQUEUE"
+    elif ! job_is "Restarts=${SLURM_RESTART_COUNT:-0} "; then # by the user, or after a node's failure
+        echo "requeued already: SLURM starts this job again, in two minutes at the earliest"
     elif job_is JobState=RUNNING && scontrol requeue "$SLURM_JOB_ID"; then
         echo "requeued: SLURM starts this job again, in two minutes at the earliest"
     else
