@@ -50,12 +50,19 @@ class ArgumentParser(argparse.ArgumentParser):
         return action
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        known, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flag = unknown[0].partition("=")[0]
-            hint = did_you_mean(flag, self._option_string_actions)
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-        return known
+        """As argparse does; a flag that is misspelt is found before one that is then missing."""
+        options = self._option_string_actions
+        if self._subparsers is not None:  # they have options of their own
+            return super().parse_args(args, namespace)
+        for word in sys.argv[1:] if args is None else args:
+            flag = word.partition("=")[0]
+            if word == "--":
+                break
+            if not flag.startswith("--") or " " in flag or flag in options:
+                continue
+            if not (self.allow_abbrev and any(option.startswith(flag) for option in options)):
+                self.error(f"unrecognized argument: {flag}{did_you_mean(flag, options)}")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists all flags")

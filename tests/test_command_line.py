@@ -162,6 +162,11 @@ def test_exit_statuses_and_help():
         assert words in shown
     with pytest.raises(UserError, match=r"--a.*--help lists all flags"):
         ArgumentParser("x").parse_args(["--a"])
+    parser = ArgumentParser("x")
+    parser.add_argument("--model", required=True)
+    with pytest.raises(UserError, match=r"--modl; did you mean --model\?"):
+        parser.parse_args(["--modl", "y"])
+    assert parser.parse_args(["--mod", "-- y"]).model == "-- y"
 
 
 def test_ctrl_c_shows_no_traceback():

@@ -172,8 +172,8 @@ def test_data_path_is_needed():
 @pytest.mark.parametrize(
     "flags, names",
     [
-        (["--num-layer", "3"], ["--num-layer 3; did you mean --num-layers?"]),
-        (["--num_layers=3"], ["--num_layers=3; did you mean --num-layers?"]),
+        (["--num-layer", "3"], ["--num-layer; did you mean --num-layers?"]),
+        (["--num_layers=3"], ["--num_layers; did you mean --num-layers?"]),
         (["--no-swiglo"], ["did you mean --no-swiglu?"]),
         (["--num-layers", "three"], ["--num-layers", "three"]),
         (["--precision", "fp8"], ["--precision", "fp8", "bf16"]),
