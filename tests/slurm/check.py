@@ -387,7 +387,7 @@ def _(story: Story) -> None:
     _rank(story, 1, "STOP")
     story.ends(requeued=0, state="FAILED", tracebacks=True)
     assert 10 in story.checkpoints()
-    story.sees("^error: rank 1 .*hangs")
+    story.sees("^error: rank 1 .* since ")
 
 
 @case("preprocessing, array of 3")
