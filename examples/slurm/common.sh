@@ -120,7 +120,7 @@ run_step() {
         echo "preempted: SLURM starts this job again, where PreemptMode is REQUEUE"
     elif ! job_is "Restarts=${SLURM_RESTART_COUNT:-0} "; then # by the user, or after a node's failure
         echo "requeued already: SLURM starts this job again, in two minutes at the earliest"
-    elif job_is JobState=RUNNING && scontrol requeue "$SLURM_JOB_ID"; then
+    elif { job_is JobState=RUNNING || job_is Reason=TimeLimit; } && scontrol requeue "$SLURM_JOB_ID"; then
         echo "requeued: SLURM starts this job again, in two minutes at the earliest"
     else
         echo "not requeued: submit it again to go on"

@@ -241,10 +241,9 @@ def _(story: Story) -> None:
     story.sees("^requeued: ")
 
 
-@case("time limit, USR1 before it")
-def _(story: Story) -> None:
+def _limited(story: Story, options: str) -> None:
     story.start(
-        options=f"{TWO_BY_ONE} --time=2 --signal=B:USR1@60",
+        options=f"{TWO_BY_ONE} {options}",
         train_iters=100_000,
         lr_decay_iters=100,
         log_interval=100,
@@ -255,6 +254,16 @@ def _(story: Story) -> None:
     story.sees("^requeued: ")
     story.job.signal()
     story.ends(requeued=1, state="CANCELLED", tracebacks=True)
+
+
+@case("time limit, USR1 before it")
+def _(story: Story) -> None:
+    _limited(story, "--time=2 --signal=B:USR1@60")
+
+
+@case("time limit, no signal before it")
+def _(story: Story) -> None:
+    _limited(story, "--time=1 --signal=B:URG@1")
 
 
 @case("preemption with GraceTime")
