@@ -44,7 +44,7 @@ def written_aside(folder: Path, replaces: bool = False) -> Iterator[Path]:
     replaces: in the place of the one that is there. Raises UserError where there is one and it is
     not to be replaced; leaves nothing behind on an error, and the old one untouched.
     """
-    if folder.exists() and not replaces:
+    if os.path.lexists(folder) and not replaces:
         raise UserError(f"{folder} is there already: choose another folder, or --overwrite")
     aside = folder.with_name(folder.name + UNFINISHED)
     shutil.rmtree(aside, ignore_errors=True)
@@ -55,6 +55,7 @@ def written_aside(folder: Path, replaces: bool = False) -> Iterator[Path]:
             flush_to_disk(path)
         if folder.exists():
             replaced = folder.with_name(folder.name + ".replaced")
+            shutil.rmtree(replaced, ignore_errors=True)  # of one that was killed here
             os.replace(folder, replaced)
             os.replace(aside, folder)
             shutil.rmtree(replaced)

@@ -4,6 +4,7 @@ time, without a GPU."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from importlib.metadata import version
@@ -103,10 +104,21 @@ def export(
 
 
 def _is_export(folder: Path) -> bool:
-    """Raises UserError where the folder is something else, which nobody wants to lose."""
-    if folder.exists() and not (folder / "config.json").exists():
-        raise UserError(f"--output {folder} is no earlier export: choose another folder")
-    return folder.exists()
+    """Whether there is an export, as `export` has left it. Raises UserError where the folder is
+    something else, which nobody wants to lose."""
+    if not os.path.lexists(folder):
+        return False
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        config = {}
+    # What Transformers saves of an export, when it is fine-tuned, has the version of Transformers.
+    ours = "megalong" in config and "transformers_version" not in config
+    if folder.is_symlink() or not ours or any(path.is_dir() for path in folder.iterdir()):
+        raise UserError(
+            f"--output {folder} is no earlier export, or there is more in it: choose another folder"
+        )
+    return True
 
 
 def parse_size(text: str) -> int:

@@ -108,6 +108,8 @@ def test_auto_classes_load_the_folder(changes, tmp_path):
         expected = huggingface_model(config, weights)(tokens).logits
         assert torch.equal(model(tokens).logits, expected)
     model.save_pretrained(tmp_path / "saved")  # as after fine-tuning
+    with pytest.raises(UserError, match="is no earlier export"):
+        export(tmp_path / "run", tmp_path / "saved", overwrite=True)
     again = AutoModelForCausalLM.from_pretrained(
         tmp_path / "saved", trust_remote_code=True, attn_implementation="eager"
     )
@@ -151,7 +153,19 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half_done(tmp_path):
     (tmp_path / "hf").mkdir()
     with pytest.raises(UserError, match="is there already"):
         export(tmp_path / "run", tmp_path / "hf")
-    with pytest.raises(UserError, match="is no earlier export"):
+    (tmp_path / "link").symlink_to(tmp_path / "hf")
+    for output, text in (
+        ("hf", None),
+        ("hf", '{"model_type": "llama"}'),
+        ("hf", '{"megalong": {}, "transformers_version": "5.0"}'),  # our export, fine-tuned
+        ("link", '{"megalong": {}}'),
+    ):
+        if text is not None:
+            (tmp_path / "hf" / "config.json").write_text(text)
+        with pytest.raises(UserError, match="is no earlier export"):
+            export(tmp_path / "run", tmp_path / output, overwrite=True)
+    (tmp_path / "hf" / "checkpoint-500").mkdir()
+    with pytest.raises(UserError, match="there is more in it"):
         export(tmp_path / "run", tmp_path / "hf", overwrite=True)
     gone = {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": "gone.model"}
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **gone))
@@ -160,7 +174,7 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half_done(tmp_path):
     write_first_checkpoint(tmp_path / "other", config, shapes, weights.__getitem__)
     with pytest.raises(UserError, match=r"--tokenizer-model"):
         export(tmp_path / "other", tmp_path / "hf2")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "other", "run"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "link", "other", "run"]
 
 
 def test_values_that_a_dtype_does_not_hold_are_refused(tmp_path):
@@ -175,6 +189,8 @@ def test_values_that_a_dtype_does_not_hold_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"has values"):
         export(tmp_path / "large", tmp_path / "hf", dtype="float16", overwrite=True)
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+    killed = tmp_path / "hf.replaced" / "left"  # by one that was ended while it removed this
+    killed.mkdir(parents=True)
     export(tmp_path / "large", tmp_path / "hf", dtype="float32", overwrite=True)
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "float32"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "large", "run"]
