@@ -3,6 +3,7 @@ stays when older ones are removed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +31,9 @@ class BestCheckpoint:
     def evaluated(self, iteration: int, result: Evaluation) -> None:
         """There is a checkpoint of this iteration, and this is its validation loss. Called by every
         rank. What was evaluated on another number of tokens cannot be compared, and counts no
-        more."""
+        more; what is not finite never does."""
+        if not math.isfinite(result.loss):
+            return
         if self._loss_and_tokens is not None:
             loss, tokens = self._loss_and_tokens
             if result.tokens == tokens and result.loss >= loss:

@@ -1,6 +1,7 @@
 """`best` follows the lowest validation loss, over restarts too."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +29,8 @@ def test_the_lowest_loss_is_best(one_rank, tmp_path):
         (3, 2.5, 100, 2),
         (4, 2.6, 200, 4),  # on other tokens: it cannot be compared, and is the first of its kind
         (5, 2.5, 200, 5),
+        (6, math.nan, 200, 5),
+        (7, math.nan, 100, 5),
     ):
         (tmp_path / f"iter_{iteration:07d}").mkdir(exist_ok=True)
         keeper.evaluated(iteration, SimpleNamespace(loss=loss, tokens=tokens))
