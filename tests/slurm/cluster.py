@@ -216,6 +216,15 @@ class SlurmJob:
     def text(self) -> str:
         return self.output.read_text() if self.output.exists() else ""
 
+    def shows_traceback(self) -> bool:
+        """Whether there is one in the output, but for that of torchrun's barrier at the end of a
+        run, at which the node that keeps its store does not wait until the others are through."""
+        barrier = (
+            r"^(E.* torch/distributed/elastic/agent/server/api\.py:\d+\] )"
+            r"Error waiting on exit barrier\..*(\n\1.*)*"
+        )
+        return "Traceback" in re.sub(barrier, "", self.text(), flags=re.MULTILINE)
+
     def wait_for(self, words: str, times: int = 1, timeout: float = 300) -> None:
         """Wait until the output has these words so often."""
         message = f"no {words!r} of job {self.number}"

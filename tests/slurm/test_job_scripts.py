@@ -14,7 +14,7 @@ import pytest
 
 from tests.forked import run_ranks
 from tests.launching import PRETRAIN, REPOSITORY, small_run_flags
-from tests.slurm.cluster import HOW_TO_INSTALL, cluster, missing
+from tests.slurm.cluster import HOW_TO_INSTALL, SlurmJob, cluster, missing
 from tests.training.test_resume import assert_same_run
 
 SCRIPTS = REPOSITORY / "examples" / "slurm"
@@ -50,8 +50,22 @@ def test_stopped_requeued_and_finished(slurm, corpus, tmp_path):
     assert job.requeued == 1
     stopped = r"^stopped by SIGUSR1 (before the training began|after iteration 1)\nrequeued: SLURM"
     assert re.search(stopped, job.text(), re.MULTILINE), job.text()
-    assert "Traceback" not in job.text()
+    assert not job.shows_traceback()
     assert_same_run(tmp_path / "run", whole)
+
+
+def test_what_torchrun_says_of_its_own_end_is_no_traceback_of_a_run(tmp_path):
+    at = "E1128 08:45:41.748000 6785 torch/distributed/elastic/agent/server/api.py:1008] "
+    barrier = [f"{at}Error waiting on exit barrier. Elapsed: 0.09 seconds", f"{at}Traceback (most"]
+    barrier += [f"{at}torch.distributed.DistNetworkError: Failed to recv", ""]
+    job = SlurmJob(None, 1, tmp_path / "out")
+    for lines, shown in (
+        (["saved", *barrier], False),
+        ([*barrier, "Traceback (most recent call last):"], True),
+        ([f"{at}failed", f"{at}Traceback (most", *barrier], True),
+    ):
+        job.output.write_text("\n".join(lines))
+        assert job.shows_traceback() == shown
 
 
 def test_what_would_start_where(slurm, tmp_path):
@@ -95,6 +109,51 @@ def test_outside_of_a_job(tmp_path):
     done = subprocess.run(["bash", script], cwd=tmp_path, env=environment, **captured)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: a job script: sbatch {script} ...") and not done.stdout
+
+
+def test_a_task_that_has_nothing_to_preprocess_says_why_and_replaces_nothing(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    no_slurm = tmp_path / "bin" / "scontrol"
+    no_slurm.parent.mkdir()
+    no_slurm.write_text("#!/bin/sh\n")
+    no_slurm.chmod(0o755)
+    flags = ["--tokenizer-type", "ByteTokenizer"]
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join(
+            [str(no_slurm.parent), str(Path(sys.executable).parent), os.defpath]
+        ),
+        "MEGALONG": str(REPOSITORY),
+        "SLURM_JOB_ID": "1",
+        "SLURM_CPUS_ON_NODE": "1",
+        "SLURM_ARRAY_TASK_ID": "0",
+        "SLURM_ARRAY_TASK_MIN": "0",
+        "SLURM_ARRAY_TASK_COUNT": "1",
+    }
+
+    def task(pattern: str, **more: str) -> tuple[int, str]:
+        done = subprocess.run(
+            ["bash", str(SCRIPTS / "preprocess.sbatch"), *flags],
+            cwd=tmp_path,
+            env=environment | {"INPUT": pattern, "OUTPUT": "tokens"} | more,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    missing_files = "error: --input no*.txt: no such file, folder or match\n"
+    assert task("no*.txt") == (2, missing_files)
+    assert task("")[0] == 2 and task("")[1].startswith("error: set INPUT")
+    code, said = task("one.txt")
+    assert code == 0, said
+    tokens = tmp_path / "tokens_000_text_document.bin"
+    one = tokens.read_bytes()
+    code, said = task("two.txt")
+    assert code == 2 and "--overwrite" in said and tokens.read_bytes() == one
+    code, said = task("two.txt", SLURM_RESTART_COUNT="1")
+    assert code == 0 and tokens.read_bytes() != one, said
 
 
 def test_shellcheck():
