@@ -52,7 +52,9 @@ class _Noting(dict):
 
     def passed_over(self, at: str = "") -> Iterator[tuple[str, set[str]]]:
         """The keys that nobody asked for, with the sections they are in, and what was asked for
-        beside each."""
+        beside each; of a section that is switched off, for which nobody looked further, none."""
+        if self.asked == {"enabled"} and dict.get(self, "enabled") is False:
+            return
         for key, value in dict.items(self):
             if not self.taken_whole and self.asked and key not in self.asked:
                 yield at + key, self.asked

@@ -79,6 +79,7 @@ def test_what_no_flag_owns_is_passed_on(tmp_path):
         ),
         ({"timers": {"troughput": {}}}, ["no timers.troughput; did you mean throughput?"]),
         ({"aio": {"tread_count": 2}}, ["no aio.tread_count"]),
+        ({"comms_logger": {"enabled": False, "verbos": True}}, ["no comms_logger.verbos"]),
         ({"checkpoint": {"parallel_writes": {}}}, ["did you mean parallel_write?"]),
         ({"bfloat16": {"enabled": True}}, ["knows no bfloat16"]),  # beside ours it is not read
         ({"wobble": 1}, ["knows no wobble"]),
@@ -111,7 +112,11 @@ def test_what_deepspeed_knows_is_let_through(tmp_path):
         "aio": {"block_size": 2**20, "queue_depth": 4},
         "checkpoint": {"tag_validation": "Warn", "parallel_write": {"pipeline_stage": False}},
         "compile": {"deepcompile": False},
-        "data_efficiency": {"enabled": False, "data_sampling": {"num_epochs": 3, "later": 1}},
+        "data_efficiency": {
+            "enabled": False,
+            "data_sampling": {"num_epochs": 3, "later": 1},
+            "data_routing": {"random_ltd": {"enabled": False, "total_layer_num": 24}},
+        },
         "torch_autocast": {"enabled": False, "dtype": "bfloat16"},
         "vocabulary_size": 256,
         "sequence_parallel_size": 1,
