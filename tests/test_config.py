@@ -155,6 +155,11 @@ def test_a_missing_yaml_is_named():
             " --attention-head-groups 3",
         ),
         ("--memory-path off --attention-head-groups 2", 1, "set --tiled-attention too"),
+        (
+            "--load run --finetune --use-checkpoint-opt-param-scheduler",
+            1,
+            "--use-checkpoint-opt-param-scheduler its schedule: leave one of the two out",
+        ),
         ("--exit-duration-in-mins 0", 1, "--exit-duration-in-mins 0.0 must be positive"),
     ],
 )

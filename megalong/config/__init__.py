@@ -73,7 +73,7 @@ class Config:
         resolved = dataclasses.replace(
             resolved, memory=resolved.memory.resolve(model, resolved.parallel)
         )
-        resolved.run.check(training.train_iters, world_size)
+        resolved.run.check(training, world_size)
         resolved.data.check()
         return resolved
 

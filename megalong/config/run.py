@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 
 from megalong.config.flags import default, flag, flag_name, require_more_than_zero, require_positive
+from megalong.config.training import TrainingConfig
 from megalong.errors import UserError
 from megalong.wording import counted
 
@@ -95,16 +96,21 @@ class RunConfig:
             ),
         )
 
-    def check(self, train_iters: int, world_size: int) -> None:
-        """Raise UserError where these settings contradict each other, or a run of so many
-        iterations on so many ranks."""
+    def check(self, training: TrainingConfig, world_size: int) -> None:
+        """Raise UserError where these settings contradict each other, or such a training on so many
+        ranks."""
         if self.finetune and self.load is None:
             raise UserError("--finetune begins with the weights of a checkpoint: set --load")
+        if self.finetune and training.use_checkpoint_opt_param_scheduler:
+            raise UserError(
+                "--finetune takes the checkpoint's weights and nothing else of it, and"
+                " --use-checkpoint-opt-param-scheduler its schedule: leave one of the two out"
+            )
         self._check_checkpoints()
         self._check_reports()
         self._check_hang_timeout()
         if self.profile:
-            self._check_profile(train_iters, world_size)
+            self._check_profile(training.train_iters, world_size)
 
     def _check_checkpoints(self) -> None:
         require_positive(

@@ -1,7 +1,8 @@
 """The optimizers that `--optimizer` chooses from, a file each.
 
-Another one is such a file, with a subclass of `Optimizer`, a line in the table below, and its name
-and settings as flags in `megalong/config/training.py`. Training, checkpoints and imports ask here.
+Another one is such a file, with a subclass of `Optimizer`, a line in the table below, and in
+`megalong/config/training.py` its name and, beginning with the name, its settings as flags.
+Training, checkpoints and imports ask here.
 """
 
 from __future__ import annotations

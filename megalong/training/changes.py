@@ -20,21 +20,24 @@ SCHEDULE = (
 )  # fmt: skip
 _STEP = (
     "seq_length", "global_batch_size", "precision", "loss_scale", "clip_grad", "weight_decay",
-    "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum",
 )  # fmt: skip
 
 
-def differences(checkpoint: Path, config: Config, names: list[str]) -> dict[str, tuple[Any, Any]]:
-    """The values of these fields that differ, ours and those of the checkpoint.
+def config_of(checkpoint: Path) -> Config:
+    """The configuration that a checkpoint was written with.
 
-    Fields that were not known when it was written have their defaults. Raises UserError where it
-    cannot be read.
+    Fields that were not known then have their defaults. Raises UserError where it cannot be read.
     """
-    ours, theirs = _values(config), _values(config_from_values(read_settings(checkpoint)))
+    return config_from_values(read_settings(checkpoint))
+
+
+def differences(ours: Config, theirs: Config, names: list[str]) -> dict[str, tuple[Any, Any]]:
+    """The values of these fields that differ, in two configurations."""
+    here, there = _values(ours), _values(theirs)
     return {
-        name: (ours[name], theirs[name])
+        name: (here[name], there[name])
         for name in names
-        if _comparable(name, ours[name]) != _comparable(name, theirs[name])
+        if _comparable(name, here[name]) != _comparable(name, there[name])
     }
 
 
@@ -43,23 +46,25 @@ def other_ways(checkpoint: Path, config: Config) -> list[str]:
 
     config: the run's, its memory path settled.
     """
-    iteration, names = read_progress(checkpoint).iteration, list(PATTERN_FIELDS)
+    theirs, iteration = config_of(checkpoint), read_progress(checkpoint).iteration
+    names = list(PATTERN_FIELDS)
     goes_on = iteration > 0 and not config.run.finetune  # an imported model has seen no data
     if goes_on:
-        others = {"adam": "sgd_", "sgd": "adam_"}[config.training.optimizer]
-        names += ["seed", "split", *(name for name in _STEP if not name.startswith(others))]
+        optimizer = f"{config.training.optimizer}_"
+        names += ["seed", "split", *_STEP]
+        names += [name for name in vars(config.training) if name.startswith(optimizer)]
         names += ["train_iters", *SCHEDULE]
-    found = differences(checkpoint, config, names)
+    found = differences(config, theirs, names)
     if found.get("train_iters") == found.get("lr_decay_iters"):
         found.pop("lr_decay_iters", None)  # follows from the other
     lines = [
-        f"{flag_name(name)} is {shown(ours)}; the checkpoint was written"
-        f" {'without' if theirs is None else f'with {shown(theirs)}'}"
-        for name, (ours, theirs) in found.items()
+        f"{flag_name(name)} is {shown(now)}; the checkpoint was written"
+        f" {'without' if before is None else f'with {shown(before)}'}"
+        for name, (now, before) in found.items()
     ]
     if goes_on:
-        lines += _learning_rate_change(checkpoint, iteration, config.training)
-        lines += _memory_path_change(checkpoint, config)
+        lines += _learning_rate_change(iteration, config.training, theirs.training)
+        lines += _memory_path_change(config, theirs)
     return lines
 
 
@@ -70,9 +75,10 @@ def with_schedule_of(checkpoint: Path, config: Config) -> Config:
     return dataclasses.replace(config, training=dataclasses.replace(config.training, **schedule))
 
 
-def _learning_rate_change(checkpoint: Path, iteration: int, ours: TrainingConfig) -> list[str]:
+def _learning_rate_change(
+    iteration: int, ours: TrainingConfig, theirs: TrainingConfig
+) -> list[str]:
     """What the schedule that is set now makes of the learning rate, where it makes another."""
-    theirs = config_from_values(read_settings(checkpoint)).training
     rate, kept = (learning_rate(iteration + 1, training) for training in (ours, theirs))
     if rate == kept or iteration >= ours.train_iters:
         return []
@@ -83,9 +89,8 @@ def _learning_rate_change(checkpoint: Path, iteration: int, ours: TrainingConfig
     ]
 
 
-def _memory_path_change(checkpoint: Path, config: Config) -> list[str]:
-    theirs = config_from_values(read_settings(checkpoint))
-    before, now = _memory_path(theirs), _memory_path(config)
+def _memory_path_change(ours: Config, theirs: Config) -> list[str]:
+    before, now = _memory_path(theirs), _memory_path(ours)
     if theirs.memory.memory_path == "auto" or before == now:
         return []
     return [f"the memory path is {now}; that of the checkpoint's run was {before}"]

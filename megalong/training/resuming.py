@@ -28,7 +28,7 @@ from megalong.config import Config, ModelConfig, flag_name
 from megalong.config.attention import PATTERN_FIELDS
 from megalong.config.flags import shown
 from megalong.errors import UserError, system_errors_of
-from megalong.training.changes import differences, with_schedule_of
+from megalong.training.changes import config_of, differences, with_schedule_of
 from megalong.training.run_folder import same_folder
 
 
@@ -41,7 +41,8 @@ def starting_point(config: Config) -> tuple[Config, Path | None]:
     run = config.run
     if run.pretrained_checkpoint is not None and not _has_checkpoint(run.load):
         run = dataclasses.replace(run, load=run.pretrained_checkpoint, finetune=True)
-        config = dataclasses.replace(config, run=run)
+        training = dataclasses.replace(config.training, use_checkpoint_opt_param_scheduler=False)
+        config = dataclasses.replace(config, run=run, training=training)
     checkpoint = open_checkpoint(config)
     if checkpoint is not None and config.training.use_checkpoint_opt_param_scheduler:
         config = with_schedule_of(checkpoint, config)
@@ -199,7 +200,7 @@ def _check_same_run(checkpoint: Path, config: Config) -> None:
         names.append("optimizer")
     if same_folder(config.run.load, config.run.save):
         names += _RUN_FIELDS
-    for name, (ours, theirs) in differences(checkpoint, config, names).items():
+    for name, (ours, theirs) in differences(config, config_of(checkpoint), names).items():
         way_out = "start a new run without --load"
         if name in _RUN_FIELDS:
             way_out = "--save into another folder"

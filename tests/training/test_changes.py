@@ -31,6 +31,13 @@ def test_nothing_is_told_where_nothing_changed(checkpoint):
     assert other_ways(checkpoint, resolved(micro_batch_size=4, zero_stage=2)) == []
 
 
+def test_another_optimizer_is_asked_for_its_own_settings(checkpoint):
+    """Those that begin with its name; here there are none."""
+    config = resolved(adam_beta2=0.9, sgd_momentum=0.5)
+    training = dataclasses.replace(config.training, optimizer="third")
+    assert other_ways(checkpoint, dataclasses.replace(config, training=training)) == []
+
+
 @pytest.mark.parametrize(
     "changes, told",
     [

@@ -13,7 +13,9 @@ import yaml
 from megalong.checkpoint.folder import best, latest
 from megalong.checkpoint.manifest import Manifest, record_of
 from megalong.checkpoint.reading import CheckpointReader
+from megalong.config.arguments import parse_arguments
 from megalong.training.metrics import read_metrics
+from megalong.training.resuming import starting_point
 from tests.forked import run_ranks, started_ranks
 from tests.launching import PRETRAIN, small_run_flags
 
@@ -189,6 +191,9 @@ def test_more_iterations_continue_the_same_stream(corpus, tmp_path):
     tuned = tmp_path / "tuned"
     new = constant | longer | {"split": "50,40,10", "seed": 7, "pretrained_checkpoint": parts}
     new |= {"lr_warmup_iters": 0, "keep_best": True, "save_interval": 100}
+    schedule = {"lr": 0.5, "use_checkpoint_opt_param_scheduler": True}  # there is none of it yet
+    config, _ = starting_point(parse_arguments(flags(corpus, tuned, **new | schedule)).resolve(1))
+    assert config.training.lr == 0.5 and config.run.finetune
     for train_iters, begins in ((1, f"with the weights of {latest(parts)}"), (2, "resuming from")):
         again = flags(corpus, tuned, **new | {"train_iters": train_iters})
         assert begins in run_ranks(1, PRETRAIN, *again).stdout
