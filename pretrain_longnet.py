@@ -23,8 +23,9 @@ def main(arguments: list[str], asked: Sequence[int] = ()) -> None:
     """Train as these flags say, as one rank of however many were started; `asked`: signals that
     have asked it to stop already. Raises UserError where a flag, a file or the machine does not
     allow it."""
-    from megalong.config import check_master_port, world_size
+    from megalong.config import world_size
     from megalong.config.arguments import parse_arguments
+    from megalong.master_port import check_master_port
 
     given = parse_arguments(arguments, description=__doc__)
     config = given.resolve(world_size())

@@ -11,8 +11,8 @@ PACKAGE = REPOSITORY / "megalong"
 
 # Room (a folder, or a file beside the folders) -> the rooms it may import. From the bottom up.
 SMALL = {
-    "device", "disk", "errors", "host_memory", "log_filters", "position_losses", "progress",
-    "torch_private", "wording",
+    "device", "disk", "errors", "host_memory", "log_filters", "master_port", "position_losses",
+    "progress", "torch_private", "wording",
 }  # fmt: skip
 ROOMS = {
     "errors": set(),
@@ -23,6 +23,7 @@ ROOMS = {
     "disk": {"errors"},
     "host_memory": set(),
     "log_filters": {"device"},
+    "master_port": {"errors"},
     "position_losses": set(),
     "progress": set(),
     "torch_private": set(),

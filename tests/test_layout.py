@@ -6,9 +6,9 @@ import socket
 
 import pytest
 
-from megalong.config import check_master_port
 from megalong.config.arguments import parse_arguments
 from megalong.errors import UserError
+from megalong.master_port import check_master_port
 
 SMALL = (
     "--data-path data --tokenizer-type ByteTokenizer --num-layers 6 --hidden-size 96"
@@ -151,3 +151,7 @@ def test_a_port_that_is_taken(monkeypatch):
         check_master_port()
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
     check_master_port()
+    for port in ("http", "70000"):
+        monkeypatch.setenv("MASTER_PORT", port)
+        with pytest.raises(UserError, match=f"MASTER_PORT is '{port}'"):
+            check_master_port()

@@ -16,7 +16,7 @@ from megalong.config.data import DataConfig
 from megalong.config.flags import flag_name
 from megalong.config.memory import MemoryConfig
 from megalong.config.model import ModelConfig
-from megalong.config.parallel import ParallelConfig, check_master_port, world_size
+from megalong.config.parallel import ParallelConfig, world_size
 from megalong.config.run import RunConfig
 from megalong.config.training import TrainingConfig
 
@@ -28,7 +28,6 @@ __all__ = [
     "ModelConfig",
     "ParallelConfig",
     "TrainingConfig",
-    "check_master_port",
     "flag_name",
     "world_size",
 ]

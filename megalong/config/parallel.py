@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import socket
 from dataclasses import dataclass
 
 from megalong.config.flags import flag, largest_divisor, require_positive
@@ -241,27 +240,6 @@ def world_size() -> int:
             " torchrun a node (srun --ntasks-per-node=1 torchrun ...), or set the three"
         )
     return 1
-
-
-def check_master_port() -> None:
-    """Raise UserError where this is rank 0 and another program listens where the ranks are to meet.
-    (torchrun listens there itself.)"""
-    agent_listens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if os.environ.get("RANK") != "0" or "MASTER_PORT" not in os.environ or agent_listens:
-        return
-    port = os.environ["MASTER_PORT"]
-    try:
-        socket.create_server(("", int(port))).close()
-    except OSError as error:
-        raise port_is_taken(port) from error
-
-
-def port_is_taken(port: str) -> UserError:
-    """What to say where another program listens on the ranks' port."""
-    return UserError(
-        f"port {port}, where the ranks meet, is taken, by another run perhaps: give the launcher"
-        " another --master_port"
-    )
 
 
 def _next_multiple(value: int, of: int) -> int:

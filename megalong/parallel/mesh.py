@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 from megalong.attention.exchange import SequenceGroup
 from megalong.config import Config
-from megalong.config.parallel import port_is_taken
 from megalong.device import use_gpu
 from megalong.errors import UserError
+from megalong.master_port import port_is_taken
 from megalong.parallel.cpu import enable_megatron_without_gpu
 from megalong.parallel.deepspeed_private import skip_shared_memory_kernels
 
