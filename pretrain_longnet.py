@@ -26,7 +26,9 @@ def main(arguments: list[str], asked: Sequence[int] = ()) -> None:
     from megalong.config import world_size
     from megalong.config.arguments import parse_arguments
     from megalong.master_port import check_master_port
+    from megalong.training.launchers import Launchers
 
+    launchers = Launchers()
     given = parse_arguments(arguments, description=__doc__)
     config = given.resolve(world_size())
     check_master_port()
@@ -57,7 +59,7 @@ def main(arguments: list[str], asked: Sequence[int] = ()) -> None:
     with (
         launch(config) as mesh,
         watch_ranks(mesh, config.run),
-        StopRequest(config.run.exit_duration_in_mins, asked) as stop,
+        StopRequest(config.run.exit_duration_in_mins, asked, launchers=launchers) as stop,
     ):
         Trainer(config, given, data, checkpoint, mesh, stop).train()
 

@@ -42,7 +42,7 @@ class StopRequest:
     the end of the launcher, and which `Stopped` does not leave.
 
     exit_minutes: after which the clock asks, counted from the creation; None is never.
-    asked: signals that came before.
+    asked: signals that came before. launchers: those of this process, from as early as can be.
     forwarded_within: a launcher that is told to stop tells its ranks, which may have been told
         already: signals so many seconds after the first are the same request. A later one means
         it, and ends the process at once, even in the middle of a collective that never returns.
@@ -53,15 +53,16 @@ class StopRequest:
         exit_minutes: float | None = None,
         asked: Sequence[int] = (),
         forwarded_within: float = 10.0,
+        launchers: Launchers | None = None,
     ):
         self._deadline = math.inf if exit_minutes is None else time.monotonic() + 60 * exit_minutes
         self._forwarded_within = forwarded_within
+        self._launchers = launchers or Launchers()
         self._reason, self._first, self._stopped = 0, 0.0, False
         self._asked, self._signals = asked, set[int]()
         self._over = threading.Event()
 
     def __enter__(self) -> StopRequest:
-        self._launchers = Launchers()
         # Python runs its signal handlers between two instructions of the main thread, never inside
         # a collective; the wake-up descriptor is written at once, and a thread reads it.
         self._reader, self._writer = socket.socketpair()

@@ -2,12 +2,14 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
 
 from megalong.training import stopping
+from megalong.training.launchers import Launchers
 from tests.forked import run_ranks, started_ranks
 from tests.launching import (
     PRETRAIN,
@@ -128,6 +130,24 @@ def test_a_killed_rank_ends_the_job(corpus, tmp_path, launcher, lost):
         assert not any(other.is_running() for other in others)
     [line] = [line for line in job.text().splitlines() if line.startswith("error: rank")]
     assert line.startswith(f"error: rank {lost} on ") and "was lost" in line and "--load" in line
+
+
+@pytest.mark.parametrize("parent", ["outside", "just died"])
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_parent_that_cannot_be_asked(monkeypatch, parent, launched):
+    """The first process of a container has process 0 as its parent, and so has `docker exec`'s."""
+    for name in ("LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "0")
+        if not launched:
+            monkeypatch.delenv(name)
+    died = subprocess.Popen(["true"])
+    died.wait()
+    monkeypatch.setattr(os, "getppid", lambda: 0 if parent == "outside" else died.pid)
+    found = Launchers()
+    assert not found.are_gone and not found.are_deepspeed
+    if parent == "just died":
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert found.are_gone == launched
 
 
 def test_the_clock_stops_a_run(monkeypatch):
