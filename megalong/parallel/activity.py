@@ -17,12 +17,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
-from megalong.device import use_gpu
+import torch
+
 from megalong.torch_private import collective_counts, open_collectives
 
-# Where a rank may stand as long as it likes: checkpoints on slow disks, and compilers.
+# Where a thread of a rank may stand as long as it likes: what is written to slow disks and to
+# services, and compilers.
 PATIENT = (
-    "/megalong/checkpoint/", "/deepspeed/ops/op_builder/", "/torch/_dynamo/convert_frame.py",
+    "/megalong/checkpoint/", "/megalong/training/metrics.py", "/megalong/training/profiling.py",
+    "/deepspeed/ops/op_builder/", "/torch/_dynamo/convert_frame.py",
     "/torch/_inductor/async_compile.py", "/torch/_inductor/compile_fx.py",
     "/torch/utils/cpp_extension.py", "/triton/backends/", "/triton/compiler/",
 )  # fmt: skip
@@ -35,8 +38,8 @@ class Report:
     """What a rank says of itself.
 
     still: seconds since it last moved. waits_in: the collective in which it waits, "" where in
-    none. place: where in the program its main thread is. patient: whether that is a place where it
-    may stay.
+    none. place: where in the program its main thread is. patient: whether a thread is where it may
+    stay.
     """
 
     still: float
@@ -55,39 +58,49 @@ class Report:
 class Activity:
     """Looks at this process.
 
-    It has moved if its main thread is at another place of the program than the last time, or if
-    collectives began or ended; or if it computes, where it does so on the CPU (a rank that waits
-    for a GPU takes a whole core).
+    It has moved if a thread is at another place of the program than the last time (on a GPU
+    autograd goes backward in threads of its own), or if collectives began or ended; or if it
+    computes, where it does so on the CPU (a rank that waits for a GPU takes a whole core); or if it
+    allocates memory of a GPU.
 
     axis_of_group: names of process groups -> those of their axes. interval: seconds from one look
     to the next. After a pause of some of them the process itself was stopped, or its machine, and
-    the time begins anew.
+    the time begins anew. device: on which it trains.
     """
 
-    def __init__(self, axis_of_group: Mapping[str, str], interval: float):
+    def __init__(self, axis_of_group: Mapping[str, str], interval: float, device: torch.device):
         self._axis_of_group, self._interval = axis_of_group, interval
         self._main: int = threading.main_thread().ident
-        self._on_gpu = use_gpu()
+        self._device = device
         self._mark: object = None
         self._moved = self._looked = time.monotonic()
-        self._computed = 0.0
+        self._computed, self._allocations = 0.0, 0
 
     def look(self) -> Report:
         """What this process is doing now."""
         now, computed = time.monotonic(), self._seconds_computed()
-        stack = list(_stack(sys._current_frames().get(self._main)))
-        mark = [(frame.f_code, frame.f_lasti) for frame in stack], collective_counts()
+        frames = sys._current_frames()
+        stack = list(_stack(frames.pop(self._main, None)))
+        frames.pop(threading.get_ident(), None)
+        stacks = [stack, *(list(_stack(frame)) for _, frame in sorted(frames.items()))]
+        places = [[(frame.f_code, frame.f_lasti) for frame in each] for each in stacks]
+        mark = places, collective_counts()
+        files = {frame.f_code.co_filename for each in stacks for frame in each}
         passed = now - self._looked
-        computes = not self._on_gpu and computed - self._computed > COMPUTING * passed
+        computes = self._device.type == "cpu" and computed - self._computed > COMPUTING * passed
         if mark != self._mark or computes or passed > pause(self._interval):
             self._moved = now
         self._mark, self._looked, self._computed = mark, now, computed
         still = now - self._moved
+        waits_in = self._collective(stack) if still > self._interval else ""
+        # The allocator may answer only after the GPU: not to be asked where that waits for a rank.
+        if still > self._interval and not waits_in and self._has_allocated():
+            self._moved, still = now, 0.0
         return Report(
             still=still,
-            waits_in=self._collective(stack) if still > self._interval else "",
+            waits_in=waits_in,
             place=_place(stack),
-            patient=any(part in frame.f_code.co_filename for frame in stack for part in PATIENT),
+            patient=any(part in file for file in files for part in PATIENT),
         )
 
     def _seconds_computed(self) -> float:
@@ -95,6 +108,15 @@ class Activity:
         if not hasattr(time, "pthread_getcpuclockid"):  # macOS
             return time.process_time()
         return time.clock_gettime(time.pthread_getcpuclockid(self._main))
+
+    def _has_allocated(self) -> bool:
+        """Whether memory of the GPU was allocated since this was asked the last time."""
+        if self._device.type != "cuda":
+            return False
+        before = self._allocations
+        stats = torch.cuda.memory_stats(self._device)
+        self._allocations = stats.get("allocation.all.allocated", before)
+        return self._allocations != before
 
     def _collective(self, stack: list[FrameType]) -> str:
         for name, group in open_collectives():

@@ -18,8 +18,8 @@ import contextlib
 import dataclasses
 import os
 import secrets
-import select
 import selectors
+import shutil
 import socket
 import sys
 import threading
@@ -34,6 +34,7 @@ from megalong.errors import UserError
 from megalong.parallel.activity import Activity, Report, find_hung, pause
 from megalong.parallel.mesh import Mesh
 from megalong.torch_private import write_collectives
+from megalong.wording import counted
 
 # What the ranks say, a line each: "report" and a report, "leaving" or "failing"; and rank 0 to
 # them: "alive", "leaving", or the news, which is one of three words and then what is known of it.
@@ -57,7 +58,10 @@ def watch_ranks(mesh: Mesh, run: RunConfig) -> Iterator[None]:
     if dist.get_world_size() == 1:
         yield
         return
-    watch = (_Hub if mesh.is_main else _Spoke)(_Patience.of(mesh, run))
+    patience = _Patience.of(mesh, run)
+    if mesh.is_main and patience.record is not None:
+        shutil.rmtree(patience.record, ignore_errors=True)  # of an earlier hang
+    watch = (_Hub if mesh.is_main else _Spoke)(patience)
     try:
         yield
     except BaseException as error:
@@ -93,7 +97,8 @@ class _Patience:
         axes = {group.group_name: axis for axis, groups in by_axis for group in groups}
         recorded = run.save is not None and dist.get_backend() == "nccl"
         record = Path(run.save) / "collectives" if recorded else None
-        return cls(run.hang_timeout_seconds, interval, record, Activity(axes, interval))
+        activity = Activity(axes, interval, mesh.device)
+        return cls(run.hang_timeout_seconds, interval, record, activity)
 
     @property
     def until_look(self) -> float | None:
@@ -128,8 +133,10 @@ class _Spoke:
         self._hub.say(word)
 
     def _listen(self) -> None:
+        selector = selectors.DefaultSelector()
+        selector.register(self._hub.connection, selectors.EVENT_READ)
         while True:
-            if select.select([self._hub.connection], [], [], self._patience.until_look)[0]:
+            if selector.select(self._patience.until_look):
                 self._heard = time.monotonic()
                 lines = self._hub.hear()
                 for line in [f"{LOST} {_hub_name()}"] if lines is None else lines:
@@ -181,22 +188,22 @@ class _Hub:
             except TimeoutError as error:
                 missing = dist.get_world_size() - 1 - len(self._names)
                 raise ConnectionError(
-                    f"{missing} ranks did not connect to rank 0 within a minute"
+                    f"{counted(missing, 'rank')} did not connect to rank 0 within a minute"
                 ) from error
             self._welcome(connection, token)
         server.close()
         dist.barrier()
-        self._reports: dict[_Line, tuple[float, Report]] = {}  # when they came, and what they are
         self._looked = time.monotonic()
+        # When they came, and what they are; a rank may stop before its first.
+        self._reports = {line: (self._looked, Report(still=0.0)) for line in self._names}
         threading.Thread(target=self._listen, name="rank watchdog", daemon=True).start()
 
     def _welcome(self, connection: socket.socket, token: str) -> None:
         connection.settimeout(60)
         line = _Line(connection)
         words: list[str] | None = []
-        with contextlib.suppress(OSError):
-            while words == []:
-                words = line.hear()
+        while words == []:
+            words = line.hear()
         told, _, name = words[0].partition(" ") if words else ("", "", "")
         if secrets.compare_digest(told, token):
             connection.settimeout(None)
@@ -268,7 +275,7 @@ class _Line:
     def hear(self) -> list[str] | None:
         """The lines that have come in full; None when the other side is gone."""
         part = b""
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):  # of a node that falls silent it is no ConnectionError
             part = self.connection.recv(65536)
         *lines, self._begun = (self._begun + part).split(b"\n")
         return [line.decode() for line in lines] if part else None

@@ -1,5 +1,8 @@
-"""Two ranks, the second of which never comes to their third all-reduce."""
+"""Two ranks, the second of which never comes to their third all-reduce. They have more files open
+than `select` can tell apart, as the connections of a thousand ranks would be."""
 
+import os
+import resource
 import time
 
 import torch
@@ -15,7 +18,10 @@ def wait_for_a_disk():
 
 
 data = DataConfig(data_path="none", tokenizer_type="ByteTokenizer")
-config = Config(run=RunConfig(hang_timeout_seconds=1), data=data).resolve(2)
+run = RunConfig(hang_timeout_seconds=5, distributed_timeout_minutes=1)
+config = Config(run=run, data=data).resolve(2)
+resource.setrlimit(resource.RLIMIT_NOFILE, (2048, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+files = [os.dup(0) for _ in range(1024)]
 with launch(config) as mesh, watch_ranks(mesh, config.run):
     for number in range(3):
         if number == 2 and mesh.rank == 1:

@@ -1,17 +1,28 @@
 """A rank that hangs ends the job with a line that says which it is; one that takes its time not."""
 
+import _thread
+import errno
 import os
 import signal
+import socket
+import threading
+import time
+from queue import Queue
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 from megalong.config import Config
 from megalong.config.run import RunConfig
 from megalong.errors import UserError
+from megalong.parallel import rank_watchdog
 from megalong.parallel.activity import Activity, Report, find_hung
 from tests.forked import run_ranks, started_ranks
 from tests.launching import PRETRAIN, REPOSITORY, small_run_flags
 
+CPU = torch.device("cpu")
 WAITS = Report(50, "all_reduce of the data axis", "loop.py:1 (step)")
 STUCK = Report(40, "", "queue.py:171 (get)")
 
@@ -19,7 +30,8 @@ STUCK = Report(40, "", "queue.py:171 (get)")
 @pytest.mark.parametrize("hung", [1, 0])
 def test_a_rank_that_stands_still(corpus, hung):
     """As SIGSTOP, a debugger or a dying disk have it: not a thread of it runs."""
-    flags = small_run_flags(corpus, train_iters=100_000, hang_timeout_seconds=3)
+    limits = {"hang_timeout_seconds": 5, "distributed_timeout_minutes": 1}
+    flags = small_run_flags(corpus, train_iters=100_000, **limits)
     with started_ranks(2, PRETRAIN, *flags) as launch:
         launch.wait_for("\niteration 2/")
         os.kill(launch.pids[hung], signal.SIGSTOP)
@@ -67,13 +79,95 @@ def test_nobody_waits_for_ranks_that_read_data():
     assert find_hung({"rank 0": (1, STUCK), "rank 1": (1, STUCK)}, 30) is None
 
 
+def stills(activity, *doings):
+    """Seconds since it last moved, by looks from one line, each after one of these."""
+    return [(doing(), activity.look())[1].still for doing in doings]
+
+
+def rest():
+    time.sleep(0.3)
+
+
 def test_a_process_moves_while_it_computes_and_after_a_pause():
-    activity = Activity({}, interval=1000)
-    activity.look()
-    sum(range(10**7))
-    assert activity.look().still == 0
-    activity = Activity({}, interval=0)
-    assert [activity.look().still for _ in range(3)] == [0, 0, 0]
+    activity = Activity({}, 1000, CPU)
+    _, idle, busy = stills(activity, rest, rest, lambda: sum(range(3 * 10**7)))
+    assert idle > 0.2 and busy == 0
+    assert stills(Activity({}, 0, CPU), rest, rest, rest) == [0, 0, 0]
+
+
+def test_what_runs_beside_the_main_thread_counts():
+    """On a GPU autograd goes backward in threads that it makes itself, and compiles kernels."""
+    names = {name: threading.Event() for name in ("begun", "first", "second", "last")}
+    words = "begun.set(); first.wait(); second.set(); last.wait()"
+    code = compile(words, "/site-packages/triton/compiler/code_generator.py", "exec")
+    activity = Activity({}, 1000, CPU)
+    assert not activity.look().patient
+    _thread.start_new_thread(exec, (code, names))
+    names["begun"].wait()
+    assert activity.look().patient
+
+    def go_on():
+        names["first"].set()
+        names["second"].wait()
+        rest()
+
+    _, waits, moved = stills(activity, rest, rest, go_on)
+    names["last"].set()
+    assert waits > 0.2 and moved == 0
+
+
+@pytest.mark.parametrize("waits_for", ["", "all_reduce"])
+def test_a_rank_that_allocates_on_its_gpu_moves(monkeypatch, waits_for):
+    """While it waits for another, the allocator is left alone: its lock may be held until then."""
+    counts = iter([5, 5, 6])
+    monkeypatch.setattr(
+        torch.cuda, "memory_stats", lambda _: {"allocation.all.allocated": next(counts)}
+    )
+    monkeypatch.setattr(Activity, "_collective", lambda *_: waits_for)
+    monkeypatch.setattr("megalong.parallel.activity.pause", lambda _: 1000)
+    activity = Activity({}, 0.2, torch.device("cuda", 3))
+    _, first, same, more = stills(activity, rest, rest, rest, rest)
+    assert (first > 0, same > 0, more > 0) == ((True,) * 3 if waits_for else (False, True, False))
+
+
+@pytest.mark.parametrize("number", [errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ECONNRESET])
+def test_a_node_that_falls_silent_is_gone(number):
+    connection = Mock(recv=Mock(side_effect=OSError(number, "")))
+    assert rank_watchdog._Line(connection).hear() is None
+
+
+def test_a_rank_that_says_who_it_is_and_then_nothing(monkeypatch):
+    """It stopped before its first report; and what else connects is no rank."""
+    ended, connections = Queue(), []
+
+    def connect(values, src):
+        [(port, token)] = values
+        for words in ("GET /", f"{token} rank 1 on node (process 7)"):
+            connections.append(socket.create_connection(("localhost", port)))
+            connections[-1].sendall(f"{words}\n".encode())
+
+    group = {"broadcast_object_list": connect, "get_world_size": lambda: 2, "get_rank": lambda: 0}
+    monkeypatch.setattr(rank_watchdog, "dist", SimpleNamespace(barrier=lambda: None, **group))
+    monkeypatch.setattr(rank_watchdog, "_end", lambda *words: ended.put(words))
+    activity = SimpleNamespace(look=lambda: WAITS)
+    rank_watchdog._Hub(rank_watchdog._Patience(0.5, 0.05, None, activity))
+    word, rest, *_ = ended.get(timeout=60)
+    assert word == "hung" and rest.startswith("rank 1 on node (process 7) gives no sign of life")
+    for connection in connections:
+        connection.close()  # ends the watch
+    while ended.get(timeout=60)[0] != "lost":
+        pass
+
+
+def test_the_record_of_an_earlier_hang_is_cleared(tmp_path, monkeypatch):
+    (tmp_path / "collectives").mkdir()
+    (tmp_path / "collectives" / "rank_7").touch()
+    nccl = SimpleNamespace(get_world_size=lambda: 2, get_backend=lambda: "nccl")
+    monkeypatch.setattr(rank_watchdog, "dist", nccl)
+    monkeypatch.setattr(rank_watchdog, "_Hub", Mock())
+    mesh = SimpleNamespace(is_main=True, groups_by_axis={}, device=CPU)
+    with rank_watchdog.watch_ranks(mesh, RunConfig(save=str(tmp_path)).resolve()):
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_the_time_is_half_of_that_of_a_collective():
