@@ -48,7 +48,7 @@ listening() {
     local process caught
     for process in $(children "$1"); do
         caught=$(sed -n 's/^SigCgt:[^0-9a-f]*//p' "/proc/$process/status" 2>/dev/null)
-        if ((0x${caught:-0} >> 9 & 1)) && grep -qz ^LOCAL_RANK= "/proc/$process/environ"; then
+        if ((0x${caught:-0} >> 9 & 1)) && grep -qsz ^LOCAL_RANK= "/proc/$process/environ"; then
             echo "$process" # and not what it has started
         else
             listening "$process"

@@ -86,7 +86,7 @@ class Story:
 
     def checkpoints(self) -> list[int]:
         """Iterations of the checkpoints of the run."""
-        return sorted(int(path.name[5:]) for path in self.folder.glob("run/iter_*"))
+        return sorted(int(path.name[5:]) for path in self.folder.glob("run/iter_*[0-9]"))
 
     def sees(self, pattern: str) -> None:
         """The user sees a line like this, once; it goes into the table."""
