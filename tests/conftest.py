@@ -2,12 +2,16 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+
+# A shell's background jobs ignore it, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before torch is imported, and inherited by every process that a test starts: tests run side by
 # side, and bit-for-bit comparisons want the same number of threads.
