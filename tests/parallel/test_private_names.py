@@ -1,7 +1,9 @@
 """Names that other libraries do not document: all exist in the installed versions, and stand in the
 one file that each library has for them. The operators of PyTorch's attention, and what its tensors
-say of themselves, stand apart: the attention and the tiling import nothing else of megalong."""
+say of themselves, stand apart: the attention and the tiling import nothing else of megalong. So do
+those of the parser of commands, which runs where nothing is installed."""
 
+import argparse
 import ast
 import importlib
 
@@ -16,12 +18,14 @@ from tests.launching import REPOSITORY
 WORKER = __file__.replace("test_private_names", "private_names_worker")
 ATTENTION = "megalong/attention/sdpa_operators.py"  # of torch.ops.aten
 OFFLOAD = "megalong/tiling/offload.py"  # of torch.Tensor
+COMMANDS = "megalong/command_line.py"  # of argparse.ArgumentParser
 FENCES = {
     "megalong/parallel/deepspeed_private.py",
     "megalong/parallel/megatron_private.py",
     "megalong/torch_private.py",
     ATTENTION,
     OFFLOAD,
+    COMMANDS,
 }
 SOURCES = [
     REPOSITORY / "pretrain_longnet.py",
@@ -90,6 +94,10 @@ class Ours:
 """
     expected = {"_python_dispatch", "_C", "_inherited", "_attribute", "_by_name"}
     assert foreign_private_names(source) == expected
+
+
+def test_the_parser_has_its_own(taken):
+    assert taken[COMMANDS] <= vars(argparse.ArgumentParser()).keys()
 
 
 def test_pytorch_has_its_own(taken):
