@@ -118,6 +118,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         host = [row["bytes_per_token"]["host"] / 1e3 for row in mine]
         above.barh(names, host, height=0.25, color="gray", label="host")
         above.set(title=shape, xlabel="kB a token at the peak", xscale="log")
+        above.xaxis.set_minor_formatter("")  # less than two decades would be full of numbers
         above.legend(fontsize="small")
         tokens = [max(row["longest"]["tokens"], 1) for row in mine]
         below.barh(names, tokens)
