@@ -1,7 +1,9 @@
 """Small random models on both sides, with the same weights."""
 
 import torch
+from safetensors.torch import load_file
 
+from megalong.checkpoint.first import write_first_checkpoint
 from megalong.config.arguments import parse_arguments
 from megalong.data.tokenizer import ByteTokenizer
 from megalong.hf.configs import longnet_config
@@ -62,3 +64,21 @@ def megatron_logits(model, tokens):
 def random_tokens(batch, length, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(VOCAB_SIZE, (batch, length), generator=generator)
+
+
+def random_checkpoint(folder, **changes):
+    """A run folder with a checkpoint of random weights, and those weights."""
+    config = resolved(**changes)
+    generator = torch.Generator().manual_seed(3)
+    shapes = {entry.name: entry.shape for entry in entries(config.model, VOCAB_SIZE)}
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    weights = {name: x * 0.2 if x.ndim > 1 else x * 0.3 + 1 for name, x in weights.items()}
+    folder.mkdir(parents=True)
+    write_first_checkpoint(folder, config, shapes, weights.__getitem__)
+    return config, weights
+
+
+def stored_tensors(folder):
+    return {
+        k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()
+    }

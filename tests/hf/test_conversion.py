@@ -11,15 +11,6 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     pipeline,
 )
 
@@ -30,11 +21,17 @@ from megalong.checkpoint.folder import checkpoint_folder, remove_old
 from megalong.checkpoint.stored_model import StoredModel
 from megalong.errors import UserError
 from megalong.hf.exporting import export, parse_size
-from megalong.hf.importing import SafetensorsReader, import_model
-from megalong.hf.loaded_model import load_model
+from megalong.hf.importing import import_model
 from megalong.hf.names import check_names, check_vocabulary, entries
 from megalong.model.parameters import count_parameters
-from tests.hf.models import VOCAB_SIZE, huggingface_model, random_tokens, resolved
+from tests.hf.models import (
+    VOCAB_SIZE,
+    huggingface_model,
+    random_checkpoint,
+    random_tokens,
+    resolved,
+    stored_tensors,
+)
 
 VARIANTS = [
     {},
@@ -44,24 +41,6 @@ VARIANTS = [
     {"attention": "dense", "head_offsets": "layer", "kv_channels": 32},
     {"add_qkv_bias": True, "qk_layernorm": True, "rope_scaling_factor": 4.0},
 ]
-
-
-def random_checkpoint(folder, **changes):
-    """A run folder with a checkpoint of random weights, and those weights."""
-    config = resolved(**changes)
-    generator = torch.Generator().manual_seed(3)
-    shapes = {entry.name: entry.shape for entry in entries(config.model, VOCAB_SIZE)}
-    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    weights = {name: x * 0.2 if x.ndim > 1 else x * 0.3 + 1 for name, x in weights.items()}
-    folder.mkdir(parents=True)
-    write_first_checkpoint(folder, config, shapes, weights.__getitem__)
-    return config, weights
-
-
-def stored_tensors(folder):
-    return {
-        k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()
-    }
 
 
 def assert_equal_tensors(ours, theirs):
@@ -305,169 +284,3 @@ def test_the_moments_of_an_imported_checkpoint_are_zero(tmp_path):
             found = torch.full(weight.shape, torch.nan)
             dcp.load({f"{kind}.{name}": found}, checkpoint_id=str(folder), no_dist=True)
             assert torch.equal(found, torch.zeros_like(weight))
-
-
-# The Llama family.
-
-SMALL = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-}
-BYTES = {"tokenizer_type": "ByteTokenizer"}
-
-
-@pytest.mark.parametrize(
-    "kind, fields",
-    [
-        (LlamaForCausalLM, LlamaConfig(**SMALL, rms_norm_eps=1e-4)),
-        (LlamaForCausalLM, LlamaConfig(**SMALL, tie_word_embeddings=True, head_dim=32)),
-        (
-            LlamaForCausalLM,
-            LlamaConfig(
-                **SMALL,
-                attention_bias=True,
-                mlp_bias=True,
-                rope_parameters={"rope_type": "default", "rope_theta": 5e5},
-            ),
-        ),
-        (
-            LlamaForCausalLM,
-            LlamaConfig(
-                **SMALL,
-                rope_parameters={
-                    "rope_type": "llama3",
-                    "rope_theta": 500.0,
-                    "factor": 8.0,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 64,
-                },
-            ),
-        ),
-        (MistralForCausalLM, MistralConfig(**SMALL, sliding_window=None)),
-        (Qwen2ForCausalLM, Qwen2Config(**SMALL, tie_word_embeddings=True)),
-        (Qwen3ForCausalLM, Qwen3Config(**SMALL, head_dim=32)),
-    ],
-    ids=["untied", "tied-head_dim", "biases-rope", "llama3", "mistral", "qwen2", "qwen3"],
-)
-def test_a_llama_computes_the_same_here(kind, fields, tmp_path):
-    from megalong.model.build import build_model
-    from megalong.model.names import named_parameters
-    from megalong.parallel import launch
-
-    torch.manual_seed(0)
-    llama = kind(fields).eval()
-    for parameter in llama.parameters():
-        if parameter.ndim == 1:
-            parameter.data.add_(torch.randn_like(parameter) * 0.2)
-    llama.save_pretrained(tmp_path / "llama")
-    checkpoint, config = import_model(
-        tmp_path / "llama", tmp_path / "run", {"attention": "dense"} | BYTES
-    )
-    tokens = torch.randint(300, (2, 128))
-    with torch.no_grad():
-        expected = llama(tokens).logits
-    with launch(config) as mesh:
-        model = build_model(config, VOCAB_SIZE, mesh)
-        stored = StoredModel(checkpoint)
-        with torch.no_grad():
-            for name, parameter in named_parameters(model):
-                parameter.copy_(stored.read(name))
-            found = model(
-                input_ids=tokens, position_ids=torch.arange(128), attention_mask=None
-            )[..., :300]  # fmt: skip
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "kind, fields, reason",
-    [
-        (
-            Qwen2ForCausalLM,
-            Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=64),
-            "sliding-window",
-        ),
-        (Qwen3ForCausalLM, Qwen3Config(**SMALL, attention_bias=True), "only one of"),
-        (MistralForCausalLM, MistralConfig(**SMALL, sliding_window=64), "sliding-window"),
-        (LlamaForCausalLM, LlamaConfig(**SMALL, attention_bias=True), "only one of"),
-        (LlamaForCausalLM, LlamaConfig(**SMALL, hidden_act="gelu"), "not silu"),
-        (
-            LlamaForCausalLM,
-            LlamaConfig(
-                **SMALL,
-                rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
-            ),
-            "in the way 'linear'",
-        ),
-    ],
-    ids=["qwen2 sliding", "qwen3 biases", "sliding", "biases", "activation", "rope"],
-)
-def test_what_our_model_has_not_is_refused(kind, fields, reason, tmp_path):
-    kind(fields).save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match=reason):
-        import_model(tmp_path / "model", tmp_path / "run", {"attention": "dense"} | BYTES)
-    assert not (tmp_path / "run").exists()
-
-
-def test_other_folders_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no config\.json"):
-        import_model(tmp_path, tmp_path / "run", {})
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(UserError, match="model type 'gpt2'; megalong reads longnet"):
-        import_model(tmp_path, tmp_path / "run", {})
-    with pytest.raises(UserError, match=r"no model\.safetensors"):
-        SafetensorsReader(tmp_path)
-
-
-def test_a_tokenizer_of_transformers_comes_along(tmp_path):
-    _, _ = random_checkpoint(tmp_path / "run")
-    export(tmp_path / "run", tmp_path / "hf")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    llama = LlamaForCausalLM(LlamaConfig(**SMALL | {"vocab_size": 258}))
-    llama.save_pretrained(tmp_path / "llama")
-    tokenizer.eos_token = "<eod>"
-    tokenizer.backend_tokenizer.add_tokens(["\n\n"])  # not ours any more
-    tokenizer.save_pretrained(tmp_path / "llama")
-    _, config = import_model(tmp_path / "llama", tmp_path / "imported", {"attention": "dense"})
-    assert config.data.tokenizer_type == "HuggingFaceTokenizer"
-    shutil.rmtree(tmp_path / "llama")
-    ids = AutoTokenizer.from_pretrained(config.data.tokenizer_model).encode("a\n\nb")
-    # A checkpoint alone has it too.
-    (tmp_path / "imported" / "iter_0000000").rename(tmp_path / "moved")
-    shutil.rmtree(tmp_path / "imported")
-    export(tmp_path / "moved", tmp_path / "out")
-    again = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)
-    assert again.encode("a\n\nb") == ids and len(ids) == 3
-    loaded = load_model(tmp_path / "moved", "cpu", torch.float32)
-    assert loaded.encode("a\n\nb") == ids
-
-
-@pytest.mark.parametrize("multiple, rows", [(None, 300), (128, 384)])
-def test_rows_without_an_id_stay(multiple, rows, tmp_path):
-    """257 ids, 300 rows: there and back with all of them, and with more where that is asked for."""
-    llama = LlamaForCausalLM(LlamaConfig(**SMALL))
-    llama.save_pretrained(tmp_path / "llama")
-    changes = BYTES | {"attention": "dense"}
-    changes |= {} if multiple is None else {"make_vocab_size_divisible_by": multiple}
-    _, config = import_model(tmp_path / "llama", tmp_path / "run", changes)
-    assert config.model.padded_vocab_size == rows
-    export(tmp_path / "run", tmp_path / "out")
-    back = stored_tensors(tmp_path / "out")
-    for name, tensor in llama.state_dict().items():
-        height = len(tensor)
-        assert torch.equal(back[name][:height], tensor) and not back[name][height:].any()
-    assert len(back["lm_head.weight"]) == rows
-
-
-def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path):
-    config = LlamaConfig(**SMALL | {"vocab_size": 200})
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    with pytest.raises(UserError, match="200 rows in its vocabulary, and the tokenizer 257 ids"):
-        import_model(tmp_path / "llama", tmp_path / "run", BYTES | {"attention": "dense"})
-    assert not (tmp_path / "run").exists()
