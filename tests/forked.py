@@ -107,7 +107,7 @@ class _Server:
         assert self.under_way is None or self.under_way.code is not None, "one launch at a time"
         order = [ranks, script, arguments, str(output), environment]
         self.process.stdin.write(json.dumps(order).encode() + b"\n")
-        self.under_way = Launch(self, self.answer(60, output), output)
+        self.under_way = Launch(self, self.answer(300, output), output)
         return self.under_way
 
     def answer(self, timeout: float, output: Path):

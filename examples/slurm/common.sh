@@ -70,7 +70,8 @@ master_port=$((10000 + SLURM_JOB_ID % 20000))
 #   export NCCL_DEBUG=INFO NCCL_DEBUG_SUBSYS=INIT,NET
 # PyTorch's record of each rank's last collectives, to be written when one times out (after
 # --distributed-timeout-minutes): it shows which rank hung where.
-#   export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_DUMP_TEMP_FILE=$(realpath "$run")/collectives_of_rank_
+#   export TORCH_NCCL_DUMP_ON_TIMEOUT=1
+#   export TORCH_FR_DUMP_TEMP_FILE=$(realpath "$run")/collectives_of_rank_
 # Leave TORCH_NCCL_ASYNC_ERROR_HANDLING alone: its default ends a rank whose collective failed.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
@@ -118,9 +119,10 @@ run_step() {
     cat "$run/stopped"
     if $preempted; then
         echo "preempted: SLURM starts this job again, where PreemptMode is REQUEUE"
-    elif ! job_is "Restarts=${SLURM_RESTART_COUNT:-0} "; then # by the user, or after a node's failure
+    elif ! job_is "Restarts=${SLURM_RESTART_COUNT:-0} "; then # by the user, or as a node failed
         echo "requeued already: SLURM starts this job again, in two minutes at the earliest"
-    elif { job_is JobState=RUNNING || job_is Reason=TimeLimit; } && scontrol requeue "$SLURM_JOB_ID"; then
+    elif { job_is JobState=RUNNING || job_is Reason=TimeLimit; } &&
+        scontrol requeue "$SLURM_JOB_ID"; then
         echo "requeued: SLURM starts this job again, in two minutes at the earliest"
     else
         echo "not requeued: submit it again to go on"

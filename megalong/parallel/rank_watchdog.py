@@ -199,13 +199,13 @@ class _Hub:
         threading.Thread(target=self._listen, name="rank watchdog", daemon=True).start()
 
     def _welcome(self, connection: socket.socket, token: str) -> None:
-        connection.settimeout(60)
+        connection.settimeout(10)  # a rank speaks at once; anything else may knock here
         line = _Line(connection)
         words: list[str] | None = []
         while words == []:
             words = line.hear()
         told, _, name = words[0].partition(" ") if words else ("", "", "")
-        if secrets.compare_digest(told, token):
+        if secrets.compare_digest(told.encode(), token.encode()):
             connection.settimeout(None)
             self._names[line] = name
             self._selector.register(connection, selectors.EVENT_READ, line)
@@ -278,7 +278,7 @@ class _Line:
         with contextlib.suppress(OSError):  # of a node that falls silent it is no ConnectionError
             part = self.connection.recv(65536)
         *lines, self._begun = (self._begun + part).split(b"\n")
-        return [line.decode() for line in lines] if part else None
+        return [line.decode(errors="replace") for line in lines] if part else None
 
 
 def _name() -> str:

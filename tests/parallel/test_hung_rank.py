@@ -142,9 +142,9 @@ def test_a_rank_that_says_who_it_is_and_then_nothing(monkeypatch):
 
     def connect(values, src):
         [(port, token)] = values
-        for words in ("GET /", f"{token} rank 1 on node (process 7)"):
+        for words in (b"GET /", b"\xff\x00", f"{token} rank 1 on node (process 7)".encode()):
             connections.append(socket.create_connection(("localhost", port)))
-            connections[-1].sendall(f"{words}\n".encode())
+            connections[-1].sendall(words + b"\n")
 
     group = {"broadcast_object_list": connect, "get_world_size": lambda: 2, "get_rank": lambda: 0}
     monkeypatch.setattr(rank_watchdog, "dist", SimpleNamespace(barrier=lambda: None, **group))

@@ -219,11 +219,11 @@ class SlurmJob:
     def shows_traceback(self) -> bool:
         """Whether there is one in the output, but for that of torchrun's barrier at the end of a
         run, at which the node that keeps its store does not wait until the others are through."""
-        barrier = (
-            r"^(E.* torch/distributed/elastic/agent/server/api\.py:\d+\] )"
-            r"Error waiting on exit barrier\..*(\n\1.*)*"
-        )
-        return "Traceback" in re.sub(barrier, "", self.text(), flags=re.MULTILINE)
+        barrier = r"^(E.* torch/distributed/elastic/agent/server/api\.py:\d+\] )Error waiting on "
+        # Its lines begin with its time and process; those of others may come between them.
+        own = tuple(re.findall(barrier, self.text(), re.MULTILINE))
+        lines = self.text().splitlines()
+        return any("Traceback" in line and not line.startswith(own) for line in lines)
 
     def wait_for(self, words: str, times: int = 1, timeout: float = 300) -> None:
         """Wait until the output has these words so often."""
