@@ -38,7 +38,7 @@ docker-check:
 	$(PYTHON) tests/docker/check_dockerfile.py
 
 # The job scripts of examples/slurm in every case, under a SLURM of two nodes on this machine, which
-# has to be installed (it says how): ten minutes.
+# has to be installed (it says how): a quarter of an hour.
 slurm-check: setup
 	$(bin)/python -m tests.slurm.check
 

@@ -76,7 +76,7 @@ class Cluster:
     environment: for commands that are to speak to it.
     """
 
-    def __init__(self, folder: Path, kill_wait: int = 10, requeue_delay: int = 5):
+    def __init__(self, folder: Path, kill_wait: int = 30, requeue_delay: int = 5):
         self.folder = folder
         self.environment = {
             **os.environ,
@@ -279,7 +279,7 @@ def _path() -> str:
 def main() -> None:
     if missing():
         sys.exit(f"error: {', '.join(missing())} not installed: {HOW_TO_INSTALL}")
-    with cluster(kill_wait=30, requeue_delay=10) as running:
+    with cluster(requeue_delay=10) as running:
         print("A cluster of two nodes until this shell ends. Its partitions are low and high.")
         subprocess.run([os.environ.get("SHELL", "bash")], env=running.environment, check=False)
 
