@@ -219,7 +219,7 @@ class SlurmJob:
     def shows_traceback(self) -> bool:
         """Whether there is one in the output, but for that of torchrun's barrier at the end of a
         run, at which the node that keeps its store does not wait until the others are through."""
-        barrier = r"^(E.* torch/distributed/elastic/agent/server/api\.py:\d+\] )Error waiting on "
+        barrier = r"^(E.*\btorch/distributed/elastic/agent/server/api\.py:\d+\] )Error waiting on "
         # Its lines begin with its time and process; those of others may come between them.
         own = tuple(re.findall(barrier, self.text(), re.MULTILINE))
         lines = self.text().splitlines()

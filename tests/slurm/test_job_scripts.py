@@ -55,7 +55,9 @@ def test_stopped_requeued_and_finished(slurm, corpus, tmp_path):
 
 
 def test_what_torchrun_says_of_its_own_end_is_no_traceback_of_a_run(tmp_path):
-    at = "E1128 08:45:41.748000 6785 torch/distributed/elastic/agent/server/api.py:1008] "
+    # As torch shortens the path where its environment is below the working directory.
+    where = ".venv/lib/python3.11/site-packages/torch/distributed/elastic/agent/server/api.py:1008"
+    at = f"E1128 08:45:41.748000 6785 {where}] "
     later = at.replace("41.748", "42.007")
     barrier = [f"{at}Error waiting on exit barrier. Elapsed: 0.09 seconds", f"{at}Traceback (most"]
     barrier += [f"{at}torch.distributed.DistNetworkError: Failed to recv", ""]
