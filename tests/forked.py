@@ -7,6 +7,7 @@ other. Tests of what a launcher does use the real ones (`tests.launching`).
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import random
@@ -138,6 +139,9 @@ def _serve() -> None:
 
     import megalong.training.loop  # noqa: F401
 
+    _share_gloo_device()
+    gc.freeze()  # the ranks' collections need not look at all that is imported, nor copy its pages
+
     for line in sys.stdin:
         ranks, *order = json.loads(line)
         pids = []
@@ -148,6 +152,25 @@ def _serve() -> None:
                 return _become_rank(rank, ranks, *order)
         print(json.dumps(pids), file=answers, flush=True)
         print(_first_failure(pids), file=answers, flush=True)
+
+
+def _share_gloo_device() -> None:
+    """One gloo device for all process groups of a rank. Each has its own else, with a thread that
+    wakes 100 times a second, and a mesh has some forty groups."""
+    from torch.distributed import ProcessGroupGloo
+
+    create, devices = ProcessGroupGloo.__init__, []
+
+    def create_on_one_device(self, store, rank, size, timeout, **more):
+        if not devices:
+            devices.append(ProcessGroupGloo.create_default_device())
+        options = ProcessGroupGloo._Options()
+        options._devices, options._timeout = devices, timeout
+        for name, value in more.items():
+            setattr(options, name, value)
+        create(self, store, rank, size, options)
+
+    ProcessGroupGloo.__init__ = create_on_one_device
 
 
 def _become_rank(rank, ranks, script, arguments, output, environment) -> None:
