@@ -68,7 +68,7 @@ def test_the_configuration_imports_no_torch():
     probe = (
         "import sys, megalong.config.arguments as arguments\n"
         "config = arguments.parse_arguments(sys.argv[1:]).resolve(1)\n"
-        "assert config.attention.pattern(config.model.seq_length).branches\n"
+        "assert config.attention.pattern(0).branches\n"
         "assert not {'torch', 'numpy'} & {*sys.modules}"
     )
     flags = COMMANDS["pretrain_longnet.py"].split()

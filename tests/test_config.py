@@ -33,7 +33,7 @@ def test_defaults_that_depend_on_others():
     assert config.model.num_query_groups == 8
     assert config.model.ffn_hidden_size == 1408  # 8/3 x 512, a multiple of 64
     assert resolve("--no-swiglu", "--hidden-size", 768).model.ffn_hidden_size == 3072
-    assert config.attention.pattern(32768) == DilatedPattern.geometric(32768)
+    assert config.attention.pattern(0) == DilatedPattern.geometric(32768)
     assert config.training.lr_decay_iters == config.training.train_iters
     assert resolve("--micro-batch-size", 3, ranks=4).training.global_batch_size == 12
     assert resolve("--zero-stage", 0).parallel.zero_stage == 1
@@ -130,6 +130,29 @@ def test_a_missing_yaml_is_named():
         ),
         ("--head-offsets sideways", 1, "--head-offsets"),
         ("--head-offsets [[0]]", 1, "--head-offsets"),
+        (
+            "--attention dilated local --num-layers 1",
+            1,
+            "--attention has 2 kinds, more than --num-layers 1",
+        ),
+        ("--attention local --window-size 0", 1, "--window-size 0 must be positive"),
+        ("--attention sparse --sparse-block-size 0", 1, "--sparse-block-size 0 must be positive"),
+        ("--attention sparse --sparse-columns 0", 1, "--sparse-columns 0 must be positive"),
+        (
+            "--sparse-block-size 16 --sparse-columns 17",
+            1,
+            "--sparse-columns 17 is above --sparse-block-size 16",
+        ),
+        (
+            "--attention local --match-flops --segment-lengths 16 --dilation-rates 4",
+            1,
+            "--match-flops: local attention comes no nearer to the dilated branches than 1.60",
+        ),
+        (
+            "--attention sparse --match-flops --segment-lengths 16 --dilation-rates 4",
+            1,
+            "--match-flops: sparse attention comes no nearer to the dilated branches than",
+        ),
         ("--lr-warmup-iters 20 --train-iters 10", 1, "--lr-warmup-iters 20"),
         ("--min-lr 1.0", 1, "--min-lr 1.0 must lie between"),
         ("--adam-beta1 1.0", 1, "--adam-beta1"),
@@ -167,6 +190,7 @@ def test_what_cannot_work_is_refused(flags, ranks, message):
     with pytest.raises(UserError) as error:
         resolve(*flags.split(), ranks=ranks)
     assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_data_path_is_needed():
@@ -183,6 +207,8 @@ def test_data_path_is_needed():
         (["--num-layers", "three"], ["--num-layers", "three"]),
         (["--precision", "fp8"], ["--precision", "fp8", "bf16"]),
         (["--head-offsets", "[[0,"], ["--head-offsets"]),
+        (["--attention", "dilated", "locall"], ["--attention", "locall", "local"]),
+        (["--attention", "dlated"], ["dlated", "did you mean dilated?"]),
     ],
 )
 def test_a_bad_flag_is_one_line(flags, names):
@@ -229,6 +255,21 @@ def test_processes_that_do_not_know_of_each_other(monkeypatch):
         world_size()
     monkeypatch.setenv("RANK", "0")
     assert world_size() == 4
+
+
+def test_matched_costs_are_within_two_percent_and_stay_when_they_are_read_again(tmp_path):
+    config = resolve("--attention", "dilated", "local", "sparse", "--match-flops",
+                     "--seq-length", 32768, "--num-layers", 3)  # fmt: skip
+    heads = config.model.num_attention_heads
+    pairs = [
+        config.attention.pattern(layer).attention_pairs(32768, heads, heads, True)
+        for layer in range(3)
+    ]
+    assert max(pairs) <= 1.02 * pairs[0] and min(pairs) >= 0.98 * pairs[0]
+    assert config.attention.window_size != 2048
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert parse_arguments(["--config", str(file)]).resolve(1) == config
 
 
 def test_the_backend_of_the_attention():

@@ -33,7 +33,7 @@ def main() -> None:
 
     filter_library_logs()
     from megalong.disk import writable_folder
-    from megalong.hf.importing import import_model, read_config
+    from megalong.hf.importing import import_model
 
     writable_folder("--output", args.output.parent)
     changes = vars(build_parser().parse_args(others))
@@ -41,11 +41,9 @@ def main() -> None:
         changes = read_yaml(changes.pop("config")) | changes
     if "segment_lengths" in changes:
         changes.setdefault("attention", "dilated")
-    elif read_config(args.input).get("model_type") != "longnet":
-        changes.setdefault("attention", "dense")
     checkpoint, config = import_model(args.input, args.output, changes)
     seq_length = config.model.seq_length
-    print(f"{checkpoint}: {seq_length} tokens; {config.attention.description(seq_length)}")
+    print(f"{checkpoint}: {seq_length} tokens; {config.attention.description}")
     tokenizer = f"--tokenizer-type {config.data.tokenizer_type}"
     if config.data.tokenizer_model is not None:
         tokenizer += f" --tokenizer-model {config.data.tokenizer_model}"

@@ -87,7 +87,7 @@ def plot_loss_by_position(records: list[dict], config: dict, path: Path) -> bool
             edges, baseline=None, color=HELD_OUT_COLORS[split], linewidth=1.5,
             label=f"{split}, iteration {record['iteration']}, {record['tokens']:,} tokens",
         )  # fmt: skip
-    if config["attention"]["attention"] == "dilated":
+    if "dilated" in config["attention"]["attention"]:  # a list; earlier runs have a word
         for length in set(config["attention"]["segment_lengths"]):
             if length < edges[-1]:
                 axes.axvline(length, color="gray", linewidth=0.6, linestyle=":")

@@ -8,10 +8,10 @@ A backend is a module with four functions, and one that says where they cannot r
         log-sum-exp -inf.
     backward(grad_out, q, k, v, out, lse, pattern, *, causal, scale) -> (dq, dk, dv)
         The gradients that go through these keys, in the dtype of q, k and v.
-    attend_rows(q, k, v, *, scale) -> (out, lse)
-        Dense attention of queries (batch, m, heads, head_dim) to other rows, all of which they see:
-        k, v (batch, n, kv_heads, head_dim). out like q; lse (batch, heads, m).
-    attend_rows_backward(grad_out, q, k, v, out, lse, *, scale) -> (dq, dk, dv)
+    attend_rows(q, k, v, band, *, scale) -> (out, lse)
+        Attention of queries (batch, m, heads, head_dim) to other rows, of which each sees a range
+        (`band.Band`): k, v (batch, n, kv_heads, head_dim). out like q; lse (batch, heads, m).
+    attend_rows_backward(grad_out, q, k, v, out, lse, band, *, scale) -> (dq, dk, dv)
         The gradients that go through these keys, in the dtype of lse, because they are to be added
         to others.
     unsupported(device, dtype, head_dim) -> str | None

@@ -5,15 +5,12 @@ Shape suffixes: b batch, s sequence, h query heads, g kv heads, d head_dim.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch.autograd.function import once_differentiable
 
 from megalong.attention import operators
-from megalong.attention.pattern import DilatedPattern, check_heads
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from megalong.attention.arguments import checked
+from megalong.attention.pattern import DilatedPattern
 
 
 def dilated_attention(
@@ -76,38 +73,8 @@ class _DilatedAttention(torch.autograd.Function):
 
 def checked_scale(q, k, v, pattern, scale) -> float:
     """The scale to compute with. Raises ValueError naming the argument to change."""
-    _check_tensors(q, k, v)
+    scale = checked(q, k, v, scale)
     if not isinstance(pattern, DilatedPattern):
         raise ValueError(f"pattern must be a DilatedPattern, got {type(pattern).__name__}")
     pattern.offsets(q.shape[2], k.shape[2])  # a table must fit the heads
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not 0 < scale < math.inf:  # the kernels mask by -inf before they scale
-        raise ValueError(f"scale must be positive and finite, got {scale}")
     return scale
-
-
-def _check_tensors(q, k, v):
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(
-                f"{name} must be (batch, sequence, heads, head_dim), got {tuple(x.shape)}"
-            )
-        if x.dtype not in DTYPES:
-            raise ValueError(
-                f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}: cast it"
-            )
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"{name} is {x.dtype} on {x.device} and q is {q.dtype} on {q.device}: give q, k "
-                "and v one dtype and one device"
-            )
-    if k.shape != v.shape:
-        raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
-    for axis, size in (("batch", 0), ("sequence", 1), ("head_dim", 3)):
-        if q.shape[size] != k.shape[size]:
-            raise ValueError(
-                f"q and k must agree in {axis}, got {tuple(q.shape)} and {tuple(k.shape)}"
-            )
-    if q.shape[3] < 1:
-        raise ValueError("head_dim must be at least 1")
-    check_heads(q.shape[2], k.shape[2])

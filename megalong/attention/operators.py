@@ -24,6 +24,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from megalong.attention.backends import choose_backend
+from megalong.attention.band import ALL, Band
 from megalong.attention.pattern import DilatedPattern
 from megalong.attention.strides import empty_rows, laid_out_like
 
@@ -40,12 +41,12 @@ torch.library.define(
 )
 torch.library.define(
     "megalong::attend_rows",
-    "(Tensor q, Tensor k, Tensor v, float scale, str backend) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, str band, float scale, str backend) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "megalong::attend_rows_backward",
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, str band, float scale,"
+    " str backend) -> (Tensor, Tensor, Tensor)",
 )
 ops = torch.ops.megalong
 
@@ -71,17 +72,20 @@ def backward(
     )
 
 
-def attend_rows(q, k, v, *, scale: float, backend: str):
-    """Dense attention: out like q, lse (batch, heads, m) in at least float32.
+def attend_rows(q, k, v, band: Band = ALL, *, scale: float, backend: str):
+    """Attention of rows to other rows: out like q, lse (batch, heads, m) in at least float32.
 
-    q (batch, m, heads, head_dim); k, v (batch, n, kv_heads, head_dim). backend as in `forward`.
+    q (batch, m, heads, head_dim); k, v (batch, n, kv_heads, head_dim). band: which of the key rows
+    each query sees. backend as in `forward`.
     """
-    return ops.attend_rows(q, k, v, scale, backend)
+    return ops.attend_rows(q, k, v, band.text, scale, backend)
 
 
-def attend_rows_backward(grad, q, k, v, out, lse, *, scale: float, backend: str):
+def attend_rows_backward(
+    grad, q, k, v, out, lse, band: Band = ALL, *, scale: float, backend: str
+):  # fmt: skip
     """Gradients (dq, dk, dv) of `attend_rows`, to be added to others: in the dtype of lse."""
-    return ops.attend_rows_backward(grad, q, k, v, out, lse, scale, backend)
+    return ops.attend_rows_backward(grad, q, k, v, out, lse, band.text, scale, backend)
 
 
 # ---------------------------------------------------------------------------- with numbers
@@ -124,20 +128,20 @@ def _(
 
 
 @implements("attend_rows")
-def _(q_bmhd, k_bngd, v_bngd, scale, backend):
+def _(q_bmhd, k_bngd, v_bngd, band, scale, backend):
     with torch.autocast(q_bmhd.device.type, enabled=False):
         out_bmhd, lse_bhm = choose_backend(backend, q_bmhd).attend_rows(
-            q_bmhd, k_bngd, v_bngd, scale=scale
+            q_bmhd, k_bngd, v_bngd, Band.from_text(band), scale=scale
         )
     return laid_out_like(out_bmhd, q_bmhd), lse_bhm.contiguous()
 
 
 @implements("attend_rows_backward")
-def _(grad_bmhd, q_bmhd, k_bngd, v_bngd, out_bmhd, lse_bhm, scale, backend):
+def _(grad_bmhd, q_bmhd, k_bngd, v_bngd, out_bmhd, lse_bhm, band, scale, backend):
     inputs = (q_bmhd, k_bngd, v_bngd)
     with torch.autocast(q_bmhd.device.type, enabled=False):
         gradients = choose_backend(backend, q_bmhd).attend_rows_backward(
-            grad_bmhd, *inputs, out_bmhd, lse_bhm, scale=scale
+            grad_bmhd, *inputs, out_bmhd, lse_bhm, Band.from_text(band), scale=scale
         )
     return tuple(map(laid_out_like, gradients, inputs))
 
@@ -180,12 +184,12 @@ def _(grad, q_shape, k_shape, v_shape, out, lse, pattern, causal, *_, **__) -> i
 
 
 @register_flop_formula(ops.attend_rows)
-def _(q_shape, k_shape, *_, **__) -> int:
+def _(q_shape, k_shape, v_shape, band, *_, **__) -> int:
     batch, queries, heads, head_dim = q_shape
-    return 4 * head_dim * batch * heads * queries * k_shape[1]
+    return 4 * head_dim * batch * heads * Band.from_text(band).pairs(queries, k_shape[1])
 
 
 @register_flop_formula(ops.attend_rows_backward)
-def _(grad, q_shape, k_shape, *_, **__) -> int:
+def _(grad, q_shape, k_shape, v_shape, out, lse, band, *_, **__) -> int:
     batch, queries, heads, head_dim = q_shape
-    return 10 * head_dim * batch * heads * queries * k_shape[1]
+    return 10 * head_dim * batch * heads * Band.from_text(band).pairs(queries, k_shape[1])

@@ -1,7 +1,7 @@
-"""An attention as two functions, forward and backward, for who does autograd's part himself.
+"""An attention as two functions, forward and backward, and what autograd makes of them.
 
 A layer that computes some heads at a time, and computes q, k and v again on its way back, asks for
-one `Passes` for each group of heads. Nothing here is recorded by autograd.
+one `Passes` for each group of heads, and does autograd's part itself; others call `attend`.
 
 Shape suffixes: b batch, s sequence (the shard's, where it is sharded), h query heads, g kv heads,
 d head_dim.
@@ -9,52 +9,44 @@ d head_dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import torch
+from torch.autograd.function import once_differentiable
 
-from megalong.attention import operators, sequence_parallel
-from megalong.attention.dilated import checked_scale
-from megalong.attention.exchange import SequenceGroup
-from megalong.attention.pattern import DilatedPattern
+Rows = tuple[torch.Tensor, ...]
 
 
-@dataclass(frozen=True)
-class Passes:
-    """Dilated attention of some heads, or of all, of a layer.
+class Passes(Protocol):
+    """What a kind of attention computes for some heads of a layer, or for all.
 
-    pattern: of these heads alone (`DilatedPattern.for_heads`). sequence: the ranks that share a
-    sequence, of which each calls the functions with its shard; None where q, k and v are whole.
-    The others are those of `dilated_attention`.
+    A dataclass of the pattern of these heads; the ranks that share a sequence, of which each calls
+    the functions with its shard, or None where q, k and v are whole; and the options of
+    `dilated_attention`: scale, backend, causal. Nothing is recorded by autograd. Shapes, dtypes and
+    errors are those of `dilated_attention`.
     """
 
-    pattern: DilatedPattern
-    sequence: SequenceGroup | None = None
-    scale: float | None = None
-    backend: str = "auto"
-    causal: bool = True
+    @staticmethod
+    def subgroup_sizes(pattern: Any, shard: int, ranks: int) -> Iterable[int]:
+        """Which numbers of consecutive ranks exchange rows, each with a shard of so many positions:
+        the subgroups that `sequence` must have."""
+        ...
 
-    @torch.no_grad()
     def forward(
         self,
         q_bshd: torch.Tensor,
         k_bsgd: torch.Tensor,
         v_bsgd: torch.Tensor,
-        kept: tuple[torch.Tensor, ...] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+        kept: Rows | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, Rows]:
         """Returns out, like q; the log-sum-exp (batch, heads, sequence), at least float32; and what
         `backward` needs besides: the rows of K and V that came from other ranks, so that they come
-        once. Shapes, dtypes and errors are those of `dilated_attention`.
+        once.
 
         kept: what an earlier call with the same tensors returned; nothing is exchanged then."""
-        options = self._options(q_bshd, k_bsgd, v_bsgd)
-        if self._sharded:
-            return sequence_parallel.forward(
-                q_bshd, k_bsgd, v_bsgd, self.pattern, self.sequence, kept=kept, **options
-            )
-        return *operators.forward(q_bshd, k_bsgd, v_bsgd, self.pattern, **options), ()
+        ...
 
-    @torch.no_grad()
     def backward(
         self,
         grad_bshd: torch.Tensor,
@@ -63,21 +55,32 @@ class Passes:
         v_bsgd: torch.Tensor,
         out_bshd: torch.Tensor,
         lse_bhs: torch.Tensor,
-        kept: tuple[torch.Tensor, ...],
+        kept: Rows,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients (dq, dk, dv), in the inputs' dtype, of what `forward` returned."""
-        options = self._options(q_bshd, k_bsgd, v_bsgd)
-        tensors = (grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs)
-        if self._sharded:
-            return sequence_parallel.backward(
-                *tensors, kept, self.pattern, self.sequence, **options
-            )
-        return operators.backward(*tensors, self.pattern, **options)
+        ...
 
-    @property
-    def _sharded(self) -> bool:
-        return self.sequence is not None and self.sequence.size > 1
 
-    def _options(self, q_bshd, k_bsgd, v_bsgd) -> dict:
-        scale = checked_scale(q_bshd, k_bsgd, v_bsgd, self.pattern, self.scale)
-        return {"causal": self.causal, "scale": scale, "backend": self.backend}
+def attend(
+    q_bshd: torch.Tensor, k_bsgd: torch.Tensor, v_bsgd: torch.Tensor, passes: Passes
+) -> torch.Tensor:
+    """The output of an attention, like q, with gradients."""
+    return _Attention.apply(q_bshd, k_bsgd, v_bsgd, passes)
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps q, k, v, output, log-sum-exp and the rows of other ranks."""
+
+    @staticmethod
+    def forward(ctx, q_bshd, k_bsgd, v_bsgd, passes):
+        ctx.passes = passes
+        out_bshd, lse_bhs, kept = passes.forward(q_bshd, k_bsgd, v_bsgd)
+        ctx.save_for_backward(q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, *kept)
+        return out_bshd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_bshd):
+        *tensors, lse_bhs = ctx.saved_tensors[:5]
+        kept = ctx.saved_tensors[5:]
+        return *ctx.passes.backward(grad_bshd, *tensors, lse_bhs, kept), None

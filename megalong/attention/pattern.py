@@ -175,6 +175,12 @@ class DilatedPattern:
         """The positions that take part in a branch, inside the segment [start, stop)."""
         return range(segment[0] + offset, segment[1], self.dilation_rates[branch])
 
+    @property
+    def partial_rows(self) -> float:
+        """Float32 rows of a head that a backward pass holds for each position besides its results:
+        the gradients of two that the sparse branches hand to the dense one. An estimate."""
+        return sum(2 / rate for rate in self.dilation_rates if rate > 1)
+
     def attention_pairs(self, sequence_length: int, heads: int, kv_heads: int, causal: bool) -> int:
         """The exact number of (query, key) pairs, summed over heads and branches, of one sequence.
 
@@ -199,6 +205,13 @@ class DilatedPattern:
         products of the gradients, and one that recomputes the scores.
         """
         return 4 * head_dim * self.attention_pairs(sequence_length, heads, kv_heads, causal)
+
+
+def column_starts(block: int, columns: int, kv_heads: int) -> tuple[int, ...]:
+    """Where in a block the columns of each kv head begin that sum the block up: kv head 0 has the
+    last ones, kv head 1 those before them, and so on round (`sparse_pattern`)."""
+    places = block // columns
+    return tuple(block - columns * (1 + head % places) for head in range(kv_heads))
 
 
 def check_heads(heads: int, kv_heads: int) -> None:

@@ -15,6 +15,7 @@ import math
 
 import torch
 
+from megalong.attention.band import Band
 from megalong.attention.pattern import DilatedPattern
 
 
@@ -86,16 +87,27 @@ def backward(grad_bihd, q_bihd, k_bjgd, v_bjgd, out_bihd, lse_bhi, pattern, *, c
     return tuple(x.to(q_bihd.dtype) for x in gradients)
 
 
-def attend_rows(q_bihd, k_bjgd, v_bjgd, *, scale):
+def attend_rows(q_bihd, k_bjgd, v_bjgd, band, *, scale):
     q_bhid, k_bhjd, v_bhjd = _per_head(q_bihd, k_bjgd, v_bjgd)
     scores_bhij = q_bhid @ k_bhjd.mT * scale
-    once_hij = torch.ones_like(scores_bhij[0], dtype=torch.bool)
-    out_bhid, lse_bhi = softmax_with_multiplicity(scores_bhij, v_bhjd, once_hij)
+    out_bhid, lse_bhi = softmax_with_multiplicity(
+        scores_bhij, v_bhjd, seen_keys(band, q_bihd, k_bjgd)
+    )
     return out_bhid.transpose(1, 2).to(q_bihd.dtype), lse_bhi
 
 
-def attend_rows_backward(grad_bihd, q_bihd, k_bjgd, v_bjgd, out_bihd, lse_bhi, *, scale):
-    return _gradients(grad_bihd, q_bihd, k_bjgd, v_bjgd, out_bihd, lse_bhi, 1, scale)
+def attend_rows_backward(grad_bihd, q_bihd, k_bjgd, v_bjgd, out_bihd, lse_bhi, band, *, scale):
+    seen_ij = seen_keys(band, q_bihd, k_bjgd)
+    return _gradients(grad_bihd, q_bihd, k_bjgd, v_bjgd, out_bihd, lse_bhi, seen_ij, scale)
+
+
+def seen_keys(band: Band, q_bihd, k_bjgd) -> torch.Tensor:
+    """(query rows, key rows) booleans: the query sees the key."""
+    queries, keys = q_bihd.shape[1], k_bjgd.shape[1]
+    ends = [(band.start(row, keys), band.stop(row, keys)) for row in range(queries)]
+    start_i1, stop_i1 = torch.tensor(ends, device=q_bihd.device).view(queries, 2, 1).unbind(1)
+    key_j = torch.arange(keys, device=q_bihd.device)
+    return (start_i1 <= key_j) & (key_j < stop_i1)
 
 
 def _gradients(grad_bihd, q_bihd, k_bjgd, v_bjgd, out_bihd, lse_bhi, multiplicity_hij, scale):

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 
 from megalong.attention.pattern import DilatedPattern
+from megalong.attention.sdpa_bands import attend_band, attend_band_backward
 from megalong.attention.sdpa_operators import attend, attend_backward
 from megalong.attention.tensor_cache import PATTERNS
 
@@ -90,21 +91,21 @@ def backward(
     return tuple(total.to(q_bshd.dtype) for total in totals)
 
 
-def attend_rows(q_bmhd, k_bngd, v_bngd, *, scale):
-    q_bhmd, k_bhnd, v_bhnd = _per_head(q_bmhd, k_bngd, v_bngd)
-    out_bhmd, lse_bhm = attend(q_bhmd, k_bhnd, v_bhnd, False, scale)
-    return out_bhmd.transpose(1, 2), lse_bhm
+def attend_rows(q_bmhd, k_bngd, v_bngd, band, *, scale):
+    q_bmhd, k_bngd, v_bngd = map(_dense_rows, (q_bmhd, k_bngd, v_bngd))
+    out_bhmd, lse_bhm = attend_band(*_per_head(q_bmhd, k_bngd, v_bngd), band, scale)
+    return out_bhmd.transpose(1, 2).to(q_bmhd.dtype), lse_bhm
 
 
-def attend_rows_backward(grad_bmhd, q_bmhd, k_bngd, v_bngd, out_bmhd, lse_bhm, *, scale):
+def attend_rows_backward(grad_bmhd, q_bmhd, k_bngd, v_bngd, out_bmhd, lse_bhm, band, *, scale):
+    grad_bmhd, q_bmhd, k_bngd, v_bngd = map(_dense_rows, (grad_bmhd, q_bmhd, k_bngd, v_bngd))
     grad_bhmd, out_bhmd = grad_bmhd.transpose(1, 2), out_bmhd.transpose(1, 2)
-    dq_bhmd, *shares = attend_backward(
-        grad_bhmd, *_per_head(q_bmhd, k_bngd, v_bngd), out_bhmd, lse_bhm, False, scale
+    dq_bhmd, *shares = attend_band_backward(
+        grad_bhmd, *_per_head(q_bmhd, k_bngd, v_bngd), out_bhmd, lse_bhm, band, scale
     )
-    dtype = torch.promote_types(q_bmhd.dtype, torch.float32)
     kv_heads = k_bngd.shape[2]
-    dk_bgnd, dv_bgnd = (x.unflatten(1, (kv_heads, -1)).sum(2, dtype=dtype) for x in shares)
-    return dq_bhmd.transpose(1, 2).to(dtype), dk_bgnd.transpose(1, 2), dv_bgnd.transpose(1, 2)
+    dk_bgnd, dv_bgnd = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in shares)
+    return dq_bhmd.transpose(1, 2), dk_bgnd.transpose(1, 2), dv_bgnd.transpose(1, 2)
 
 
 def _per_head(q_bmhd, k_bngd, v_bngd):

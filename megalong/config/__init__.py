@@ -61,8 +61,10 @@ class Config:
         )
         model, training = resolved.model, resolved.training
         model.check()
-        resolved.attention.check(
-            model.num_attention_heads, model.num_query_groups, model.seq_length
+        heads = model.num_attention_heads, model.num_query_groups, model.seq_length
+        resolved.attention.check(*heads, model.num_layers)
+        resolved = dataclasses.replace(
+            resolved, attention=resolved.attention.with_matched_flops(*heads)
         )
         training.check(data_parallel_size)
         resolved.parallel.check(

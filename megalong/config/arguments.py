@@ -18,6 +18,7 @@ import json
 import types
 import typing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,9 @@ def _add_flag(group: Any, setting: _Setting) -> None:
         options["action"] = argparse.BooleanOptionalAction
     elif setting.item is not None:
         options |= {"nargs": "+", "type": setting.item, "metavar": setting.item.__name__.upper()}
+        if setting.choices is not None:
+            options |= {"type": partial(_one_of, setting.choices), "metavar": "KIND"}
+            options["help"] += f": {', '.join(setting.choices)}"
     elif setting.is_json:
         options |= {"type": _json_or_word, "metavar": "RULE"}
     else:
@@ -212,18 +216,38 @@ def _checked(value: Any, setting: _Setting, where: str) -> Any:
             raise UserError(f"{where}: expected a word or a table, found {value!r}")
         return value  # DilatedPattern looks at what is in it
     if setting.item is not None:
+        if setting.item is str and isinstance(value, str):
+            value = [value]
         if not isinstance(value, list) or any(type(item) is not setting.item for item in value):
             raise UserError(f"{where}: expected a list of {setting.item.__name__}, found {value!r}")
+        for item in value:
+            _check_choice(item, setting, where)
         return value
     if setting.kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
             value = float(value)  # YAML takes 6e-4, without a point, for text
     if type(value) is not setting.kind:
         raise UserError(f"{where}: expected {setting.kind.__name__}, found {value!r}")
+    _check_choice(value, setting, where)
+    return value
+
+
+def _check_choice(value: Any, setting: _Setting, where: str) -> None:
     if setting.choices is not None and value not in setting.choices:
         choices = ", ".join(map(str, setting.choices))
-        raise UserError(f"{where}: {value!r} is not one of {choices}")
-    return value
+        raise UserError(
+            f"{where}: {value!r} is not one of {choices}"
+            f"{did_you_mean(str(value), map(str, setting.choices))}"
+        )
+
+
+def _one_of(choices: tuple[str, ...], word: str) -> str:
+    if word not in choices:
+        known = ", ".join(choices)
+        raise argparse.ArgumentTypeError(
+            f"{word!r} is not one of {known}{did_you_mean(word, choices)}"
+        )
+    return word
 
 
 def _json_or_word(text: str) -> Any:

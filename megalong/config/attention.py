@@ -1,4 +1,4 @@
-"""The kinds of attention, and the pattern of a run."""
+"""The kinds of attention, and which layers have which."""
 
 from __future__ import annotations
 
@@ -7,41 +7,41 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megalong.attention import DilatedPattern
 from megalong.attention.backends import BACKENDS
+from megalong.attention.dense_pattern import DensePattern
+from megalong.attention.local_pattern import LocalPattern
+from megalong.attention.matched_flops import matching_sparse, matching_window
+from megalong.attention.sparse_pattern import SparsePattern
 from megalong.config.flags import flag, flag_name, shown
 from megalong.errors import UserError
+
+if TYPE_CHECKING:
+    from megalong.attention.passes import Passes
 
 
 @dataclass(frozen=True)
 class AttentionKind:
     """What is known of a kind of attention; whoever needs to know asks here.
 
-    pattern: which rows attend to which, from the settings and the length of a sequence; imports no
-        torch. Raises ValueError. Asked of it: `at_layer`, `for_heads`, `attention_pairs`, as of
-        DilatedPattern, and by the functions below what they want.
+    pattern: which positions attend to which, from the settings; integers only. Raises ValueError.
+        Asked of it: `at_layer`, `for_heads`, `attention_pairs` and `partial_rows`, as of
+        DilatedPattern.
     describe: the pattern in words, for logs and model cards.
-    Functions, imported when they are first needed, because they need torch:
-    attend: (q, k, v, pattern, *, scale, backend) -> out, of a whole sequence, causal; shapes as of
-        `megalong.attention.dilated_attention`.
-    attend_shard: (q, k, v, pattern, sequence, *, scale, backend) -> out, of a shard of a sequence.
-    subgroup_sizes: (pattern, shard_length, ranks) -> numbers of ranks that exchange rows.
-    passes: (pattern, sequence, *, scale, backend) -> forward and backward as functions without
-        autograd, causal, of a shard or, where sequence is None, of a whole sequence.
+    passes: the class that computes it (`megalong.attention.passes`), imported when it is first
+        needed, because it needs torch.
+    fields: the settings that the pattern is made of.
     """
 
-    pattern: Callable[[AttentionConfig, int], Any]
+    pattern: Callable[[AttentionConfig], Any]
     describe: Callable[[Any], str]
-    attend: str
-    attend_shard: str = "megalong.attention.sequence_parallel:sequence_parallel_attention"
-    subgroup_sizes: str = "megalong.attention.sequence_plan:subgroup_sizes"
-    passes: str = "megalong.attention.passes:Passes"
+    passes: str
+    fields: tuple[str, ...] = ()
 
-    def function(self, name: str) -> Callable:
-        """One of the functions, by the name of its field."""
-        return resolve_name(getattr(self, name))
+    def passes_class(self) -> type[Passes]:
+        return resolve_name(self.passes)
 
 
 def _describe_branches(pattern: DilatedPattern) -> str:
@@ -49,19 +49,34 @@ def _describe_branches(pattern: DilatedPattern) -> str:
     return f"dilated attention, segment length/dilation rate: {branches}"
 
 
-# To add one: a file beside megalong/attention/dense.py, and its row here, with its flags below.
+# To add one: the file of its pattern and that of its passes beside those of megalong/attention/
+# local*.py, and its row here, with its flags below.
 KINDS = MappingProxyType(
     {
         "dilated": AttentionKind(
-            pattern=lambda config, seq_length: config.dilated_pattern(),
+            pattern=lambda config: config.dilated_pattern(),
             describe=_describe_branches,
-            attend="megalong.attention.dilated:dilated_attention",
+            passes="megalong.attention.dilated_passes:DilatedPasses",
+            fields=("segment_lengths", "dilation_rates", "head_offsets"),
         ),
         "dense": AttentionKind(
-            # One branch that spans the sequence and leaves nothing out.
-            pattern=lambda config, seq_length: DilatedPattern((seq_length,), (1,)),
+            pattern=lambda config: DensePattern(),
             describe=lambda pattern: "dense attention",
-            attend="megalong.attention.dense:attend",
+            passes="megalong.attention.dense:DensePasses",
+        ),
+        "local": AttentionKind(
+            pattern=lambda config: LocalPattern(config.window_size),
+            describe=lambda pattern: f"local attention, window {pattern.window}",
+            passes="megalong.attention.local:LocalPasses",
+            fields=("window_size",),
+        ),
+        "sparse": AttentionKind(
+            pattern=lambda config: SparsePattern(config.sparse_block_size, config.sparse_columns),
+            describe=lambda pattern: (
+                f"sparse attention, blocks of {pattern.block}, {pattern.columns} columns of each"
+            ),
+            passes="megalong.attention.sparse:SparsePasses",
+            fields=("sparse_block_size", "sparse_columns"),
         ),
     }
 )
@@ -69,41 +84,76 @@ KINDS = MappingProxyType(
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """The attention pattern (LongNet, arXiv 2307.02486, section 3.2)."""
+    """Which positions attend to which (LongNet, arXiv 2307.02486, section 3.2)."""
 
-    attention: str = flag("dilated", "kind of attention", choices=tuple(KINDS))
+    attention: tuple[str, ...] = flag(
+        ("dilated",),
+        "kind of attention; several: of one layer after the other, and so on over the layers",
+        item=str,
+        choices=tuple(KINDS),
+    )
     segment_lengths: tuple[int, ...] | None = flag(
         None,
-        "segment length of each branch (default: a ladder 2048 x 4^k up to the sequence length,"
-        " with dilation rates 4^k)",
+        "dilated: segment length of each branch (default: a ladder 2048 x 4^k up to the sequence"
+        " length, with dilation rates 4^k)",
         item=int,
     )
-    dilation_rates: tuple[int, ...] | None = flag(None, "dilation rate of each branch", item=int)
+    dilation_rates: tuple[int, ...] | None = flag(
+        None, "dilated: dilation rate of each branch", item=int
+    )
     head_offsets: str | tuple[tuple[int, ...], ...] = flag(
         "mod",
-        "which positions a head takes in a branch: mod (kv head mod r, the paper's rule), block"
-        " (torchscale's), layer (mod, shifted by the kv heads each layer), or a table of branches"
-        " x heads as JSON",
+        "dilated: which positions a head takes in a branch: mod (kv head mod r, the paper's rule),"
+        " block (torchscale's), layer (mod, shifted by the kv heads each layer), or a table of"
+        " branches x heads as JSON",
         is_json=True,
+    )
+    window_size: int = flag(2048, "local: positions that a query sees, its own and those before it")
+    sparse_block_size: int = flag(2048, "sparse: positions of a block")
+    sparse_columns: int = flag(
+        32, "sparse: positions at the end of each block that the later blocks see too"
+    )
+    match_flops: bool = flag(
+        False,
+        "local: take the window, sparse: take the columns (and, where that is too coarse, the next"
+        " smaller block) that cost as much as the dilated branches",
     )
     attention_backend: str = flag(
         "auto",
         "what computes it: Triton kernels, PyTorch's operators, or the plain definition; auto takes"
-        " the first of the first two that runs",
+        " the first of the first two that runs, for dense attention PyTorch's",
         choices=("auto", *BACKENDS),
     )
 
+    def __post_init__(self):
+        if isinstance(self.attention, str):  # one for all layers
+            object.__setattr__(self, "attention", (self.attention,))
+
+    def kind(self, layer: int) -> AttentionKind:
+        """That of a layer, from 0."""
+        return KINDS[self.attention[layer % len(self.attention)]]
+
+    def pattern(self, layer: int) -> Any:
+        """Which positions attend to which in a layer, from 0 (after `resolve`)."""
+        return self.kind(layer).pattern(self).at_layer(layer)
+
     @property
-    def kind(self) -> AttentionKind:
-        return KINDS[self.attention]
+    def kinds(self) -> dict[str, AttentionKind]:
+        """Those that there are, by name, each once."""
+        return {name: KINDS[name] for name in self.attention}
 
-    def pattern(self, seq_length: int) -> Any:
-        """Which rows attend to which in sequences of this length (after `resolve`)."""
-        return self.kind.pattern(self, seq_length)
+    @property
+    def patterns(self) -> dict[str, Any]:
+        """That of each kind, as its first layer has it (after `resolve`)."""
+        return {name: kind.pattern(self) for name, kind in self.kinds.items()}
 
-    def description(self, seq_length: int) -> str:
-        """The pattern in words."""
-        return self.kind.describe(self.pattern(seq_length))
+    @property
+    def description(self) -> str:
+        """The patterns in words."""
+        words = [kind.describe(kind.pattern(self)) for kind in self.kinds.values()]
+        if len(words) == 1:
+            return words[0]
+        return f"layers {' '.join(self.attention)}, and so on: {'; '.join(words)}"
 
     def dilated_pattern(self) -> DilatedPattern:
         """The dilated pattern that these fields describe (after `resolve`)."""
@@ -125,22 +175,53 @@ class AttentionConfig:
             self, segment_lengths=tuple(lengths), dilation_rates=tuple(rates)
         )
 
+    def with_matched_flops(self, heads: int, kv_heads: int, seq_length: int) -> AttentionConfig:
+        """With `match_flops`: window, columns and block that cost as much as the dilated branches
+        (after `check`). Raises UserError where none comes within 2%."""
+        if not self.match_flops:
+            return self
+        pairs = self.dilated_pattern().attention_pairs(seq_length, heads, kv_heads, causal=True)
+        changed = self
+        if "local" in self.attention:
+            window = matching_window(pairs, seq_length, heads)
+            changed = dataclasses.replace(changed, window_size=window)
+        if "sparse" in self.attention:
+            found = matching_sparse(pairs, seq_length, heads, kv_heads, self.sparse_block_size)
+            changed = dataclasses.replace(
+                changed, sparse_block_size=found.block, sparse_columns=found.columns
+            )
+        for name in {"local", "sparse"} & {*self.attention}:
+            there = KINDS[name].pattern(changed).attention_pairs(seq_length, heads, kv_heads, True)
+            if abs(there - pairs) > 0.02 * pairs:
+                raise UserError(
+                    f"--match-flops: {name} attention comes no nearer to the dilated branches than"
+                    f" {there / pairs:.2f} times their cost: leave it out, or change the branches"
+                )
+        return changed
+
     def oddities(self, seq_length: int) -> list[str]:
         """What can be computed, and yet is hardly what was meant; a line each (after `resolve`)."""
         assert self.segment_lengths is not None
         longer = [length for length in self.segment_lengths if length > seq_length]
-        if self.attention != "dilated" or not longer:
+        if "dilated" not in self.attention or not longer:
             return []
         return [
             f"--segment-lengths {shown(longer)}: above --seq-length {seq_length}, and"
             " so one segment, the whole sequence"
         ]
 
-    def check(self, heads: int, kv_heads: int, seq_length: int) -> None:
+    def check(self, heads: int, kv_heads: int, seq_length: int, num_layers: int) -> None:
         """Raise UserError where these fields are no pattern for so many heads (after `resolve`).
 
-        The dilated one has to be right whatever the kind is: checkpoints and exports keep it.
+        The dilated one has to be right whatever the kinds are: checkpoints and exports keep it.
         """
+        if not self.attention:
+            raise UserError("--attention names no kind: set one or more")
+        if len(self.attention) > num_layers:
+            raise UserError(
+                f"--attention has {len(self.attention)} kinds, more than --num-layers {num_layers}:"
+                " the last ones would be of no layer"
+            )
         lengths, rates = self.segment_lengths, self.dilation_rates
         assert lengths is not None and rates is not None
         if len(lengths) != len(rates):
@@ -167,15 +248,19 @@ class AttentionConfig:
             raise UserError(
                 f"--segment-lengths, --dilation-rates or --head-offsets: {error}"
             ) from error
-        try:
-            self.pattern(seq_length).for_heads(heads, kv_heads, 0, heads)
-        except ValueError as error:
-            raise UserError(f"--attention {self.attention}: {error}") from error
+        for name in ("window_size", "sparse_block_size", "sparse_columns"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{flag_name(name)} {getattr(self, name)} must be positive")
+        if self.sparse_columns > self.sparse_block_size:
+            raise UserError(
+                f"--sparse-columns {self.sparse_columns} is above --sparse-block-size"
+                f" {self.sparse_block_size}: columns are positions of a block"
+            )
 
 
 # What a model is made with: checkpoints and exports keep it.
 PATTERN_FIELDS = tuple(
     field.name
     for field in dataclasses.fields(AttentionConfig)
-    if field.name != "attention_backend"  # all compute the same
-)
+    if field.name not in ("attention_backend", "match_flops")  # the one computes the same, and
+)  # the other is in what it has chosen

@@ -1,15 +1,21 @@
-"""Dilated attention in plain PyTorch, and its decode cache. Travels in the exported folder.
+"""A model's attention in plain PyTorch, and its decode cache. Travels in the exported folder.
 
-In one segment of a branch (w, r) the positions that a head keeps are a smaller sequence: position
-o + i r is its row i, and lies in cell i of the segment, r positions wide. On rows it is plain
-causal attention. Branches are merged by their log-sum-exp, which equals one softmax over the keys
-of all of them (LongNet, arXiv 2307.02486, eq. 9-12). Autograd gives the gradient.
+The attention of a layer has *parts*, which are merged by their log-sum-exp: that equals one softmax
+over the keys of all of them (LongNet, arXiv 2307.02486, eq. 9-12). Autograd gives the gradient.
 
-While decoding, a later query sees of each branch only the rows of its own segment: the cache keeps
-those and no more, whatever the length of the sequence.
+    Branch   of dilated attention. In one segment of a branch (w, r) the positions that a head keeps
+             are a smaller sequence: position o + i r is its row i, and lies in cell i of the
+             segment, r positions wide. On rows it is plain causal attention. One branch without end
+             is dense attention.
+    Window   of local attention: the positions up to the query, so many of them.
+    Columns  of sparse attention, which sum up the blocks before that of the query; the other part
+             of it is a Branch, of the own block.
+
+While decoding, a later query sees of a branch only the rows of its own segment, and of a window
+only the last positions: the cache keeps those and no more, whatever the length of the sequence.
 
 Shape letters: b batch, s positions, h query heads, k kv heads, d head_dim, f batch and segments,
-g streams (kv heads at one offset), n rows of a segment, m queries among them.
+g streams (kv heads at one offset), n rows of a part, m queries among them.
 """
 
 from __future__ import annotations
@@ -20,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .pattern import column_starts
 
 NEVER = -1e30  # a log-sum-exp of nothing; finite, so that gradients are
 TILE_SCORES = 2**20  # scores that are held at once
@@ -54,6 +62,52 @@ class Branch:
     def rows(self) -> int:
         """The most rows that a segment has."""
         return -(-self.length // self.rate)
+
+    def attend(self, q_bshd, k_bskd, v_bskd, start: int, past):
+        """Of the positions from `start` on: output and log-sum-exp, (b, s, h, d or 1), and the rows
+        of keys and of values for the next call. past: those of the last one."""
+        batch, count = q_bshd.shape[:2]
+        parts = []
+        for first, segments, size, before in pieces(start, count, self.length):
+            here = slice(first, first + segments * size)
+            earlier = past if before else (None, None)
+            rows = [
+                self.key_rows(x[:, here], segments, before, old)
+                for x, old in zip((k_bskd, v_bskd), earlier, strict=True)
+            ]
+            results = causal_attention(self.query_rows(q_bshd[:, here], segments, before), *rows)
+            parts.append(
+                [
+                    self.to_positions(x, batch, size, before, missing)
+                    for x, missing in zip(results, (0.0, NEVER), strict=True)
+                ]
+            )
+        if (start + count) % self.length == 0:  # the next position begins a segment
+            rows = [x.new_empty(batch, x.shape[1], 0, x.shape[3]) for x in rows]
+        return *(torch.cat(x, 1) for x in zip(*parts, strict=True)), rows
+
+    def writes(self, places_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which streams take the position at each of these places, in which row: (b, g) each."""
+        local = places_b % self.length
+        takes_bg = (local % self.rate)[:, None] == self.offsets(places_b.device)
+        return takes_bg, (local // self.rate)[:, None].expand_as(takes_bg)
+
+    def sees(self, places_b: torch.Tensor, rows: int) -> torch.Tensor:
+        """Which of so many rows the query at each of these places sees, (b, g, rows)."""
+        takes_bg, row_bg = self.writes(places_b)
+        reached = torch.arange(rows, device=places_b.device) <= row_bg[..., None]
+        return takes_bg[..., None] & reached
+
+    def room(self, place: int) -> int:
+        """The rows that there have to be when a position is written."""
+        return place % self.length // self.rate + 1
+
+    def pairs(self, length: int, device: torch.device) -> torch.Tensor:
+        """Which keys the queries see, later ones among them: (g, length, length)."""
+        positions = torch.arange(length, device=device)
+        kept_gs = positions % self.length % self.rate == self.offsets(device)[:, None]
+        segment_s = positions // self.length
+        return kept_gs[..., None] & kept_gs[:, None] & (segment_s[:, None] == segment_s)
 
     def offsets(self, device: torch.device) -> torch.Tensor:
         """The offset of each stream, (g,)."""
@@ -109,6 +163,19 @@ def _rows(x_bshd, channels, rate: int, segments: int, before: int):
     return x.reshape(x.shape[0], -1, rate * h, d).index_select(2, channels).transpose(1, 2)
 
 
+def parts_of(config, layer: int) -> list:
+    """The parts of the attention of a layer, from 0. config: a LongNetConfig."""
+    kind, kv_heads = config.kind(layer), config.num_key_value_heads
+    if kind == "local":
+        return [Window(config.window_size, config.num_attention_heads, kv_heads)]
+    found = [Branch.of(*branch, kv_heads) for branch in config.branches(layer)]
+    if kind == "sparse":
+        block, columns = config.sparse_block_size, config.sparse_columns
+        starts = column_starts(block, columns, kv_heads)
+        found.append(Columns(block, columns, starts, config.num_attention_heads))
+    return found
+
+
 def pieces(start: int, count: int, length: int) -> list[tuple[int, int, int, int]]:
     """Cut the positions [start, start + count) into runs of equal segments: (first, counted from
     start; segments; positions of each; positions of its segment that lie before start)."""
@@ -125,36 +192,142 @@ def pieces(start: int, count: int, length: int) -> list[tuple[int, int, int, int
     return found
 
 
-def dilated_attention(q_bshd, k_bskd, v_bskd, branches, start: int = 0, past=None):
-    """Causal dilated attention of the positions from `start` on: linear in their number.
+@dataclass(frozen=True)
+class Window:
+    """Local attention: a query sees `size` positions, its own and those before it. The cache has
+    position p in row p modulo the size."""
 
-    past: for each branch the rows of keys and of values, (b, g, n, d), of the segment that `start`
-        lies in; what an earlier call returned. None where start is 0.
+    size: int
+    heads: int
+    kv_heads: int
+
+    @property
+    def streams(self) -> tuple[tuple[int, int], ...]:
+        return tuple((head, 0) for head in range(self.kv_heads))
+
+    @property
+    def rows(self) -> int:
+        return self.size
+
+    def attend(self, q_bshd, k_bskd, v_bskd, start: int, past):
+        """As of a Branch."""
+        count, device = q_bshd.shape[1], q_bshd.device
+        first, stop = max(start - self.size + 1, 0), start + count
+        before = torch.arange(first, start, device=device) % self.size
+        keys = [k_bskd.transpose(1, 2), v_bskd.transpose(1, 2)]
+        if past is not None:
+            keys = [torch.cat((old[:, :, before], x), 2) for x, old in zip(keys, past, strict=True)]
+        after = torch.arange(start + 1, stop + 1, device=device) - first
+        out, lse = range_attention(
+            q_bshd.transpose(1, 2), *keys, (after - self.size).clamp_min(0), after
+        )
+        slots = torch.arange(min(stop, self.size), device=device)
+        kept = max(stop - self.size, 0)
+        kept = kept + (slots - kept) % self.size - first  # where the last positions are among keys
+        return out.transpose(1, 2), lse.transpose(1, 2), [x[:, :, kept] for x in keys]
+
+    def writes(self, places_b):
+        """As of a Branch."""
+        rows_bg = (places_b % self.size)[:, None].expand(-1, self.kv_heads)
+        return torch.ones_like(rows_bg, dtype=torch.bool), rows_bg
+
+    def sees(self, places_b, rows: int):
+        """As of a Branch."""
+        reached = torch.arange(rows, device=places_b.device) <= places_b[:, None]
+        return reached[:, None].expand(-1, self.kv_heads, -1)
+
+    def room(self, place: int) -> int:
+        return min(place + 1, self.size)
+
+    def pairs(self, length: int, device):
+        """As of a Branch."""
+        positions = torch.arange(length, device=device)
+        near = positions > positions[:, None] - self.size
+        return near.expand(self.kv_heads, -1, -1)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Sparse attention: a query sees some columns of each block before its own.
+
+    block: positions of a block. columns: how many. starts: in a block, the first of each kv head.
+    """
+
+    block: int
+    columns: int
+    starts: tuple[int, ...]
+    heads: int
+
+    @property
+    def kv_heads(self) -> int:
+        return len(self.starts)
+
+    @property
+    def streams(self) -> tuple[tuple[int, int], ...]:
+        return tuple((head, 0) for head in range(self.kv_heads))
+
+    @property
+    def rows(self) -> int:
+        return 2**62  # those of all blocks
+
+    def attend(self, q_bshd, k_bskd, v_bskd, start: int, past):
+        """As of a Branch."""
+        batch, count, _, d = q_bshd.shape
+        places = torch.arange(start, start + count, device=q_bshd.device)
+        takes_sk, rows_sk = self.writes(places)
+        room = self.room(start + count - 1)
+        # What no column is goes into a row behind all others.
+        target = torch.where(takes_sk, rows_sk, room).T[None, :, :, None]
+        keys = []
+        for new, old in zip((k_bskd, v_bskd), past or (None, None), strict=True):
+            had = 0 if old is None else old.shape[2]
+            rows = new.new_zeros(batch, self.kv_heads, room + 1 - had, d)
+            rows = rows if old is None else torch.cat((old, rows), 2)
+            new = new.transpose(1, 2)
+            keys.append(rows.scatter(2, target.expand_as(new), new)[:, :, :room])
+        stops = places // self.block * self.columns
+        out, lse = range_attention(q_bshd.transpose(1, 2), *keys, torch.zeros_like(stops), stops)
+        return out.transpose(1, 2), lse.transpose(1, 2), keys
+
+    def writes(self, places_b):
+        """As of a Branch."""
+        inside_bg = (places_b % self.block)[:, None] - torch.tensor(
+            self.starts, device=places_b.device
+        )
+        takes_bg = (inside_bg >= 0) & (inside_bg < self.columns)
+        return takes_bg, (places_b // self.block * self.columns)[:, None] + inside_bg
+
+    def sees(self, places_b, rows: int):
+        """As of a Branch."""
+        stops_b = places_b // self.block * self.columns
+        seen = torch.arange(rows, device=places_b.device) < stops_b[:, None]
+        return seen[:, None].expand(-1, self.kv_heads, -1)
+
+    def room(self, place: int) -> int:
+        return (place // self.block + 1) * self.columns
+
+    def pairs(self, length: int, device):
+        """As of a Branch."""
+        positions = torch.arange(length, device=device)
+        takes_sg, _ = self.writes(positions)
+        block_s = positions // self.block
+        return takes_sg.T[:, None] & (block_s < block_s[:, None])
+
+
+def attention(q_bshd, k_bskd, v_bskd, parts, start: int = 0, past=None):
+    """Causal attention of the positions from `start` on.
+
+    past: for each part the rows of keys and of values, (b, g, n, d), that a position at `start`
+        may see; what an earlier call returned. None where start is 0.
     Returns the output, (b, s, h, d), and the rows for the next call.
     """
-    batch, count = q_bshd.shape[:2]
     out = lse = None
     present = []
-    for number, branch in enumerate(branches):
-        parts = []
-        for first, segments, size, before in pieces(start, count, branch.length):
-            here = slice(first, first + segments * size)
-            earlier = past[number] if before else (None, None)
-            rows = [
-                branch.key_rows(x[:, here], segments, before, old)
-                for x, old in zip((k_bskd, v_bskd), earlier, strict=True)
-            ]
-            results = causal_attention(branch.query_rows(q_bshd[:, here], segments, before), *rows)
-            parts.append(
-                [
-                    branch.to_positions(x, batch, size, before, missing)
-                    for x, missing in zip(results, (0.0, NEVER), strict=True)
-                ]
-            )
-        if (start + count) % branch.length == 0:  # the next position begins a segment
-            rows = [x.new_empty(batch, x.shape[1], 0, x.shape[3]) for x in rows]
+    for number, part in enumerate(parts):
+        new_out, new_lse, rows = part.attend(
+            q_bshd, k_bskd, v_bskd, start, None if start == 0 else past[number]
+        )
         present.append(rows)
-        new_out, new_lse = (torch.cat(x, 1) for x in zip(*parts, strict=True))
         if out is None:
             out, lse = new_out, new_lse
         else:
@@ -162,6 +335,42 @@ def dilated_attention(q_bshd, k_bskd, v_bskd, branches, start: int = 0, past=Non
             out = out * torch.exp(lse - total) + new_out * torch.exp(new_lse - total)
             lse = total
     return out.to(q_bshd.dtype), present
+
+
+def range_attention(q_bhmd, k_bgnd, v_bgnd, starts_m, stops_m):
+    """Attention of queries to the key rows [start, stop) of each, and its log-sum-exp (b, h, m, 1);
+    NEVER where there is none. Both ends grow with the query. In tiles, as `causal_attention`."""
+    heads, m = q_bhmd.shape[1:3]
+    width = max(int((stops_m - starts_m).max()), 1)
+    rows = min(max(TILE_SCORES // (heads * width), 1), width, m)
+    results = []
+    for first in range(0, m, rows):
+        here = slice(first, first + rows)
+        starts, stops = starts_m[here], stops_m[here]
+        low = min(int(starts[0]), k_bgnd.shape[2] - 1)
+        keys = slice(low, max(int(stops[-1]), low + 1))
+        inputs = q_bhmd[:, :, here], k_bgnd[:, :, keys], v_bgnd[:, :, keys]
+        inputs += (starts - low)[:, None], (stops - low)[:, None]
+        if torch.is_grad_enabled() and q_bhmd.requires_grad:
+            results.append(
+                checkpoint(_range_tile, *inputs, use_reentrant=False, preserve_rng_state=False)
+            )
+        else:
+            results.append(_range_tile(*inputs))
+    return tuple(torch.cat(x, 2) for x in zip(*results, strict=True))
+
+
+def _range_tile(q_bhmd, k_bgnd, v_bgnd, starts_m1, stops_m1):
+    b, h, m, d = q_bhmd.shape
+    g, n = k_bgnd.shape[1:3]
+    scores = q_bhmd.reshape(b, g, h // g * m, d) @ k_bgnd.mT
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).view(b, h, m, n)
+    rows = torch.arange(n, device=scores.device)
+    hidden = (rows < starts_m1) | (rows >= stops_m1)
+    scores = (scores * d**-0.5).masked_fill(hidden, NEVER)
+    lse = scores.logsumexp(-1, keepdim=True)
+    weights = (scores - lse).exp_().to(v_bgnd.dtype).reshape(b, g, h // g * m, n)
+    return (weights @ v_bgnd).reshape(b, h, m, d).to(lse.dtype), lse
 
 
 def causal_attention(q_fhmd, k_fgnd, v_fgnd):
@@ -204,21 +413,17 @@ def _tile(q_fgemd, k_fgnd, v_fgnd):
     return (weights @ v_fgnd).reshape(f, g, e, m, d).to(lse.dtype), lse
 
 
-def dilated_probabilities(q_bshd, k_bskd, branches):
+def probabilities(q_bshd, k_bskd, parts):
     """The weight of each key in each query's softmax, (b, h, s, s) in at least float32: that of all
-    branches which have it. Quadratic, to be looked at; `dilated_attention` has no such thing."""
+    parts which have it. Quadratic, to be looked at; `attention` has no such thing."""
     s, heads = q_bshd.shape[1:3]
     q_bhsd = q_bshd.transpose(1, 2)
     k_bhsd = k_bskd.transpose(1, 2).repeat_interleave(heads // k_bskd.shape[2], 1)
     scores = q_bhsd @ k_bhsd.mT * q_bshd.shape[-1] ** -0.5
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     times_hss = torch.zeros(heads, s, s, dtype=scores.dtype, device=scores.device)
-    positions = torch.arange(s, device=scores.device)
-    for branch in branches:
-        offsets = branch.offsets(scores.device).repeat_interleave(heads // len(branch.streams))
-        kept_hs = positions % branch.length % branch.rate == offsets[:, None]
-        segment_s = positions // branch.length
-        times_hss += kept_hs[..., None] & kept_hs[:, None] & (segment_s[:, None] == segment_s)
+    for part in parts:
+        times_hss += part.pairs(s, scores.device).repeat_interleave(heads // len(part.streams), 0)
     times_hss.tril_()
     weights = (scores + times_hss.log().clamp_min(NEVER)).softmax(-1)
     return weights * (times_hss > 0)
@@ -227,17 +432,17 @@ def dilated_probabilities(q_bshd, k_bskd, branches):
 class LongNetCacheLayer(CacheLayerMixin):
     """What later queries of one layer can still attend to.
 
-    keys, values: for each branch (b, streams, rows, d): the rows of each sequence's segment under
-        way, at most w / r of them.
+    keys, values: for each part (b, streams, rows, d): of a branch the rows of each sequence's
+        segment under way, at most w / r of them.
     lengths: the real tokens of each sequence so far. columns: those of the input, with padding.
     """
 
     is_croppable = False  # the rows of earlier segments are gone
     is_sliding = False
 
-    def __init__(self, branches: list[Branch]):
+    def __init__(self, parts: list):
         super().__init__()
-        self.branches = branches
+        self.parts = parts
         self.reset()
 
     def reset(self) -> None:
@@ -260,7 +465,7 @@ class LongNetCacheLayer(CacheLayerMixin):
 
     def _start(self, k_bskd):
         batch, _, _, d = k_bskd.shape
-        empty = [k_bskd.new_empty(batch, len(x.streams), 0, d) for x in self.branches]
+        empty = [k_bskd.new_empty(batch, len(x.streams), 0, d) for x in self.parts]
         self.keys, self.values, self.lengths = empty, list(empty), [0] * batch
         self.is_initialized = True
 
@@ -276,7 +481,7 @@ class LongNetCacheLayer(CacheLayerMixin):
             rows = torch.tensor(rows, device=q_bshd.device)
             past = [(k[rows], v[rows]) for k, v in zip(self.keys, self.values, strict=True)]
             new = (x[rows, :count] for x in (q_bshd, k_bskd, v_bskd))
-            attended, present = dilated_attention(*new, self.branches, length, past)
+            attended, present = attention(*new, self.parts, length, past)
             out[rows, :count] = attended
             for number, pair in enumerate(present):
                 for kept, new_rows in zip((self.keys, self.values), pair, strict=True):
@@ -284,25 +489,22 @@ class LongNetCacheLayer(CacheLayerMixin):
         return out
 
     def _attend_one(self, q_bhd, k_bkd, v_bkd, counts):
-        """One new position of each sequence: one softmax over the rows of all branches."""
+        """One new position of each sequence: one softmax over the rows of all parts."""
         device = q_bhd.device
         lengths = torch.tensor(self.lengths, device=device)
         real = torch.tensor(counts, device=device).bool()
         scores, masks = [], []
-        for number, branch in enumerate(self.branches):
-            local = lengths % branch.length
-            cell = local // branch.rate
-            rows = max(length % branch.length // branch.rate for length in self.lengths) + 1
-            takes_bg = (local % branch.rate)[:, None] == branch.offsets(device)
+        for number, part in enumerate(self.parts):
+            takes_bg, row_bg = part.writes(lengths)
+            room = max(map(part.room, self.lengths))
             written = (takes_bg & real[:, None]).nonzero(as_tuple=True)
-            kv_heads = torch.tensor([kv_head for kv_head, _ in branch.streams], device=device)
+            kv_heads = torch.tensor([kv_head for kv_head, _ in part.streams], device=device)
             for kept, new in ((self.keys, k_bkd), (self.values, v_bkd)):
-                kept[number] = _grown(kept[number], rows, branch.rows)
-                kept[number][*written, cell[written[0]]] = new[written[0], kv_heads[written[1]]]
+                kept[number] = _grown(kept[number], room, part.rows)
+                kept[number][*written, row_bg[written]] = new[written[0], kv_heads[written[1]]]
             k_bgnd = self.keys[number]
-            reached = torch.arange(k_bgnd.shape[2], device=device) <= cell[:, None]
-            mask = takes_bg[..., None] & reached[:, None]
-            q_bged = q_bhd.unflatten(1, (len(branch.streams), -1))
+            mask = part.sees(lengths, k_bgnd.shape[2])
+            q_bged = q_bhd.unflatten(1, (len(part.streams), -1))
             mask = mask[:, :, None].expand(-1, -1, q_bged.shape[2], -1).flatten(1, 2)
             scores.append((q_bged @ k_bgnd.mT).flatten(1, 2))
             masks.append(mask)
@@ -311,7 +513,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         scores = torch.cat(scores, 2)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         scores = (scores * q_bhd.shape[-1] ** -0.5).masked_fill(~mask, NEVER)
-        # A query in no branch gets 0; where there is a key, NEVER is as good as minus infinity.
+        # A query in no part gets 0; where there is a key, NEVER is as good as minus infinity.
         weights = scores.softmax(-1).masked_fill(~mask, 0.0).to(v_bkd.dtype)
         out = 0
         for part, v_bgnd in zip(weights.split(sizes, 2), self.values, strict=True):
@@ -340,8 +542,8 @@ class LongNetCacheLayer(CacheLayerMixin):
             )
 
     def rows(self) -> int:
-        """Rows of keys that are kept for one sequence and one kv head, over all branches."""
-        kv_heads = self.branches[0].kv_heads
+        """Rows of keys that are kept for one sequence and one kv head, over all parts."""
+        kv_heads = self.parts[0].kv_heads
         return sum(x.shape[1] * x.shape[2] for x in self.keys) // kv_heads
 
     def get_seq_length(self) -> int:
@@ -378,10 +580,11 @@ def _store(kept_bgnd, rows, new_bgnd):
 
 
 class LongNetCache(Cache):
-    """The cache of all layers: O(sum of w / r) rows each, however long the sequence."""
+    """The cache of all layers: of dilated ones O(sum of w / r) rows each, however long the
+    sequence."""
 
-    def __init__(self, branches_of_layers: list[list[Branch]]):
-        super().__init__(layers=[LongNetCacheLayer(branches) for branches in branches_of_layers])
+    def __init__(self, parts_of_layers: list[list]):
+        super().__init__(layers=[LongNetCacheLayer(parts) for parts in parts_of_layers])
 
     @property
     def lengths(self) -> list[int]:
@@ -389,5 +592,6 @@ class LongNetCache(Cache):
         return self.layers[0].lengths
 
     def rows(self) -> int:
-        """Rows of keys kept for one sequence and one kv head, summed over branches, in a layer."""
+        """Rows of keys kept for one sequence and one kv head, over all parts, in the layer that has
+        most."""
         return max(layer.rows() for layer in self.layers)

@@ -56,12 +56,17 @@ def longnet_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
         "max_position_embeddings": model.seq_length,
         **{theirs: getattr(model, ours) for ours, theirs in _SETTINGS.items()},
         **{name: _as_json(getattr(config.attention, name)) for name in PATTERN_FIELDS},
+        "attention": _kinds(config.attention.attention),
         "initializer_range": model.init_method_std,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "bos_token_id": tokenizer.bos if config.data.prepend_bos else None,
         "eos_token_id": tokenizer.eod,
         "pad_token_id": tokenizer.eod,
     }
+
+
+def _kinds(attention: tuple[str, ...]) -> str | list[str]:
+    return attention[0] if len(attention) == 1 else list(attention)
 
 
 def _as_json(value: Any) -> Any:
@@ -126,10 +131,8 @@ def _from_llama(config: dict[str, Any], where: str) -> dict[str, Any]:
     bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
     if bias != mlp_bias:
         refuse("only one of attention_bias and mlp_bias is set: biases in some linear layers")
-    slides = config.get("use_sliding_window", config["model_type"] == "mistral")
-    if slides and config.get("sliding_window"):
-        refuse(f"sliding-window attention (sliding_window {config['sliding_window']})")
     return {
+        **_windows(config),
         **_sizes(config),
         "normalization": "RMSNorm",
         "norm_epsilon": float(config.get("rms_norm_eps", 1e-6)),
@@ -141,6 +144,24 @@ def _from_llama(config: dict[str, Any], where: str) -> dict[str, Any]:
         **_rope(config, where),
         "init_method_std": float(config.get("initializer_range", 0.02)),
     }
+
+
+def _windows(config: dict[str, Any]) -> dict[str, Any]:
+    """Which layers are dense and which have a sliding window."""
+    window, layers = config.get("sliding_window"), config["num_hidden_layers"]
+    slides = config.get("use_sliding_window", config["model_type"] == "mistral")
+    if not (slides and window):
+        return {"attention": "dense"}
+    kinds = config.get("layer_types")
+    if kinds is None:
+        # Qwen2 and Qwen3: from this layer on.
+        first = config.get("max_window_layers", 0) if config["model_type"] != "mistral" else 0
+        local = [layer >= first for layer in range(layers)]
+    else:
+        local = [kind == "sliding_attention" for kind in kinds]
+    names = ["local" if slides else "dense" for slides in local]
+    period = next(n for n in range(1, layers + 1) if names == (names[:n] * layers)[:layers])
+    return {"attention": names[:period], "window_size": window}
 
 
 def _rope(config: dict[str, Any], where: str) -> dict[str, Any]:

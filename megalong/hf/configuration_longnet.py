@@ -7,16 +7,20 @@ from transformers import PreTrainedConfig
 
 from .pattern import DilatedPattern
 
+KINDS = ("dilated", "dense", "local", "sparse")
+
 
 class LongNetConfig(PreTrainedConfig):
     """A decoder-only Transformer with dilated attention (LongNet, arXiv 2307.02486).
 
     segment_lengths, dilation_rates: the branches (w, r) of dilated attention. A head with offset o
         keeps the positions o, o + r, o + 2r, ... of each segment of w, and they attend to each
-        other; one softmax runs over the keys of all branches. Not looked at where `attention` is
-        "dense".
+        other; one softmax runs over the keys of all branches.
     head_offsets: a rule, "mod", "block" or "layer", or a table of branches x query heads; see
         `DilatedPattern`.
+    attention: the kind of all layers, or a list of kinds that repeats over them: "dilated",
+        "dense", "local" (a query sees `window_size` positions) or "sparse" (it sees its block of
+        `sparse_block_size`, and of each block before it `sparse_columns`).
     max_position_embeddings: the sequence length of training; longer sequences work.
     rope_scaling_factor, rope_original_length: RoPE stretched as in Llama 3.1; None: as it is.
     swiglu: a gated SiLU MLP; else GELU. linear_bias: biases in all linear layers; qkv_bias: in the
@@ -43,10 +47,13 @@ class LongNetConfig(PreTrainedConfig):
     rotary_base: float = 10000.0
     rope_scaling_factor: float | None = None
     rope_original_length: int = 8192
-    attention: str = "dilated"
+    attention: str | list[str] = "dilated"
     segment_lengths: list[int] | None = None
     dilation_rates: list[int] | None = None
     head_offsets: str | list[list[int]] = "mod"
+    window_size: int = 2048
+    sparse_block_size: int = 2048
+    sparse_columns: int = 32
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     use_cache: bool = True
@@ -69,7 +76,6 @@ class LongNetConfig(PreTrainedConfig):
                 f" num_key_value_heads ({self.num_key_value_heads})"
             )
         for name, known in (
-            ("attention", ("dilated", "dense")),
             ("normalization", ("RMSNorm", "LayerNorm")),
             ("position_embedding_type", ("rope", "none")),
         ):
@@ -77,14 +83,32 @@ class LongNetConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
-        self.branches(0)
+        for layer, kind in enumerate(self.kinds):
+            if kind not in KINDS:
+                raise ValueError(f"attention must be of {', '.join(KINDS)}, got {kind!r}")
+            self.branches(layer)
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of attention, of one layer after the other, and so on."""
+        return [self.attention] if isinstance(self.attention, str) else list(self.attention)
+
+    def kind(self, layer: int) -> str:
+        """The kind of a layer, from 0."""
+        return self.kinds[layer % len(self.kinds)]
 
     def branches(self, layer: int) -> list[tuple[int, int, list[int]]]:
         """Segment length, dilation rate and the offset of each query head, of every branch of a
-        layer (from 0). Raises ValueError where the fields do not fit each other."""
+        layer (from 0); of a sparse one that of its own block. Raises ValueError where the fields do
+        not fit each other."""
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        if self.attention == "dense":
+        kind = self.kind(layer)
+        if kind == "local":
+            return []
+        if kind == "dense":
             pattern = DilatedPattern((2**62,), (1,))  # one segment without end
+        elif kind == "sparse":
+            pattern = DilatedPattern((self.sparse_block_size,), (1,))
         else:
             fields = self.segment_lengths, self.dilation_rates, self.head_offsets
             pattern = DilatedPattern(*fields, layer)

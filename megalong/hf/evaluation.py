@@ -29,7 +29,7 @@ def hidden_states(loaded: LoadedModel, tokens: torch.Tensor) -> Iterator[torch.T
     does not grow with the length; other models, and dense attention, read all at once.
     """
     base = loaded.model.base_model
-    if not isinstance(base, LongNetModel) or base.config.attention == "dense":
+    if not isinstance(base, LongNetModel) or base.config.kinds == ["dense"]:
         yield base(tokens, use_cache=False).last_hidden_state[0]
         return
     cache = base.new_cache()

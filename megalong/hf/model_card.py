@@ -68,7 +68,7 @@ def model_card(
         name=provenance["checkpoint"].split("/")[0],
         dtype=dtype,
         layers=config.model.num_layers,
-        attention=config.attention.description(config.model.seq_length),
+        attention=config.attention.description,
         seq_length=config.model.seq_length,
         config=to_yaml(_without_paths(config), leave_out="defaults"),
         parameters=parameters,

@@ -23,11 +23,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .attention_longnet import (
-    Branch,
     LongNetCache,
     LongNetCacheLayer,
-    dilated_attention,
-    dilated_probabilities,
+    attention,
+    parts_of,
+    probabilities,
 )
 from .configuration_longnet import LongNetConfig
 from .loss_longnet import is_divided, most_rows, next_token_loss
@@ -89,7 +89,7 @@ def rotate(x_bshd, cos, sin):
 
 
 class LongNetAttention(nn.Module):
-    """Self-attention with the branches of one layer."""
+    """Self-attention of the kind of one layer."""
 
     def __init__(self, config: LongNetConfig, layer: int):
         super().__init__()
@@ -100,7 +100,7 @@ class LongNetAttention(nn.Module):
             config.num_key_value_heads,
         )
         bias = config.linear_bias or config.qkv_bias
-        self.branches = [Branch.of(*branch, kv_heads) for branch in config.branches(layer)]
+        self.parts = parts_of(config, layer)
         self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
@@ -112,14 +112,14 @@ class LongNetAttention(nn.Module):
         q, k = self._queries_and_keys(x, rotary)
         v = self._heads(self.v_proj, x)
         if cache is None:
-            out, _ = dilated_attention(q, k, v, self.branches)
+            out, _ = attention(q, k, v, self.parts)
         else:
             out = cache.attend(q, k, v, counts)
         return self.o_proj(out.flatten(2))
 
     def probabilities(self, x, rotary):
         """What each position attends to, (b, h, s, s), as `forward` without a cache does."""
-        return dilated_probabilities(*self._queries_and_keys(x, rotary), self.branches)
+        return probabilities(*self._queries_and_keys(x, rotary), self.parts)
 
     def _queries_and_keys(self, x, rotary):
         q, k = self._heads(self.q_proj, x), self._heads(self.k_proj, x)
@@ -186,7 +186,7 @@ class LongNetModel(LongNetPreTrainedModel):
         self.post_init()
 
     def new_cache(self) -> LongNetCache:
-        return LongNetCache([layer.self_attn.branches for layer in self.layers])
+        return LongNetCache([layer.self_attn.parts for layer in self.layers])
 
     def forward(
         self,
@@ -269,7 +269,7 @@ class LongNetModel(LongNetPreTrainedModel):
     def _in_tiles(self, layer, x, starts, counts, kept):
         """One layer, `TILE` positions at a time: to each, those before it are in the cache."""
         if kept is None:
-            kept = LongNetCacheLayer(layer.self_attn.branches)
+            kept = LongNetCacheLayer(layer.self_attn.parts)
         out = torch.empty_like(x)
         for first, tile in zip(range(0, x.shape[1], TILE), x.split(TILE, 1), strict=True):
             size = tile.shape[1]

@@ -7,21 +7,18 @@ makes or reads an attention mask. Shape letters: s sequence, b batch, h heads, d
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core.transformer.module import MegatronModule
 
 from megalong.attention.exchange import SequenceGroup
+from megalong.attention.passes import Passes, attend
 from megalong.config import AttentionConfig, ModelConfig
-
-if TYPE_CHECKING:
-    from megalong.attention.passes import Passes
 
 
 class CoreAttention(MegatronModule):
-    """Causal self-attention of the kind that the configuration names, over all ranks of the
-    sequence.
+    """Causal self-attention of the kind that its layer has, over all ranks of the sequence.
 
     model, attention: resolved. sequence: the ranks that share a sequence; None where each has all
     of it. tensor_rank: this rank's place among those that divide the heads; of the pattern it takes
@@ -47,21 +44,19 @@ class CoreAttention(MegatronModule):
         here = config.num_attention_heads // config.tensor_model_parallel_size
         self._heads = here
         self._kv_heads = config.num_query_groups // config.tensor_model_parallel_size
-        self.pattern = (
-            attention.pattern(model.seq_length)
-            .at_layer(layer_number - 1)  # Megatron-core counts layers from one
-            .for_heads(
-                config.num_attention_heads,
-                config.num_query_groups,
-                start=here * tensor_rank,
-                stop=here * (tensor_rank + 1),
-            )
+        layer = layer_number - 1  # Megatron-core counts them from one
+        self.pattern = attention.pattern(layer).for_heads(
+            config.num_attention_heads,
+            config.num_query_groups,
+            start=here * tensor_rank,
+            stop=here * (tensor_rank + 1),
         )
-        self._passes = partial(attention.kind.function("passes"), sequence=sequence)
-        self._attend = attention.kind.function("attend")
-        if sequence is not None and sequence.size > 1:
-            self._attend = partial(attention.kind.function("attend_shard"), sequence=sequence)
-        self._options = {"scale": softmax_scale, "backend": attention.attention_backend}
+        self._passes = partial(
+            attention.kind(layer).passes_class(),
+            sequence=sequence,
+            scale=softmax_scale,
+            backend=attention.attention_backend,
+        )
 
     def forward(
         self,
@@ -80,7 +75,7 @@ class CoreAttention(MegatronModule):
         """
         assert attention_mask is None and attention_bias is None and packed_seq_params is None
         q_bshd, k_bshd, v_bshd = (x.transpose(0, 1) for x in (q_sbhd, k_sbhd, v_sbhd))
-        out_bshd = self._attend(q_bshd, k_bshd, v_bshd, self.pattern, **self._options)
+        out_bshd = attend(q_bshd, k_bshd, v_bshd, self._passes(self.pattern))
         return out_bshd.transpose(0, 1).flatten(2)
 
     def passes(self, groups: int) -> list[Passes]:
@@ -95,4 +90,4 @@ class CoreAttention(MegatronModule):
             self.pattern.for_heads(self._heads, self._kv_heads, start, start + heads)
             for start in range(0, self._heads, heads)
         )
-        return [self._passes(part, **self._options) for part in parts]
+        return [self._passes(part) for part in parts]

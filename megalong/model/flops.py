@@ -92,9 +92,8 @@ def _attention_flops(config: Config, dense: bool) -> int:
     if dense:
         pairs = model.num_layers * heads * (tokens * (tokens + 1) // 2)
     else:
-        pattern = config.attention.pattern(tokens)
         pairs = sum(
-            pattern.at_layer(layer).attention_pairs(tokens, heads, kv_heads, causal=True)
+            config.attention.pattern(layer).attention_pairs(tokens, heads, kv_heads, causal=True)
             for layer in range(model.num_layers)
         )
     return 2 * 2 * model.kv_channels * pairs

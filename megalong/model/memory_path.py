@@ -86,9 +86,7 @@ def needs(config: Config, vocab_size: int, replicas: int = 1) -> Needs:
     channels = model.num_attention_heads * model.kv_channels / tensor
     heads = channels * size + 4 * model.num_attention_heads / tensor  # with a log-sum-exp
     inner = model.ffn_hidden_size * size / tensor
-    # What the sparse branches hand to the dense one: a row in so many, of two float32 gradients.
-    rates = config.attention.pattern(model.seq_length).dilation_rates
-    partial = sum(8 * channels / rate for rate in rates if rate > 1)
+    partial = 4 * channels * max(x.partial_rows for x in config.attention.patterns.values())
     before_norm = 2 * heads if model.qk_layernorm else 0.0
     attention_half = 9 * hidden + 5 * heads + before_norm
     mlp_half = (6 if model.swiglu else 3) * inner

@@ -239,8 +239,12 @@ def _sequence_group(config: Config) -> SequenceGroup:
 
     size = config.parallel.sequence_parallel_size
     shard = config.model.seq_length // size
-    pattern = config.attention.pattern(config.model.seq_length)
-    sizes = config.attention.kind.function("subgroup_sizes")(pattern, shard, size)
+    patterns = config.attention.patterns
+    sizes = {
+        number
+        for name, kind in config.attention.kinds.items()
+        for number in kind.passes_class().subgroup_sizes(patterns[name], shard, size)
+    }
     timeout = timedelta(minutes=config.run.distributed_timeout_minutes)
     return SequenceGroup.create(parallel_state.get_context_parallel_group(), sizes, timeout)
 

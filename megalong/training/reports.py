@@ -84,7 +84,7 @@ class Reports:
             f" x pipeline {mesh.pipeline_parallel_size} x data {mesh.data_parallel_size},"
             f" ZeRO {config.parallel.zero_stage}"
         )
-        say(config.attention.description(config.model.seq_length))
+        say(config.attention.description)
         say(
             f"{counted(training.train_iters, 'iteration')} of"
             f" {counted(training.global_batch_size, 'sequence')} of"

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megalong.attention import DilatedPattern, dilated_attention_reference
+from megalong.attention.dilated_passes import DilatedPasses
 from megalong.attention.exchange import SequenceGroup
-from megalong.attention.passes import Passes
 from megalong.attention.sequence_parallel import sequence_parallel_attention
 from megalong.attention.sequence_plan import gathered_rows, subgroup_sizes
 from megalong.attention.shards import Shards
@@ -118,7 +118,7 @@ def check_passes(found, counts: dict, qkv, grad, case: dict, sequence, backend: 
             slice(group * n // groups, (group + 1) * n // groups) for n in (heads, kv_heads)
         )
         pattern = case["pattern"].for_heads(heads, kv_heads, own.start, own.stop)
-        passes = Passes(pattern, sequence, backend=backend, **options)
+        passes = DilatedPasses(pattern, sequence, backend=backend, **options)
         inputs = [x[:, :, part] for x, part in zip(qkv, (own, kv_own, kv_own), strict=True)]
         with traffic:
             out, lse, kept = passes.forward(*inputs)

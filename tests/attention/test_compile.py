@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megalong.attention import DilatedPattern, dilated_attention, operators
 from megalong.attention.backends import choose_backend
+from megalong.attention.band import ALL, Band
 
 NAMES = ("grouped", "tail", "grouped-block", "whole-megatron-layout", "head-dim-large")
 CORNERS = [case for case in corners() if case.name in NAMES]
@@ -50,11 +51,12 @@ def test_operators_keep_their_promises(case, dtype, backend):
     torch.library.opcheck(
         ops.dilated_attention_backward.default, (grad, q, k, v, *results, *options)
     )
-    fewer = (k[:, 5:30], v[:, 5:30], 0.3, backend)
-    results = ops.attend_rows(q, *fewer)
-    torch.library.opcheck(ops.attend_rows.default, (q, *fewer))
-    arguments = (grad, q, *fewer[:2], *results, *fewer[2:])
-    torch.library.opcheck(ops.attend_rows_backward.default, arguments)
+    for band in (ALL, Band(before=2, after=9, first=3)):
+        fewer = (k[:, 5:30], v[:, 5:30], band.text, 0.3, backend)
+        results = ops.attend_rows(q, *fewer)
+        torch.library.opcheck(ops.attend_rows.default, (q, *fewer))
+        arguments = (grad, q, *fewer[:2], *results, *fewer[2:])
+        torch.library.opcheck(ops.attend_rows_backward.default, arguments)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
@@ -166,11 +168,13 @@ def test_flops_are_those_of_the_pairs(case, backend):
     assert counter.get_total_flops() == 2.5 * forward
 
     rows = {"scale": 0.3, "backend": backend}
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        k, v = k[:, :7], v[:, :7]
-        out, lse = operators.attend_rows(q, k, v, **rows)
-        operators.attend_rows_backward(grad, q, k, v, out, lse, **rows)
-    assert counter.get_total_flops() == 14 * q.numel() * k.shape[1]
+    k, v = k[:, :7], v[:, :7]
+    for band, pairs in ((ALL, k.shape[1]), (Band(before=0, after=1), min(k.shape[1], case.length))):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            out, lse = operators.attend_rows(q, k, v, band, **rows)
+            operators.attend_rows_backward(grad, q, k, v, out, lse, band, **rows)
+        rest = 1 if band == ALL else case.length
+        assert counter.get_total_flops() * rest == 14 * q.numel() * pairs
 
 
 def test_no_kernel_runs_on_fake_tensors_for_a_gpu_that_is_not_there(monkeypatch):

@@ -12,10 +12,9 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 
-from megalong.attention import DilatedPattern
 from megalong.attention.exchange import SequenceGroup
 from megalong.attention.passes import Passes
-from megalong.attention.sequence_plan import subgroup_sizes
+from megalong.config.attention import AttentionConfig
 from megalong.planning.fake_tensors import fake_device_tensors
 from megalong.planning.memory import DeviceMemory
 from megalong.torch_private import FakeStore
@@ -23,19 +22,22 @@ from megalong.torch_private import FakeStore
 HEADS, HEAD_DIM = 12, 64
 
 
-def attention_memory(tokens: int, ranks: int, heads: int = HEADS) -> dict[str, float]:
+def attention_memory(
+    tokens: int, ranks: int, heads: int = HEADS, kind: str = "dilated"
+) -> dict[str, float]:
     """Bytes a token at the peak of forward and of backward, inputs and results included, bfloat16.
 
     tokens: of a rank; the last rank, which attends to rows of all the others, is asked. heads: so
-    many, the first of HEADS. The pattern is the default one.
+    many, the first of HEADS. kind: with its default pattern.
     """
-    pattern = DilatedPattern.geometric(tokens * ranks)
+    config = AttentionConfig(attention=kind).resolve(tokens * ranks)
+    pattern, passes_class = config.pattern(0), config.kind(0).passes_class()
     dist.init_process_group("fake", rank=ranks - 1, world_size=ranks, store=FakeStore())
     try:
-        sequence = SequenceGroup.create(
-            dist.group.WORLD, subgroup_sizes(pattern, tokens, ranks) if ranks > 1 else ()
-        )
-        passes = Passes(pattern.for_heads(HEADS, HEADS, 0, heads), sequence, backend="triton")
+        sizes = passes_class.subgroup_sizes(pattern, tokens, ranks) if ranks > 1 else ()
+        sequence = SequenceGroup.create(dist.group.WORLD, sizes)
+        backend = "sdpa" if kind == "dense" else "triton"
+        passes = passes_class(pattern.for_heads(HEADS, HEADS, 0, heads), sequence, backend=backend)
         with fake_device_tensors():
             return {name: peak / tokens for name, peak in step(passes, tokens, heads).items()}
     finally:
@@ -65,6 +67,11 @@ def measured() -> dict[str, dict[str, float]]:
         for ranks in (1, 4, 8)
     }
     cases |= {f"uneven, {ranks} ranks": (uneven, ranks) for ranks in (1, 4)}
+    cases |= {
+        f"{kind}, {ranks} ranks": (2**16, ranks, HEADS, kind)
+        for kind in ("dense", "local")
+        for ranks in (2, 4, 8)
+    }
     return {name: attention_memory(*case) for name, case in cases.items()}
 
 

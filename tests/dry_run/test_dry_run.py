@@ -97,3 +97,12 @@ def test_a_shard_that_no_segment_begins_with_adds_less_than_a_second_output_of_e
     alone, shard = (results["attention"][f"uneven, {ranks} ranks"] for ranks in (1, 4))
     assert shard["forward"] < 1.7 * alone["forward"]
     assert shard["backward"] < 1.8 * alone["backward"]
+
+
+@pytest.mark.parametrize("kind", ["dense", "local"])
+def test_what_other_ranks_send_takes_as_much_memory_however_many_they_are(kind, results):
+    """A ring holds two shards of keys at a time, and a window the neighbours' rows."""
+    two, four, eight = (results["attention"][f"{kind}, {ranks} ranks"] for ranks in (2, 4, 8))
+    assert four == eight
+    for name in ("forward", "backward"):
+        assert four[name] <= 1.1 * two[name]

@@ -30,6 +30,8 @@ CASES = [
     LADDERS | {"position_embedding_type": "none", "norm_epsilon": 1e-3},
     {"segment_lengths": "50 100", "dilation_rates": "3 7", "head_offsets": "mod"},  # holes
     {"attention": "dense", "ffn_hidden_size": 80},
+    {"attention": "local", "window_size": 30, "num_query_groups": 2},
+    LADDERS | {"attention": "sparse dilated", "sparse_block_size": 20, "sparse_columns": 3},
     {"add_qkv_bias": True, "qk_layernorm": True},
     LADDERS | {"rope_scaling_factor": 8.0, "rope_original_length": 50, "rotary_base": 200.0},
     {"add_qkv_bias": True, "qk_layernorm": True, "normalization": "LayerNorm"},

@@ -4,9 +4,12 @@ import pytest
 import torch
 from transformers import DynamicCache, Trainer, TrainingArguments
 
+from megalong.attention.passes import attend
 from megalong.attention.pattern import DilatedPattern
 from megalong.attention.reference import dilated_attention_reference
-from megalong.hf.attention_longnet import Branch, dilated_probabilities
+from megalong.config import AttentionConfig
+from megalong.config.attention import PATTERN_FIELDS
+from megalong.hf.attention_longnet import parts_of, probabilities
 from megalong.hf.configuration_longnet import LongNetConfig
 from megalong.hf.modeling_longnet import LongNetForCausalLM
 
@@ -92,6 +95,9 @@ VARIANTS = [
     {"head_offsets": "layer", "position_embedding_type": "none"},
     {"attention": "dense", "normalization": "LayerNorm", "swiglu": False, "linear_bias": True},
     {"segment_lengths": [7, 20], "dilation_rates": [2, 9]},  # a query may see nothing
+    {"attention": "local", "window_size": 11},
+    {"attention": ["local", "sparse"], "sparse_block_size": 9, "sparse_columns": 2},
+    {"attention": ["dense", "sparse"], "sparse_block_size": 6, "sparse_columns": 4},
 ]
 SIZES = [[1] * 100, [13] * 8, [40, 1, 1, 1, 30, 1, 26, 1, 1]]
 
@@ -217,18 +223,26 @@ def test_hidden_states_and_kept_logits(model):
     torch.testing.assert_close(outputs.logits, full[:, -2:])
 
 
+def passes_of(config, layer):
+    """What computes a layer's attention in training."""
+    fields = {name: getattr(config, name) for name in PATTERN_FIELDS}
+    attention = AttentionConfig(**fields | {"attention": config.kind(layer)})
+    return attention.kind(0).passes_class()(attention.pattern(layer))
+
+
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_attentions_are_those_of_the_definition(changes):
     config = make_model(**changes).config
     kv_heads, s = config.num_key_value_heads, 50
     q, k = (torch.randn(1, s, heads, s, dtype=torch.float64) for heads in (4, kv_heads))
     v = torch.eye(s, dtype=torch.float64)[:, None].expand(1, s, kv_heads, s)  # out: the weights
-    fields = [[s], [1]] if config.attention == "dense" else list(SEGMENTS.values())
-    fields = [changes.get(name, x) for name, x in zip(SEGMENTS, fields, strict=True)]
-    pattern = DilatedPattern(*fields, config.head_offsets, layer=1)
-    expected = dilated_attention_reference(q, k, v, pattern)[0].transpose(1, 2)
-    branches = [Branch.of(*branch, kv_heads) for branch in config.branches(1)]
-    weights = dilated_probabilities(q, k, branches)
+    if config.kind(1) == "dilated":
+        fields = config.segment_lengths, config.dilation_rates, config.head_offsets
+        expected = dilated_attention_reference(q, k, v, DilatedPattern(*fields, layer=1))[0]
+    else:
+        expected = attend(q, k, v, passes_of(config, 1))
+    expected = expected.transpose(1, 2)
+    weights = probabilities(q, k, parts_of(config, 1))
     torch.testing.assert_close(weights, expected)
     assert torch.equal(weights == 0, expected == 0)
 

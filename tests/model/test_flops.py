@@ -72,10 +72,9 @@ def test_pytorch_counts_the_same_for_all_parts_but_attention(mesh, changes):
         theirs = sum(n for name, n in counted.items() if name.endswith(modules))
         assert theirs == 3 * 2 * ours[part], part
     assert {*MODULES, "attention"} == set(PARTS) == set(ours)
-    if config.attention.attention == "dilated":  # PyTorch counts all N^2 scores of the dense one
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(tokens, torch.arange(LENGTH), attention_mask=None, labels=tokens)
-        assert counter.get_total_flops() == 2 * sum(ours.values())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tokens, torch.arange(LENGTH), attention_mask=None, labels=tokens)
+    assert counter.get_total_flops() == 2 * sum(ours.values())
 
 
 @pytest.mark.parametrize("rule", ["mod", "block", "layer"])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from megalong.attention import DilatedPattern, dilated_attention
-from megalong.attention.passes import Passes
+from megalong.attention.dilated_passes import DilatedPasses
 from megalong.tiling.activations import GELU, SWIGLU
 from megalong.tiling.attention import TiledAttention
 from megalong.tiling.layer import TiledLayer
@@ -87,7 +87,7 @@ def gradients(out, inputs, grad):
 def passes_of(kv_heads, group, groups):
     heads = kv_heads // groups * group
     return [
-        Passes(PATTERN.for_heads(kv_heads * group, kv_heads, i * heads, (i + 1) * heads))
+        DilatedPasses(PATTERN.for_heads(kv_heads * group, kv_heads, i * heads, (i + 1) * heads))
         for i in range(groups)
     ]
 

@@ -56,6 +56,14 @@ MODELS = {
         "untie_embeddings_and_output_weights": True,
     },
     "dense": {"attention": "dense"},
+    "all kinds": {
+        **BRANCHES,
+        "attention": "local dilated dense sparse",
+        "window_size": 50,
+        "sparse_block_size": 20,
+        "sparse_columns": 3,
+        "num_layers": 4,
+    },
     "bf16": {"precision": "bf16", "qk_layernorm": True},
     "fp16": {"precision": "fp16", "initial_loss_scale": 1024, "qk_layernorm": True},
     "recompute selective": {"recompute_granularity": "selective", "qk_layernorm": True},
@@ -100,6 +108,7 @@ COPY_CASES = [
     ("sp2 tp2 pp2", 1, "tied, memory path, recomputed"),
     *((layout, 1, f"tied, {half}") for layout in ("one", "tp2") for half in HALVES),
     *((layout, 1, "dense, memory path") for layout in ("one", "sp2", "tp2")),
+    *((layout, 1, "all kinds, memory path") for layout in ("one", "sp2", "tp2")),
     *(("tp2", 1, f"whole norms, memory path{how}") for how in ("", ", recomputed")),
     *((where, 1, f"{dtype}, memory path") for where in ("one", "tp2") for dtype in LOW_PRECISION),
 ]
@@ -116,6 +125,15 @@ DIVIDED_OPTIMIZERS = [
     ("dp2", 2, "sgd"), ("sp2", 3, "sgd"), ("tp2", 3, "sgd"),
     ("dp2", 3, "offloaded optimizer"), ("sp2", 2, "offloaded optimizer"),
     ("tp2", 2, "offloaded optimizer"),
+]  # fmt: skip
+
+# Beside those on two ranks.
+KINDS_CASES = [
+    (*where, "all kinds")
+    for where in (
+        ("one vp", 1), ("sp4", 1), ("sp8", 1), ("sp2 tp2", 1), ("sp2 pp2", 1), ("sp2 pp2 vp1", 1),
+        ("sp2 dp2", 3),
+    )
 ]  # fmt: skip
 
 AXES = {
@@ -145,6 +163,7 @@ LAYOUTS = {
     "sp4 tp2": 8,
     "sp2 tp2 pp2": 8,
     "sp2 tp2 dp2": 8,
+    "sp8": 8,
 }
 
 
@@ -155,12 +174,14 @@ def cases() -> list[tuple[str, int, str]]:
     found = []
     for layout, ranks in LAYOUTS.items():
         models = list(MODELS) if ranks <= 2 and "vp" not in layout else BOTH
+        if layout == "sp8":  # the kinds' only
+            continue
         stages = (1,) if "pp" in layout or "vp" in layout else (1, 2, 3)
         found += [(layout, 1, model) for model in models if layout not in WITHOUT.get(model, ())]
         found += [(layout, stage, "tied") for stage in stages[1:]]
         if ranks == 2:
             found += [(layout, stage, "bf16") for stage in stages[1:]]
-    return [*found, *DIVIDED_OPTIMIZERS, *COPY_CASES]
+    return [*found, *DIVIDED_OPTIMIZERS, *KINDS_CASES, *COPY_CASES]
 
 
 def flags_of(layout: str, stage: int, model: str) -> dict[str, object]:

@@ -1,6 +1,6 @@
 """Compile kernels for a GPU that is not there, and count what ptxas made of them.
 
-    python tools/benchmarks/kernel_resources.py 90 bfloat16 forward:64 dkdv:128 rare:64 ...
+    python tools/benchmarks/kernel_resources.py 90 bfloat16 forward:64 banded-dq:128 rare:64 ...
 
 prints one line of JSON for each variant of each kernel and head_dim, as tile_sizes.py has them:
 registers, bytes of stack (spills), shared memory, the tensor-core instructions found, and the
@@ -63,6 +63,10 @@ VARIANTS["rare"] = [
     ("dq-gathered", dq_kernel, {"MERGE": True, **ROWS}),
     ("dkdv-gathered", dkdv_kernel, {"MERGE": True, **ROWS}),
 ]
+# Rows that see a range of key rows: windows, and the columns of sparse attention.
+for name in ("forward", "dq", "dkdv"):
+    _, kernel, _ = VARIANTS[name][0]
+    VARIANTS[f"banded-{name}"] = [("banded", kernel, {"MERGE": True, "BANDED": True, **ROWS})]
 for kind, kernel, constants in [
     item for name in ("forward", "dq", "dkdv") for item in VARIANTS[name]
 ]:
@@ -72,7 +76,9 @@ for kind, kernel, constants in [
             options = {"CAUSAL": causal, "GATHERED": gathered, "ONES": True}
             VARIANTS["rare"].append((name, kernel, {**constants, **options}))
 ACCUMULATED = {"lse_ptr", "partial_lse_ptr", "delta_ptr", "partial_dk_ptr", "partial_dv_ptr"}
-TABLES = {"tile_ptr": "i32", "branch_ptr": "i64", "offset_ptr": "i32", "class_ptr": "i32"}
+TABLES = {"branch_ptr": "i64"} | dict.fromkeys(
+    ("tile_ptr", "offset_ptr", "class_ptr", "band_ptr"), "i32"
+)
 
 
 def compile_kernel(kernel, generation: int, dtype: str, constants: dict, warps: int, stages: int):
@@ -157,7 +163,7 @@ def count(body: list[str], *names: str) -> int:
 def resources_of(name: str, head_dim: int, dtype: str, generation: int, chosen: TileSizes):
     """One dictionary for each variant of a kernel, or of "rare", in given tile sizes."""
     defaults = {
-        "CAUSAL": True, "ATTENDS": True, "GATHERED": False,
+        "CAUSAL": True, "ATTENDS": True, "GATHERED": False, "BANDED": False,
         "SPLIT": splits(head_dim, getattr(torch, dtype), generation),
         "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim),
         "BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n, "ACC": triton.language.float32,
@@ -181,7 +187,7 @@ def main(generation: str, dtype: str, *wanted: str) -> None:
     lines = newest_that_fits(divmod(number, 10), SHARED_OF.get(number, SHARED_MEMORY[90]))
     for item in wanted:
         name, head_dim = item.split(":")[0], int(item.split(":")[1])
-        size = "forward" if name == "rare" else name
+        size = "forward" if name == "rare" else name.removeprefix("banded-")
         chosen = sizes_of(size, head_dim, getattr(torch, dtype), lines)
         for line in resources_of(name, head_dim, dtype, number, chosen):
             print(json.dumps(line), flush=True)

@@ -15,6 +15,9 @@ import triton.language as tl
 from megalong.attention.triton.geometry import (
     LOG2E,
     VARYING,
+    band_ends,
+    band_keys,
+    band_queries,
     compact_rows,
     compact_start,
     load_rows,
@@ -50,14 +53,18 @@ def delta_kernel(
 
 @triton.jit
 def add_keys(
-    dq_md, q_md, grad_md, lse_m, delta_m, k_ptr, v_ptr, k_step, v_step, last_m, start, stop,
-    scale2, EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    dq_md, q_md, grad_md, lse_m, delta_m, k_ptr, v_ptr, k_step, v_step, first_m, last_m, start,
+    stop, gap_start, gap_stop, scale2,
+    EDGE: tl.constexpr, BANDED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq plus the share of the key rows [start, stop). EDGE: a query sees those up to its last one;
-    otherwise there are whole tiles of rows, and every query sees all. lse_m: in base 2."""
+    otherwise there are whole tiles of rows, and every query sees all. BANDED: as in the forward
+    kernel. lse_m: in base 2."""
     ACC: tl.constexpr = dq_md.dtype
-    for n0 in tl.range(start, stop, BLOCK_N):
+    gap = (gap_stop - gap_start) if EDGE and BANDED else 0
+    for before in tl.range(start, stop - gap, BLOCK_N):
+        n0 = tl.where(before < gap_start, before, before + gap) if EDGE and BANDED else before
         t_n = n0 + tl.arange(0, BLOCK_N)
         valid_n = (t_n < stop) if EDGE else None
         k_nd = load_rows(k_ptr, k_step, t_n, valid_n, HEAD_DIM, BLOCK_D)
@@ -66,6 +73,8 @@ def add_keys(
         p_mn = tl.exp2(s_mn * scale2 - lse_m[:, None])
         if EDGE:
             p_mn = tl.where(t_n[None, :] <= last_m[:, None], p_mn, 0.0)
+        if EDGE and BANDED:
+            p_mn = tl.where(t_n[None, :] >= first_m[:, None], p_mn, 0.0)
         dp_mn = tl.dot(grad_md, tl.trans(v_nd), input_precision=PRECISION, out_dtype=ACC)
         ds_mn = p_mn * (dp_mn - delta_m[:, None])
         dq_md = tl.dot(ds_mn.to(k_nd.dtype), k_nd, dq_md, input_precision=PRECISION, out_dtype=ACC)
@@ -77,10 +86,10 @@ def dq_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, partial_ptr,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     grad_batch, grad_row, grad_head, dq_batch, dq_row, dq_head,
-    tile_ptr, branch_ptr, offset_ptr,
+    tile_ptr, branch_ptr, offset_ptr, band_ptr,
     tiles, branches, heads, kv_heads, queries, keys, partial_rows, scale,
-    MERGE: tl.constexpr, ATTENDS: tl.constexpr, GATHERED: tl.constexpr, SPLIT: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    MERGE: tl.constexpr, ATTENDS: tl.constexpr, GATHERED: tl.constexpr, BANDED: tl.constexpr,
+    SPLIT: tl.constexpr, CAUSAL: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +97,8 @@ def dq_kernel(
 
     Not MERGE: the share of a sparse branch goes to partial (batch, heads, partial_rows, head_dim).
     MERGE: the tile of the base adds these shares and writes dq (batch, queries, heads, head_dim).
-    lse, delta: (batch, heads, queries), lse natural. ATTENDS, GATHERED: as in the forward kernel.
+    lse, delta: (batch, heads, queries), lse natural. ATTENDS, GATHERED,
+    BANDED: as in the forward kernel.
     """
     pid = tl.program_id(0)
     group = heads // kv_heads
@@ -125,21 +135,35 @@ def dq_kernel(
             key_rows = rows
             first_key = first
             key_rate = rate
-        last_m, whole, stop = seen_keys(tile, t_m, rows, key_rows, CAUSAL, BLOCK_M, BLOCK_N)
+        if BANDED:
+            begin, first_whole, whole, stop = band_keys(
+                tile, rows, keys, band_ptr, BLOCK_M, BLOCK_N
+            )
+            first_m, stop_m = band_ends(t_m, keys, band_ptr)
+            last_m = stop_m - 1
+        else:
+            last_m, whole, stop = seen_keys(tile, t_m, rows, key_rows, CAUSAL, BLOCK_M, BLOCK_N)
+            first_m = last_m
+            begin = tl.zeros_like(whole)
+            first_whole = begin
         k_ptr += batch * k_batch + kv_head.to(tl.int64) * k_head + first_key * k_row
         v_ptr += batch * v_batch + kv_head.to(tl.int64) * v_head + first_key * v_row
         k_row *= key_rate
         v_row *= key_rate
         if not SPLIT:
-            whole = tl.zeros_like(whole)
+            whole = first_whole
+        if not BANDED:
+            begin = whole
         dq_md = add_keys(
-            dq_md, q_md, grad_md, lse_m, delta_m, k_ptr, v_ptr, k_row, v_row, last_m, whole, stop,
-            scale * LOG2E, True, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+            dq_md, q_md, grad_md, lse_m, delta_m, k_ptr, v_ptr, k_row, v_row, first_m, last_m,
+            begin, stop, first_whole, whole, scale * LOG2E,
+            True, BANDED, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
         if SPLIT:
             dq_md = add_keys(
-                dq_md, q_md, grad_md, lse_m, delta_m, k_ptr, v_ptr, k_row, v_row, last_m, 0, whole,
-                scale * LOG2E, False, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+                dq_md, q_md, grad_md, lse_m, delta_m, k_ptr, v_ptr, k_row, v_row, first_m, last_m,
+                first_whole, whole, 0, 0, scale * LOG2E,
+                False, BANDED, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
             )  # fmt: skip
         dq_md = dq_md * scale
 
@@ -182,16 +206,16 @@ def add_class_shares(
 @triton.jit
 def add_queries(
     dk_nd, dv_nd, k_nd, v_nd, q_ptr, grad_ptr, lse_ptr, delta_ptr, q_step, grad_step, rate,
-    t_n, begin, stop, gap_start, gap_stop, scale2,
+    t_n, begin, stop, gap_start, gap_stop, keys, band_ptr, scale2,
     EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    CAUSAL: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, BANDED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv plus the shares of the query rows [begin, stop) but those in the gap.
 
-    EDGE: a key row is seen by the query rows from its own on, if CAUSAL; otherwise there are whole
-    tiles of query rows, all of which see all keys. A query beyond the last one has lse inf, and
-    exp2(s - inf) = 0. The few tiles at edges are not pipelined: that would cost the main loop
-    registers.
+    EDGE: a key row is seen by the query rows from its own on, if CAUSAL, or by those in whose band
+    it is, if BANDED; otherwise there are whole tiles of query rows, all of which see all keys. A
+    query beyond the last one has lse inf, and exp2(s - inf) = 0. The few tiles at edges are not
+    pipelined: that would cost the main loop registers.
     """
     ACC: tl.constexpr = dk_nd.dtype
     gap = gap_stop - gap_start
@@ -208,6 +232,10 @@ def add_queries(
         p_nm = tl.exp2(s_nm * scale2 - (lse_m * LOG2E)[None, :])
         if EDGE and CAUSAL:
             p_nm = tl.where(t_n[:, None] <= t_m[None, :], p_nm, 0.0)
+        if EDGE and BANDED:
+            start_m, stop_m = band_ends(t_m, keys, band_ptr)
+            seen_nm = (t_n[:, None] >= start_m[None, :]) & (t_n[:, None] < stop_m[None, :])
+            p_nm = tl.where(seen_nm, p_nm, 0.0)
         grad_md = load_rows(grad_ptr, grad_step, t_m, valid_m, HEAD_DIM, BLOCK_D)
         dv_nd = tl.dot(
             p_nm.to(grad_md.dtype), grad_md, dv_nd, input_precision=PRECISION, out_dtype=ACC
@@ -228,10 +256,10 @@ def dkdv_kernel(
     partial_dk_ptr, partial_dv_ptr,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     grad_batch, grad_row, grad_head, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head,
-    tile_ptr, branch_ptr, offset_ptr, class_ptr,
+    tile_ptr, branch_ptr, offset_ptr, class_ptr, band_ptr,
     tiles, branches, heads, kv_heads, slots, queries, keys, partial_rows, scale,
-    MERGE: tl.constexpr, ATTENDS: tl.constexpr, GATHERED: tl.constexpr, SPLIT: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    MERGE: tl.constexpr, ATTENDS: tl.constexpr, GATHERED: tl.constexpr, BANDED: tl.constexpr,
+    SPLIT: tl.constexpr, CAUSAL: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -282,9 +310,14 @@ def dkdv_kernel(
             query_rows = rows
             first_query = first
             query_rate = rate
-        begin, first_whole, last_whole, stop = seeing_queries(
-            tile, rows, query_rows, CAUSAL, BLOCK_M, BLOCK_N
-        )
+        if BANDED:
+            begin, first_whole, last_whole, stop = band_queries(
+                tile, queries, keys, band_ptr, BLOCK_M, BLOCK_N
+            )
+        else:
+            begin, first_whole, last_whole, stop = seeing_queries(
+                tile, rows, query_rows, CAUSAL, BLOCK_M, BLOCK_N
+            )
         if not SPLIT:
             last_whole = first_whole
         q_step = q_row * query_rate
@@ -302,13 +335,15 @@ def dkdv_kernel(
             dk_nd, dv_nd = add_queries(
                 dk_nd, dv_nd, k_nd, v_nd, query, grad, lse, delta, q_step, grad_step,
                 query_rate, t_n, begin, tl.where(reads, stop, 0), first_whole, last_whole,
-                scale * LOG2E, True, HEAD_DIM, BLOCK_D, BLOCK_M, CAUSAL, SPLIT, PRECISION,
+                keys, band_ptr, scale * LOG2E,
+                True, HEAD_DIM, BLOCK_D, BLOCK_M, CAUSAL, BANDED, SPLIT, PRECISION,
             )  # fmt: skip
             if SPLIT:
                 dk_nd, dv_nd = add_queries(
                     dk_nd, dv_nd, k_nd, v_nd, query, grad, lse, delta, q_step, grad_step,
                     query_rate, t_n, first_whole, tl.where(reads, last_whole, 0), 0, 0,
-                    scale * LOG2E, False, HEAD_DIM, BLOCK_D, BLOCK_M, CAUSAL, SPLIT, PRECISION,
+                    keys, band_ptr, scale * LOG2E,
+                    False, HEAD_DIM, BLOCK_D, BLOCK_M, CAUSAL, BANDED, SPLIT, PRECISION,
                 )  # fmt: skip
         dk_nd = dk_nd * scale
 

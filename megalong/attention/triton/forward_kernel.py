@@ -11,6 +11,8 @@ from megalong.attention.triton.geometry import (
     LOG2E,
     NEG_INF,
     VARYING,
+    band_ends,
+    band_keys,
     compact_rows,
     compact_start,
     load_rows,
@@ -23,28 +25,36 @@ from megalong.attention.triton.geometry import (
 
 @triton.jit
 def attend(
-    largest_m, total_m, acc_md, q_md, k_ptr, v_ptr, k_step, v_step, last_m, start, stop, scale2,
-    EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    largest_m, total_m, acc_md, q_md, k_ptr, v_ptr, k_step, v_step, first_m, last_m, start, stop,
+    gap_start, gap_stop, scale2,
+    EDGE: tl.constexpr, BANDED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The online softmax of a tile of queries goes on over the key rows [start, stop).
 
     Per query: the largest score so far (in base 2), the sum of exp2(score - largest) and the sum of
     exp2(score - largest) * v; -inf, 0 and 0 before the first key. EDGE: a query sees the key rows
     up to its last one, at least the first of them; otherwise there are whole tiles of rows, and
-    every query sees all. So the largest score is finite from the first tile on.
+    every query sees all. So the largest score is finite from the first tile on. BANDED: at an edge
+    a query sees the key rows from its first to its last one, which may be none of a tile; and those
+    of the gap are left out.
     """
     ACC: tl.constexpr = acc_md.dtype
-    for n0 in tl.range(start, stop, BLOCK_N):
+    gap = (gap_stop - gap_start) if EDGE and BANDED else 0
+    for before in tl.range(start, stop - gap, BLOCK_N):
+        n0 = tl.where(before < gap_start, before, before + gap) if EDGE and BANDED else before
         t_n = n0 + tl.arange(0, BLOCK_N)
         valid_n = (t_n < stop) if EDGE else None
         k_nd = load_rows(k_ptr, k_step, t_n, valid_n, HEAD_DIM, BLOCK_D)
         s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision=PRECISION, out_dtype=ACC)
         if EDGE:
             s_mn = tl.where(t_n[None, :] <= last_m[:, None], s_mn, NEG_INF)
+        if EDGE and BANDED:
+            s_mn = tl.where(t_n[None, :] >= first_m[:, None], s_mn, NEG_INF)
         new_m = tl.maximum(largest_m, tl.max(s_mn, 1) * scale2)
-        p_mn = tl.exp2(s_mn * scale2 - new_m[:, None])
-        shrink_m = tl.exp2(largest_m - new_m)
+        finite_m = tl.where(new_m == NEG_INF, 0.0, new_m) if EDGE and BANDED else new_m
+        p_mn = tl.exp2(s_mn * scale2 - finite_m[:, None])
+        shrink_m = tl.exp2(largest_m - finite_m)
         total_m = total_m * shrink_m + tl.sum(p_mn, 1)
         v_nd = load_rows(v_ptr, v_step, t_n, valid_n, HEAD_DIM, BLOCK_D)
         acc_md = tl.dot(
@@ -60,10 +70,10 @@ def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     out_batch, out_row, out_head,
-    tile_ptr, branch_ptr, offset_ptr,
+    tile_ptr, branch_ptr, offset_ptr, band_ptr,
     tiles, branches, heads, kv_heads, queries, keys, partial_rows, scale,
-    MERGE: tl.constexpr, ATTENDS: tl.constexpr, GATHERED: tl.constexpr, SPLIT: tl.constexpr,
-    CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    MERGE: tl.constexpr, ATTENDS: tl.constexpr, GATHERED: tl.constexpr, BANDED: tl.constexpr,
+    SPLIT: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: batch * kv_heads * tiles * (heads / kv_heads), the heads of a group next to each other.
@@ -76,6 +86,7 @@ def forward_kernel(
     q, k, v, out: last stride 1, other strides given. ATTENDS: False where the base offers no keys.
     SPLIT: tiles that need no mask have a loop of their own.
     GATHERED: keys are not the rows of the queries, but `keys` neighbouring rows for all heads.
+    BANDED: of these a query sees the range that band says (GATHERED only).
     """
     pid = tl.program_id(0)
     group = heads // kv_heads
@@ -110,19 +121,33 @@ def forward_kernel(
             key_rate = rate.to(tl.int64)
         k_ptr += batch * k_batch + kv_head.to(tl.int64) * k_head + first_key * k_row
         v_ptr += batch * v_batch + kv_head.to(tl.int64) * v_head + first_key * v_row
-        last_m, whole, stop = seen_keys(tile, t_m, rows, key_rows, CAUSAL, BLOCK_M, BLOCK_N)
+        if BANDED:
+            begin, first_whole, whole, stop = band_keys(
+                tile, rows, keys, band_ptr, BLOCK_M, BLOCK_N
+            )
+            first_m, stop_m = band_ends(t_m, keys, band_ptr)
+            last_m = stop_m - 1
+        else:
+            last_m, whole, stop = seen_keys(tile, t_m, rows, key_rows, CAUSAL, BLOCK_M, BLOCK_N)
+            first_m = last_m
+            begin = tl.zeros_like(whole)
+            first_whole = begin
         k_row *= key_rate
         v_row *= key_rate
         if SPLIT:
             largest_m, total_m, acc_md = attend(
-                largest_m, total_m, acc_md, q_md, k_ptr, v_ptr, k_row, v_row, last_m, 0, whole,
-                scale * LOG2E, False, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+                largest_m, total_m, acc_md, q_md, k_ptr, v_ptr, k_row, v_row, first_m, last_m,
+                first_whole, whole, 0, 0, scale * LOG2E,
+                False, BANDED, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
             )  # fmt: skip
         else:
-            whole = tl.zeros_like(whole)
+            whole = first_whole
+        if not BANDED:
+            begin = whole
         largest_m, total_m, acc_md = attend(
-            largest_m, total_m, acc_md, q_md, k_ptr, v_ptr, k_row, v_row, last_m, whole, stop,
-            scale * LOG2E, True, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+            largest_m, total_m, acc_md, q_md, k_ptr, v_ptr, k_row, v_row, first_m, last_m,
+            begin, stop, first_whole, whole, scale * LOG2E,
+            True, BANDED, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
 
     batch_head = batch * heads + head

@@ -100,6 +100,47 @@ def seeing_queries(
 
 
 @triton.jit
+def band_ends(row, keys, band_ptr):
+    """The first key row that a query row sees, and the one after the last (`band.Band`)."""
+    block = (tl.load(band_ptr + 2) + row) // tl.load(band_ptr + 3)
+    size = tl.load(band_ptr + 4)
+    start = (block - tl.load(band_ptr)) * size
+    stop = (block + tl.load(band_ptr + 1)) * size
+    return tl.minimum(tl.maximum(start, 0), keys), tl.minimum(tl.maximum(stop, 0), keys)
+
+
+@triton.jit
+def band_keys(tile, rows, keys, band_ptr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`seen_keys` in a band, of a tile of query rows: where the key rows begin and stop that any of
+    them sees, and between which ends all of them see whole tiles of keys; all but the stop in
+    multiples of BLOCK_N."""
+    begin, high = band_ends(tile * BLOCK_M, keys, band_ptr)
+    low, stop = band_ends(tl.minimum((tile + 1) * BLOCK_M, rows) - 1, keys, band_ptr)
+    first_whole = tl.cdiv(low, BLOCK_N) * BLOCK_N
+    last_whole = tl.maximum(high // BLOCK_N * BLOCK_N, first_whole)
+    return begin // BLOCK_N * BLOCK_N, first_whole, last_whole, stop
+
+
+@triton.jit
+def band_queries(tile, queries, keys, band_ptr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`seeing_queries` in a band, of a tile of key rows."""
+    before = tl.load(band_ptr)
+    after = tl.load(band_ptr + 1)
+    place = tl.load(band_ptr + 2)
+    rows = tl.load(band_ptr + 3)
+    size = tl.load(band_ptr + 4)
+    first = tile * BLOCK_N // size  # the blocks of the tile's keys
+    last = tl.cdiv(tl.minimum((tile + 1) * BLOCK_N, keys), size)
+    begin = (first + 1 - after) * rows - place
+    stop = tl.minimum(tl.maximum((last + before) * rows - place, 0), queries)
+    first_whole = tl.maximum((last - after) * rows - place, 0)
+    last_whole = tl.minimum(tl.maximum((first + before + 1) * rows - place, 0), queries)
+    begin = tl.minimum(tl.maximum(begin, 0) // BLOCK_M * BLOCK_M, stop)
+    first_whole = tl.maximum(tl.cdiv(first_whole, BLOCK_M) * BLOCK_M, begin)
+    return begin, first_whole, tl.maximum(last_whole // BLOCK_M * BLOCK_M, first_whole), stop
+
+
+@triton.jit
 def compact_rows(position, valid, branch_ptr, branch, offset):
     """Where a sparse branch keeps its results for some positions.
 

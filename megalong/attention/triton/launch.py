@@ -82,7 +82,7 @@ def forward(q_bshd, k_bsgd, v_bsgd, pattern, *, causal, scale):
 
 def launch_forward(
     tables: Tables, base: bool, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, partial_bhrd,
-    partial_lse_bhr, *, causal, scale, gathered=False,
+    partial_lse_bhr, *, causal, scale, gathered=False, band=None,
 ):  # fmt: skip
     """One launch of the forward kernel, over the base or over all sparse branches."""
     names = constants("forward", q_bshd, causal)
@@ -92,10 +92,11 @@ def launch_forward(
         forward_kernel, batch * heads * len(tiles), q_bshd.device,
         q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, partial_bhrd, partial_lse_bhr,
         *strides(q_bshd, k_bsgd, v_bsgd, out_bshd),
-        tiles, tables.branches, tables.offsets,
+        tiles, tables.branches, tables.offsets, tables.offsets if band is None else band,
         len(tiles), len(tables.shapes), heads, kv_heads, length, k_bsgd.shape[1],
         partial_lse_bhr.shape[2], scale,
-        MERGE=base, ATTENDS=tables.attends or not base, GATHERED=gathered, **names,
+        MERGE=base, ATTENDS=tables.attends or not base, GATHERED=gathered,
+        BANDED=band is not None, **names,
     )  # fmt: skip
 
 
@@ -141,7 +142,7 @@ def launch_delta(out_bshd, grad_bshd):
 
 def launch_dq(
     tables: Tables, base: bool, q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta_bhs, dq_bshd,
-    partial_bhrd, *, causal, scale, gathered=False,
+    partial_bhrd, *, causal, scale, gathered=False, band=None,
 ):  # fmt: skip
     """One launch of the dq kernel, over the base or over all sparse branches."""
     names = constants("dq", q_bshd, causal)
@@ -151,16 +152,17 @@ def launch_dq(
         dq_kernel, batch * heads * len(tiles), q_bshd.device,
         q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta_bhs, dq_bshd, partial_bhrd,
         *strides(q_bshd, k_bsgd, v_bsgd, grad_bshd, dq_bshd),
-        tiles, tables.branches, tables.offsets,
+        tiles, tables.branches, tables.offsets, tables.offsets if band is None else band,
         len(tiles), len(tables.shapes), heads, kv_heads, length, k_bsgd.shape[1],
         partial_bhrd.shape[2], scale,
-        MERGE=base, ATTENDS=tables.attends or not base, GATHERED=gathered, **names,
+        MERGE=base, ATTENDS=tables.attends or not base, GATHERED=gathered,
+        BANDED=band is not None, **names,
     )  # fmt: skip
 
 
 def launch_dkdv(
     tables: Tables, base: bool, q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta_bhs,
-    dk_bsgd, dv_bsgd, partial_dk, partial_dv, *, causal, scale, gathered=False,
+    dk_bsgd, dv_bsgd, partial_dk, partial_dv, *, causal, scale, gathered=False, band=None,
 ):  # fmt: skip
     """One launch of the dkdv kernel, over the base or over all sparse branches."""
     names = constants("dkdv", q_bshd, causal)
@@ -173,7 +175,9 @@ def launch_dkdv(
         partial_dk, partial_dv,
         *strides(q_bshd, k_bsgd, v_bsgd, grad_bshd, dk_bsgd, dv_bsgd),
         tiles, tables.branches, tables.offsets, tables.classes,
+        tables.offsets if band is None else band,
         len(tiles), len(tables.shapes), heads, kv_heads, slots, length, k_bsgd.shape[1],
         partial_dk.shape[3], scale,
-        MERGE=base, ATTENDS=tables.attends or not base, GATHERED=gathered, **names,
+        MERGE=base, ATTENDS=tables.attends or not base, GATHERED=gathered,
+        BANDED=band is not None, **names,
     )  # fmt: skip

@@ -14,11 +14,14 @@ import dataclasses
 import pytest
 import torch
 from attention_cases import assert_agree, corners, random_case, run_backend, run_reference
+from band_cases import BandCase, run_band, run_definition
 from triton.runtime import interpreter
 
 from megalong.attention import DilatedPattern, dilated_attention
+from megalong.attention import triton as triton_backend
 from megalong.attention.backends import choose_backend
-from megalong.attention.passes import Passes
+from megalong.attention.band import Band
+from megalong.attention.dilated_passes import DilatedPasses
 from megalong.attention.triton import attend_rows, attend_rows_backward, launch, tile_sizes
 
 CORNERS = {case.name: case for case in corners()}
@@ -207,6 +210,38 @@ def test_attend_rows(queries, keys):
     )
 
 
+BANDS = {
+    "window": BandCase(Band(19, 1), 50, 50),
+    "window of one": BandCase(Band(0, 1), 20, 20),
+    "window on both sides": BandCase(Band(5, 6), 40, 40, heads=1),
+    "wide window": BandCase(Band(40, 1, first=3), 70, 70, heads=1),
+    "rows of an earlier shard": BandCase(Band(before=19, first=33), 19, 33),
+    "rows of a later shard": BandCase(Band(after=-9), 20, 25),
+    "causal": BandCase(Band(after=1, first=17), 33, 50, heads=1),
+    "columns of earlier blocks": BandCase(Band(None, 0, 7, 10, 3), 60, 20),
+    "columns of later blocks": BandCase(Band(-1, None, 7, 10, 3), 50, 20),
+    "columns as long as blocks": BandCase(Band(1, 1, 0, 16, 16), 64, 64, heads=1),
+    "queries that see nothing": BandCase(Band(2, 1, first=30), 20, 16),
+    "keys that nobody sees": BandCase(Band(2, 1), 17, 60, heads=1),
+}
+
+
+@pytest.mark.parametrize("name", BANDS)
+@pytest.mark.parametrize("blocks", [(16, 16), (32, 16), (16, 32)])
+def test_rows_in_a_band(name, blocks, monkeypatch):
+    """With the gradients of a softmax over more keys than these, in tiles of equal and of unequal
+    sides; the last ones in one loop over all tiles."""
+    monkeypatch.setattr(tile_sizes, "INTERPRETED", tile_sizes.TileSizes(*blocks, 1, 1))
+    if blocks[0] < blocks[1]:
+        monkeypatch.setattr(launch, "splits", lambda *_: False)
+    case = BANDS[name]
+    inputs = case.inputs()
+    for found, expected in zip(
+        run_band(case, triton_backend, inputs), run_definition(case, inputs), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+
+
 def test_shares_of_gradients_are_in_float32():
     q, k, v = (torch.randn(1, 20, 2, 8, dtype=torch.float16) for _ in range(3))
     out, lse = attend_rows(q, k, v, scale=0.3)
@@ -247,7 +282,7 @@ def test_attend_rows_merge_to_attention_over_all_keys():
 def test_passes_equal_the_public_function():
     case = small_case(3)
     *qkv, grad = case.inputs(torch.float32)
-    passes = Passes(case.pattern, backend="triton", **case.options)
+    passes = DilatedPasses(case.pattern, backend="triton", **case.options)
     out, lse, kept = passes.forward(*qkv)
     gradients = passes.backward(grad, *qkv, out, lse, kept)
     expected = run_backend(case, (*qkv, grad), "triton").values()

@@ -44,6 +44,10 @@ LOOP = {
 }  # fmt: skip
 
 
+# Bytes of stack that kernels of rows in a band may have, outside of the main loop.
+BANDED_STACK = {(80, "forward", 64): 16, (90, "dkdv", 128): 16}
+
+
 def run(command, folder):
     """The lines a tool prints, in a process where nothing is interpreted or cached."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -86,6 +90,19 @@ def test_resources(generation, dtype, items, tmp_path):
             assert line["hgmma"] > 0, line
         else:
             assert line["hmma"] + line["hgmma"] > 0, line
+
+
+@pytest.mark.parametrize("generation", [80, 90])
+def test_rows_in_a_band_take_hardly_more_than_others(generation, tmp_path):
+    """Their main loop is that of the other kernels; what a band adds is at its edges."""
+    items = [f"banded-{item}" for item in ITEMS if not item.endswith(":256")]
+    for line in compiled(generation, "bfloat16", items, tmp_path):
+        key = generation, line["kernel"].removeprefix("banded-"), line["head_dim"]
+        assert line["stack"] <= BANDED_STACK.get(key, 0), line
+        assert line["shared"] <= SHARED_MEMORY[generation], line
+        assert line["loops"] == 2 and line["loop_masking"] <= 12, line
+        assert line["loop_spills"] == 0 and line["loop"] <= 1.02 * LOOP[key], line
+        assert line["hgmma" if generation == 90 else "hmma"] > 0, line
 
 
 def test_rare_variants_compile(tmp_path):

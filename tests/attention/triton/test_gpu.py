@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from attention_cases import Case, assert_agree, corners, random_case, run_backend, run_reference
+from band_cases import BandCase, run_band, run_definition
 
 from megalong.attention import DilatedPattern, dilated_attention
 from megalong.attention.backends import choose_backend
+from megalong.attention.band import Band
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -158,6 +160,36 @@ def test_rows_against_gathered_keys():
     keys = [torch.cat(pair, dim=1) for pair in zip(dkv_a, dkv_b, strict=True)]
     for found, value in zip((out, dq_a + dq_b, *keys), wanted, strict=True):
         torch.testing.assert_close(found.double(), value.detach(), rtol=0, atol=3e-5)
+
+
+BANDS = {
+    "window": (Band(99, 1), 1000, 1000),
+    "window on both sides": (Band(299, 300), 1000, 1000),
+    "rows of earlier shards": (Band(before=700, first=900), 700, 900),
+    "causal": (Band(after=1), 1000, 1000),
+    "columns of earlier blocks": (Band(None, 0, 500, 256, 32), 1000, 160),
+    "columns of later blocks": (Band(-1, None, 0, 256, 32), 1000, 160),
+}
+
+
+@pytest.mark.parametrize("name", BANDS)
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "tolerance"),
+    [(64, torch.bfloat16, 2e-2), (128, torch.bfloat16, 2e-2), (64, torch.float32, 2e-5)],
+    ids=["d64-bfloat16", "d128-bfloat16", "d64-float32"],
+)
+def test_rows_in_a_band(name, head_dim, dtype, tolerance, poisoned):
+    from megalong.attention import triton as backend
+
+    case = BandCase(*BANDS[name], batch=2, heads=4, kv_heads=2, head_dim=head_dim)
+    inputs = case.inputs(dtype, "cuda")
+    for found, expected in zip(
+        run_band(case, backend, inputs), run_definition(case, inputs), strict=True
+    ):
+        there = torch.isfinite(expected)  # some queries see no key
+        assert torch.equal(torch.isfinite(found), there)
+        error = (found.double() - expected)[there].norm()
+        assert error <= tolerance * expected[there].norm()
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ import pytest
 import torch
 from attention_cases import assert_agree, corners, run_backend
 
-from megalong.attention.passes import Passes
+from megalong.attention.dilated_passes import DilatedPasses
 
 
 def run_passes(case, inputs, backend):
     """As `run_backend`."""
     *qkv, grad = inputs
-    passes = Passes(case.pattern, backend=backend, **case.options)
+    passes = DilatedPasses(case.pattern, backend=backend, **case.options)
     out, lse, kept = passes.forward(*qkv)
     assert kept == ()
     gradients = passes.backward(grad, *qkv, out, lse, kept)
@@ -52,7 +52,7 @@ def test_the_functions_find_what_the_public_one_finds_for_all_heads_and_by_group
 def test_nothing_is_recorded_and_bad_inputs_are_named():
     case = corners()[0]
     q, k, v, grad = (x.requires_grad_() for x in case.inputs())
-    passes = Passes(case.pattern)
+    passes = DilatedPasses(case.pattern)
     out, lse, kept = passes.forward(q, k, v)
     gradients = passes.backward(grad, q, k, v, out, lse, kept)
     assert not any(x.requires_grad for x in (out, lse, *gradients))

@@ -1,0 +1,199 @@
+"""Fixed sparse attention (`sparse_pattern`): the own block, and columns of the other ones.
+
+Columns are few: their keys and values are gathered, and all queries attend to them, block by block.
+On the sequence axis the blocks that cross a border of shards are exchanged as the segments of
+dilated attention are, and each rank gets from the others the columns that its queries see. So what
+is exchanged grows with the number of blocks, not with their length.
+
+Shape suffixes: b batch, s sequence (the shard's, where it is sharded), h query heads, g kv heads,
+d head_dim, n columns of all blocks that are seen, c columns of a block, p rows: a position of one
+kv head each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from megalong.attention import operators
+from megalong.attention.arguments import checked
+from megalong.attention.band import Band
+from megalong.attention.dilated_passes import DilatedPasses
+from megalong.attention.exchange import AllToAll, SequenceGroup
+from megalong.attention.shard_rows import merge
+from megalong.attention.sparse_pattern import SparsePattern
+from megalong.attention.tensor_cache import tensor_cache
+
+
+@dataclass(frozen=True)
+class SparsePasses:
+    """Fixed sparse attention of some heads, or of all, of a layer (`passes.Passes`)."""
+
+    pattern: SparsePattern
+    sequence: SequenceGroup | None = None
+    scale: float | None = None
+    backend: str = "auto"
+    causal: bool = True
+
+    @staticmethod
+    def subgroup_sizes(pattern: SparsePattern, shard: int, ranks: int) -> tuple[int, ...]:
+        return DilatedPasses.subgroup_sizes(pattern.own_block, shard, ranks)
+
+    def forward(self, q_bshd, k_bsgd, v_bsgd, kept: tuple[torch.Tensor, ...] | None = None):
+        options, columns = self._options(q_bshd, k_bsgd, v_bsgd), self._columns(q_bshd, k_bsgd)
+        with torch.no_grad():
+            own_p2bd = columns.take(k_bsgd, v_bsgd)
+            if kept is None:
+                others_p2bd, work = columns.start(self.sequence, own_p2bd)
+            else:
+                others_p2bd, work = kept[0], None
+            out_bshd, lse_bhs, of_block = self._own_block.forward(
+                q_bshd, k_bsgd, v_bsgd, kept and kept[1:]
+            )
+            if work is not None:
+                work.wait()
+            keys = columns.keys(others_p2bd, own_p2bd)
+            for band in columns.bands:
+                new_out, new_lse = operators.attend_rows(q_bshd, *keys, band, **options)
+                merged_bshd, merged_bsh = merge(
+                    out_bshd.to(lse_bhs.dtype), lse_bhs.mT, new_out.to(lse_bhs.dtype), new_lse.mT
+                )
+                out_bshd, lse_bhs = merged_bshd.to(q_bshd.dtype), merged_bsh.mT.contiguous()
+            return out_bshd, lse_bhs, (others_p2bd, *of_block)
+
+    def backward(self, grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, kept):
+        options, columns = self._options(q_bshd, k_bsgd, v_bsgd), self._columns(q_bshd, k_bsgd)
+        others_p2bd, *of_block = kept
+        with torch.no_grad():
+            keys = columns.keys(others_p2bd, columns.take(k_bsgd, v_bsgd))
+            sums = [torch.zeros_like(x, dtype=lse_bhs.dtype) for x in (q_bshd, *keys)]
+            for band in columns.bands:
+                shares = operators.attend_rows_backward(
+                    grad_bshd, q_bshd, *keys, out_bshd, lse_bhs, band, **options
+                )
+                sums = [x.add_(share) for x, share in zip(sums, shares, strict=True)]
+            others_p2bd, own_p2bd = columns.of_rows(*sums[1:], len(others_p2bd))
+            returned_p2bd, work = columns.start_back(self.sequence, others_p2bd)
+            gradients = self._own_block.backward(
+                grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, tuple(of_block)
+            )
+            dq_bshd, dk_bsgd, dv_bsgd = (x.to(lse_bhs.dtype) for x in gradients)
+            dq_bshd += sums[0]
+            if work is not None:
+                work.wait()
+            columns.add(dk_bsgd, dv_bsgd, own_p2bd, returned_p2bd)
+            return tuple(x.to(q_bshd.dtype) for x in (dq_bshd, dk_bsgd, dv_bsgd))
+
+    @property
+    def _own_block(self) -> DilatedPasses:
+        options = {"scale": self.scale, "backend": self.backend, "causal": self.causal}
+        return DilatedPasses(self.pattern.own_block, self.sequence, **options)
+
+    def _options(self, q_bshd, k_bsgd, v_bsgd) -> dict:
+        return {"scale": checked(q_bshd, k_bsgd, v_bsgd, self.scale), "backend": self.backend}
+
+    def _columns(self, q_bshd, k_bsgd) -> Columns:
+        rank, ranks = (self.sequence.rank, self.sequence.size) if self.sequence else (0, 1)
+        length, kv_heads = q_bshd.shape[1], k_bsgd.shape[2]
+        return columns_of(self.pattern, rank, ranks, length, kv_heads, self.causal, q_bshd.device)
+
+
+class Columns(NamedTuple):
+    """The columns that a rank has, and those that it sees.
+
+    positions, heads: of the rows (one position of one kv head) that stand in the shard and belong
+        to columns, int64 (p,), those of earlier blocks first. sent: for each rank, how many of
+        these it sees. places: where each column of each kv head is, int64 (n, g), among the rows
+        that have come and then the own ones. bands: which columns the queries see.
+    """
+
+    positions: torch.Tensor
+    heads: torch.Tensor
+    sent: tuple[int, ...]
+    exchange: AllToAll
+    places: torch.Tensor
+    bands: tuple[Band, ...]
+
+    def take(self, k_bsgd: torch.Tensor, v_bsgd: torch.Tensor) -> torch.Tensor:
+        """The own rows: (p, 2, batch, head_dim)."""
+        rows = [x[:, self.positions, self.heads].transpose(0, 1) for x in (k_bsgd, v_bsgd)]
+        return torch.stack(rows, 1)
+
+    def start(self, sequence: SequenceGroup | None, own_p2bd: torch.Tensor):
+        """Begin to exchange them. Returns what will hold the rows of the others, and the work."""
+        if len(self.sent) == 1:
+            return own_p2bd[:0], None
+        return self.exchange.start(sequence, torch.cat([own_p2bd[:count] for count in self.sent]))
+
+    def start_back(self, sequence: SequenceGroup | None, gradients_p2bd: torch.Tensor):
+        if len(self.sent) == 1:
+            return gradients_p2bd, None
+        return self.exchange.start_back(sequence, gradients_p2bd)
+
+    def keys(self, others_p2bd: torch.Tensor, own_p2bd: torch.Tensor):
+        """Keys and values of all columns: (batch, n, g, head_dim) each."""
+        rows_ng2bd = torch.cat((others_p2bd, own_p2bd))[self.places]
+        return rows_ng2bd.permute(2, 3, 0, 1, 4).unbind(0)
+
+    def of_rows(self, dk_bngd: torch.Tensor, dv_bngd: torch.Tensor, others: int):
+        """Gradients of `keys` as those of the rows of others and of the own ones."""
+        gradients_ng2bd = torch.stack((dk_bngd, dv_bngd)).permute(2, 3, 0, 1, 4)
+        rows_p2bd = gradients_ng2bd.new_zeros(
+            others + len(self.positions), *gradients_ng2bd.shape[2:]
+        )
+        rows_p2bd[self.places] = gradients_ng2bd  # no row stands in two places
+        return rows_p2bd[:others], rows_p2bd[others:]
+
+    def add(self, dk_bsgd, dv_bsgd, own_p2bd: torch.Tensor, returned_p2bd: torch.Tensor) -> None:
+        """Add the gradients of the own rows, and what the others found for them, in place."""
+        if len(self.sent) > 1:
+            for count, share_p2bd in zip(self.sent, returned_p2bd.split(self.sent), strict=True):
+                own_p2bd[:count] += share_p2bd
+        for x, share_pbd in zip((dk_bsgd, dv_bsgd), own_p2bd.unbind(1), strict=True):
+            x[:, self.positions, self.heads] += share_pbd.transpose(0, 1)
+
+
+@tensor_cache
+def columns_of(
+    pattern: SparsePattern, rank: int, ranks: int, length: int, kv_heads: int, causal: bool,
+    device: torch.device,
+) -> Columns:  # fmt: skip
+    """The columns of one of so many ranks, each with a shard of `length` positions."""
+    blocks = ranks * length // pattern.block
+    starts = torch.tensor(pattern.first_columns(kv_heads))
+    # (blocks, columns, kv heads): the position of each row.
+    position_ncg = (
+        torch.arange(blocks)[:, None, None] * pattern.block
+        + starts
+        + torch.arange(pattern.columns)[:, None]
+    )
+    owner_ncg = position_ncg // length
+
+    def seen(by: int) -> int:
+        """How many blocks a rank sees the columns of: all before that of its last query."""
+        return min(((by + 1) * length - 1) // pattern.block, blocks) if causal else blocks
+
+    def count(by: int, of: int) -> int:
+        return int((owner_ncg[: seen(by)] == of).sum()) if by != of else 0
+
+    head_ncg = torch.arange(kv_heads).expand_as(position_ncg)
+    own_ncg = owner_ncg == rank
+    received = tuple(count(rank, of) for of in range(ranks))
+    place_ncg = torch.zeros_like(position_ncg)
+    first = 0
+    for of in (*(of for of in range(ranks) if of != rank), rank):
+        theirs = owner_ncg == of
+        place_ncg[theirs] = first + torch.arange(int(theirs.sum()))
+        first += received[of]
+    sent = tuple(count(by, rank) for by in range(ranks))
+    places = place_ncg[: seen(rank)].flatten(0, 1)
+    return Columns(
+        (position_ncg[own_ncg] - rank * length).to(device),
+        head_ncg[own_ncg].to(device),
+        sent,
+        AllToAll(sent, received),
+        places.to(device),
+        pattern.bands(rank * length, causal) if len(places) else (),
+    )
