@@ -38,6 +38,11 @@ class ModelConfig:
         False, "biases in the query, key and value projections, also without --add-bias-linear"
     )
     qk_layernorm: bool = flag(False, "a norm of each head's queries and keys")
+    sub_layer_norm: bool = flag(
+        False,
+        "a norm before each matrix that writes to the residual stream, too, with initial weights to"
+        " match (MAGNETO)",
+    )
     position_embedding_type: str = flag("rope", "position encoding", choices=("rope", "none"))
     rotary_base: float = flag(10000.0, "base of the rotary frequencies")
     rope_scaling_factor: float | None = flag(
@@ -52,7 +57,8 @@ class ModelConfig:
     init_method_std: float = flag(
         0.02,
         "standard deviation of the initial weights (divided by sqrt(2 x layers) for the"
-        " projections that write to the residual stream)",
+        " projections that write to the residual stream); with --sub-layer-norm of the embedding"
+        " alone",
     )
     make_vocab_size_divisible_by: int = flag(128, "pad the vocabulary to a multiple of this")
     padded_vocab_size: int | None = flag(

@@ -27,6 +27,7 @@ _SETTINGS = {
     "add_bias_linear": "linear_bias",
     "add_qkv_bias": "qkv_bias",
     "qk_layernorm": "qk_norm",
+    "sub_layer_norm": "sub_layer_norm",
     "position_embedding_type": "position_embedding_type",
     "rotary_base": "rotary_base",
     "rope_scaling_factor": "rope_scaling_factor",
@@ -36,6 +37,7 @@ _SETTINGS = {
 _ADDED = {
     "qkv_bias": False,
     "qk_norm": False,
+    "sub_layer_norm": False,
     "rope_scaling_factor": None,
     "rope_original_length": 8192,
 }

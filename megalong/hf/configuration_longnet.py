@@ -25,6 +25,8 @@ class LongNetConfig(PreTrainedConfig):
     rope_scaling_factor, rope_original_length: RoPE stretched as in Llama 3.1; None: as it is.
     swiglu: a gated SiLU MLP; else GELU. linear_bias: biases in all linear layers; qkv_bias: in the
         query, key and value projections. qk_norm: a norm of each head's queries and keys.
+    sub_layer_norm: a norm before the output projection and before the MLP's last matrix, too
+        (MAGNETO, arXiv 2210.06423).
     """
 
     model_type = "longnet"
@@ -43,6 +45,7 @@ class LongNetConfig(PreTrainedConfig):
     linear_bias: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
+    sub_layer_norm: bool = False
     position_embedding_type: str = "rope"
     rotary_base: float = 10000.0
     rope_scaling_factor: float | None = None

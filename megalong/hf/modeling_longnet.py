@@ -55,6 +55,11 @@ def make_norm(config: LongNetConfig, size: int) -> nn.Module:
     return norm(size, eps=config.norm_epsilon)
 
 
+def sub_layer_norm(config: LongNetConfig, size: int) -> nn.Module:
+    """What stands before a matrix that writes to the residual stream."""
+    return make_norm(config, size) if config.sub_layer_norm else nn.Identity()
+
+
 def rotary_frequencies(config: LongNetConfig):
     """Radians per position of each pair of channels, float64; scaled as in Llama 3.1, if at all:
     what turns less than once in the original length is slower by the factor, what turns more than
@@ -107,6 +112,7 @@ class LongNetAttention(nn.Module):
         self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=config.linear_bias)
         self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+        self.attn_sub_norm = sub_layer_norm(config, heads * self.head_dim)
 
     def forward(self, x, rotary, counts, cache):
         q, k = self._queries_and_keys(x, rotary)
@@ -115,7 +121,7 @@ class LongNetAttention(nn.Module):
             out, _ = attention(q, k, v, self.parts)
         else:
             out = cache.attend(q, k, v, counts)
-        return self.o_proj(out.flatten(2))
+        return self.o_proj(self.attn_sub_norm(out.flatten(2)))
 
     def probabilities(self, x, rotary):
         """What each position attends to, (b, h, s, s), as `forward` without a cache does."""
@@ -140,12 +146,15 @@ class LongNetMLP(nn.Module):
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.linear_bias
         self.gate_proj = nn.Linear(hidden, inner, bias=bias) if config.swiglu else None
         self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.ffn_sub_norm = sub_layer_norm(config, inner)
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
 
     def forward(self, x):
         if self.gate_proj is None:
-            return self.down_proj(F.gelu(self.up_proj(x)))
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+            x = F.gelu(self.up_proj(x))
+        else:
+            x = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(self.ffn_sub_norm(x))
 
 
 class LongNetDecoderLayer(GradientCheckpointingLayer):

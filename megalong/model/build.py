@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -17,18 +16,26 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
 from megalong.attention.backends import choose_backend
-from megalong.config import Config
+from megalong.config import Config, ModelConfig
 from megalong.device import use_gpu
 from megalong.errors import UserError
 from megalong.model.core_attention import CoreAttention
 from megalong.model.layer_spec import get_longnet_block_spec, use_transformer_engine
 from megalong.model.names import parameter_places
 from megalong.model.output import LossLayer, avoid_logits
-from megalong.model.parameters import Initial, gradient_is_summed, row_of
+from megalong.model.parameters import (
+    Initial,
+    Packing,
+    Row,
+    deviations,
+    gradient_is_summed,
+    row_of,
+    sizes,
+)
 from megalong.model.rotary import LongRotaryEmbedding
 from megalong.model.stage import PipelineStage
 from megalong.model.tensor_slices import cut_dimension, tensor_slice
-from megalong.model.tiled_layer import has_pieces, recomputes_by_itself
+from megalong.model.tiled_layer import has_pieces, recomputes_by_itself, tensor_ranks
 from megalong.parallel.cpu import cuda_means_cpu
 from megalong.parallel.mesh import Mesh
 from megalong.tiling.offload import HostOffload
@@ -156,7 +163,12 @@ def _chunk(
         model = _Model(
             config=megatron_config,
             transformer_layer_spec=get_longnet_block_spec(
-                megatron_config, core_attention, model_config.transformer_impl, numbered, tiled
+                megatron_config,
+                core_attention,
+                model_config.transformer_impl,
+                numbered,
+                tiled,
+                tensor_ranks(config, mesh) if model_config.sub_layer_norm else None,
             ),
             vocab_size=model_config.vocabulary_rows(vocab_size),
             max_sequence_length=model_config.seq_length,
@@ -262,9 +274,24 @@ def initialize_parameter(
         if row.cut is not None:
             shape[row.cut] *= ranks
         values = normal_numbers(shape, generator, parameter.device)
-        values = tensor_slice(name, values, mesh.tensor_parallel_rank, ranks, model)
-        residual = math.sqrt(2 * model.num_layers) if row.initial is Initial.RESIDUAL else 1.0
-        parameter.copy_(values.mul_(model.init_method_std / residual))
+        _scale_parts_(row, values, model)
+        parameter.copy_(tensor_slice(name, values, mesh.tensor_parallel_rank, ranks, model))
+
+
+def _scale_parts_(row: Row, whole: torch.Tensor, model: ModelConfig) -> None:
+    """Give each part of a parameter of normal random numbers its deviation."""
+    of_parts = deviations(row, model)
+    if len(set(of_parts)) == 1:
+        whole.mul_(of_parts[0])
+        return
+    words = sizes(model, 0)
+    heights = [part.size(words)[0] for part in row.parts_of(model)]
+    if row.packing is Packing.GROUPED:
+        heads = model.num_query_groups
+        whole, heights = whole.unflatten(0, (heads, -1)), [n // heads for n in heights]
+    parts = whole.split(heights, dim=1 if row.packing is Packing.GROUPED else 0)
+    for part, deviation in zip(parts, of_parts, strict=True):
+        part.mul_(deviation)
 
 
 def normal_numbers(

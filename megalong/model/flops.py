@@ -69,6 +69,7 @@ def executed_flops(config: Config, vocab_size: int) -> dict[str, int]:
         passes["qkv"] += 2 if full else 1  # for the output, and for the gradients
         passes["attention"] += 1 if full else 0
         passes["attention_output"] += 1 if memory.tiled_mlp else 0
+        passes["attention_output"] += 1 if config.model.sub_layer_norm else 0  # its gradient
     else:
         passes["qkv"] += 1 if full else 0
         passes["attention"] += 1 if full or parallel.recompute_granularity == "selective" else 0

@@ -25,7 +25,9 @@ from megatron.core.transformer.transformer_block import (
 from megalong.device import use_gpu
 from megalong.errors import UserError
 from megalong.model.norms import LayerNorm, RMSNorm
+from megalong.model.sub_layer_norm import add_sub_layer_norms
 from megalong.model.tiled_layer import TiledTransformerLayer
+from megalong.tiling.tensor_ranks import TensorRanks
 
 
 def get_longnet_layer_spec(
@@ -34,6 +36,7 @@ def get_longnet_layer_spec(
     transformer_impl: str = "local",
     qk_layernorm: bool = False,
     tiled: dict[str, Any] | None = None,
+    sub_layer_norm: TensorRanks | None = None,
 ) -> ModuleSpec:
     """The spec of one layer, for `megatron.core.models.gpt.GPTModel`.
 
@@ -42,6 +45,8 @@ def get_longnet_layer_spec(
     normalization: "RMSNorm" or "LayerNorm".
     transformer_impl: "local", "transformer_engine", or "auto" for the better of those available.
     qk_layernorm: whether each head's queries and keys are normed.
+    sub_layer_norm: the ranks that share the matrices, where those that write to the residual stream
+        have a norm before them; None: they have none.
     Raises UserError where Transformer Engine is asked for and cannot be used.
     """
     if use_transformer_engine(transformer_impl):
@@ -54,6 +59,8 @@ def get_longnet_layer_spec(
             attention = spec.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = norm
     spec.submodules.self_attention.submodules.core_attention = core_attention
+    if sub_layer_norm is not None:
+        add_sub_layer_norms(spec, sub_layer_norm)
     if tiled is not None:
         spec.module, spec.params = TiledTransformerLayer, tiled
     return spec
@@ -65,6 +72,7 @@ def get_longnet_block_spec(
     transformer_impl: str = "local",
     chunk: int | None = None,
     tiled: dict[str, Any] | None = None,
+    sub_layer_norm: TensorRanks | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, or of a chunk of it, and the final norm.
 
@@ -72,7 +80,12 @@ def get_longnet_block_spec(
     a machine without a GPU too, or apex's, which has no RMSNorm.
     """
     spec = get_longnet_layer_spec(
-        core_attention, config.normalization, transformer_impl, config.qk_layernorm, tiled
+        core_attention,
+        config.normalization,
+        transformer_impl,
+        config.qk_layernorm,
+        tiled,
+        sub_layer_norm,
     )
     if use_transformer_engine(transformer_impl):
         from megatron.core.extensions.transformer_engine import TENorm as norm

@@ -90,6 +90,9 @@ def needs(config: Config, vocab_size: int, replicas: int = 1) -> Needs:
     before_norm = 2 * heads if model.qk_layernorm else 0.0
     attention_half = 9 * hidden + 5 * heads + before_norm
     mlp_half = (6 if model.swiglu else 3) * inner
+    if model.sub_layer_norm:
+        attention_half += heads
+        mlp_half += inner
     # Before Megatron-core 0.19; since then 7.5 and 4 times the inner activation.
     mlp_twice = (10.5 if model.swiglu else 4.5) * inner
     tiled = memory.tiled_attention or memory.tiled_mlp

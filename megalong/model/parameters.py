@@ -42,6 +42,7 @@ class Initial(Enum):
     ONES = auto()
     NORMAL = auto()  # of deviation --init-method-std
     RESIDUAL = auto()  # that / sqrt(2 x layers), for what writes to the residual stream (GPT-2)
+    # With --sub-layer-norm, matrices of a layer have MAGNETO's deviations in the place of the two.
 
 
 class Sees(Enum):
@@ -55,11 +56,12 @@ class Sees(Enum):
 @dataclass(frozen=True)
 class Part:
     """A tensor of Transformers that a parameter is made of: its name there, and its shape in words
-    of `sizes`."""
+    of `sizes`. gain: whether MAGNETO's initial weights are larger by its gain."""
 
     name: str
     shape: str
     exists: Condition = _always
+    gain: bool = False
 
     def size(self, words: dict[str, int]) -> tuple[int, ...]:
         """The shape in numbers. words: `sizes` of a model."""
@@ -130,7 +132,10 @@ def _linear(
 
     modules: those of Transformers, and the shapes of their weights.
     """
-    weights = tuple(Part(f"{there}.weight", *rest) for there, *rest in modules)
+    weights = tuple(
+        Part(f"{there}.weight", *rest, gain=not there.endswith((".q_proj", ".k_proj")))
+        for there, *rest in modules
+    )
     biases = tuple(
         Part(f"{there}.bias", shape.split()[0], *rest) for there, shape, *rest in modules
     )
@@ -164,8 +169,9 @@ def _norm(
     exists: Condition = _always,
     sees: Sees = Sees.TOKENS,
     fused_into: str | None = None,
+    cut: int | None = None,
 ) -> tuple[Row, Row]:
-    """Weight and bias of a norm; RMSNorm has no bias."""
+    """Weight and bias of a norm; RMSNorm has no bias. cut: as of a Row."""
 
     def row(kind: str, initial: Initial, exists: Condition) -> Row:
         part = Part(f"{there}.{kind}", shape)
@@ -176,6 +182,7 @@ def _norm(
             exists,
             initial,
             decays=False,
+            cut=cut,
             sees=sees,
             fused_name=fused,
         )
@@ -186,8 +193,14 @@ def _norm(
     return row("weight", Initial.ONES, exists), row("bias", Initial.ZEROS, has_bias)
 
 
+def _sub_layer_norm(linear: str, there: str, shape: str) -> tuple[Row, Row]:
+    """Of the norm before a row-parallel layer, whose inputs are divided."""
+    return _norm(f"{linear}.norm", there, shape, lambda model: model.sub_layer_norm, cut=0)
+
+
 _HERE, _THERE = "decoder.layers.{}.", "model.layers.{}."
 _QKV, _FC1 = _HERE + "self_attention.linear_qkv", _HERE + "mlp.linear_fc1"
+_PROJ, _FC2 = _HERE + "self_attention.linear_proj", _HERE + "mlp.linear_fc2"
 
 TABLE: tuple[Row, ...] = (
     _vocabulary("embedding.word_embeddings", "model.embed_tokens"),
@@ -215,11 +228,8 @@ TABLE: tuple[Row, ...] = (
         exists=lambda model: model.qk_layernorm,
         sees=Sees.HEADS,
     ),
-    *_linear(
-        _HERE + "self_attention.linear_proj",
-        (_THERE + "self_attn.o_proj", "hidden queries"),
-        column=False,
-    ),
+    *_linear(_PROJ, (_THERE + "self_attn.o_proj", "hidden queries"), column=False),
+    *_sub_layer_norm(_PROJ, _THERE + "self_attn.attn_sub_norm", "queries"),
     *_norm(_HERE + "pre_mlp_layernorm", _THERE + "post_attention_layernorm", fused_into=_FC1),
     *_linear(
         _FC1,
@@ -228,7 +238,8 @@ TABLE: tuple[Row, ...] = (
         column=True,
         packing=Packing.STACKED,
     ),
-    *_linear(_HERE + "mlp.linear_fc2", (_THERE + "mlp.down_proj", "hidden mlp"), column=False),
+    *_linear(_FC2, (_THERE + "mlp.down_proj", "hidden mlp"), column=False),
+    *_sub_layer_norm(_FC2, _THERE + "mlp.ffn_sub_norm", "mlp"),
     *_norm("decoder.final_layernorm", "model.norm"),
     _vocabulary(
         "output_layer", "lm_head", exists=lambda model: model.untie_embeddings_and_output_weights
@@ -269,6 +280,23 @@ def gradient_is_summed(name: str, divides_norms: bool) -> bool:
     return row.cut is None and (
         row.sees is Sees.HEADS or (row.sees is Sees.TOKENS and divides_norms)
     )
+
+
+def deviations(row: Row, model: ModelConfig) -> list[float]:
+    """The standard deviation of the initial values of each part of a NORMAL or RESIDUAL row.
+
+    With sub-layer norms that of a layer's matrix is Xavier's, times a gain for all of them but
+    those of queries and keys (MAGNETO, arXiv 2210.06423, section 2.3: sqrt(log 2N) for a decoder
+    of N layers). model: resolved.
+    """
+    parts = row.parts_of(model)
+    if model.sub_layer_norm and "{}" in row.name:
+        gain, words = math.sqrt(math.log(2 * model.num_layers)), sizes(model, 0)
+        return [
+            math.sqrt(2 / sum(part.size(words))) * (gain if part.gain else 1.0) for part in parts
+        ]
+    residual = math.sqrt(2 * model.num_layers) if row.initial is Initial.RESIDUAL else 1.0
+    return [model.init_method_std / residual for _ in parts]
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,7 @@ def attention_weights(layer: TransformerLayer) -> AttentionWeights:
         *_norm(attention.k_layernorm),
         attention.linear_proj.weight,
         _bias(attention.linear_proj),
+        *_norm(getattr(attention.linear_proj, "norm", None)),
     )
 
 
@@ -167,6 +168,7 @@ def mlp_weights(layer: TransformerLayer) -> MLPWeights:
         _bias(mlp.linear_fc1),
         mlp.linear_fc2.weight,
         _bias(mlp.linear_fc2),
+        *_norm(getattr(mlp.linear_fc2, "norm", None)),
     )
 
 

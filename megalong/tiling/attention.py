@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
+from megalong.tiling.divided_norms import Moments, NormBackward
 from megalong.tiling.norms import norm, norm_backward
 from megalong.tiling.rotary import rotate_
 from megalong.tiling.rows import tiles
@@ -60,6 +61,7 @@ class TiledAttention:
 
     head_dim; group: query heads for each kv head.
     passes: the attention of each group of heads, equally many in each.
+    norm: also that before the output projection, where the weights have one.
     qk_norm: of each head's queries and keys, where they have one.
     tile_size: rows of the sequence in a tile, for each tensor rank that has rows of its own.
     ranks: those that share the matrices: each has some of the heads.
@@ -110,6 +112,9 @@ class TiledAttention:
     ) -> torch.Tensor:
         """Output projection and residual connection of one tile: x + out @ weight, of x[rows]."""
         out_tile = self.ranks.tile(out_sbad, rows).flatten(2)
+        if weights.out_norm_weight is not None:
+            moments = Moments.of(out_tile, self.norm, self.ranks)
+            out_tile = moments.normed(out_tile, weights.out_norm_weight, weights.out_norm_bias)
         y_lbh = self.ranks.leave(F.linear(out_tile, weights.out_weight))
         if weights.out_bias is not None:
             y_lbh += weights.out_bias
@@ -120,12 +125,26 @@ class TiledAttention:
         grad_lbh: torch.Tensor,
         rows: slice,
         out_sbad: torch.Tensor,
+        weights: AttentionWeights,
         sums: GradientSums,
-    ) -> None:
-        """Add a tile's share of the output projection's gradients. grad: of `output_tile`."""
-        grad_nh = self.ranks.enter(grad_lbh).flatten(0, 1)
-        sums.add_weight("out", grad_nh, self.ranks.tile(out_sbad, rows).flatten(2).flatten(0, 1))
+    ) -> NormBackward | None:
+        """Add a tile's share of the gradients of the output projection and the norm before it.
+
+        grad: of `output_tile`. Returns what `backward` needs of that norm, where there is one: it
+        is of all heads, which are at hand only here.
+        """
+        grad_sbh = self.ranks.enter(grad_lbh)
+        out_sbr, back = self.ranks.tile(out_sbad, rows).flatten(2), None
         sums.add_bias("out", grad_lbh.flatten(0, 1))  # each rank counts its own rows
+        if weights.out_norm_weight is not None:
+            moments = Moments.of(out_sbr, self.norm, self.ranks)
+            back, shares = NormBackward.of(
+                grad_sbh @ weights.out_weight, out_sbr, moments, weights.out_norm_weight, self.ranks
+            )
+            sums.add_norm("out_norm", shares)
+            out_sbr = moments.normed(out_sbr, weights.out_norm_weight, weights.out_norm_bias)
+        sums.add_weight("out", grad_sbh.flatten(0, 1), out_sbr.flatten(0, 1))
+        return back
 
     def backward(
         self,
@@ -136,13 +155,16 @@ class TiledAttention:
         angles_sd: torch.Tensor | None,
         sums: GradientSums,
         grad_x_lbh: torch.Tensor,
+        out_norms: Sequence[NormBackward | None],
     ) -> None:
         """The gradient of x, from that of x + attention(norm(x)), after `output_backward_tile` of
-        all tiles. The output in `attended` is overwritten.
+        all tiles, whose results are `out_norms`. The output in `attended` is overwritten.
 
         grad_x: filled in; may be the same tensor as grad.
         """
-        gradients = self._attention_backward(grad_lbh, x_lbh, attended, weights, angles_sd, sums)
+        gradients = self._attention_backward(
+            grad_lbh, x_lbh, attended, weights, angles_sd, sums, out_norms
+        )
         for rows in tiles(len(x_lbh), self.tile_size):
             norm_inputs = (x_lbh[rows], weights.norm_weight, weights.norm_bias, *self.norm)
             normed_nh = self.ranks.enter(norm(*norm_inputs)).flatten(0, 1)
@@ -155,17 +177,20 @@ class TiledAttention:
             sums.add_norm("norm", shares)
             grad_x_lbh[rows] = grad_tile.add_(grad_lbh[rows])
 
-    def _attention_backward(self, grad_lbh, x_lbh, attended, weights, angles_sd, sums):
+    def _attention_backward(self, grad_lbh, x_lbh, attended, weights, angles_sd, sums, out_norms):
         """The gradients of all queries, keys and values as the projection made them."""
         out_sbad = attended.out_sbad
         all_dk = all_dv = None
         for number, heads in enumerate(self._groups(weights)):
             raw: list[torch.Tensor] = []
             q_sbad, k_sbgd, v_sbgd = self._project(x_lbh, weights, heads, angles_sd, raw)
+            out_of_group = out_sbad[:, :, heads.queries]
             gradients = self.passes[number].backward(
-                self._output_gradient(grad_lbh, weights, heads, q_sbad).transpose(0, 1),
+                self._output_gradient(grad_lbh, weights, heads, out_of_group, out_norms).transpose(
+                    0, 1
+                ),
                 *(x.transpose(0, 1) for x in (q_sbad, k_sbgd, v_sbgd)),
-                out_sbad[:, :, heads.queries].transpose(0, 1),
+                out_of_group.transpose(0, 1),
                 attended.lse[number],
                 attended.kept[number],
             )
@@ -237,13 +262,16 @@ class TiledAttention:
             grad_sbad[rows] = before
             sums.add_norm(name, shares)
 
-    def _output_gradient(self, grad_lbh, weights, heads: _Heads, like_sbad) -> torch.Tensor:
-        """The gradient of the attention's output, for some heads."""
+    def _output_gradient(self, grad_lbh, weights, heads: _Heads, out_sbad, out_norms):
+        """The gradient of the attention's output `out_sbad`, for some heads."""
         columns = slice(heads.queries.start * self.head_dim, heads.queries.stop * self.head_dim)
         weight_hr = weights.out_weight[:, columns]
-        grad_sbad = torch.empty_like(like_sbad)
-        for rows in tiles(len(grad_lbh), self.tile_size):
+        grad_sbad = torch.empty(out_sbad.shape, dtype=out_sbad.dtype, device=out_sbad.device)
+        for rows, out_norm in zip(tiles(len(grad_lbh), self.tile_size), out_norms, strict=True):
             grad_sbr = self.ranks.enter(grad_lbh[rows]) @ weight_hr
+            if out_norm is not None:
+                out_sbr = self.ranks.tile(out_sbad, rows).flatten(2)
+                grad_sbr = out_norm.gradient(grad_sbr, out_sbr, weights.out_norm_weight[columns])
             self.ranks.put_tile(grad_sbad, rows, grad_sbr.unflatten(2, (-1, self.head_dim)))
         return grad_sbad
 

@@ -92,6 +92,7 @@ class _TiledLayer(torch.autograd.Function):
         mlp_sums = None if mlp_weights is None else GradientSums(mlp_weights)
         grad_x_lbh = torch.empty_like(x_lbh)
         grad_y_lbh = grad_lbh if layer.mlp is None else grad_x_lbh
+        out_norms = []
         for rows in tiles(len(x_lbh), layer.attention.tile_size):
             if layer.mlp is not None:
                 y_lbh = layer.attention.output_tile(
@@ -100,11 +101,20 @@ class _TiledLayer(torch.autograd.Function):
                 grad_y_lbh[rows] = layer.mlp.backward_tile(
                     grad_lbh[rows], y_lbh, mlp_weights, mlp_sums
                 )
-            layer.attention.output_backward_tile(
-                grad_y_lbh[rows], rows, attended.out_sbad, attention_sums
+            out_norms.append(
+                layer.attention.output_backward_tile(
+                    grad_y_lbh[rows], rows, attended.out_sbad, attention_weights, attention_sums
+                )
             )
         layer.attention.backward(
-            grad_y_lbh, x_lbh, attended, attention_weights, angles_sd, attention_sums, grad_x_lbh
+            grad_y_lbh,
+            x_lbh,
+            attended,
+            attention_weights,
+            angles_sd,
+            attention_sums,
+            grad_x_lbh,
+            out_norms,
         )
         gradients = attention_sums.gradients()
         if mlp_sums is not None:

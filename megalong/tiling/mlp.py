@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from megalong.tiling.activations import Activation
+from megalong.tiling.divided_norms import Moments, NormBackward
 from megalong.tiling.norms import norm, norm_backward
 from megalong.tiling.rows import tiles
 from megalong.tiling.tensor_ranks import ALONE, TensorRanks
@@ -26,6 +27,7 @@ from megalong.tiling.weights import GradientSums, MLPWeights, Norm
 class TiledMLP:
     """How a norm and an MLP with a residual connection are computed.
 
+    norm: also that before the second matrix, where the weights have one.
     tile_size: rows of the sequence in a tile, for each tensor rank that has rows of its own.
     ranks: those that share the matrices, the first along its outputs, the second along its inputs.
     """
@@ -46,6 +48,9 @@ class TiledMLP:
         inner_nf = F.linear(normed_nh, weights.in_weight, weights.in_bias)
         active_nf = self.activation.forward(inner_nf)
         del inner_nf
+        if weights.out_norm_weight is not None:
+            moments = Moments.of(active_nf, self.norm, self.ranks)
+            active_nf = moments.normed(active_nf, weights.out_norm_weight, weights.out_norm_bias)
         out_sbh = F.linear(active_nf, weights.out_weight).unflatten(0, (-1, x_lbh.shape[1]))
         out_lbh = self.ranks.leave(out_sbh)
         if weights.out_bias is not None:
@@ -64,14 +69,32 @@ class TiledMLP:
         normed_nh = self.ranks.enter(norm(*norm_inputs)).flatten(0, 1)
         grad_nh = self.ranks.enter(grad_lbh).flatten(0, 1)
         inner_nf = F.linear(normed_nh, weights.in_weight, weights.in_bias)
-        active_nf, grad_inner_nf = self.activation.backward(grad_nh @ weights.out_weight, inner_nf)
+        grad_active_nf = grad_nh @ weights.out_weight
+        if weights.out_norm_weight is not None:
+            grad_active_nf = self._out_norm_backward(
+                grad_active_nf, self.activation.forward(inner_nf), grad_nh, weights, sums
+            )
+        active_nf, grad_inner_nf = self.activation.backward(grad_active_nf, inner_nf)
         sums.add_linear("in", grad_inner_nf, normed_nh)
-        sums.add_weight("out", grad_nh, active_nf)
+        if weights.out_norm_weight is None:
+            sums.add_weight("out", grad_nh, active_nf)
         sums.add_bias("out", grad_lbh.flatten(0, 1))  # each rank counts its own rows
         grad_sbh = (grad_inner_nf @ weights.in_weight).unflatten(0, (-1, x_lbh.shape[1]))
         grad_x_lbh, *gradients = norm_backward(self.ranks.leave(grad_sbh), *norm_inputs)
         sums.add_norm("norm", gradients)
         return grad_x_lbh.add_(grad_lbh)
+
+    def _out_norm_backward(self, grad_nf, active_nf, grad_nh, weights, sums) -> torch.Tensor:
+        """The gradient of the activation, from that of its norm; adds those of the norm and of the
+        matrix after it."""
+        moments = Moments.of(active_nf, self.norm, self.ranks)
+        normed_nf = moments.normed(active_nf, weights.out_norm_weight, weights.out_norm_bias)
+        sums.add_weight("out", grad_nh, normed_nf)
+        back, shares = NormBackward.of(
+            grad_nf, active_nf, moments, weights.out_norm_weight, self.ranks
+        )
+        sums.add_norm("out_norm", shares)
+        return back.gradient(grad_nf, active_nf, weights.out_norm_weight).to(grad_nf.dtype)
 
 
 class _TiledMLP(torch.autograd.Function):

@@ -56,6 +56,12 @@ class TensorRanks:
         dist.reduce_scatter_tensor(own_lb, part_sb, group=self.group)
         return own_lb
 
+    def sum_(self, x: torch.Tensor) -> torch.Tensor:
+        """x, overwritten with its sum over the ranks."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
     def tile(self, x_s: torch.Tensor, rows: slice) -> torch.Tensor:
         """Of x (s, ...), which has all rows, those that a tile's `enter` gives: (shares * l, ...).
 

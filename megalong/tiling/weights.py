@@ -22,7 +22,7 @@ class MLPWeights(NamedTuple):
 
     norm_weight, norm_bias: (hidden,). in_weight: (inner, hidden), for a gated activation the gate
     above the rest; in_bias: (inner,). out_weight: (hidden, inner or half of it); out_bias:
-    (hidden,).
+    (hidden,). out_norm_*: of the norm before the second matrix, as long as its rows.
     """
 
     norm_weight: torch.Tensor
@@ -31,6 +31,8 @@ class MLPWeights(NamedTuple):
     in_bias: torch.Tensor | None
     out_weight: torch.Tensor
     out_bias: torch.Tensor | None
+    out_norm_weight: torch.Tensor | None = None
+    out_norm_bias: torch.Tensor | None = None
 
 
 class AttentionWeights(NamedTuple):
@@ -39,7 +41,8 @@ class AttentionWeights(NamedTuple):
 
     norm_weight, norm_bias: (hidden,). qkv_weight: (rows, hidden), for each kv head those of its
     query heads, of its key and of its value, head_dim each; qkv_bias: (rows,). q_norm_*, k_norm_*:
-    (head_dim,). out_weight: (hidden, heads * head_dim); out_bias: (hidden,).
+    (head_dim,). out_weight: (hidden, heads * head_dim); out_bias: (hidden,). out_norm_*: of the
+    norm before the output projection, (heads * head_dim,).
     """
 
     norm_weight: torch.Tensor
@@ -52,6 +55,8 @@ class AttentionWeights(NamedTuple):
     k_norm_bias: torch.Tensor | None
     out_weight: torch.Tensor
     out_bias: torch.Tensor | None
+    out_norm_weight: torch.Tensor | None = None
+    out_norm_bias: torch.Tensor | None = None
 
 
 class GradientSums:

@@ -57,6 +57,8 @@ CASES = {
         "segment_lengths": (2048, 4096, 8192, 16384, 32768),
         "dilation_rates": (1, 2, 3, 4, 6),
     },
+    "off, norms of sub-layers": {"memory_path": "off", "sub_layer_norm": True},
+    "on, norms of sub-layers": {**ON, "sub_layer_norm": True, "normalization": "LayerNorm"},
     "on, three layers recomputed at once": {**ON, **FULL, "recompute_num_layers": 3},
 }
 

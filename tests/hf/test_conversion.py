@@ -39,7 +39,12 @@ VARIANTS = [
     {"normalization": "LayerNorm", "no_swiglu": True, "add_bias_linear": True},
     {"head_offsets": "[[0,0,0,0],[0,1,1,0],[2,1,0,2]]", "position_embedding_type": "none"},
     {"attention": "dense", "head_offsets": "layer", "kv_channels": 32},
-    {"add_qkv_bias": True, "qk_layernorm": True, "rope_scaling_factor": 4.0},
+    {
+        "add_qkv_bias": True,
+        "qk_layernorm": True,
+        "rope_scaling_factor": 4.0,
+        "sub_layer_norm": True,
+    },
 ]
 
 

@@ -119,8 +119,9 @@ def test_training_goes_on_with_tensor_parallelism(dense, text_file, tmp_path):
 def test_a_config_of_an_earlier_version_and_one_that_is_not_complete(dense, tmp_path):
     export(dense, tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    for name in ("qkv_bias", "qk_norm", "rope_scaling_factor", "rope_original_length"):
+    for name in ("qkv_bias", "qk_norm", "sub_layer_norm", "rope_scaling_factor"):
         del config[name]
+    del config["rope_original_length"]
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     _, imported = import_model(tmp_path / "hf", tmp_path / "again", {})
     assert not imported.model.qk_layernorm and imported.data.prepend_bos

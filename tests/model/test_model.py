@@ -148,6 +148,40 @@ def test_an_initial_weight_depends_on_seed_and_name_only(build, mesh):
     assert not torch.equal(dict(named_parameters(reseeded))[name], before)
 
 
+@pytest.mark.parametrize("flags", [{}, {"no_swiglu": True, "num_query_groups": 4}])
+def test_sub_layer_norms_come_with_the_initial_weights_of_magneto(build, flags):
+    """Xavier's, times sqrt(log 2N) but for queries and keys; the rest is as without them."""
+    plain, config = build(hidden_size=256, **flags)
+    model, _ = build(hidden_size=256, sub_layer_norm=True, **flags)
+    known, found = (dict(named_parameters(model)) for model in (plain, model))
+    layer, gain, model = "decoder.layers.1.", math.sqrt(math.log(2 * 2)), config.model
+
+    def deviation_of(weight):
+        return pytest.approx(math.sqrt(2 / sum(weight.shape)), rel=0.03)
+
+    qkv = found[layer + "self_attention.linear_qkv.weight"].unflatten(0, (-1, model.kv_channels))
+    group = model.num_attention_heads // model.num_query_groups
+    q_k_v = qkv.unflatten(0, (-1, group + 2)).split((group, 1, 1), 1)
+    for weight, factor in zip(q_k_v, (1, 1, gain), strict=True):
+        weight = weight.flatten(0, 2)
+        assert weight.std().item() / factor == deviation_of(weight)
+    first = found[layer + "mlp.linear_fc1.weight"].chunk(2 if model.swiglu else 1)
+    proj, last = (
+        found[layer + name]
+        for name in ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+    )
+    for weight in (*first, proj, last):
+        assert weight.std().item() / gain == deviation_of(weight)
+    assert torch.equal(
+        found["embedding.word_embeddings.weight"], known["embedding.word_embeddings.weight"]
+    )
+    assert {name for name in found if name not in known} == {
+        f"decoder.layers.{n}.{name}.norm.weight"
+        for n in range(2)
+        for name in ("self_attention.linear_proj", "mlp.linear_fc2")
+    }
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_starts_from_the_same_weights(build, precision):
     exact, low = (dict(named_parameters(build(precision=word)[0])) for word in ("fp32", precision))
@@ -319,6 +353,7 @@ def test_rotary_angles_stay_exact_at_a_billion():
         {"untie_embeddings_and_output_weights": True, "add_qkv_bias": True, "qk_layernorm": True},
         {"no_swiglu": True, "normalization": "LayerNorm", "qk_layernorm": True},
         {"add_bias_linear": True, "kv_channels": 32, "normalization": "LayerNorm"},
+        {"sub_layer_norm": True, "kv_channels": 32, "normalization": "LayerNorm"},
     ],
 )
 def test_the_table_has_every_parameter_with_its_shape_and_counts_them(build, changes):

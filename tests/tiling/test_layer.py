@@ -20,7 +20,7 @@ from megalong.tiling.weights import AttentionWeights, MLPWeights, Norm
 PATTERN = DilatedPattern((8, 32), (1, 3))
 
 
-def mlp_weights(draw, hidden, inner, activation, kind, biases) -> MLPWeights:
+def mlp_weights(draw, hidden, inner, activation, kind, biases, out_norm=False) -> MLPWeights:
     width = inner // 2 if activation is SWIGLU else inner
     return MLPWeights(
         norm_weight=draw(hidden),
@@ -29,10 +29,14 @@ def mlp_weights(draw, hidden, inner, activation, kind, biases) -> MLPWeights:
         in_bias=draw(inner) if biases else None,
         out_weight=draw(hidden, width),
         out_bias=draw(hidden) if biases else None,
+        out_norm_weight=draw(width) if out_norm else None,
+        out_norm_bias=draw(width) if out_norm and kind == "LayerNorm" else None,
     )
 
 
-def attention_weights(draw, hidden, kv_heads, group, d, kind, biases, qk_norm) -> AttentionWeights:
+def attention_weights(
+    draw, hidden, kv_heads, group, d, kind, biases, qk_norm, out_norm=False
+) -> AttentionWeights:
     rows = kv_heads * (group + 2) * d
     q_norm = draw(d) if qk_norm else None
     q_bias = draw(d) if qk_norm and kind == "LayerNorm" else None
@@ -47,7 +51,15 @@ def attention_weights(draw, hidden, kv_heads, group, d, kind, biases, qk_norm) -
         k_norm_bias=draw(d) if q_bias is not None else None,
         out_weight=draw(hidden, kv_heads * group * d),
         out_bias=draw(hidden) if biases else None,
+        out_norm_weight=draw(kv_heads * group * d) if out_norm else None,
+        out_norm_bias=draw(kv_heads * group * d) if out_norm and kind == "LayerNorm" else None,
     )
+
+
+def plain_output(x, weights: MLPWeights | AttentionWeights, how):
+    if weights.out_norm_weight is not None:
+        x = norm(x, weights.out_norm_weight, weights.out_norm_bias, *how)
+    return F.linear(x, weights.out_weight, weights.out_bias)
 
 
 def plain_mlp(x, weights: MLPWeights, activation, how):
@@ -57,7 +69,7 @@ def plain_mlp(x, weights: MLPWeights, activation, how):
         inner = F.silu(gate) * up
     else:
         inner = F.gelu(inner)
-    return x + F.linear(inner, *weights[4:])
+    return x + plain_output(inner, weights, how)
 
 
 def plain_attention(x, weights: AttentionWeights, angles, kv_heads, group, how):
@@ -70,7 +82,7 @@ def plain_attention(x, weights: AttentionWeights, angles, kv_heads, group, how):
     if angles is not None:
         q, k = (rotated(x, angles) for x in (q, k))
     out = dilated_attention(*(x.transpose(0, 1) for x in (q, k, v)), PATTERN).transpose(0, 1)
-    return x + F.linear(out.flatten(2), weights.out_weight, weights.out_bias)
+    return x + plain_output(out.flatten(2), weights, how)
 
 
 def rotated(x, angles):
@@ -122,9 +134,10 @@ def test_pieces_equal_the_plain_layer(seed):
     if choose.random() < 0.7:
         angles = torch.rand(length, d // 2, generator=generator, dtype=torch.float64) * 6
     first = attention_weights(
-        draw, hidden, kv_heads, group, d, kind, biases, qk_norm=choose.random() < 0.4
-    )
-    second = mlp_weights(draw, hidden, 10, activation, kind, biases)
+        draw, hidden, kv_heads, group, d, kind, biases, qk_norm=choose.random() < 0.4,
+        out_norm=choose.random() < 0.4,
+    )  # fmt: skip
+    second = mlp_weights(draw, hidden, 10, activation, kind, biases, choose.random() < 0.4)
 
     mlp = TiledMLP(how, activation, tile)
     attention = TiledAttention(

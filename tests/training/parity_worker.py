@@ -53,6 +53,7 @@ MODELS = {
         "no_swiglu": True,
         "normalization": "LayerNorm",
         "add_bias_linear": True,
+        "sub_layer_norm": True,
         "untie_embeddings_and_output_weights": True,
     },
     "dense": {"attention": "dense"},
@@ -68,7 +69,7 @@ MODELS = {
     "fp16": {"precision": "fp16", "initial_loss_scale": 1024, "qk_layernorm": True},
     "recompute selective": {"recompute_granularity": "selective", "qk_layernorm": True},
     "recompute full": {"recompute_granularity": "full"},
-    "whole norms": {"no_sequence_parallel": True, "qk_layernorm": True},
+    "whole norms": {"no_sequence_parallel": True, "qk_layernorm": True, "sub_layer_norm": True},
     "sgd": {**BRANCHES, **SGD},
     "offloaded optimizer": {"deepspeed_config": Path(__file__).parent / "offload.json"},
 }

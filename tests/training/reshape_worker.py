@@ -45,6 +45,7 @@ UNEVEN = ("sp2-dp4-z3", "tp2")
 
 STEPS = {"train_iters": 6, "lr_decay_iters": 6, "save_interval": 100}
 MODEL = {**BRANCHES, "hidden_size": 66, "kv_channels": 16, "head_offsets": "layer"}
+MODEL |= {"sub_layer_norm": True}
 BATCH = {"micro_batch_size": 1, "global_batch_size": 4, "split": "1,0,0"}
 
 
