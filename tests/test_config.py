@@ -1,11 +1,14 @@
 """Flags, YAML, defaults, and the refusals: each names what is wrong and what to set."""
 
+import re
+
 import pytest
 import yaml
 
 from megalong.attention import DilatedPattern
-from megalong.config import world_size
+from megalong.config import ModelConfig, world_size
 from megalong.config.arguments import build_parser, config_from_values, parse_arguments, to_yaml
+from megalong.config.model import longest_xpos
 from megalong.errors import UserError
 
 NEEDED = ["--data-path", "data", "--tokenizer-type", "ByteTokenizer"]
@@ -162,6 +165,17 @@ def test_a_missing_yaml_is_named():
         ("--log-interval 0", 1, "--log-interval 0"),
         ("--seed 99999999999", 1, "--seed 99999999999"),
         ("--rotary-base 0", 1, "--rotary-base 0"),
+        (
+            "--position-embedding-type xpos --seq-length 65536",
+            1,
+            "in bf16, of whose exponents it would take more than half: set --seq-length 35694, or"
+            " --xpos-scale-base 941,",
+        ),
+        (
+            "--position-embedding-type xpos --seq-length 4096 --precision fp16",
+            1,
+            "set --seq-length 3966, or --xpos-scale-base 529,",
+        ),
         ("--norm-epsilon -1", 1, "--norm-epsilon -1"),
         ("--clip-grad nan", 1, "--clip-grad"),
         ("--loss-scale -5", 1, "--loss-scale -5"),
@@ -191,6 +205,23 @@ def test_what_cannot_work_is_refused(flags, ranks, message):
         resolve(*flags.split(), ranks=ranks)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_lengths_that_a_refusal_of_xpos_names_work(precision):
+    for base in (1, 7, 512):
+        longest = int(longest_xpos(precision, base))
+        ModelConfig(
+            position_embedding_type="xpos", seq_length=longest, xpos_scale_base=base
+        ).check_positions(precision)
+        longer = ModelConfig(
+            position_embedding_type="xpos", seq_length=3 * longest + 1, xpos_scale_base=base
+        )
+        with pytest.raises(UserError, match=f"set --seq-length {longest}, or") as error:
+            longer.check_positions(precision)
+        named = int(re.search(r"--xpos-scale-base (\d+)", str(error.value))[1])
+        assert longest_xpos(precision, named - 1) < longer.seq_length
+        assert longest_xpos(precision, named) >= longer.seq_length
 
 
 def test_data_path_is_needed():

@@ -61,6 +61,7 @@ class Config:
         )
         model, training = resolved.model, resolved.training
         model.check()
+        model.check_positions(training.precision)
         heads = model.num_attention_heads, model.num_query_groups, model.seq_length
         resolved.attention.check(*heads, model.num_layers)
         resolved = dataclasses.replace(

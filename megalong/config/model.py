@@ -43,7 +43,12 @@ class ModelConfig:
         "a norm before each matrix that writes to the residual stream, too, with initial weights to"
         " match (MAGNETO)",
     )
-    position_embedding_type: str = flag("rope", "position encoding", choices=("rope", "none"))
+    position_embedding_type: str = flag(
+        "rope", "position encoding", choices=("rope", "xpos", "none")
+    )
+    xpos_scale_base: int = flag(
+        512, "with xpos: positions over which scores decay; a larger base has room for more"
+    )
     rotary_base: float = flag(10000.0, "base of the rotary frequencies")
     rope_scaling_factor: float | None = flag(
         None, "slow rotary frequencies become slower by this factor, as in Llama 3.1 (default: no)"
@@ -95,6 +100,11 @@ class ModelConfig:
             num_query_groups=default(self.num_query_groups, self.num_attention_heads),
         )
 
+    @property
+    def has_rotary_positions(self) -> bool:
+        """Whether queries and keys are turned by their positions."""
+        return self.position_embedding_type in ("rope", "xpos")
+
     def vocabulary_rows(self, ids: int) -> int:
         """Rows of the embedding for a tokenizer of `ids` ids. Raises UserError where they are too
         few."""
@@ -119,6 +129,7 @@ class ModelConfig:
             "num_query_groups",
             "make_vocab_size_divisible_by",
             "rope_original_length",
+            "xpos_scale_base",
         )
         require_more_than_zero(self, "norm_epsilon", "rotary_base", "init_method_std")
         if self.rope_scaling_factor is not None and self.position_embedding_type != "rope":
@@ -134,8 +145,43 @@ class ModelConfig:
                 f" --num-query-groups {self.num_query_groups}: every key/value head serves the same"
                 " number of query heads"
             )
-        if self.position_embedding_type == "rope" and self.kv_channels % 2:
+        if self.has_rotary_positions and self.kv_channels % 2:
             raise UserError(
                 f"rotary positions turn pairs of channels, and the head dimension is"
                 f" {self.kv_channels}: set an even --kv-channels, or --position-embedding-type none"
             )
+
+    def check_positions(self, precision: str) -> None:
+        """Raise UserError where the scales of xPos leave the numbers of such a training too little
+        room (after `check`)."""
+        if self.position_embedding_type != "xpos":
+            return
+        longest = math.floor(longest_xpos(precision, self.xpos_scale_base))
+        if self.seq_length > longest:
+            base = math.ceil(self.seq_length / longest_xpos(precision, 1.0))
+            raise UserError(
+                f"--seq-length {self.seq_length} is beyond what xPos can scale in {precision}, of"
+                f" whose exponents it would take more than half: set --seq-length {longest}, or"
+                f" --xpos-scale-base {base}, or --position-embedding-type rope"
+            )
+
+
+# xPos (arXiv 2212.10554): pair j of the d / 2 of a head decays by ((2 j / d + G) / (1 + G)) in
+# --xpos-scale-base positions.
+XPOS_GAMMA = 0.4
+# The exponent of the smallest number that a format has in full precision; the largest is about as
+# far from 1.
+SMALLEST_EXPONENT = {"fp32": -126, "bf16": -126, "fp16": -14}
+
+
+def longest_xpos(precision: str, scale_base: float) -> float:
+    """The longest sequence that xPos can scale, in proportion to its base.
+
+    Positions count from the middle of the sequence, so that queries and keys at its ends are
+    scaled by (1 + 1 / G) ^ +-(length / 2 / scale_base), in the pair that decays fastest. That may
+    take half of the format's exponents. The other half is for the values themselves and for their
+    gradients: in bf16 and fp32 those down to 2^-63, 1e-19, keep their precision. The score of any
+    pair of positions, also of one that a causal mask hides, then stays finite in float32.
+    """
+    bits = -SMALLEST_EXPONENT[precision] / 2
+    return 2 * scale_base * bits / math.log2(1 + 1 / XPOS_GAMMA)

@@ -29,6 +29,7 @@ _SETTINGS = {
     "qk_layernorm": "qk_norm",
     "sub_layer_norm": "sub_layer_norm",
     "position_embedding_type": "position_embedding_type",
+    "xpos_scale_base": "xpos_scale_base",
     "rotary_base": "rotary_base",
     "rope_scaling_factor": "rope_scaling_factor",
     "rope_original_length": "rope_original_length",
@@ -38,6 +39,7 @@ _ADDED = {
     "qkv_bias": False,
     "qk_norm": False,
     "sub_layer_norm": False,
+    "xpos_scale_base": 512,
     "rope_scaling_factor": None,
     "rope_original_length": 8192,
 }

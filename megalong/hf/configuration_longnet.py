@@ -22,6 +22,9 @@ class LongNetConfig(PreTrainedConfig):
         "dense", "local" (a query sees `window_size` positions) or "sparse" (it sees its block of
         `sparse_block_size`, and of each block before it `sparse_columns`).
     max_position_embeddings: the sequence length of training; longer sequences work.
+    position_embedding_type: "rope", "xpos" (arXiv 2212.10554, scores that decay over
+        `xpos_scale_base` positions; of about 35,000 tokens, in the middle of which the middle of
+        `max_position_embeddings` is) or "none".
     rope_scaling_factor, rope_original_length: RoPE stretched as in Llama 3.1; None: as it is.
     swiglu: a gated SiLU MLP; else GELU. linear_bias: biases in all linear layers; qkv_bias: in the
         query, key and value projections. qk_norm: a norm of each head's queries and keys.
@@ -47,6 +50,7 @@ class LongNetConfig(PreTrainedConfig):
     qk_norm: bool = False
     sub_layer_norm: bool = False
     position_embedding_type: str = "rope"
+    xpos_scale_base: int = 512
     rotary_base: float = 10000.0
     rope_scaling_factor: float | None = None
     rope_original_length: int = 8192
@@ -80,7 +84,7 @@ class LongNetConfig(PreTrainedConfig):
             )
         for name, known in (
             ("normalization", ("RMSNorm", "LayerNorm")),
-            ("position_embedding_type", ("rope", "none")),
+            ("position_embedding_type", ("rope", "xpos", "none")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(

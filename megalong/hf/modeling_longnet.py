@@ -79,12 +79,44 @@ def rotary_angles(config: LongNetConfig, starts: list[int], length: int, device)
     The angle is computed in float64 and reduced to one turn, and only then becomes float32: a
     float32 position loses its fraction of a turn long before a million tokens.
     """
-    starts = torch.tensor(starts if len(set(starts)) > 1 else starts[:1], device=device)
-    positions = starts[:, None].double() + torch.arange(length, device=device)
-    angles = positions[..., None] * rotary_frequencies(config).to(device)
+    angles = positions_from(starts, length, device) * rotary_frequencies(config).to(device)
     angles = angles.remainder_(2 * math.pi).float()
     angles = torch.cat((angles, angles), -1)[:, :, None]
     return angles.cos(), angles.sin()
+
+
+def positions_from(starts: list[int], length: int, device):
+    """So many positions from each start on, (b or 1, s, 1), float64."""
+    starts = torch.tensor(starts if len(set(starts)) > 1 else starts[:1], device=device)
+    return (starts[:, None].double() + torch.arange(length, device=device))[..., None]
+
+
+def xpos_scales(config: LongNetConfig, starts: list[int], length: int, device):
+    """What queries are multiplied by, and keys divided, (b or 1, s, 1, head_dim), float32: they
+    count from the middle of the training's sequence."""
+    positions = positions_from(starts, length, device) - config.max_position_embeddings // 2
+    scales = (positions * xpos_decays(config).to(device)).exp_().float()
+    return torch.cat((scales, scales), -1)[:, :, None]
+
+
+def xpos_decays(config: LongNetConfig):
+    """Logarithm of what the score of each pair of channels decays by in one position, float64."""
+    channels = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    return ((channels + 0.4) / 1.4).log() / config.xpos_scale_base
+
+
+def check_xpos(config: LongNetConfig, start: int, stop: int, dtype: torch.dtype) -> None:
+    """Raise ValueError where xPos would take more than half of a format's exponents at one of the
+    positions from start on, which would leave the values themselves too few."""
+    middle = config.max_position_embeddings // 2
+    smallest = max(torch.finfo(dtype).tiny, torch.finfo(torch.float32).tiny)  # scales are float32
+    reach = math.floor(math.log(smallest) / 2 / float(xpos_decays(config)[0]))
+    if max(middle - start, stop - middle) <= reach:
+        return
+    way_out = f"give at most {middle + reach} tokens" if middle <= reach else "load it in bfloat16"
+    raise ValueError(
+        f"xPos has no room for {stop} tokens in {str(dtype).removeprefix('torch.')}: {way_out}"
+    )
 
 
 def rotate(x_bshd, cos, sin):
@@ -131,7 +163,10 @@ class LongNetAttention(nn.Module):
         q, k = self._heads(self.q_proj, x), self._heads(self.k_proj, x)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            cos, sin, scales = rotary
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            if scales is not None:  # in float32
+                q, k = (q * scales).to(q.dtype), (k / scales).to(k.dtype)
         return q, k
 
     def _heads(self, projection, x):
@@ -248,6 +283,8 @@ class LongNetModel(LongNetPreTrainedModel):
         padding = Padding.of(attention_mask, batch, length)
         x = padding.to_end(x)
         starts = cache.lengths if cache is not None and cache.lengths else [0] * batch
+        if self.config.position_embedding_type == "xpos":
+            check_xpos(self.config, min(starts), max(starts) + length, x.dtype)
         tiled = length > TILE and not torch.is_grad_enabled() and not is_divided(self)
         rotary = None if tiled else self._rotary(starts, length, x.device)
         states, attentions = [], []
@@ -288,9 +325,12 @@ class LongNetModel(LongNetPreTrainedModel):
         return out
 
     def _rotary(self, starts, length, device):
-        if self.config.position_embedding_type == "rope":
-            return rotary_angles(self.config, starts, length, device)
-        return None
+        if self.config.position_embedding_type == "none":
+            return None
+        scales = None
+        if self.config.position_embedding_type == "xpos":
+            scales = xpos_scales(self.config, starts, length, device)
+        return *rotary_angles(self.config, starts, length, device), scales
 
 
 class Padding:

@@ -32,7 +32,7 @@ from megalong.model.parameters import (
     row_of,
     sizes,
 )
-from megalong.model.rotary import LongRotaryEmbedding
+from megalong.model.rotary import LongRotaryEmbedding, XposScales
 from megalong.model.stage import PipelineStage
 from megalong.model.tensor_slices import cut_dimension, tensor_slice
 from megalong.model.tiled_layer import has_pieces, recomputes_by_itself, tensor_ranks
@@ -150,12 +150,15 @@ def _chunk(
 ) -> GPTModel:
     """Chunk number `chunk` of the `chunks` that this stage holds, its parameters shapes only."""
     model_config = config.model
+    first_position = mesh.sequence_range(model_config.seq_length)[0]
+    has_xpos = model_config.position_embedding_type == "xpos"
     core_attention = partial(
         CoreAttention,
         model=model_config,
         attention=config.attention,
         sequence=mesh.sequence,
         tensor_rank=mesh.tensor_parallel_rank,
+        xpos=XposScales(model_config, first_position) if has_xpos else None,
     )
     numbered = chunk if chunks > 1 else None  # None is Megatron-core's word for one chunk
     fused = use_transformer_engine(model_config.transformer_impl)
@@ -174,7 +177,7 @@ def _chunk(
             max_sequence_length=model_config.seq_length,
             pre_process=mesh.is_first_stage and chunk == 0,
             post_process=mesh.is_last_stage and chunk == chunks - 1,
-            position_embedding_type=model_config.position_embedding_type,
+            position_embedding_type="rope" if model_config.has_rotary_positions else "none",
             rotary_base=model_config.rotary_base,
             share_embeddings_and_output_weights=(
                 not model_config.untie_embeddings_and_output_weights
@@ -183,10 +186,10 @@ def _chunk(
         )
         if config.memory.linear_cross_entropy and model.post_process:
             avoid_logits(model, config, mesh)
-    if model_config.position_embedding_type == "rope":
+    if model_config.has_rotary_positions:
         model.rotary_pos_emb = LongRotaryEmbedding(
             model_config,
-            first_position=mesh.sequence_range(model_config.seq_length)[0],
+            first_position,
             one_per_pair=bool(config.memory.tiled_attention),
         )
     return model

@@ -15,6 +15,8 @@ from megatron.core.transformer.module import MegatronModule
 from megalong.attention.exchange import SequenceGroup
 from megalong.attention.passes import Passes, attend
 from megalong.config import AttentionConfig, ModelConfig
+from megalong.model.rotary import XposScales
+from megalong.tiling.xpos import scaled
 
 
 class CoreAttention(MegatronModule):
@@ -22,7 +24,7 @@ class CoreAttention(MegatronModule):
 
     model, attention: resolved. sequence: the ranks that share a sequence; None where each has all
     of it. tensor_rank: this rank's place among those that divide the heads; of the pattern it takes
-    the part of its own.
+    the part of its own. xpos: the scales of this rank's positions, where they are encoded so.
     """
 
     def __init__(
@@ -39,11 +41,13 @@ class CoreAttention(MegatronModule):
         attention: AttentionConfig,
         sequence: SequenceGroup | None = None,
         tensor_rank: int = 0,
+        xpos: XposScales | None = None,
     ):
         super().__init__(config=config)
         here = config.num_attention_heads // config.tensor_model_parallel_size
         self._heads = here
         self._kv_heads = config.num_query_groups // config.tensor_model_parallel_size
+        self.xpos = xpos
         layer = layer_number - 1  # Megatron-core counts them from one
         self.pattern = attention.pattern(layer).for_heads(
             config.num_attention_heads,
@@ -74,6 +78,9 @@ class CoreAttention(MegatronModule):
         Returns (s, b, heads * d).
         """
         assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        if self.xpos is not None:
+            scales_sp = self.xpos(len(q_sbhd), q_sbhd.device)
+            q_sbhd, k_sbhd = scaled(q_sbhd, scales_sp), scaled(k_sbhd, scales_sp, inverse=True)
         q_bshd, k_bshd, v_bshd = (x.transpose(0, 1) for x in (q_sbhd, k_sbhd, v_sbhd))
         out_bshd = attend(q_bshd, k_bshd, v_bshd, self._passes(self.pattern))
         return out_bshd.transpose(0, 1).flatten(2)

@@ -1,4 +1,4 @@
-"""Rotary position encoding that stays exact at any position.
+"""Rotary position encoding that stays exact at any position, and the scales of xPos.
 
 Megatron-core multiplies float32 positions with float32 frequencies; past 2^24 tokens a float32 no
 longer holds the position, and long before that the angle has lost its fraction. Here the angle is
@@ -15,6 +15,7 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from megalong.config import ModelConfig
+from megalong.config.model import XPOS_GAMMA
 from megalong.tiling.rows import tiles
 
 PIECE = 2**16  # positions at a time in float64: temporaries that do not grow with the sequence
@@ -55,6 +56,35 @@ class LongRotaryEmbedding(RotaryEmbedding):
             turns = torch.outer(positions, frequencies).remainder_(2 * math.pi)
             angles[rows, 0, 0].unflatten(1, (self.copies, pairs)).copy_(turns[:, None])
         return angles
+
+
+class XposScales:
+    """The scales of xPos (arXiv 2212.10554) for the positions `first_position`, ... of a model.
+
+    Only differences of positions matter. They count from the middle of the training's sequence,
+    where the scales reach farthest (`megalong.config.model.longest_xpos`).
+    """
+
+    def __init__(self, model: ModelConfig, first_position: int = 0):
+        channels = torch.arange(0, model.kv_channels, 2, dtype=torch.float64) / model.kv_channels
+        self._decays = ((channels + XPOS_GAMMA) / (1 + XPOS_GAMMA)).log_() / model.xpos_scale_base
+        self._first = first_position - model.seq_length // 2
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019  one object per chunk of a model, as above
+    def __call__(self, length: int, device: torch.device) -> torch.Tensor:
+        """Those of queries, which decay with the position; keys are divided by them. (length,
+        kv_channels / 2), float32."""
+        decays = self._decays.to(device, non_blocking=True)
+        scales = torch.empty(length, len(decays), dtype=torch.float32, device=device)
+        for rows in tiles(length, PIECE):
+            positions = torch.arange(
+                self._first + rows.start,
+                self._first + rows.stop,
+                dtype=torch.float64,
+                device=device,
+            )
+            scales[rows] = torch.outer(positions, decays).exp_()
+        return scales
 
 
 def rotary_frequencies(model: ModelConfig) -> torch.Tensor:

@@ -81,6 +81,7 @@ class TiledTransformerLayer(TransformerLayer):
                 norm,
                 rows,
                 qk_norm=norm if model.qk_layernorm else None,
+                scales=self.self_attention.core_attention.xpos,
                 ranks=ranks,
             )
         self._offload = offload

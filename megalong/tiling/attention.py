@@ -11,7 +11,7 @@ g kv heads, d head_dim, n all that a matrix is applied to in a tile (rows x batc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -24,6 +24,7 @@ from megalong.tiling.rotary import rotate_
 from megalong.tiling.rows import tiles
 from megalong.tiling.tensor_ranks import ALONE, TensorRanks
 from megalong.tiling.weights import AttentionWeights, GradientSums, Norm
+from megalong.tiling.xpos import scale_
 
 
 class Passes(Protocol):
@@ -63,6 +64,8 @@ class TiledAttention:
     passes: the attention of each group of heads, equally many in each.
     norm: also that before the output projection, where the weights have one.
     qk_norm: of each head's queries and keys, where they have one.
+    scales: of queries at so many positions on a device (`megalong.tiling.xpos`), where there are
+        some.
     tile_size: rows of the sequence in a tile, for each tensor rank that has rows of its own.
     ranks: those that share the matrices: each has some of the heads.
     """
@@ -73,6 +76,7 @@ class TiledAttention:
     norm: Norm
     tile_size: int
     qk_norm: Norm | None = None
+    scales: Callable[[int, torch.device], torch.Tensor] | None = None
     ranks: TensorRanks = ALONE
 
     def attend(
@@ -197,6 +201,7 @@ class TiledAttention:
             del q_sbad, k_sbgd, v_sbgd
             dq_sbad, dk_sbgd, dv_sbgd = (x.transpose(0, 1) for x in gradients)
             del gradients
+            self._scale_(dq_sbad, dk_sbgd)
             if angles_sd is not None:
                 rotate_(dq_sbad, angles_sd, inverse=True)
                 rotate_(dk_sbgd, angles_sd, inverse=True)
@@ -216,8 +221,8 @@ class TiledAttention:
         return out_sbad, all_dk, all_dv
 
     def _project(self, x_lbh, weights, heads: _Heads, angles_sd, raw: list | None = None):
-        """Queries, keys and values of some heads, normed and rotated. raw: is given queries and
-        keys as they were before their norm, if they have one."""
+        """Queries, keys and values of some heads, normed, rotated and scaled. raw: is given queries
+        and keys as they were before their norm, if they have one."""
         width = (self.group + 2) * self.head_dim
         packed = slice(heads.keys.start * width, heads.keys.stop * width)
         weight_rh = weights.qkv_weight[packed]
@@ -244,7 +249,15 @@ class TiledAttention:
         if angles_sd is not None:
             rotate_(q_sbad, angles_sd)
             rotate_(k_sbgd, angles_sd)
+        self._scale_(q_sbad, k_sbgd)
         return q_sbad, k_sbgd, v_sbgd
+
+    def _scale_(self, q_sbad, k_sbgd) -> None:
+        """Queries and keys, or their gradients, times their scales, in place."""
+        if self.scales is not None:
+            scales_sp = self.scales(len(q_sbad), q_sbad.device)
+            scale_(q_sbad, scales_sp)
+            scale_(k_sbgd, scales_sp, inverse=True)
 
     def _norm_into(self, name, out_sbad, x_sbad, weights) -> None:
         """The norm of queries or keys; out may be x itself."""

@@ -39,6 +39,7 @@ VARIANTS = [
     {"normalization": "LayerNorm", "no_swiglu": True, "add_bias_linear": True},
     {"head_offsets": "[[0,0,0,0],[0,1,1,0],[2,1,0,2]]", "position_embedding_type": "none"},
     {"attention": "dense", "head_offsets": "layer", "kv_channels": 32},
+    {"position_embedding_type": "xpos", "xpos_scale_base": 100},
     {
         "add_qkv_bias": True,
         "qk_layernorm": True,

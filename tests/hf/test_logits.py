@@ -36,7 +36,7 @@ CASES = [
     LADDERS | {"rope_scaling_factor": 8.0, "rope_original_length": 50, "rotary_base": 200.0},
     {"add_qkv_bias": True, "qk_layernorm": True, "normalization": "LayerNorm"},
     {"sub_layer_norm": True, "normalization": "LayerNorm", "no_swiglu": True, "kv_channels": 32},
-    {"sub_layer_norm": True},
+    LADDERS | {"sub_layer_norm": True, "position_embedding_type": "xpos", "xpos_scale_base": 30},
 ]
 
 

@@ -95,7 +95,8 @@ VARIANTS = [
     {"head_offsets": "layer", "position_embedding_type": "none"},
     {"attention": "dense", "normalization": "LayerNorm", "swiglu": False, "linear_bias": True},
     {"segment_lengths": [7, 20], "dilation_rates": [2, 9]},  # a query may see nothing
-    {"attention": "local", "window_size": 11},
+    {"attention": "local", "window_size": 11, "sub_layer_norm": True},
+    {"position_embedding_type": "xpos", "xpos_scale_base": 30, "sub_layer_norm": True},
     {"attention": ["local", "sparse"], "sparse_block_size": 9, "sparse_columns": 2},
     {"attention": ["dense", "sparse"], "sparse_block_size": 6, "sparse_columns": 4},
 ]
@@ -116,6 +117,20 @@ def test_cached_equals_uncached(changes, sizes):
         found.append(outputs.logits)
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=1e-10)
     assert cache.get_seq_length() == sum(sizes)
+
+
+def test_xpos_goes_on_past_the_training_as_far_as_its_scales_reach():
+    """What follows is the same wherever it stands, but for the tokens before it that decay."""
+    fields = {"position_embedding_type": "xpos", "attention": "local", "window_size": 9}
+    model = make_model(**fields, xpos_scale_base=20, num_hidden_layers=1)
+    tokens = torch.stack(sequences(900))
+    found = logits(model, tokens)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[:, 800:], logits(model, tokens[:, 700:])[:, 100:])
+    with pytest.raises(ValueError, match=r"no room for 1000 tokens in float32: give at most 953"):
+        logits(model, torch.stack(sequences(1000)))
+    with pytest.raises(ValueError, match=r"600 tokens in float16: load it in bfloat16"):
+        logits(model.half(), tokens[:, :600])
 
 
 @pytest.mark.parametrize("chunk", [1, 9, 60])

@@ -54,6 +54,8 @@ MODELS = {
         "normalization": "LayerNorm",
         "add_bias_linear": True,
         "sub_layer_norm": True,
+        "position_embedding_type": "xpos",
+        "xpos_scale_base": 50,
         "untie_embeddings_and_output_weights": True,
     },
     "dense": {"attention": "dense"},
