@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
 from megalong.command_line import ArgumentParser, run
+from megalong.errors import UserError
 
 
 def main() -> None:
@@ -37,6 +38,8 @@ def main() -> None:
 
     writable_folder("--output", args.output.parent)
     changes = vars(build_parser().parse_args(others))
+    if "preset" in changes:
+        raise UserError(f"--preset {changes['preset']}: the model is that of --input; leave it out")
     if "config" in changes:
         changes = read_yaml(changes.pop("config")) | changes
     if "segment_lengths" in changes:

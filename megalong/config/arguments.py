@@ -6,7 +6,8 @@ The YAML file has the same names as the flags, with or without their sections:
       num_layers: 12
     lr: 6.0e-4
 
-A flag given on the command line wins over the file, the file over the default.
+A flag given on the command line wins over the file, the file over `--preset`, that over the
+default.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import yaml
 from megalong.command_line import ArgumentParser
 from megalong.config import Config, flag_name
 from megalong.config.flags import shown
+from megalong.config.preset import over_preset, preset_file, preset_names
 from megalong.errors import UserError
 from megalong.wording import did_you_mean
 
@@ -37,14 +39,17 @@ ONE_START = ("load", "finetune", "pretrained_checkpoint", "load_optim", "load_rn
 def parse_arguments(arguments: list[str], description: str | None = None) -> Config:
     """The configuration that a command line describes, not yet resolved.
 
-    Raises UserError for an unknown flag, an unreadable file, an unknown key or a value of the
-    wrong type.
+    Raises UserError for an unknown flag, an unreadable file, an unknown key, a value of the wrong
+    type, or one that contradicts a preset.
     """
     parser = build_parser(description)
     given = vars(parser.parse_args(arguments))
     values = read_yaml(given.pop("config")) if "config" in given else {}
+    preset = given.pop("preset", None)
     given.pop("local_rank", None)
     values.update(given)
+    if preset is not None:
+        values = over_preset(preset, read_yaml(str(preset_file(preset))), values)
     return config_from_values(values)
 
 
@@ -53,6 +58,13 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser = ArgumentParser(description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument(
         "--config", metavar="FILE.yaml", help="settings by flag name; flags given beside it win"
+    )
+    presets = preset_names()
+    parser.add_argument(
+        "--preset",
+        type=partial(_one_of, tuple(presets)),
+        metavar="NAME",
+        help=f"a model, and what trains it; other settings win over its own: {', '.join(presets)}",
     )
     # The deepspeed launcher adds this one; LOCAL_RANK in the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)

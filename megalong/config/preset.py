@@ -1,0 +1,59 @@
+"""Presets: models with what trains them, each a YAML file in presets/ that can be read and copied.
+
+A preset has the keys of `--config FILE.yaml`, stands below it and the flags, and is a model: what
+its weights are made for can not be set otherwise beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from megalong.config.flags import flag_name, shown
+from megalong.config.model import ModelConfig
+from megalong.errors import UserError
+
+FOLDER = Path(__file__).parent / "presets"
+
+# Of the model's settings, those that a run may choose: lengths, positions beyond those of the
+# training, the tokenizer's vocabulary, initial weights, modules.
+_FREE = {
+    "seq_length",
+    "xpos_scale_base",
+    "rotary_base",
+    "rope_scaling_factor",
+    "rope_original_length",
+    "init_method_std",
+    "make_vocab_size_divisible_by",
+    "padded_vocab_size",
+    "transformer_impl",
+}
+ARCHITECTURE = tuple(
+    field.name for field in dataclasses.fields(ModelConfig) if field.name not in _FREE
+)
+
+
+def preset_names() -> list[str]:
+    """Those that there are."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def preset_file(name: str) -> Path:
+    """The YAML file of a preset."""
+    return FOLDER / f"{name}.yaml"
+
+
+def over_preset(name: str, preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a preset, and over them those that are given beside it.
+
+    Both: values by field name. Raises UserError where what is given makes another model.
+    """
+    for field in ARCHITECTURE:
+        if field in given and given[field] != preset[field]:
+            raise UserError(
+                f"{flag_name(field)} is {shown(given[field])}, and of --preset {name}"
+                f" {shown(preset[field])}: leave it out, or copy {preset_file(name)}, change it"
+                " there, and give the copy with --config in the place of --preset"
+            )
+    return preset | given
