@@ -15,11 +15,22 @@ from megalong.config.flags import (
 )
 from megalong.errors import UserError
 
+MASK_RATE = 0.15  # BERT's
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """Batches, optimizer, schedule, precision."""
 
+    objective: str = flag(
+        "causal",
+        "what is learned: causal, to tell the next token; mlm, masked-language modelling, to tell"
+        " hidden tokens from those on both sides",
+        choices=("causal", "mlm"),
+    )
+    mask_rate: float | None = flag(
+        None, f"mlm: share of the tokens that are to be told (default: {MASK_RATE})"
+    )
     micro_batch_size: int = flag(1, "sequences in one forward pass on one rank")
     global_batch_size: int | None = flag(
         None, "sequences in one optimizer step (default: micro batch x data-parallel ranks)"
@@ -48,10 +59,16 @@ class TrainingConfig:
     precision: str = flag("bf16", "number format of the model", choices=("fp32", "bf16", "fp16"))
     loss_scale: float | None = flag(None, "static loss scale for fp16 (default: dynamic)")
     initial_loss_scale: float = flag(2.0**16, "first dynamic loss scale for fp16, a power of two")
-    seed: int = flag(1234, "seed of the initial weights and of the data order")
+    seed: int = flag(1234, "seed of the initial weights, of the data order and of the masks")
     deepspeed_config: str | None = flag(
         None, "JSON file with further DeepSpeed settings, merged with those of the flags"
     )
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token is told from those before it alone; else attention looks both ways, and
+        tokens are masked."""
+        return self.objective == "causal"
 
     def resolve(self, data_parallel_size: int) -> TrainingConfig:
         """These settings; where they were left open, the batch is one micro batch a replica, and
@@ -59,6 +76,7 @@ class TrainingConfig:
         require_positive(self, "micro_batch_size", "train_iters")
         return dataclasses.replace(
             self,
+            mask_rate=self.mask_rate if self.causal else default(self.mask_rate, MASK_RATE),
             global_batch_size=default(
                 self.global_batch_size, self.micro_batch_size * data_parallel_size
             ),
@@ -76,6 +94,7 @@ class TrainingConfig:
                 f" --micro-batch-size {self.micro_batch_size} x {data_parallel_size} data-parallel"
                 f" ranks: set --global-batch-size {larger}, or change the other two"
             )
+        self._check_objective()
         require_more_than_zero(self, "lr", "lr_decay_power")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed} must lie in [0, 2^32)")
@@ -97,4 +116,18 @@ class TrainingConfig:
         if self.initial_loss_scale < 1 or math.log2(self.initial_loss_scale) % 1:
             raise UserError(
                 f"--initial-loss-scale {self.initial_loss_scale:g} must be a power of two"
+            )
+
+    def _check_objective(self) -> None:
+        if self.mask_rate is None:
+            return
+        if self.causal:
+            raise UserError(
+                f"--mask-rate {self.mask_rate:g} is about masked tokens: set --objective mlm, or"
+                " leave it out"
+            )
+        if not 0 < self.mask_rate < 1:
+            raise UserError(
+                f"--mask-rate {self.mask_rate:g} must lie between 0 and 1: with 0 there is nothing"
+                f" to tell, with 1 nothing to tell it from (BERT's is {MASK_RATE})"
             )

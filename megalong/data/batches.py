@@ -3,19 +3,27 @@
 A micro batch is a dict of CPU tensors: tokens and labels, int64 (micro_batch, slice), labels[t]
 being the token that follows tokens[t]; and positions, int64 (slice,), places in the whole
 sequence. labels are IGNORE_INDEX where there is nothing to predict.
+
+With masks (`megalong.data.masking`) labels[t] is what stood in the place of tokens[t], where that
+is to be told. How many that are hangs on the tokens: micro batches of the training have
+"predicted" too, int64 (), how many this rank's micro batches of the whole step have.
 """
 
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 import torch
 
+from megalong.data.masking import IGNORE_INDEX, Masking
 from megalong.data.stream import TokenStream
 from megalong.errors import UserError
 
-IGNORE_INDEX = -100
-
 Batch = dict[str, torch.Tensor]
+Row = tuple[np.ndarray, np.ndarray]  # tokens and labels of a sample, int64
+
+# Of the masks of evaluations, which are the same for every run.
+EVALUATION_SEED = 0
 
 
 def training_batches(
@@ -27,6 +35,7 @@ def training_batches(
     data_parallel_rank: int,
     data_parallel_size: int,
     sequence_range: tuple[int, int] | None = None,
+    masking: Masking | None = None,
 ) -> Iterator[Batch]:
     """Yields micro batches without end, from sample `consumed_samples` of the stream on.
 
@@ -34,6 +43,7 @@ def training_batches(
     consumed + (m * data_parallel_size + d) * micro_batch_size + j. So the samples of a global
     batch depend on consumed_samples and global_batch_size only, on no other size.
     sequence_range: (start, stop), the slice of the sequence to read; None: all of it.
+    masking: how tokens are masked, by the stream's seed; None: the next ones are predicted.
     Raises (at once) UserError for sizes that do not divide, ValueError for ranges out of bounds.
     """
     start, stop = _checked_range(stream, sequence_range)
@@ -51,11 +61,32 @@ def training_batches(
         # All ranks together take `stride` samples at a time, global batches follow one another.
         first = consumed_samples + data_parallel_rank * micro_batch_size
         while True:
-            samples = range(first, first + micro_batch_size)
-            yield _batch([stream.sample(i, start, stop + 1) for i in samples], start, stop)
+            rows = [read(i) for i in range(first, first + micro_batch_size)]
+            yield _batch(rows, start, stop)
             first += stride
 
-    return batches()
+    if masking is None:
+
+        def read(i: int) -> Row:
+            return _next_tokens(stream.sample(i, start, stop + 1), stop - start)
+
+        return batches()
+
+    def read(i: int) -> Row:
+        begin = i * stream.sequence_length + start
+        return masking.masked(stream.sample(i, start, stop), begin, stream.seed)
+
+    return _counted(batches(), global_batch_size // stride)
+
+
+def _counted(batches: Iterator[Batch], step: int) -> Iterator[Batch]:
+    """The same, each told how many predictions its step of so many micro batches has: they are made
+    together."""
+    while True:
+        of_step = list(islice(batches, step))
+        predicted = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in of_step)
+        for batch in of_step:
+            yield {**batch, "predicted": predicted}
 
 
 def evaluation_batches(
@@ -66,6 +97,7 @@ def evaluation_batches(
     data_parallel_rank: int,
     data_parallel_size: int,
     sequence_range: tuple[int, int] | None = None,
+    masking: Masking | None = None,
 ) -> Iterator[Batch]:
     """Yields the micro batches of one pass over the stream's first epoch.
 
@@ -73,25 +105,34 @@ def evaluation_batches(
     first is predicted exactly once, in the last sample (shorter than N, the rest padded) too.
     Every rank yields num_evaluation_batches() micro batches; rows without a sample, and padding,
     have labels IGNORE_INDEX (and token 0, which causal attention keeps from the others).
+    masking: how tokens are masked, always at the same places. The last sample is filled up with the
+    beginning of the epoch then, which the others see, and which is not predicted again.
     """
     start, stop = _checked_range(stream, sequence_range)
     _check_rank(data_parallel_rank, data_parallel_size)
-    total = _evaluation_samples(stream, num_samples)
+    total = _evaluation_samples(stream, num_samples, masking)
     count = num_evaluation_batches(
         stream,
         num_samples=num_samples,
         micro_batch_size=micro_batch_size,
         data_parallel_size=data_parallel_size,
+        masking=masking,
     )
+
+    def read(i: int) -> Row:
+        if i >= total:
+            return np.zeros(0, int), np.zeros(0, int)
+        if masking is None:
+            return _next_tokens(_without_wrapping(stream, i, start, stop + 1), stop - start)
+        begin = i * stream.sequence_length + start
+        tokens, labels = masking.masked(stream.sample(i, start, stop), begin, EVALUATION_SEED)
+        labels[max(stream.tokens_per_epoch - begin, 0) :] = IGNORE_INDEX
+        return tokens, labels
 
     def batches() -> Iterator[Batch]:
         for m in range(count):
             first = (m * data_parallel_size + data_parallel_rank) * micro_batch_size
-            rows = [
-                _without_wrapping(stream, i, start, stop + 1) if i < total else np.zeros(0, int)
-                for i in range(first, first + micro_batch_size)
-            ]
-            yield _batch(rows, start, stop)
+            yield _batch([read(i) for i in range(first, first + micro_batch_size)], start, stop)
 
     return batches()
 
@@ -102,16 +143,21 @@ def num_evaluation_batches(
     num_samples: int | None = None,
     micro_batch_size: int,
     data_parallel_size: int,
+    masking: Masking | None = None,
 ) -> int:
     """Micro batches that evaluation_batches() yields on every rank."""
     if micro_batch_size < 1:
         raise UserError(f"--micro-batch-size {micro_batch_size}: must be positive")
     stride = micro_batch_size * data_parallel_size
-    return -(-_evaluation_samples(stream, num_samples) // stride)
+    return -(-_evaluation_samples(stream, num_samples, masking) // stride)
 
 
-def _evaluation_samples(stream: TokenStream, num_samples: int | None) -> int:
-    predicted = stream.tokens_per_epoch - 1  # nothing predicts the first token
+def _evaluation_samples(
+    stream: TokenStream, num_samples: int | None, masking: Masking | None
+) -> int:
+    predicted = stream.tokens_per_epoch
+    if masking is None:
+        predicted -= 1  # nothing predicts the first token
     available = -(-predicted // stream.sequence_length)
     if not available:
         raise UserError(
@@ -129,14 +175,19 @@ def _without_wrapping(stream: TokenStream, i: int, start: int, stop: int) -> np.
     return stream.tokens(min(position + start, end), end)
 
 
-def _batch(rows: list[np.ndarray], start: int, stop: int) -> Batch:
-    """rows: the tokens [start, stop + 1) of each sample, or fewer where the stream ended."""
+def _next_tokens(tokens: np.ndarray, length: int) -> Row:
+    """tokens: length + 1 of them, or fewer where the stream ended."""
+    return tokens[:length], tokens[1:]
+
+
+def _batch(rows: list[Row], start: int, stop: int) -> Batch:
+    """rows: tokens and labels of each sample, or fewer of either where the stream ended."""
     length = stop - start
     tokens = np.zeros((len(rows), length), dtype=np.int64)
     labels = np.full((len(rows), length), IGNORE_INDEX, dtype=np.int64)
-    for j, row in enumerate(rows):
-        tokens[j, : len(row)] = row[:length]
-        labels[j, : max(len(row) - 1, 0)] = row[1:]
+    for j, (row, wanted) in enumerate(rows):
+        tokens[j, : len(row)] = row
+        labels[j, : len(wanted)] = wanted
     return {
         "tokens": torch.from_numpy(tokens),
         "labels": torch.from_numpy(labels),

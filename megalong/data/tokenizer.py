@@ -7,6 +7,7 @@ that bits per byte can be computed for any set of predicted tokens.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import warnings
@@ -21,19 +22,28 @@ if TYPE_CHECKING:
 
 SENTENCEPIECE_SPACE = "\u2581"  # SentencePiece writes a space as this character
 EOD_PIECE = "<eod>"
+MASK_PIECE = "<mask>"
 
 # What a tokenizer meant for raw text must give back unchanged.
 _LOSSLESS_PROBE = " a  b\tc\n\n    d\r\n e\u0301 \u00e9\u3042\U0001f600\u2581\u2047\0 "
 
 
-def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None = None) -> Tokenizer:
+def build_tokenizer(
+    tokenizer_type: str, tokenizer_model: str | None = None, with_mask: bool = False
+) -> Tokenizer:
     """Builds a tokenizer.
 
     tokenizer_type: "SentencePieceTokenizer" (tokenizer_model: the .model file),
         "HuggingFaceTokenizer" (tokenizer_model: a local folder) or "ByteTokenizer" (no model).
+    with_mask: with a mask token, as a masked-language model's is (`Tokenizer.with_mask`).
     Raises UserError for an unknown type, for a model that is missing or unusable, and where
     transformers is needed and not installed.
     """
+    tokenizer = _build_tokenizer(tokenizer_type, tokenizer_model)
+    return tokenizer.with_mask() if with_mask else tokenizer
+
+
+def _build_tokenizer(tokenizer_type: str, tokenizer_model: str | None) -> Tokenizer:
     if tokenizer_type not in TOKENIZERS:
         known = ", ".join(TOKENIZERS)
         raise UserError(f"--tokenizer-type {tokenizer_type}: unknown, choose one of {known}")
@@ -56,10 +66,13 @@ def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None = None) -> 
 class Tokenizer(ABC):
     """Text to ids and back. `pieces[i]` is what id i stands for; special tokens: b""."""
 
-    def __init__(self, pieces: list[bytes], eod: int, bos: int | None = None) -> None:
+    def __init__(
+        self, pieces: list[bytes], eod: int, bos: int | None = None, mask: int | None = None
+    ) -> None:
         self.pieces = pieces
         self._eod = eod
         self._bos = bos
+        self._mask = mask
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -82,6 +95,21 @@ class Tokenizer(ABC):
     def bos(self) -> int | None:
         """The id that begins a document in data made with --prepend-bos, if there is one."""
         return self._bos
+
+    @property
+    def mask(self) -> int | None:
+        """The id that stands where a masked-language model has to tell the token, if there is
+        one."""
+        return self._mask
+
+    def with_mask(self) -> Tokenizer:
+        """This tokenizer, or where it has no mask token a copy that has one more id for it, behind
+        all others: texts have the same ids. Raises UserError where none can be added."""
+        if self._mask is not None:
+            return self
+        larger = copy.copy(self)
+        larger.pieces, larger._mask = [*self.pieces, b""], self.vocab_size
+        return larger
 
     def decode(self, ids) -> str:
         """The text of any sequence of ids. Special tokens are dropped; bytes that are not UTF-8
@@ -135,7 +163,13 @@ class SentencePieceTokenizer(Tokenizer):
                     f"token nor a piece {EOD_PIECE} to end documents with"
                 )
         bos = model.bos_id() if model.bos_id() >= 0 else None
-        super().__init__([self._piece_bytes(i) for i in range(model.get_piece_size())], eod, bos)
+        mask = model.piece_to_id(MASK_PIECE)
+        super().__init__(
+            [self._piece_bytes(i) for i in range(model.get_piece_size())],
+            eod,
+            bos,
+            mask if model.is_control(mask) else None,
+        )
         # The library takes the space's stand-in for a space, so that this one character is
         # spelled with byte tokens instead (where the model has them).
         self._stand_in = [
@@ -207,7 +241,17 @@ class HuggingFaceTokenizer(Tokenizer):
         self._backend.no_truncation()
         self._backend.no_padding()
         pieces = _huggingface_pieces(self._backend, set(tokenizer.all_special_ids), folder)
-        super().__init__(pieces, tokenizer.eos_token_id, tokenizer.bos_token_id)
+        ids = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.mask_token_id
+        super().__init__(pieces, *ids)
+        self._folder = str(folder)
+
+    def with_mask(self) -> Tokenizer:
+        if self._mask is None:
+            raise UserError(
+                f"--objective mlm: the tokenizer in {self._folder} has no mask_token: add one"
+                " with Transformers' add_special_tokens, save it, and preprocess the text again"
+            )
+        return self
 
     def __setstate__(self, state: dict) -> None:
         """A copy in another process needs the package tokenizers only."""
