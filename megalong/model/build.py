@@ -159,6 +159,7 @@ def _chunk(
         sequence=mesh.sequence,
         tensor_rank=mesh.tensor_parallel_rank,
         xpos=XposScales(model_config, first_position) if has_xpos else None,
+        causal=config.training.causal,
     )
     numbered = chunk if chunks > 1 else None  # None is Megatron-core's word for one chunk
     fused = use_transformer_engine(model_config.transformer_impl)

@@ -20,11 +20,12 @@ from megalong.tiling.xpos import scaled
 
 
 class CoreAttention(MegatronModule):
-    """Causal self-attention of the kind that its layer has, over all ranks of the sequence.
+    """Self-attention of the kind that its layer has, over all ranks of the sequence.
 
-    model, attention: resolved. sequence: the ranks that share a sequence; None where each has all
-    of it. tensor_rank: this rank's place among those that divide the heads; of the pattern it takes
-    the part of its own. xpos: the scales of this rank's positions, where they are encoded so.
+    model, attention: resolved. causal: whether a query sees no key after it. sequence: the ranks
+    that share a sequence; None where each has all of it. tensor_rank: this rank's place among those
+    that divide the heads; of the pattern it takes the part of its own. xpos: the scales of this
+    rank's positions, where they are encoded so.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class CoreAttention(MegatronModule):
         sequence: SequenceGroup | None = None,
         tensor_rank: int = 0,
         xpos: XposScales | None = None,
+        causal: bool = True,
     ):
         super().__init__(config=config)
         here = config.num_attention_heads // config.tensor_model_parallel_size
@@ -60,6 +62,7 @@ class CoreAttention(MegatronModule):
             sequence=sequence,
             scale=softmax_scale,
             backend=attention.attention_backend,
+            causal=causal,
         )
 
     def forward(

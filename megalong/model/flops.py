@@ -10,13 +10,14 @@ work of the model, and the utilisation that is made of these numbers is less for
 (arXiv 2204.02311, appendix B), but for the scores, of which it counts all N^2.
 
 Attention counts the exact pairs of its pattern (`DilatedPattern.attention_pairs`), which are
-N (N + 1) / 2 a head for dense attention. The *dense equivalent* of a model is the one with dense
-attention in the place of its own: what a Transformer without the pattern would have had to compute
-for the same tokens.
+N (N + 1) / 2 a head for dense attention, and N^2 where it looks both ways (`--objective mlm`). The
+*dense equivalent* of a model is the one with dense attention in the place of its own: what a
+Transformer without the pattern would have had to compute for the same tokens.
 """
 
 from __future__ import annotations
 
+from megalong.attention.dense_pattern import DensePattern
 from megalong.config import Config
 
 PARTS = ("qkv", "attention", "attention_output", "mlp", "logits")
@@ -90,11 +91,12 @@ def _product(rows: int, inner: int, columns: int) -> int:
 def _attention_flops(config: Config, dense: bool) -> int:
     model = config.model
     tokens, heads, kv_heads = model.seq_length, model.num_attention_heads, model.num_query_groups
-    if dense:
-        pairs = model.num_layers * heads * (tokens * (tokens + 1) // 2)
-    else:
-        pairs = sum(
-            config.attention.pattern(layer).attention_pairs(tokens, heads, kv_heads, causal=True)
-            for layer in range(model.num_layers)
-        )
+    patterns = (
+        DensePattern() if dense else config.attention.pattern(layer)
+        for layer in range(model.num_layers)
+    )
+    pairs = sum(
+        pattern.attention_pairs(tokens, heads, kv_heads, config.training.causal)
+        for pattern in patterns
+    )
     return 2 * 2 * model.kv_channels * pairs

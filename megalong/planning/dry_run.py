@@ -171,5 +171,8 @@ def host_batches(config: Config, mesh: Mesh) -> Iterator[Batch]:
     """Micro batches without end, as `megalong.data.batches` makes them, all of token 0."""
     start, stop = mesh.sequence_range(config.model.seq_length)
     tokens = torch.zeros(config.training.micro_batch_size, stop - start, dtype=torch.int64)
+    batch = {"tokens": tokens, "labels": tokens}
+    if not config.training.causal:
+        batch["predicted"] = torch.ones((), dtype=torch.int64)
     while True:
-        yield {"tokens": tokens, "labels": tokens, "positions": torch.arange(start, stop)}
+        yield {**batch, "positions": torch.arange(start, stop)}

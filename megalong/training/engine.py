@@ -1,6 +1,7 @@
 """One optimizer step: a DeepSpeed engine around the model, driven by Megatron-core's schedule.
 
-Gradient scale. The gradient wanted is that of (sum of token losses) / (tokens of the global batch).
+Gradient scale. The gradient wanted is that of (sum of token losses) / (predictions of the global
+batch): all its tokens, or those that are masked, which the ranks count together beforehand.
 DeepSpeed averages gradients over data-parallel ranks and sums them over the ranks of a sequence,
 except for ZeRO 3, whose reduce-scatter averages over both; Megatron-core's schedule divides a loss
 by the number of micro batches and multiplies it by the ranks of a sequence. The loss of a micro
@@ -13,6 +14,7 @@ import contextlib
 import io
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -60,7 +62,7 @@ class StepResult:
 
     @property
     def loss(self) -> float:
-        """The mean token loss over the global batch, in nats."""
+        """The mean loss of a prediction over the global batch, in nats."""
         return self._read()[0]
 
     @property
@@ -91,6 +93,7 @@ class TrainingEngine:
         shards = 1 if config.parallel.zero_stage == 3 else mesh.sequence.size
         self.loss_scale = mesh.data_parallel_size / shards  # see above
         self.tokens_per_step = training.global_batch_size * config.model.seq_length
+        self.causal = training.causal
         self.model = model
         sum_divided_gradients(model, mesh.tensor_group)
         self.tied_embedding = TiedEmbedding(
@@ -155,17 +158,26 @@ class TrainingEngine:
         return {"per_step": counts, "per_layer": per_layer}
 
     def _train_step(self, batches: Iterator[Batch]) -> StepResult:
-        scale = self.loss_scale * self.num_microbatches / self.tokens_per_step
+        predictions, batches = self._predictions(batches)
+        scale = self.loss_scale * self.num_microbatches / predictions
         results = self._run(batches, self.num_microbatches, partial(_training_loss, scale=scale))
         self.tied_embedding.sum_gradients()
         self.deepspeed.step()
         nothing = torch.zeros((), device=self.mesh.device)  # of a stage that sees no losses
         loss_sum = self.mesh.sum_of_losses(sum(results, start=nothing))
         return StepResult(
-            loss_sum.double() / self.tokens_per_step,
+            loss_sum.double() / predictions,
             self.deepspeed.get_global_grad_norm(),
             was_skipped(self.deepspeed),
         )
+
+    def _predictions(self, batches: Iterator[Batch]) -> tuple[int | torch.Tensor, Iterator[Batch]]:
+        """How many predictions the global batch has, at least 1, and its micro batches."""
+        if self.causal:
+            return self.tokens_per_step, batches
+        first = next(batches)
+        mine = first["predicted"].to(self.mesh.device, non_blocking=True, copy=True)
+        return self.mesh.sum_of_losses(mine).clamp(min=1), chain((first,), batches)
 
     @property
     def updates(self) -> int:

@@ -132,6 +132,7 @@ class Trainer:
             data_parallel_rank=self.mesh.data_parallel_rank,
             data_parallel_size=self.mesh.data_parallel_size,
             sequence_range=self.mesh.sequence_range(self.config.model.seq_length),
+            masking=self.data.masking,
         )
 
     def _stop_before_the_building(self) -> None:
@@ -223,6 +224,7 @@ class Trainer:
             "num_samples": None if whole else eval_iters * training.global_batch_size,
             "micro_batch_size": training.micro_batch_size,
             "data_parallel_size": self.mesh.data_parallel_size,
+            "masking": self.data.masking,
         }
         batches = evaluation_batches(
             stream,

@@ -47,9 +47,10 @@ class MetricsLog:
             all ranks together, and where that is from;
     and one traffic: what the main process sent and received in a step, by axis and collective
     (`megalong.parallel.traffic`).
-    Evaluations have iteration, split, consumed_tokens, loss, perplexity, bits_per_byte, tokens,
-    position_edges, loss_by_position. A run that goes on at an iteration that was evaluated keeps
-    that record; one of the same iteration, on the same tokens, takes its place.
+    Evaluations have iteration, split, consumed_tokens, loss, perplexity, bits_per_byte, tokens (of
+    which these are, with --objective mlm the masked ones), position_edges, loss_by_position. A run
+    that goes on at an iteration that was evaluated keeps that record; one of the same iteration, on
+    the same tokens, takes its place.
     The first record of either kind after a save has save_seconds, save_blocking_seconds: how long
     it took until it was on the disk, and how long the training stood still for it.
     Only the main process has one.

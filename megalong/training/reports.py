@@ -49,7 +49,11 @@ class Reports:
         self.tokens_per_step = config.training.global_batch_size * config.model.seq_length
         self.parameters = count_parameters(config.model, data.tokenizer.vocab_size)
         self.tokens_per_epoch = data.train.tokens_per_epoch
-        self.held_out = {split: part.tokens_per_epoch for split, part in data.held_out.items()}
+        self.masking = data.masking
+        share = 1.0 if data.masking is None else data.masking.rate
+        self.held_out = {
+            split: round(share * part.tokens_per_epoch) for split, part in data.held_out.items()
+        }
         self.oddities = [*config.attention.oddities(config.model.seq_length), *data.oddities]
         self.flops = step_flops(config, data.tokenizer.vocab_size)
         self.dense_flops = step_flops(config, data.tokenizer.vocab_size, dense=True)
@@ -84,12 +88,17 @@ class Reports:
             f" x pipeline {mesh.pipeline_parallel_size} x data {mesh.data_parallel_size},"
             f" ZeRO {config.parallel.zero_stage}"
         )
-        say(config.attention.description)
+        say(config.attention.description + ("" if training.causal else ", bidirectional"))
         say(
             f"{counted(training.train_iters, 'iteration')} of"
             f" {counted(training.global_batch_size, 'sequence')} of"
             f" {config.model.seq_length:,} tokens; one epoch is {self.tokens_per_epoch:,} tokens"
         )
+        if self.masking is not None:
+            say(
+                f"masked-language modelling: {self.masking.rate:.3g} of the tokens are masked; the"
+                f" mask token has id {self.masking.mask}"
+            )
         total, dense = sum(self.flops.values()), sum(self.dense_flops.values())
         parts = ", ".join(
             f"{part.replace('_', ' ')} {flops / total:.0%}" for part, flops in self.flops.items()
@@ -116,8 +125,9 @@ class Reports:
         for split, tokens in self.held_out.items():
             if tokens < FEW_TOKENS:
                 say(
-                    f"--split {config.data.split} leaves only {tokens:,} tokens for {split}: below"
-                    f" {FEW_TOKENS:,} chance alone moves its perplexity by some percent"
+                    f"--split {config.data.split} leaves only {tokens:,} {self._predicted} for"
+                    f" {split}: below {FEW_TOKENS:,} chance alone moves its perplexity by some"
+                    " percent"
                 )
         if config.run.save is None:
             say("without --save nothing is kept")
@@ -214,9 +224,14 @@ class Reports:
             f"loss {result.loss:.4f}",
             f"perplexity {result.perplexity:.2f}",
             f"{result.bits_per_byte:.3f} bits per byte",
-            f"{result.tokens:,} tokens",
+            f"{result.tokens:,} {self._predicted}",
         ]
         say(" | ".join(words + self._words_on_save(saved)))
+
+    @property
+    def _predicted(self) -> str:
+        """What is predicted, in words."""
+        return "tokens" if self.masking is None else "masked tokens"
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:

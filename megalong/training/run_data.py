@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from megalong.config import Config
-from megalong.data.batches import num_evaluation_batches
+from megalong.data.batches import IGNORE_INDEX, evaluation_batches, num_evaluation_batches
 from megalong.data.formats import open_documents
+from megalong.data.masking import Masking
 from megalong.data.stream import TokenStream, split_documents
 from megalong.data.tokenizer import Tokenizer, build_tokenizer
 from megalong.errors import UserError, system_errors_of
@@ -23,6 +24,7 @@ class RunData:
     held_out: the streams of "validation" and "test", where `--split` gives them documents.
     oddities: what can be trained on, and yet is hardly what was meant; a line each.
     token_bytes: UTF-8 bytes that each token id stands for, int32 (vocab size,).
+    masking: how tokens are masked; None: the next ones are predicted.
     """
 
     tokenizer: Tokenizer
@@ -30,6 +32,7 @@ class RunData:
     train: TokenStream
     held_out: dict[str, TokenStream]
     oddities: list[str]
+    masking: Masking | None = None
 
 
 def open_run_data(config: Config) -> RunData:
@@ -39,14 +42,18 @@ def open_run_data(config: Config) -> RunData:
     """
     data = config.data
     tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model)
+    ids_of_data, masking = tokenizer.vocab_size, None
+    if not config.training.causal:
+        tokenizer = tokenizer.with_mask()
+        masking = Masking.of(tokenizer, config.training.mask_rate)
     config.model.vocabulary_rows(tokenizer.vocab_size)  # an error, where they are too few
     with system_errors_of("--data-path", data.data_path):
         documents = open_documents(data.data_path)
     made_with = documents.vocab_size
-    if made_with is not None and made_with != tokenizer.vocab_size:
+    if made_with is not None and made_with != ids_of_data:
         raise UserError(
             f"--data-path {data.data_path} was made with a tokenizer of {made_with} ids, and"
-            f" {data.tokenizer_flag} has {tokenizer.vocab_size}: give the same"
+            f" {data.tokenizer_flag} has {ids_of_data}: give the same"
         )
     if documents.prepend_bos not in (None, data.prepend_bos):
         made, flag = ("with", "") if documents.prepend_bos else ("without", "no-")
@@ -70,21 +77,38 @@ def open_run_data(config: Config) -> RunData:
             config.model.seq_length,
             config.training.seed,
             shuffle=shuffle,
-            vocab_size=tokenizer.vocab_size,
+            vocab_size=ids_of_data,
         )
 
     train = stream(ranges[0], shuffle=True)
     parts = zip(("validation", "test"), ranges[1:], strict=True)
     held_out = {name: stream(part, shuffle=False) for name, part in parts if part}
-    for part in held_out.values():  # a split too small to evaluate on is found now, not at the end
-        num_evaluation_batches(part, micro_batch_size=1, data_parallel_size=1)
+    for name, part in held_out.items():  # too small to evaluate on: found now, not at the end
+        if masking is None:
+            num_evaluation_batches(part, micro_batch_size=1, data_parallel_size=1)
+        else:
+            _check_masks(name, part, masking, config)
     return RunData(
         tokenizer=tokenizer,
         token_bytes=tokenizer.token_bytes(),
         train=train,
         held_out=held_out,
         oddities=_oddities(train, config, tokenizer),
+        masking=masking,
     )
+
+
+def _check_masks(name: str, part: TokenStream, masking: Masking, config: Config) -> None:
+    """Raise UserError where an evaluation would have no masked token."""
+    size = config.run.eval_iters * config.training.global_batch_size
+    rank = {"micro_batch_size": 1, "data_parallel_rank": 0, "data_parallel_size": 1}
+    batches = evaluation_batches(part, num_samples=size or None, masking=masking, **rank)
+    if not any((batch["labels"] != IGNORE_INDEX).any() for batch in batches):
+        raise UserError(
+            f"--mask-rate {config.training.mask_rate:g}: of the {part.tokens_per_epoch:,} tokens of"
+            f" --split {config.data.split} for {name} none would be masked in an evaluation: give"
+            " it a larger share, or raise --mask-rate or --eval-iters"
+        )
 
 
 def _oddities(train: TokenStream, config: Config, tokenizer: Tokenizer) -> list[str]:
@@ -95,6 +119,8 @@ def _oddities(train: TokenStream, config: Config, tokenizer: Tokenizer) -> list[
             f" {counted(train.tokens_per_epoch, 'token')}, so that every sequence of --seq-length"
             f" {config.model.seq_length} repeats them"
         )
+    if not config.training.causal:
+        return lines  # special tokens are never told
     documents, lengths = train.documents, train.documents.lengths
     looked_at = [i for i in train.document_range[:100] if lengths[i]][:10]
     ends = {int(documents.read(i, int(lengths[i]) - 1)[0]) for i in looked_at}
