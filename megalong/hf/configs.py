@@ -13,11 +13,7 @@ from megalong.errors import UserError
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_OF_PRECISION = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_longnet.LongNetConfig",
-    "AutoModel": "modeling_longnet.LongNetModel",
-    "AutoModelForCausalLM": "modeling_longnet.LongNetForCausalLM",
-}
+_MODEL = {"causal": "LongNetForCausalLM", "mlm": "LongNetForMaskedLM"}  # by the objective
 
 # The settings of a model besides its sizes: our names, and LongNetConfig's.
 _SETTINGS = {
@@ -45,6 +41,19 @@ _ADDED = {
 }
 
 
+def model_classes(objective: str) -> dict[str, Any]:
+    """What config.json says of the classes of a model, which come with it."""
+    model = _MODEL[objective]
+    return {
+        "architectures": [model],
+        "auto_map": {
+            "AutoConfig": "configuration_longnet.LongNetConfig",
+            "AutoModel": "modeling_longnet.LongNetModel",
+            model.replace("LongNet", "AutoModel"): f"modeling_longnet.{model}",
+        },
+    }
+
+
 def longnet_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     """The fields of LongNetConfig for a model of ours, trained with this tokenizer; config:
     resolved."""
@@ -61,6 +70,7 @@ def longnet_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
         **{theirs: getattr(model, ours) for ours, theirs in _SETTINGS.items()},
         **{name: _as_json(getattr(config.attention, name)) for name in PATTERN_FIELDS},
         "attention": _kinds(config.attention.attention),
+        "causal": config.training.causal,
         "initializer_range": model.init_method_std,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "bos_token_id": tokenizer.bos if config.data.prepend_bos else None,
@@ -104,6 +114,7 @@ def _from_longnet(config: dict[str, Any]) -> dict[str, Any]:
         **_sizes(config),
         **{ours: config[theirs] for ours, theirs in _SETTINGS.items()},
         **pattern,
+        "objective": "causal" if config.get("causal", True) else "mlm",
         "init_method_std": config["initializer_range"],
     }
 

@@ -11,7 +11,8 @@ KINDS = ("dilated", "dense", "local", "sparse")
 
 
 class LongNetConfig(PreTrainedConfig):
-    """A decoder-only Transformer with dilated attention (LongNet, arXiv 2307.02486).
+    """A Transformer with dilated attention (LongNet, arXiv 2307.02486): a decoder, or with
+    `causal` False an encoder, whose tokens see both sides.
 
     segment_lengths, dilation_rates: the branches (w, r) of dilated attention. A head with offset o
         keeps the positions o, o + r, o + 2r, ... of each segment of w, and they attend to each
@@ -61,6 +62,7 @@ class LongNetConfig(PreTrainedConfig):
     window_size: int = 2048
     sparse_block_size: int = 2048
     sparse_columns: int = 32
+    causal: bool = True
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     use_cache: bool = True

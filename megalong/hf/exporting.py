@@ -21,7 +21,7 @@ from megalong.config import Config
 from megalong.data.tokenizer import build_tokenizer
 from megalong.disk import written_aside
 from megalong.errors import UserError
-from megalong.hf.configs import AUTO_MAP, DTYPE_OF_PRECISION, longnet_config
+from megalong.hf.configs import DTYPE_OF_PRECISION, longnet_config, model_classes
 from megalong.hf.model_card import model_card
 from megalong.hf.names import Entry, check_names, check_shape, check_vocabulary, entries
 from megalong.model.parameters import count_parameters
@@ -45,7 +45,8 @@ def export(
     verify: bool = True,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write a checkpoint as a folder for `AutoModelForCausalLM.from_pretrained`.
+    """Write a checkpoint as a folder for `AutoModelForCausalLM.from_pretrained`, or, of a
+    masked-language model, `AutoModelForMaskedLM`.
 
     load: run folder, or one checkpoint's. output: the folder. dtype: of the weights; None is
     the precision of the training. tokenizer_model: the tokenizer, if not the one in the checkpoint.
@@ -69,10 +70,13 @@ def export(
                 folder,
                 config.model.seq_length,
                 config.data.prepend_bos,
+                with_mask=not config.training.causal,
             )
             pad = open_tokenizer(folder).pad_token_id
         else:
-            tokenizer = build_tokenizer(config.data.tokenizer_type, tokenizer_model)
+            tokenizer = build_tokenizer(
+                config.data.tokenizer_type, tokenizer_model, not config.training.causal
+            )
             pad = None
         table = entries(config.model, tokenizer.vocab_size)
         check_vocabulary(str(checkpoint.folder), table, tokenizer.vocab_size, checkpoint.shapes)
@@ -85,16 +89,17 @@ def export(
         _write_json(
             folder / "config.json",
             {
-                "architectures": ["LongNetForCausalLM"],
-                "auto_map": AUTO_MAP,
+                **model_classes(config.training.objective),
                 "model_type": "longnet",
                 **fields,
                 "dtype": dtype,
                 "megalong": provenance,
             },
         )
-        tokens = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        _write_json(folder / "generation_config.json", {**tokens, "do_sample": False})
+        if config.training.causal:
+            names = ("bos_token_id", "eos_token_id", "pad_token_id")
+            tokens = {name: fields[name] for name in names}
+            _write_json(folder / "generation_config.json", {**tokens, "do_sample": False})
         for file in MODEL_FILES:
             shutil.copy(file, folder / file.name)
         for file in folder.glob("*.safetensors"):

@@ -112,16 +112,17 @@ def _with_tokenizer(
 ) -> tuple[dict[str, Any], int]:
     """The values with the tokenizer that is given, or that comes with the model; and how many ids
     it has."""
+    with_mask = values.get("objective") == "mlm"
     if "tokenizer_type" in values:
         kind, model = values["tokenizer_type"], values.get("tokenizer_model")
-        return values, build_tokenizer(kind, model).vocab_size
+        return values, build_tokenizer(kind, model, with_mask).vocab_size
     if "tokenizer_model" in values:
         raise UserError(
             f"--tokenizer-model {values['tokenizer_model']} is given without --tokenizer-type: give"
             " both, or neither for the model's own"
         )
     kind, model = tokenizer_of_export(source)
-    ids = build_tokenizer(kind, model).vocab_size
+    ids = build_tokenizer(kind, model, with_mask).vocab_size
     if model is not None:
         name = SENTENCEPIECE_FILE if kind == "SentencePieceTokenizer" else "tokenizer"
         model = str((run_folder / name).resolve())

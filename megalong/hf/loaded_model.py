@@ -57,6 +57,11 @@ def load_model(
             " Transformers with a config.json"
         )
     checkpoint = StoredModel(path)
+    if not checkpoint.config.training.causal:
+        raise UserError(
+            f"{path} is a masked-language model (--objective mlm), which does not continue texts:"
+            " convert_to_hf.py makes a folder of it for Transformers' AutoModelForMaskedLM"
+        )
     data = checkpoint.config.data
     kept = tokenizer_model or checkpoint.tokenizer_model
     tokenizer = build_tokenizer(data.tokenizer_type, kept)

@@ -13,33 +13,18 @@ from megalong.model.parameters import ParameterCount
 _CARD = """\
 ---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {pipeline}
 tags: [longnet, dilated-attention, megalong]
 ---
 
 # {name}
 
-A LongNet language model ([arXiv 2307.02486](https://arxiv.org/abs/2307.02486)), pretrained with
+A LongNet {what} ([arXiv 2307.02486](https://arxiv.org/abs/2307.02486)), pretrained with
 megalong: {parameters} in {dtype}, {layers} layers, {attention}. It was trained on
 sequences of {seq_length:,} tokens.
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-inputs = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
-```
-
-The model's code is in this folder; it needs torch and transformers (5.24 or later) only. A text may
-name special tokens: `text + tokenizer.eos_token` ends a document; with `split_special_tokens=True`
-names are plain text, as they were in the training. Attention
-is linear in the length, and the cache keeps what later tokens can still attend to: at most the sum
-of segment length / dilation rate rows, however long the sequence. With `prefill_chunk_size`
-`generate` reads a long prompt in chunks, in bounded memory; any size gives the same. With labels
-the loss of a long sequence is computed in chunks and comes without logits, unless `logits_to_keep`
-asks for some. The attention is the exact one, in PyTorch's operators, whether `attn_implementation`
+{use}
+The attention is the exact one, in PyTorch's operators, whether `attn_implementation`
 says `eager` or `sdpa`; `output_attentions=True` gives its weights, of up to 8,192 tokens.
 
 ## Where it comes from
@@ -59,12 +44,47 @@ The training's configuration, where it differs from megalong's defaults:
 """
 
 
+_CAUSAL = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+The model's code is in this folder; it needs torch and transformers (5.24 or later) only. A text may
+name special tokens: `text + tokenizer.eos_token` ends a document; with `split_special_tokens=True`
+names are plain text, as they were in the training. Attention
+is linear in the length, and the cache keeps what later tokens can still attend to: at most the sum
+of segment length / dilation rate rows, however long the sequence. With `prefill_chunk_size`
+`generate` reads a long prompt in chunks, in bounded memory; any size gives the same. With labels
+the loss of a long sequence is computed in chunks and comes without logits, unless `logits_to_keep`
+asks for some."""
+
+_MASKED = """\
+```python
+from transformers import pipeline
+
+fill = pipeline("fill-mask", FOLDER, trust_remote_code=True)
+print(fill(f"Once upon a {{fill.tokenizer.mask_token}}"))
+```
+
+The model's code is in this folder; it needs torch and transformers (5.24 or later) only. Attention
+looks both ways, and is linear in the length."""
+
+
 def model_card(
     config: Config, provenance: dict[str, Any], parameters: ParameterCount, dtype: str
 ) -> str:
     """The text of README.md in an exported folder."""
     versions = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())
+    causal = config.training.causal
     return _CARD.format(
+        pipeline="text-generation" if causal else "fill-mask",
+        what="language model" if causal else "masked-language model",
+        use=_CAUSAL if causal else _MASKED.format(),
         name=provenance["checkpoint"].split("/")[0],
         dtype=dtype,
         layers=config.model.num_layers,

@@ -1,11 +1,11 @@
-"""LongNet for Transformers: a Llama-like decoder with dilated attention.
+"""LongNet for Transformers: a Llama-like decoder with dilated attention, or an encoder like it.
 
 Travels in the exported folder (trust_remote_code); needs torch and transformers only. Modules are
 named as in Llama.
 
 Padding: the model moves the real tokens of each row to its front, where a causal model never looks
-at what comes after them, and moves the results back. So positions, segments and offsets count from
-each sequence's first real token, wherever its padding is.
+at what comes after them and a bidirectional one hides it, and moves the results back. So positions,
+segments and offsets count from each sequence's first real token, wherever its padding is.
 
 Shape letters: b batch, s sequence, h heads, d head_dim.
 """
@@ -20,7 +20,11 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+)
 
 from .attention_longnet import (
     LongNetCache,
@@ -29,6 +33,7 @@ from .attention_longnet import (
     parts_of,
     probabilities,
 )
+from .bidirectional_longnet import bidirectional_attention, bidirectional_probabilities
 from .configuration_longnet import LongNetConfig
 from .loss_longnet import is_divided, most_rows, next_token_loss
 
@@ -137,7 +142,7 @@ class LongNetAttention(nn.Module):
             config.num_key_value_heads,
         )
         bias = config.linear_bias or config.qkv_bias
-        self.parts = parts_of(config, layer)
+        self.parts, self.causal = parts_of(config, layer), config.causal
         self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
@@ -149,15 +154,20 @@ class LongNetAttention(nn.Module):
     def forward(self, x, rotary, counts, cache):
         q, k = self._queries_and_keys(x, rotary)
         v = self._heads(self.v_proj, x)
-        if cache is None:
+        if not self.causal:
+            out = bidirectional_attention(q, k, v, self.parts, counts)
+        elif cache is None:
             out, _ = attention(q, k, v, self.parts)
         else:
             out = cache.attend(q, k, v, counts)
         return self.o_proj(self.attn_sub_norm(out.flatten(2)))
 
-    def probabilities(self, x, rotary):
+    def probabilities(self, x, rotary, counts):
         """What each position attends to, (b, h, s, s), as `forward` without a cache does."""
-        return probabilities(*self._queries_and_keys(x, rotary), self.parts)
+        q, k = self._queries_and_keys(x, rotary)
+        if not self.causal:
+            return bidirectional_probabilities(q, k, self.parts, counts)
+        return probabilities(q, k, self.parts)
 
     def _queries_and_keys(self, x, rotary):
         q, k = self._heads(self.q_proj, x), self._heads(self.k_proj, x)
@@ -269,6 +279,12 @@ class LongNetModel(LongNetPreTrainedModel):
                 f"output_attentions makes length x length numbers a head: give at most {TILE}"
                 " tokens, and use_cache=False, since a cache has not all of the past"
             )
+        if not self.config.causal:
+            if cache is not None or use_cache:
+                raise ValueError(
+                    "a bidirectional LongNet has no cache: every token sees later ones"
+                )
+            use_cache = False
         if use_cache is None:
             use_cache = not output_attentions and self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -285,14 +301,16 @@ class LongNetModel(LongNetPreTrainedModel):
         starts = cache.lengths if cache is not None and cache.lengths else [0] * batch
         if self.config.position_embedding_type == "xpos":
             check_xpos(self.config, min(starts), max(starts) + length, x.dtype)
-        tiled = length > TILE and not torch.is_grad_enabled() and not is_divided(self)
+        tiled = length > TILE and self.config.causal
+        tiled = tiled and not torch.is_grad_enabled() and not is_divided(self)
         rotary = None if tiled else self._rotary(starts, length, x.device)
         states, attentions = [], []
         for number, layer in enumerate(self.layers):
             if keep:
                 states.append(padding.back(x))
             if output_attentions:
-                weights = layer.self_attn.probabilities(layer.input_layernorm(x), rotary)
+                normed = layer.input_layernorm(x)
+                weights = layer.self_attn.probabilities(normed, rotary, padding.counts)
                 attentions.append(padding.square_back(weights))
             kept = None if cache is None else cache.layers[number]
             if tiled:
@@ -384,6 +402,10 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: LongNetConfig):
+        if not config.causal:
+            raise ValueError(
+                "this LongNet is a masked-language model: load it with AutoModelForMaskedLM"
+            )
         super().__init__(config)
         self.model = LongNetModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -455,3 +477,55 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
     ):
         if model_kwargs.get("cache") is None and generation_config.use_cache is not False:
             model_kwargs["cache"] = self.model.new_cache()
+
+
+class LongNetForMaskedLM(LongNetPreTrainedModel):
+    """The masked-language model: a bidirectional LongNetModel and the output layer."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: LongNetConfig):
+        if config.causal:
+            raise ValueError("this LongNet is a causal model: load it with AutoModelForCausalLM")
+        super().__init__(config)
+        self.model = LongNetModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **loss_options,
+    ) -> MaskedLMOutput | tuple:
+        """Logits of the token at each position, and with labels (-100 where there is none) the mean
+        loss of the tokens there.
+
+        There are no position_ids: positions count from each sequence's first real token.
+        """
+        unknown = loss_options.keys() - {"num_items_in_batch", "ignore_index"}
+        if unknown:
+            raise TypeError(f"LongNet takes no {', '.join(sorted(unknown))}")
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        logits, loss = self.lm_head(outputs.last_hidden_state), None
+        if labels is not None:
+            loss_options["vocab_size"] = self.config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, **loss_options)
+        result = MaskedLMOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return result if return_dict in (None, True) else result.to_tuple()

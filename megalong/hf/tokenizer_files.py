@@ -16,6 +16,7 @@ from typing import Any
 from megalong.checkpoint.tokenizer import HUGGINGFACE_FILES, SENTENCEPIECE_FILE
 from megalong.data.tokenizer import (
     EOD_PIECE,
+    MASK_PIECE,
     SENTENCEPIECE_SPACE,
     Tokenizer,
     build_tokenizer,
@@ -38,15 +39,17 @@ def export_tokenizer(
     folder: Path,
     max_length: int,
     prepend_bos: bool = False,
+    with_mask: bool = False,
 ) -> Tokenizer:
     """Write the files of one of megalong's tokenizers; returns that tokenizer.
 
     max_length: tokens of a sequence of the training, which `truncation=True` cuts a text to.
     prepend_bos: whether the documents of the training began with its beginning-of-text token; then
     the texts that the written tokenizer is given do too, and else they do not.
+    with_mask: with a mask token, as a masked-language model's is (`Tokenizer.with_mask`).
     Raises UserError where it cannot be expressed, and what `build_tokenizer` raises.
     """
-    ours = build_tokenizer(tokenizer_type, tokenizer_model)
+    ours = build_tokenizer(tokenizer_type, tokenizer_model, with_mask)
     if tokenizer_type == "HuggingFaceTokenizer":
         for name in HUGGINGFACE_FILES:
             if (Path(tokenizer_model) / name).exists():
@@ -55,10 +58,15 @@ def export_tokenizer(
     else:
         if tokenizer_type == "ByteTokenizer":
             backend, names = _bytes_backend(), {}
+            strips_space = False
         else:
             backend, names = _sentencepiece_backend(tokenizer_model)
+            strips_space = True  # a word's piece has the space before it
             # Beside tokenizer.json, for a way back without loss.
             shutil.copy(tokenizer_model, folder / SENTENCEPIECE_FILE)
+        if with_mask:
+            _add_mask(backend, strips_space)
+            names["mask_token"] = backend.id_to_token(ours.mask)
         backend.save(str(folder / "tokenizer.json"))
         eod = backend.id_to_token(ours.eod)
         settings = {
@@ -137,6 +145,14 @@ def _check_same(ours: Tokenizer, folder: Path) -> None:
             " that ends a document. Export without the tokenizer (--no-tokenizer) and add its files"
             " by hand"
         )
+
+
+def _add_mask(backend, strips_space: bool) -> None:
+    """Give a tokenizer a mask token, behind all others, if it has none. strips_space: the space
+    before it in a text is a part of what is masked."""
+    from tokenizers import AddedToken
+
+    backend.add_special_tokens([AddedToken(MASK_PIECE, lstrip=strips_space, normalized=False)])
 
 
 def _bytes_backend():
@@ -278,6 +294,12 @@ def tokenizer_of_export(folder: Path) -> tuple[str, str | None]:
         )
     from tokenizers import Tokenizer as Backend
 
-    if Backend.from_file(str(tokenizer_json)).to_str() == _bytes_backend().to_str():
+    found, plain, masked = (
+        Backend.from_file(str(tokenizer_json)),
+        _bytes_backend(),
+        _bytes_backend(),
+    )
+    _add_mask(masked, strips_space=False)
+    if found.to_str() in (plain.to_str(), masked.to_str()):
         return "ByteTokenizer", None
     return "HuggingFaceTokenizer", str(folder)

@@ -1,0 +1,172 @@
+"""A model's attention where it looks both ways, in plain PyTorch. Travels in the exported folder.
+
+The parts are those of `attention_longnet`, and are merged in the same way. There is no cache: each
+token sees later ones too. So do queries see the end of their sequence, and what is no position has
+to be hidden from them: rows that fill up a segment, and padding.
+
+Shape letters: as in `attention_longnet`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from .attention_longnet import (
+    NEVER,
+    TILE_SCORES,
+    Branch,
+    Columns,
+    Window,
+    pieces,
+    range_attention,
+)
+
+
+def bidirectional_attention(q_bshd, k_bskd, v_bskd, parts, counts: list[int]):
+    """The output, (b, s, h, d). counts: how many real tokens each sequence has, the others being
+    padding after them, whose output is zero."""
+    out_bshd = torch.zeros_like(q_bshd)
+    for rows, count in sequences_by_length(counts, q_bshd.device):
+        q, k, v = (x[rows, :count] for x in (q_bshd, k_bskd, v_bskd))
+        out = lse = None
+        for part in parts:
+            for new_out, new_lse in _attend(part, q, k, v):
+                if out is None:
+                    out, lse = new_out, new_lse
+                    continue
+                total = torch.logaddexp(lse, new_lse)
+                out = out * torch.exp(lse - total) + new_out * torch.exp(new_lse - total)
+                lse = total
+        places = rows[:, None], torch.arange(count, device=rows.device)
+        out_bshd = out_bshd.index_put(places, out.to(q_bshd.dtype))
+    return out_bshd
+
+
+def bidirectional_probabilities(q_bshd, k_bskd, parts, counts: list[int]):
+    """The weight of each key in each query's softmax, (b, h, s, s) in at least float32, zero where
+    one of them is padding. Quadratic, to be looked at."""
+    batch, s, heads = q_bshd.shape[:3]
+    dtype, device = torch.promote_types(q_bshd.dtype, torch.float32), q_bshd.device
+    found = torch.zeros(batch, heads, s, s, dtype=dtype, device=device)
+    for rows, count in sequences_by_length(counts, device):
+        q_bhsd = q_bshd[rows, :count].transpose(1, 2)
+        k_bhsd = k_bskd[rows, :count].transpose(1, 2)
+        k_bhsd = k_bhsd.repeat_interleave(heads // k_bhsd.shape[1], 1)
+        scores = (q_bhsd @ k_bhsd.mT * q_bshd.shape[-1] ** -0.5).to(dtype)
+        times_hss = torch.zeros(heads, count, count, dtype=dtype, device=device)
+        for part in parts:
+            seen_gss = _pairs(part, count, device)
+            times_hss += seen_gss.repeat_interleave(heads // len(part.streams), 0)
+        weights = (scores + times_hss.log().clamp_min(NEVER)).softmax(-1) * (times_hss > 0)
+        found[rows, :, :count, :count] = weights
+    return found
+
+
+def sequences_by_length(counts: list[int], device) -> Iterator[tuple[torch.Tensor, int]]:
+    """The sequences of a batch that have equally many tokens, which are computed together."""
+    for count in sorted({*counts} - {0}):
+        rows = [row for row, its_count in enumerate(counts) if its_count == count]
+        yield torch.tensor(rows, device=device), count
+
+
+def _attend(part: Branch | Window | Columns, q_bshd, k_bskd, v_bskd) -> list[tuple]:
+    """Output and log-sum-exp of whole sequences, (b, s, h, d or 1); of a part that is two ranges,
+    of either."""
+    if isinstance(part, Branch):
+        return [_branch(part, q_bshd, k_bskd, v_bskd)]
+    q_bhsd, keys = q_bshd.transpose(1, 2), [k_bskd.transpose(1, 2), v_bskd.transpose(1, 2)]
+    places = torch.arange(q_bshd.shape[1], device=q_bshd.device)
+    if isinstance(part, Window):
+        first, stop = places - part.size + 1, places + part.size
+        ranges = [(first.clamp_min(0), stop.clamp_max(len(places)))]
+    else:
+        keys = [_column_rows(part, x) for x in keys]
+        columns = keys[0].shape[2]
+        if columns == 0:  # no whole block
+            return []
+        before = places // part.block * part.columns  # those of earlier blocks
+        after = (before + part.columns).clamp_max(columns)  # where those of later ones begin
+        nothing, everything = torch.zeros_like(places), torch.full_like(places, columns)
+        ranges = [(nothing, before), (after, everything)]
+    results = (range_attention(q_bhsd, *keys, *ends) for ends in ranges)
+    return [(out.transpose(1, 2), lse.transpose(1, 2)) for out, lse in results]
+
+
+def _branch(part: Branch, q_bshd, k_bskd, v_bskd):
+    batch, count = q_bshd.shape[:2]
+    found = []
+    for first, segments, size, _ in pieces(0, count, part.length):
+        here = slice(first, first + segments * size)
+        rows = [part.key_rows(x[:, here], segments, 0, None) for x in (k_bskd, v_bskd)]
+        places = torch.arange(rows[0].shape[2], device=q_bshd.device) * part.rate
+        hidden_gn = places + part.offsets(q_bshd.device)[:, None] >= size
+        results = _row_attention(part.query_rows(q_bshd[:, here], segments, 0), *rows, hidden_gn)
+        found.append(
+            [
+                part.to_positions(x, batch, size, 0, missing)
+                for x, missing in zip(results, (0.0, NEVER), strict=True)
+            ]
+        )
+    return tuple(torch.cat(x, 1) for x in zip(*found, strict=True))
+
+
+def _column_rows(part: Columns, x_bksd):
+    """The rows of the columns of all whole blocks, (b, k, n, d), one block's after the other's."""
+    blocks = x_bksd.shape[2] // part.block
+    starts = torch.tensor(part.starts, device=x_bksd.device)
+    block = torch.arange(blocks, device=x_bksd.device) * part.block
+    inside = torch.arange(part.columns, device=x_bksd.device)
+    places_kn = (starts[:, None, None] + block[:, None] + inside).flatten(1)
+    heads = torch.arange(len(starts), device=x_bksd.device)[:, None]
+    return x_bksd[:, heads, places_kn]
+
+
+def _pairs(part: Branch | Window | Columns, length: int, device):
+    """Which keys the queries see, (g, length, length)."""
+    if isinstance(part, Branch):
+        return part.pairs(length, device)
+    if isinstance(part, Window):
+        seen_gss = part.pairs(length, device)  # as far back
+        return seen_gss & seen_gss.mT
+    takes_sg, _ = part.writes(torch.arange(length, device=device))
+    block_s = torch.arange(length, device=device) // part.block
+    seen_ss = (block_s != block_s[:, None]) & (block_s < length // part.block)
+    return takes_sg.T[:, None] & seen_ss
+
+
+def _row_attention(q_fhmd, k_fgnd, v_fgnd, hidden_gn):
+    """Attention of all rows to all that are not hidden, and its log-sum-exp (f, h, m, 1); both in
+    at least float32. In tiles, as `causal_attention`."""
+    g, n = k_fgnd.shape[1:3]
+    budget = max(TILE_SCORES // (q_fhmd.shape[1] * n), 1)
+    rows = min(budget, q_fhmd.shape[2])
+    parts = (
+        x.split(max(budget // rows, 1)) for x in (q_fhmd.unflatten(1, (g, -1)), k_fgnd, v_fgnd)
+    )
+    lines = []
+    for q_part, k_part, v_part in zip(*parts, strict=True):
+        line = []
+        for q_tile in q_part.split(rows, 3):
+            inputs = q_tile, k_part, v_part, hidden_gn
+            if torch.is_grad_enabled() and q_fhmd.requires_grad:
+                line.append(
+                    checkpoint(_tile, *inputs, use_reentrant=False, preserve_rng_state=False)
+                )
+            else:
+                line.append(_tile(*inputs))
+        lines.append([torch.cat(x, 3) for x in zip(*line, strict=True)])
+    return tuple(torch.cat(x).flatten(1, 2) for x in zip(*lines, strict=True))
+
+
+def _tile(q_fgemd, k_fgnd, v_fgnd, hidden_gn):
+    f, g, e, m, d = q_fgemd.shape
+    scores = q_fgemd.reshape(f, g, e * m, d) @ k_fgnd.mT
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * d**-0.5
+    scores = scores.masked_fill(hidden_gn[:, None], NEVER)
+    lse = scores.logsumexp(-1, keepdim=True)
+    weights = (scores - lse).exp_().to(v_fgnd.dtype)
+    out = (weights @ v_fgnd).to(lse.dtype)
+    return out.reshape(f, g, e, m, d), lse.reshape(f, g, e, m, 1)
