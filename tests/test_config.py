@@ -303,6 +303,17 @@ def test_matched_costs_are_within_two_percent_and_stay_when_they_are_read_again(
     assert parse_arguments(["--config", str(file)]).resolve(1) == config
 
 
+def test_the_objective():
+    assert resolve().training.causal and resolve().training.mask_rate is None
+    masked = resolve("--objective", "mlm").training
+    assert not masked.causal and masked.mask_rate == 0.15
+    with pytest.raises(UserError, match=r"--mask-rate 0.3 .*set --objective mlm"):
+        resolve("--mask-rate", 0.3)
+    for rate in (0, 1, -0.1, 1.5):
+        with pytest.raises(UserError, match=f"--mask-rate {rate} must lie between 0 and 1"):
+            resolve("--objective", "mlm", "--mask-rate", rate)
+
+
 def test_the_backend_of_the_attention():
     assert resolve().attention.attention_backend == "auto"
     assert resolve("--attention-backend", "sdpa").attention.attention_backend == "sdpa"

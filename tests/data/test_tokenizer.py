@@ -49,6 +49,16 @@ def test_round_trip_is_exact(tokenizer, text):
     check_exact(tokenizer, text)
 
 
+def test_a_mask_token_is_added_behind_all_others(tokenizer):
+    masked = tokenizer.with_mask()
+    assert tokenizer.mask is None and masked.mask == tokenizer.vocab_size == masked.vocab_size - 1
+    assert masked.with_mask() is masked and masked.eod == tokenizer.eod
+    text = "x <mask> y"
+    assert masked.encode(text) == tokenizer.encode(text)
+    assert masked.decode([*masked.encode(text), masked.mask]) == text
+    assert masked.token_bytes()[masked.mask] == 0
+
+
 def test_round_trip_of_random_text(tokenizer):
     draw = random.Random(7)
     alphabet = [*" \t\n\r_a(\u2581\0", "\u00e9", "\U0001f600", "    ", "self", "\n    "]

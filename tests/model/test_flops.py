@@ -44,6 +44,12 @@ def test_by_hand():
     dense = forward | {"attention": 2 * 4 * 8256 * 4 * 16}
     assert forward_flops(resolved(), VOCAB_SIZE, dense=True) == dense
     assert forward_flops(resolved(attention="dense"), VOCAB_SIZE) == dense
+    # Looking both ways, all pairs of a segment's rows.
+    both = {"objective": "mlm"}
+    attention = 2 * 4 * (4 * 32**2 + 2 * 32**2 + 43**2) * 4 * 16
+    assert forward_flops(resolved(**both), VOCAB_SIZE) == forward | {"attention": attention}
+    dense = forward_flops(resolved(**both), VOCAB_SIZE, dense=True)
+    assert dense == forward | {"attention": 2 * 4 * 128**2 * 4 * 16}
     assert step_flops(resolved(), VOCAB_SIZE) == {part: 24 * n for part, n in forward.items()}
     assert sum(step_flops(resolved(), VOCAB_SIZE).values()) == 805_527_552
 

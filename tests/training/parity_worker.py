@@ -41,6 +41,14 @@ SGD = {"optimizer": "sgd", "sgd_momentum": 0.8, "lr": 0.3}
 # What is trained. The lengths fit 128 tokens on up to four sequence ranks: local branches, one over
 # two ranks, one over all, and a rate that divides neither shard nor segment.
 BRANCHES = {"segment_lengths": "16 32 64 128", "dilation_rates": "1 2 3 5"}
+ALL_KINDS = {
+    **BRANCHES,
+    "attention": "local dilated dense sparse",
+    "window_size": 50,
+    "sparse_block_size": 20,
+    "sparse_columns": 3,
+    "num_layers": 4,
+}
 MODELS = {
     "tied": {
         **BRANCHES,
@@ -59,14 +67,9 @@ MODELS = {
         "untie_embeddings_and_output_weights": True,
     },
     "dense": {"attention": "dense"},
-    "all kinds": {
-        **BRANCHES,
-        "attention": "local dilated dense sparse",
-        "window_size": 50,
-        "sparse_block_size": 20,
-        "sparse_columns": 3,
-        "num_layers": 4,
-    },
+    "all kinds": ALL_KINDS,
+    # Bidirectional attention of all kinds, and as many predictions as the masks happen to have.
+    "mlm": {**ALL_KINDS, "objective": "mlm", "mask_rate": 0.2},
     "bf16": {"precision": "bf16", "qk_layernorm": True},
     "fp16": {"precision": "fp16", "initial_loss_scale": 1024, "qk_layernorm": True},
     "recompute selective": {"recompute_granularity": "selective", "qk_layernorm": True},
@@ -111,7 +114,11 @@ COPY_CASES = [
     ("sp2 tp2 pp2", 1, "tied, memory path, recomputed"),
     *((layout, 1, f"tied, {half}") for layout in ("one", "tp2") for half in HALVES),
     *((layout, 1, "dense, memory path") for layout in ("one", "sp2", "tp2")),
-    *((layout, 1, "all kinds, memory path") for layout in ("one", "sp2", "tp2")),
+    *(
+        (layout, 1, f"{m}, memory path")
+        for m in ("all kinds", "mlm")
+        for layout in ("one", "sp2", "tp2")
+    ),
     *(("tp2", 1, f"whole norms, memory path{how}") for how in ("", ", recomputed")),
     *((where, 1, f"{dtype}, memory path") for where in ("one", "tp2") for dtype in LOW_PRECISION),
 ]
@@ -132,7 +139,8 @@ DIVIDED_OPTIMIZERS = [
 
 # Beside those on two ranks.
 KINDS_CASES = [
-    (*where, "all kinds")
+    (*where, model)
+    for model in ("all kinds", "mlm")
     for where in (
         ("one vp", 1), ("sp4", 1), ("sp8", 1), ("sp2 tp2", 1), ("sp2 pp2", 1), ("sp2 pp2 vp1", 1),
         ("sp2 dp2", 3),
@@ -239,6 +247,7 @@ def train(config, mesh):
         data_parallel_rank=mesh.data_parallel_rank,
         data_parallel_size=mesh.data_parallel_size,
         sequence_range=mesh.sequence_range(config.model.seq_length),
+        masking=data.masking,
     )
     steps = [
         engine.train_step(batches, learning_rate(i, config.training)) for i in range(1, STEPS + 1)
@@ -250,6 +259,7 @@ def train(config, mesh):
         data_parallel_rank=mesh.data_parallel_rank,
         data_parallel_size=mesh.data_parallel_size,
         sequence_range=mesh.sequence_range(config.model.seq_length),
+        masking=data.masking,
     )
     evaluation = evaluate(engine, held_out, data.token_bytes, mesh)
     mine = {

@@ -121,12 +121,13 @@ def finished_run(corpus, tmp_path_factory):
     [
         ({"num_layers": 3}, ["--num-layers is 3", "with 2"]),
         ({"seed": 7}, ["--seed is 7", "--save into another folder"]),
+        ({"objective": "mlm"}, ["--objective is mlm", "with causal", "--save into another folder"]),
         ({"split": "50,40,10"}, ["--split is 50,40,10"]),
         ({"dilation_rates": "1 2 4"}, ["--dilation-rates is 1 2 4", "with 1 2 3"]),
         ({"optimizer": "sgd"}, ["--optimizer is sgd", "with adam", "set --no-load-optim"]),
         ({"finetune": True}, ["--finetune begins a new run", "--save into another folder"]),
     ],
-    ids=["model", "seed", "split", "pattern", "optimizer", "finetune"],
+    ids=["model", "seed", "objective", "split", "pattern", "optimizer", "finetune"],
 )
 def test_resuming_another_run(corpus, finished_run, changes, names):
     line = refused(1, *small_run_flags(corpus, **changes, save=finished_run, load=finished_run))

@@ -5,8 +5,17 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megalong.config.arguments import parse_arguments
+from megalong.errors import UserError
+from megalong.hf.tokenizer_files import export_tokenizer
 from megalong.training.run_data import open_run_data
 from tests.launching import small_run_flags
+
+
+def write(prefix, *documents):
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for document in documents:
+        builder.add_document(document, [len(document)])
+    builder.finalize(f"{prefix}.idx")
 
 
 @pytest.mark.parametrize(
@@ -19,10 +28,36 @@ from tests.launching import small_run_flags
     ids=["in order", "without ends", "two tokens"],
 )
 def test_what_is_told(tmp_path, document, told):
-    builder = IndexedDatasetBuilder(str(tmp_path / "data.bin"), dtype=np.uint16)
-    builder.add_document(document, [len(document)])
-    builder.finalize(str(tmp_path / "data.idx"))
+    write(tmp_path / "data", document)
     flags = small_run_flags(tmp_path / "data", split="1,0,0")
     lines = open_run_data(parse_arguments(flags).resolve(1)).oddities
     assert len(lines) == len(told)
     assert all(words in line for line, words in zip(lines, told, strict=True))
+
+
+def test_masks_need_a_mask_token(tmp_path):
+    """The byte tokenizer gets one; the data is the same. A folder of Transformers has to have it."""
+    write(tmp_path / "data", [65] * 300 + [256])
+    masked = {"split": "1,0,0", "objective": "mlm"}
+    flags = small_run_flags(tmp_path / "data", **masked)
+    data = open_run_data(parse_arguments(flags).resolve(1))
+    assert data.masking.mask == 257 and data.tokenizer.vocab_size == 258 == len(data.token_bytes)
+    assert data.train.vocab_size == 257
+    for with_mask in (False, True):
+        folder = tmp_path / f"tokenizer{with_mask}"
+        folder.mkdir()
+        export_tokenizer("ByteTokenizer", None, folder, 128, with_mask=with_mask)
+        own = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": folder}
+        config = parse_arguments(small_run_flags(tmp_path / "data", **masked, **own)).resolve(1)
+        if with_mask:
+            assert open_run_data(config).masking.mask == 257
+        else:
+            with pytest.raises(UserError, match=r"--objective mlm: .*False has no mask_token"):
+                open_run_data(config)
+
+
+def test_an_evaluation_without_a_masked_token_is_refused(tmp_path):
+    write(tmp_path / "data", [65] * 300, [65] * 5)
+    flags = small_run_flags(tmp_path / "data", split="1,1,0", objective="mlm", mask_rate=0.01)
+    with pytest.raises(UserError, match=r"--mask-rate 0.01: of the 5 tokens .* for validation"):
+        open_run_data(parse_arguments(flags).resolve(1))
