@@ -171,7 +171,7 @@ def test_it_comes_back(exported):
 
 def test_what_needs_a_causal_model_refuses_it(exported):
     for name in ("run", "hf"):
-        with pytest.raises(UserError, match="masked-language model.*AutoModelForMaskedLM"):
+        with pytest.raises(UserError, match=r"masked-language model.*AutoModelForMaskedLM"):
             load_model(exported / name, "cpu", torch.float32)
     command = [sys.executable, str(REPOSITORY / "tools" / "generate.py"), "--prompt", "x"]
     command += ["--model", str(exported / "run")]

@@ -36,7 +36,7 @@ def test_what_is_told(tmp_path, document, told):
 
 
 def test_masks_need_a_mask_token(tmp_path):
-    """The byte tokenizer gets one; the data is the same. A folder of Transformers has to have it."""
+    """The byte tokenizer gets one, its data is the same; a folder of Transformers must have it."""
     write(tmp_path / "data", [65] * 300 + [256])
     masked = {"split": "1,0,0", "objective": "mlm"}
     flags = small_run_flags(tmp_path / "data", **masked)
