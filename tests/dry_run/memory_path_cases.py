@@ -19,8 +19,8 @@ SHAPE = {
     "hidden_size": 512,
     "num_attention_heads": 8,
     "ffn_hidden_size": 1408,
-    "seq_length": 2**17,
-    "tile_size": 8192,
+    "seq_length": 2**16,
+    "tile_size": 2**14,  # four of them
     "loss_chunk_size": 8192,
     "micro_batch_size": 1,
     "global_batch_size": 1,

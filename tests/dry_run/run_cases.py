@@ -74,13 +74,13 @@ CASES = {
     "tp2 sp2 pp2, rank 3": Case(LAYOUT, rank=3, ranks=8),
     "tp2 sp2 pp2, rank 4": Case(LAYOUT, rank=4, ranks=8),
     "tp2 sp2 pp2, rank 4, losses without logits": Case(
-        {**LAYOUT, "linear_cross_entropy": True, "loss_chunk_size": 96, "tile_size": 80},
+        {**LAYOUT, "linear_cross_entropy": True, "loss_chunk_size": 200, "tile_size": 200},
         rank=4,
         ranks=8,
     ),
     **{
         f"tp2 sp2 pp2, rank {rank}, memory path{words}": Case(
-            {**LAYOUT, "memory_path": "on", "tile_size": 80, "attention_head_groups": 1, **more},
+            {**LAYOUT, "memory_path": "on", "tile_size": 200, "attention_head_groups": 1, **more},
             rank=rank,
             ranks=8,
         )

@@ -28,7 +28,7 @@ def results(tmp_path_factory) -> dict[str, dict]:
 def test_the_estimate_is_on_the_safe_side_and_not_far_off(case, results):
     result = results[case]
     assert result["peak"] <= result["needs"] <= 1.7 * result["peak"]
-    assert result["host"] <= 1.05 * result["needs_host"] + 2**30
+    assert result["host"] <= 1.05 * result["needs_host"] + 2**29
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -48,5 +48,5 @@ def test_tiles_and_recomputation_cost_no_more_than_megatrons(results):
 def test_with_the_offload_more_layers_take_no_more_of_the_device_but_for_their_parameters(results):
     three, six = results["on"], results["on, six layers"]
     parameters = 3 * (4 * 512 * 512 + 3 * 512 * 1408)
-    assert six["peak"] - three["peak"] < 20 * parameters  # a tensor of a layer is 134 MB
+    assert six["peak"] - three["peak"] < 20 * parameters  # a tensor of a layer is 67 MB
     assert six["host"] == pytest.approx(2 * three["host"], rel=1e-6)
