@@ -6,13 +6,17 @@ bin := $(VENV)/bin
 
 OUT ?= runs/gpu
 
-.PHONY: quickstart test gpu docker-check slurm-check lint format setup clean
+.PHONY: quickstart test test-long gpu docker-check slurm-check lint format setup clean
 
 quickstart: setup
 	PATH="$(abspath $(bin)):$$PATH" bash examples/quickstart/run.sh $(RUN)
 
 test: setup
 	$(bin)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+# Those that take minutes and seldom show more than the others: more random cases.
+test-long: setup
+	$(bin)/python -m pytest -n 2 --dist worksteal -m long $(PYTEST_ARGS)
 
 # On a machine with an NVIDIA GPU, with the Python at hand: tests, training, then benchmarks of the
 # kernels, into $(OUT); each also where one before it failed. Estimated for one H100, on the cautious

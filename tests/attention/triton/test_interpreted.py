@@ -5,13 +5,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
 
 
-def test_kernels_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+def interpret(*options: str, **variables: str) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", **variables}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *(p for p in sys.path if p)])
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command.append(str(HERE / "interpret_kernels.py"))
+    command += [str(HERE / "interpret_kernels.py"), *options]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+
+
+def test_kernels_in_the_interpreter():
+    interpret()
+
+
+@pytest.mark.long
+def test_many_random_cases_in_the_interpreter():
+    interpret("-k", "test_random_case", RANDOM_CASES="300")
