@@ -1,5 +1,6 @@
 """What every test shares: one thread per process, and a small corpus of real text."""
 
+import gc
 import json
 import os
 import signal
@@ -27,6 +28,11 @@ os.environ["HF_MODULES_CACHE"] = _MODEL_CODE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_finish() -> None:
+    """No collection of garbage need look at what is imported by then."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
