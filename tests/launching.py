@@ -2,13 +2,17 @@
 
 import contextlib
 import fcntl
+import io
 import os
+import runpy
 import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import psutil
 
@@ -32,6 +36,26 @@ def run(command: list[str], timeout: float = 300, check: bool = True):
     if check:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def run_here(script: Path, *arguments: object, check: bool = True):
+    """As `run`, a Python script, in this process, which has imported what it needs."""
+    out, errors, code = io.StringIO(), io.StringIO(), 0
+    argv = [str(script), *map(str, arguments)]
+    with (
+        mock.patch.object(sys, "argv", argv),
+        mock.patch.object(sys, "path", [str(script.parent), *sys.path]),
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(errors),
+    ):
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+    if check:
+        assert code == 0, f"{argv}\n{out.getvalue()}\n{errors.getvalue()}"
+    return subprocess.CompletedProcess(argv, code, out.getvalue(), errors.getvalue())
 
 
 def made_once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Path:

@@ -17,14 +17,14 @@ from megalong.hf.loaded_model import load_model
 from megalong.hf.tokenizer_files import export_tokenizer
 from megalong.training.metrics import read_metrics
 from tests.forked import run_ranks
-from tests.launching import PRETRAIN, REPOSITORY, run
+from tests.launching import PRETRAIN, REPOSITORY, run, run_here
 
 EOD, BOS, ROWS = 256, 257, 300
 PATTERN = ["--segment-lengths", "32", "256", "--dilation-rates", "1", "8"]
 
 
 def tool(name, *arguments):
-    return run([sys.executable, str(REPOSITORY / "tools" / name), *map(str, arguments)]).stdout
+    return run_here(REPOSITORY / "tools" / name, *arguments).stdout
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +83,13 @@ def test_dense_is_the_same_and_dilated_is_not(llama, dense, tmp_path):
 
 
 def test_training_goes_on_with_tensor_parallelism(dense, text_file, tmp_path):
-    def data(*flags):
-        prefix = tmp_path / f"data{len(flags)}"
+    def data(*more):
+        prefix = tmp_path / f"data{len(more)}"
         tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer"]
-        tokenizer += ["--tokenizer-model", dense / "tokenizer", "--append-eod", *flags]
-        tool("preprocess_data.py", "--input", text_file, "--output-prefix", prefix, *tokenizer)
+        tokenizer += ["--tokenizer-model", dense / "tokenizer", "--append-eod", *more]
+        flags = ["--input", text_file, "--output-prefix", prefix, *tokenizer]
+        script = REPOSITORY / "tools" / "preprocess_data.py"
+        run([sys.executable, str(script), *map(str, flags)])  # it starts processes itself
         return f"{prefix}_text_document"
 
     def train(ranks, path, **options):
