@@ -15,13 +15,9 @@ from megalong.checkpoint.stored_model import StoredModel
 from megalong.hf.exporting import export
 from megalong.hf.importing import import_model
 from megalong.training.metrics import read_metrics
-from tests.launching import REPOSITORY, free_port, made_once, run
+from tests.launching import REPOSITORY, free_port, made_once, run, run_here
 
 TOOLS = REPOSITORY / "tools"
-
-
-def tool(name, *arguments, **options):
-    return run([sys.executable, str(TOOLS / name), *map(str, arguments)], **options)
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +98,8 @@ def test_the_readmes_story(place, tmp_path):
 def test_the_exported_quickstart(place):
     """It generates with its cache what it generates without, and nothing is written over it."""
     exported = place / "runs" / "quickstart-hf"
-    again = tool("convert_to_hf.py", "--load", place / "runs" / "quickstart",
-                 "--output", exported, check=False)  # fmt: skip
+    flags = ["--load", place / "runs" / "quickstart", "--output", exported]
+    again = run_here(TOOLS / "convert_to_hf.py", *flags, check=False)
     assert again.returncode == 2 and "is there already" in again.stderr
     tokenizer = AutoTokenizer.from_pretrained(exported)
     model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True)
@@ -118,11 +114,13 @@ def test_the_exported_quickstart(place):
 def test_checkpoint_and_export_write_alike(place):
     flags = ["--prompt", "import os\n", "--max-new-tokens", 40, "--temperature", 0]
     ours, theirs = (
-        tool("generate.py", "--model", place / "runs" / name, *flags).stdout
+        run_here(TOOLS / "generate.py", "--model", place / "runs" / name, *flags).stdout
         for name in ("quickstart", "quickstart-hf")
     )
     assert ours == theirs and ours.startswith("import os\n") and len(ours) > 30
-    refused = tool("generate.py", "--model", place / "runs", "--prompt", "x", check=False)
+    refused = run_here(
+        TOOLS / "generate.py", "--model", place / "runs", "--prompt", "x", check=False
+    )
     assert refused.returncode == 2 and "not a checkpoint" in refused.stderr
 
 
@@ -131,7 +129,7 @@ def test_checkpoint_and_export_are_evaluated_alike(place, text_file, tmp_path):
     for name in ("quickstart", "quickstart-hf"):
         flags = ["--input", text_file, "--context-lengths", 128, 512, "--output", tmp_path]
         flags += ["--passkey-lengths", 200, "--passkey-depths", 0, 0.5, "--passkey-trials", 2]
-        tool("evaluate.py", "--model", place / "runs" / name, "--overwrite", *flags)
+        run_here(TOOLS / "evaluate.py", "--model", place / "runs" / name, "--overwrite", *flags)
         results.append(json.loads((tmp_path / "evaluation.json").read_text()))
         assert (tmp_path / "evaluation.png").stat().st_size > 10_000
     ours, theirs = results
