@@ -213,12 +213,12 @@ def test_the_lengths_that_a_refusal_of_xpos_names_work(precision):
         longest = int(longest_xpos(precision, base))
         ModelConfig(
             position_embedding_type="xpos", seq_length=longest, xpos_scale_base=base
-        ).check_positions(precision)
+        ).check_positions(precision, True)
         longer = ModelConfig(
             position_embedding_type="xpos", seq_length=3 * longest + 1, xpos_scale_base=base
         )
         with pytest.raises(UserError, match=f"set --seq-length {longest}, or") as error:
-            longer.check_positions(precision)
+            longer.check_positions(precision, True)
         named = int(re.search(r"--xpos-scale-base (\d+)", str(error.value))[1])
         assert longest_xpos(precision, named - 1) < longer.seq_length
         assert longest_xpos(precision, named) >= longer.seq_length
@@ -306,6 +306,8 @@ def test_matched_costs_are_within_two_percent_and_stay_when_they_are_read_again(
 def test_the_objective():
     assert resolve().training.causal and resolve().training.mask_rate is None
     masked = resolve("--objective", "mlm").training
+    with pytest.raises(UserError, match=r"xpos is for causal attention.*rope"):
+        resolve("--objective", "mlm", "--position-embedding-type", "xpos")
     assert not masked.causal and masked.mask_rate == 0.15
     with pytest.raises(UserError, match=r"--mask-rate 0.3 .*set --objective mlm"):
         resolve("--mask-rate", 0.3)

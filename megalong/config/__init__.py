@@ -61,11 +61,11 @@ class Config:
         )
         model, training = resolved.model, resolved.training
         model.check()
-        model.check_positions(training.precision)
+        model.check_positions(training.precision, training.causal)
         heads = model.num_attention_heads, model.num_query_groups, model.seq_length
         resolved.attention.check(*heads, model.num_layers)
         resolved = dataclasses.replace(
-            resolved, attention=resolved.attention.with_matched_flops(*heads)
+            resolved, attention=resolved.attention.with_matched_flops(*heads, training.causal)
         )
         training.check(data_parallel_size)
         resolved.parallel.check(

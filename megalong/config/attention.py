@@ -175,23 +175,28 @@ class AttentionConfig:
             self, segment_lengths=tuple(lengths), dilation_rates=tuple(rates)
         )
 
-    def with_matched_flops(self, heads: int, kv_heads: int, seq_length: int) -> AttentionConfig:
+    def with_matched_flops(
+        self, heads: int, kv_heads: int, seq_length: int, causal: bool
+    ) -> AttentionConfig:
         """With `match_flops`: window, columns and block that cost as much as the dilated branches
         (after `check`). Raises UserError where none comes within 2%."""
         if not self.match_flops:
             return self
-        pairs = self.dilated_pattern().attention_pairs(seq_length, heads, kv_heads, causal=True)
+        pairs = self.dilated_pattern().attention_pairs(seq_length, heads, kv_heads, causal)
         changed = self
         if "local" in self.attention:
-            window = matching_window(pairs, seq_length, heads)
+            window = matching_window(pairs, seq_length, heads, causal)
             changed = dataclasses.replace(changed, window_size=window)
         if "sparse" in self.attention:
-            found = matching_sparse(pairs, seq_length, heads, kv_heads, self.sparse_block_size)
+            found = matching_sparse(
+                pairs, seq_length, heads, kv_heads, self.sparse_block_size, causal
+            )
             changed = dataclasses.replace(
                 changed, sparse_block_size=found.block, sparse_columns=found.columns
             )
         for name in {"local", "sparse"} & {*self.attention}:
-            there = KINDS[name].pattern(changed).attention_pairs(seq_length, heads, kv_heads, True)
+            pattern = KINDS[name].pattern(changed)
+            there = pattern.attention_pairs(seq_length, heads, kv_heads, causal)
             if abs(there - pairs) > 0.02 * pairs:
                 raise UserError(
                     f"--match-flops: {name} attention comes no nearer to the dilated branches than"

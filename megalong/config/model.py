@@ -151,11 +151,16 @@ class ModelConfig:
                 f" {self.kv_channels}: set an even --kv-channels, or --position-embedding-type none"
             )
 
-    def check_positions(self, precision: str) -> None:
+    def check_positions(self, precision: str, causal: bool) -> None:
         """Raise UserError where the scales of xPos leave the numbers of such a training too little
-        room (after `check`)."""
+        room, or scores would grow with the distance (after `check`)."""
         if self.position_embedding_type != "xpos":
             return
+        if not causal:
+            raise UserError(
+                "--position-embedding-type xpos is for causal attention, as scores decay backwards"
+                " only: with --objective mlm set --position-embedding-type rope"
+            )
         longest = math.floor(longest_xpos(precision, self.xpos_scale_base))
         if self.seq_length > longest:
             base = math.ceil(self.seq_length / longest_xpos(precision, 1.0))
