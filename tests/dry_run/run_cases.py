@@ -37,6 +37,9 @@ LAYOUT = {
 }
 
 
+MAGNETO = {"sub_layer_norm": True, "position_embedding_type": "xpos"}
+
+
 @dataclass(frozen=True)
 class Case:
     """One rank of a launch. plant: the name of what is put into its hot path (`PLANTS`)."""
@@ -66,13 +69,14 @@ CASES = {
             "no_swiglu": True,
             "normalization": "LayerNorm",
             "add_bias_linear": True,
+            "sub_layer_norm": True,
         }
     ),
     "dp2, ZeRO 2": Case({"zero_stage": 2}, rank=1, ranks=2),
     "dp2, ZeRO 3": Case({"zero_stage": 3}, rank=1, ranks=2),
     # Rank = tensor + 2 (sequence + 2 stage).
     "tp2 sp2 pp2, rank 3": Case(LAYOUT, rank=3, ranks=8),
-    "tp2 sp2 pp2, rank 4": Case(LAYOUT, rank=4, ranks=8),
+    "tp2 sp2 pp2, rank 4": Case({**LAYOUT, **MAGNETO}, rank=4, ranks=8),
     "tp2 sp2 pp2, rank 4, losses without logits": Case(
         {**LAYOUT, "linear_cross_entropy": True, "loss_chunk_size": 200, "tile_size": 200},
         rank=4,
@@ -85,7 +89,7 @@ CASES = {
             ranks=8,
         )
         for rank, words, more in (
-            (3, "", {}),
+            (3, "", MAGNETO),
             (4, ", recomputed", {"recompute_granularity": "full"}),
         )
     },
