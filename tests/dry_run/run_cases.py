@@ -96,6 +96,7 @@ CASES = {
     "memory path": Case({"memory_path": "on", "attention_head_groups": 2}),
     "dp2, ZeRO 3, memory path": Case({"zero_stage": 3, "memory_path": "on"}, rank=1, ranks=2),
     "sp4": Case({"sequence_parallel_size": 4}, rank=1, ranks=4),
+    "sp4, masked tokens": Case({"sequence_parallel_size": 4, "objective": "mlm"}, rank=1, ranks=4),
     "sp4, memory path": Case(
         {"sequence_parallel_size": 4, "memory_path": "on", "recompute_granularity": "full"},
         rank=1,
