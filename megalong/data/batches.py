@@ -57,6 +57,12 @@ def training_batches(
     if consumed_samples < 0:
         raise ValueError(f"consumed_samples {consumed_samples} is negative")
 
+    def read(i: int) -> Row:
+        if masking is None:
+            return _next_tokens(stream.sample(i, start, stop + 1), stop - start)
+        begin = i * stream.sequence_length + start
+        return masking.masked(stream.sample(i, start, stop), begin, stream.seed)
+
     def batches() -> Iterator[Batch]:
         # All ranks together take `stride` samples at a time, global batches follow one another.
         first = consumed_samples + data_parallel_rank * micro_batch_size
@@ -65,18 +71,7 @@ def training_batches(
             yield _batch(rows, start, stop)
             first += stride
 
-    if masking is None:
-
-        def read(i: int) -> Row:
-            return _next_tokens(stream.sample(i, start, stop + 1), stop - start)
-
-        return batches()
-
-    def read(i: int) -> Row:
-        begin = i * stream.sequence_length + start
-        return masking.masked(stream.sample(i, start, stop), begin, stream.seed)
-
-    return _counted(batches(), global_batch_size // stride)
+    return batches() if masking is None else _counted(batches(), global_batch_size // stride)
 
 
 def _counted(batches: Iterator[Batch], step: int) -> Iterator[Batch]:
