@@ -123,9 +123,8 @@ class DensePasses:
         tensors = ring.swap(grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bshd)
         grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bshd = tensors
         dq_bshd = torch.zeros_like(q_bshd, dtype=lse_bhs.dtype)
-        gradients = RingGradients(ring)
+        gradients = RingGradients(ring, k_bsgd, lse_bhs.dtype)
         for owner, keys in ring.shards_of_keys(k_bsgd, v_bsgd):
-            shares = [torch.zeros_like(x, dtype=lse_bhs.dtype) for x in keys]
             part = ring.part(owner)
             at = part.queries
             dq, *dkv = operators.attend_rows_backward(
@@ -133,9 +132,8 @@ class DensePasses:
                 out_bshd[:, at], lse_bshd[:, at, :, 0].mT, part.band, **options,
             )  # fmt: skip
             dq_bshd[:, at] += dq
-            for x, share in zip(shares, dkv, strict=True):
-                x[:, part.keys] = share
-            gradients.add(*shares)
+            gradients.add(part.keys, *dkv)
+            del dq, dkv
         return tuple(x.to(dtype) for x in ring.swap_back(dq_bshd, *gradients.home()))
 
     @property
@@ -253,15 +251,16 @@ class Ring:
 class RingGradients:
     """The gradients of keys and values, which go round behind them and get a share at each rank."""
 
-    def __init__(self, ring: Ring):
-        self._ring, self._under_way = ring, None
+    def __init__(self, ring: Ring, k_bsgd: torch.Tensor, dtype: torch.dtype):
+        self._ring = ring
+        self._under_way = k_bsgd.new_zeros((1, 2, *k_bsgd.shape), dtype=dtype), None
 
-    def add(self, dk_bsgd: torch.Tensor, dv_bsgd: torch.Tensor) -> None:
-        """This rank's share of those of the shard that is here."""
-        share = torch.stack((dk_bsgd, dv_bsgd))[None]
-        if self._under_way is not None:
-            share += self._arrived()
-        self._under_way = self._ring.pass_on(share)
+    def add(self, at: slice, dk_bngd: torch.Tensor, dv_bngd: torch.Tensor) -> None:
+        """This rank's share of those of the shard that is here, of the positions there."""
+        sums = self._arrived()
+        for x, share in zip(sums[0], (dk_bngd, dv_bngd), strict=True):
+            x[:, at] += share
+        self._under_way = self._ring.pass_on(sums)
 
     def home(self) -> tuple[torch.Tensor, ...]:
         """Those of this rank's own keys and values, after the last share."""
@@ -269,5 +268,6 @@ class RingGradients:
 
     def _arrived(self) -> torch.Tensor:
         arriving, work = self._under_way
-        work.wait()
+        if work is not None:
+            work.wait()
         return arriving

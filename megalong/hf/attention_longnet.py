@@ -280,9 +280,9 @@ class Columns:
         target = torch.where(takes_sk, rows_sk, room).T[None, :, :, None]
         keys = []
         for new, old in zip((k_bskd, v_bskd), past or (None, None), strict=True):
-            had = 0 if old is None else old.shape[2]
+            had = 0 if old is None else min(old.shape[2], room)  # there may be rows to spare
             rows = new.new_zeros(batch, self.kv_heads, room + 1 - had, d)
-            rows = rows if old is None else torch.cat((old, rows), 2)
+            rows = rows if old is None else torch.cat((old[:, :, :had], rows), 2)
             new = new.transpose(1, 2)
             keys.append(rows.scatter(2, target.expand_as(new), new)[:, :, :room])
         stops = places // self.block * self.columns

@@ -28,6 +28,7 @@ def hidden_states(loaded: LoadedModel, tokens: torch.Tensor) -> Iterator[torch.T
     tokens: ids, (1, positions). A LongNet keeps of the past what its cache does, so that memory
     does not grow with the length; other models, and dense attention, read all at once.
     """
+    loaded.check_length(tokens.shape[1])
     base = loaded.model.base_model
     if not isinstance(base, LongNetModel) or base.config.kinds == ["dense"]:
         yield base(tokens, use_cache=False).last_hidden_state[0]

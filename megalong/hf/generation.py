@@ -47,6 +47,7 @@ def continue_text(
     )
     tokens = torch.tensor([[loaded.first, *loaded.encode(prompt)]], device=loaded.model.device)
     length = tokens.shape[1]
+    loaded.check_length(length + max_new_tokens)
     printer = Printer(loaded, stop, echo)
     with progress_bar(length, "token", "prompt", enabled=length > prefill_chunk_size) as bar:
 

@@ -32,6 +32,17 @@ class LoadedModel:
     decode: Callable[[list[int]], str]
     first: int
 
+    def check_length(self, tokens: int) -> None:
+        """Raise UserError where the model cannot read so many."""
+        from megalong.hf.modeling_longnet import LongNetModel, check_length
+
+        base = self.model.base_model
+        if isinstance(base, LongNetModel):
+            try:
+                check_length(base.config, tokens, base.dtype)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+
 
 def load_model(
     path: Path, device: str | None, dtype: torch.dtype, tokenizer_model: str | None = None

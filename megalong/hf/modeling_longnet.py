@@ -110,17 +110,19 @@ def xpos_decays(config: LongNetConfig):
     return ((channels + 0.4) / 1.4).log() / config.xpos_scale_base
 
 
-def check_xpos(config: LongNetConfig, start: int, stop: int, dtype: torch.dtype) -> None:
-    """Raise ValueError where xPos would take more than half of a format's exponents at one of the
-    positions from start on, which would leave the values themselves too few."""
+def check_length(config: LongNetConfig, tokens: int, dtype: torch.dtype) -> None:
+    """Raise ValueError where so many tokens are more than xPos can scale: at the first or the last
+    it would take more than half of the format's exponents, and leave the values too few."""
+    if config.position_embedding_type != "xpos":
+        return
     middle = config.max_position_embeddings // 2
     smallest = max(torch.finfo(dtype).tiny, torch.finfo(torch.float32).tiny)  # scales are float32
     reach = math.floor(math.log(smallest) / 2 / float(xpos_decays(config)[0]))
-    if max(middle - start, stop - middle) <= reach:
+    if max(middle, tokens - middle) <= reach:
         return
-    way_out = f"give at most {middle + reach} tokens" if middle <= reach else "load it in bfloat16"
+    way_out = f"give at most {middle + reach}" if middle <= reach else "load it in bfloat16"
     raise ValueError(
-        f"xPos has no room for {stop} tokens in {str(dtype).removeprefix('torch.')}: {way_out}"
+        f"xPos has no room for {tokens} tokens in {str(dtype).removeprefix('torch.')}: {way_out}"
     )
 
 
@@ -299,10 +301,15 @@ class LongNetModel(LongNetPreTrainedModel):
         padding = Padding.of(attention_mask, batch, length)
         x = padding.to_end(x)
         starts = cache.lengths if cache is not None and cache.lengths else [0] * batch
+<<<<<<< ours
         if self.config.position_embedding_type == "xpos":
             check_xpos(self.config, min(starts), max(starts) + length, x.dtype)
         tiled = length > TILE and self.config.causal
         tiled = tiled and not torch.is_grad_enabled() and not is_divided(self)
+=======
+        check_length(self.config, max(starts) + length, x.dtype)
+        tiled = length > TILE and not torch.is_grad_enabled() and not is_divided(self)
+>>>>>>> theirs
         rotary = None if tiled else self._rotary(starts, length, x.device)
         states, attentions = [], []
         for number, layer in enumerate(self.layers):

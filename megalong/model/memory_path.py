@@ -90,11 +90,15 @@ def needs(config: Config, vocab_size: int, replicas: int = 1) -> Needs:
     before_norm = 2 * heads if model.qk_layernorm else 0.0
     attention_half = 9 * hidden + 5 * heads + before_norm
     mlp_half = (6 if model.swiglu else 3) * inner
-    if model.sub_layer_norm:
-        attention_half += heads
-        mlp_half += inner
     # Before Megatron-core 0.19; since then 7.5 and 4 times the inner activation.
     mlp_twice = (10.5 if model.swiglu else 4.5) * inner
+    if model.sub_layer_norm:
+        # PyTorch's RMSNorm keeps what it makes in float32; LayerNorm, and a norm that tensor ranks
+        # share, keep their input.
+        of_norm = 5 if model.normalization == "RMSNorm" and tensor == 1 else 1
+        attention_half += of_norm * heads
+        mlp_half += of_norm * inner
+        mlp_twice += of_norm * inner
     tiled = memory.tiled_attention or memory.tiled_mlp
     recompute = parallel.recompute_granularity == "full"
     kept = hidden  # of a layer, until its backward pass

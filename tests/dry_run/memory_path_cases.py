@@ -58,6 +58,11 @@ CASES = {
         "dilation_rates": (1, 2, 3, 4, 6),
     },
     "off, norms of sub-layers": {"memory_path": "off", "sub_layer_norm": True},
+    "off, norms of sub-layers, full recomputation": {
+        "memory_path": "off",
+        **FULL,
+        "sub_layer_norm": True,
+    },
     "on, norms of sub-layers": {**ON, "sub_layer_norm": True, "normalization": "LayerNorm"},
     "on, three layers recomputed at once": {**ON, **FULL, "recompute_num_layers": 3},
 }

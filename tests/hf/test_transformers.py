@@ -9,8 +9,11 @@ from megalong.attention.pattern import DilatedPattern
 from megalong.attention.reference import dilated_attention_reference
 from megalong.config import AttentionConfig
 from megalong.config.attention import PATTERN_FIELDS
+from megalong.errors import UserError
 from megalong.hf.attention_longnet import parts_of, probabilities
 from megalong.hf.configuration_longnet import LongNetConfig
+from megalong.hf.evaluation import token_losses
+from megalong.hf.loaded_model import LoadedModel
 from megalong.hf.modeling_longnet import LongNetForCausalLM
 
 SEGMENTS = {"segment_lengths": [8, 16, 24], "dilation_rates": [1, 2, 5]}
@@ -127,8 +130,15 @@ def test_xpos_goes_on_past_the_training_as_far_as_its_scales_reach():
     found = logits(model, tokens)
     assert found.isfinite().all()
     torch.testing.assert_close(found[:, 800:], logits(model, tokens[:, 700:])[:, 100:])
-    with pytest.raises(ValueError, match=r"no room for 1000 tokens in float32: give at most 953"):
+    with pytest.raises(ValueError, match=r"no room for 1000 tokens in float32: give at most 953$"):
         logits(model, torch.stack(sequences(1000)))
+    loaded = LoadedModel(model, encode=None, decode=None, first=1)
+    for longer in (
+        lambda: token_losses(loaded, [1] * 1001),
+        lambda: loaded.check_length(1000),
+    ):
+        with pytest.raises(UserError, match="no room for 1000 tokens"):
+            longer()
     with pytest.raises(ValueError, match=r"600 tokens in float16: load it in bfloat16"):
         logits(model.half(), tokens[:, :600])
 

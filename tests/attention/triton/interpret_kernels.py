@@ -21,7 +21,7 @@ from triton.runtime import interpreter
 from megalong.attention import DilatedPattern, dilated_attention
 from megalong.attention import triton as triton_backend
 from megalong.attention.backends import choose_backend
-from megalong.attention.band import Band
+from megalong.attention.band import ALL, Band
 from megalong.attention.dilated_passes import DilatedPasses
 from megalong.attention.triton import attend_rows, attend_rows_backward, launch, tile_sizes
 
@@ -210,9 +210,9 @@ def test_attend_rows(queries, keys):
     k, v = (torch.randn(1, keys, 1, 8, generator=generator, dtype=torch.float64) for _ in range(2))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     with torch.no_grad():
-        out, lse = attend_rows(q, k, v, scale=0.3)
+        out, lse = attend_rows(q, k, v, ALL, scale=0.3)
         turned = lse.mT.contiguous().mT  # a merged log-sum-exp may come in any layout
-        found = attend_rows_backward(grad, q, k, v, out, turned, scale=0.3)
+        found = attend_rows_backward(grad, q, k, v, out, turned, ALL, scale=0.3)
     expected, expected_lse = dense_rows(q, k, v, 0.3)
     torch.testing.assert_close(out, expected.detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close(lse, expected_lse.detach(), rtol=0, atol=1e-12)
@@ -255,9 +255,9 @@ def test_rows_in_a_band(name, blocks, monkeypatch):
 
 def test_shares_of_gradients_are_in_float32():
     q, k, v = (torch.randn(1, 20, 2, 8, dtype=torch.float16) for _ in range(3))
-    out, lse = attend_rows(q, k, v, scale=0.3)
+    out, lse = attend_rows(q, k, v, ALL, scale=0.3)
     assert out.dtype == torch.float16 and lse.dtype == torch.float32
-    for share in attend_rows_backward(out, q, k, v, out, lse, scale=0.3):
+    for share in attend_rows_backward(out, q, k, v, out, lse, ALL, scale=0.3):
         assert share.dtype == torch.float32
 
 
@@ -269,13 +269,13 @@ def test_attend_rows_merge_to_attention_over_all_keys():
     earlier = (local, k[:, :24], v[:, :24])
     here = (local, k[:, 24:], v[:, 24:])
     results = [
-        attend_rows(*earlier, scale=0.3),
+        attend_rows(*earlier, ALL, scale=0.3),
         launch.forward(*here, within, causal=True, scale=0.3),
     ]
     lse = torch.logaddexp(results[0][1], results[1][1])
     out = sum(o * torch.exp(part - lse).transpose(1, 2)[..., None] for o, part in results)
     shares = [
-        attend_rows_backward(local_grad, *earlier, out, lse, scale=0.3),
+        attend_rows_backward(local_grad, *earlier, out, lse, ALL, scale=0.3),
         launch.backward(local_grad, *here, out, lse, within, causal=True, scale=0.3),
     ]
     whole = [x.clone().requires_grad_() for x in (q, k, v)]

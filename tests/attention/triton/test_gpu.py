@@ -15,7 +15,7 @@ from band_cases import BandCase, run_band, run_definition
 
 from megalong.attention import DilatedPattern, dilated_attention
 from megalong.attention.backends import choose_backend
-from megalong.attention.band import Band
+from megalong.attention.band import ALL, Band
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -142,14 +142,14 @@ def test_rows_against_gathered_keys():
     )
     earlier, here = (local, k[:, :300], v[:, :300]), (local, k[:, 300:], v[:, 300:])
     within, options = P((200,), (1,)), {"causal": True, "scale": 0.125}
-    out_a, lse_a = backend.attend_rows(*earlier, scale=0.125)
+    out_a, lse_a = backend.attend_rows(*earlier, ALL, scale=0.125)
     out_b, lse_b = backend.forward(*here, within, **options)
     lse = torch.logaddexp(lse_a, lse_b)
     out = sum(
         x * torch.exp(part - lse).transpose(1, 2)[..., None]
         for x, part in ((out_a, lse_a), (out_b, lse_b))
     )
-    dq_a, *dkv_a = backend.attend_rows_backward(grad, *earlier, out, lse, scale=0.125)
+    dq_a, *dkv_a = backend.attend_rows_backward(grad, *earlier, out, lse, ALL, scale=0.125)
     dq_b, *dkv_b = backend.backward(grad, *here, out, lse, within, **options)
     qkv = [x.double().requires_grad_() for x in (local, k, v)]
     seen = torch.ones(200, 500, dtype=torch.bool, device="cuda").tril(300)
