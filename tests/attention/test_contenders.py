@@ -12,13 +12,26 @@ import torch
 from attention_cases import needs_inductor
 
 from megalong.attention import DilatedPattern, dilated_attention
+from megalong.attention.dense import DensePasses
+from megalong.attention.dense_pattern import DensePattern
+from megalong.attention.local import LocalPasses
+from megalong.attention.local_pattern import LocalPattern
+from megalong.attention.passes import attend
 from megalong.attention.reference import offered_keys
+from megalong.attention.sparse import SparsePasses
+from megalong.attention.sparse_pattern import SparsePattern
 
 TOOLS = Path(__file__).parents[2] / "tools" / "benchmarks"
 PATTERNS = {
     "ladder": DilatedPattern.geometric(256, 16),
     "uneven": DilatedPattern((32, 64, 500), (1, 6, 12)),
     "rows in no branch": DilatedPattern((64,), (4,), "block"),
+}
+KINDS = {
+    "local (masked)": (LocalPasses, LocalPattern(50)),
+    "local (sdpa)": (LocalPasses, LocalPattern(50)),
+    "sparse (sdpa)": (SparsePasses, SparsePattern(32, 3)),
+    "dense (ours)": (DensePasses, DensePattern()),
 }
 
 
@@ -99,6 +112,21 @@ def test_contender_is_its_attention(contenders, name, kv_heads, pattern):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize("name", KINDS)
+def test_contender_of_another_kind_is_its_attention(contenders, name, kv_heads):
+    passes, pattern = KINDS[name]
+    q, k, v = tensors(kv_heads)
+    found = contenders[name](pattern, q, k)(q, k, v)
+    wanted = attend(q, k, v, passes(pattern, backend="reference"))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    grad = torch.randn_like(found)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, (q, k, v), grad), torch.autograd.grad(wanted, (q, k, v), grad),
+        rtol=0, atol=1e-12,
+    )  # fmt: skip
+
+
 @needs_inductor
 @pytest.mark.parametrize(("kv_heads", "pattern"), [(8, "uneven"), (2, "rows in no branch")])
 def test_flex_attention(contenders, kv_heads, pattern):
@@ -111,8 +139,9 @@ def test_flex_attention(contenders, kv_heads, pattern):
 
 
 def test_benchmark_measures_and_reports(tmp_path):
-    command = [sys.executable, str(TOOLS / "attention.py"), "--quick", "--patterns", "L"]
-    command += ["--kv-heads", "2", "--contenders", "dilated (gather)", "dilated (sdpa)"]
+    command = [sys.executable, str(TOOLS / "attention.py"), "--quick", "--kv-heads", "2"]
+    command += ["--patterns", "L", "local", "--contenders", "dilated (gather)", "dilated (sdpa)"]
+    command += ["local (masked)", "local (sdpa)"]
     path = os.pathsep.join(entry for entry in sys.path if entry)
     subprocess.run(
         [*command, "--output", str(tmp_path)], check=True, capture_output=True,
@@ -127,7 +156,7 @@ def test_benchmark_measures_and_reports(tmp_path):
         assert times[1]["seconds"] <= times[2]["seconds"]
         flops = [x["teraflops"] * x["seconds"] for x in times]
         assert flops[1] == pytest.approx(2.5 * flops[0])
-    for row in report["losses"]:
-        assert row["seconds"] < row["ours"]
+    compared = [(row["pattern"], row["baseline"]) for row in report["comparisons"]]
+    assert compared == 3 * [("L", "dilated (gather)")] + 3 * [("local", "local (masked)")]
     assert (tmp_path / "attention.png").stat().st_size > 10_000
     assert "dilated (sdpa)" in (tmp_path / "attention.txt").read_text()

@@ -1,4 +1,4 @@
-"""Time, memory and arithmetic rate of one attention layer: dilated against dense, by length.
+"""Time, memory and arithmetic rate of one attention layer, each kind against dense, by length.
 
 On a CPU, from the repository's root (about five minutes on two cores; --quick: half a minute):
 
@@ -13,6 +13,7 @@ On a GPU ("make gpu" does about this, after the tests that need a GPU):
 Patterns, with w0 = --first-segment-length, up to the length of the sequence:
     A   w = w0 * 4^k, r = 4^k      B   w = w0 * 4^k, r = 2^k
     L   the paper's: w = w0 * (1, 2, 4, 8, 16), r = (1, 2, 4, 6, 12), at every length
+    local   a window of w0      sparse  blocks of w0, 32 columns of each     dense   all pairs
 Contenders, all causal: see contenders.py. They take turns within each repeat, so that a slow moment
 of the machine hits all of them. "forward" runs without autograd; "backward" is the backward pass
 alone; "forward+backward" both. Medians are reported, with the least and the largest time. On a GPU
@@ -25,7 +26,8 @@ read and every result is written once; the share is that time / the measured tim
 
 Peak memory is of forward and backward, inputs included: on a GPU what PyTorch allocated, on a CPU
 the growth of the resident memory of a fresh process (Linux). Writes attention.json, attention.txt
-and attention.png into --output; the first two list where we lose to a baseline.
+and attention.png into --output; the first two list how many times as fast as each baseline we are,
+in each measure.
 """
 
 from __future__ import annotations
@@ -49,10 +51,20 @@ from megalong.command_line import needed_packages
 
 with needed_packages():
     import torch
-    from attention_report import MEASURES, Setting, losses, losses_text, plot, row_text
+    from attention_report import (
+        MEASURES,
+        Setting,
+        comparisons,
+        comparisons_text,
+        plot,
+        row_text,
+    )
     from contenders import CONTENDERS, ON_CPU
 
     from megalong.attention import DilatedPattern
+    from megalong.attention.dense_pattern import DensePattern
+    from megalong.attention.local_pattern import LocalPattern
+    from megalong.attention.sparse_pattern import SparsePattern
     from megalong.model.peak_flops import peak_of_name
 
 # Bytes/s of the memory, by a part of the device's name; the first that fits. From the data sheets
@@ -69,6 +81,10 @@ BANDWIDTH = {
 }
 
 
+KINDS = ("local", "sparse", "dense")  # the other patterns are dilated
+SPARSE_COLUMNS = 32
+
+
 def main():
     args = parse_arguments()
     settings = [Setting(*x) for x in product(args.patterns, args.head_dims, args.kv_heads)]
@@ -81,7 +97,7 @@ def main():
             print(row_text(row), flush=True)
             results.append(row)
         write(args, results)  # each time: a run that is cut off leaves what it has
-    print("\n".join(losses_text(losses(results))))
+    print("\n".join(comparisons_text(comparisons(results))))
     if args.output:
         title = f"{machine(args)['device']}, {args.dtype}, {args.heads} heads, causal"
         plot(results, title, args.output / "attention.png")
@@ -93,11 +109,13 @@ def write(args, results: list[dict]):
     if not args.output:
         return
     args.output.mkdir(parents=True, exist_ok=True)
-    lost, about = losses(results), machine(args)
+    compared, about = comparisons(results), machine(args)
     flags = {k: v for k, v in vars(args).items() if k not in ("output", "measure_memory")}
-    report = {"machine": about, "flags": flags, "results": results, "losses": lost}
+    report = {"machine": about, "flags": flags, "results": results}
+    report["comparisons"] = compared
     (args.output / "attention.json").write_text(json.dumps(report, indent=1) + "\n")
-    lines = [f"{about}", f"{flags}", "", *map(row_text, results), *losses_text(lost)]
+    lines = [f"{about}", f"{flags}", "", *map(row_text, results)]
+    lines += comparisons_text(compared)
     (args.output / "attention.txt").write_text("\n".join(lines) + "\n")
 
 
@@ -107,12 +125,12 @@ def parse_arguments():
     )
     lengths = [2048, 4096, 8192, 16384, 32768, 65536]
     add = parser.add_argument
-    add("--patterns", nargs="+", default=["A"], choices=("A", "B", "L"))
+    add("--patterns", nargs="+", default=["A"], choices=(*"ABL", *KINDS))
     add("--head-dims", type=int, nargs="+", default=[64])
     add("--heads", type=int, default=4)
     add("--kv-heads", type=int, nargs="+", help="default: as many as heads")
     add("--lengths", type=int, nargs="+", default=lengths, help="sequence lengths, in tokens")
-    add("--longest-dense", type=int, default=32768, help="no dense attention beyond this length")
+    add("--longest-dense", type=int, default=32768, help="no quadratic one beyond this length")
     add("--flex-lengths", type=int, nargs="*", default=[], help="it compiles for each: only these")
     add("--batch", type=int, default=1)
     add("--first-segment-length", type=int, default=2048, help="w0 of the patterns")
@@ -125,13 +143,19 @@ def parse_arguments():
     add("--measure-memory", choices=CONTENDERS, help=argparse.SUPPRESS)  # one child's only task
     args = parser.parse_args()
     if args.quick:
-        args.lengths, args.first_segment_length, args.repeats = [512, 1024], 128, 1
+        args.lengths, args.first_segment_length, args.repeats = [512], 128, 1
     args.kv_heads = args.kv_heads or [args.heads]
     args.contenders = args.contenders or list(CONTENDERS if on_gpu(args) else ON_CPU)
     return args
 
 
-def pattern_of(name: str, length: int, first: int) -> DilatedPattern:
+def pattern_of(name: str, length: int, first: int):
+    if name == "local":
+        return LocalPattern(first)
+    if name == "sparse":
+        return SparsePattern(first, min(SPARSE_COLUMNS, first))
+    if name == "dense":
+        return DensePattern()
     if name == "L":
         widths = [first * factor for factor in (1, 2, 4, 8, 16)]
         return DilatedPattern(widths, (1, 2, 4, 6, 12))
@@ -149,7 +173,7 @@ def measure(args, setting: Setting, length: int) -> list[dict]:
     flush_cache(args)
     before = torch.cuda.memory_allocated() if on_gpu(args) else 0
     pattern, tensors = inputs(args, setting, length)
-    names = [name for name in args.contenders if wanted(args, name, length)]
+    names = [name for name in args.contenders if wanted(args, setting, name, length)]
     rows = {name: {**setting._asdict(), "length": length, "contender": name} for name in names}
     running = {}
     for name, row in rows.items():
@@ -162,15 +186,17 @@ def measure(args, setting: Setting, length: int) -> list[dict]:
     times = {name: [] for name in running}
     for _ in range(args.repeats):
         for name, attention in running.items():
-            times[name].append(time_once(args, attention, *tensors))
+            times[name].append(time_once(args, name, attention, *tensors))
     for name, attention in running.items():
         rows[name] |= rates(times[name], work(args, setting, length, name, pattern))
         if on_gpu(args):
             torch.cuda.reset_peak_memory_stats()
-            time_once(args, attention, *tensors)
+            time_once(args, name, attention, *tensors)
             peak = torch.cuda.max_memory_allocated() - before
-        else:
+        elif goes_backward(args, name):
             peak = peak_of_child(args, setting, length, name)
+        else:
+            continue
         rows[name]["peak_memory_bytes"] = peak
     return list(rows.values())
 
@@ -178,7 +204,8 @@ def measure(args, setting: Setting, length: int) -> list[dict]:
 def rates(runs: list[dict], work: dict) -> dict:
     """Median and extreme times of each measure, and what they mean."""
     found = {}
-    for kind, (flops, floor) in work.items():
+    for kind in runs[0]:
+        flops, floor = work[kind]
         times = [run[kind] for run in runs]
         seconds = statistics.median(times)
         found[kind] = {
@@ -188,10 +215,14 @@ def rates(runs: list[dict], work: dict) -> dict:
     return found
 
 
-def wanted(args, name: str, length: int) -> bool:
+def wanted(args, setting: Setting, name: str, length: int) -> bool:
+    kind = setting.pattern if setting.pattern in KINDS else "dilated"
+    if not name.startswith(kind) and not (name.startswith("dense") and "ours" not in name):
+        return False
     if "flex" in name:
         return length in args.flex_lengths
-    return "dense" not in name or length <= args.longest_dense
+    quadratic = name.startswith("dense") or "masked" in name
+    return not quadratic or length <= args.longest_dense
 
 
 def inputs(args, setting: Setting, length: int):
@@ -213,16 +244,22 @@ def warm_up(args, setting: Setting, name: str, attention, tensors):
     if not on_gpu(args) and "flex" not in name:
         pattern, tensors = inputs(args, setting, min(tensors[0].shape[1], 2048))
         attention = CONTENDERS[name](pattern, *tensors[:2])
-    time_once(args, attention, *tensors)
+    time_once(args, name, attention, *tensors)
 
 
-def time_once(args, attention, q, k, v, grad) -> dict[str, float]:
-    """Seconds of each of MEASURES."""
+def goes_backward(args, name: str) -> bool:
+    return on_gpu(args) or "flex" not in name
+
+
+def time_once(args, name: str, attention, q, k, v, grad) -> dict[str, float]:
+    """Seconds of each of MEASURES that there is."""
     flush_cache(args)
     with torch.no_grad():
         marks = [mark(args)]
         attention(q, k, v)
         marks.append(mark(args))
+    if not goes_backward(args, name):
+        return {MEASURES[0]: marks[1] - marks[0]}
     flush_cache(args)
     marks.append(mark(args))
     out = attention(q, k, v)
@@ -258,13 +295,12 @@ def on_gpu(args) -> bool:
     return args.device.startswith("cuda")
 
 
-def work(args, setting: Setting, length: int, name: str, pattern: DilatedPattern) -> dict:
+def work(args, setting: Setting, length: int, name: str, pattern) -> dict:
     """{measure: (useful FLOPs, least seconds on this device or None)}."""
     if name.startswith("dense"):
-        pattern = DilatedPattern((length,), (1,))
-    forward = args.batch * pattern.attention_flops(
-        length, args.heads, setting.kv_heads, setting.head_dim, causal=True
-    )
+        pattern = DensePattern()
+    pairs = pattern.attention_pairs(length, args.heads, setting.kv_heads, causal=True)
+    forward = 4 * setting.head_dim * args.batch * pairs
     flops = {"forward": forward, "backward": 2.5 * forward, "forward+backward": 3.5 * forward}
     # Forward: q, k, v in, output and log-sum-exp out. Backward: these and the output's gradient in,
     # three gradients out.
@@ -306,7 +342,7 @@ def peak_of_child(args, setting: Setting, length: int, name: str) -> int:
 def resident_peak(args, setting: Setting, length: int, name: str) -> int:
     def run(length):
         pattern, tensors = inputs(args, setting, length)
-        time_once(args, CONTENDERS[name](pattern, *tensors[:2]), *tensors)
+        time_once(args, name, CONTENDERS[name](pattern, *tensors[:2]), *tensors)
 
     run(256)  # libraries loaded, threads started
     before = resident_bytes("VmRSS")

@@ -1,7 +1,8 @@
-"""What attention.py measured, as text, as plots, and as the list of what is faster than ours.
+"""What attention.py measured, as text and plots, and as ratios between ours and its baselines.
 
 A row is a dictionary: the fields of Setting, length, contender, and either error or, for each of
-MEASURES, {seconds, least, largest, teraflops, share_of_roofline}, and peak_memory_bytes.
+MEASURES, {seconds, least, largest, teraflops, share_of_roofline}, and peak_memory_bytes; "forward"
+alone where there is no backward pass.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 MEASURES = ("forward", "backward", "forward+backward")
-OURS = ("dilated (triton)", "dilated (sdpa)")  # the first that was measured; the rest is baseline
+# The first that was measured; the rest is baseline.
+OURS = (
+    "dilated (triton)", "dilated (sdpa)", "local (triton)", "local (sdpa)", "sparse (triton)",
+    "sparse (sdpa)", "dense (ours)",
+)  # fmt: skip
 
 
 class Setting(NamedTuple):
@@ -30,17 +35,19 @@ def row_text(row: dict) -> str:
     text = "{pattern} d{head_dim:<3} kv{kv_heads:<3} {length:>8}  {contender:<16}".format(**row)
     if "error" in row:
         return f"{text}  {row['error']}"
-    for kind in MEASURES:
+    for kind in (kind for kind in MEASURES if kind in row):
         found = row[kind]
         text += f"  {kind} {found['seconds'] * 1e3:9.3f} ms {found['teraflops']:7.3g} TFLOP/s"
         if found["share_of_roofline"]:
             text += f" {found['share_of_roofline']:4.0%}"
-    return f"{text}  peak {row['peak_memory_bytes'] / 2**20:7.0f} MiB"
+    if "peak_memory_bytes" in row:
+        text += f"  peak {row['peak_memory_bytes'] / 2**20:7.0f} MiB"
+    return text
 
 
-def losses(results: list[dict]) -> list[dict]:
-    """Where a baseline is faster than what we offer: settings, lengths, measures and times."""
-    lost, cases = [], {}
+def comparisons(results: list[dict]) -> list[dict]:
+    """What we offer beside every baseline: settings, lengths, measures and times."""
+    found, cases = [], {}
     for row in results:
         if "error" not in row:
             key = (*setting_of(row), row["length"])
@@ -48,19 +55,18 @@ def losses(results: list[dict]) -> list[dict]:
     for case, kind in product(cases.values(), MEASURES):
         name = next((name for name in OURS if name in case), None)
         for baseline, row in case.items() if name else ():
-            if baseline != name and row[kind]["seconds"] < case[name][kind]["seconds"]:
+            if baseline != name and kind in row:
                 where = {**setting_of(row)._asdict(), "length": row["length"]}
                 times = {"seconds": row[kind]["seconds"], "ours": case[name][kind]["seconds"]}
-                lost.append({**where, "measure": kind, "baseline": baseline, **times})
-    return lost
+                found.append({**where, "measure": kind, "baseline": baseline, **times})
+    return found
 
 
-def losses_text(lost: list[dict]) -> list[str]:
-    if not lost:
-        return ["", "no baseline is faster anywhere"]
-    line = "{pattern} d{head_dim} kv{kv_heads} {length:>8}  {measure:<16}  {baseline} {x:.2f}x"
-    text = [line.format(**row, x=row["ours"] / row["seconds"]) for row in lost]
-    return ["", "faster than ours are", *text]
+def comparisons_text(compared: list[dict]) -> list[str]:
+    line = "{pattern} d{head_dim} kv{kv_heads} {length:>8}  {measure:<16}  {x:6.2f} x  {baseline}"
+    text = [line.format(**row, x=row["seconds"] / row["ours"]) for row in compared]
+    lost = sum(row["seconds"] < row["ours"] for row in compared)
+    return ["", f"ours is so many times as fast ({lost} times a baseline is faster)", *text]
 
 
 def plot(results: list[dict], title: str, path: Path):
@@ -72,13 +78,14 @@ def plot(results: list[dict], title: str, path: Path):
 
     rows = [row for row in results if "error" not in row]
     settings = list(dict.fromkeys(map(setting_of, rows)))
-    contenders = list(dict.fromkeys(row["contender"] for row in rows))
-    panels = [(f"{kind}: seconds", lambda r, kind=kind: r[kind]["seconds"]) for kind in MEASURES]
+    panels = [
+        (f"{kind}: seconds", kind, lambda r, kind=kind: r[kind]["seconds"]) for kind in MEASURES
+    ]
     both = MEASURES[2]
-    panels.append((f"{both}: TFLOP/s", lambda r: r[both]["teraflops"]))
-    if any(row[both]["share_of_roofline"] for row in rows):
-        panels.append((f"{both}: share of roofline", lambda r: r[both]["share_of_roofline"]))
-    panels.append((f"{both}: peak MiB", lambda r: r["peak_memory_bytes"] / 2**20))
+    panels.append((f"{both}: TFLOP/s", both, lambda r: r[both]["teraflops"]))
+    if any(row[both]["share_of_roofline"] for row in rows if both in row):
+        panels.append((f"{both}: share of roofline", both, lambda r: r[both]["share_of_roofline"]))
+    panels.append((f"{both}: peak MiB", both, lambda r: r["peak_memory_bytes"] / 2**20))
 
     size = (4 * len(panels), 3.6 * len(settings))
     figure, grid = plt.subplots(
@@ -86,9 +93,10 @@ def plot(results: list[dict], title: str, path: Path):
     )
     for setting, axes in zip(settings, grid, strict=True):
         name_of_row = f"{setting.pattern}, head_dim {setting.head_dim}, {setting.kv_heads} kv heads"
-        for axis, (name, value) in zip(axes, panels, strict=True):
-            for contender in contenders:
-                mine = [r for r in rows if (setting_of(r), r["contender"]) == (setting, contender)]
+        of_setting = [row for row in rows if setting_of(row) == setting]
+        for axis, (name, kind, value) in zip(axes, panels, strict=True):
+            for contender in dict.fromkeys(row["contender"] for row in of_setting):
+                mine = [r for r in of_setting if r["contender"] == contender and kind in r]
                 axis.plot([r["length"] for r in mine], [*map(value, mine)], "o-", label=contender)
             axis.set(title=f"{name_of_row}\n{name}", xlabel="sequence length (tokens)")
             axis.set_xscale("log", base=2)

@@ -7,6 +7,9 @@ causal, its scale head_dim ** -0.5. A new backend or a rival implementation is o
 
 "dilated (sdpa)" is PyTorch's flash attention on strided views, one per branch and group of heads,
 merged by log-sum-exp: nothing is copied, so on a GPU this is what the Triton kernels have to beat.
+
+The first word of a name is the kind of attention, and pattern is one of that kind; dense contenders
+take any, and see all pairs.
 """
 
 from __future__ import annotations
@@ -23,6 +26,11 @@ from megalong.attention import (
     dilated_attention,
     sdpa_operators,
 )
+from megalong.attention.dense import DensePasses
+from megalong.attention.dense_pattern import DensePattern
+from megalong.attention.local import LocalPasses
+from megalong.attention.passes import attend
+from megalong.attention.sparse import SparsePasses
 
 
 def dense(backend: SDPBackend, pattern, q, k):
@@ -37,6 +45,30 @@ def dense(backend: SDPBackend, pattern, q, k):
 
 def ours(backend: str, pattern, q, k):
     return partial(dilated_attention, pattern=pattern, backend=backend)
+
+
+def of_kind(passes, backend: str, pattern, q, k):
+    return partial(attend, passes=passes(pattern, backend=backend))
+
+
+def of_all_pairs(pattern, q, k):
+    return of_kind(DensePasses, "auto", DensePattern(), q, k)
+
+
+def masked(pattern, q, k):
+    """A window as PyTorch's operator has it: dense attention with a mask."""
+    position = torch.arange(q.shape[1], device=q.device)
+    distance = position[:, None] - position
+    seen = (distance >= 0) & (distance < pattern.window)
+
+    def attention(q, k, v):
+        out_bhsd = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )  # fmt: skip
+        return out_bhsd.transpose(1, 2)
+
+    return attention
 
 
 def gathered(pattern, q, k):
@@ -110,10 +142,7 @@ def flex(pattern, q, k):
 
     Blocks are 128 x 128 positions, and one with a single pair is computed whole.
     """
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # seconds
-
-    length, heads = q.shape[1:3]
-    offsets = torch.tensor(pattern.offsets(heads, k.shape[2]), device=q.device)
+    offsets = torch.tensor(pattern.offsets(q.shape[2], k.shape[2]), device=q.device)
 
     def multiplicity(batch, head, i, j):
         count = 0
@@ -129,9 +158,27 @@ def flex(pattern, q, k):
     def score(score, batch, head, i, j):
         return score + torch.log(multiplicity(batch, head, i, j).to(torch.float32))
 
+    return compiled_flex(mask, score, q, k)
+
+
+def flex_window(pattern, q, k):
+    """FlexAttention with a block mask of the window."""
+
+    def mask(batch, head, i, j):
+        return (i >= j) & (i - j < pattern.window)
+
+    return compiled_flex(mask, None, q, k)
+
+
+def compiled_flex(mask, score, q, k):
+    """FlexAttention with a mask and a change of scores: on a CPU its forward pass alone exists."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # seconds
+
     torch.compiler.reset()  # each mask is a compilation of its own, and their number is limited
+    length, heads = q.shape[1:3]
     on_gpu = q.device.type == "cuda"
     make_mask = torch.compile(create_block_mask) if on_gpu else create_block_mask
+    heads = None if score is None else heads  # a window is the same for all
     block_mask = make_mask(mask, None, heads, length, length, device=q.device.type)
     compiled = torch.compile(flex_attention, dynamic=False)
 
@@ -152,5 +199,16 @@ CONTENDERS = {
     "dilated (gather)": gathered,
     "dilated (sdpa)": partial(ours, "sdpa"),
     "dilated (triton)": partial(ours, "triton"),
+    "local (flex)": flex_window,
+    "local (masked)": masked,
+    "local (sdpa)": partial(of_kind, LocalPasses, "sdpa"),
+    "local (triton)": partial(of_kind, LocalPasses, "triton"),
+    "sparse (sdpa)": partial(of_kind, SparsePasses, "sdpa"),
+    "sparse (triton)": partial(of_kind, SparsePasses, "triton"),
+    "dense (ours)": of_all_pairs,
 }
-ON_CPU = ("dense (flash)", "dilated (gather)", "dilated (sdpa)")  # measured there by default
+# Measured there by default.
+ON_CPU = (
+    "dense (flash)", "dilated (gather)", "dilated (sdpa)", "local (flex)", "local (masked)",
+    "local (sdpa)", "sparse (sdpa)", "dense (ours)",
+)  # fmt: skip
