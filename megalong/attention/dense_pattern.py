@@ -28,6 +28,10 @@ class DensePattern:
         """As of DilatedPattern: on the sequence axis, the gradients that travel."""
         return 0.0
 
+    def cached_rows(self, sequence_length: int, heads: int, kv_heads: int) -> int:
+        """As of DilatedPattern: all."""
+        return kv_heads * sequence_length
+
     def attention_pairs(self, sequence_length: int, heads: int, kv_heads: int, causal: bool) -> int:
         """The exact number of (query, key) pairs, summed over heads, of one sequence."""
         return heads * self.band(causal).pairs(sequence_length, sequence_length)

@@ -39,6 +39,10 @@ class LocalPattern:
         """As of DilatedPattern: the gradients, before they are rounded."""
         return 3.0
 
+    def cached_rows(self, sequence_length: int, heads: int, kv_heads: int) -> int:
+        """As of DilatedPattern: the window."""
+        return kv_heads * min(self.window, sequence_length)
+
     def attention_pairs(self, sequence_length: int, heads: int, kv_heads: int, causal: bool) -> int:
         """The exact number of (query, key) pairs, summed over heads, of one sequence."""
         return heads * self.band(causal).pairs(sequence_length, sequence_length)

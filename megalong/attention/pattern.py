@@ -195,6 +195,18 @@ class DilatedPattern:
                     pairs += segment_count * head_count * (n * (n + 1) // 2 if causal else n * n)
         return pairs
 
+    def cached_rows(self, sequence_length: int, heads: int, kv_heads: int) -> int:
+        """The most rows of keys, over the kv heads, that decoding keeps of one sequence: in each
+        branch those of a segment, once for the heads of a group that share them."""
+        group = heads // kv_heads
+        rows = 0
+        for (width, rate), offsets in zip(
+            self.branches, self.offsets(heads, kv_heads), strict=True
+        ):
+            shared = all(offsets[head] == offsets[head - head % group] for head in range(heads))
+            rows += (kv_heads if shared else heads) * -(-min(width, sequence_length) // rate)
+        return rows
+
     def attention_flops(
         self, sequence_length: int, heads: int, kv_heads: int, head_dim: int, causal: bool = True
     ) -> int:

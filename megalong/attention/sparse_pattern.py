@@ -63,6 +63,11 @@ class SparsePattern:
         """As of DilatedPattern: the gradients, before they are rounded."""
         return 3.0
 
+    def cached_rows(self, sequence_length: int, heads: int, kv_heads: int) -> int:
+        """As of DilatedPattern: a block, and the columns of all that have begun."""
+        columns = -(-sequence_length // self.block) * self.columns
+        return kv_heads * (min(self.block, sequence_length) + columns)
+
     def attention_pairs(self, sequence_length: int, heads: int, kv_heads: int, causal: bool) -> int:
         """The exact number of (query, key) pairs, summed over heads, of one sequence."""
         keys = sequence_length // self.block * self.columns

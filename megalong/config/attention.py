@@ -27,8 +27,8 @@ class AttentionKind:
     """What is known of a kind of attention; whoever needs to know asks here.
 
     pattern: which positions attend to which, from the settings; integers only. Raises ValueError.
-        Asked of it: `at_layer`, `for_heads`, `attention_pairs` and `partial_rows`, as of
-        DilatedPattern.
+        Asked of it: `at_layer`, `for_heads`, `attention_pairs`, `cached_rows` and
+        `partial_rows`, as of DilatedPattern.
     describe: the pattern in words, for logs and model cards.
     passes: the class that computes it (`megalong.attention.passes`), imported when it is first
         needed, because it needs torch.

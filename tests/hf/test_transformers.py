@@ -177,6 +177,27 @@ def test_the_cache_is_bounded(model):
     assert bytes_kept[0] == 0 and max(bytes_kept) <= limit * 2 * 8 * 4  # 2 kv heads of 8 float32
 
 
+@torch.no_grad()
+def test_the_cache_of_a_layer_has_the_rows_of_its_kind():
+    fields = {"attention": ("dilated", "local", "sparse", "dense"), "window_size": 10}
+    fields |= {"sparse_block_size": 12, "sparse_columns": 3}
+    model = make_model(num_hidden_layers=4, **fields)
+    config = AttentionConfig(**fields, **SEGMENTS).resolve(512)
+    cache, done = model.model.new_cache(), 0
+    for chunk in sequences(200)[0][None].split([57, 43, 29, *[1] * 71], 1):
+        model(chunk, cache=cache)
+        done += chunk.shape[1]
+        rows = [layer.rows() for layer in cache.layers]
+        most = [config.pattern(layer).cached_rows(done, heads=4, kv_heads=2) for layer in range(4)]
+        spare = 0
+        if chunk.shape[1] > 1:
+            assert rows[1:] == [10, done % 12 + 3 * -(-done // 12), done]
+        else:  # what grows gets room for an eighth more
+            assert rows[1] == 10
+            spare = done // 8 + 20
+        assert all(found <= limit // 2 + spare for found, limit in zip(rows, most, strict=True))
+
+
 GREEDY = {"do_sample": False, "max_new_tokens": 80}
 
 

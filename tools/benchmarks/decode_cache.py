@@ -1,9 +1,10 @@
-"""What decoding keeps and costs against the length of the sequence, dilated and dense.
+"""What decoding keeps and costs against the length of the sequence, for each kind of attention.
 
     python tools/benchmarks/decode_cache.py --lengths 1024 2048 4096 8192 16384 --output OUT
 
 A small model with random weights reads a sequence in chunks; at each length its cache is measured,
-and the time of one more token. Writes decode_cache.json and decode_cache.png.
+and the time of one more token. `most`, and what is dotted, is the number of rows that the pattern
+predicts. Writes decode_cache.json and decode_cache.png.
 """
 
 import argparse
@@ -23,6 +24,7 @@ with needed_packages():
     import matplotlib.pyplot as plt
     import torch
 
+    from megalong.config.attention import KINDS, AttentionConfig
     from megalong.hf.configuration_longnet import LongNetConfig
     from megalong.hf.modeling_longnet import LongNetForCausalLM
 
@@ -35,6 +37,9 @@ def main() -> None:
     add("--lengths", type=int, nargs="+", default=[1024 * 2**k for k in range(6)])
     add("--segment-lengths", type=int, nargs="+", default=[512, 2048, 8192])
     add("--dilation-rates", type=int, nargs="+", default=[1, 4, 16])
+    add("--window-size", type=int, default=512)
+    add("--sparse-block-size", type=int, default=512)
+    add("--sparse-columns", type=int, default=8)
     add("--chunk", type=int, default=1024, help="tokens of one chunk of the prefill")
     add("--hidden-size", type=int, default=256)
     add("--layers", type=int, default=2)
@@ -43,11 +48,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = {"chunk": args.chunk, "threads": args.threads, "torch": torch.__version__}
-    for attention in ("dilated", "dense"):
+    for attention in KINDS:
         results[attention] = measure(attention, args)
-    results["limit"] = sum(
-        -(-w // r) for w, r in zip(args.segment_lengths, args.dilation_rates, strict=True)
-    )
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "decode_cache.json").write_text(json.dumps(results, indent=2) + "\n")
     plot(results, args.output / "decode_cache.png")
@@ -56,11 +58,14 @@ def main() -> None:
 @torch.no_grad()
 def measure(attention: str, args: argparse.Namespace) -> list[dict]:
     torch.manual_seed(0)
+    heads = args.hidden_size // 64
+    names = "segment_lengths dilation_rates window_size sparse_block_size sparse_columns"
+    fields = {"attention": attention} | {name: getattr(args, name) for name in names.split()}
+    pattern = AttentionConfig(**fields).resolve(max(args.lengths)).pattern(0)
     config = LongNetConfig(
         vocab_size=512, hidden_size=args.hidden_size, intermediate_size=2 * args.hidden_size,
-        num_hidden_layers=args.layers, num_attention_heads=args.hidden_size // 64,
-        max_position_embeddings=max(args.lengths), attention=attention,
-        segment_lengths=args.segment_lengths, dilation_rates=args.dilation_rates,
+        num_hidden_layers=args.layers, num_attention_heads=heads,
+        max_position_embeddings=max(args.lengths), **fields,
     )  # fmt: skip
     model = LongNetForCausalLM(config).eval()
     cache, records = model.model.new_cache(), []
@@ -78,6 +83,7 @@ def measure(attention: str, args: argparse.Namespace) -> list[dict]:
         record = {
             "length": length,
             "rows": cache.rows(),
+            "most": pattern.cached_rows(length, heads, heads) // heads,
             "bytes": sum(x.untyped_storage().nbytes() for x in kept),
             "seconds_per_token": sorted(seconds)[len(seconds) // 2],
             "seconds_of_prefill_since_last": prefill,
@@ -89,14 +95,14 @@ def measure(attention: str, args: argparse.Namespace) -> list[dict]:
 
 def plot(results: dict, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for attention in ("dense", "dilated"):
+    for attention in KINDS:
         records = results[attention]
         lengths = [r["length"] for r in records]
-        axes[0].plot(lengths, [r["rows"] for r in records], "o-", label=attention)
+        [line] = axes[0].plot(lengths, [r["rows"] for r in records], "o-", label=attention)
+        axes[0].plot(lengths, [r["most"] for r in records], ":", color=line.get_color())
         axes[1].plot(
             lengths, [1e3 * r["seconds_per_token"] for r in records], "o-", label=attention
         )
-    axes[0].axhline(results["limit"], color="gray", linestyle=":", label="sum of w / r")
     axes[0].set(xscale="log", yscale="log", xlabel="tokens so far", ylabel="rows kept per kv head")
     axes[1].set(xscale="log", xlabel="tokens so far", ylabel="milliseconds per token")
     for axis in axes:
