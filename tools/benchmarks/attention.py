@@ -253,6 +253,8 @@ def goes_backward(args, name: str) -> bool:
 
 def time_once(args, name: str, attention, q, k, v, grad) -> dict[str, float]:
     """Seconds of each of MEASURES that there is."""
+    if not goes_backward(args, name):
+        q, k, v = (x.detach() for x in (q, k, v))
     flush_cache(args)
     with torch.no_grad():
         marks = [mark(args)]

@@ -4,7 +4,8 @@
 
 A small model with random weights reads a sequence in chunks; at each length its cache is measured,
 and the time of one more token. `most`, and what is dotted, is the number of rows that the pattern
-predicts. Writes decode_cache.json and decode_cache.png.
+predicts; what grows token by token has room for an eighth more. Writes decode_cache.json and
+decode_cache.png.
 """
 
 import argparse
