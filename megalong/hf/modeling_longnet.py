@@ -301,15 +301,9 @@ class LongNetModel(LongNetPreTrainedModel):
         padding = Padding.of(attention_mask, batch, length)
         x = padding.to_end(x)
         starts = cache.lengths if cache is not None and cache.lengths else [0] * batch
-<<<<<<< ours
-        if self.config.position_embedding_type == "xpos":
-            check_xpos(self.config, min(starts), max(starts) + length, x.dtype)
+        check_length(self.config, max(starts) + length, x.dtype)
         tiled = length > TILE and self.config.causal
         tiled = tiled and not torch.is_grad_enabled() and not is_divided(self)
-=======
-        check_length(self.config, max(starts) + length, x.dtype)
-        tiled = length > TILE and not torch.is_grad_enabled() and not is_divided(self)
->>>>>>> theirs
         rotary = None if tiled else self._rotary(starts, length, x.device)
         states, attentions = [], []
         for number, layer in enumerate(self.layers):
