@@ -273,6 +273,17 @@ def test_segments_above_the_sequence_are_told():
         "--segment-lengths 128: above --seq-length 64, and so one segment, the whole sequence"
     ]
     assert resolve(*flags, "--attention", "dense").attention.oddities(64) == []
+    for flags, words in (
+        (["--attention", "local", "--window-size", 64], "local attention is dense"),
+        (
+            ["--attention", "dense", "--window-size", 7],
+            "--window-size is of local attention, which",
+        ),
+    ):
+        [line] = resolve("--seq-length", 64, *flags).attention.oddities(64)
+        assert words in line
+    with pytest.raises(UserError, match="--match-flops is about local and sparse"):
+        resolve("--match-flops")
     assert resolve("--seq-length", 500).attention.oddities(500) == []
 
 

@@ -34,7 +34,7 @@ def main() -> None:
 
     filter_library_logs()
     from megalong.disk import writable_folder
-    from megalong.hf.importing import import_model
+    from megalong.hf.importing import import_model, read_config
 
     writable_folder("--output", args.output.parent)
     changes = vars(build_parser().parse_args(others))
@@ -42,7 +42,7 @@ def main() -> None:
         raise UserError(f"--preset {changes['preset']}: the model is that of --input; leave it out")
     if "config" in changes:
         changes = read_yaml(changes.pop("config")) | changes
-    if "segment_lengths" in changes:
+    if "segment_lengths" in changes and read_config(args.input).get("model_type") != "longnet":
         changes.setdefault("attention", "dilated")
     checkpoint, config = import_model(args.input, args.output, changes)
     seq_length = config.model.seq_length

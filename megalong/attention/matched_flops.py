@@ -7,7 +7,8 @@ attention go with. Integers only.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
+from math import isqrt
 
 from megalong.attention.local_pattern import LocalPattern
 from megalong.attention.sparse_pattern import SparsePattern
@@ -34,8 +35,13 @@ def matching_sparse(
     def of(pattern: SparsePattern) -> int:
         return pattern.attention_pairs(sequence_length, heads, kv_heads, causal)
 
-    best = None
-    for size in range(min(block, sequence_length), 0, -1):
+    best, largest = None, min(block, sequence_length)
+    smallest = isqrt(sequence_length)  # above, the cost with one column grows with the block
+    if smallest < largest and of(SparsePattern(largest, 1)) > pairs:
+        sizes = range(smallest, largest + 1)
+        fitting = bisect_right(sizes, pairs, key=lambda size: of(SparsePattern(size, 1)))
+        largest = sizes[max(fitting - 1, 0)]
+    for size in range(largest, 0, -1):
         at = bisect_left(range(1, size + 1), pairs, key=lambda c: of(SparsePattern(size, c))) + 1
         for columns in {max(at - 1, 1), min(at, size)}:
             pattern = SparsePattern(size, columns)

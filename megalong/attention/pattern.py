@@ -175,10 +175,10 @@ class DilatedPattern:
         """The positions that take part in a branch, inside the segment [start, stop)."""
         return range(segment[0] + offset, segment[1], self.dilation_rates[branch])
 
-    @property
-    def partial_rows(self) -> float:
-        """Float32 rows of a head that a backward pass holds for each position besides its results:
-        the gradients of two that the sparse branches hand to the dense one. An estimate."""
+    def partial_rows(self, ranks: int) -> float:
+        """Float32 rows of a head that a backward pass holds for each position of one of so many
+        ranks, besides its results: here the gradients of two that the sparse branches hand to the
+        dense one. An estimate."""
         return sum(2 / rate for rate in self.dilation_rates if rate > 1)
 
     def attention_pairs(self, sequence_length: int, heads: int, kv_heads: int, causal: bool) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from megalong.attention import operators
@@ -161,13 +162,12 @@ def columns_of(
     device: torch.device,
 ) -> Columns:  # fmt: skip
     """The columns of one of so many ranks, each with a shard of `length` positions."""
+    # In numpy: sizes depend on these numbers, and fake tensors have none.
     blocks = ranks * length // pattern.block
-    starts = torch.tensor(pattern.first_columns(kv_heads))
-    # (blocks, columns, kv heads): the position of each row.
     position_ncg = (
-        torch.arange(blocks)[:, None, None] * pattern.block
-        + starts
-        + torch.arange(pattern.columns)[:, None]
+        np.arange(blocks)[:, None, None] * pattern.block
+        + np.array(pattern.first_columns(kv_heads))
+        + np.arange(pattern.columns)[:, None]
     )
     owner_ncg = position_ncg // length
 
@@ -178,22 +178,21 @@ def columns_of(
     def count(by: int, of: int) -> int:
         return int((owner_ncg[: seen(by)] == of).sum()) if by != of else 0
 
-    head_ncg = torch.arange(kv_heads).expand_as(position_ncg)
-    own_ncg = owner_ncg == rank
     received = tuple(count(rank, of) for of in range(ranks))
-    place_ncg = torch.zeros_like(position_ncg)
+    place_ncg = np.zeros_like(position_ncg)
     first = 0
     for of in (*(of for of in range(ranks) if of != rank), rank):
         theirs = owner_ncg == of
-        place_ncg[theirs] = first + torch.arange(int(theirs.sum()))
+        place_ncg[theirs] = first + np.arange(theirs.sum())
         first += received[of]
     sent = tuple(count(by, rank) for by in range(ranks))
-    places = place_ncg[: seen(rank)].flatten(0, 1)
+    *_, heads = own = (owner_ncg == rank).nonzero()
+    places = place_ncg[: seen(rank)].reshape(-1, kv_heads)
     return Columns(
-        (position_ncg[own_ncg] - rank * length).to(device),
-        head_ncg[own_ncg].to(device),
+        torch.from_numpy(position_ncg[own] - rank * length).to(device),
+        torch.from_numpy(heads).to(device),
         sent,
         AllToAll(sent, received),
-        places.to(device),
+        torch.from_numpy(places).to(device),
         pattern.bands(rank * length, causal) if len(places) else (),
     )

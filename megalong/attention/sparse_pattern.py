@@ -58,10 +58,9 @@ class SparsePattern:
         earlier, later = Band(after=0, **common), Band(before=-1, **common)
         return (earlier,) if causal else (earlier, later)
 
-    @property
-    def partial_rows(self) -> float:
-        """As of DilatedPattern: the gradients, before they are rounded."""
-        return 3.0
+    def partial_rows(self, ranks: int) -> float:
+        """As of DilatedPattern: the gradients of block and columns, before they are rounded."""
+        return 7.0
 
     def cached_rows(self, sequence_length: int, heads: int, kv_heads: int) -> int:
         """As of DilatedPattern: a block, and the columns of all that have begun."""

@@ -207,13 +207,26 @@ class AttentionConfig:
     def oddities(self, seq_length: int) -> list[str]:
         """What can be computed, and yet is hardly what was meant; a line each (after `resolve`)."""
         assert self.segment_lengths is not None
+        lines = []
         longer = [length for length in self.segment_lengths if length > seq_length]
-        if "dilated" not in self.attention or not longer:
-            return []
-        return [
-            f"--segment-lengths {shown(longer)}: above --seq-length {seq_length}, and"
-            " so one segment, the whole sequence"
-        ]
+        if "dilated" in self.attention and longer:
+            lines.append(
+                f"--segment-lengths {shown(longer)}: above --seq-length {seq_length}, and"
+                " so one segment, the whole sequence"
+            )
+        for kind, name in (("local", "window_size"), ("sparse", "sparse_block_size")):
+            size = getattr(self, name)
+            if kind in self.attention and size >= seq_length:
+                lines.append(
+                    f"{flag_name(name)} {size}: the whole of --seq-length {seq_length}, so that"
+                    f" {kind} attention is dense"
+                )
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for kind in KINDS.keys() - {*self.attention, "dilated"}:  # exports keep those branches
+            for name in KINDS[kind].fields:
+                if getattr(self, name) != defaults[name]:
+                    lines.append(f"{flag_name(name)} is of {kind} attention, which no layer has")
+        return lines
 
     def check(self, heads: int, kv_heads: int, seq_length: int, num_layers: int) -> None:
         """Raise UserError where these fields are no pattern for so many heads (after `resolve`).
@@ -256,6 +269,11 @@ class AttentionConfig:
         for name in ("window_size", "sparse_block_size", "sparse_columns"):
             if getattr(self, name) < 1:
                 raise UserError(f"{flag_name(name)} {getattr(self, name)} must be positive")
+        if self.match_flops and not {"local", "sparse"} & {*self.attention}:
+            raise UserError(
+                "--match-flops is about local and sparse attention: set --attention local, say, or"
+                " leave it out"
+            )
         if self.sparse_columns > self.sparse_block_size:
             raise UserError(
                 f"--sparse-columns {self.sparse_columns} is above --sparse-block-size"

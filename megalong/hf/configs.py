@@ -170,7 +170,7 @@ def _windows(config: dict[str, Any]) -> dict[str, Any]:
     kinds = config.get("layer_types")
     if kinds is None:
         # Qwen2 and Qwen3: from this layer on.
-        first = config.get("max_window_layers", 0) if config["model_type"] != "mistral" else 0
+        first = config.get("max_window_layers", 28) if config["model_type"] != "mistral" else 0
         local = [layer >= first for layer in range(layers)]
     else:
         local = [kind == "sliding_attention" for kind in kinds]

@@ -92,6 +92,14 @@ class LongNetConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
+        for name in ("window_size", "sparse_block_size", "sparse_columns"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.sparse_columns > self.sparse_block_size:
+            raise ValueError(
+                f"sparse_columns ({self.sparse_columns}) must be at most sparse_block_size"
+                f" ({self.sparse_block_size})"
+            )
         for layer, kind in enumerate(self.kinds):
             if kind not in KINDS:
                 raise ValueError(f"attention must be of {', '.join(KINDS)}, got {kind!r}")

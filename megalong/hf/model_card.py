@@ -56,9 +56,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 
 The model's code is in this folder; it needs torch and transformers (5.24 or later) only. A text may
 name special tokens: `text + tokenizer.eos_token` ends a document; with `split_special_tokens=True`
-names are plain text, as they were in the training. Attention
-is linear in the length, and the cache keeps what later tokens can still attend to: at most the sum
-of segment length / dilation rate rows, however long the sequence. With `prefill_chunk_size`
+names are plain text, as they were in the training. The cache
+keeps what later tokens can still attend to: KEPT. With `prefill_chunk_size`
 `generate` reads a long prompt in chunks, in bounded memory; any size gives the same. With labels
 the loss of a long sequence is computed in chunks and comes without logits, unless `logits_to_keep`
 asks for some."""
@@ -72,7 +71,15 @@ print(fill(f"Once upon a {{fill.tokenizer.mask_token}}"))
 ```
 
 The model's code is in this folder; it needs torch and transformers (5.24 or later) only. Attention
-looks both ways, and is linear in the length."""
+looks both ways."""
+
+_KEPT = {  # by kind of attention
+    "dilated": "of dilated attention at most the sum of segment length / dilation rate rows, however"
+    " long the sequence",
+    "local": "of local attention its window",
+    "sparse": "of sparse attention a block, and the columns of all before it",
+    "dense": "of dense attention everything",
+}
 
 
 def model_card(
@@ -81,10 +88,11 @@ def model_card(
     """The text of README.md in an exported folder."""
     versions = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())
     causal = config.training.causal
+    kept = ", ".join(_KEPT[kind] for kind in config.attention.kinds)
     return _CARD.format(
         pipeline="text-generation" if causal else "fill-mask",
         what="language model" if causal else "masked-language model",
-        use=_CAUSAL if causal else _MASKED.format(),
+        use=_CAUSAL.replace("KEPT", kept) if causal else _MASKED.format(),
         name=provenance["checkpoint"].split("/")[0],
         dtype=dtype,
         layers=config.model.num_layers,

@@ -69,8 +69,8 @@ def measured() -> dict[str, dict[str, float]]:
     cases |= {f"uneven, {ranks} ranks": (uneven, ranks) for ranks in (1, 4)}
     cases |= {
         f"{kind}, {ranks} ranks": (2**16, ranks, HEADS, kind)
-        for kind in ("dense", "local")
-        for ranks in (2, 4, 8)
+        for kind in ("dense", "local", "sparse")
+        for ranks in (1, 2, 4, 8)
     }
     return {name: attention_memory(*case) for name, case in cases.items()}
 

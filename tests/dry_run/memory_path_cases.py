@@ -57,6 +57,7 @@ CASES = {
         "segment_lengths": (2048, 4096, 8192, 16384, 32768),
         "dilation_rates": (1, 2, 3, 4, 6),
     },
+    "on, local and sparse": {**ON, "attention": ("local", "sparse")},
     "off, norms of sub-layers": {"memory_path": "off", "sub_layer_norm": True},
     "off, norms of sub-layers, full recomputation": {
         "memory_path": "off",

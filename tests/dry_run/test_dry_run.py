@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megalong.config.attention import AttentionConfig
 from megalong.planning import fake_device
 from tests.dry_run.run_cases import CASES, PLANTS
 from tests.launching import made_once, run
@@ -97,6 +98,17 @@ def test_a_shard_that_no_segment_begins_with_adds_less_than_a_second_output_of_e
     alone, shard = (results["attention"][f"uneven, {ranks} ranks"] for ranks in (1, 4))
     assert shard["forward"] < 1.7 * alone["forward"]
     assert shard["backward"] < 1.8 * alone["backward"]
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("kind", ["dense", "local", "sparse"])
+def test_what_a_kind_is_said_to_hold_besides_its_results(kind, ranks, results):
+    """Within 8% of what it does: beside dense attention of one rank."""
+    peaks = results["attention"]
+    more = peaks[f"{kind}, {ranks} ranks"]["backward"] - peaks["dense, 1 ranks"]["backward"]
+    [pattern] = AttentionConfig(attention=kind).resolve(2**16).patterns.values()
+    rows = more / (4 * 12 * 64)  # float32, heads, head_dim
+    assert pattern.partial_rows(ranks) == pytest.approx(rows, rel=0.08, abs=0.1)
 
 
 @pytest.mark.parametrize("kind", ["dense", "local"])

@@ -103,11 +103,11 @@ VARIANTS = [
     {"attention": ["local", "sparse"], "sparse_block_size": 9, "sparse_columns": 2},
     {"attention": ["dense", "sparse"], "sparse_block_size": 6, "sparse_columns": 4},
 ]
-SIZES = [[1] * 100, [13] * 8, [40, 1, 1, 1, 30, 1, 26, 1, 1]]
+SIZES = [[1] * 100, [13] * 8, [40, 1, 1, 1, 30, 1, 26, 1, 1], [5, 1, 1, 3, 1, 1, 1, 1, 10, 1, 75]]
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-@pytest.mark.parametrize("sizes", SIZES, ids=["ones", "chunks", "mixed"])
+@pytest.mark.parametrize("sizes", SIZES, ids=["ones", "chunks", "mixed", "turns"])
 def test_cached_equals_uncached(changes, sizes):
     """Over more than three times the longest segment, one token or many at a time."""
     model = make_model(**changes).double()
