@@ -101,7 +101,8 @@ def evaluation_batches(
     Every rank yields num_evaluation_batches() micro batches; rows without a sample, and padding,
     have labels IGNORE_INDEX (and token 0, which causal attention keeps from the others).
     masking: how tokens are masked, always at the same places. The last sample is filled up with the
-    beginning of the epoch then, which the others see, and which is not predicted again.
+    beginning of the epoch then, masked as it is there, so that nobody sees what is to be told; it
+    is seen by the others, and not predicted again.
     """
     start, stop = _checked_range(stream, sequence_range)
     _check_rank(data_parallel_rank, data_parallel_size)
@@ -120,7 +121,7 @@ def evaluation_batches(
         if masking is None:
             return _next_tokens(_without_wrapping(stream, i, start, stop + 1), stop - start)
         begin = i * stream.sequence_length + start
-        tokens, labels = masking.masked(stream.sample(i, start, stop), begin, EVALUATION_SEED)
+        tokens, labels = _first_epoch_masked(stream, masking, begin, begin + stop - start)
         labels[max(stream.tokens_per_epoch - begin, 0) :] = IGNORE_INDEX
         return tokens, labels
 
@@ -168,6 +169,18 @@ def _without_wrapping(stream: TokenStream, i: int, start: int, stop: int) -> np.
     position = i * stream.sequence_length
     end = min(position + stop, stream.tokens_per_epoch)
     return stream.tokens(min(position + start, end), end)
+
+
+def _first_epoch_masked(stream: TokenStream, masking: Masking, begin: int, end: int) -> Row:
+    """[begin, end) of the first epoch, masked as evaluations have it, over and over again."""
+    parts = []
+    while begin < end:
+        place = begin % stream.tokens_per_epoch
+        stop = min(place + end - begin, stream.tokens_per_epoch)
+        parts.append(masking.masked(stream.tokens(place, stop), place, EVALUATION_SEED))
+        begin += stop - place
+    tokens, labels = zip(*parts, strict=True)
+    return np.concatenate(tokens), np.concatenate(labels)
 
 
 def _next_tokens(tokens: np.ndarray, length: int) -> Row:

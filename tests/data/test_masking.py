@@ -141,3 +141,20 @@ def test_an_evaluation_masks_the_same_tokens_always(stream, micro, size):
     assert all(epoch[place] == label for place, label in found.items())
     _, labels = MASKING.masked(epoch, 0, seed=0)
     assert sorted(found) == np.flatnonzero(labels != IGNORE_INDEX).tolist()
+
+
+def test_what_fills_up_a_short_evaluation_shows_no_answer(stream):
+    """Ten tokens in a sequence of twenty-five: what is masked is so in all of their copies."""
+    short = TokenStream(stream.documents, range(1), 25, shuffle=False)
+
+    def read(part=None):
+        [batch] = evaluation_batches(
+            short, micro_batch_size=1, data_parallel_rank=0, data_parallel_size=1,
+            sequence_range=part, masking=MASKING,
+        )  # fmt: skip
+        return batch["tokens"][0].tolist(), batch["labels"][0].tolist()
+
+    tokens, labels = read()
+    assert MASK in tokens and set(labels[10:]) == {IGNORE_INDEX}
+    assert tokens == (3 * tokens[:10])[:25]
+    assert read((7, 23)) == (tokens[7:23], labels[7:23])
