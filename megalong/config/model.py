@@ -185,8 +185,10 @@ def longest_xpos(precision: str, scale_base: float) -> float:
     Positions count from the middle of the sequence, so that queries and keys at its ends are
     scaled by (1 + 1 / G) ^ +-(length / 2 / scale_base), in the pair that decays fastest. That may
     take half of the format's exponents. The other half is for the values themselves and for their
-    gradients: in bf16 and fp32 those down to 2^-63, 1e-19, keep their precision. The score of any
-    pair of positions, also of one that a causal mask hides, then stays finite in float32.
+    gradients: in bf16 and fp32 those down to 2^-63, 1e-19, keep their precision. The scores that
+    queries see are of common sizes. Those that a causal mask hides grow with the distance, at the
+    limit by 2^126 in bf16 and fp32, and may overflow in float32: a mask has to put another number
+    in their place, as those of megalong.attention do, and not to add one to them.
     """
     bits = -SMALLEST_EXPONENT[precision] / 2
     return 2 * scale_base * bits / math.log2(1 + 1 / XPOS_GAMMA)
