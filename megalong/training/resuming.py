@@ -189,7 +189,7 @@ def _check_together(checkpoint: Path, verify: bool, held: contextlib.ExitStack) 
 _FREE_MODEL_FIELDS = {"seq_length", "init_method_std", "transformer_impl"}
 # What a run in the same folder keeps: its data order and its held-out documents hang on it, and its
 # losses would not be one curve.
-_RUN_FIELDS = ["objective", "seed", "split", "data_path", *PATTERN_FIELDS]
+_RUN_FIELDS = ["objective", "mask_rate", "seed", "split", "data_path", *PATTERN_FIELDS]
 
 
 def _check_same_run(checkpoint: Path, config: Config) -> None:

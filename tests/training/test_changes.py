@@ -7,8 +7,11 @@ import pytest
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.texts import texts_of
 from megalong.config.arguments import parse_arguments
+from megalong.errors import UserError
 from megalong.training.changes import other_ways, with_schedule_of
 from megalong.training.learning_rate import learning_rate
+from megalong.training.resuming import open_checkpoint
+from tests.hf.models import random_checkpoint
 from tests.launching import small_run_flags
 
 GIVEN = {"train_iters": 10, "lr": 1.0, "lr_warmup_iters": 0, "memory_path": "off"}
@@ -81,3 +84,12 @@ def test_a_finished_run_that_is_extended(checkpoint):
     ]
     run = dataclasses.replace(longer.run, finetune=True)
     assert other_ways(checkpoint, dataclasses.replace(longer, run=run)) == []
+
+
+def test_the_share_of_masks_stays_in_a_folder(tmp_path):
+    run = tmp_path / "run"
+    random_checkpoint(run, objective="mlm")
+    other = {"objective": "mlm", "mask_rate": 0.3, "load": run}
+    with pytest.raises(UserError, match=r"--mask-rate is 0.3, .* with 0.15: .* another folder"):
+        open_checkpoint(resolved(**other, save=run))
+    assert open_checkpoint(resolved(**other, save=tmp_path / "other")) is not None
