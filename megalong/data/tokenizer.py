@@ -170,6 +170,7 @@ class SentencePieceTokenizer(Tokenizer):
             bos,
             mask if model.is_control(mask) else None,
         )
+        self._mask_piece = None if model.is_unknown(mask) else mask
         # The library takes the space's stand-in for a space, so that this one character is
         # spelled with byte tokens instead (where the model has them).
         self._stand_in = [
@@ -180,6 +181,16 @@ class SentencePieceTokenizer(Tokenizer):
         # they are, gives the same ids for a text cut between words.
         spaces = b"".join(self.pieces[i] for i in model.encode(" a  b "))
         self._may_cut = spaces == b" a  b " and not any(map(_WORD_END_BYTES.search, self.pieces))
+
+    def with_mask(self) -> Tokenizer:
+        """As of any tokenizer, but that a piece `<mask>`, a user-defined one say, is the mask token
+        of the copy, and stands for no text there. Texts with this word still have its id."""
+        if self._mask is not None or self._mask_piece is None:
+            return super().with_mask()
+        copied = copy.copy(self)
+        copied._mask, copied.pieces = self._mask_piece, list(self.pieces)
+        copied.pieces[self._mask_piece] = b""
+        return copied
 
     def encode(self, text: str) -> list[int]:
         text.encode("utf-8")  # a UnicodeEncodeError that says where, unlike the library's

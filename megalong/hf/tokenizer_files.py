@@ -82,7 +82,7 @@ def export_tokenizer(
             settings["bos_token"] = backend.id_to_token(ours.bos)
     _set(folder, settings | {"split_special_tokens": False, "model_max_length": max_length})
     _begin_texts(folder, ours.bos if prepend_bos else None)
-    _check_same(ours, folder)
+    _check_same(ours, folder, with_mask)
     return ours
 
 
@@ -126,7 +126,7 @@ def _begin_texts(folder: Path, bos: int | None) -> None:
         )
 
 
-def _check_same(ours: Tokenizer, folder: Path) -> None:
+def _check_same(ours: Tokenizer, folder: Path, with_mask: bool) -> None:
     theirs = open_tokenizer(folder)
     lossless = all(ours.decode(ours.encode(text)) == text for text in _PROBES)
     for text in _PROBES:
@@ -144,6 +144,12 @@ def _check_same(ours: Tokenizer, folder: Path) -> None:
             f"--tokenizer-model: in Transformers {theirs.eos_token!r} is not taken for the token"
             " that ends a document. Export without the tokenizer (--no-tokenizer) and add its files"
             " by hand"
+        )
+    if with_mask and theirs.mask_token_id != ours.mask:
+        raise UserError(
+            f"--tokenizer-model: in Transformers the mask token has id {theirs.mask_token_id}, and"
+            f" in the training {ours.mask}. Export without the tokenizer (--no-tokenizer) and add"
+            " its files by hand"
         )
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -40,6 +41,8 @@ from tests.hf.models import (
 )
 from tests.hf.test_transformers import batch_of, sequences
 from tests.launching import REPOSITORY
+
+USER_DEFINED, CONTROL = ModelProto.SentencePiece.USER_DEFINED, ModelProto.SentencePiece.CONTROL
 
 LADDERS = {"segment_lengths": "16 32 64", "dilation_rates": "1 2 3"}
 SPARSE = {"sparse_block_size": 20, "sparse_columns": 3}
@@ -203,3 +206,23 @@ def test_a_sentencepiece_model_gets_a_mask_token(tmp_path):
     ids = theirs("the quick <mask> fox")["input_ids"]
     assert ids == [*plain.encode("the quick"), ours.mask, *plain.encode(" fox")]
     assert tokenizer_of_export(folder)[0] == "SentencePieceTokenizer"
+
+
+@pytest.mark.parametrize("kind", [USER_DEFINED, CONTROL])
+def test_a_sentencepiece_models_own_mask_token(kind, tmp_path):
+    """Is taken, and stands for no text."""
+    proto = ModelProto()
+    proto.ParseFromString(train_sentencepiece(["the quick brown fox jumps " * 20], 300))
+    proto.pieces.add(piece="<mask>", score=0, type=kind)
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    source, folder = str(tmp_path / "tokenizer.model"), tmp_path / "hf"
+    folder.mkdir()
+    ours = export_tokenizer("SentencePieceTokenizer", source, folder, 128, with_mask=True)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert ours.mask == theirs.mask_token_id == 300 == ours.vocab_size - 1 == len(theirs) - 1
+    assert ours.token_bytes()[300] == 0
+    ids = theirs("the quick <mask> fox")["input_ids"]
+    assert ids == [*ours.encode("the quick"), 300, *ours.encode(" fox")]
+    # Without masks a user-defined piece is text.
+    plain = build_tokenizer("SentencePieceTokenizer", source)
+    assert plain.decode(plain.encode("x <mask> y")) == "x <mask> y"
