@@ -94,6 +94,14 @@ def test_a_preset_is_below_the_file_and_the_flags(tmp_path):
         (["--no-sub-layer-norm"], "--sub-layer-norm is off, and of --preset longnet-125m on: "),
         (["--position-embedding-type", "rope"], "is rope, and of --preset longnet-125m xpos: "),
         (["--seq-length", 65536], "set --seq-length 35694, or --xpos-scale-base 941,"),
+        (["--objective", "mlm"], "125m has xPos, which is for causal attention: with --objective"),
+        (["--objective", "mlm", "--position-embedding-type", "rope"], "xPos, which is for causal"),
+        (
+            ["--segment-lengths", 2048, 32768],
+            "--segment-lengths is given without --dilation-rates, and the branches of --preset"
+            " longnet-125m are pairs, 2048/1 4096/2 8192/4 16384/6 32768/12: give both, or neither",
+        ),
+        (["--dilation-rates", 1, 2, 4, 8, 16], "--dilation-rates is given without --segment-"),
     ],
 )
 def test_what_contradicts_a_preset_is_refused(flags, message, tmp_path):

@@ -33,6 +33,9 @@ ARCHITECTURE = tuple(
     field.name for field in dataclasses.fields(ModelConfig) if field.name not in _FREE
 )
 
+# One setting in two lists.
+_BRANCHES = ("segment_lengths", "dilation_rates")
+
 
 def preset_names() -> list[str]:
     """Those that there are."""
@@ -47,13 +50,39 @@ def preset_file(name: str) -> Path:
 def over_preset(name: str, preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The settings of a preset, and over them those that are given beside it.
 
-    Both: values by field name. Raises UserError where what is given makes another model.
+    Both: values by field name. Raises UserError where what is given makes another model, or is one
+    half of the branches.
     """
+    if given.get("objective") == "mlm" and preset["position_embedding_type"] == "xpos":
+        raise UserError(
+            f"--preset {name} has xPos, which is for causal attention: with --objective mlm take a"
+            f" preset with RoPE, longnet-llama-125m say, or"
+            f" {_copy(name, 'set position_embedding_type: rope')}"
+        )
     for field in ARCHITECTURE:
         if field in given and given[field] != preset[field]:
             raise UserError(
                 f"{flag_name(field)} is {shown(given[field])}, and of --preset {name}"
-                f" {shown(preset[field])}: leave it out, or copy {preset_file(name)}, change it"
-                " there, and give the copy with --config in the place of --preset"
+                f" {shown(preset[field])}: leave it out, or {_copy(name, 'change it')}"
             )
+    halves = [field for field in _BRANCHES if field in given]
+    if len(halves) == 1:
+        other = next(field for field in _BRANCHES if field not in given)
+        raise UserError(
+            f"{flag_name(halves[0])} is given without {flag_name(other)}, and the branches of"
+            f" --preset {name} are pairs, {_shown_branches(preset)}: give both, or neither"
+        )
     return preset | given
+
+
+def _copy(name: str, change: str) -> str:
+    """What to do for a model that is nearly a preset's."""
+    return (
+        f"copy {preset_file(name)}, {change} there, and give the copy with --config in the place of"
+        " --preset"
+    )
+
+
+def _shown_branches(preset: dict[str, Any]) -> str:
+    pairs = zip(*(preset[field] for field in _BRANCHES), strict=True)
+    return " ".join(f"{length}/{rate}" for length, rate in pairs)
