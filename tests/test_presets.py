@@ -116,6 +116,17 @@ def test_what_contradicts_a_preset_is_refused(flags, message, tmp_path):
             given("--preset", "longnet-125m", "--config", file)
 
 
+def test_a_longer_sequence_has_branches_up_to_its_length():
+    """Else no token would see one of another segment."""
+    longer = ["--preset", "longnet-llama-125m", "--seq-length", 131072]
+    ladder = ((2048, 1), (8192, 4), (32768, 16), (131072, 64))
+    assert given(*longer).resolve(1).attention.pattern(0).branches == ladder
+    own = given(*longer, "--segment-lengths", 4096, "--dilation-rates", 1)
+    assert own.attention.segment_lengths == (4096,)
+    shorter = given("--preset", "longnet-125m", "--seq-length", 16384)
+    assert shorter.attention == given("--preset", "longnet-125m").attention
+
+
 def test_an_unknown_preset_gets_a_suggestion():
     with pytest.raises(
         UserError, match=r"'longnet-760' is not one of .*did you mean longnet-760m\?"

@@ -50,8 +50,9 @@ def preset_file(name: str) -> Path:
 def over_preset(name: str, preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The settings of a preset, and over them those that are given beside it.
 
-    Both: values by field name. Raises UserError where what is given makes another model, or is one
-    half of the branches.
+    Both: values by field name. A sequence longer than the branches of the preset has the default
+    ones: in the preset's no token would see one of another segment. Raises UserError where what is
+    given makes another model, or is one half of the branches.
     """
     if given.get("objective") == "mlm" and preset["position_embedding_type"] == "xpos":
         raise UserError(
@@ -72,6 +73,8 @@ def over_preset(name: str, preset: dict[str, Any], given: dict[str, Any]) -> dic
             f"{flag_name(halves[0])} is given without {flag_name(other)}, and the branches of"
             f" --preset {name} are pairs, {_shown_branches(preset)}: give both, or neither"
         )
+    if given.get("seq_length", 0) > max(preset["segment_lengths"]):
+        preset = {field: value for field, value in preset.items() if field not in _BRANCHES}
     return preset | given
 
 
