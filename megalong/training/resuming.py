@@ -61,7 +61,7 @@ def open_checkpoint(config: Config) -> Path | None:
     load = config.run.load
     if load is None:
         return None
-    with system_errors_of("--load", load):
+    with system_errors_of(_flag(config), load):
         if config.run.finetune and same_folder(load, config.run.save):
             raise UserError(
                 f"--finetune begins a new run, and --save {load} is where that of the checkpoint"
@@ -70,10 +70,17 @@ def open_checkpoint(config: Config) -> Path | None:
         if not is_checkpoint_or_run(Path(load)):
             if same_folder(load, config.run.save):
                 return None
-            raise UserError(f"--load {load}: no checkpoint there (no file `latest`)")
+            raise UserError(f"{_flag(config)} {load}: no checkpoint there (no file `latest`)")
         checkpoint, _ = _first_sound(_candidates(config), check_files, config)
         _check_same_run(checkpoint, config)
     return checkpoint
+
+
+def _flag(config: Config) -> str:
+    """The one that names the checkpoint."""
+    run = config.run
+    from_others = run.finetune and run.load == run.pretrained_checkpoint
+    return "--pretrained-checkpoint" if from_others else "--load"
 
 
 def _has_checkpoint(load: str | None) -> bool:
@@ -95,7 +102,7 @@ def sound_checkpoint(config: Config, say: Callable[[str], None]) -> Iterator[Pat
         def check(candidate: Path) -> None:
             _check_together(candidate, config.run.verify_checkpoint, held)
 
-        with system_errors_of("--load", config.run.load):
+        with system_errors_of(_flag(config), config.run.load):
             # A network file system may show each rank its own: what rank 0 sees counts.
             candidates = [_candidates(config) if dist.get_rank() == 0 else None]
             dist.broadcast_object_list(candidates, src=0)
@@ -141,8 +148,8 @@ def _candidates(config: Config) -> list[Path]:
     in_force = latest(run)
     if in_force is None:
         raise UserError(
-            f"--load {run}: the file `latest` names no checkpoint: --load-fallback takes the newest"
-            " sound one"
+            f"{_flag(config)} {run}: the file `latest` names no checkpoint: --load-fallback takes"
+            " the newest sound one"
         )
     return [in_force]
 
@@ -160,11 +167,11 @@ def _first_sound(
             found[checkpoint] = str(damage)
             if not config.run.load_fallback:
                 raise UserError(
-                    f"--load {config.run.load}: {damage}; --load-fallback goes on from the newest"
-                    " sound checkpoint before it"
+                    f"{_flag(config)} {config.run.load}: {damage}; --load-fallback goes on from the"
+                    " newest sound checkpoint before it"
                 ) from damage
     wrong = "; ".join(found.values()) or "none left"
-    raise UserError(f"--load {config.run.load}: no checkpoint there is sound: {wrong}")
+    raise UserError(f"{_flag(config)} {config.run.load}: no checkpoint there is sound: {wrong}")
 
 
 def _check_together(checkpoint: Path, verify: bool, held: contextlib.ExitStack) -> None:
@@ -201,7 +208,7 @@ def _check_same_run(checkpoint: Path, config: Config) -> None:
     if same_folder(config.run.load, config.run.save):
         names += _RUN_FIELDS
     for name, (ours, theirs) in differences(config, config_of(checkpoint), names).items():
-        way_out = "start a new run without --load"
+        way_out = f"start a new run without {_flag(config)}"
         if name in _RUN_FIELDS:
             way_out = "--save into another folder"
         if name == "optimizer":

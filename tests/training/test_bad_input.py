@@ -54,6 +54,10 @@ def test_every_rank_finds_it_and_one_says_it(corpus, tmp_path):
             ["--tokenizer-model no.model"],
         ),
         ({"load": "nowhere"}, ["--load nowhere"]),
+        (
+            {"pretrained_checkpoint": "nowhere", "load": "new", "save": "new"},
+            ["--pretrained-checkpoint nowhere: no checkpoint there"],
+        ),
         ({"attention_backend": "triton"}, ["--attention-backend triton", "it needs an NVIDIA GPU"]),
         # Errors of the system, such as also root meets.
         ({"load": "n" * 300}, ["--load nnn", "File name too long"]),
