@@ -1,5 +1,6 @@
 """Flags, YAML, defaults, and the refusals: each names what is wrong and what to set."""
 
+import dataclasses
 import re
 
 import pytest
@@ -191,7 +192,6 @@ def test_a_missing_yaml_is_named():
             "does not divide the 3 key/value heads of a tensor-parallel rank: set"
             " --attention-head-groups 3",
         ),
-        ("--memory-path off --attention-head-groups 2", 1, "set --tiled-attention too"),
         (
             "--load run --finetune --use-checkpoint-opt-param-scheduler",
             1,
@@ -346,12 +346,41 @@ def test_the_pieces_of_the_memory_path_follow_it_where_they_are_not_given():
     assert given("--memory-path", "off") == [False] * 4
     assert given("--memory-path", "on", "--no-tiled-mlp") == [True, False, True, True]
     assert given("--memory-path", "off", "--tiled-attention") == [False, False, True, False]
-    sizes = [*NEEDED, "--tile-size", "512", "--loss-chunk-size", "512", "--memory-path"]
-    for path, unused in (("off", ["--tile-size", "--loss-chunk-size"]), ("on", [])):
-        memory = parse_arguments([*sizes, path]).memory
-        settled = parse_arguments([*sizes, path]).resolve(1).memory
-        assert [line.split()[0] for line in memory.unused(settled)] == unused
     assert resolve("--memory-path", "on").memory.attention_head_groups == 4
     assert (
         resolve("--memory-path", "on", "--num-query-groups", "3").memory.attention_head_groups == 3
     )
+
+
+@pytest.mark.parametrize(
+    "flags, unused",
+    [
+        ("--memory-path off", ["--tile-size", "--loss-chunk-size", "--attention-head-groups"]),
+        ("--memory-path on --no-tiled-attention", ["--attention-head-groups"]),
+        ("--memory-path on", []),
+        (
+            "--memory-path on --recompute-granularity selective",
+            ["--recompute-granularity"],
+        ),
+        (
+            "--memory-path on --no-tiled-attention --recompute-granularity selective",
+            ["--attention-head-groups"],
+        ),
+    ],
+)
+def test_what_was_given_and_does_nothing_is_said(flags, unused):
+    sizes = ["--tile-size", "512", "--loss-chunk-size", "512", "--attention-head-groups", "2"]
+    given = parse_arguments([*NEEDED, *sizes, *flags.split()])
+    settled = given.resolve(1)
+    lines = given.memory.unused(settled.memory, settled.parallel)
+    assert [line.split()[0] for line in lines] == unused
+
+
+@pytest.mark.parametrize("flags", ["--offload-activations", "--memory-path on"])
+def test_that_nothing_is_offloaded_on_a_cpu_is_said(flags):
+    given = parse_arguments([*NEEDED, *flags.split()])
+    memory = given.memory.with_pieces(True, (of := given.resolve(1)).model, of.parallel)
+    on_cpu = dataclasses.replace(memory, offload_activations=False)
+    [line] = given.memory.unused(on_cpu, of.parallel)
+    assert line.startswith("--offload-activations is not used: on a CPU")
+    assert not given.memory.unused(memory, of.parallel)

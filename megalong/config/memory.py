@@ -17,6 +17,12 @@ from megalong.errors import UserError
 
 # The pieces that --memory-path turns on and off.
 PIECES = ("linear_cross_entropy", "tiled_mlp", "tiled_attention", "offload_activations")
+# The sizes, and the pieces that use them.
+SIZES = {
+    "tile_size": ("tiled_mlp", "tiled_attention", "linear_cross_entropy"),
+    "loss_chunk_size": ("linear_cross_entropy",),
+    "attention_head_groups": ("tiled_attention",),
+}
 # What is taken where nothing else is said.
 HEAD_GROUPS = 4  # of attention, if the heads divide
 TILE_NUMBERS = 2**26  # inner values of the MLP in a tile
@@ -62,14 +68,9 @@ class MemoryConfig:
 
     def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
         """Raise UserError where these settings cannot be (resolved configurations)."""
-        for name in ("loss_chunk_size", "tile_size", "attention_head_groups"):
+        for name in SIZES:
             if getattr(self, name) is not None:
                 require_positive(self, name)
-        if self.memory_path == "off" and self.attention_head_groups and not self.tiled_attention:
-            raise UserError(
-                "--attention-head-groups belongs to --tiled-attention, which --memory-path off"
-                " leaves out: set --tiled-attention too"
-            )
         if self.attention_head_groups is None:
             return
         heads = kv_heads_of_a_rank(model, parallel)
@@ -80,16 +81,29 @@ class MemoryConfig:
                 f" key/value heads of a tensor-parallel rank: set --attention-head-groups {fitting}"
             )
 
-    def unused(self, settled: MemoryConfig) -> list[str]:
-        """Sizes that were given, and belong to pieces that `settled`, these settings with nothing
-        left open, leaves out; a line each."""
-        sizes = ("tile_size", "loss_chunk_size", "attention_head_groups")
-        return [
-            f"{flag_name(size)} {getattr(self, size)} is not used: the memory path leaves out what"
-            " it belongs to"
-            for size in sizes
+    def unused(self, settled: MemoryConfig, parallel: ParallelConfig) -> list[str]:
+        """What was given and does nothing in the run, a line each.
+
+        settled: these settings with nothing left open. parallel: the run's.
+        """
+        lines = [
+            f"{flag_name(size)} {getattr(self, size)} is not used: without"
+            f" {' or '.join(map(flag_name, pieces))} there is nothing that it is of"
+            for size, pieces in SIZES.items()
             if getattr(self, size) is not None and getattr(settled, size) is None
         ]
+        offload = self.offload_activations
+        offload = self.memory_path == "on" if offload is None else offload
+        if offload and not settled.offload_activations:
+            lines.append(
+                "--offload-activations is not used: on a CPU the host's memory is the device's"
+            )
+        if settled.tiled_attention and parallel.recompute_granularity == "selective":
+            lines.append(
+                "--recompute-granularity selective is not used: --tiled-attention keeps only the"
+                " attention's output anyway"
+            )
+        return lines
 
     def resolve(self, model: ModelConfig, parallel: ParallelConfig) -> MemoryConfig:
         """These settings with nothing left open but what "auto" decides later."""

@@ -81,7 +81,7 @@ class Trainer:
             self.best = BestCheckpoint(Path(config.run.save), self.saver, say)
         self.reports = Reports(config, data, mesh, self.saver, self.progress)
         self.profiler = Profiler(config, mesh, say, self.reports.meter.pause)
-        memory = [memory_path, *given.memory.unused(config.memory)]
+        memory = [memory_path, *given.memory.unused(config.memory, config.parallel)]
         self.reports.announce(checkpoint, self.progress, memory)
 
     def train(self) -> None:
