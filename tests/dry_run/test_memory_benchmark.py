@@ -30,8 +30,23 @@ def test_the_ladder_is_written(tmp_path):
     # Of 4 layers, in both directions; the forward pass has gate, rest, and the product back.
     assert flops["mlp"]["forward"] == 4 * 3 * 2 * 64 * 128
     assert longest["tokens"] > 4096 and abs(longest["error"]) < 0.05
-    assert f"{longest['tokens']:,}" in done.stdout
+    assert f"{longest['tokens']:,}" in done.stdout and "longest in 206 MiB" in done.stdout
     assert (tmp_path / "ladder.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("ladder --shapes 1.2B", ["--shapes 1.2B: ", '"125M"', "; did you mean 1.3B?"]),
+        ("ladder --rungs plane", ["--rungs plane: ", '"all on but tiled MLP"', "mean plain?"]),
+        ("time --rungs plain", ["--rungs plain: ", '"all on, two tensors a layer"']),
+    ],
+)
+def test_a_name_that_is_not_known_is_one_line(tmp_path, flags, words):
+    command = [sys.executable, SCRIPT, *flags.split(), "--output", str(tmp_path)]
+    done = run(command, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert all(word in done.stderr for word in ["error: ", *words]), done.stderr
 
 
 def test_a_real_steps_peak_is_that_of_its_dry_run(tmp_path):

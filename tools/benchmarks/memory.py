@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
+from collections.abc import Collection, Iterable
 from itertools import chain
 from pathlib import Path
 
@@ -26,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from megalong.command_line import ArgumentParser, run
+from megalong.errors import UserError
+from megalong.wording import did_you_mean
 
 
 def main() -> int | None:
@@ -35,6 +38,9 @@ def main() -> int | None:
 
 
 def parse_arguments() -> Namespace:
+    import memory_ladder
+    import memory_measured
+
     parser = ArgumentParser(__doc__)
     commands = parser.add_subparsers(required=True)
 
@@ -46,17 +52,40 @@ def parse_arguments() -> Namespace:
 
     option = add(ladder)
     option("--tiny", action="store_true", help="a model of seconds")
-    option("--shapes", nargs="+", help="of the models (default: all)")
-    option("--rungs", nargs="+", help="of the ladder (default: all)")
+    shapes, rungs = memory_ladder.PLAN.shapes, memory_ladder.RUNGS
+    option("--shapes", nargs="+", help=f"of the models: {', '.join(shapes)} (default: all)")
+    option("--rungs", nargs="+", help=f"of the ladder: {listed(rungs)} (default: all)")
     option = add(measured)
     option("--lengths", type=int, nargs="+", default=[16_384, 65_536, 262_144], help="tokens")
-    option("--rungs", nargs="+", help="what is switched on (default: all, either recomputation)")
+    switched = f"what is switched on: {listed(memory_measured.RUNGS)}"
+    option("--rungs", nargs="+", help=f"{switched} (default: all on, either recomputation)")
     option = add(time)
     option("--length", type=int, default=32_768, help="tokens of the steps that take turns")
     option("--repeats", type=int, default=5, help="steps of each")
     option("--lengths", type=int, nargs="+", default=[32_768, 131_072, 524_288], help="tokens")
-    option("--rungs", nargs="+", help="whose time by length is measured (default: all that are on)")
-    return parser.parse_args()
+    option("--rungs", nargs="+", help="whose time by length is measured, of those of measured")
+    arguments = parser.parse_args()
+    known = memory_measured.RUNGS
+    if arguments.command is ladder:
+        known = rungs
+        arguments.plan = memory_ladder.TINY if arguments.tiny else memory_ladder.PLAN
+        require_known("--shapes", arguments.shapes, arguments.plan.shapes)
+    require_known("--rungs", arguments.rungs, known)
+    return arguments
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names with spaces in them."""
+    return ", ".join(f'"{name}"' for name in names)
+
+
+def require_known(flag: str, given: list[str] | None, known: Collection[str]) -> None:
+    """Raise UserError for a name that is none of those known."""
+    for name in given or []:
+        if name not in known:
+            raise UserError(
+                f"{flag} {name}: choose from {listed(known)}{did_you_mean(name, known)}"
+            )
 
 
 def ladder(arguments: Namespace) -> None:
@@ -71,7 +100,7 @@ def ladder(arguments: Namespace) -> None:
 
     from megalong.progress import progress_bar
 
-    plan = dry.TINY if arguments.tiny else dry.PLAN
+    plan = arguments.plan
     pairs = [
         (shape, rung)
         for shape in arguments.shapes or plan.shapes

@@ -1,5 +1,5 @@
 """Dry runs of one training step, feature after feature: device and host memory, executed FLOPs, and
-the longest sequence that fits. To be imported in a process that has been given a fake device.
+the longest sequence that fits. To be run in a process that has been given a fake device.
 
 A cell is one dry run: a shape, a rung, a number of layers and a length. All layers are alike, and a
 tile of a sequence is like any other, so few layers and moderate lengths tell of all: bytes at the
@@ -21,7 +21,6 @@ from shapes import SHAPES, VOCABULARY
 
 from megalong.config import Config
 from megalong.config.arguments import config_from_values
-from megalong.planning.dry_run import dry_run
 
 GIB = 2**30
 USABLE = 76 * GIB  # of a device of 80 GiB: the rest is for CUDA's context, NCCL and fragments
@@ -134,6 +133,8 @@ class Cells:
         return json.loads(path.read_text())
 
     def _run(self, cell: Cell) -> dict[str, Any]:
+        from megalong.planning.dry_run import dry_run  # imports torch
+
         ranks = RANKS.get(cell.shape, 1)
         config = configuration(
             self.plan.shapes[cell.shape]
@@ -255,6 +256,7 @@ def row(cells: Cells, shape: str, rung: str) -> dict[str, Any]:
         "shape": shape,
         "rung": rung,
         "ranks": RANKS.get(shape, 1),
+        "usable": cells.plan.usable,
         "at": {
             length: {"device": total(cell), **cell["device"], "host": cell["host"]}
             for length, cell in at.items()

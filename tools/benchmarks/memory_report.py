@@ -9,7 +9,7 @@ GIB = 2**30
 BASE = "full recomputation"
 HEADER = (
     "rung", "device B/token at {}", "{}", "{}", "per token more", "forward", "backward", "host",
-    "weights + optimizer", "MFLOP/token", "of full recomputation", "longest in 76 GiB",
+    "weights + optimizer", "MFLOP/token", "of full recomputation", "longest in {}",
     "host at that length", "dry run there",
 )  # fmt: skip
 
@@ -20,13 +20,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     for shape in dict.fromkeys(row["shape"] for row in rows):
         mine = [row for row in rows if row["shape"] == shape]
         lengths = [f"{int(n):,}" for n in mine[0]["at"]]
-        header = " | ".join(HEADER).format(*lengths)
+        header = " | ".join(HEADER).format(*lengths, limit(mine[0]))
         ranks = mine[0]["ranks"]
         text += [f"### {shape}" + (f", ZeRO 3 over {ranks} ranks" if ranks > 1 else ""), ""]
         text += [f"| {header} |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
         base = next((flops(row) for row in mine if row["rung"] == BASE), None)
         text += [line(row, base) for row in mine] + [""]
     return "\n".join(text)
+
+
+def limit(row: dict[str, Any]) -> str:
+    """What the longest sequence may take of the device."""
+    usable = row["usable"]
+    return f"{usable / GIB:.0f} GiB" if usable >= GIB else f"{usable / 2**20:.0f} MiB"
 
 
 def line(row: dict[str, Any], base: float | None) -> str:
@@ -124,6 +130,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         below.barh(names, tokens)
         for name, count in zip(names, tokens, strict=True):
             below.text(count, name, f" {count:,}", va="center", fontsize="small")
-        below.set(xlabel="longest sequence in 76 GiB (tokens)", xscale="log")
+        below.set(xlabel=f"longest sequence in {limit(mine[0])} (tokens)", xscale="log")
         below.margins(x=0.3)
     figure.savefig(path, dpi=80)
