@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megalong.checkpoint.stored_model import StoredModel
+from megalong.errors import UserError
 from megalong.hf.exporting import export
 from megalong.hf.importing import import_model
 from megalong.training.metrics import read_metrics
@@ -149,7 +150,10 @@ def test_the_exported_quickstart_is_fine_tuned(place, tmp_path, monkeypatch):
     command = f"x --model {place}/runs/quickstart-hf --data {tmp_path}/data.jsonl"
     command += f" --output {tmp_path}/tuned --max-steps 12 --lr 5e-3"
     monkeypatch.setattr(sys, "argv", command.split())
-    runpy.run_path(str(REPOSITORY / "examples" / "finetune_hf.py"), run_name="__main__")
+    example = runpy.run_path(str(REPOSITORY / "examples" / "finetune_hf.py"))
+    example["main"]()
+    with pytest.raises(UserError, match=r"--output .*/tuned is not empty: .*--overwrite"):
+        example["main"]()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tuned", trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", trust_remote_code=True)
     inputs = tokenizer(lines[2]["prompt"], return_tensors="pt")
@@ -157,6 +161,26 @@ def test_the_exported_quickstart_is_fine_tuned(place, tmp_path, monkeypatch):
     assert answer.removeprefix(lines[2]["prompt"]) in ("yes<eod>", "no<eod>")
     _, config = import_model(tmp_path / "tuned", tmp_path / "back", {})
     assert config.model.seq_length == tokenizer.model_max_length and not config.data.prepend_bos
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--model nowhere --data {data}", "--model nowhere: no config.json"),
+        ("--model {model} --data no.jsonl", "--data no.jsonl: No such file"),
+        ("--model {model} --data {data}", r'--data .*data.jsonl, line 3: not {"prompt": '),
+        ("--model {model} --data /dev/null", "--data /dev/null: the file is empty"),
+    ],
+)
+def test_what_cannot_be_fine_tuned_is_one_line(flags, said, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    right, wrong = {"prompt": "a", "completion": "b"}, {"question": "a", "answer": "b"}
+    (tmp_path / "data.jsonl").write_text(f"{json.dumps(right)}\n\n{json.dumps(wrong)}\n")
+    flags = flags.format(model=tmp_path, data=tmp_path / "data.jsonl")
+    monkeypatch.setattr(sys, "argv", f"x {flags} --output {tmp_path}/tuned".split())
+    example = runpy.run_path(str(REPOSITORY / "examples" / "finetune_hf.py"))
+    with pytest.raises(UserError, match=said):
+        example["main"]()
 
 
 def test_lm_eval_runs_the_exported_model(place, text_file, tmp_path):
