@@ -22,6 +22,10 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then # not a job
         echo "error: a job script: sbatch $0 ..., or bash $0 --dry-run" >&2
         exit 2
     fi
+    if ! sinfo >/dev/null 2>&1; then
+        echo "error: --dry-run outside of a job needs a machine that can submit to SLURM" >&2
+        exit 2
+    fi
     sbatch --test-only "$0" || exit
     echo "sbatch [OPTIONS] $0 --dry-run ... says what would start there, and starts nothing."
     exit

@@ -108,11 +108,26 @@ def test_what_would_start_where(slurm, tmp_path):
 
 def test_outside_of_a_job(tmp_path):
     environment = {name: value for name, value in os.environ.items() if "SLURM" not in name}
-    script = str(SCRIPTS / "deepspeed.sbatch")
-    captured = {"capture_output": True, "text": True, "check": False}
-    done = subprocess.run(["bash", script], cwd=tmp_path, env=environment, **captured)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: a job script: sbatch {script} ...") and not done.stdout
+    environment["SLURM_CONF"] = "/nowhere"
+    deepspeed, preprocess = (
+        str(SCRIPTS / name) for name in ("deepspeed.sbatch", "preprocess.sbatch")
+    )
+    said = {
+        (deepspeed,): f"error: a job script: sbatch {deepspeed} ...",
+        (preprocess,): f"error: a job script: sbatch --array=0-7 {preprocess} ...",
+        (deepspeed, "--dry-run"): "error: --dry-run outside of a job needs a machine that can",
+    }
+    for command, line in said.items():
+        done = subprocess.run(
+            ["bash", *command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2 and not done.stdout
+        assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
 
 
 def test_a_task_that_has_nothing_to_preprocess_says_why_and_replaces_nothing(tmp_path):
