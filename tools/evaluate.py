@@ -29,6 +29,7 @@ from megalong.data.formats import texts as texts_of
 from megalong.disk import writable_folder
 from megalong.errors import UserError
 from megalong.hf.configs import DTYPES
+from megalong.wording import counted
 
 if TYPE_CHECKING:
     from megalong.hf.loaded_model import LoadedModel
@@ -134,6 +135,12 @@ def evaluate(loaded: LoadedModel, texts: list[str], args: argparse.Namespace) ->
                 f" {result['bits_per_byte']:.4f} bits per byte, {result['tokens']} tokens",
                 flush=True,
             )
+            if result["longest_window"] < context:
+                print(
+                    "hint: no text of --input is that long: the longest has"
+                    f" {counted(result['longest_window'], 'token')}, and is read as a whole",
+                    file=sys.stderr,
+                )
         if result["tokens"] < FEW_TOKENS:
             print(
                 f"hint: --input has only {result['tokens']:,} tokens to predict, too few to tell"

@@ -70,10 +70,11 @@ def evaluate_texts(
     """Perplexity and bits per byte of texts, cut into windows of `context` tokens.
 
     Every token of every text is predicted once, from what its window holds before it, or from the
-    token before the window. edges: of the buckets of positions in the window, from 0 to context;
+    token before the window. longest_window: tokens of the longest, fewer than context where every
+    text is shorter. edges: of the buckets of positions in the window, from 0 to context;
     the loss of one without predictions is None. on_bytes: hears how much more of the text is done.
     """
-    losses, size = PositionLosses(edges), 0
+    losses, size, longest = PositionLosses(edges), 0, 0
     for text in texts:
         tokens, of_text = [loaded.first, *loaded.encode(text)], len(text.encode())
         size += of_text
@@ -84,9 +85,11 @@ def evaluate_texts(
                 tokens[start : start + context + 1],
                 lambda count, size=a_token: on_bytes(count * size),
             )
+            longest = max(longest, len(of_window))
             losses.add(torch.arange(len(of_window)), of_window[None])
     return {
         "context": context,
+        "longest_window": longest,
         "tokens": losses.tokens,
         "bytes": size,
         "loss": losses.mean,

@@ -95,3 +95,4 @@ def test_a_handful_of_tokens_is_worth_a_hint(loaded, length, hinted, capsys, mon
     assert results["texts"][0]["tokens"] == length
     printed = capsys.readouterr().err
     assert ("hint: --input has only 300 tokens" in printed) == hinted
+    assert ("the longest has 300 tokens, and is read as a whole" in printed) == (length < 400)
