@@ -61,6 +61,7 @@ class Reports:
         self.metrics = MetricsLog(config, progress.iteration, say) if mesh.is_main else None
         self._first_iteration, self._begin = progress.iteration, time.perf_counter()
         self._says_flops = True  # in the first record
+        self._said_peak = False  # that it is too low
         self._memory_before = 0  # the least peak since one was said
 
     @contextlib.contextmanager
@@ -173,6 +174,9 @@ class Reports:
             record["traffic"] = traffic
         self.metrics.training(record)
         say(self._line(record))
+        if record["mfu"] > 1 and not self._said_peak:
+            self._said_peak = True
+            say(f"MFU above 100%: the peak ({self.peak_source}) is too low; --peak-tflops sets it")
 
     def _line(self, record: dict[str, Any]) -> str:
         """The log line of a training record: what one looks at, and what is out of the ordinary."""
