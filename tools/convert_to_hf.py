@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need 
 
 from megalong.command_line import ArgumentParser, run
 from megalong.hf.configs import DTYPES
+from megalong.wording import counted
 
 
 def main() -> None:
@@ -53,7 +54,7 @@ def main() -> None:
     )
     print(
         f"{args.output}: iteration {result['iteration']:,}, {result['parameters']} in"
-        f" {result['files']} files"
+        f" {counted(result['files'], 'file')}"
     )
 
 

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need 
 from megalong.command_line import ArgumentParser, run
 from megalong.data.tokenizer import TOKENIZERS
 from megalong.errors import UserError
+from megalong.wording import counted
 
 if TYPE_CHECKING:
     from megalong.data.preprocess import Summary
@@ -70,15 +71,17 @@ def print_summary(summary: Summary) -> None:
 
     for part in summary.keys.values():
         print(
-            f"{part.prefix}: {part.documents:,} documents, {part.tokens:,} tokens, "
+            f"{part.prefix}: {counted(part.documents, 'document')},"
+            f" {counted(part.tokens, 'token')}, "
             f"{part.bytes:,} bytes, {part.bytes / part.tokens:.3f} bytes per token, "
             f"longest document {part.longest:,} tokens, {part.empty:,} empty ones left out"
         )
     size = sum(part.bytes for part in summary.keys.values())
     seconds = max(summary.seconds, 1e-9)
-    lost = f", and the rest of {summary.cut_short:,} files" if summary.cut_short else ""
+    lost = f", and the rest of {counted(summary.cut_short, 'file')}" if summary.cut_short else ""
     print(
-        f"{summary.files:,} files, {summary.skipped:,} documents skipped{lost},"
+        f"{counted(summary.files, 'file')},"
+        f" {counted(summary.skipped, 'document')} skipped{lost},"
         f" {summary.seconds:.1f} s ({human_bytes(size / seconds)}/s)"
     )
 

@@ -14,6 +14,10 @@ from megalong.data.documents import (
 )
 
 NAME = "JSON lines"
+_KINDS = {
+    dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number",
+    bool: "a truth value", type(None): "null",
+}  # fmt: skip
 _LONGEST_FIRST_LINE = 1 << 24  # bytes, of a file whose name does not say what it is
 
 
@@ -58,8 +62,9 @@ def texts(document: RawDocument, keys: Sequence[str]) -> dict[str, str | BrokenD
     except (ValueError, RecursionError) as error:
         raise BrokenDocument(f"{document.place}: not valid JSON ({error})") from None
     if not isinstance(record, dict):
-        kind = type(record).__name__
-        raise BrokenDocument(f"{document.place}: a JSON object is expected, not a {kind}")
+        raise BrokenDocument(
+            f"{document.place}: a JSON object is expected, not {_KINDS[type(record)]}"
+        )
     return {key: _value(record, key, document) for key in keys}
 
 
@@ -68,8 +73,9 @@ def _value(record: dict, key: str, document: RawDocument) -> str | BrokenDocumen
         return BrokenDocument(f"{document.place}: no key {key!r}")
     value = record[key]
     if not isinstance(value, str):
-        kind = type(value).__name__
-        return BrokenDocument(f"{document.place}: {key!r} is not a string but a {kind}")
+        return BrokenDocument(
+            f"{document.place}: {key!r} is not a string but {_KINDS[type(value)]}"
+        )
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:  # JSON can escape half of a surrogate pair; UTF-8 cannot hold it

@@ -25,6 +25,7 @@ from megalong.data.formats import raw_documents, texts
 from megalong.data.tokenizer import Tokenizer, build_tokenizer
 from megalong.data.writer import DocumentWriter, token_dtype
 from megalong.errors import UserError
+from megalong.wording import counted
 
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 4096
@@ -270,9 +271,11 @@ def _count(part: KeyResult, total: KeySummary) -> None:
 
 
 def _nothing_found(key: str, part: KeySummary, summary: Summary) -> str:
+    hint = "; --json-keys names the keys of the texts" if summary.skipped else ""
     return (
-        f"--input: no document with text under the key {key!r} in {summary.files} file(s) "
-        f"({summary.skipped} skipped, {part.empty} empty); nothing was written"
+        f"--input: no document with text under the key {key!r} in"
+        f" {counted(summary.files, 'file')} ({summary.skipped} skipped, {part.empty} empty);"
+        f" nothing was written{hint}"
     )
 
 

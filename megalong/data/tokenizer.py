@@ -229,6 +229,11 @@ class HuggingFaceTokenizer(Tokenizer):
     """A local folder that Transformers' AutoTokenizer loads as a fast tokenizer."""
 
     def __init__(self, folder: str) -> None:
+        if Path(folder).is_file() and Path(folder).suffix == ".model":
+            raise UserError(
+                f"--tokenizer-model {folder}: a file of SentencePiece, not a folder of"
+                " Transformers: set --tokenizer-type SentencePieceTokenizer"
+            )
         try:
             from transformers import AutoTokenizer
         except ImportError as error:

@@ -27,6 +27,7 @@ from megalong.model.flops import executed_flops
 from megalong.model.output import tokens_of_a_chunk
 from megalong.model.parameters import count_parameters
 from megalong.parallel.mesh import Mesh
+from megalong.wording import counted
 
 MARGIN = 1.05  # on what is estimated
 USABLE = 0.9  # of the device's memory and of the host's: the rest is for fragments and for others
@@ -199,7 +200,7 @@ def _description(config: Config, vocab_size: int, needed: Needs, room: Room) -> 
     if memory.tiled_mlp:
         pieces.append("tiled MLP")
     if memory.tiled_attention:
-        pieces.append(f"attention in {memory.attention_head_groups} groups of heads")
+        pieces.append(f"attention in {counted(memory.attention_head_groups, 'group')} of heads")
     size = f"about {needed.device / GIB:.1f} of {room.device / GIB:.1f} GiB a rank"
     if needed.device > USABLE * room.device:
         size += ", which may not fit"

@@ -136,7 +136,7 @@ def test_broken_documents_are_named_counted_and_left_out(tmp_path, run_tool):
     for number in (2, 3, 4, 5):
         assert f"skipped {path}:{number}: " in done.stderr
     assert f"skipped {bad}: not UTF-8" in done.stderr
-    assert "6 documents skipped, and the rest of 1 files" in done.stdout
+    assert "6 documents skipped, and the rest of 1 file," in done.stdout
 
     before = names(tmp_path)
     done = run_tool(TOOL, *arguments, "--overwrite", "--strict")

@@ -118,6 +118,8 @@ def test_errors_name_the_flag(tmp_path):
         build_tokenizer("SentencePieceTokenizer", str(tmp_path / "missing.model"))
     garbage = tmp_path / "garbage.model"
     garbage.write_bytes(b"no model")
+    with pytest.raises(UserError, match=r"garbage\.model.*set --tokenizer-type SentencePiece"):
+        build_tokenizer("HuggingFaceTokenizer", str(garbage))
     with pytest.raises(ValueError, match=r"garbage\.model: not a SentencePiece model"):
         build_tokenizer("SentencePieceTokenizer", str(garbage))
 
