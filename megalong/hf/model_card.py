@@ -74,8 +74,8 @@ The model's code is in this folder; it needs torch and transformers (5.24 or lat
 looks both ways."""
 
 _KEPT = {  # by kind of attention
-    "dilated": "of dilated attention at most the sum of segment length / dilation rate rows, however"
-    " long the sequence",
+    "dilated": "of dilated attention at most the sum of segment length / dilation rate rows,"
+    " however long the sequence",
     "local": "of local attention its window",
     "sparse": "of sparse attention a block, and the columns of all before it",
     "dense": "of dense attention everything",
