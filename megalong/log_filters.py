@@ -10,6 +10,12 @@ _WARNINGS = (
     r".*torch.distributed.*is deprecated",
     r".*torch.distributed is disabled, unavailable or uninitialized",
 )
+# Of Transformers, by logger: a class that reads any model's configuration has no type of its own,
+# and texts are cut to their length after they were tokenized.
+_TRANSFORMERS = {
+    "transformers.configuration_utils": "to instantiate a model of type ``",
+    "transformers.tokenization_utils_base": "Token indices sequence length is longer",
+}
 _WITHOUT_GPU = (r".*CUDA_DEVICE_MAX_CONNECTIONS",)  # a setting that Megatron-core wants for GPUs
 
 
@@ -23,6 +29,10 @@ def filter_library_logs() -> None:
     deepspeed.setLevel(logging.WARNING)
     # Its word for all optimizers but Adam and its own; ours are tested with every ZeRO stage.
     deepspeed.addFilter(lambda record: "untested optimizer" not in record.getMessage())
+    for name, words in _TRANSFORMERS.items():
+        logging.getLogger(name).addFilter(
+            lambda record, words=words: words not in record.getMessage()
+        )
     if not use_gpu():
         # Names the device that DeepSpeed would find, and warn about, by itself.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
