@@ -12,7 +12,7 @@ from megalong.log_filters import filter_library_logs
     [
         (
             "configuration_utils",
-            "a model of type `longnet` to instantiate a model of type ``. This",
+            "a model of type `longnet` to instantiate a model of type ``",
         ),
         ("tokenization_utils_base", "Token indices sequence length is longer than the specified"),
     ],
