@@ -19,6 +19,12 @@ from megalong.data.tokenizer import Tokenizer
 
 IGNORE_INDEX = -100
 
+# What to do where a vocabulary has as many rows as its tokenizer has ids without the mask token.
+ADD_A_ROW = (
+    "the mask token needs one row more: import the model (one of megalong: export it first) with"
+    " tools/convert_from_hf.py --objective mlm --make-vocab-size-divisible-by 128"
+)
+
 
 @dataclass(frozen=True)
 class Masking:

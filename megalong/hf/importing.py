@@ -138,7 +138,7 @@ def _configuration(
     precisions = {dtype: precision for precision, dtype in DTYPE_OF_PRECISION.items()}
     defaults = {
         "precision": stored or precisions.get(dtype, "fp32"),
-        **_vocabulary(theirs["vocab_size"], ids, values.get("make_vocab_size_divisible_by")),
+        **_vocabulary(theirs["vocab_size"], ids, values),
     }
     given = config_from_values(defaults | values)
     # The data of the run to come is not known yet, and nothing else of a run can be wrong here.
@@ -147,9 +147,18 @@ def _configuration(
     return given, dataclasses.replace(resolved, data=given.data)
 
 
-def _vocabulary(rows: int, ids: int, multiple: int | None) -> dict[str, int]:
+def _vocabulary(rows: int, ids: int, values: dict[str, Any]) -> dict[str, int]:
     """The fields that make training give the vocabulary as many rows as the model has, so that it
     stays the same function; or more, where a multiple is asked for."""
+    multiple = values.get("make_vocab_size_divisible_by")
+    if values.get("objective") == "mlm" and ids == rows + 1:
+        if multiple is None:
+            raise UserError(
+                f"--input: the model has {rows} rows in its vocabulary, one for each id of the"
+                " tokenizer, and the mask token needs one more: set --make-vocab-size-divisible-by"
+                " 128, for as many rows as that takes"
+            )
+        return {"make_vocab_size_divisible_by": multiple}
     if ids > rows:
         raise UserError(
             f"--input: the model has {rows} rows in its vocabulary, and the tokenizer {ids} ids:"

@@ -20,6 +20,7 @@ from megalong.checkpoint.names import WEIGHTS, random_state_name, tensor_name
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.config import Config, ModelConfig
+from megalong.data.masking import ADD_A_ROW
 from megalong.model.names import named_parameters
 from megalong.model.parameters import EMBEDDING
 from megalong.model.tensor_slices import cut_dimension, join_slices, tensor_slice
@@ -98,7 +99,7 @@ def _slices(
     mesh = engine.mesh
     wanted = [(*named, kind) for named in named_parameters(engine.model) for kind in kinds]
     for name, parameter, kind in wanted:
-        _check_shape(reader, name, parameter, kind, mesh)
+        _check_shape(reader, name, parameter, kind, config, mesh)
 
     def read(name: str, _, kind: str) -> torch.Tensor:
         whole, ranks = reader.read(tensor_name(kind, name)), mesh.tensor_parallel_size
@@ -119,16 +120,22 @@ def _slices(
 
 
 def _check_shape(
-    reader: CheckpointReader, name: str, parameter: torch.nn.Parameter, kind: str, mesh: Mesh
+    reader: CheckpointReader,
+    name: str,
+    parameter: torch.nn.Parameter,
+    kind: str,
+    config: Config,
+    mesh: Mesh,
 ) -> None:
     whole, dimension = list(full_shape(parameter)), cut_dimension(name)
     if dimension is not None:
         whole[dimension] *= mesh.tensor_parallel_size
     stored = reader.shape(tensor_name(kind, name))
     if stored != tuple(whole):
+        lacks_mask = not config.training.causal and name == EMBEDDING and stored[0] < whole[0]
         raise DamagedCheckpoint(
             f"{reader.checkpoint} is of another model: {name} is {stored} there, and has to be"
-            f" {tuple(whole)}"
+            f" {tuple(whole)}{f'; {ADD_A_ROW}' if lacks_mask else ''}"
         )
 
 

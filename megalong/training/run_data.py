@@ -10,7 +10,7 @@ import numpy as np
 from megalong.config import Config
 from megalong.data.batches import IGNORE_INDEX, evaluation_batches, num_evaluation_batches
 from megalong.data.formats import open_documents
-from megalong.data.masking import Masking
+from megalong.data.masking import ADD_A_ROW, Masking
 from megalong.data.stream import TokenStream, split_documents
 from megalong.data.tokenizer import Tokenizer, build_tokenizer
 from megalong.errors import UserError, system_errors_of
@@ -46,6 +46,8 @@ def open_run_data(config: Config) -> RunData:
     if not config.training.causal:
         tokenizer = tokenizer.with_mask()
         masking = Masking.of(tokenizer, config.training.mask_rate)
+        if ids_of_data == config.model.padded_vocab_size < tokenizer.vocab_size:
+            raise UserError(f"--padded-vocab-size {ids_of_data}: {ADD_A_ROW}")
     config.model.vocabulary_rows(tokenizer.vocab_size)  # an error, where they are too few
     with system_errors_of("--data-path", data.data_path):
         documents = open_documents(data.data_path)

@@ -4,6 +4,7 @@ changes nothing."""
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from transformers import (
     pipeline,
 )
 
+from megalong.checkpoint.manifest import DamagedCheckpoint
+from megalong.checkpoint.names import WEIGHTS, tensor_name
+from megalong.checkpoint.reading import CheckpointReader
 from megalong.data.tokenizer import ByteTokenizer, build_tokenizer
 from megalong.data.tokenizer_training import train_sentencepiece
 from megalong.errors import UserError
@@ -29,8 +33,11 @@ from megalong.hf.loaded_model import load_model
 from megalong.hf.modeling_longnet import LongNetForCausalLM, LongNetForMaskedLM
 from megalong.hf.names import entries
 from megalong.hf.tokenizer_files import export_tokenizer, tokenizer_of_export
+from megalong.model.build import build_model
 from megalong.model.names import named_parameters
+from megalong.model.parameters import EMBEDDING
 from megalong.parallel import launch
+from megalong.training.engine_state import load_checkpoint
 from tests.hf.models import (
     megatron_logits,
     megatron_model,
@@ -170,6 +177,28 @@ def test_it_comes_back(exported):
     export(exported / "imported", exported / "again")
     one, other = (stored_tensors(exported / name) for name in ("hf", "again"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_causal_model_gets_a_row_for_the_mask_token(mesh, tmp_path):
+    """All rows of its vocabulary have an id."""
+    random_checkpoint(tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "hf")
+    masked = {"objective": "mlm", "make_vocab_size_divisible_by": 128}
+    with pytest.raises(UserError, match=r"257 rows .* set --make-vocab-size-divisible-by 128"):
+        import_model(tmp_path / "hf", tmp_path / "imported", {"objective": "mlm"})
+    checkpoint, config = import_model(tmp_path / "hf", tmp_path / "imported", masked)
+    larger, rows = CheckpointReader(checkpoint), tensor_name(WEIGHTS, EMBEDDING)
+    assert config.model.vocabulary_rows(258) == 384 == larger.shape(rows)[0]
+    there = stored_tensors(tmp_path / "hf")["model.embed_tokens.weight"]
+    assert torch.equal(larger.read(rows)[:257], there)
+
+    # And where it was imported without, it is said how.
+    checkpoint, config = import_model(tmp_path / "hf", tmp_path / "same", {})
+    config = resolved(objective="mlm", make_vocab_size_divisible_by=1)
+    engine = SimpleNamespace(mesh=mesh, model=build_model(config, 258, mesh))
+    engine.optimizer = SimpleNamespace(moments=())
+    with pytest.raises(DamagedCheckpoint, match=r"\(257, 64\) there.*--objective mlm --make-vocab"):
+        load_checkpoint(CheckpointReader(checkpoint), engine, config)
 
 
 def test_what_needs_a_causal_model_refuses_it(exported):

@@ -43,6 +43,9 @@ def test_masks_need_a_mask_token(tmp_path):
     data = open_run_data(parse_arguments(flags).resolve(1))
     assert data.masking.mask == 257 and data.tokenizer.vocab_size == 258 == len(data.token_bytes)
     assert data.train.vocab_size == 257
+    full = small_run_flags(tmp_path / "data", **masked, padded_vocab_size=257)
+    with pytest.raises(UserError, match=r"--padded-vocab-size 257: the mask token needs one row"):
+        open_run_data(parse_arguments(full).resolve(1))
     for with_mask in (False, True):
         folder = tmp_path / f"tokenizer{with_mask}"
         folder.mkdir()
