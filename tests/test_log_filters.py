@@ -24,4 +24,4 @@ def test_false_warnings_of_transformers(module, false, caplog, monkeypatch):
     monkeypatch.setattr(logger.parent, "propagate", True)  # Transformers has a handler of its own
     for message in (false, "a model of type `llama` to instantiate a model of type `longnet`."):
         logger.warning(message)
-    assert [record.getMessage()[:22] for record in caplog.records] == ["a model of type `llama"]
+    assert {record.getMessage()[:22] for record in caplog.records} == {"a model of type `llama"}

@@ -123,7 +123,8 @@ def needs(config: Config, vocab_size: int, replicas: int = 1) -> Needs:
     vocabulary = model.vocabulary_rows(vocab_size)
     logits = vocabulary / tensor * (size + 4)
     peak = working if memory.linear_cross_entropy else max(working, logits + 4 * hidden)
-    scratch = memory.tile_size * 6 * inner if memory.tiled_mlp else 0
+    of_tile = 7 if model.sub_layer_norm else 6  # activations of the MLP
+    scratch = memory.tile_size * of_tile * inner if memory.tiled_mlp else 0
     if memory.linear_cross_entropy:  # never at the same time as a tile
         scratch = max(scratch, tokens_of_a_chunk(config, vocabulary) * logits)
     kept *= _layers_under_way(config, replicas)
