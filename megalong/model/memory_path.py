@@ -112,6 +112,7 @@ def needs(config: Config, vocab_size: int, replicas: int = 1) -> Needs:
         kept += 0 if recompute else heads
         group = 9 * heads + partial + before_norm
         working += 4 * heads + group / memory.attention_head_groups
+        working += 1.5 * heads if model.sub_layer_norm else 0  # as dry runs have it
     else:
         kept += 0 if recompute else attention_half
         working += 1.5 * attention_half + partial
