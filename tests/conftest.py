@@ -35,6 +35,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """What is frozen at the end, Triton's bindings report as leaked."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """Prefix of a preprocessed corpus: 60 modules of the standard library, one token a byte."""
