@@ -1,4 +1,4 @@
-"""A model's attention in plain PyTorch, and its decode cache. Travels in the exported folder.
+"""A model's attention in plain PyTorch. Travels in the exported folder.
 
 The attention of a layer has *parts*, which are merged by their log-sum-exp: that equals one softmax
 over the keys of all of them (LongNet, arXiv 2307.02486, eq. 9-12). Autograd gives the gradient.
@@ -11,9 +11,6 @@ over the keys of all of them (LongNet, arXiv 2307.02486, eq. 9-12). Autograd giv
     Columns  of sparse attention, which sum up the blocks before that of the query; the other part
              of it is a Branch, of the own block.
 
-While decoding, a later query sees of a branch only the rows of its own segment, and of a window
-only the last positions: the cache keeps those and no more, whatever the length of the sequence.
-
 Shape letters: b batch, s positions, h query heads, k kv heads, d head_dim, f batch and segments,
 g streams (kv heads at one offset), n rows of a part, m queries among them.
 """
@@ -25,7 +22,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .pattern import column_starts
 
@@ -375,8 +371,17 @@ def _range_tile(q_bhmd, k_bgnd, v_bgnd, starts_m1, stops_m1):
 
 def causal_attention(q_fhmd, k_fgnd, v_fgnd):
     """Causal attention of the last m of n rows, and its log-sum-exp (f, h, m, 1); both in at least
-    float32. A tile of queries at a time, computed again in the backward pass, so that memory stays
-    linear."""
+    float32."""
+    return in_tiles(_tile, q_fhmd, k_fgnd, v_fgnd, causal=True)
+
+
+def in_tiles(tile, q_fhmd, k_fgnd, v_fgnd, *more, causal: bool):
+    """An attention of m rows, and its log-sum-exp (f, h, m, 1): a tile of queries at a time,
+    computed again in the backward pass, so that memory stays linear.
+
+    tile: of the queries of a tile (f, g, e, m, d), of keys, values and `more`. causal: the queries
+        are the last rows, and get the keys up to their tile's end.
+    """
     m = q_fhmd.shape[2]
     g, n = k_fgnd.shape[1:3]
     budget = max(TILE_SCORES // (q_fhmd.shape[1] * n), 1)
@@ -390,13 +395,14 @@ def causal_attention(q_fhmd, k_fgnd, v_fgnd):
         line, stop = [], n - m
         for q_tile in q_part.split(rows, 3):
             stop += q_tile.shape[3]
-            inputs = q_tile, k_part[:, :, :stop], v_part[:, :, :stop]
+            keys = slice(stop if causal else n)
+            inputs = q_tile, k_part[:, :, keys], v_part[:, :, keys], *more
             if torch.is_grad_enabled() and q_fhmd.requires_grad:
                 line.append(
-                    checkpoint(_tile, *inputs, use_reentrant=False, preserve_rng_state=False)
+                    checkpoint(tile, *inputs, use_reentrant=False, preserve_rng_state=False)
                 )
             else:
-                line.append(_tile(*inputs))
+                line.append(tile(*inputs))
         lines.append([torch.cat(x, 3) for x in zip(*line, strict=True)])
     return tuple(torch.cat(x).flatten(1, 2) for x in zip(*lines, strict=True))
 
@@ -427,171 +433,3 @@ def probabilities(q_bshd, k_bskd, parts):
     times_hss.tril_()
     weights = (scores + times_hss.log().clamp_min(NEVER)).softmax(-1)
     return weights * (times_hss > 0)
-
-
-class LongNetCacheLayer(CacheLayerMixin):
-    """What later queries of one layer can still attend to.
-
-    keys, values: for each part (b, streams, rows, d): of a branch the rows of each sequence's
-        segment under way, at most w / r of them.
-    lengths: the real tokens of each sequence so far. columns: those of the input, with padding.
-    """
-
-    is_croppable = False  # the rows of earlier segments are gone
-    is_sliding = False
-
-    def __init__(self, parts: list):
-        super().__init__()
-        self.parts = parts
-        self.reset()
-
-    def reset(self) -> None:
-        self.keys, self.values, self.lengths, self.columns = [], [], [], 0
-        self.is_initialized = False
-
-    def attend(self, q_bshd, k_bskd, v_bskd, counts: list[int]):
-        """Attention of new positions, of which each sequence has `counts`, the others being padding
-        after them; remembers their keys and values."""
-        s = q_bshd.shape[1]
-        if not self.is_initialized:
-            self._start(k_bskd)
-        if s == 1:
-            out = self._attend_one(q_bshd[:, 0], k_bskd[:, 0], v_bskd[:, 0], counts)[:, None]
-        else:
-            out = self._attend_many(q_bshd, k_bskd, v_bskd, counts)
-        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
-        self.columns += s
-        return out
-
-    def _start(self, k_bskd):
-        batch, _, _, d = k_bskd.shape
-        empty = [k_bskd.new_empty(batch, len(x.streams), 0, d) for x in self.parts]
-        self.keys, self.values, self.lengths = empty, list(empty), [0] * batch
-        self.is_initialized = True
-
-    def _attend_many(self, q_bshd, k_bskd, v_bskd, counts):
-        """Sequences that stand at the same place are computed together."""
-        out = torch.zeros_like(q_bshd)
-        places = {}
-        for row, place in enumerate(zip(self.lengths, counts, strict=True)):
-            places.setdefault(place, []).append(row)
-        for (length, count), rows in places.items():
-            if count == 0:
-                continue
-            rows = torch.tensor(rows, device=q_bshd.device)
-            past = [(k[rows], v[rows]) for k, v in zip(self.keys, self.values, strict=True)]
-            new = (x[rows, :count] for x in (q_bshd, k_bskd, v_bskd))
-            attended, present = attention(*new, self.parts, length, past)
-            out[rows, :count] = attended
-            for number, pair in enumerate(present):
-                for kept, new_rows in zip((self.keys, self.values), pair, strict=True):
-                    kept[number] = _store(kept[number], rows, new_rows.detach())
-        return out
-
-    def _attend_one(self, q_bhd, k_bkd, v_bkd, counts):
-        """One new position of each sequence: one softmax over the rows of all parts."""
-        device = q_bhd.device
-        lengths = torch.tensor(self.lengths, device=device)
-        real = torch.tensor(counts, device=device).bool()
-        scores, masks = [], []
-        for number, part in enumerate(self.parts):
-            takes_bg, row_bg = part.writes(lengths)
-            room = max(map(part.room, self.lengths))
-            written = (takes_bg & real[:, None]).nonzero(as_tuple=True)
-            kv_heads = torch.tensor([kv_head for kv_head, _ in part.streams], device=device)
-            for kept, new in ((self.keys, k_bkd), (self.values, v_bkd)):
-                kept[number] = _grown(kept[number], room, part.rows)
-                kept[number][*written, row_bg[written]] = new[written[0], kv_heads[written[1]]]
-            k_bgnd = self.keys[number]
-            mask = part.sees(lengths, k_bgnd.shape[2])
-            q_bged = q_bhd.unflatten(1, (len(part.streams), -1))
-            mask = mask[:, :, None].expand(-1, -1, q_bged.shape[2], -1).flatten(1, 2)
-            scores.append((q_bged @ k_bgnd.mT).flatten(1, 2))
-            masks.append(mask)
-        sizes = [x.shape[2] for x in scores]
-        mask = torch.cat(masks, 2)
-        scores = torch.cat(scores, 2)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        scores = (scores * q_bhd.shape[-1] ** -0.5).masked_fill(~mask, NEVER)
-        # A query in no part gets 0; where there is a key, NEVER is as good as minus infinity.
-        weights = scores.softmax(-1).masked_fill(~mask, 0.0).to(v_bkd.dtype)
-        out = 0
-        for part, v_bgnd in zip(weights.split(sizes, 2), self.values, strict=True):
-            out = out + (part.unflatten(1, (v_bgnd.shape[1], -1)) @ v_bgnd).flatten(1, 2)
-        return out
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these sequences of the batch, in this order."""
-        if self.is_initialized:
-            self.keys, self.values = (
-                [x.index_select(0, indices.to(x.device)) for x in kept]
-                for kept in (self.keys, self.values)
-            )
-            self.lengths = [self.lengths[i] for i in indices.tolist()]
-
-    reorder_cache = batch_select_indices
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = torch.arange(len(self.lengths)).repeat_interleave(repeats)
-        self.batch_select_indices(rows)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise NotImplementedError(
-                "LongNet's cache cannot go back: it drops what later tokens cannot attend to"
-            )
-
-    def rows(self) -> int:
-        """Rows of keys that are kept for one sequence and one kv head, over all parts."""
-        kv_heads = self.parts[0].kv_heads
-        return sum(x.shape[1] * x.shape[2] for x in self.keys) // kv_heads
-
-    def get_seq_length(self) -> int:
-        return self.columns
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns + query_length, 0
-
-    def lazy_initialization(self, key_states, value_states) -> None:
-        raise NotImplementedError("a LongNet layer fills its cache itself: see attend")
-
-    update = lazy_initialization
-
-
-def _grown(x_bgnd, rows: int, limit: int):
-    """With room for so many rows, and some to spare; never for more than limit."""
-    room = x_bgnd.shape[2]
-    if rows <= room:
-        return x_bgnd
-    return F.pad(x_bgnd, (0, 0, 0, min(max(rows, room + room // 8 + 8), limit) - room))
-
-
-def _store(kept_bgnd, rows, new_bgnd):
-    """The new rows of some of the sequences in place of the old ones."""
-    if len(rows) == len(kept_bgnd):
-        return new_bgnd
-    count = new_bgnd.shape[2]
-    kept_bgnd = _grown(kept_bgnd, count, count).clone()
-    kept_bgnd[rows, :, :count] = new_bgnd
-    return kept_bgnd
-
-
-class LongNetCache(Cache):
-    """The cache of all layers: of dilated ones O(sum of w / r) rows each, however long the
-    sequence."""
-
-    def __init__(self, parts_of_layers: list[list]):
-        super().__init__(layers=[LongNetCacheLayer(parts) for parts in parts_of_layers])
-
-    @property
-    def lengths(self) -> list[int]:
-        """Real tokens of each sequence so far; empty before the first."""
-        return self.layers[0].lengths
-
-    def rows(self) -> int:
-        """Rows of keys kept for one sequence and one kv head, over all parts, in the layer that has
-        most."""
-        return max(layer.rows() for layer in self.layers)

@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from .attention_longnet import (
     NEVER,
-    TILE_SCORES,
     Branch,
     Columns,
     Window,
+    in_tiles,
     pieces,
     range_attention,
 )
@@ -139,26 +138,8 @@ def _pairs(part: Branch | Window | Columns, length: int, device):
 
 def _row_attention(q_fhmd, k_fgnd, v_fgnd, hidden_gn):
     """Attention of all rows to all that are not hidden, and its log-sum-exp (f, h, m, 1); both in
-    at least float32. In tiles, as `causal_attention`."""
-    g, n = k_fgnd.shape[1:3]
-    budget = max(TILE_SCORES // (q_fhmd.shape[1] * n), 1)
-    rows = min(budget, q_fhmd.shape[2])
-    parts = (
-        x.split(max(budget // rows, 1)) for x in (q_fhmd.unflatten(1, (g, -1)), k_fgnd, v_fgnd)
-    )
-    lines = []
-    for q_part, k_part, v_part in zip(*parts, strict=True):
-        line = []
-        for q_tile in q_part.split(rows, 3):
-            inputs = q_tile, k_part, v_part, hidden_gn
-            if torch.is_grad_enabled() and q_fhmd.requires_grad:
-                line.append(
-                    checkpoint(_tile, *inputs, use_reentrant=False, preserve_rng_state=False)
-                )
-            else:
-                line.append(_tile(*inputs))
-        lines.append([torch.cat(x, 3) for x in zip(*line, strict=True)])
-    return tuple(torch.cat(x).flatten(1, 2) for x in zip(*lines, strict=True))
+    at least float32."""
+    return in_tiles(_tile, q_fhmd, k_fgnd, v_fgnd, hidden_gn, causal=False)
 
 
 def _tile(q_fgemd, k_fgnd, v_fgnd, hidden_gn):

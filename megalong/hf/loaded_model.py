@@ -34,7 +34,8 @@ class LoadedModel:
 
     def check_length(self, tokens: int) -> None:
         """Raise UserError where the model cannot read so many."""
-        from megalong.hf.modeling_longnet import LongNetModel, check_length
+        from megalong.hf.modeling_longnet import LongNetModel
+        from megalong.hf.positions_longnet import check_length
 
         base = self.model.base_model
         if isinstance(base, LongNetModel):

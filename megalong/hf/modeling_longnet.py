@@ -12,8 +12,6 @@ Shape letters: b batch, s sequence, h heads, d head_dim.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -26,16 +24,12 @@ from transformers.modeling_outputs import (
     MaskedLMOutput,
 )
 
-from .attention_longnet import (
-    LongNetCache,
-    LongNetCacheLayer,
-    attention,
-    parts_of,
-    probabilities,
-)
+from .attention_longnet import attention, parts_of, probabilities
 from .bidirectional_longnet import bidirectional_attention, bidirectional_probabilities
+from .cache_longnet import LongNetCache, LongNetCacheLayer
 from .configuration_longnet import LongNetConfig
 from .loss_longnet import is_divided, most_rows, next_token_loss
+from .positions_longnet import check_length, rotary_angles, rotate, xpos_scales
 
 TILE = 8192  # positions that go through a layer at once where nobody asks for a gradient
 MANY_LOGITS = 2**28  # more than so many are not made for a loss, nor unasked
@@ -63,73 +57,6 @@ def make_norm(config: LongNetConfig, size: int) -> nn.Module:
 def sub_layer_norm(config: LongNetConfig, size: int) -> nn.Module:
     """What stands before a matrix that writes to the residual stream."""
     return make_norm(config, size) if config.sub_layer_norm else nn.Identity()
-
-
-def rotary_frequencies(config: LongNetConfig):
-    """Radians per position of each pair of channels, float64; scaled as in Llama 3.1, if at all:
-    what turns less than once in the original length is slower by the factor, what turns more than
-    four times is not, and between them it goes from one to the other."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    frequencies = config.rotary_base**-exponents
-    if config.rope_scaling_factor is None:
-        return frequencies
-    turns = config.rope_original_length * frequencies / (2 * math.pi)
-    stays = ((turns - 1) / (4 - 1)).clamp(0, 1)
-    return frequencies * (stays + (1 - stays) / config.rope_scaling_factor)
-
-
-def rotary_angles(config: LongNetConfig, starts: list[int], length: int, device):
-    """Cosines and sines, (b or 1, s, 1, head_dim) each, of the positions from each start on.
-
-    The angle is computed in float64 and reduced to one turn, and only then becomes float32: a
-    float32 position loses its fraction of a turn long before a million tokens.
-    """
-    angles = positions_from(starts, length, device) * rotary_frequencies(config).to(device)
-    angles = angles.remainder_(2 * math.pi).float()
-    angles = torch.cat((angles, angles), -1)[:, :, None]
-    return angles.cos(), angles.sin()
-
-
-def positions_from(starts: list[int], length: int, device):
-    """So many positions from each start on, (b or 1, s, 1), float64."""
-    starts = torch.tensor(starts if len(set(starts)) > 1 else starts[:1], device=device)
-    return (starts[:, None].double() + torch.arange(length, device=device))[..., None]
-
-
-def xpos_scales(config: LongNetConfig, starts: list[int], length: int, device):
-    """What queries are multiplied by, and keys divided, (b or 1, s, 1, head_dim), float32: they
-    count from the middle of the training's sequence."""
-    positions = positions_from(starts, length, device) - config.max_position_embeddings // 2
-    scales = (positions * xpos_decays(config).to(device)).exp_().float()
-    return torch.cat((scales, scales), -1)[:, :, None]
-
-
-def xpos_decays(config: LongNetConfig):
-    """Logarithm of what the score of each pair of channels decays by in one position, float64."""
-    channels = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    return ((channels + 0.4) / 1.4).log() / config.xpos_scale_base
-
-
-def check_length(config: LongNetConfig, tokens: int, dtype: torch.dtype) -> None:
-    """Raise ValueError where so many tokens are more than xPos can scale: at the first or the last
-    it would take more than half of the format's exponents, and leave the values too few."""
-    if config.position_embedding_type != "xpos":
-        return
-    middle = config.max_position_embeddings // 2
-    smallest = max(torch.finfo(dtype).tiny, torch.finfo(torch.float32).tiny)  # scales are float32
-    reach = math.floor(math.log(smallest) / 2 / float(xpos_decays(config)[0]))
-    if max(middle, tokens - middle) <= reach:
-        return
-    way_out = f"give at most {middle + reach}" if middle <= reach else "load it in bfloat16"
-    raise ValueError(
-        f"xPos has no room for {tokens} tokens in {str(dtype).removeprefix('torch.')}: {way_out}"
-    )
-
-
-def rotate(x_bshd, cos, sin):
-    """Turn pairs of channels, half a head apart (RoPE, arXiv 2104.09864)."""
-    one, other = x_bshd.chunk(2, -1)
-    return x_bshd * cos.to(x_bshd.dtype) + torch.cat((-other, one), -1) * sin.to(x_bshd.dtype)
 
 
 class LongNetAttention(nn.Module):

@@ -7,7 +7,7 @@ import torch
 
 from megalong.config import ModelConfig
 from megalong.hf.configuration_longnet import LongNetConfig
-from megalong.hf.modeling_longnet import rotary_angles
+from megalong.hf.positions_longnet import rotary_angles
 from megalong.parallel import launch
 from tests.hf.models import megatron_logits, pair, random_tokens, resolved
 
