@@ -2,16 +2,19 @@
 
 A backend is a module with four functions, and one that says where they cannot run:
 
-    forward(q, k, v, pattern, *, causal, scale) -> (out, lse)
+    forward(q, k, v, pattern, *, causal, scale, documents=None) -> (out, lse)
         Dilated attention. q (batch, sequence, heads, head_dim); k, v (batch, sequence, kv_heads,
         head_dim); out like q; lse (batch, heads, sequence). A query without keys gets output 0 and
-        log-sum-exp -inf.
-    backward(grad_out, q, k, v, out, lse, pattern, *, causal, scale) -> (dq, dk, dv)
+        log-sum-exp -inf. documents (`documents.Documents`): places in this sequence, and position t
+        lies in its own, start <= t < stop; a query sees none of the keys before start, nor, where
+        attention is not causal, from stop on.
+    backward(grad_out, q, k, v, out, lse, pattern, *, causal, scale, documents=None) -> (dq, dk, dv)
         The gradients that go through these keys, in the dtype of q, k and v.
-    attend_rows(q, k, v, band, *, scale) -> (out, lse)
+    attend_rows(q, k, v, band, *, scale, ranges=None) -> (out, lse)
         Attention of queries (batch, m, heads, head_dim) to other rows, of which each sees a range
-        (`band.Band`): k, v (batch, n, kv_heads, head_dim). out like q; lse (batch, heads, m).
-    attend_rows_backward(grad_out, q, k, v, out, lse, band, *, scale) -> (dq, dk, dv)
+        (`band.Band`), and of that what lies in its range of `ranges` (`documents.RowRanges`): k, v
+        (batch, n, kv_heads, head_dim). out like q; lse (batch, heads, m).
+    attend_rows_backward(grad_out, q, k, v, out, lse, band, *, scale, ranges=None) -> (dq, dk, dv)
         The gradients that go through these keys, in the dtype of lse, because they are to be added
         to others.
     unsupported(device, dtype, head_dim) -> str | None
@@ -21,6 +24,9 @@ Both attentions are parts of one softmax that other keys may belong to. The part
 log-sum-exps (LongNet, arXiv 2307.02486, eq. 9-12), and in a backward function out and lse are those
 of the whole softmax: P = exp(scores - lse), dS = P (dP - rowsum(dO O)), however many keys are
 elsewhere. So gradients of the parts only add.
+
+What a query does not see has no part in its numbers, not even where it is NaN: changing one
+document changes no other, to the last bit.
 
 Inputs are checked: one dtype and device, float64, float32, bfloat16 or float16; any strides; empty
 ones too. lse is natural and in at least float32, as is all computation. Results may have any

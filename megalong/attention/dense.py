@@ -35,6 +35,7 @@ from megalong.attention import operators
 from megalong.attention.arguments import checked
 from megalong.attention.band import ALL, Band
 from megalong.attention.dense_pattern import DensePattern
+from megalong.attention.documents import Documents, refuse_documents
 from megalong.attention.exchange import AllToAll, SequenceGroup
 from megalong.attention.pattern import DilatedPattern
 from megalong.attention.shard_rows import merge
@@ -82,6 +83,7 @@ class DensePasses:
     scale: float | None = None
     backend: str = "auto"
     causal: bool = True
+    documents: Documents | None = None
 
     @staticmethod
     def subgroup_sizes(pattern: DensePattern, shard: int, ranks: int) -> tuple[int, ...]:
@@ -141,6 +143,7 @@ class DensePasses:
         return self.sequence is not None and self.sequence.size > 1
 
     def _options(self, q_bshd, k_bsgd, v_bsgd) -> dict:
+        refuse_documents(self.documents)
         backend = "sdpa" if self.backend == "auto" else self.backend
         return {"scale": checked(q_bshd, k_bsgd, v_bsgd, self.scale), "backend": backend}
 

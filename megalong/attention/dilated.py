@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from megalong.attention import operators
 from megalong.attention.arguments import checked
+from megalong.attention.documents import check_documents, documents_of
 from megalong.attention.pattern import DilatedPattern
 
 
@@ -22,6 +23,8 @@ def dilated_attention(
     causal: bool = True,
     scale: float | None = None,
     backend: str = "auto",
+    document_start: torch.Tensor | None = None,
+    document_stop: torch.Tensor | None = None,
     return_lse: bool = False,
 ):
     """Dilated attention (LongNet, arXiv 2307.02486, eq. 2-15): linear in the sequence length.
@@ -38,6 +41,10 @@ def dilated_attention(
     causal: a query sees only keys at its own position and before.
     scale: factor on the scores, positive; None is head_dim ** -0.5.
     backend: "triton", "sdpa", "reference", or "auto", the first of the first two that can run.
+    document_start, document_stop: int32 (batch, sequence), for documents that are kept apart: for
+        each position the place in the sequence of the first position of its own document, and the
+        place after the last. A query sees no key of another document; segments and offsets keep
+        their places in the sequence. Where attention is causal, document_start is enough.
     return_lse: also return the log-sum-exp.
 
     Returns out, like q in shape and dtype; with return_lse (out, lse), lse (batch, heads,
@@ -48,7 +55,10 @@ def dilated_attention(
     # torch.compile takes no tensor twice in one autograd.Function.
     k = k.view_as(k) if k is q else k
     v = v.view_as(v) if v is q or v is k else v
-    out_bshd, lse_bhs = _DilatedAttention.apply(q, k, v, pattern, bool(causal), scale, backend)
+    check_documents(documents_of(document_start, document_stop), q, causal)
+    out_bshd, lse_bhs = _DilatedAttention.apply(
+        q, k, v, document_start, document_stop, pattern, bool(causal), scale, backend
+    )
     return (out_bshd, lse_bhs) if return_lse else out_bshd
 
 
@@ -56,19 +66,24 @@ class _DilatedAttention(torch.autograd.Function):
     """Keeps q, k, v, output and log-sum-exp; every backend recomputes the rest."""
 
     @staticmethod
-    def forward(ctx, q, k, v, pattern, causal, scale, backend):
+    def forward(ctx, q, k, v, document_start, document_stop, pattern, causal, scale, backend):
         ctx.pattern = pattern
         ctx.options = {"causal": causal, "scale": scale, "backend": backend}
-        out, lse = operators.forward(q, k, v, pattern, **ctx.options)
-        ctx.save_for_backward(q, k, v, out, lse)
+        documents = documents_of(document_start, document_stop)
+        out, lse = operators.forward(q, k, v, pattern, documents=documents, **ctx.options)
+        ctx.save_for_backward(q, k, v, out, lse, document_start, document_stop)
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, _):
-        gradients = operators.backward(grad_out, *ctx.saved_tensors, ctx.pattern, **ctx.options)
-        return (*gradients, *[None] * 4)
+        *tensors, document_start, document_stop = ctx.saved_tensors
+        documents = documents_of(document_start, document_stop)
+        gradients = operators.backward(
+            grad_out, *tensors, ctx.pattern, documents=documents, **ctx.options
+        )
+        return (*gradients, *[None] * 6)
 
 
 def checked_scale(q, k, v, pattern, scale) -> float:

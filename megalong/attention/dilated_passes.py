@@ -12,6 +12,7 @@ import torch
 
 from megalong.attention import operators, sequence_parallel
 from megalong.attention.dilated import checked_scale
+from megalong.attention.documents import Documents, check_documents, refuse_documents
 from megalong.attention.exchange import SequenceGroup
 from megalong.attention.pattern import DilatedPattern
 from megalong.attention.sequence_plan import subgroup_sizes
@@ -23,7 +24,8 @@ class DilatedPasses:
 
     pattern: of these heads alone (`DilatedPattern.for_heads`). sequence: the ranks that share a
     sequence, of which each calls the functions with its shard; None where q, k and v are whole.
-    The others are those of `dilated_attention`.
+    documents: kept apart, of the shard's positions with their places in the whole sequence. The
+    others are those of `dilated_attention`.
     """
 
     pattern: DilatedPattern
@@ -31,6 +33,7 @@ class DilatedPasses:
     scale: float | None = None
     backend: str = "auto"
     causal: bool = True
+    documents: Documents | None = None
 
     subgroup_sizes = staticmethod(subgroup_sizes)
 
@@ -49,6 +52,7 @@ class DilatedPasses:
         kept: what an earlier call with the same tensors returned; nothing is exchanged then."""
         options = self._options(q_bshd, k_bsgd, v_bsgd)
         if self._sharded:
+            refuse_documents(options.pop("documents"))
             return sequence_parallel.forward(
                 q_bshd, k_bsgd, v_bsgd, self.pattern, self.sequence, kept=kept, **options
             )
@@ -69,6 +73,7 @@ class DilatedPasses:
         options = self._options(q_bshd, k_bsgd, v_bsgd)
         tensors = (grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs)
         if self._sharded:
+            refuse_documents(options.pop("documents"))
             return sequence_parallel.backward(
                 *tensors, kept, self.pattern, self.sequence, **options
             )
@@ -80,4 +85,6 @@ class DilatedPasses:
 
     def _options(self, q_bshd, k_bsgd, v_bsgd) -> dict:
         scale = checked_scale(q_bshd, k_bsgd, v_bsgd, self.pattern, self.scale)
-        return {"causal": self.causal, "scale": scale, "backend": self.backend}
+        check_documents(self.documents, q_bshd, self.causal)
+        options = {"causal": self.causal, "scale": scale, "backend": self.backend}
+        return {**options, "documents": self.documents}

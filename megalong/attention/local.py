@@ -18,6 +18,7 @@ import torch
 from megalong.attention import operators
 from megalong.attention.arguments import checked
 from megalong.attention.band import Band
+from megalong.attention.documents import Documents, refuse_documents
 from megalong.attention.exchange import AllToAll, SequenceGroup
 from megalong.attention.local_pattern import LocalPattern
 from megalong.attention.shard_rows import merge
@@ -32,6 +33,7 @@ class LocalPasses:
     scale: float | None = None
     backend: str = "auto"
     causal: bool = True
+    documents: Documents | None = None
 
     @staticmethod
     def subgroup_sizes(pattern: LocalPattern, shard: int, ranks: int) -> tuple[int, ...]:
@@ -92,6 +94,7 @@ class LocalPasses:
         return self.sequence is not None and self.sequence.size > 1
 
     def _options(self, q_bshd, k_bsgd, v_bsgd) -> dict:
+        refuse_documents(self.documents)
         return {"scale": checked(q_bshd, k_bsgd, v_bsgd, self.scale), "backend": self.backend}
 
     def _neighbours(self, q_bshd) -> Neighbours:

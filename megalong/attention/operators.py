@@ -10,7 +10,8 @@ k and v (`empty_rows`), lse contiguous.
 
 FLOPs count 4 head_dim for each (query, key) pair of the pattern in the forward pass, and 2.5 times
 as much in the backward pass (`DilatedPattern.attention_flops`), whatever the kernels do: masked
-corners of tiles do not count, nor does a second recomputation of the scores.
+corners of tiles do not count, nor does a second recomputation of the scores. Where documents are
+kept apart, the pairs that this takes away count too: how many they are is known to the device only.
 
 Shape suffixes: b batch, s sequence, m query rows, n key rows, h query heads, g kv heads, d
 head_dim.
@@ -25,67 +26,82 @@ from torch.utils.flop_counter import register_flop_formula
 
 from megalong.attention.backends import choose_backend
 from megalong.attention.band import ALL, Band
+from megalong.attention.documents import Documents, RowRanges
 from megalong.attention.pattern import DilatedPattern
 from megalong.attention.strides import empty_rows, laid_out_like
 
 # Not torch.library.custom_op: its wrappers in Python take 30 to 100 microseconds a call.
 torch.library.define(
     "megalong::dilated_attention",
-    "(Tensor q, Tensor k, Tensor v, str pattern, bool causal, float scale, str backend)"
-    " -> (Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor? document_start, Tensor? document_stop, str pattern,"
+    " bool causal, float scale, str backend) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "megalong::dilated_attention_backward",
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, str pattern, bool causal,"
-    " float scale, str backend) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? document_start,"
+    " Tensor? document_stop, str pattern, bool causal, float scale, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "megalong::attend_rows",
-    "(Tensor q, Tensor k, Tensor v, str band, float scale, str backend) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor? row_start, Tensor? row_stop, str band, float scale,"
+    " str backend) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "megalong::attend_rows_backward",
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, str band, float scale,"
-    " str backend) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? row_start,"
+    " Tensor? row_stop, str band, float scale, str backend) -> (Tensor, Tensor, Tensor)",
 )
 ops = torch.ops.megalong
 
 
-def forward(q, k, v, pattern: DilatedPattern, *, causal: bool, scale: float, backend: str):
+def forward(
+    q, k, v, pattern: DilatedPattern, *, causal: bool, scale: float, backend: str,
+    documents: Documents | None = None,
+):  # fmt: skip
     """Dilated attention: out like q, lse (batch, heads, sequence) in at least float32.
 
     q (batch, sequence, heads, head_dim); k, v (batch, sequence, kv_heads, head_dim). backend: as
-    `choose_backend` takes it; ValueError where that cannot run.
+    `choose_backend` takes it; ValueError where that cannot run. documents: with places in this
+    sequence, as `backends` says.
     """
-    return ops.dilated_attention(q, k, v, pattern.text, causal, scale, backend)
+    bounds = (documents.start_bs, documents.stop_bs) if documents else (None, None)
+    return ops.dilated_attention(q, k, v, *bounds, pattern.text, causal, scale, backend)
 
 
 def backward(
-    grad, q, k, v, out, lse, pattern: DilatedPattern, *, causal: bool, scale: float, backend: str
-):
+    grad, q, k, v, out, lse, pattern: DilatedPattern, *, causal: bool, scale: float, backend: str,
+    documents: Documents | None = None,
+):  # fmt: skip
     """Gradients (dq, dk, dv) of `forward`, in its inputs' dtype.
 
     out and lse, like `forward`'s, may be those of a softmax over more keys.
     """
+    bounds = (documents.start_bs, documents.stop_bs) if documents else (None, None)
     return ops.dilated_attention_backward(
-        grad, q, k, v, out, lse, pattern.text, causal, scale, backend
+        grad, q, k, v, out, lse, *bounds, pattern.text, causal, scale, backend
     )
 
 
-def attend_rows(q, k, v, band: Band = ALL, *, scale: float, backend: str):
+def attend_rows(
+    q, k, v, band: Band = ALL, *, scale: float, backend: str, ranges: RowRanges | None = None
+):
     """Attention of rows to other rows: out like q, lse (batch, heads, m) in at least float32.
 
-    q (batch, m, heads, head_dim); k, v (batch, n, kv_heads, head_dim). band: which of the key rows
-    each query sees. backend as in `forward`.
+    q (batch, m, heads, head_dim); k, v (batch, n, kv_heads, head_dim). band, ranges: which of the
+    key rows each query sees. backend as in `forward`.
     """
-    return ops.attend_rows(q, k, v, band.text, scale, backend)
+    bounds = (ranges.start_bhm, ranges.stop_bhm) if ranges else (None, None)
+    return ops.attend_rows(q, k, v, *bounds, band.text, scale, backend)
 
 
 def attend_rows_backward(
-    grad, q, k, v, out, lse, band: Band = ALL, *, scale: float, backend: str
+    grad, q, k, v, out, lse, band: Band = ALL, *, scale: float, backend: str,
+    ranges: RowRanges | None = None,
 ):  # fmt: skip
     """Gradients (dq, dk, dv) of `attend_rows`, to be added to others: in the dtype of lse."""
-    return ops.attend_rows_backward(grad, q, k, v, out, lse, band.text, scale, backend)
+    bounds = (ranges.start_bhm, ranges.stop_bhm) if ranges else (None, None)
+    return ops.attend_rows_backward(grad, q, k, v, out, lse, *bounds, band.text, scale, backend)
 
 
 # ---------------------------------------------------------------------------- with numbers
@@ -106,42 +122,54 @@ def implements(name: str):
 
 
 @implements("dilated_attention")
-def _(q_bshd, k_bsgd, v_bsgd, pattern, causal, scale, backend):
+def _(q_bshd, k_bsgd, v_bsgd, start_bs, stop_bs, pattern, causal, scale, backend):
+    options = {"causal": causal, "scale": scale}
+    if start_bs is not None:
+        options["documents"] = Documents(start_bs, stop_bs)
     with torch.autocast(q_bshd.device.type, enabled=False):
         out_bshd, lse_bhs = choose_backend(backend, q_bshd).forward(
-            q_bshd, k_bsgd, v_bsgd, DilatedPattern.from_text(pattern), causal=causal, scale=scale
+            q_bshd, k_bsgd, v_bsgd, DilatedPattern.from_text(pattern), **options
         )
     return laid_out_like(out_bshd, q_bshd), lse_bhs.contiguous()
 
 
 @implements("dilated_attention_backward")
 def _(
-    grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, pattern, causal, scale, backend
+    grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, start_bs, stop_bs, pattern, causal,
+    scale, backend,
 ):  # fmt: skip
-    inputs = (q_bshd, k_bsgd, v_bsgd)
+    inputs, options = (q_bshd, k_bsgd, v_bsgd), {"causal": causal, "scale": scale}
+    if start_bs is not None:
+        options["documents"] = Documents(start_bs, stop_bs)
     with torch.autocast(q_bshd.device.type, enabled=False):
         gradients = choose_backend(backend, q_bshd).backward(
-            grad_bshd, *inputs, out_bshd, lse_bhs, DilatedPattern.from_text(pattern),
-            causal=causal, scale=scale,
-        )  # fmt: skip
+            grad_bshd, *inputs, out_bshd, lse_bhs, DilatedPattern.from_text(pattern), **options
+        )
     return tuple(map(laid_out_like, gradients, inputs))
 
 
 @implements("attend_rows")
-def _(q_bmhd, k_bngd, v_bngd, band, scale, backend):
+def _(q_bmhd, k_bngd, v_bngd, start_bhm, stop_bhm, band, scale, backend):
+    options = {"scale": scale}
+    if start_bhm is not None or stop_bhm is not None:
+        options["ranges"] = RowRanges(start_bhm, stop_bhm)
     with torch.autocast(q_bmhd.device.type, enabled=False):
         out_bmhd, lse_bhm = choose_backend(backend, q_bmhd).attend_rows(
-            q_bmhd, k_bngd, v_bngd, Band.from_text(band), scale=scale
+            q_bmhd, k_bngd, v_bngd, Band.from_text(band), **options
         )
     return laid_out_like(out_bmhd, q_bmhd), lse_bhm.contiguous()
 
 
 @implements("attend_rows_backward")
-def _(grad_bmhd, q_bmhd, k_bngd, v_bngd, out_bmhd, lse_bhm, band, scale, backend):
-    inputs = (q_bmhd, k_bngd, v_bngd)
+def _(
+    grad_bmhd, q_bmhd, k_bngd, v_bngd, out_bmhd, lse_bhm, start_bhm, stop_bhm, band, scale, backend
+):  # fmt: skip
+    inputs, options = (q_bmhd, k_bngd, v_bngd), {"scale": scale}
+    if start_bhm is not None or stop_bhm is not None:
+        options["ranges"] = RowRanges(start_bhm, stop_bhm)
     with torch.autocast(q_bmhd.device.type, enabled=False):
         gradients = choose_backend(backend, q_bmhd).attend_rows_backward(
-            grad_bmhd, *inputs, out_bmhd, lse_bhm, Band.from_text(band), scale=scale
+            grad_bmhd, *inputs, out_bmhd, lse_bhm, Band.from_text(band), **options
         )
     return tuple(map(laid_out_like, gradients, inputs))
 
@@ -170,26 +198,28 @@ def _(grad, q, k, v, out, lse, *_):
 
 
 @register_flop_formula(ops.dilated_attention)
-def _(q_shape, k_shape, v_shape, pattern, causal, *_, **__) -> int:
+def _(q_shape, k_shape, v_shape, start, stop, pattern, causal, *_, **__) -> int:
     (batch, length, heads, head_dim), kv_heads = q_shape, k_shape[2]
     pattern = DilatedPattern.from_text(pattern)
     return batch * pattern.attention_flops(length, heads, kv_heads, head_dim, causal)
 
 
 @register_flop_formula(ops.dilated_attention_backward)
-def _(grad, q_shape, k_shape, v_shape, out, lse, pattern, causal, *_, **__) -> int:
+def _(
+    grad, q_shape, k_shape, v_shape, out, lse, start, stop, pattern, causal, *_, **__
+) -> int:  # fmt: skip
     (batch, length, heads, head_dim), kv_heads = q_shape, k_shape[2]
     pattern = DilatedPattern.from_text(pattern)
     return batch * pattern.attention_flops(length, heads, kv_heads, head_dim, causal) * 5 // 2
 
 
 @register_flop_formula(ops.attend_rows)
-def _(q_shape, k_shape, v_shape, band, *_, **__) -> int:
+def _(q_shape, k_shape, v_shape, start, stop, band, *_, **__) -> int:
     batch, queries, heads, head_dim = q_shape
     return 4 * head_dim * batch * heads * Band.from_text(band).pairs(queries, k_shape[1])
 
 
 @register_flop_formula(ops.attend_rows_backward)
-def _(grad, q_shape, k_shape, v_shape, out, lse, band, *_, **__) -> int:
+def _(grad, q_shape, k_shape, v_shape, out, lse, start, stop, band, *_, **__) -> int:
     batch, queries, heads, head_dim = q_shape
     return 10 * head_dim * batch * heads * Band.from_text(band).pairs(queries, k_shape[1])

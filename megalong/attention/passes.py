@@ -22,9 +22,11 @@ class Passes(Protocol):
     """What a kind of attention computes for some heads of a layer, or for all.
 
     A dataclass of the pattern of these heads; the ranks that share a sequence, of which each calls
-    the functions with its shard, or None where q, k and v are whole; and the options of
-    `dilated_attention`: scale, backend, causal. Nothing is recorded by autograd. Shapes, dtypes and
-    errors are those of `dilated_attention`.
+    the functions with its shard, or None where q, k and v are whole; the options of
+    `dilated_attention`: scale, backend, causal; and the documents that are kept apart, of the
+    shard's positions with their places in the whole sequence, or None. All layers have the same
+    two tensors, since what is made of them is kept. Nothing is recorded by autograd. Shapes, dtypes
+    and errors are those of `dilated_attention`.
     """
 
     @staticmethod

@@ -22,6 +22,7 @@ from megalong.attention import operators
 from megalong.attention.arguments import checked
 from megalong.attention.band import Band
 from megalong.attention.dilated_passes import DilatedPasses
+from megalong.attention.documents import Documents, refuse_documents
 from megalong.attention.exchange import AllToAll, SequenceGroup
 from megalong.attention.shard_rows import merge
 from megalong.attention.sparse_pattern import SparsePattern
@@ -37,6 +38,7 @@ class SparsePasses:
     scale: float | None = None
     backend: str = "auto"
     causal: bool = True
+    documents: Documents | None = None
 
     @staticmethod
     def subgroup_sizes(pattern: SparsePattern, shard: int, ranks: int) -> tuple[int, ...]:
@@ -93,6 +95,7 @@ class SparsePasses:
         return DilatedPasses(self.pattern.own_block, self.sequence, **options)
 
     def _options(self, q_bshd, k_bsgd, v_bsgd) -> dict:
+        refuse_documents(self.documents)
         return {"scale": checked(q_bshd, k_bsgd, v_bsgd, self.scale), "backend": self.backend}
 
     def _columns(self, q_bshd, k_bsgd) -> Columns:

@@ -45,14 +45,14 @@ def test_operators_keep_their_promises(case, dtype, backend):
     """Schema, no shared memory, fake results as the true ones, and dynamic shapes: by PyTorch."""
     q, k, v, grad = case.inputs(dtype)
     ops = torch.ops.megalong
-    options = (case.pattern.text, case.causal, 0.3, backend)
+    options = (None, None, case.pattern.text, case.causal, 0.3, backend)
     results = ops.dilated_attention(q, k, v, *options)
     torch.library.opcheck(ops.dilated_attention.default, (q, k, v, *options))
     torch.library.opcheck(
         ops.dilated_attention_backward.default, (grad, q, k, v, *results, *options)
     )
     for band in (ALL, Band(before=2, after=9, first=3)):
-        fewer = (k[:, 5:30], v[:, 5:30], band.text, 0.3, backend)
+        fewer = (k[:, 5:30], v[:, 5:30], None, None, band.text, 0.3, backend)
         results = ops.attend_rows(q, *fewer)
         torch.library.opcheck(ops.attend_rows.default, (q, *fewer))
         arguments = (grad, q, *fewer[:2], *results, *fewer[2:])
