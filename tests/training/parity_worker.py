@@ -1,7 +1,9 @@
 """Two training steps for each case, on however many ranks this was started with.
 
-Rank 0 writes {case: (losses, grad norms, weights by canonical name, evaluation)} to the file it is
-given, where a case is (layout, ZeRO stage, model).
+    parity_worker.py CORPUS FILE [cases|kinds]
+
+Rank 0 writes {case: (losses, grad norms, weights by canonical name, evaluation)} to the file, where
+a case is (layout, ZeRO stage, model).
 """
 
 import dataclasses
@@ -82,6 +84,10 @@ MODELS = {
 BOTH = list(MODELS)[:2]
 LOW_PRECISION = ("bf16", "fp16")
 
+# Each in every layout of KINDS_LAYOUTS, in a launch of their own: `make test-long`.
+KINDS = ("dilated dense", "local dilated dilated", "sparse", "dense", "sparse local")
+MODELS_OF_KINDS = {f"kinds: {kinds}": {**ALL_KINDS, "attention": kinds} for kinds in KINDS}
+
 # The same models, computed otherwise; `flags_of` adds the sizes of chunks and tiles.
 WITHOUT_LOGITS = {"linear_cross_entropy": True}
 MEMORY_PATH = {"memory_path": "on"}
@@ -138,14 +144,11 @@ DIVIDED_OPTIMIZERS = [
 ]  # fmt: skip
 
 # Beside those on two ranks.
-KINDS_CASES = [
-    (*where, model)
-    for model in ("all kinds", "mlm")
-    for where in (
-        ("one vp", 1), ("sp4", 1), ("sp8", 1), ("sp2 tp2", 1), ("sp2 pp2", 1), ("sp2 pp2 vp1", 1),
-        ("sp2 dp2", 3),
-    )
-]  # fmt: skip
+KINDS_LAYOUTS = (
+    ("one vp", 1), ("sp4", 1), ("sp8", 1), ("sp2 tp2", 1), ("sp2 pp2", 1), ("sp2 pp2 vp1", 1),
+    ("sp2 dp2", 3),
+)  # fmt: skip
+KINDS_CASES = [(*where, model) for model in ("all kinds", "mlm") for where in KINDS_LAYOUTS]
 
 AXES = {
     "sp": "sequence_parallel_size",
@@ -195,6 +198,12 @@ def cases() -> list[tuple[str, int, str]]:
     return [*found, *DIVIDED_OPTIMIZERS, *KINDS_CASES, *COPY_CASES]
 
 
+def cases_of_kinds() -> list[tuple[str, int, str]]:
+    """(layout, ZeRO stage, model) of the lists of kinds of attention."""
+    layouts = (("one", 1), *KINDS_LAYOUTS, ("dp2", 1), ("dp2", 3))
+    return [(*where, model) for model in MODELS_OF_KINDS for where in layouts]
+
+
 def flags_of(layout: str, stage: int, model: str) -> dict[str, object]:
     axes = {AXES[word[:2]]: int(word[2:]) for word in layout.split() if word[:-1] in AXES}
     sizes = {
@@ -209,11 +218,11 @@ def flags_of(layout: str, stage: int, model: str) -> dict[str, object]:
         tokens = 128 // axes.get(AXES["sp"], 1)
         flags |= {"tile_size": tokens * 3 // 8, "loss_chunk_size": tokens * 7 // 16}
     else:
-        flags = MODELS[model]
+        flags = (MODELS | MODELS_OF_KINDS)[model]
     return {**OPTIMIZER, **sizes, **flags, **axes, "zero_stage": stage}
 
 
-def main(data_path: str, output: str) -> None:
+def main(data_path: str, output: str, which: str = "cases") -> None:
     # DeepSpeed offers fp16 only to processors that compute in it; PyTorch does, on any.
     accelerator = get_accelerator()
     supported = [*accelerator.supported_dtypes(), torch.float16]
@@ -221,7 +230,7 @@ def main(data_path: str, output: str) -> None:
     accelerator.supported_dtypes = lambda: supported
     results = {}
     with process_group() as device:
-        for case in cases():
+        for case in {"cases": cases, "kinds": cases_of_kinds}[which]():
             layout, stage, model = case
             if LAYOUTS[layout] != world_size():
                 continue

@@ -27,7 +27,7 @@ from megalong.training.run_folder import prepare_run_folder
 from megalong.training.stopping import StopRequest
 from tests.launching import small_run_flags
 from tests.training.meshes import temporary_mesh
-from tests.training.parity_worker import AXES, BRANCHES, OPTIMIZER, SGD
+from tests.training.parity_worker import ALL_KINDS, AXES, BRANCHES, OPTIMIZER, SGD
 
 # Layout -> ranks; dp is what the rest leaves, and z the ZeRO stage.
 LAYOUTS = {
@@ -49,7 +49,8 @@ MODEL |= {"sub_layer_norm": True}
 BATCH = {"micro_batch_size": 1, "global_batch_size": 4, "split": "1,0,0"}
 
 
-OPTIMIZERS = {"adam": OPTIMIZER, "sgd": SGD}
+# The second with all kinds of attention.
+OPTIMIZERS = {"adam": OPTIMIZER, "sgd": SGD | ALL_KINDS}
 
 
 def pairs() -> list[tuple[str, str, str]]:

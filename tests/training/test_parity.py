@@ -8,7 +8,7 @@ import torch
 
 from tests.forked import run_ranks
 from tests.launching import made_once
-from tests.training.parity_worker import COPIES, LAYOUTS, LOW_PRECISION, cases
+from tests.training.parity_worker import COPIES, LAYOUTS, LOW_PRECISION, cases, cases_of_kinds
 
 WORKER = __file__.replace("test_parity", "parity_worker")
 LOW = [case for case in cases() if case[2].split(",")[0] in LOW_PRECISION]
@@ -21,13 +21,16 @@ def result_of(corpus, tmp_path_factory):
     cases of equally many ranks."""
 
     @cache
-    def results(ranks: int):
+    def results(ranks: int, which: str):
         def make(path):
-            run_ranks(ranks, WORKER, corpus, path, timeout=600)
+            run_ranks(ranks, WORKER, corpus, path, which, timeout=600)
 
-        return torch.load(made_once(tmp_path_factory, f"parity-{ranks}.pt", make))
+        return torch.load(made_once(tmp_path_factory, f"parity-{which}-{ranks}.pt", make))
 
-    return lambda case: results(LAYOUTS[case[0]])[case]
+    def result(case, which="cases"):
+        return results(LAYOUTS[case[0]], which)[case]
+
+    return result
 
 
 def assert_same(one, two, tolerance: float) -> None:
@@ -52,6 +55,14 @@ def test_layout_equals_one_process(result_of, case):
         COPIES[model][0] if model in COPIES else model,
     )
     assert_same(result_of(reference), result_of(case), tolerance=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", cases_of_kinds(), ids=lambda case: f"{case[0]}-{case[2]}")
+def test_kinds_of_attention_equal_one_process(result_of, case):
+    layout, _, model = case
+    reference = ("one vp" if "vp" in layout else "one", 1, model)
+    assert_same(result_of(reference, "kinds"), result_of(case, "kinds"), tolerance=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ with needed_packages():
         plot,
         row_text,
     )
-    from contenders import CONTENDERS, ON_CPU
+    from contenders import CONTENDERS, ON_CPU, TORCHSCALE, contenders
 
     from megalong.attention import DilatedPattern
     from megalong.attention.dense_pattern import DensePattern
@@ -110,7 +110,11 @@ def write(args, results: list[dict]):
         return
     args.output.mkdir(parents=True, exist_ok=True)
     compared, about = comparisons(results), machine(args)
-    flags = {k: v for k, v in vars(args).items() if k not in ("output", "measure_memory")}
+    flags = {
+        k: v
+        for k, v in vars(args).items()
+        if k not in ("output", "measure_memory", "known", "torchscale")
+    }
     report = {"machine": about, "flags": flags, "results": results}
     report["comparisons"] = compared
     (args.output / "attention.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -134,18 +138,30 @@ def parse_arguments():
     add("--flex-lengths", type=int, nargs="*", default=[], help="it compiles for each: only these")
     add("--batch", type=int, default=1)
     add("--first-segment-length", type=int, default=2048, help="w0 of the patterns")
-    add("--contenders", nargs="+", choices=CONTENDERS, help="default: all that the device can run")
+    add(
+        "--contenders",
+        nargs="+",
+        choices=(*CONTENDERS, TORCHSCALE),
+        help="default: all that the device can run",
+    )
     add("--device", default="cpu")
     add("--dtype", default="float32", choices=("float64", "float32", "bfloat16", "float16"))
     add("--repeats", type=int, default=3, help="medians are over so many runs")
     add("--quick", action="store_true", help="short sequences and one run: to see that all works")
+    add("--torchscale", type=Path, help="a clone of torchscale: its own class is a contender")
     add("--output", type=Path, help="folder for the results")
-    add("--measure-memory", choices=CONTENDERS, help=argparse.SUPPRESS)  # one child's only task
+    add("--measure-memory", help=argparse.SUPPRESS)  # one child's only task: a contender
     args = parser.parse_args()
+    try:
+        args.known = contenders(args.torchscale)
+    except (FileNotFoundError, ModuleNotFoundError) as error:
+        parser.error(f"--torchscale: {error}")
     if args.quick:
         args.lengths, args.first_segment_length, args.repeats = [512], 128, 1
     args.kv_heads = args.kv_heads or [args.heads]
-    args.contenders = args.contenders or list(CONTENDERS if on_gpu(args) else ON_CPU)
+    args.contenders = args.contenders or [
+        *(CONTENDERS if on_gpu(args) else ON_CPU), *([TORCHSCALE] if args.torchscale else ())
+    ]  # fmt: skip
     return args
 
 
@@ -178,7 +194,7 @@ def measure(args, setting: Setting, length: int) -> list[dict]:
     running = {}
     for name, row in rows.items():
         try:
-            attention = CONTENDERS[name](pattern, *tensors[:2])
+            attention = args.known[name](pattern, *tensors[:2])
             warm_up(args, setting, name, attention, tensors)
             running[name] = attention
         except Exception as error:  # out of memory, not supported: that is a result, too
@@ -243,7 +259,7 @@ def warm_up(args, setting: Setting, name: str, attention, tensors):
     """Compile, choose algorithms, start threads; on a CPU, where runs take long, with less."""
     if not on_gpu(args) and "flex" not in name:
         pattern, tensors = inputs(args, setting, min(tensors[0].shape[1], 2048))
-        attention = CONTENDERS[name](pattern, *tensors[:2])
+        attention = args.known[name](pattern, *tensors[:2])
     time_once(args, name, attention, *tensors)
 
 
@@ -335,6 +351,8 @@ def peak_of_child(args, setting: Setting, length: int, name: str) -> int:
     command += ["--kv-heads", str(setting.kv_heads), "--dtype", args.dtype]
     for field in ("batch", "heads", "first_segment_length"):
         command += [f"--{field.replace('_', '-')}", str(getattr(args, field))]
+    if args.torchscale:
+        command += ["--torchscale", str(args.torchscale)]
     path = os.pathsep.join(entry for entry in sys.path if entry)
     environment = {**os.environ, "PYTHONPATH": path}
     result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
@@ -344,7 +362,7 @@ def peak_of_child(args, setting: Setting, length: int, name: str) -> int:
 def resident_peak(args, setting: Setting, length: int, name: str) -> int:
     def run(length):
         pattern, tensors = inputs(args, setting, length)
-        time_once(args, name, CONTENDERS[name](pattern, *tensors[:2]), *tensors)
+        time_once(args, name, args.known[name](pattern, *tensors[:2]), *tensors)
 
     run(256)  # libraries loaded, threads started
     before = resident_bytes("VmRSS")

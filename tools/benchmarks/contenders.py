@@ -14,7 +14,10 @@ take any, and see all pairs.
 
 from __future__ import annotations
 
+import sys
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -102,6 +105,44 @@ def gathered(pattern, q, k):
         return sum(weight[..., None] * out for weight, out in zip(weights, outs, strict=True))
 
     return attention
+
+
+def torchscale(folder: Path):
+    """The contender that is torchscale's own class, from a clone of it, around PyTorch's operator.
+
+    Its projections are left out, and flash-attn's function, which needs a GPU, gives way to the
+    operator that ours uses. Its heads take other rows than "mod" gives them: as many.
+    Raises FileNotFoundError where the folder is no clone of torchscale.
+    """
+    if not (folder / "torchscale/component/dilated_attention.py").is_file():
+        raise FileNotFoundError(f"{folder}: no torchscale/component/dilated_attention.py there")
+    sys.path.insert(0, str(folder))
+    from torchscale.component.dilated_attention import DilatedAttention
+
+    def contender(pattern, q, k):
+        heads, head_dim = q.shape[2:]
+        settings = SimpleNamespace(
+            segment_length=pattern.segment_lengths, dilated_ratio=pattern.dilation_rates,
+            flash_attention=True, seq_parallel=False, multiway=False, xpos_rel_pos=False,
+        )  # fmt: skip
+        layer = DilatedAttention(settings, heads * head_dim, heads, self_attention=True)
+        layer.q_proj = layer.k_proj = layer.v_proj = layer.out_proj = torch.nn.Identity()
+
+        def operator(*folded_xnd, is_causal, **_):
+            q_bhnd, k_bhnd, v_bhnd = (x.unflatten(0, (-1, heads)) for x in folded_xnd)
+            out, lse = sdpa_operators.attend(q_bhnd, k_bhnd, v_bhnd, is_causal, head_dim**-0.5)
+            return out.transpose(1, 2).flatten(2), lse
+
+        layer.attention_ops = operator
+
+        def attention(q, k, v):
+            k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (k, v))
+            out, _ = layer(q.flatten(2), k.flatten(2), v.flatten(2), is_causal=True)
+            return out.unflatten(2, (heads, head_dim))
+
+        return attention
+
+    return contender
 
 
 def mixed_as_torchscale(q, k, v, pattern, **options):
@@ -212,3 +253,14 @@ ON_CPU = (
     "dense (flash)", "dilated (gather)", "dilated (sdpa)", "local (flex)", "local (masked)",
     "local (sdpa)", "sparse (sdpa)", "dense (ours)",
 )  # fmt: skip
+TORCHSCALE = "dilated (torchscale)"
+
+
+def contenders(torchscale_folder: Path | None = None) -> dict:
+    """CONTENDERS, and torchscale's own class where a clone of it is given.
+
+    Raises FileNotFoundError or ModuleNotFoundError where that cannot be used.
+    """
+    if torchscale_folder is None:
+        return CONTENDERS
+    return CONTENDERS | {TORCHSCALE: torchscale(torchscale_folder)}
