@@ -284,7 +284,15 @@ def test_segments_above_the_sequence_are_told():
         assert words in line
     with pytest.raises(UserError, match="--match-flops is about local and sparse"):
         resolve("--match-flops")
-    assert resolve("--seq-length", 500).attention.oddities(500) == []
+    for length in (500, 10_000):
+        assert resolve("--seq-length", length).attention.oddities(length) == []
+
+
+def test_segments_that_do_not_reach_over_the_sequence_are_told():
+    flags = ["--seq-length", 64, "--dilation-rates", 1, 4, "--segment-lengths", 16, 32]
+    [line] = resolve(*flags).attention.oddities(64)
+    assert line.endswith("and no token sees beyond its segment of 32")
+    assert resolve(*flags, "--attention", "dilated", "dense").attention.oddities(64) == []
 
 
 def test_processes_that_do_not_know_of_each_other(monkeypatch):

@@ -214,6 +214,12 @@ class AttentionConfig:
                 f"--segment-lengths {shown(longer)}: above --seq-length {seq_length}, and"
                 " so one segment, the whole sequence"
             )
+        longest = max(self.segment_lengths)
+        if {*self.attention} == {"dilated"} and longest < seq_length:
+            lines.append(
+                f"--segment-lengths {shown(self.segment_lengths)}: the longest is below"
+                f" --seq-length {seq_length}, and no token sees beyond its segment of {longest}"
+            )
         for kind, name in (("local", "window_size"), ("sparse", "sparse_block_size")):
             size = getattr(self, name)
             if kind in self.attention and size >= seq_length:
