@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from megalong.data.masking import IGNORE_INDEX, Masking
+from megalong.data.samples import Samples
 from megalong.data.stream import TokenStream
 from megalong.errors import UserError
 
@@ -27,7 +28,7 @@ EVALUATION_SEED = 0
 
 
 def training_batches(
-    stream: TokenStream,
+    samples: Samples,
     *,
     consumed_samples: int,
     global_batch_size: int,
@@ -37,16 +38,16 @@ def training_batches(
     sequence_range: tuple[int, int] | None = None,
     masking: Masking | None = None,
 ) -> Iterator[Batch]:
-    """Yields micro batches without end, from sample `consumed_samples` of the stream on.
+    """Yields micro batches without end, from sample `consumed_samples` on.
 
     Micro batch m of a global batch holds, on data-parallel rank d, the samples
     consumed + (m * data_parallel_size + d) * micro_batch_size + j. So the samples of a global
     batch depend on consumed_samples and global_batch_size only, on no other size.
     sequence_range: (start, stop), the slice of the sequence to read; None: all of it.
-    masking: how tokens are masked, by the stream's seed; None: the next ones are predicted.
+    masking: how tokens are masked, by the seed of the samples; None: the next ones are predicted.
     Raises (at once) UserError for sizes that do not divide, ValueError for ranges out of bounds.
     """
-    start, stop = _checked_range(stream, sequence_range)
+    start, stop = _checked_range(samples, sequence_range)
     _check_rank(data_parallel_rank, data_parallel_size)
     stride = micro_batch_size * data_parallel_size
     if micro_batch_size < 1 or global_batch_size < 1 or global_batch_size % stride:
@@ -59,9 +60,9 @@ def training_batches(
 
     def read(i: int) -> Row:
         if masking is None:
-            return _next_tokens(stream.sample(i, start, stop + 1), stop - start)
-        begin = i * stream.sequence_length + start
-        return masking.masked(stream.sample(i, start, stop), begin, stream.seed)
+            return _next_tokens(samples.sample(i, start, stop + 1), stop - start)
+        begin = i * samples.sequence_length + start
+        return masking.masked(samples.sample(i, start, stop), begin, samples.seed)
 
     def batches() -> Iterator[Batch]:
         # All ranks together take `stride` samples at a time, global batches follow one another.
@@ -203,12 +204,11 @@ def _batch(rows: list[Row], start: int, stop: int) -> Batch:
     }
 
 
-def _checked_range(stream: TokenStream, sequence_range: tuple[int, int] | None) -> tuple[int, int]:
-    start, stop = sequence_range or (0, stream.sequence_length)
-    if not 0 <= start < stop <= stream.sequence_length:
-        raise ValueError(
-            f"sequence range {start} to {stop} is not inside a sequence of {stream.sequence_length}"
-        )
+def _checked_range(samples: Samples, sequence_range: tuple[int, int] | None) -> tuple[int, int]:
+    length = samples.sequence_length
+    start, stop = sequence_range or (0, length)
+    if not 0 <= start < stop <= length:
+        raise ValueError(f"sequence range {start} to {stop} is not inside a sequence of {length}")
     return start, stop
 
 

@@ -7,6 +7,7 @@ stored per sample, and any slice of a sample, say one sequence rank's, is found 
 in the cumulative lengths of the epoch's documents.
 """
 
+import os
 from typing import Protocol
 
 import numpy as np
@@ -63,7 +64,8 @@ def split_documents(num_documents: int, split: str) -> tuple[range, range, range
 
 
 class TokenStream:
-    """The documents of a range as an endless stream of tokens, epoch after epoch.
+    """The documents of a range as an endless stream of tokens, epoch after epoch; its samples are
+    `megalong.data.samples.Samples` of one source.
 
     document_range: which of them. sequence_length: N.
     seed: of the order of documents. shuffle: False keeps the file's order (evaluation).
@@ -92,6 +94,7 @@ class TokenStream:
         self.seed = seed
         self.shuffle = shuffle
         self.vocab_size = vocab_size
+        self.sources = (os.path.basename(documents.prefix),)
         self._lengths = documents.lengths[document_range.start : document_range.stop]
         self.tokens_per_epoch = int(self._lengths.sum())
         if not self.tokens_per_epoch:
@@ -124,6 +127,10 @@ class TokenStream:
             raise IndexError(f"tokens [{start}, {stop}) of sample {i}")
         position = i * self.sequence_length
         return self.tokens(position + start, position + stop)
+
+    def source(self, i: int) -> int:
+        """Which of `sources` sample i is from: there is one."""
+        return 0
 
     def tokens(self, begin: int, end: int) -> np.ndarray:
         """Tokens [begin, end) of the endless stream, int64 (end - begin,)."""

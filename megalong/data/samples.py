@@ -1,0 +1,36 @@
+"""What a run trains on: samples of one length, by number, each from one of some sources."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+
+class Samples(Protocol):
+    """An endless row of samples of `sequence_length` + 1 tokens, which nothing but the data, the
+    seed and the number of a sample decide: whoever reads whatever part of it finds the same.
+
+    tokens_per_epoch, samples_per_epoch: those that come before any is repeated; of several sources
+        the sums over them.
+    sources: their names; those of a blend are several.
+    """
+
+    sequence_length: int
+    seed: int
+    tokens_per_epoch: int
+    sources: tuple[str, ...]
+
+    @property
+    def samples_per_epoch(self) -> int: ...
+
+    def sample(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens [start, stop) of sample i, in [0, N + 1); stop None: N + 1.
+
+        Returns int64 (stop - start,). Reads only these tokens.
+        """
+        ...
+
+    def source(self, i: int) -> int:
+        """Which of `sources` sample i is from."""
+        ...
