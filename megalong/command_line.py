@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from argparse import SUPPRESS
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,7 +34,11 @@ class ArgumentParser(argparse.ArgumentParser):
     """Shows a docstring as it is written, and makes one line of a mistake, not the usage of fifty
     flags."""
 
-    def __init__(self, description: str | None, **options: Any):
+    def __init__(
+        self, description: str | None, instead: Mapping[str, str] | None = None, **options: Any
+    ):
+        """instead: of flags that there are not, what to say to those who type them."""
+        self.instead = instead or {}
         options["formatter_class"] = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, **options)
 
@@ -60,6 +64,8 @@ class ArgumentParser(argparse.ArgumentParser):
                 break
             if not flag.startswith("--") or " " in flag or flag in options:
                 continue
+            if flag in self.instead:
+                raise UserError(f"{flag}: {self.instead[flag]}")
             if not (self.allow_abbrev and any(option.startswith(flag) for option in options)):
                 self.error(f"unrecognized argument: {flag}{did_you_mean(flag, options)}")
         return super().parse_args(args, namespace)

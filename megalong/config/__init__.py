@@ -76,7 +76,7 @@ class Config:
             resolved, memory=resolved.memory.resolve(model, resolved.parallel)
         )
         resolved.run.check(training, world_size)
-        resolved.data.check()
+        resolved.data.check(training.causal)
         return resolved
 
     def num_microbatches(self, data_parallel_size: int) -> int:

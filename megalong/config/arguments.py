@@ -21,6 +21,7 @@ import typing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -34,6 +35,17 @@ from megalong.wording import did_you_mean
 
 # Where one start of a run begins.
 ONE_START = ("load", "finetune", "pretrained_checkpoint", "load_optim", "load_rng")
+
+# Megatron's flags that we have not, and what to do instead.
+INSTEAD = MappingProxyType(
+    {
+        "--reset-attention-mask": "set --document-attention isolated, which keeps documents apart"
+        " without a mask",
+        "--reset-position-ids": "leave it out: positions count as distances here, and between"
+        " tokens of one document these stay the same; --document-attention isolated keeps the"
+        " others apart",
+    }
+)
 
 
 def parse_arguments(arguments: list[str], description: str | None = None) -> Config:
@@ -55,7 +67,9 @@ def parse_arguments(arguments: list[str], description: str | None = None) -> Con
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """The parser: one group of flags per section; a flag that is not given leaves no trace."""
-    parser = ArgumentParser(description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = ArgumentParser(
+        description, INSTEAD, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
     parser.add_argument(
         "--config", metavar="FILE.yaml", help="settings by flag name; flags given beside it win"
     )
@@ -118,6 +132,8 @@ def read_yaml(path: str) -> dict[str, Any]:
     def take(key: Any, value: Any, section: str | None) -> None:
         name = str(key).replace("-", "_")
         where = f"--config {path}: {section + '.' if section else ''}{key}"
+        if flag_name(name) in INSTEAD:
+            raise UserError(f"{where}: {INSTEAD[flag_name(name)]}")
         if name not in settings:
             raise UserError(f"{where}: unknown key{did_you_mean(name, settings)}")
         if section not in (None, settings[name].section):

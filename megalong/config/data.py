@@ -24,6 +24,22 @@ class DataConfig:
     prepend_bos: bool = flag(
         False, "the documents begin with a beginning-of-text token: preprocess_data's --prepend-bos"
     )
+    document_attention: str = flag(
+        "mixed",
+        "whether a token sees the documents before its own in the sequence (mixed), or its own"
+        " document alone (isolated)",
+        choices=("mixed", "isolated"),
+    )
+    eod_mask_loss: bool = flag(
+        False,
+        "do not count how the first token of a document is predicted from the end-of-document token"
+        " before it, in training and in evaluation",
+    )
+
+    @property
+    def isolates_documents(self) -> bool:
+        """Whether documents are kept apart."""
+        return self.document_attention == "isolated"
 
     @property
     def tokenizer_flag(self) -> str:
@@ -32,8 +48,14 @@ class DataConfig:
             return f"--tokenizer-type {self.tokenizer_type}"
         return f"--tokenizer-model {self.tokenizer_model}"
 
-    def check(self) -> None:
-        """Raise UserError where data or tokenizer is missing."""
+    def check(self, causal: bool) -> None:
+        """Raise UserError where data or tokenizer is missing, or a flag is of another objective.
+        causal: whether next tokens are predicted."""
+        if self.eod_mask_loss and not causal:
+            raise UserError(
+                "--eod-mask-loss is about predicting the next token: with --objective mlm leave it"
+                " out, no token is predicted from another, and the end-of-document token never"
+            )
         if self.data_path is None:
             raise UserError(
                 "--data-path is missing: the prefix that tools/preprocess_data.py wrote"

@@ -5,11 +5,17 @@ being the token that follows tokens[t]; and positions, int64 (slice,), places in
 sequence. labels are IGNORE_INDEX where there is nothing to predict.
 
 With masks (`megalong.data.masking`) labels[t] is what stood in the place of tokens[t], where that
-is to be told. How many that are hangs on the tokens: micro batches of the training have
-"predicted" too, int64 (), how many this rank's micro batches of the whole step have.
+is to be told. How many that are hangs on the tokens, as it does where nothing is predicted from the
+end of a document: micro batches of the training have "predicted" too, int64 (), how many this
+rank's micro batches of the whole step have.
+
+Where documents are kept apart there are document_start and, where attention looks both ways,
+document_stop, int32 (micro_batch, slice): the places in the whole sequence of the first token of
+each token's document, and of the one after its last (`TokenStream.document_bounds`).
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -27,6 +33,22 @@ Row = tuple[np.ndarray, np.ndarray]  # tokens and labels of a sample, int64
 EVALUATION_SEED = 0
 
 
+@dataclass(frozen=True)
+class DocumentRules:
+    """What the borders of documents mean.
+
+    isolated: documents are kept apart: batches say where each one is.
+    unpredicted_from: the token from which the next one is not predicted, that at the end of a
+        document; None: it is from every token.
+    """
+
+    isolated: bool = False
+    unpredicted_from: int | None = None
+
+
+NO_BORDERS = DocumentRules()
+
+
 def training_batches(
     samples: Samples,
     *,
@@ -37,6 +59,7 @@ def training_batches(
     data_parallel_size: int,
     sequence_range: tuple[int, int] | None = None,
     masking: Masking | None = None,
+    documents: DocumentRules = NO_BORDERS,
 ) -> Iterator[Batch]:
     """Yields micro batches without end, from sample `consumed_samples` on.
 
@@ -45,6 +68,7 @@ def training_batches(
     batch depend on consumed_samples and global_batch_size only, on no other size.
     sequence_range: (start, stop), the slice of the sequence to read; None: all of it.
     masking: how tokens are masked, by the seed of the samples; None: the next ones are predicted.
+    documents: what their borders mean.
     Raises (at once) UserError for sizes that do not divide, ValueError for ranges out of bounds.
     """
     start, stop = _checked_range(samples, sequence_range)
@@ -60,7 +84,7 @@ def training_batches(
 
     def read(i: int) -> Row:
         if masking is None:
-            return _next_tokens(samples.sample(i, start, stop + 1), stop - start)
+            return _next_tokens(samples.sample(i, start, stop + 1), stop - start, documents)
         begin = i * samples.sequence_length + start
         return masking.masked(samples.sample(i, start, stop), begin, samples.seed)
 
@@ -68,11 +92,16 @@ def training_batches(
         # All ranks together take `stride` samples at a time, global batches follow one another.
         first = consumed_samples + data_parallel_rank * micro_batch_size
         while True:
-            rows = [read(i) for i in range(first, first + micro_batch_size)]
-            yield _batch(rows, start, stop)
+            numbers = range(first, first + micro_batch_size)
+            batch = _batch([read(i) for i in numbers], start, stop)
+            if documents.isolated:
+                batch |= _document_bounds(samples, numbers, start, stop, masking is None)
+            yield batch
             first += stride
 
-    return batches() if masking is None else _counted(batches(), global_batch_size // stride)
+    if masking is None and documents.unpredicted_from is None:
+        return batches()
+    return _counted(batches(), global_batch_size // stride)
 
 
 def _counted(batches: Iterator[Batch], step: int) -> Iterator[Batch]:
@@ -94,6 +123,7 @@ def evaluation_batches(
     data_parallel_size: int,
     sequence_range: tuple[int, int] | None = None,
     masking: Masking | None = None,
+    documents: DocumentRules = NO_BORDERS,
 ) -> Iterator[Batch]:
     """Yields the micro batches of one pass over the stream's first epoch.
 
@@ -104,6 +134,7 @@ def evaluation_batches(
     masking: how tokens are masked, always at the same places. The last sample is filled up with the
     beginning of the epoch then, masked as it is there, so that nobody sees what is to be told; it
     is seen by the others, and not predicted again.
+    documents: what their borders mean; padding is of none of them.
     """
     start, stop = _checked_range(stream, sequence_range)
     _check_rank(data_parallel_rank, data_parallel_size)
@@ -120,7 +151,8 @@ def evaluation_batches(
         if i >= total:
             return np.zeros(0, int), np.zeros(0, int)
         if masking is None:
-            return _next_tokens(_without_wrapping(stream, i, start, stop + 1), stop - start)
+            tokens = _without_wrapping(stream, i, start, stop + 1)
+            return _next_tokens(tokens, stop - start, documents)
         begin = i * stream.sequence_length + start
         tokens, labels = _first_epoch_masked(stream, masking, begin, begin + stop - start)
         labels[max(stream.tokens_per_epoch - begin, 0) :] = IGNORE_INDEX
@@ -129,7 +161,11 @@ def evaluation_batches(
     def batches() -> Iterator[Batch]:
         for m in range(count):
             first = (m * data_parallel_size + data_parallel_rank) * micro_batch_size
-            yield _batch([read(i) for i in range(first, first + micro_batch_size)], start, stop)
+            samples = range(first, first + micro_batch_size)
+            batch = _batch([read(i) for i in samples], start, stop)
+            if documents.isolated:
+                batch |= _document_bounds(stream, samples, start, stop, masking is None)
+            yield batch
 
     return batches()
 
@@ -184,9 +220,24 @@ def _first_epoch_masked(stream: TokenStream, masking: Masking, begin: int, end: 
     return np.concatenate(tokens), np.concatenate(labels)
 
 
-def _next_tokens(tokens: np.ndarray, length: int) -> Row:
+def _next_tokens(tokens: np.ndarray, length: int, documents: DocumentRules) -> Row:
     """tokens: length + 1 of them, or fewer where the stream ended."""
-    return tokens[:length], tokens[1:]
+    labels = tokens[1:]
+    if documents.unpredicted_from is not None:
+        labels = np.where(tokens[:-1] == documents.unpredicted_from, IGNORE_INDEX, labels)
+    return tokens[:length], labels
+
+
+def _document_bounds(
+    samples: Samples, numbers: range, start: int, stop: int, causal: bool
+) -> Batch:
+    """Where the documents of places [start, stop) of these samples begin and, unless nobody looks
+    that far, end. The stream goes on behind an evaluation's last token, so that padding has bounds
+    too."""
+    bounds = zip(*(samples.document_bounds(i, start, stop) for i in numbers), strict=True)
+    starts, stops = (torch.from_numpy(np.stack(rows)) for rows in bounds)
+    found = {"document_start": starts}
+    return found if causal else found | {"document_stop": stops}
 
 
 def _batch(rows: list[Row], start: int, stop: int) -> Batch:

@@ -34,3 +34,10 @@ class Samples(Protocol):
     def source(self, i: int) -> int:
         """Which of `sources` sample i is from."""
         ...
+
+    def document_bounds(
+        self, i: int, start: int = 0, stop: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Where the documents of tokens [start, stop) of sample i begin and end, as places in the
+        sample in [0, N]; int32 (stop - start,) each. Reads no tokens."""
+        ...

@@ -4,7 +4,7 @@ Documents are concatenated in an order drawn anew for every epoch from (seed, ep
 that what comes at a position never depends on how long the run is planned to be. Sample i is the
 N + 1 tokens from position i * N (its last token is the first of the next sample): nothing is
 stored per sample, and any slice of a sample, say one sequence rank's, is found by a binary search
-in the cumulative lengths of the epoch's documents.
+in the cumulative lengths of the epoch's documents. So is where its documents begin and end.
 """
 
 import os
@@ -144,6 +144,43 @@ class TokenStream:
         if self.vocab_size is not None and len(tokens):
             self._check_ids(tokens, begin)
         return tokens
+
+    def document_bounds(
+        self, i: int, start: int = 0, stop: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Where the documents of tokens [start, stop) of sample i begin and end, in [0, N]; stop
+        None: N.
+
+        Returns for each token the place in the sample of its document's first token, and the place
+        after its document's last one, both int32 (stop - start,) and clipped to [0, N]: a document
+        that goes on from the sample before begins at place 0. Reads no tokens.
+        """
+        length = self.sequence_length
+        stop = length if stop is None else stop
+        if i < 0 or not 0 <= start <= stop <= length:
+            raise IndexError(f"documents of tokens [{start}, {stop}) of sample {i}")
+        position = i * length
+        bounds = self.bounds(position + start, position + stop)
+        return tuple((x - position).clip(0, length).astype(np.int32) for x in bounds)
+
+    def bounds(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of tokens [begin, end) of the endless stream, the positions of their documents' first
+        tokens and of those after their last ones, int64 (end - begin,) each."""
+        parts = [(np.zeros(0, np.int64),) * 2]
+        while begin < end:
+            epoch, position = divmod(begin, self.tokens_per_epoch)
+            stop = min(position + end - begin, self.tokens_per_epoch)
+            order, ends = self._epoch(epoch)
+            first, last = np.searchsorted(ends, (position, stop - 1), side="right")
+            ends = ends[first : last + 1]
+            starts = ends - self._lengths[order[first : last + 1]]
+            # Of documents without tokens there are none.
+            counts = ends.clip(max=stop) - starts.clip(min=position)
+            offset = epoch * self.tokens_per_epoch
+            parts.append(tuple(np.repeat(x + offset, counts) for x in (starts, ends)))
+            begin += stop - position
+        starts, ends = zip(*parts, strict=True)
+        return np.concatenate(starts), np.concatenate(ends)
 
     def _locate(self, position: int) -> tuple[int, int, int]:
         """The document at a position of the stream, the token inside it, and its length."""

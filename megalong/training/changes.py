@@ -47,11 +47,11 @@ def other_ways(checkpoint: Path, config: Config) -> list[str]:
     config: the run's, its memory path settled.
     """
     theirs, iteration = config_of(checkpoint), read_progress(checkpoint).iteration
-    names = ["objective", *PATTERN_FIELDS]
+    names = ["objective", *PATTERN_FIELDS, "document_attention"]
     goes_on = iteration > 0 and not config.run.finetune  # an imported model has seen no data
     if goes_on:
         optimizer = f"{config.training.optimizer}_"
-        names += ["mask_rate", "seed", "split", *_STEP]
+        names += ["mask_rate", "eod_mask_loss", "seed", "split", *_STEP]
         names += [name for name in vars(config.training) if name.startswith(optimizer)]
         names += ["train_iters", *SCHEDULE]
     found = differences(config, theirs, names)

@@ -1,7 +1,7 @@
 """One optimizer step: a DeepSpeed engine around the model, driven by Megatron-core's schedule.
 
 Gradient scale. The gradient wanted is that of (sum of token losses) / (predictions of the global
-batch): all its tokens, or those that are masked, which the ranks count together beforehand.
+batch): all its tokens, or fewer, which the ranks count together beforehand.
 DeepSpeed averages gradients over data-parallel ranks and sums them over the ranks of a sequence,
 except for ZeRO 3, whose reduce-scatter averages over both; Megatron-core's schedule divides a loss
 by the number of micro batches and multiplies it by the ranks of a sequence. The loss of a micro
@@ -93,7 +93,6 @@ class TrainingEngine:
         shards = 1 if config.parallel.zero_stage == 3 else mesh.sequence.size
         self.loss_scale = mesh.data_parallel_size / shards  # see above
         self.tokens_per_step = training.global_batch_size * config.model.seq_length
-        self.causal = training.causal
         self.model = model
         sum_divided_gradients(model, mesh.tensor_group)
         self.tied_embedding = TiedEmbedding(
@@ -173,11 +172,12 @@ class TrainingEngine:
 
     def _predictions(self, batches: Iterator[Batch]) -> tuple[int | torch.Tensor, Iterator[Batch]]:
         """How many predictions the global batch has, at least 1, and its micro batches."""
-        if self.causal:
-            return self.tokens_per_step, batches
         first = next(batches)
+        batches = chain((first,), batches)
+        if "predicted" not in first:  # every token is
+            return self.tokens_per_step, batches
         mine = first["predicted"].to(self.mesh.device, non_blocking=True, copy=True)
-        return self.mesh.sum_of_losses(mine).clamp(min=1), chain((first,), batches)
+        return self.mesh.sum_of_losses(mine).clamp(min=1), batches
 
     @property
     def updates(self) -> int:

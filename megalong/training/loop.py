@@ -133,6 +133,7 @@ class Trainer:
             data_parallel_size=self.mesh.data_parallel_size,
             sequence_range=self.mesh.sequence_range(self.config.model.seq_length),
             masking=self.data.masking,
+            documents=self.data.documents,
         )
 
     def _stop_before_the_building(self) -> None:
@@ -230,6 +231,7 @@ class Trainer:
             stream,
             data_parallel_rank=self.mesh.data_parallel_rank,
             sequence_range=self.mesh.sequence_range(self.config.model.seq_length),
+            documents=self.data.documents,
             **size,
         )
         with (

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from megalong.config import Config
-from megalong.data.batches import IGNORE_INDEX, evaluation_batches, num_evaluation_batches
+from megalong.data.batches import (
+    IGNORE_INDEX,
+    NO_BORDERS,
+    DocumentRules,
+    evaluation_batches,
+    num_evaluation_batches,
+)
 from megalong.data.formats import open_documents
 from megalong.data.masking import ADD_A_ROW, Masking
 from megalong.data.stream import TokenStream, split_documents
@@ -25,6 +31,7 @@ class RunData:
     oddities: what can be trained on, and yet is hardly what was meant; a line each.
     token_bytes: UTF-8 bytes that each token id stands for, int32 (vocab size,).
     masking: how tokens are masked; None: the next ones are predicted.
+    documents: what their borders mean.
     """
 
     tokenizer: Tokenizer
@@ -33,6 +40,7 @@ class RunData:
     held_out: dict[str, TokenStream]
     oddities: list[str]
     masking: Masking | None = None
+    documents: DocumentRules = NO_BORDERS
 
 
 def open_run_data(config: Config) -> RunData:
@@ -97,6 +105,10 @@ def open_run_data(config: Config) -> RunData:
         held_out=held_out,
         oddities=_oddities(train, config, tokenizer),
         masking=masking,
+        documents=DocumentRules(
+            isolated=data.isolates_documents,
+            unpredicted_from=tokenizer.eod if data.eod_mask_loss else None,
+        ),
     )
 
 

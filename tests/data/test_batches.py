@@ -3,16 +3,19 @@
 from collections import Counter
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 
 from megalong.data.batches import (
     IGNORE_INDEX,
+    DocumentRules,
     evaluation_batches,
     num_evaluation_batches,
     training_batches,
 )
 from megalong.data.indexed import IndexedDocuments
+from megalong.data.masking import Masking
 from megalong.data.stream import TokenStream
 
 N = 12
@@ -158,3 +161,72 @@ def test_a_split_shorter_than_a_sequence(write_documents):
     assert batch["tokens"][0].tolist() == [4, 5, 6] + [0] * (N - 3)
     with pytest.raises(ValueError, match=r"nothing to predict.*--split"):
         evaluation_batches(TokenStream(documents, range(1, 2), N), **options)
+
+
+def bounds_by_hand(stream, first, samples):
+    """By sample, of its places, from the tokens: 25 documents of 7 consecutive ones."""
+    tokens = stream.tokens(first * N, (first + samples) * N)
+    position = np.arange(first * N, (first + samples) * N)
+    starts = (position - tokens % 7).reshape(samples, N) - N * np.arange(first, first + samples)[
+        :, None
+    ]
+    return starts.clip(0), (starts + 7).clip(max=N)
+
+
+def test_isolated_batches_say_where_documents_are(stream):
+    rules = DocumentRules(isolated=True)
+    sizes = {"global_batch_size": 8, "micro_batch_size": 2}
+    rank = {"data_parallel_rank": 1, "data_parallel_size": 2}
+    for masking in (None, Masking(0.3, 500, np.ones(501, bool))):
+        batch = next(
+            training_batches(
+                stream, consumed_samples=12, sequence_range=(3, 9), masking=masking,
+                documents=rules, **sizes, **rank,
+            )
+        )  # fmt: skip
+        starts, stops = bounds_by_hand(stream, 14, 2)  # over the end of the first epoch, at 14.6
+        assert batch["document_start"].dtype == torch.int32
+        assert np.array_equal(batch["document_start"], starts[:, 3:9])
+        assert ("document_stop" in batch) == (masking is not None)
+        if masking is not None:
+            assert np.array_equal(batch["document_stop"], stops[:, 3:9])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_in_evaluation_padding_is_of_no_document(stream, masked):
+    """175 tokens are 14 samples of 12, and 7 tokens of the last one."""
+    stream.shuffle = False
+    batches = list(
+        evaluation_batches(
+            stream, micro_batch_size=4, data_parallel_rank=0, data_parallel_size=1,
+            masking=Masking(0.3, 500, np.ones(501, bool)) if masked else None,
+            documents=DocumentRules(isolated=True),
+        )
+    )  # fmt: skip
+    starts = torch.cat([batch["document_start"] for batch in batches])
+    assert starts.shape == (16, N)
+    assert np.array_equal(starts[:14], bounds_by_hand(stream, 0, 14)[0])
+    assert starts[14].tolist() == [0] * 7 + [7] * 5
+    assert (starts[15].diff() >= 0).all()
+
+
+def test_nothing_is_predicted_from_the_end_of_a_document(stream):
+    """As Megatron's --eod-mask-loss: where it is the input. How many predictions there are, the
+    whole step is told."""
+    eod = int(stream.sample(1)[5])
+    rules = DocumentRules(unpredicted_from=eod)
+    batches = training_batches(
+        stream, consumed_samples=0, global_batch_size=4, micro_batch_size=2, data_parallel_rank=0,
+        data_parallel_size=1, documents=rules,
+    )  # fmt: skip
+    first, second = next(batches), next(batches)
+    silent = first["labels"] == IGNORE_INDEX
+    assert torch.equal(silent, first["tokens"] == eod) and silent.sum() == 1
+    assert first["predicted"] == second["predicted"] == 4 * N - 1
+    assert not (second["labels"] == IGNORE_INDEX).any()
+    held_out = next(
+        evaluation_batches(
+            stream, micro_batch_size=4, data_parallel_rank=0, data_parallel_size=1, documents=rules
+        )
+    )
+    assert torch.equal(held_out["labels"] == IGNORE_INDEX, held_out["tokens"] == eod)

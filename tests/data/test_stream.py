@@ -1,5 +1,6 @@
 """The order of the token stream, what a sample is, and that neither depends on anything else."""
 
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -176,3 +177,45 @@ def test_bad_arguments(documents):
     for arguments in [(-1,), (0, 0, 10), (0, 5, 4), (0, -1, 4)]:
         with pytest.raises(IndexError):
             stream.sample(*arguments)
+
+
+@pytest.mark.parametrize("length", [7, 16, 1000])
+def test_bounds_are_those_of_the_documents(documents, length):
+    """Samples shorter than documents, and longer than two epochs; empty documents are nowhere."""
+    stream = TokenStream(documents, range(40), length, seed=3)
+    starts, ends = [], []
+    for epoch in range(4):
+        for document in stream._order(epoch):
+            size, begin = int(documents.lengths[document]), len(starts)
+            starts += [begin] * size
+            ends += [begin + size] * size
+    whole = np.array([starts, ends])
+    for i in range(whole.shape[1] // length):
+        position = i * length
+        expected = (whole[:, position : position + length] - position).clip(0, length)
+        found = stream.document_bounds(i)
+        assert [x.dtype for x in found] == [np.int32] * 2
+        assert np.array_equal(found, expected)
+        start, stop = length // 3, length // 3 + max(length // 2, 1)
+        part = stream.document_bounds(i, start, stop)
+        assert np.array_equal(part, expected[:, start:stop])
+        assert stream.document_bounds(i, 3, 3)[0].shape == (0,)
+    for start, stop in [(0, length + 1), (3, 2), (-1, 2)]:
+        with pytest.raises(IndexError):
+            stream.document_bounds(0, start, stop)
+
+
+def test_bounds_of_a_million_documents_read_no_token():
+    class Tiny:
+        """Documents of one token, and every tenth of none; which nobody may read."""
+
+        prefix, max_token_id = "tiny", None
+        lengths = np.resize(np.array([1] * 9 + [0]), 1_200_000)
+        num_documents = len(lengths)
+
+    stream = TokenStream(Tiny(), range(Tiny.num_documents), 1_000_000, seed=1)
+    first, stop = stream.document_bounds(0)
+    assert np.array_equal(first, np.arange(1_000_000)) and np.array_equal(stop, first + 1)
+    begin = time.perf_counter()
+    stream.document_bounds(0)
+    assert time.perf_counter() - begin < 1
