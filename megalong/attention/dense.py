@@ -16,7 +16,9 @@ A rank sends, of a shard of l positions, in rows of one head (head_dim numbers):
                 (heads + 2 kv_heads) l / 2; (ranks - 1) 2 kv_heads l around the ring, and their
                 gradients, in float32, ranks 2 kv_heads l
 
-and nothing for the swap without a causal mask, or where it is its own mirror.
+and nothing for the swap without a causal mask, or where it is its own mirror. Where documents are
+kept apart, the l / 2 integers are swapped too that say where those of the queries begin: once for a
+batch, not in each layer.
 
 Shape suffixes: b batch, s sequence (the shard's, where it is sharded), h query heads, g kv heads,
 d head_dim, n positions, of which a tensor that travels has them in front.
@@ -35,10 +37,11 @@ from megalong.attention import operators
 from megalong.attention.arguments import checked
 from megalong.attention.band import ALL, Band
 from megalong.attention.dense_pattern import DensePattern
-from megalong.attention.documents import Documents, refuse_documents
+from megalong.attention.documents import Documents, RowRanges, checked_documents
 from megalong.attention.exchange import AllToAll, SequenceGroup
 from megalong.attention.pattern import DilatedPattern
 from megalong.attention.shard_rows import merge
+from megalong.attention.tensor_cache import kept_with_tensor
 
 
 def dense_attention(
@@ -75,7 +78,8 @@ class DensePasses:
     """Dense attention of some heads, or of all, of a layer (`passes.Passes`). What goes round is
     not kept: another forward pass exchanges it again.
 
-    backend: "auto" is PyTorch's own operators, the fastest for dense attention.
+    backend: "auto" is PyTorch's own operators, the fastest for dense attention; where documents are
+        kept apart, it is what dilated attention takes.
     """
 
     pattern: DensePattern
@@ -92,9 +96,10 @@ class DensePasses:
     @torch.no_grad()
     def forward(self, q_bshd, k_bsgd, v_bsgd, kept: tuple[torch.Tensor, ...] | None = None):
         options = self._options(q_bshd, k_bsgd, v_bsgd)
+        documents = checked_documents(self.documents, q_bshd, self.causal)
         if not self._sharded:
             whole = DilatedPattern((max(q_bshd.shape[1], 1),), (1,))
-            options["causal"] = self.causal
+            options |= {"causal": self.causal, "documents": documents}
             return *operators.forward(q_bshd, k_bsgd, v_bsgd, whole, **options), ()
         ring = Ring(self.sequence, q_bshd.shape[1], self.causal)
         q_bshd, k_bsgd, v_bsgd = ring.swap(q_bshd, k_bsgd, v_bsgd)
@@ -104,8 +109,9 @@ class DensePasses:
         for owner, keys in ring.shards_of_keys(k_bsgd, v_bsgd):
             part = ring.part(owner)
             new_out, new_lse = operators.attend_rows(
-                q_bshd[:, part.queries], *(x[:, part.keys] for x in keys), part.band, **options
-            )
+                q_bshd[:, part.queries], *(x[:, part.keys] for x in keys), part.band,
+                ranges=ring.ranges(documents, owner), **options,
+            )  # fmt: skip
             out, lse = out_bshd[:, part.queries], lse_bsh[:, part.queries]
             merged_out, merged_lse = merge(out, lse, new_out, new_lse.mT)
             out.copy_(merged_out)
@@ -116,10 +122,12 @@ class DensePasses:
     @torch.no_grad()
     def backward(self, grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, kept):
         options, dtype = self._options(q_bshd, k_bsgd, v_bsgd), q_bshd.dtype
+        documents = checked_documents(self.documents, q_bshd, self.causal)
         if not self._sharded:
             whole = DilatedPattern((max(q_bshd.shape[1], 1),), (1,))
             tensors = (grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs)
-            return operators.backward(*tensors, whole, causal=self.causal, **options)
+            options |= {"causal": self.causal, "documents": documents}
+            return operators.backward(*tensors, whole, **options)
         ring = Ring(self.sequence, q_bshd.shape[1], self.causal)
         lse_bshd = lse_bhs.mT[..., None]
         tensors = ring.swap(grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bshd)
@@ -131,7 +139,8 @@ class DensePasses:
             at = part.queries
             dq, *dkv = operators.attend_rows_backward(
                 grad_bshd[:, at], q_bshd[:, at], *(x[:, part.keys] for x in keys),
-                out_bshd[:, at], lse_bshd[:, at, :, 0].mT, part.band, **options,
+                out_bshd[:, at], lse_bshd[:, at, :, 0].mT, part.band,
+                ranges=ring.ranges(documents, owner), **options,
             )  # fmt: skip
             dq_bshd[:, at] += dq
             gradients.add(part.keys, *dkv)
@@ -143,8 +152,9 @@ class DensePasses:
         return self.sequence is not None and self.sequence.size > 1
 
     def _options(self, q_bshd, k_bsgd, v_bsgd) -> dict:
-        refuse_documents(self.documents)
-        backend = "sdpa" if self.backend == "auto" else self.backend
+        backend = self.backend
+        if backend == "auto" and self.documents is None:
+            backend = "sdpa"
         return {"scale": checked(q_bshd, k_bsgd, v_bsgd, self.scale), "backend": backend}
 
 
@@ -237,6 +247,19 @@ class Ring:
             return Part(everything, slice(0, self._low(owner)), ALL)
         return Part(slice(self._low(self.sequence.rank), self.length), everything, ALL)
 
+    def ranges(self, documents: Documents | None, owner: int) -> RowRanges | None:
+        """What documents leave the queries of a `part` of its keys."""
+        return documents and documents.ranges(_rows_before, self, owner)
+
+    def places(self, rank: int) -> list[tuple[int, int]]:
+        """The first place in the whole sequence, and the number of places, of each of the half
+        shards that a rank has after the swap."""
+        mirror, half = self.sequence.size - 1 - rank, self.length // 2
+        if not self.causal or rank == mirror:
+            return [(rank * self.length, self.length)]
+        halves = [(rank * self.length, half), (mirror * self.length + half, self.length - half)]
+        return halves if self._is_lower(rank) else halves[::-1]
+
     def pass_on(self, x: torch.Tensor):
         """Begin to give a tensor to the next rank, and to get one like it from the one before."""
         rank, ranks = self.sequence.rank, self.sequence.size
@@ -249,6 +272,23 @@ class Ring:
             tuple(rows * (rank == to) for rank in ranks),
             tuple(rows * (rank == of) for rank in ranks),
         )
+
+
+@kept_with_tensor
+def _rows_before(bound_bs: torch.Tensor, ring: Ring, owner: int) -> torch.Tensor:
+    """`Documents.ranges` asks for it: how many of the keys of a part lie before the bounds of its
+    queries."""
+    part = ring.part(owner)
+    bound_bm, count = _swapped(bound_bs, ring)[:, part.queries], len(range(ring.length)[part.keys])
+    rows_bm = sum((bound_bm - first).clamp(0, places) for first, places in ring.places(owner))
+    return rows_bm.clamp(max=count)[:, None]
+
+
+@kept_with_tensor
+def _swapped(bound_bs: torch.Tensor, ring: Ring) -> torch.Tensor:
+    """Bounds in the order of the queries after the swap: they are swapped too, once for a batch."""
+    [bound_bs1] = ring.swap(bound_bs[..., None])
+    return bound_bs1[..., 0].clone()
 
 
 class RingGradients:

@@ -12,7 +12,7 @@ import torch
 
 from megalong.attention import operators, sequence_parallel
 from megalong.attention.dilated import checked_scale
-from megalong.attention.documents import Documents, check_documents, refuse_documents
+from megalong.attention.documents import Documents, checked_documents
 from megalong.attention.exchange import SequenceGroup
 from megalong.attention.pattern import DilatedPattern
 from megalong.attention.sequence_plan import subgroup_sizes
@@ -52,7 +52,6 @@ class DilatedPasses:
         kept: what an earlier call with the same tensors returned; nothing is exchanged then."""
         options = self._options(q_bshd, k_bsgd, v_bsgd)
         if self._sharded:
-            refuse_documents(options.pop("documents"))
             return sequence_parallel.forward(
                 q_bshd, k_bsgd, v_bsgd, self.pattern, self.sequence, kept=kept, **options
             )
@@ -73,7 +72,6 @@ class DilatedPasses:
         options = self._options(q_bshd, k_bsgd, v_bsgd)
         tensors = (grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs)
         if self._sharded:
-            refuse_documents(options.pop("documents"))
             return sequence_parallel.backward(
                 *tensors, kept, self.pattern, self.sequence, **options
             )
@@ -85,6 +83,6 @@ class DilatedPasses:
 
     def _options(self, q_bshd, k_bsgd, v_bsgd) -> dict:
         scale = checked_scale(q_bshd, k_bsgd, v_bsgd, self.pattern, self.scale)
-        check_documents(self.documents, q_bshd, self.causal)
+        documents = checked_documents(self.documents, q_bshd, self.causal)
         options = {"causal": self.causal, "scale": scale, "backend": self.backend}
-        return {**options, "documents": self.documents}
+        return {**options, "documents": documents}

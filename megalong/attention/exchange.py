@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SequenceGroup:
     """The ranks that share one sequence, in the order of its shards.
 

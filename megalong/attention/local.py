@@ -18,7 +18,7 @@ import torch
 from megalong.attention import operators
 from megalong.attention.arguments import checked
 from megalong.attention.band import Band
-from megalong.attention.documents import Documents, refuse_documents
+from megalong.attention.documents import Documents, RowRanges, checked_documents, places_before
 from megalong.attention.exchange import AllToAll, SequenceGroup
 from megalong.attention.local_pattern import LocalPattern
 from megalong.attention.shard_rows import merge
@@ -41,21 +41,26 @@ class LocalPasses:
 
     def forward(self, q_bshd, k_bsgd, v_bsgd, kept: tuple[torch.Tensor, ...] | None = None):
         options, band = self._options(q_bshd, k_bsgd, v_bsgd), self.pattern.band(self.causal)
+        documents, own = self._documents(q_bshd)
         with torch.no_grad():
             if not self._sharded:
-                return *operators.attend_rows(q_bshd, k_bsgd, v_bsgd, band, **options), ()
+                results = operators.attend_rows(q_bshd, k_bsgd, v_bsgd, band, ranges=own, **options)
+                return *results, ()
             near = self._neighbours(q_bshd)
             if kept is None:
                 rows, work = near.exchange.start(self.sequence, near.leaving(k_bsgd, v_bsgd))
             else:
                 (rows,), work = kept, None
-            out_bshd, lse_bhs = operators.attend_rows(q_bshd, k_bsgd, v_bsgd, band, **options)
+            out_bshd, lse_bhs = operators.attend_rows(
+                q_bshd, k_bsgd, v_bsgd, band, ranges=own, **options
+            )
             if work is not None:
                 work.wait()
             for side in near.sides:
                 new_out, new_lse = operators.attend_rows(
-                    q_bshd[:, side.queries], *side.keys(rows), side.band, **options
-                )
+                    q_bshd[:, side.queries], *side.keys(rows), side.band,
+                    ranges=side.ranges(documents), **options,
+                )  # fmt: skip
                 out, lse = out_bshd[:, side.queries], lse_bhs[:, :, side.queries]
                 merged_out, merged_lse = merge(
                     out.to(lse.dtype), lse.mT, new_out.to(lse.dtype), new_lse.mT
@@ -67,9 +72,10 @@ class LocalPasses:
     def backward(self, grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, kept):
         options, band = self._options(q_bshd, k_bsgd, v_bsgd), self.pattern.band(self.causal)
         tensors = (grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs)
+        documents, own = self._documents(q_bshd)
         with torch.no_grad():
             if not self._sharded:
-                sums = operators.attend_rows_backward(*tensors, band, **options)
+                sums = operators.attend_rows_backward(*tensors, band, ranges=own, **options)
                 return tuple(x.to(q_bshd.dtype) for x in sums)
             near, (rows,) = self._neighbours(q_bshd), kept
             of_rows, of_queries = torch.zeros_like(rows, dtype=lse_bhs.dtype), []
@@ -77,12 +83,14 @@ class LocalPasses:
                 at = side.queries
                 dq, *dkv = operators.attend_rows_backward(
                     grad_bshd[:, at], q_bshd[:, at], *side.keys(rows), out_bshd[:, at],
-                    lse_bhs[:, :, at], side.band, **options,
+                    lse_bhs[:, :, at], side.band, ranges=side.ranges(documents), **options,
                 )  # fmt: skip
                 of_queries.append(dq)
                 of_rows[side.rows] = torch.stack(dkv).permute(2, 0, 1, 3, 4)
             returned, work = near.exchange.start_back(self.sequence, of_rows)
-            dq_bshd, *of_keys = operators.attend_rows_backward(*tensors, band, **options)
+            dq_bshd, *of_keys = operators.attend_rows_backward(
+                *tensors, band, ranges=own, **options
+            )
             for side, dq in zip(near.sides, of_queries, strict=True):
                 dq_bshd[:, side.queries] += dq
             work.wait()
@@ -94,8 +102,13 @@ class LocalPasses:
         return self.sequence is not None and self.sequence.size > 1
 
     def _options(self, q_bshd, k_bsgd, v_bsgd) -> dict:
-        refuse_documents(self.documents)
         return {"scale": checked(q_bshd, k_bsgd, v_bsgd, self.scale), "backend": self.backend}
+
+    def _documents(self, q_bshd) -> tuple[Documents | None, RowRanges | None]:
+        """Those of the shard, and the ranges that they leave its queries of its own keys."""
+        documents, length = checked_documents(self.documents, q_bshd, self.causal), q_bshd.shape[1]
+        first = self.sequence.rank * length if self._sharded else 0
+        return documents, documents and documents.ranges(places_before, 0, length, first, length)
 
     def _neighbours(self, q_bshd) -> Neighbours:
         ranks, length = self.sequence.size, q_bshd.shape[1]
@@ -107,11 +120,18 @@ class Side(NamedTuple):
 
     queries: slice
     rows: slice  # which of the positions that have come
+    first: int  # where in the whole sequence these begin
     band: Band
 
     def keys(self, rows_n2bgd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         k_nbgd, v_nbgd = rows_n2bgd[self.rows].unbind(1)
         return k_nbgd.transpose(0, 1), v_nbgd.transpose(0, 1)
+
+    def ranges(self, documents: Documents | None) -> RowRanges | None:
+        """What the queries see of them where documents are kept apart."""
+        queries, count = self.queries, self.rows.stop - self.rows.start
+        where = queries.start, queries.stop, self.first, count
+        return documents and documents.ranges(places_before, *where)
 
 
 class Neighbours(NamedTuple):
@@ -154,11 +174,13 @@ def neighbours(
     earlier, later = sum(received[:rank]), sum(received[rank:])
     sides = []
     if earlier:
-        queries = slice(0, min(before, length))
-        sides.append(Side(queries, slice(0, earlier), Band(before=before, first=earlier)))
+        queries, rows = slice(0, min(before, length)), slice(0, earlier)
+        band = Band(before=before, first=earlier)
+        sides.append(Side(queries, rows, rank * length - earlier, band))
     if later:
         first = max(length - after, 0)
         band = Band(after=first + pattern.window - length)
-        sides.append(Side(slice(first, length), slice(earlier, earlier + later), band))
+        queries, rows = slice(first, length), slice(earlier, earlier + later)
+        sides.append(Side(queries, rows, (rank + 1) * length, band))
     exchange = AllToAll(tuple(at.stop - at.start for at in sent), tuple(received))
     return Neighbours(sent, exchange, tuple(sides))

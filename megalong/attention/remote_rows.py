@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
+from megalong.attention.documents import Documents, RowRanges
 from megalong.attention.exchange import AllGather, AllToAll, SequenceGroup
-from megalong.attention.sequence_plan import Exchange, Plan, RowList
+from megalong.attention.sequence_plan import Block, Exchange, Plan, RowList
 from megalong.attention.shards import Shards, SparseRows
-from megalong.attention.tensor_cache import tensor_cache
+from megalong.attention.tensor_cache import kept_with_tensor, tensor_cache
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class LeavingRows:
         return rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RemoteAttention:
     """Attention of the shard's sparse queries to rows that came from other ranks.
 
@@ -47,6 +49,7 @@ class RemoteAttention:
     query_rows: torch.Tensor  # (m, heads), positions in the shard
     heads: torch.Tensor  # (heads,), those that share rows side by side
     key_rows: torch.Tensor  # (n, t), places in the list that arrived
+    key_ranges: tuple[tuple[range, ...], ...]  # their positions in the whole sequence, in order
 
     def queries(self, x_bsh: torch.Tensor) -> torch.Tensor:
         """(batch, m, heads, ...) of a tensor (batch, shard, heads, ...)."""
@@ -56,10 +59,30 @@ class RemoteAttention:
         """Keys and values (batch, n, t, head_dim) of the list of rows."""
         return rows[self.key_rows].permute(2, 3, 0, 1, 4).unbind()
 
+    def ranges(self, documents: Documents | None) -> RowRanges | None:
+        """Which of the keys the queries see where documents are kept apart."""
+        return documents and documents.ranges(_rows_before, self)
+
+    @cached_property
+    def key_positions(self) -> torch.Tensor:
+        """(heads, n), positions in the whole sequence; needed for documents only."""
+        positions_tn = torch.stack([_indices(ranges) for ranges in self.key_ranges])
+        group = len(self.heads) // len(positions_tn)
+        return positions_tn.repeat_interleave(group, 0).to(self.heads.device)
+
     def put_keys(self, rows: torch.Tensor, dk_bntd, dv_bntd) -> None:
         """Write the gradients of keys and values into the list; nothing else attends to them."""
         for place, gradient_bntd in enumerate((dk_bntd, dv_bntd)):
             rows[self.key_rows, place] = gradient_bntd.permute(1, 2, 0, 3).to(rows.dtype)
+
+
+@kept_with_tensor
+def _rows_before(bound_bs: torch.Tensor, attention: RemoteAttention) -> torch.Tensor:
+    """`Documents.ranges` asks for it: how many of the keys lie before the bound of each query,
+    (batch, heads, m)."""
+    bound_hbm = bound_bs[:, attention.query_rows].permute(2, 0, 1).contiguous()
+    rows_hn = torch.searchsorted(attention.key_positions, bound_hbm.flatten(1), out_int32=True)
+    return rows_hn.view_as(bound_hbm).transpose(0, 1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -106,25 +129,27 @@ def _leaving(rows: RowList, shards: Shards, device: torch.device) -> LeavingRows
 
 def _attention(exchange: Exchange, shards: Shards, device: torch.device):
     """Yield the attention to the rows that arrive, by segment."""
-    places: dict[SparseRows, list[range]] = {rows: [] for rows in exchange.rows}
+    arriving: dict[SparseRows, list[Block]] = {rows: [] for rows in exchange.rows}
     for block in exchange.arriving.blocks:
-        places[block.rows].append(block.places)
+        arriving[block.rows].append(block)
     alike: dict[tuple, list] = {}
-    for rows, arrived in places.items():
-        if arrived:
+    for rows, blocks in arriving.items():
+        if blocks:
             queries = shards.held(rows.positions, shards.rank)
-            key = rows.segment, len(queries), sum(map(len, arrived)), len(rows.heads)
-            alike.setdefault(key, []).append((rows, queries, arrived))
+            keys = sum(len(block.places) for block in blocks)
+            key = rows.segment, len(queries), keys, len(rows.heads)
+            alike.setdefault(key, []).append((rows, queries, blocks))
     for members in alike.values():
         heads = [head for rows, _, _ in members for head in rows.heads]
         queries = [_indices([q], shards.start) for rows, q, _ in members for _ in rows.heads]
-        keys = [_indices(arrived) for _, _, arrived in members]
+        keys = [_indices(block.places for block in blocks) for _, _, blocks in members]
+        positions = (tuple(block.positions for block in blocks) for _, _, blocks in members)
         tensors = (
             torch.stack(queries, 1),
             torch.tensor(heads, dtype=torch.int32),
             torch.stack(keys, 1),
         )
-        yield RemoteAttention(*(x.to(device) for x in tensors))
+        yield RemoteAttention(*(x.to(device) for x in tensors), tuple(positions))
 
 
 def _indices(ranges: Iterable[range], origin: int = 0) -> torch.Tensor:

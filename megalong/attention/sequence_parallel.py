@@ -4,7 +4,9 @@ Every rank holds a contiguous shard. What it attends to within the shard is dila
 usual sense (`shards.local_attention`) and runs on the usual backend. For the segments that reach
 over its borders it gets the sparse keys and values of the other ranks (`sequence_plan`) while the
 local attention is computing; its own sparse queries attend to them, to those of earlier ranks in
-full and, where attention is causal, to those of later ranks not at all. All is merged by
+full and, where attention is causal, to those of later ranks not at all. Where documents are kept
+apart, only that of the first one of the shard, or the last, sees anything there; what is exchanged
+is the same. All is merged by
 log-sum-exp. Backward: with the merged output and log-sum-exp each attention gives its share of the
 gradients, and those of remote rows go back to their ranks while the local backward is computing.
 Paper: LongNet (arXiv 2307.02486), section 3.1.
@@ -22,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from megalong.attention import operators
 from megalong.attention.dilated import checked_scale
+from megalong.attention.documents import Documents, checked_documents, documents_of
 from megalong.attention.exchange import SequenceGroup
 from megalong.attention.pattern import DilatedPattern
 from megalong.attention.sequence_plan import Plan, make_plan
@@ -39,6 +42,8 @@ def sequence_parallel_attention(
     causal: bool = True,
     scale: float | None = None,
     backend: str = "auto",
+    document_start: torch.Tensor | None = None,
+    document_stop: torch.Tensor | None = None,
     return_lse: bool = False,
 ):
     """`dilated_attention` of this rank's queries within the whole sequence.
@@ -49,12 +54,14 @@ def sequence_parallel_attention(
 
     q: (batch, shard, heads, head_dim); k, v: (batch, shard, kv_heads, head_dim).
     sequence: the ranks; its subgroups must hold the sizes `sequence_plan.subgroup_sizes`.
+    document_start, document_stop: of the shard's positions, with places in the whole sequence.
     The other arguments, the results and the errors are those of dilated_attention; gradients are
     exact. lse is that of the shard's queries, (batch, heads, shard).
     """
     scale = checked_scale(q, k, v, pattern, scale)
+    documents = checked_documents(documents_of(document_start, document_stop), q, causal)
     out_bshd, lse_bhs = _SequenceParallelAttention.apply(
-        q, k, v, pattern, sequence, bool(causal), scale, backend
+        q, k, v, pattern, sequence, documents, bool(causal), scale, backend
     )
     return (out_bshd, lse_bhs) if return_lse else out_bshd
 
@@ -63,8 +70,8 @@ class _SequenceParallelAttention(torch.autograd.Function):
     """Keeps q, k, v, output, log-sum-exp and the remote rows; the backends recompute the rest."""
 
     @staticmethod
-    def forward(ctx, q_bshd, k_bsgd, v_bsgd, pattern, sequence, causal, scale, backend):
-        ctx.where = pattern, sequence
+    def forward(ctx, q_bshd, k_bsgd, v_bsgd, pattern, sequence, documents, causal, scale, backend):
+        ctx.where = pattern, sequence, documents
         ctx.options = {"causal": causal, "scale": scale, "backend": backend}
         out_bshd, lse_bhs, kept = forward(q_bshd, k_bsgd, v_bsgd, *ctx.where, **ctx.options)
         ctx.save_for_backward(q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, *kept)
@@ -78,12 +85,13 @@ class _SequenceParallelAttention(torch.autograd.Function):
         gradients = backward(
             grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, kept, *ctx.where, **ctx.options
         )
-        return (*gradients, *[None] * 5)
+        return (*gradients, *[None] * 6)
 
 
 def forward(
     q_bshd, k_bsgd, v_bsgd, pattern: DilatedPattern, sequence: SequenceGroup,
-    *, causal: bool, scale: float, backend: str, kept: tuple[torch.Tensor, ...] | None = None,
+    documents: Documents | None = None, *, causal: bool, scale: float, backend: str,
+    kept: tuple[torch.Tensor, ...] | None = None,
 ):  # fmt: skip
     """Output like q, log-sum-exp (batch, heads, shard), and the rows that came from other ranks:
     for `backward`, which then needs none. kept: those rows, where they have come before."""
@@ -92,7 +100,8 @@ def forward(
 
     def attend(piece: LocalAttention):
         here = [x[:, piece.positions] for x in (q_bshd, k_bsgd, v_bsgd)]
-        out, lse = operators.forward(*here, piece.pattern, causal=causal, **rows_options)
+        options = {**rows_options, "documents": _within(documents, plan, piece)}
+        out, lse = operators.forward(*here, piece.pattern, causal=causal, **options)
         return out, lse.mT
 
     with torch.autocast(q_bshd.device.type, enabled=False):
@@ -111,8 +120,9 @@ def forward(
                 work.wait()
             for attention in exchange.attention:
                 new_out_bmhd, new_lse_bhm = operators.attend_rows(
-                    attention.queries(q_bshd), *attention.keys(rows), **rows_options
-                )
+                    attention.queries(q_bshd), *attention.keys(rows),
+                    ranges=attention.ranges(documents), **rows_options,
+                )  # fmt: skip
                 next(parts).merge(*sums, new_out_bmhd, new_lse_bhm.mT)
         for x, x_sums in zip((out_bshd, lse_bsh), sums, strict=True):
             shard.queries.put(x, x_sums)
@@ -121,7 +131,8 @@ def forward(
 
 def backward(
     grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, kept, pattern: DilatedPattern,
-    sequence: SequenceGroup, *, causal: bool, scale: float, backend: str,
+    sequence: SequenceGroup, documents: Documents | None = None, *, causal: bool, scale: float,
+    backend: str,
 ):  # fmt: skip
     """Gradients (dq, dk, dv) of `forward`, in its inputs' dtype."""
     plan, shard = _plan(q_bshd, k_bsgd, pattern, sequence, causal)
@@ -130,7 +141,8 @@ def backward(
     def gradients_of(piece: LocalAttention):
         here = [x[:, piece.positions] for x in (grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd)]
         lse = lse_bhs[:, :, piece.positions]
-        return operators.backward(*here, lse, piece.pattern, causal=causal, **rows_options)
+        options = {**rows_options, "documents": _within(documents, plan, piece)}
+        return operators.backward(*here, lse, piece.pattern, causal=causal, **options)
 
     with torch.autocast(grad_bshd.device.type, enabled=False):
         returning, query_gradients = [], []
@@ -140,7 +152,8 @@ def backward(
                 dq_bmhd, dk_bntd, dv_bntd = operators.attend_rows_backward(
                     attention.queries(grad_bshd), attention.queries(q_bshd),
                     *attention.keys(rows), attention.queries(out_bshd),
-                    attention.queries(lse_bhs.mT).mT, **rows_options,
+                    attention.queries(lse_bhs.mT).mT, ranges=attention.ranges(documents),
+                    **rows_options,
                 )  # fmt: skip
                 attention.put_keys(gradients, dk_bntd, dv_bntd)
                 query_gradients.append(dq_bmhd)
@@ -170,6 +183,11 @@ def backward(
         for rows, x, x_sums in zip(owners, gradients, sums, strict=True):
             rows.put(x, x_sums)
     return tuple(gradients)
+
+
+def _within(documents: Documents | None, plan: Plan, piece: LocalAttention) -> Documents | None:
+    """The documents of a piece of the shard, with places in it."""
+    return documents and documents.within(piece.positions, plan.shards.start + piece.start)
 
 
 def _plan(q_bshd, k_bsgd, pattern, sequence, causal) -> tuple[Plan, ShardRows]:

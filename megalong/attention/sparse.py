@@ -22,11 +22,11 @@ from megalong.attention import operators
 from megalong.attention.arguments import checked
 from megalong.attention.band import Band
 from megalong.attention.dilated_passes import DilatedPasses
-from megalong.attention.documents import Documents, refuse_documents
+from megalong.attention.documents import Documents, RowRanges, checked_documents
 from megalong.attention.exchange import AllToAll, SequenceGroup
 from megalong.attention.shard_rows import merge
 from megalong.attention.sparse_pattern import SparsePattern
-from megalong.attention.tensor_cache import tensor_cache
+from megalong.attention.tensor_cache import kept_with_tensor, tensor_cache
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class SparsePasses:
             if work is not None:
                 work.wait()
             keys = columns.keys(others_p2bd, own_p2bd)
+            options["ranges"] = self._ranges(q_bshd, k_bsgd, columns)
             for band in columns.bands:
                 new_out, new_lse = operators.attend_rows(q_bshd, *keys, band, **options)
                 merged_bshd, merged_bsh = merge(
@@ -71,6 +72,7 @@ class SparsePasses:
         others_p2bd, *of_block = kept
         with torch.no_grad():
             keys = columns.keys(others_p2bd, columns.take(k_bsgd, v_bsgd))
+            options["ranges"] = self._ranges(q_bshd, k_bsgd, columns)
             sums = [torch.zeros_like(x, dtype=lse_bhs.dtype) for x in (q_bshd, *keys)]
             for band in columns.bands:
                 shares = operators.attend_rows_backward(
@@ -91,12 +93,17 @@ class SparsePasses:
 
     @property
     def _own_block(self) -> DilatedPasses:
-        options = {"scale": self.scale, "backend": self.backend, "causal": self.causal}
-        return DilatedPasses(self.pattern.own_block, self.sequence, **options)
+        options = (self.scale, self.backend, self.causal, self.documents)
+        return DilatedPasses(self.pattern.own_block, self.sequence, *options)
 
     def _options(self, q_bshd, k_bsgd, v_bsgd) -> dict:
-        refuse_documents(self.documents)
         return {"scale": checked(q_bshd, k_bsgd, v_bsgd, self.scale), "backend": self.backend}
+
+    def _ranges(self, q_bshd, k_bsgd, columns: Columns) -> RowRanges | None:
+        """What documents leave the queries of the columns."""
+        documents = checked_documents(self.documents, q_bshd, self.causal)
+        heads, kv_heads, seen = q_bshd.shape[2], k_bsgd.shape[2], len(columns.places)
+        return documents and documents.ranges(columns_before, self.pattern, heads, kv_heads, seen)
 
     def _columns(self, q_bshd, k_bsgd) -> Columns:
         rank, ranks = (self.sequence.rank, self.sequence.size) if self.sequence else (0, 1)
@@ -199,3 +206,16 @@ def columns_of(
         torch.from_numpy(places).to(device),
         pattern.bands(rank * length, causal) if len(places) else (),
     )
+
+
+@kept_with_tensor
+def columns_before(
+    bound_bs: torch.Tensor, pattern: SparsePattern, heads: int, kv_heads: int, seen: int
+) -> torch.Tensor:
+    """`rows_before` of all queries, where the key rows are the first so many columns of all
+    blocks."""
+    starts = torch.tensor(pattern.first_columns(kv_heads), dtype=torch.int32)
+    starts_h1 = starts.repeat_interleave(heads // kv_heads)[:, None].to(bound_bs.device)
+    block_b1s, inside_b1s = bound_bs[:, None] // pattern.block, bound_bs[:, None] % pattern.block
+    columns_bhs = (inside_b1s - starts_h1).clamp(0, pattern.columns)
+    return (block_b1s * pattern.columns + columns_bhs).clamp(max=seen)

@@ -1,4 +1,4 @@
-"""A cache for functions that make index tensors from integers."""
+"""Caches for functions that make tensors: from integers, and from tensors of a batch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import lru_cache, wraps
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 # Entries of the caches of plans and tables: a model has one pattern for each layer and group of
 # heads, and uses them all in every step.
@@ -30,3 +31,33 @@ def tensor_cache(build: Callable) -> Callable:
         return build_in(getattr(torch.empty(0), "fake_mode", None), *args)
 
     return cached
+
+
+def kept_with_tensor(build: Callable) -> Callable:
+    """A cache for a function of a tensor of a batch, which all layers ask for the same: its results
+    are kept as long as the tensor is there and nobody writes to it.
+
+    The other arguments are tensors, which are then kept too, or hashable; all are positional.
+    Results must not share memory with the first tensor, which would keep itself.
+    """
+    kept = WeakTensorKeyDictionary()
+
+    @wraps(build)
+    def cached(tensor: torch.Tensor, *args):
+        if tensor.is_inference():  # nobody knows who writes to it
+            return build(tensor, *args)
+        version, results = kept.get(tensor, (None, None))
+        if version != tensor._version:
+            results = {}
+            kept[tensor] = tensor._version, results
+        key = tuple(id(x) if isinstance(x, torch.Tensor) else x for x in args)
+        if key not in results:
+            results[key] = build(tensor, *args), args  # with the arguments, so that an id stays one
+        return results[key][0]
+
+    return cached
+
+
+def has_numbers(tensor: torch.Tensor) -> bool:
+    """Not one of a FakeTensorMode (a dry run)."""
+    return getattr(tensor, "fake_mode", None) is None

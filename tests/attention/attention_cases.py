@@ -11,6 +11,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+import document_cases
 import pytest
 import torch
 
@@ -35,6 +36,7 @@ class Case:
     scale: float | None = None
     layout: str = "bshd"  # order of the axes in memory
     seed: int = 0
+    document_seed: int | None = None  # of the documents that are kept apart
 
     def inputs(self, dtype=torch.float64, device="cpu"):
         """q, k, v and the output's gradient, each (batch, sequence, heads, head_dim)."""
@@ -57,7 +59,16 @@ class Case:
     @property
     def options(self) -> dict:
         """Keyword arguments of dilated_attention and of the reference."""
-        return {"causal": self.causal, "scale": self.scale}
+        options = {"causal": self.causal, "scale": self.scale}
+        if self.document_seed is None:
+            return options
+        start, stop = document_cases.bounds(self.ids)
+        return {**options, "document_start": start, "document_stop": stop}
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """(batch, sequence): the number of each position's document."""
+        return document_cases.random_ids(self.document_seed, self.batch, self.length)
 
 
 def corners() -> list[Case]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from megalong.attention.band import Band
+from megalong.attention.documents import RowRanges
 
 SCALE = 0.3
 LEAST = -1e300  # the score of a key that is not seen; finite, so that gradients are
@@ -77,20 +78,23 @@ def random_case(seed: int, longest: int = 60) -> BandCase:
     )
 
 
-def run_band(case: BandCase, backend, inputs) -> list[torch.Tensor]:
+def run_band(
+    case: BandCase, backend, inputs, ranges: RowRanges | None = None
+) -> list[torch.Tensor]:
     """Output, log-sum-exp, and the shares (dq, dk, dv) of the gradient of a softmax over these keys
     and others, by a backend's two functions."""
     q, k, v, grad = inputs
-    out, lse = backend.attend_rows(q, k, v, case.band, scale=SCALE)
+    options = {"scale": SCALE} if ranges is None else {"scale": SCALE, "ranges": ranges}
+    out, lse = backend.attend_rows(q, k, v, case.band, **options)
     of_others, lse_of_others = _others(case, out, lse)
     merged = torch.logaddexp(lse, lse_of_others)
     share = torch.exp(lse - merged).mT[..., None].to(out.dtype)
     whole = out * share + of_others * (1 - share)
-    shares = backend.attend_rows_backward(grad, q, k, v, whole, merged, case.band, scale=SCALE)
+    shares = backend.attend_rows_backward(grad, q, k, v, whole, merged, case.band, **options)
     return [out, lse, *shares]
 
 
-def run_definition(case: BandCase, inputs) -> list[torch.Tensor]:
+def run_definition(case: BandCase, inputs, ranges: RowRanges | None = None) -> list[torch.Tensor]:
     """The same by autograd, from masked scores, in float64."""
     *qkv, grad = (x.double() for x in inputs)
     q, k, v = (x.requires_grad_() for x in qkv)
@@ -99,7 +103,12 @@ def run_definition(case: BandCase, inputs) -> list[torch.Tensor]:
         x.repeat_interleave(times, 2).transpose(1, 2)
         for x, times in ((q, 1), (k, group), (v, group))
     )
-    hidden = ~case.seen().to(q.device)
+    seen, key = case.seen()[None, None].to(q.device), torch.arange(case.keys, device=q.device)
+    if ranges is not None and ranges.start_bhm is not None:
+        seen = seen & (ranges.start_bhm[..., None] <= key)
+    if ranges is not None and ranges.stop_bhm is not None:
+        seen = seen & (key < ranges.stop_bhm[..., None])
+    hidden = ~seen
     scores = (q_bhid @ k_bhjd.mT * SCALE).masked_fill(hidden, LEAST)
     lse = scores.logsumexp(-1)
     out = (scores.softmax(-1).masked_fill(hidden, 0.0) @ v_bhjd).transpose(1, 2)

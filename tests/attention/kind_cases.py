@@ -6,9 +6,11 @@ import random
 from dataclasses import dataclass
 
 import torch
+from document_cases import bounds, random_ids, same_document
 
 from megalong.attention.dense import DensePasses
 from megalong.attention.dense_pattern import DensePattern
+from megalong.attention.documents import Documents
 from megalong.attention.local import LocalPasses
 from megalong.attention.local_pattern import LocalPattern
 from megalong.attention.passes import Passes
@@ -19,7 +21,7 @@ from megalong.attention.sparse_pattern import SparsePattern
 
 @dataclass(frozen=True)
 class KindCase:
-    """pattern: of any kind; passes: its class. ranks: the length is a multiple of them."""
+    """pattern: of any kind; passes: its class. apart: documents are kept apart."""
 
     pattern: object
     passes: type[Passes]
@@ -30,6 +32,7 @@ class KindCase:
     head_dim: int
     causal: bool
     seed: int
+    apart: bool
 
     def inputs(self, dtype=torch.float64):
         """q, k, v and the output's gradient, each (batch, sequence, heads, head_dim)."""
@@ -41,6 +44,15 @@ class KindCase:
             ).to(dtype)
             for heads in (self.heads, self.kv_heads, self.kv_heads, self.heads)
         ]  # fmt: skip
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """(batch, sequence): the number of each position's document."""
+        return random_ids(self.seed, self.batch, self.length)
+
+    def documents(self, here: slice = slice(None)) -> Documents | None:
+        """Those of a slice of the sequence."""
+        return Documents(*(x[:, here] for x in bounds(self.ids))) if self.apart else None
 
     def seen(self) -> torch.Tensor:
         """(heads, length, length) booleans: the query sees the key. From the definition."""
@@ -72,7 +84,10 @@ class KindCase:
             for x, times in ((q, 1), (k, group), (v, group))
         )
         scores_bhij = q_bhid @ k_bhjd.mT * self.head_dim**-0.5
-        out_bhid, lse_bhi = softmax_with_multiplicity(scores_bhij, v_bhjd, self.seen())
+        seen = self.seen()
+        if self.apart:
+            seen = seen & same_document(self.ids)[:, None]
+        out_bhid, lse_bhi = softmax_with_multiplicity(scores_bhij, v_bhjd, seen)
         out = out_bhid.transpose(1, 2)
         return out.detach(), lse_bhi.detach(), *torch.autograd.grad(out, (q, k, v), grad)
 
@@ -100,4 +115,5 @@ def random_case(seed: int, ranks: int = 1, longest: int = 60) -> KindCase:
         head_dim=draw.choice((4, 8)),
         causal=draw.random() < 0.6,
         seed=seed,
+        apart=seed % 2 == 1,
     )

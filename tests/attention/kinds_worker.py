@@ -29,8 +29,9 @@ def check(seed: int, group) -> float:
     case = random_case(seed, ranks, longest=24 * ranks)
     sizes = case.passes.subgroup_sizes(case.pattern, case.length // ranks, ranks)
     sequence = SequenceGroup.create(group, sizes)
-    passes = case.passes(case.pattern, sequence, causal=case.causal)
     here = slice(rank * case.length // ranks, (rank + 1) * case.length // ranks)
+    documents = case.documents(here)
+    passes = case.passes(case.pattern, sequence, causal=case.causal, documents=documents)
     *qkv, grad = (x[:, here] for x in case.inputs())
     out, lse, kept = passes.forward(*qkv)
     found = out, lse, *passes.backward(grad, *qkv, out, lse, kept)
@@ -40,6 +41,8 @@ def check(seed: int, group) -> float:
     by_autograd = attend(*leaves, passes)
     gradients = torch.autograd.grad(by_autograd, leaves, grad)
     assert all(map(torch.equal, (by_autograd, *gradients), (out, *found[2:]))), case
+    if case.apart:
+        check_isolation(case, passes, here, found)
     check_traffic(case, passes, [x[:, here] for x in case.inputs(torch.bfloat16)])
     expected = [
         x[:, :, here] if number == 1 else x[:, here] for number, x in enumerate(case.reference())
@@ -50,9 +53,22 @@ def check(seed: int, group) -> float:
     )
 
 
+def check_isolation(case: KindCase, passes, here: slice, found: tuple) -> None:
+    """A document without numbers changes no bit of another."""
+    lost = case.ids == case.seed % (case.ids.max() + 1)
+    *qkv, grad = (x.masked_fill(lost[..., None, None], torch.nan)[:, here] for x in case.inputs())
+    out, lse, kept = passes.forward(*qkv)
+    changed = out, lse, *passes.backward(grad, *qkv, out, lse, kept)
+    others = ~lost[:, here]
+    for number, (before, after) in enumerate(zip(found, changed, strict=True)):
+        before, after = (x.mT if number == 1 else x for x in (before, after))
+        assert torch.equal(before[others], after[others]), (number, case)
+
+
 def check_traffic(case: KindCase, passes, inputs) -> None:
     """Bytes are to the byte what `traffic_of` says; with `kept`, rows do not come again, but those
-    of a ring; and FLOPs are those of the pairs, over all ranks."""
+    of a ring; and FLOPs are those of the pairs, over all ranks. All that whether documents are kept
+    apart or not: where they begin has been swapped before."""
     *qkv, grad = inputs
     with CountTraffic({}) as forward, FlopCounterMode(display=False) as flops:
         out, lse, kept = passes.forward(*qkv)

@@ -9,9 +9,11 @@ import sys
 
 import torch
 import torch.distributed as dist
+from document_cases import bounds, random_ids
 
 from megalong.attention import DilatedPattern, dilated_attention_reference
 from megalong.attention.dilated_passes import DilatedPasses
+from megalong.attention.documents import documents_of
 from megalong.attention.exchange import SequenceGroup
 from megalong.attention.sequence_parallel import sequence_parallel_attention
 from megalong.attention.sequence_plan import gathered_rows, subgroup_sizes
@@ -46,6 +48,7 @@ def random_case(seed: int, ranks: int) -> dict:
         "shape": (draw.randint(1, 2), total, heads, kv_heads, draw.choice((1, 4, 8))),
         "causal": draw.random() < 0.6,
         "scale": draw.choice((None, 0.3)),
+        "apart": seed % 2 == 1,
     }
 
 
@@ -65,18 +68,23 @@ def check(
     ]
     *inputs, grad = (x.to(dtype).double() for x in whole)  # so that both get the same numbers
     options = {k: case[k] for k in ("causal", "scale")}
+    names, documents = ("document_start", "document_stop"), (None, None)
+    if case["apart"] and backend != "triton":
+        documents = bounds(random_ids(seed, batch, total))
 
     reference = [x.clone().requires_grad_() for x in inputs]
-    out, lse = dilated_attention_reference(*reference, pattern, **options)
+    of_all = dict(zip(names, documents, strict=True))
+    out, lse = dilated_attention_reference(*reference, pattern, **options, **of_all)
     out.backward(grad)
 
     shard = total // ranks
     here = slice(rank * shard, (rank + 1) * shard)
     sequence = SequenceGroup.create(group, subgroup_sizes(pattern, shard, ranks))
+    of_shard = {name: x if x is None else x[:, here] for name, x in of_all.items()}
     local = [x[:, here].to(dtype).requires_grad_() for x in inputs]
     with CountTraffic({}) as counter:
         my_out, my_lse = sequence_parallel_attention(
-            *local, pattern, sequence, **options, return_lse=True, backend=backend
+            *local, pattern, sequence, **options, **of_shard, return_lse=True, backend=backend
         )
         my_out.backward(grad[:, here].to(dtype))
     counts = counter.counts.get("other", {})
@@ -87,7 +95,11 @@ def check(
     if by_groups:
         found = (my_out.detach(), my_lse, *(x.grad for x in local))
         my_grad = grad[:, here].to(dtype)
-        of_parts = check_passes(found, counts, qkv, my_grad, case, sequence, backend)
+        of_parts = check_passes(found, counts, qkv, my_grad, case, sequence, backend, of_shard)
+    if documents[0] is not None and backend == "sdpa" and dtype == torch.float64:
+        found = (my_out.detach(), my_lse.mT, *(x.grad for x in local))
+        lost = documents[0] == documents[0][:, shard : shard + 1]
+        check_isolation(found, whole, here, case, sequence, of_shard, lost)
     forward = max(difference(my_out, out[:, here]), difference(my_lse, lse[:, :, here]))
     backward = max(
         difference(mine.grad, theirs.grad[:, here])
@@ -105,7 +117,25 @@ def check_traffic(counts: dict, case: dict, shards: Shards) -> None:
         assert counted == rows * 2 * batch * head_dim * 8, (collective, case)
 
 
-def check_passes(found, counts: dict, qkv, grad, case: dict, sequence, backend: str) -> float:
+def check_isolation(found, whole, here: slice, case: dict, sequence, of_shard: dict, lost) -> None:
+    """Documents lose their numbers, and no other changes a bit: in inputs laid out as they were."""
+    for x in whole:
+        x[lost] = torch.nan
+    *leaves, grad = (x[:, here] for x in whole)
+    leaves = [x.requires_grad_() for x in leaves]
+    options = {name: case[name] for name in ("pattern", "causal", "scale")}
+    out, lse = sequence_parallel_attention(
+        *leaves, sequence=sequence, return_lse=True, backend="sdpa", **options, **of_shard
+    )
+    out.backward(grad)
+    others = ~lost[:, here]
+    for before, after in zip(found, (out, lse.mT, *(x.grad for x in leaves)), strict=True):
+        assert torch.equal(before[others], after[others]), case
+
+
+def check_passes(
+    found, counts: dict, qkv, grad, case: dict, sequence, backend: str, of_shard: dict
+) -> float:
     """Heads in groups, by the two functions of an attention: bit for bit what the public function
     finds for these heads, and as many bytes over the network as for all at once. Returns the
     largest difference from `found`, which the public function found for all."""
@@ -118,7 +148,8 @@ def check_passes(found, counts: dict, qkv, grad, case: dict, sequence, backend: 
             slice(group * n // groups, (group + 1) * n // groups) for n in (heads, kv_heads)
         )
         pattern = case["pattern"].for_heads(heads, kv_heads, own.start, own.stop)
-        passes = DilatedPasses(pattern, sequence, backend=backend, **options)
+        documents = documents_of(*of_shard.values())
+        passes = DilatedPasses(pattern, sequence, backend=backend, documents=documents, **options)
         inputs = [x[:, :, part] for x, part in zip(qkv, (own, kv_own, kv_own), strict=True)]
         with traffic:
             out, lse, kept = passes.forward(*inputs)
@@ -131,7 +162,7 @@ def check_passes(found, counts: dict, qkv, grad, case: dict, sequence, backend: 
             continue
         leaves = [x.detach().requires_grad_() for x in inputs]
         out, lse = sequence_parallel_attention(
-            *leaves, pattern, sequence, return_lse=True, backend=backend, **options
+            *leaves, pattern, sequence, return_lse=True, backend=backend, **options, **of_shard
         )
         out.backward(grad[:, :, own])
         public = (out, lse.mT, *(x.grad for x in leaves))

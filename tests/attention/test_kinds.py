@@ -22,7 +22,8 @@ def test_random_cases_equal_the_definition(backend, poisoned):
     """Outputs, log-sum-exps and gradients, of all heads and of the last group of heads."""
     for case in map(random_case, range(60)):
         *qkv, grad = case.inputs()
-        passes = case.passes(case.pattern, backend=backend, causal=case.causal)
+        options = {"backend": backend, "causal": case.causal, "documents": case.documents()}
+        passes = case.passes(case.pattern, **options)
         out, lse, kept = passes.forward(*qkv)
         found = out, lse, *passes.backward(grad, *qkv, out, lse, kept)
         for mine, expected in zip(found, case.reference(), strict=True):
@@ -35,7 +36,7 @@ def test_random_cases_equal_the_definition(backend, poisoned):
 
         group = case.heads // case.kv_heads
         last = case.pattern.for_heads(case.heads, case.kv_heads, case.heads - group, case.heads)
-        passes = case.passes(last, backend=backend, causal=case.causal)
+        passes = case.passes(last, **options)
         inputs = (x[:, :, -n:] for x, n in zip(qkv, (group, 1, 1), strict=True))
         out_of_last, *_ = passes.forward(*inputs)
         torch.testing.assert_close(out_of_last, out[:, :, -group:], rtol=0, atol=1e-12)
@@ -51,7 +52,7 @@ def test_pairs_and_flops_are_those_of_the_definition():
     for case in map(random_case, range(100, 124)):
         pairs = case.pattern.attention_pairs(case.length, case.heads, case.kv_heads, case.causal)
         assert pairs == case.seen().sum(), case
-        passes = case.passes(case.pattern, causal=case.causal)
+        passes = case.passes(case.pattern, causal=case.causal, documents=case.documents())
         with FlopCounterMode(display=False) as counter:
             passes.forward(*case.inputs()[:3])
         assert counter.get_total_flops() == 4 * case.head_dim * case.batch * pairs, case

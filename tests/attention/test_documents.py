@@ -1,0 +1,219 @@
+"""Documents kept apart, on whole sequences: against the definition, to the last bit independent of
+each other, and what is asked of the bounds. On sharded ones: `sharded_worker`, `kinds_worker`."""
+
+import dataclasses
+import gc
+import weakref
+
+import band_cases
+import kind_cases
+import pytest
+import torch
+from attention_cases import assert_agree, corners, random_case, run_backend, run_reference
+from document_cases import bounds, random_ids, same_document
+from torch._subclasses import FakeTensorMode
+
+from megalong.attention import DilatedPattern, dilated_attention, reference, sdpa
+from megalong.attention.documents import Documents, RowRanges
+from megalong.attention.reference import offered_keys, softmax_with_multiplicity
+from megalong.attention.sdpa_documents import calls_within
+from megalong.attention.tensor_cache import kept_with_tensor
+
+CASES = [
+    dataclasses.replace(case, document_seed=seed, batch=max(case.batch, 2))
+    for seed, case in enumerate([*corners()[:-1], *(random_case(s, 150) for s in range(70))])
+]
+LADDER = DilatedPattern((8, 16, 32), (1, 2, 4))
+
+
+def run_definition(case, inputs) -> dict[str, torch.Tensor]:
+    """As `run_reference`, by the ids of documents."""
+    *qkv, grad = inputs
+    q, k, v = (x.detach().requires_grad_() for x in qkv)
+    offered = offered_keys(case.pattern, case.length, case.heads, case.kv_heads, case.causal).sum(0)
+    group = case.heads // case.kv_heads
+    q_bhid, k_bhjd, v_bhjd = (
+        x.repeat_interleave(times, 2).transpose(1, 2)
+        for x, times in ((q, 1), (k, group), (v, group))
+    )
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    times = offered * same_document(case.ids)[:, None]
+    out, lse = softmax_with_multiplicity(q_bhid @ k_bhjd.mT * scale, v_bhjd, times)
+    out = out.transpose(1, 2)
+    gradients = torch.autograd.grad(out, (q, k, v), grad)
+    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse.detach(), *gradients), strict=True))
+
+
+def test_dilated_attention_equals_the_definition(poisoned):
+    for case in CASES:
+        inputs = case.inputs()
+        expected = run_definition(case, inputs)
+        assert_agree(run_reference(case, inputs), expected, 1e-12)
+        for backend in ("sdpa", "reference"):
+            assert_agree(run_backend(case, inputs, backend), expected, 1e-10)
+
+
+def test_one_document_is_what_there_was(monkeypatch):
+    """The same calls, so the same bits."""
+    case = dataclasses.replace(corners()[2], batch=2)
+    inputs = case.inputs()
+    plain = run_backend(case, inputs, "sdpa")
+    start = torch.zeros(2, case.length, dtype=torch.int32)
+    options = {**case.options, "document_start": start}
+    out = dilated_attention(*inputs[:3], case.pattern, backend="sdpa", **options)
+    assert torch.equal(out, plain["out"])
+
+
+def losing(case, inputs) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Which positions some documents have, in each row of the batch, and inputs without their
+    numbers."""
+    lost = case.ids % 3 == case.seed % 3
+    without = [x.clone() for x in inputs]  # in the same order of axes, for the same last bits
+    for x in without:
+        x[lost] = torch.nan
+    return lost, without
+
+
+def test_no_document_changes_a_bit_of_another():
+    """Not even where its numbers are none; outputs, log-sum-exps and gradients in float32."""
+    for case in CASES:
+        inputs = [x.clone() for x in case.inputs(torch.float32)]
+        lost, without = losing(case, inputs)
+        before, after = (run_backend(case, x, "sdpa") for x in (inputs, without))
+        for name in before:
+            one, other = (x[name].mT if name == "lse" else x[name] for x in (before, after))
+            assert torch.equal(one[~lost], other[~lost]), (name, case)
+    for case in (kind_cases.random_case(seed) for seed in range(1, 120, 2)):
+        passes = case.passes(case.pattern, causal=case.causal, documents=case.documents())
+        results = []
+        lost, without = losing(case, case.inputs())
+        for *qkv, grad in (case.inputs(), without):
+            out, lse, kept = passes.forward(*qkv)
+            gradients = passes.backward(grad, *qkv, out, lse, kept)
+            results.append((out, lse.mT, *gradients))
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one[~lost], other[~lost]), case
+
+
+def test_rows_of_any_range():
+    """What sharded sequences ask of `attend_rows`: heads with ranges of their own, one bound only,
+    and queries that see nothing."""
+    for seed in range(150):
+        case = band_cases.random_case(seed)
+        generator = torch.Generator().manual_seed(seed)
+        shape = (2, case.batch, (1, case.heads)[seed % 2], case.queries)
+        draws = torch.randint(0, case.keys + 1, shape, generator=generator, dtype=torch.int32)
+        start, stop = (draws // (1 + seed % 4 * 5) * (1 + seed % 4 * 5)).sort(-1).values
+        ranges = (RowRanges(start, stop), RowRanges(start), RowRanges(None, stop))[seed % 3]
+        inputs = case.inputs()
+        expected = band_cases.run_definition(case, inputs, ranges)
+        for backend in (sdpa, reference):
+            found = band_cases.run_band(case, backend, inputs, ranges)
+            for mine, wanted in zip(found, expected, strict=True):
+                torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-11, msg=str(case))
+
+
+def test_calls_grow_with_the_lengths_and_not_with_the_documents():
+    """Documents of equal length are computed together, long ones where they are."""
+    start = torch.arange(2**15, dtype=torch.int32)[None] // 128 * 128
+    short = calls_within(start, DilatedPattern((2048,), (1,)), 2**15, 4, 4)
+    assert len({call.parts[0].rows for call in short}) == 1 and len(short) <= 4
+    one = calls_within(start * 0, DilatedPattern((2048,), (1,)), 2**15, 4, 4)
+    assert len(one) == 1 and one[0].parts[0].whole
+    border = (torch.arange(2**15, dtype=torch.int32)[None] >= 5000) * 5000
+    two = calls_within(border, DilatedPattern((2048,), (1,)), 2**15, 4, 4)
+    assert [call.parts[0].count for call in two] == [2, 1, 1, 13]
+
+
+def test_what_is_made_of_a_tensor_lives_with_it():
+    made = []
+
+    @kept_with_tensor
+    def double(tensor, other, times):
+        made.append(times)
+        return tensor * times + other
+
+    tensor, other = torch.ones(3), torch.ones(3)
+    assert double(tensor, other, 2) is double(tensor, other, 2) and made == [2]
+    assert double(tensor, other.clone(), 2) is not double(tensor, other, 2) and made == [2, 2]
+    tensor.add_(1)  # the next batch, in the same memory
+    assert double(tensor, other, 2).tolist() == [5, 5, 5]
+    result = weakref.ref(double(tensor, other, 3))
+    assert result() is not None
+    del tensor
+    gc.collect()
+    assert result() is None
+    with torch.inference_mode():
+        assert double(torch.ones(1), 0, 2) == 2
+
+
+def test_gradcheck_and_compiled():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, 13, h, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+        for h in (4, 2, 2)
+    )
+    start, stop = bounds(random_ids(3, 2, 13))
+    pattern = DilatedPattern((4, 8), (1, 3))
+    for causal in (True, False):
+        options = {"causal": causal, "document_start": start, "document_stop": stop}
+
+        def attend(q, k, v, options=options):
+            return dilated_attention(q, k, v, pattern, backend="sdpa", **options)
+
+        assert torch.autograd.gradcheck(attend, (q, k, v))
+        compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+        results = [
+            (out.detach(), *torch.autograd.grad(out.sum(), (q, k, v)))
+            for out in (attend(q, k, v), compiled(q, k, v))
+        ]
+        assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_operators_keep_their_promises(backend):
+    """Schema, no shared memory, fake results as the true ones: by PyTorch."""
+    case = next(case for case in CASES if case.name == "grouped")
+    q, k, v, grad = case.inputs()
+    start, stop = bounds(case.ids)
+    ops = torch.ops.megalong
+    for causal in (True, False):
+        options = (start, None if causal else stop, case.pattern.text, causal, 0.3, backend)
+        results = ops.dilated_attention(q, k, v, *options)
+        torch.library.opcheck(ops.dilated_attention.default, (q, k, v, *options))
+        arguments = (grad, q, k, v, *results, *options)
+        torch.library.opcheck(ops.dilated_attention_backward.default, arguments)
+    rows = (start[:, None], stop[:, None], "[3, 9, 0, 1, 1]", 0.3, backend)
+    results = ops.attend_rows(q, k, v, *rows)
+    torch.library.opcheck(ops.attend_rows.default, (q, k, v, *rows))
+    torch.library.opcheck(
+        ops.attend_rows_backward.default, (grad, q, k, v, *results, *rows)
+    )  # fmt: skip
+
+
+def test_a_dry_run_has_no_numbers_to_ask_for():
+    with FakeTensorMode():
+        q = torch.empty(2, 40, 4, 8)
+        start = torch.empty(2, 40, dtype=torch.int32)
+        documents = Documents(start, start)
+        out, _ = sdpa.forward(q, q, q, LADDER, causal=False, scale=0.1, documents=documents)
+        assert out.shape == q.shape
+
+
+def test_refuses():
+    q = torch.randn(2, 40, 4, 8)
+    start = torch.zeros(2, 40, dtype=torch.int32)
+
+    def refuse(message, **options):
+        with pytest.raises(ValueError, match=message):
+            dilated_attention(q, q, q, LADDER, **options)
+
+    refuse("document_start must be .* int32", document_start=start.long())
+    refuse(r"document_start must be .*int32 \(2, 40\)", document_start=start[:, 1:])
+    refuse("document_stop must be", document_start=start, document_stop=start[0])
+    refuse("document_stop is missing", document_start=start, causal=False)
+    refuse("without document_start", document_stop=start)
+    case = kind_cases.random_case(1)
+    passes = case.passes(case.pattern, documents=Documents(start))
+    with pytest.raises(ValueError, match="document_start must be"):
+        passes.forward(*case.inputs()[:3])
