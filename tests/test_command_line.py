@@ -20,6 +20,7 @@ COMMANDS = {
     "tools/evaluate.py": "--model x --passkey-lengths 9 --output y",
     "tools/generate.py": "--model x --prompt a",
     "tools/inspect_checkpoint.py": "x",
+    "tools/inspect_dataset.py": "x",
     "tools/plot_run.py": "x",
     "tools/preprocess_data.py": "--input {file} --output-prefix y",
     "tools/train_tokenizer.py": "--input {file} --output-prefix y --vocab-size 9",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megalong.config.flags import flag
+from megalong.data.length_upsampling import LengthUpsampling
 from megalong.data.tokenizer import TOKENIZERS
 from megalong.errors import UserError
 
@@ -15,6 +16,18 @@ class DataConfig:
 
     data_path: str | None = flag(None, "prefix of the .bin/.idx pair of tools/preprocess_data.py")
     split: str = flag("969,30,1", "shares of the documents for training, validation, test")
+    sample_mode: str = flag(
+        "stream",
+        "where the sequences of the training begin: stream, wherever the one before ended;"
+        " document, at the beginning of a document where that is as long as a sequence",
+        choices=("stream", "document"),
+    )
+    length_upsampling: tuple[str, ...] | None = flag(
+        None,
+        "TOKENS:WEIGHT, ...: how often the training sees documents of at least so many tokens in an"
+        " epoch, such as 0:1 32768:5; shorter ones than the least once",
+        item=str,
+    )
     tokenizer_type: str = flag(
         "SentencePieceTokenizer",
         "tokenizer",
@@ -42,6 +55,13 @@ class DataConfig:
         return self.document_attention == "isolated"
 
     @property
+    def upsampling(self) -> LengthUpsampling | None:
+        """`--length-upsampling`, read. Raises UserError where it is not understood."""
+        if self.length_upsampling is None:
+            return None
+        return LengthUpsampling.parse(self.length_upsampling)
+
+    @property
     def tokenizer_flag(self) -> str:
         """The flag that says which tokenizer it is, with its value."""
         if self.tokenizer_model is None or self.tokenizer_type == "ByteTokenizer":
@@ -65,3 +85,4 @@ class DataConfig:
                 f"--tokenizer-model is missing: {self.tokenizer_type} needs the file that"
                 " tools/train_tokenizer.py wrote (ByteTokenizer needs none)"
             )
+        _ = self.upsampling  # an error, where it is not understood

@@ -23,28 +23,32 @@ class IndexedDocuments:
     max_token_id, vocab_size, prepend_bos: the largest id, the number of ids of the tokenizer, and
         whether the documents begin with a token for that; from PREFIX.json, None where there is no
         such file.
+    index: what the .idx says. description: the content of PREFIX.json, or {}. dataset:
+        Megatron-core's own reader of the pair.
+    place: the flag, or the file, that the prefix is from, and the prefix; None: --data-path's.
     Raises UserError that names the file and what is wrong with it.
     """
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, place: str | None = None) -> None:
         self.prefix = str(prefix)
-        _check_files_exist(self.prefix)
-        index = _read_index(self.prefix)
+        place = f"--data-path {self.prefix}" if place is None else place
+        check_files_exist(self.prefix, place)
+        index = self.index = read_index(self.prefix)
         # A document is one or more whole sequences; files of megalong have one in each.
         self._first_sequence = index.first_sequence
         self._sequence_lengths = index.sequence_lengths
-        ends = np.concatenate([[0], np.cumsum(index.sequence_lengths, dtype=np.int64)])
-        self.lengths = np.diff(ends[index.first_sequence])
-        description = _read_description(self.prefix, self.num_documents, self.num_tokens)
+        self.lengths = index.document_lengths()
+        description = read_description(self.prefix, self.num_documents, self.num_tokens)
+        self.description = description
         self.max_token_id: int | None = description.get("max_token_id")
         self.vocab_size: int | None = description.get("vocab_size")
         self.prepend_bos: bool | None = description.get("prepend_bos")
         if not self.num_tokens:
-            raise UserError(f"--data-path {self.prefix}: {self.prefix}.bin holds no tokens")
+            raise UserError(f"{place}: {self.prefix}.bin holds no tokens")
         with warnings.catch_warnings():
             # It logs, for which it wants to know its rank; this need not be a distributed run.
             warnings.filterwarnings("ignore", "Could not determine rank")
-            self._dataset = IndexedDataset(self.prefix, mmap=True)
+            self.dataset = IndexedDataset(self.prefix, mmap=True)
 
     @property
     def num_documents(self) -> int:
@@ -53,6 +57,10 @@ class IndexedDocuments:
     @property
     def num_tokens(self) -> int:
         return int(self.lengths.sum())
+
+    def place(self, document: int) -> str:
+        """Which document that is, in words."""
+        return f"document {document} of {self.prefix}"
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start, stop) of a document; stop None: to its end.
@@ -66,25 +74,40 @@ class IndexedDocuments:
         stop = length if stop is None else stop
         if not 0 <= start <= stop <= length:
             raise IndexError(f"tokens [{start}, {stop}) of document {document}, {length} long")
-        parts = [np.zeros(0, dtype=self._dataset.index.dtype)]
+        parts = [np.zeros(0, dtype=self.dataset.index.dtype)]
         begin = 0  # where the sequence begins in the document
         for sequence in range(self._first_sequence[document], self._first_sequence[document + 1]):
             size = int(self._sequence_lengths[sequence])
             low, high = max(start - begin, 0), min(stop - begin, size)
             if low < high:
-                parts.append(self._dataset.get(sequence, low, high - low))
+                parts.append(self.dataset.get(sequence, low, high - low))
             begin += size
         # A copy, since the dataset closes its mapping under views when it is collected.
         return np.concatenate(parts)
 
 
 @dataclass(frozen=True)
-class _Index:
-    sequence_lengths: np.ndarray  # int32 (sequences,)
-    first_sequence: np.ndarray  # int64 (documents + 1,)
+class Index:
+    """What a .idx says.
+
+    sequence_lengths, pointers: tokens of each sequence, int32, and its first byte in the .bin,
+    int64, both (sequences,). first_sequence: of each document, and the number of sequences, int64
+    (documents + 1,). dtype: of the tokens. The arrays are parts of the file, mapped into memory.
+    """
+
+    sequence_lengths: np.ndarray
+    pointers: np.ndarray
+    first_sequence: np.ndarray
+    dtype: np.dtype
+
+    def document_lengths(self) -> np.ndarray:
+        """Tokens in each document, int64 (documents,)."""
+        ends = np.concatenate([[0], np.cumsum(self.sequence_lengths, dtype=np.int64)])
+        return np.diff(ends[self.first_sequence])
 
 
-def _check_files_exist(prefix: str) -> None:
+def check_files_exist(prefix: str, place: str) -> None:
+    """Raise UserError where there is no such pair. place: of `IndexedDocuments`."""
     missing = [
         prefix + suffix for suffix in (".idx", ".bin") if not os.path.isfile(prefix + suffix)
     ]
@@ -100,11 +123,12 @@ def _check_files_exist(prefix: str) -> None:
         hint = f"; there is no folder {os.path.dirname(prefix)}"
     else:
         hint = "; give what tools/preprocess_data.py printed, PREFIX_KEY_document"
-    raise UserError(f"--data-path {prefix}: no file {' and no file '.join(missing)}{hint}")
+    raise UserError(f"{place}: no file {' and no file '.join(missing)}{hint}")
 
 
-def _read_index(prefix: str) -> _Index:
-    """Reads and checks the index against itself and against the size of the .bin."""
+def read_index(prefix: str) -> Index:
+    """Reads and checks the index against itself and against the size of the .bin. Raises
+    UserError."""
     path = prefix + ".idx"
     size = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -140,23 +164,32 @@ def _read_index(prefix: str) -> _Index:
         raise UserError(f"{path}: damaged, document boundaries do not run from 0 to {sequences:,}")
     if sequences:
         _check_bin(prefix, lengths, pointers, DTYPES[code].itemsize)
-    return _Index(lengths, first_sequence)
+    return Index(lengths, pointers, first_sequence, DTYPES[code])
 
 
 def _check_bin(prefix: str, lengths: np.ndarray, pointers: np.ndarray, itemsize: int) -> None:
-    size = os.path.getsize(prefix + ".bin")
-    needed = int((pointers + lengths.astype(np.int64) * itemsize).max())
-    if size < needed:
+    ends = np.cumsum(lengths, dtype=np.int64) * itemsize
+    # Sequences lie one behind the other; so all writers write them.
+    wrong = np.flatnonzero(pointers != np.concatenate([[0], ends[:-1]]))
+    if len(wrong):
+        i = int(wrong[0])
+        begin = int(ends[i - 1]) if i else 0
         raise UserError(
-            f"{prefix}.bin: {size:,} bytes, but {prefix}.idx describes {needed:,}: cut short, or "
-            "the two files are not of one run"
+            f"{prefix}.idx: damaged, sequence {i} is to begin at byte {int(pointers[i]):,} of the"
+            f" .bin, and the one before ends at {begin:,}"
         )
-    if pointers.min() < 0 or (pointers % itemsize).any():
-        raise UserError(f"{prefix}.idx: damaged, it points outside of the .bin or inside a token")
+    size, needed = os.path.getsize(prefix + ".bin"), int(ends[-1])
+    if size != needed:
+        what = "cut short" if size < needed else "too long"
+        raise UserError(
+            f"{prefix}.bin: {size:,} bytes, but {prefix}.idx describes {needed:,}: {what}, or the"
+            " two files are not of one run"
+        )
 
 
-def _read_description(prefix: str, documents: int, tokens: int) -> dict:
-    """The content of PREFIX.json, or {} where there is none."""
+def read_description(prefix: str, documents: int, tokens: int) -> dict:
+    """The content of PREFIX.json, or {} where there is none. Raises UserError where it describes
+    other files."""
     path = prefix + ".json"
     if not os.path.isfile(path):
         return {}

@@ -8,10 +8,14 @@ in the cumulative lengths of the epoch's documents. So is where its documents be
 """
 
 import os
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from megalong.data.context import ContextReport, runs_of
+from megalong.data.document_order import DocumentOrder, find_epoch
+from megalong.data.length_upsampling import LengthUpsampling
 from megalong.errors import UserError
 
 
@@ -63,12 +67,19 @@ def split_documents(num_documents: int, split: str) -> tuple[range, range, range
     return range(bounds[0], bounds[1]), range(bounds[1], bounds[2]), range(bounds[2], bounds[3])
 
 
+class _Epoch(NamedTuple):
+    begin: int  # position of its first token in the stream
+    documents: np.ndarray  # in their order, int64
+    ends: np.ndarray  # where each ends in the epoch, int64
+
+
 class TokenStream:
     """The documents of a range as an endless stream of tokens, epoch after epoch; its samples are
     `megalong.data.samples.Samples` of one source.
 
     document_range: which of them. sequence_length: N.
     seed: of the order of documents. shuffle: False keeps the file's order (evaluation).
+    upsampling: how often a document is in an epoch, by its length; None: once.
     vocab_size: where given, a token id outside [0, vocab_size) raises UserError: when it is
         read, or at once if the largest id of the file is known.
     Raises UserError where the range holds no tokens.
@@ -82,6 +93,7 @@ class TokenStream:
         seed: int = 0,
         *,
         shuffle: bool = True,
+        upsampling: LengthUpsampling | None = None,
         vocab_size: int | None = None,
     ) -> None:
         if sequence_length < 1:
@@ -92,16 +104,23 @@ class TokenStream:
         self.document_range = document_range
         self.sequence_length = sequence_length
         self.seed = seed
-        self.shuffle = shuffle
         self.vocab_size = vocab_size
         self.sources = (os.path.basename(documents.prefix),)
-        self._lengths = documents.lengths[document_range.start : document_range.stop]
-        self.tokens_per_epoch = int(self._lengths.sum())
-        if not self.tokens_per_epoch:
+        self.lengths = documents.lengths[document_range.start : document_range.stop]
+        self.order = DocumentOrder(self.lengths, seed, shuffle=shuffle, upsampling=upsampling)
+        if not self.lengths.any():
             raise UserError(
                 f"no tokens in documents {document_range.start} to {document_range.stop} (end "
                 f"excluded) of the {len(documents.lengths)} of {documents.prefix}: this part of "
                 "--split is empty, give it a larger share"
+            )
+        mean = self.order.mean_total(self.lengths)
+        self.tokens_per_epoch = max(round(mean), 1)  # where documents are in every other epoch
+        if not mean:
+            raise UserError(
+                f"--length-upsampling leaves out all documents {document_range.start} to"
+                f" {document_range.stop} (end excluded) of {documents.prefix}, the longest of which"
+                f" has {self.lengths.max():,} tokens: give their lengths a weight"
             )
         known = documents.max_token_id
         if vocab_size is not None and known is not None and known >= vocab_size:
@@ -110,7 +129,7 @@ class TokenStream:
                 "ids: was the data made with another tokenizer (--tokenizer-type,"
                 " --tokenizer-model)?"
             )
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._epochs: dict[int, _Epoch] = {}
 
     @property
     def samples_per_epoch(self) -> int:
@@ -142,7 +161,7 @@ class TokenStream:
             tokens[filled : filled + stop - start] = self.documents.read(document, start, stop)
             filled += stop - start
         if self.vocab_size is not None and len(tokens):
-            self._check_ids(tokens, begin)
+            self._check_ids(tokens, lambda where: self._locate(begin + where)[:2])
         return tokens
 
     def document_bounds(
@@ -168,56 +187,72 @@ class TokenStream:
         tokens and of those after their last ones, int64 (end - begin,) each."""
         parts = [(np.zeros(0, np.int64),) * 2]
         while begin < end:
-            epoch, position = divmod(begin, self.tokens_per_epoch)
-            stop = min(position + end - begin, self.tokens_per_epoch)
-            order, ends = self._epoch(epoch)
-            first, last = np.searchsorted(ends, (position, stop - 1), side="right")
-            ends = ends[first : last + 1]
-            starts = ends - self._lengths[order[first : last + 1]]
+            epoch = self._epoch_at(begin)
+            stop = min(end, epoch.begin + int(epoch.ends[-1]))
+            places = begin - epoch.begin, stop - 1 - epoch.begin
+            first, last = np.searchsorted(epoch.ends, places, side="right")
+            ends = epoch.ends[first : last + 1] + epoch.begin
+            starts = ends - self.lengths[epoch.documents[first : last + 1]]
             # Of documents without tokens there are none.
-            counts = ends.clip(max=stop) - starts.clip(min=position)
-            offset = epoch * self.tokens_per_epoch
-            parts.append(tuple(np.repeat(x + offset, counts) for x in (starts, ends)))
-            begin += stop - position
+            counts = ends.clip(max=stop) - starts.clip(min=begin)
+            parts.append(tuple(np.repeat(x, counts) for x in (starts, ends)))
+            begin = stop
         starts, ends = zip(*parts, strict=True)
         return np.concatenate(starts), np.concatenate(ends)
 
+    def read(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of a document of the range, counted from its first one, as int64.
+
+        Raises UserError for an id beyond the vocabulary.
+        """
+        document += self.document_range.start
+        tokens = self.documents.read(document, start, stop).astype(np.int64)
+        if self.vocab_size is not None and len(tokens):
+            self._check_ids(tokens, lambda where: (document, start + where))
+        return tokens
+
+    def context_report(self) -> ContextReport:
+        """How much real context the tokens of the first epoch have."""
+        lengths = self.lengths[self.order.epoch(0)]
+        runs = runs_of(np.cumsum(lengths) - lengths, lengths, self.sequence_length)
+        return ContextReport.of(runs, lengths, self.sequence_length)
+
     def _locate(self, position: int) -> tuple[int, int, int]:
         """The document at a position of the stream, the token inside it, and its length."""
-        epoch, position = divmod(position, self.tokens_per_epoch)
-        order, ends = self._epoch(epoch)
+        epoch = self._epoch_at(position)
         # side="right" steps over documents without tokens.
-        rank = int(np.searchsorted(ends, position, side="right"))
-        length = int(self._lengths[order[rank]])
-        start = position - (int(ends[rank]) - length)
-        return self.document_range.start + int(order[rank]), start, length
+        rank = int(np.searchsorted(epoch.ends, position - epoch.begin, side="right"))
+        document = int(epoch.documents[rank])
+        length = int(self.lengths[document])
+        start = position - epoch.begin - (int(epoch.ends[rank]) - length)
+        return self.document_range.start + document, start, length
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's order of documents, and where each ends in the epoch, int64.
+    def _epoch_at(self, position: int) -> _Epoch:
+        """The epoch that a position of the stream is in.
 
         Two epochs are kept: a batch may lie across a boundary."""
-        if epoch not in self._epochs:
-            while len(self._epochs) >= 2:
-                self._epochs.pop(next(iter(self._epochs)))
-            order = self._order(epoch)
-            self._epochs[epoch] = order, np.cumsum(self._lengths[order], dtype=np.int64)
-        return self._epochs[epoch]
+        for epoch in self._epochs.values():
+            if 0 <= position - epoch.begin < (epoch.ends[-1] if len(epoch.ends) else 0):
+                return epoch
+        number = find_epoch(self._begin, position)
+        while len(self._epochs) >= 2:
+            self._epochs.pop(next(iter(self._epochs)))
+        documents = self.order.epoch(number)
+        ends = np.cumsum(self.lengths[documents], dtype=np.int64)
+        self._epochs[number] = _Epoch(self._begin(number), documents, ends)
+        return self._epochs[number]
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(len(self._lengths))
-        # Sorting raw random bits, not Generator.permutation: numpy promises the former's values
-        # across its versions, and a run must resume into the same order after an upgrade.
-        bits = np.random.PCG64(np.random.SeedSequence((self.seed, epoch)))
-        return np.argsort(bits.random_raw(len(self._lengths)), kind="stable")
+    def _begin(self, epoch: int) -> int:
+        return self.order.total_before(epoch, self.lengths)
 
-    def _check_ids(self, tokens: np.ndarray, begin: int) -> None:
+    def _check_ids(self, tokens: np.ndarray, locate: Callable[[int], tuple[int, int]]) -> None:
+        """locate: the document, and the token in it, of a place in these tokens."""
         if tokens.min() >= 0 and tokens.max() < self.vocab_size:
             return
         where = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
-        document, start, _ = self._locate(begin + where)
+        document, place = locate(where)
         raise UserError(
             f"document {document} of {self.documents.prefix} holds token id {tokens[where]} (its "
-            f"token {start}), but the vocabulary has {self.vocab_size} ids: was the data made with "
+            f"token {place}), but the vocabulary has {self.vocab_size} ids: was the data made with "
             "another tokenizer (--tokenizer-type, --tokenizer-model)?"
         )

@@ -18,6 +18,7 @@ from megalong.training.learning_rate import learning_rate
 SCHEDULE = (
     "lr", "min_lr", "lr_decay_style", "lr_decay_power", "lr_decay_iters", "lr_warmup_iters",
 )  # fmt: skip
+_DATA = ("split", "sample_mode", "length_upsampling")
 _STEP = (
     "seq_length", "global_batch_size", "precision", "loss_scale", "clip_grad", "weight_decay",
 )  # fmt: skip
@@ -51,7 +52,7 @@ def other_ways(checkpoint: Path, config: Config) -> list[str]:
     goes_on = iteration > 0 and not config.run.finetune  # an imported model has seen no data
     if goes_on:
         optimizer = f"{config.training.optimizer}_"
-        names += ["mask_rate", "eod_mask_loss", "seed", "split", *_STEP]
+        names += ["mask_rate", "eod_mask_loss", "seed", *_DATA, *_STEP]
         names += [name for name in vars(config.training) if name.startswith(optimizer)]
         names += ["train_iters", *SCHEDULE]
     found = differences(config, theirs, names)

@@ -49,7 +49,7 @@ class Reports:
         self.tokens_per_step = config.training.global_batch_size * config.model.seq_length
         self.parameters = count_parameters(config.model, data.tokenizer.vocab_size)
         self.tokens_per_epoch = data.train.tokens_per_epoch
-        self.masking = data.masking
+        self.masking, self._data = data.masking, data
         share = 1.0 if data.masking is None else data.masking.rate
         self.held_out = {
             split: round(share * part.tokens_per_epoch) for split, part in data.held_out.items()
@@ -95,6 +95,8 @@ class Reports:
             f" {counted(training.global_batch_size, 'sequence')} of"
             f" {config.model.seq_length:,} tokens; one epoch is {self.tokens_per_epoch:,} tokens"
         )
+        for line in self._data.describe(config):
+            say(line)
         if self.masking is not None:
             say(
                 f"masked-language modelling: {self.masking.rate:.3g} of the tokens are masked; the"

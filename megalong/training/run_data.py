@@ -3,6 +3,7 @@ input ends the run at once."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from megalong.data.batches import (
     evaluation_batches,
     num_evaluation_batches,
 )
+from megalong.data.document_samples import DocumentSamples
 from megalong.data.formats import open_documents
 from megalong.data.masking import ADD_A_ROW, Masking
 from megalong.data.stream import TokenStream, split_documents
@@ -36,11 +38,18 @@ class RunData:
 
     tokenizer: Tokenizer
     token_bytes: np.ndarray
-    train: TokenStream
+    train: TokenStream | DocumentSamples
     held_out: dict[str, TokenStream]
     oddities: list[str]
     masking: Masking | None = None
     documents: DocumentRules = NO_BORDERS
+
+    def describe(self, config: Config) -> Iterator[str]:
+        """What the training data is like, in lines; it looks at the lengths of all documents."""
+        mode, upsampling = config.data.sample_mode, config.data.upsampling
+        if upsampling is not None:
+            yield upsampling.describe(self.train.lengths)
+        yield f"--sample-mode {mode}: {self.train.context_report().in_words()}"
 
 
 def open_run_data(config: Config) -> RunData:
@@ -80,17 +89,20 @@ def open_run_data(config: Config) -> RunData:
             " for validation: leave it out, or change --split"
         )
 
-    def stream(document_range: range, shuffle: bool) -> TokenStream:
+    def stream(document_range: range, shuffle: bool, upsampling=None) -> TokenStream:
         return TokenStream(
             documents,
             document_range,
             config.model.seq_length,
             config.training.seed,
             shuffle=shuffle,
+            upsampling=upsampling,
             vocab_size=ids_of_data,
         )
 
-    train = stream(ranges[0], shuffle=True)
+    train = stream(ranges[0], shuffle=True, upsampling=data.upsampling)
+    if data.sample_mode == "document":
+        train = DocumentSamples(train)
     parts = zip(("validation", "test"), ranges[1:], strict=True)
     held_out = {name: stream(part, shuffle=False) for name, part in parts if part}
     for name, part in held_out.items():  # too small to evaluate on: found now, not at the end
@@ -125,7 +137,9 @@ def _check_masks(name: str, part: TokenStream, masking: Masking, config: Config)
         )
 
 
-def _oddities(train: TokenStream, config: Config, tokenizer: Tokenizer) -> list[str]:
+def _oddities(
+    train: TokenStream | DocumentSamples, config: Config, tokenizer: Tokenizer
+) -> list[str]:
     lines = []
     if train.tokens_per_epoch <= config.model.seq_length:
         lines.append(

@@ -100,7 +100,7 @@ def test_training_refuses_what_does_not_fit(stream):
 @pytest.mark.parametrize("micro, size", [(1, 1), (4, 1), (2, 3), (3, 2), (100, 2)])
 @pytest.mark.parametrize("slices", [1, 3])
 def test_evaluation_predicts_every_token_but_the_first_once(stream, micro, size, slices):
-    stream.shuffle = False
+    stream.order.shuffle = False
     width = N // slices
     predicted = Counter()
     counts = set()

@@ -106,7 +106,9 @@ def test_index_cut_short_anywhere(write_documents):
         (17, b"\x63", "data type code 99"),
         (17, b"\x07", "data type code 7"),
         (34, b"\xff\xff\xff\xff", "a sequence of -1 tokens"),
-        (34 + 4 * 4 + 8, b"\x03", "inside a token"),
+        (34 + 4 * 4 + 8, b"\x03", "sequence 1 is to begin at byte 3 of the .bin, .* ends at 6"),
+        (34 + 4 * 4 + 16 + 7, b"\x80", "sequence 2 is to begin at byte -9,223"),
+        (34 + 4, b"\x02", "sequence 2 is to begin at byte 6 of the .bin, .* ends at 10"),
         (34 + 12 * 4, b"\x01", "document boundaries"),
         (34 + 12 * 4 + 4 * 8, b"\x03", "document boundaries"),
         (34 + 12 * 4 + 1 * 8, b"\x03", "document boundaries"),
@@ -122,12 +124,16 @@ def test_damaged_index(write_documents, offset, value, message):
     assert prefix + ".idx" in str(error.value)
 
 
-def test_bin_shorter_than_the_index_says(write_documents):
+def test_bin_of_another_size_than_the_index_says(write_documents):
     prefix = write_documents(DOCUMENTS)
     whole = Path(prefix + ".bin").read_bytes()
-    Path(prefix + ".bin").write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=r"documents\.bin: 15 bytes, but .* describes 16"):
-        IndexedDocuments(prefix)
+    for content, what in [(whole[:-1], "15 .* cut short"), (whole + b"x", "17 .* too long")]:
+        Path(prefix + ".bin").write_bytes(content)
+        size, problem = what.split(" .* ")
+        with pytest.raises(
+            ValueError, match=rf"documents\.bin: {size} bytes, but .* describes 16: {problem}"
+        ):
+            IndexedDocuments(prefix)
 
 
 def test_no_tokens(write_documents):

@@ -120,7 +120,7 @@ def test_the_masked_tokens_are_those_of_the_stream_and_other_ones_in_each_epoch(
 def test_an_evaluation_masks_the_same_tokens_always(stream, micro, size):
     """Whatever the layout and the seed of the run; no token twice, where the last sample is filled
     up with the first tokens."""
-    stream.shuffle = False
+    stream.order.shuffle = False
     found = {}
     for rank in range(size):
         batches = evaluation_batches(

@@ -1,0 +1,111 @@
+"""How much real context tokens have: how many tokens of their own document stand before them in
+their sequence.
+
+A long sequence teaches the use of a long context only as far as its tokens have one. Documents
+shorter than the sequence give little, and so do long ones that are cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+BOUNDS = (1 << 10, 8 << 10, 32 << 10, 128 << 10, 1 << 20)
+
+
+class Runs(NamedTuple):
+    """Tokens of one document behind one another in one sample: how long such runs are, and how many
+    there are of each length; both int64 (kinds of runs,)."""
+
+    lengths: np.ndarray
+    counts: np.ndarray
+
+
+def runs_of(begins: np.ndarray, lengths: np.ndarray, sequence_length: int) -> Runs:
+    """Of documents, or parts of such, that are cut at the multiples of sequence_length.
+
+    begins: where each begins, int64 (parts,). lengths: their tokens, int64 (parts,).
+    """
+    heads = np.minimum(lengths, -begins % sequence_length)
+    whole, tails = np.divmod(lengths - heads, sequence_length)
+    few = np.concatenate([heads, tails, [sequence_length]])
+    counts = np.ones(len(few), np.int64)
+    counts[-1] = whole.sum()
+    return Runs(few, counts)
+
+
+@dataclass(frozen=True)
+class ContextReport:
+    """Shares of the tokens of an epoch.
+
+    bounds: numbers of tokens, ascending. with_context: the share of the tokens that have at least
+    so many of their own document before them. in_documents: the share that is in documents longer
+    than that, so that some of their tokens could have it. mean: tokens before a token, on average.
+    """
+
+    sequence_length: int
+    bounds: tuple[int, ...]
+    with_context: tuple[float, ...]
+    in_documents: tuple[float, ...]
+    mean: float
+
+    @classmethod
+    def of(cls, runs: Runs, documents: np.ndarray, sequence_length: int) -> ContextReport:
+        """documents: tokens of each document of the epoch, as often as it is there, int64."""
+        bounds = context_bounds(sequence_length)
+        tokens = float(documents.sum())
+        return cls(
+            sequence_length,
+            bounds,
+            tuple(
+                float((runs.lengths - bound).clip(min=0) @ runs.counts) / tokens for bound in bounds
+            ),
+            tuple(float(documents[documents > bound].sum()) / tokens for bound in bounds),
+            float((runs.lengths * (runs.lengths - 1) / 2) @ runs.counts) / tokens,
+        )
+
+    @classmethod
+    def mean_of(cls, parts: Iterable[tuple[float, ContextReport]]) -> ContextReport:
+        """Of a blend: reports of one sequence length, with the share of the samples of each."""
+        shares, reports = zip(*parts, strict=True)
+        weights = np.array(shares) / sum(shares)
+        first = reports[0]
+
+        def mean(values) -> tuple[float, ...]:
+            return tuple((weights @ np.array(values)).tolist())
+
+        return cls(
+            first.sequence_length,
+            first.bounds,
+            mean([report.with_context for report in reports]),
+            mean([report.in_documents for report in reports]),
+            float(weights @ np.array([report.mean for report in reports])),
+        )
+
+    def in_words(self) -> str:
+        """The report in one line."""
+        parts = [
+            f"{short(bound)} {share:.1%}"
+            for bound, share in zip(self.bounds, self.with_context, strict=True)
+        ]
+        return (
+            "share of the tokens that have so many of their own document before them in the"
+            f" sequence: {', '.join(parts)}; {self.mean:,.0f} on average"
+        )
+
+
+def context_bounds(sequence_length: int) -> tuple[int, ...]:
+    """The numbers of tokens that a report speaks of: half a sequence, and the round ones below."""
+    half = max(sequence_length // 2, 1)
+    return (*(bound for bound in BOUNDS if bound < half), half)
+
+
+def short(tokens: int) -> str:
+    """32768 -> "32K", 1048576 -> "1M", others as they are."""
+    for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
+        if tokens >= size and tokens % size == 0:
+            return f"{tokens // size:,}{unit}"
+    return f"{tokens:,}"

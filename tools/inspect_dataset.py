@@ -1,0 +1,330 @@
+"""What is in tokenized data, and whether it is sound.
+
+    python tools/inspect_dataset.py data/stdlib_text_document
+    python tools/inspect_dataset.py data/stdlib_text_document --seq-length 32768 --decode 0
+    python tools/inspect_dataset.py data/*_document --verify
+
+Counts, lengths of documents, what made it. With --seq-length also what training would make of it:
+sequences in an epoch, and how much of their own document tokens have before them, with either
+--sample-mode and with --length-upsampling. --decode shows documents, or with --seq-length samples
+of the training, as text. --output writes a plot of the lengths. The index is checked in any case;
+--verify reads all tokens too.
+Exit status: 0, or 2 where the data is damaged (one line says what is wrong, in which file).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
+
+from megalong.command_line import ArgumentParser, run
+from megalong.data.tokenizer import TOKENIZERS
+from megalong.errors import UserError
+from megalong.wording import counted
+
+if TYPE_CHECKING:
+    from megalong.data.document_samples import DocumentSamples
+    from megalong.data.indexed import IndexedDocuments
+    from megalong.data.stream import TokenStream
+    from megalong.data.tokenizer import Tokenizer
+
+MODES = ("stream", "document")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("prefix", nargs="+", help="what tools/preprocess_data.py wrote: PREFIX_KEY_document")
+    add("--seq-length", type=int, help="tokens in a sequence: what training would make of the data")
+    add("--sample-mode", choices=MODES, help="with --seq-length: of the training (default: both)")
+    add(
+        "--length-upsampling",
+        nargs="+",
+        metavar="TOKENS:WEIGHT",
+        help="with --seq-length: of the training",
+    )
+    add("--split", default="969,30,1", help="with --seq-length: of the training")
+    add("--seed", type=int, default=1234, help="with --decode and --seq-length: of the training")
+    add("--tokenizer-type", choices=list(TOKENIZERS), help="kind of tokenizer (default: as made)")
+    add("--tokenizer-model", help="file, or folder, of the tokenizer")
+    add("--decode", type=int, nargs="+", metavar="I", help="show these documents, or samples")
+    add("--decode-tokens", type=int, default=400, help="so many of each document are shown")
+    add("--output", type=Path, help="folder for a plot of the lengths")
+    add("--overwrite", action="store_true", help="replace an earlier plot in --output")
+    add("--json", action="store_true", help="the same as one JSON list, an object per prefix")
+    add("--verify", action="store_true", help="read all tokens, and see that ids are in order")
+    args = parser.parse_args()
+    if args.seq_length is None and (args.sample_mode or args.length_upsampling):
+        flag = "--sample-mode" if args.sample_mode else "--length-upsampling"
+        raise UserError(f"{flag} is about sequences: set --seq-length")
+    if args.decode_tokens < 1:
+        raise UserError(f"--decode-tokens {args.decode_tokens}: must be positive")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    from megalong.data.indexed import IndexedDocuments
+    from megalong.data.inspection import describe
+
+    plots = []
+    if args.output is not None:
+        plots = _plot_files(args.prefix, args.output, args.overwrite)
+    found = []
+    for i, prefix in enumerate(args.prefix):
+        documents = IndexedDocuments(prefix, place=prefix)
+        content = describe(documents)
+        if args.seq_length is not None:
+            content["training"] = describe_training(documents, args)
+        if args.verify:
+            content["verified"] = verified(documents, args)
+        if args.decode is not None:
+            content["decoded"] = decoded(documents, args)
+        if plots:
+            plot(content, plots[i])
+            content["plot"] = str(plots[i])
+        found.append(content)
+        if not args.json:
+            print("\n".join(in_words(content)), flush=True)
+    if args.json:
+        print(json.dumps(found, indent=2))
+
+
+def describe_training(documents: IndexedDocuments, args: argparse.Namespace) -> dict[str, Any]:
+    """What training with these flags makes of a pair."""
+    from megalong.data.length_upsampling import LengthUpsampling
+
+    upsampling = args.length_upsampling and LengthUpsampling.parse(args.length_upsampling)
+    found: dict[str, Any] = {"seq_length": args.seq_length, "split": args.split, "modes": {}}
+    for mode in MODES if args.sample_mode is None else (args.sample_mode,):
+        samples = training_samples(documents, args, mode)
+        report = samples.context_report()
+        found["documents"] = len(samples.document_range)
+        found["tokens_per_epoch"] = samples.tokens_per_epoch
+        if upsampling is not None:
+            found["length_upsampling"] = upsampling.shares(samples.lengths)
+        found["modes"][mode] = {
+            "samples_per_epoch": samples.samples_per_epoch,
+            "share_of_tokens_with_context": {
+                str(bound): share
+                for bound, share in zip(report.bounds, report.with_context, strict=True)
+            },
+            "mean_context": report.mean,
+            "in_words": report.in_words(),
+        }
+    return found
+
+
+def training_samples(
+    documents: IndexedDocuments, args: argparse.Namespace, mode: str
+) -> TokenStream | DocumentSamples:
+    """The samples of a training on this pair alone."""
+    from megalong.data.document_samples import DocumentSamples
+    from megalong.data.length_upsampling import LengthUpsampling
+    from megalong.data.stream import TokenStream, split_documents
+
+    stream = TokenStream(
+        documents,
+        split_documents(documents.num_documents, args.split)[0],
+        args.seq_length,
+        args.seed,
+        upsampling=args.length_upsampling and LengthUpsampling.parse(args.length_upsampling),
+    )
+    return stream if mode == "stream" else DocumentSamples(stream)
+
+
+def verified(documents: IndexedDocuments, args: argparse.Namespace) -> dict[str, Any]:
+    """What reading all tokens has found."""
+    from megalong.data.inspection import verify
+    from megalong.progress import progress_bar
+
+    vocab_size, eod = documents.vocab_size, documents.description.get("eod")
+    if args.tokenizer_type or args.tokenizer_model:
+        tokenizer = tokenizer_of(documents, args)
+        vocab_size, eod = tokenizer.vocab_size, tokenizer.eod
+    size = os.path.getsize(documents.prefix + ".bin")
+    with progress_bar(size, "B", f"reading {documents.prefix}.bin") as progress:
+        return verify(documents, vocab_size, eod, progress)
+
+
+def decoded(documents: IndexedDocuments, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Documents, or samples, as text."""
+    import numpy as np
+
+    from megalong.data.inspection import in_text
+
+    tokenizer = tokenizer_of(documents, args)
+    found = []
+    for i in args.decode:
+        if args.seq_length is None:
+            if not 0 <= i < documents.num_documents:
+                count = counted(documents.num_documents, "document")
+                raise UserError(f"--decode {i}: {documents.prefix} has {count}, numbered from 0")
+            what, ids, starts = "document", documents.read(i), np.zeros(1, np.int64)
+        else:
+            if i < 0:
+                raise UserError(f"--decode {i}: samples are numbered from 0")
+            samples = training_samples(documents, args, args.sample_mode or "stream")
+            ids = samples.sample(i, 0, args.seq_length)
+            what, starts = "sample", np.unique(samples.document_bounds(i)[0])
+        if len(ids) and int(ids.max()) >= tokenizer.vocab_size:
+            raise UserError(
+                f"--decode {i}: token id {int(ids.max())} is not one of this tokenizer's"
+                f" {tokenizer.vocab_size}: {documents.prefix} was made with another"
+            )
+        parts = [
+            {"token": place, "text": text}
+            for place, text in in_text(tokenizer, ids, starts, args.decode_tokens)
+        ]
+        found.append({what: i, "tokens": len(ids), "parts": parts})
+    return found
+
+
+def tokenizer_of(documents: IndexedDocuments, args: argparse.Namespace) -> Tokenizer:
+    """That of the flags, or else that which made the pair, where it says which, and it is there."""
+    from megalong.data.tokenizer import build_tokenizer
+
+    made = documents.description
+    kind = args.tokenizer_type or made.get("tokenizer_type")
+    if kind is None:
+        raise UserError(
+            f"{documents.prefix}: nothing says which tokenizer made it: give --tokenizer-type and"
+            " --tokenizer-model"
+        )
+    model = args.tokenizer_model
+    there = made.get("tokenizer_model")
+    if model is None and isinstance(there, str) and os.path.exists(there):
+        model = there
+    return build_tokenizer(kind, model)
+
+
+def in_words(content: dict[str, Any]) -> Iterator[str]:
+    """The lines of what was found."""
+    from megalong.progress import human_bytes
+
+    yield (
+        f"{content['prefix']}: {counted(content['documents'], 'document')},"
+        f" {counted(content['tokens'], 'token')}, {content['dtype']},"
+        f" {human_bytes(content['bytes'])}"
+    )
+    made = content["sidecar"] or {}
+    if "tokenizer_type" in made:
+        file = f" {made['tokenizer_model']}" if made.get("tokenizer_model") else ""
+        ends = "ends" if made.get("append_eod") else "does not end"
+        begins = ", begins with its beginning-of-text token" if made.get("prepend_bos") else ""
+        yield (
+            f"made with {made['tokenizer_type']}{file} of {made.get('vocab_size', 0):,} ids; a"
+            f" document {ends} with its end-of-document token{begins}"
+        )
+    yield from _length_words(content)
+    yield from (f"note: {remark}" for remark in content["remarks"])
+    yield from _training_words(content.get("training"))
+    if "verified" in content:
+        yield from _verified_words(content["verified"], content)
+    for item in content.get("decoded", ()):
+        what = "document" if "document" in item else "sample"
+        yield f"=== {what} {item[what]}, {counted(item['tokens'], 'token')}"
+        for part in item["parts"]:
+            if what == "sample":
+                yield f"--- document from token {part['token']:,} on"
+            yield part["text"]
+    if "plot" in content:
+        yield f"{content['plot']}: documents and tokens by length"
+
+
+def _length_words(content: dict[str, Any]) -> Iterator[str]:
+    lengths = content["lengths"]
+    quantiles = ", ".join(f"{float(q):.0%} {value:,}" for q, value in lengths["quantiles"].items())
+    yield (
+        f"lengths from {lengths['shortest']:,} to {lengths['longest']:,}, {lengths['mean']:,.1f} on"
+        f" average; so many documents are at most so long: {quantiles}"
+    )
+    yield f"{'length in tokens':>25}  {'documents':>20}  {'of the tokens':>13}"
+    for row in content["histogram"]:
+        share = row["tokens"] / content["tokens"]
+        yield (
+            f"{row['from']:>11,} - {row['to']:>11,}  {row['documents']:>12,}"
+            f" {row['documents'] / content['documents']:>7.1%}  {share:>13.1%}"
+            f"  {'#' * round(40 * share)}"
+        ).rstrip()
+    shares = content["share_of_tokens_in_documents_of_at_least"]
+    yield "share of the tokens in documents of at least " + ", ".join(
+        f"{bound} {share:.1%}" for bound, share in shares.items()
+    )
+
+
+def _training_words(training: dict[str, Any] | None) -> Iterator[str]:
+    if training is None:
+        return
+    yield (
+        f"--seq-length {training['seq_length']} on the {counted(training['documents'], 'document')}"
+        f" for training (--split {training['split']}):"
+        f" {counted(training['tokens_per_epoch'], 'token')} an epoch"
+    )
+    for row in training.get("length_upsampling", ()):
+        yield (
+            f"  {row['documents']} x {row['weight']:g}: {row['before']:.1%} of the tokens ->"
+            f" {row['after']:.1%}"
+        )
+    for mode, found in training["modes"].items():
+        yield (
+            f"  --sample-mode {mode}: {counted(found['samples_per_epoch'], 'sequence')} an epoch;"
+            f" {found['in_words']}"
+        )
+
+
+def _verified_words(verified: dict[str, Any], content: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"sound: all tokens read, ids from {verified['smallest_id']} to {verified['largest_id']};"
+        f" Megatron-core {verified['megatron_core']} reads it"
+    )
+    if "documents_ending_with_eod" in verified:
+        with_text = content["documents"] - content["empty_documents"]
+        yield (
+            f"{verified['documents_ending_with_eod']:,} of {counted(with_text, 'document')} end"
+            " with the end-of-document token"
+        )
+
+
+def _plot_files(prefixes: list[str], folder: Path, overwrite: bool) -> list[Path]:
+    """A file for each prefix. Raises UserError where one is there already."""
+    from megalong.disk import writable_folder
+
+    files = [folder / f"{Path(prefix).name}_lengths.png" for prefix in prefixes]
+    if len(set(files)) < len(files):
+        raise UserError(f"--output {folder}: two prefixes have one name: give them one by one")
+    for file in files:
+        if file.exists() and not overwrite:
+            raise UserError(f"{file} is there already: choose another --output, or --overwrite")
+    writable_folder("--output", folder)
+    return files
+
+
+def plot(content: dict[str, Any], path: Path) -> None:
+    """Shares of the documents and of the tokens by length, beside one another."""
+    from matplotlib.figure import Figure
+
+    rows = content["histogram"]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for shift, key, color in ((-0.2, "documents", "#4878a8"), (0.2, "tokens", "#c85a3c")):
+        shares = [row[key] / content[key] for row in rows]
+        places = [i + shift for i in range(len(rows))]
+        axes.bar(places, shares, 0.4, color=color, label=f"{content[key]:,} {key}")
+    axes.set_xticks(range(len(rows)), [f"{row['from']:,}" for row in rows], rotation=45, ha="right")
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.set(xlabel="tokens in a document, at least", ylabel="share", title=content["prefix"])
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    run(main)
