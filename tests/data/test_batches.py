@@ -195,7 +195,7 @@ def test_isolated_batches_say_where_documents_are(stream):
 @pytest.mark.parametrize("masked", [False, True])
 def test_in_evaluation_padding_is_of_no_document(stream, masked):
     """175 tokens are 14 samples of 12, and 7 tokens of the last one."""
-    stream.shuffle = False
+    stream.order.shuffle = False
     batches = list(
         evaluation_batches(
             stream, micro_batch_size=4, data_parallel_rank=0, data_parallel_size=1,

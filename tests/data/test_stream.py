@@ -185,7 +185,7 @@ def test_bounds_are_those_of_the_documents(documents, length):
     stream = TokenStream(documents, range(40), length, seed=3)
     starts, ends = [], []
     for epoch in range(4):
-        for document in stream._order(epoch):
+        for document in stream.order.epoch(epoch):
             size, begin = int(documents.lengths[document]), len(starts)
             starts += [begin] * size
             ends += [begin + size] * size

@@ -35,6 +35,24 @@ def test_what_is_told(tmp_path, document, told):
     assert all(words in line for line, words in zip(lines, told, strict=True))
 
 
+def test_samples_that_begin_with_documents_and_weights_by_length(tmp_path):
+    """The run says what they make of the data."""
+    write(tmp_path / "data", [65] * 199 + [256], [65] * 49 + [256])
+    own = {"split": "1,0,0", "sample_mode": "document", "length_upsampling": "128:2.5"}
+    config = parse_arguments(small_run_flags(tmp_path / "data", **own)).resolve(1)
+    data = open_run_data(config)
+    assert data.train.tokens_per_epoch == 550
+    assert sorted(data.train.document_bounds(i)[1][0] for i in range(4))[-2:] == [128, 128]
+    assert list(data.describe(config)) == [
+        "--length-upsampling, shares of the tokens in documents of less than 128 x 1: 20.0% ->"
+        " 9.1%, 128 tokens and more x 2.5: 80.0% -> 90.9%",
+        "--sample-mode document: share of the tokens that have so many of their own document"
+        " before them in the sequence: 64 30.0%; 50 on average",
+    ]
+    with pytest.raises(UserError, match="--length-upsampling 5: TOKENS:WEIGHT is expected"):
+        parse_arguments([*small_run_flags("x", length_upsampling=5)]).resolve(1)
+
+
 def test_masks_need_a_mask_token(tmp_path):
     """The byte tokenizer gets one, its data is the same; a folder of Transformers must have it."""
     write(tmp_path / "data", [65] * 300 + [256])
