@@ -71,6 +71,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    from megalong.log_filters import filter_library_logs
+
+    filter_library_logs()
     from megalong.data.indexed import IndexedDocuments
     from megalong.data.inspection import describe
 
@@ -112,10 +115,8 @@ def describe_training(documents: IndexedDocuments, args: argparse.Namespace) -> 
             found["length_upsampling"] = upsampling.shares(samples.lengths)
         found["modes"][mode] = {
             "samples_per_epoch": samples.samples_per_epoch,
-            "share_of_tokens_with_context": {
-                str(bound): share
-                for bound, share in zip(report.bounds, report.with_context, strict=True)
-            },
+            "with_context": dict(zip(map(str, report.bounds), report.with_context, strict=True)),
+            "uncut": dict(zip(map(str, report.bounds), report.uncut, strict=True)),
             "mean_context": report.mean,
             "in_words": report.in_words(),
         }

@@ -42,14 +42,14 @@ class ContextReport:
     """Shares of the tokens of an epoch.
 
     bounds: numbers of tokens, ascending. with_context: the share of the tokens that have at least
-    so many of their own document before them. in_documents: the share that is in documents longer
-    than that, so that some of their tokens could have it. mean: tokens before a token, on average.
+    so many of their own document before them in their sequence. uncut: the share that would, if
+    sequences had no end. mean: tokens before a token, on average.
     """
 
     sequence_length: int
     bounds: tuple[int, ...]
     with_context: tuple[float, ...]
-    in_documents: tuple[float, ...]
+    uncut: tuple[float, ...]
     mean: float
 
     @classmethod
@@ -57,13 +57,16 @@ class ContextReport:
         """documents: tokens of each document of the epoch, as often as it is there, int64."""
         bounds = context_bounds(sequence_length)
         tokens = float(documents.sum())
+
+        def beyond(lengths: np.ndarray, counts: np.ndarray) -> tuple[float, ...]:
+            """By bound the share of the tokens that are so far from the beginning."""
+            return tuple(float((lengths - bound).clip(min=0) @ counts) / tokens for bound in bounds)
+
         return cls(
             sequence_length,
             bounds,
-            tuple(
-                float((runs.lengths - bound).clip(min=0) @ runs.counts) / tokens for bound in bounds
-            ),
-            tuple(float(documents[documents > bound].sum()) / tokens for bound in bounds),
+            beyond(runs.lengths, runs.counts),
+            beyond(documents, np.ones(len(documents), np.int64)),
             float((runs.lengths * (runs.lengths - 1) / 2) @ runs.counts) / tokens,
         )
 
@@ -81,15 +84,15 @@ class ContextReport:
             first.sequence_length,
             first.bounds,
             mean([report.with_context for report in reports]),
-            mean([report.in_documents for report in reports]),
+            mean([report.uncut for report in reports]),
             float(weights @ np.array([report.mean for report in reports])),
         )
 
     def in_words(self) -> str:
         """The report in one line."""
         parts = [
-            f"{short(bound)} {share:.1%}"
-            for bound, share in zip(self.bounds, self.with_context, strict=True)
+            f"{short(bound)} {share:.1%} (uncut {whole:.1%})"
+            for bound, share, whole in zip(self.bounds, self.with_context, self.uncut, strict=True)
         ]
         return (
             "share of the tokens that have so many of their own document before them in the"

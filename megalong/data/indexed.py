@@ -10,6 +10,7 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
+from megatron.core import __version__ as megatron_core
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megalong.data.writer import DTYPES, HEADER, MAGIC, VERSION
@@ -84,6 +85,19 @@ class IndexedDocuments:
             begin += size
         # A copy, since the dataset closes its mapping under views when it is collected.
         return np.concatenate(parts)
+
+    def check_megatron_core(self) -> str:
+        """The version of Megatron-core, which finds the same tokens as we do, where tried: in the
+        first and the last sequences. Raises UserError where it does not."""
+        lengths = self.index.sequence_lengths
+        tokens = np.memmap(self.prefix + ".bin", self.index.dtype, mode="r")
+        ends = np.cumsum(lengths, dtype=np.int64)
+        for i in {*range(min(3, len(ends))), *range(max(len(ends) - 3, 0), len(ends))}:
+            if not np.array_equal(self.dataset[i], tokens[ends[i] - lengths[i] : ends[i]]):
+                raise UserError(
+                    f"{self.prefix}: Megatron-core {megatron_core} reads sequence {i} otherwise"
+                )
+        return megatron_core
 
 
 @dataclass(frozen=True)

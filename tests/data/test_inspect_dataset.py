@@ -28,6 +28,7 @@ def inspect(tool, monkeypatch, capsys):
     """Runs the tool; gives what it printed."""
 
     def run(*arguments) -> str:
+        monkeypatch.setattr("megalong.log_filters.filter_library_logs", lambda: None)
         monkeypatch.setattr("sys.argv", ["inspect_dataset.py", *map(str, arguments)])
         tool.main()
         return capsys.readouterr().out

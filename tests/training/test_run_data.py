@@ -47,7 +47,7 @@ def test_samples_that_begin_with_documents_and_weights_by_length(tmp_path):
         "--length-upsampling, shares of the tokens in documents of less than 128 x 1: 20.0% ->"
         " 9.1%, 128 tokens and more x 2.5: 80.0% -> 90.9%",
         "--sample-mode document: share of the tokens that have so many of their own document"
-        " before them in the sequence: 64 30.7%; 49 on average",
+        " before them in the sequence: 64 30.7% (uncut 60.4%); 49 on average",
     ]
     with pytest.raises(UserError, match="--length-upsampling 5: TOKENS:WEIGHT is expected"):
         parse_arguments([*small_run_flags("x", length_upsampling=5)]).resolve(1)
