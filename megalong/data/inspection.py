@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -103,16 +103,10 @@ def verify(
     smallest, largest = np.iinfo(index.dtype).max, np.iinfo(index.dtype).min
     for begin in range(0, len(tokens), _SCANNED):
         part = np.array(tokens[begin : begin + _SCANNED])
-        smallest, largest = min(smallest, int(part.min())), max(largest, int(part.max()))
-        wrong = part < 0 if vocab_size is None else (part < 0) | (part >= vocab_size)
-        if wrong.any():
-            place = begin + int(np.flatnonzero(wrong)[0])
-            document = int(np.searchsorted(np.cumsum(documents.lengths), place, side="right"))
-            ids = "" if vocab_size is None else f", but the vocabulary has {vocab_size} ids"
-            raise UserError(
-                f"{path}: document {document} holds token id {tokens[place]} (token {place:,} of"
-                f" the file){ids}: damaged, or made with another tokenizer"
-            )
+        low, high = int(part.min()), int(part.max())
+        if low < 0 or (vocab_size is not None and high >= vocab_size):
+            _name_wrong_id(documents, part, begin, vocab_size)
+        smallest, largest = min(smallest, low), max(largest, high)
         progress.update(part.nbytes)
     known = documents.max_token_id
     if known is not None and known != largest:
@@ -126,6 +120,21 @@ def verify(
         found["documents_ending_with_eod"] = int((np.asarray(tokens[ends]) == eod).sum())
     found["megatron_core"] = documents.check_megatron_core()
     return found
+
+
+def _name_wrong_id(
+    documents: IndexedDocuments, tokens: np.ndarray, begin: int, vocab_size: int | None
+) -> NoReturn:
+    """tokens: from the place `begin` of the file on."""
+    wrong = tokens < 0 if vocab_size is None else (tokens < 0) | (tokens >= vocab_size)
+    place = int(np.flatnonzero(wrong)[0])
+    ends = np.cumsum(documents.lengths)
+    document = int(np.searchsorted(ends, begin + place, side="right"))
+    ids = "" if vocab_size is None else f", but the vocabulary has {vocab_size} ids"
+    raise UserError(
+        f"{documents.prefix}.bin: document {document} holds token id {tokens[place]} (token"
+        f" {begin + place:,} of the file){ids}: damaged, or made with another tokenizer"
+    )
 
 
 def in_text(
