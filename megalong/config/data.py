@@ -24,8 +24,8 @@ class DataConfig:
     )
     length_upsampling: tuple[str, ...] | None = flag(
         None,
-        "TOKENS:WEIGHT, ...: how often the training sees documents of at least so many tokens in an"
-        " epoch, such as 0:1 32768:5; shorter ones than the least once",
+        "TOKENS:WEIGHT (in YAML in quotes): how often the training sees documents of at least so"
+        " many tokens in an epoch, such as 0:1 32768:5; shorter ones than the least once",
         item=str,
     )
     tokenizer_type: str = flag(
