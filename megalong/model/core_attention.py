@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.module import MegatronModule
 
+from megalong.attention.documents import Documents
 from megalong.attention.exchange import SequenceGroup
 from megalong.attention.passes import Passes, attend
 from megalong.config import AttentionConfig, ModelConfig
@@ -73,19 +74,24 @@ class CoreAttention(MegatronModule):
         attention_mask: None = None,
         *,
         attn_mask_type: Any = None,
-        attention_bias: None = None,
+        attention_bias: Documents | None = None,
         packed_seq_params: None = None,
     ) -> torch.Tensor:
         """Attention over (s, b, heads, d) queries and (s, b, kv heads, d) keys and values.
 
+        attention_bias: the documents of this rank's positions, where they are kept apart. Of what
+        Megatron-core hands to all its layers, in every kind of recomputation, it is the one that
+        may be any object: the layers have the same, and what one has made of it serves the others.
         Returns (s, b, heads * d).
         """
-        assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        assert attention_mask is None and packed_seq_params is None
         if self.xpos is not None:
             scales_sp = self.xpos(len(q_sbhd), q_sbhd.device)
             q_sbhd, k_sbhd = scaled(q_sbhd, scales_sp), scaled(k_sbhd, scales_sp, inverse=True)
         q_bshd, k_bshd, v_bshd = (x.transpose(0, 1) for x in (q_sbhd, k_sbhd, v_sbhd))
-        out_bshd = attend(q_bshd, k_bshd, v_bshd, self._passes(self.pattern))
+        out_bshd = attend(
+            q_bshd, k_bshd, v_bshd, self._passes(self.pattern, documents=attention_bias)
+        )
         return out_bshd.transpose(0, 1).flatten(2)
 
     def passes(self, groups: int) -> list[Passes]:

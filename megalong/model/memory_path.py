@@ -130,6 +130,9 @@ def needs(config: Config, vocab_size: int, replicas: int = 1) -> Needs:
         scratch = max(scratch, tokens_of_a_chunk(config, vocabulary) * logits)
     kept *= _layers_under_way(config, replicas)
     host = kept if memory.offload_activations else 0.0
+    if config.data.isolates_documents:  # int32 bounds of all micro batches under way
+        bounds = 4 if config.training.causal else 8
+        peak += bounds * parallel.pipeline_model_parallel_size
     peak += 0.0 if memory.offload_activations else kept
     return Needs(
         device=MARGIN * tokens * peak + scratch + _of_parameters(config, vocab_size, replicas),

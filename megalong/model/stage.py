@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from megalong.attention.documents import documents_of
+
 
 class PipelineStage(torch.nn.Module):
     """The chunks of the model that this rank has a part of, in the order of their layers."""
@@ -16,8 +18,22 @@ class PipelineStage(torch.nn.Module):
         super().__init__()
         self.chunks = torch.nn.ModuleList(chunks)
 
-    def forward(self, *args, chunk: int = 0, **kwargs) -> torch.Tensor:
-        """The output of one chunk; the arguments are those of GPTModel."""
+    def forward(
+        self,
+        *args,
+        chunk: int = 0,
+        document_start: torch.Tensor | None = None,
+        document_stop: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """The output of one chunk; the other arguments are those of GPTModel.
+
+        document_start, document_stop: where documents are kept apart, those of this rank's
+            positions (`megalong.data.batches`).
+        """
+        documents = documents_of(document_start, document_stop)
+        if documents is not None:  # see CoreAttention.forward
+            kwargs["extra_block_kwargs"] = {"attention_bias": documents}
         return self.chunks[chunk](*args, **kwargs)
 
     @property

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer import TransformerConfig, TransformerLayer
 
+from megalong.attention.documents import Documents
 from megalong.config import Config
 from megalong.errors import UserError
 from megalong.parallel.mesh import Mesh
@@ -91,16 +94,19 @@ class TiledTransformerLayer(TransformerLayer):
         hidden_states: torch.Tensor,
         *args: Any,
         rotary_pos_emb: torch.Tensor | None = None,
+        attention_bias: Documents | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """(sequence, batch, hidden) to the same; nothing else is asked of the layer here."""
+        """(sequence, batch, hidden) to the same; nothing else is asked of the layer here.
+        attention_bias: documents, as `CoreAttention.forward` takes them."""
         with self._saving():
             if self._attention is not None:
-                x_sbh = self._tiled(hidden_states, rotary_pos_emb)
+                x_sbh = self._tiled(hidden_states, rotary_pos_emb, attention_bias)
                 if self._mlp is None:
                     x_sbh = self._half(self._mlp_half, x_sbh)
                 return x_sbh, None
-            x_sbh = self._half(self._attention_half, hidden_states, rotary_pos_emb)
+            attention = partial(self._attention_half, documents=attention_bias)
+            x_sbh = self._half(attention, hidden_states, rotary_pos_emb)
             if self._mlp is not None:
                 return self._mlp(x_sbh, mlp_weights(self)), None
             return self._half(self._mlp_half, x_sbh), None
@@ -120,11 +126,17 @@ class TiledTransformerLayer(TransformerLayer):
                 " less, or --no-offload-activations"
             ) from error
 
-    def _tiled(self, x_sbh: torch.Tensor, angles: torch.Tensor | None) -> torch.Tensor:
+    def _tiled(
+        self, x_sbh: torch.Tensor, angles: torch.Tensor | None, documents: Documents | None
+    ) -> torch.Tensor:
         """The attention half and, if that is tiled too, the MLP."""
         if angles is not None:
             angles = angles.flatten(1)
-        layer = TiledLayer(self._attention, self._mlp, self._recompute)
+        attention = self._attention
+        if documents is not None:
+            passes = [replace(of_group, documents=documents) for of_group in attention.passes]
+            attention = replace(attention, passes=passes)
+        layer = TiledLayer(attention, self._mlp, self._recompute)
         weights = mlp_weights(self) if self._mlp is not None else None
         return layer(x_sbh, angles, attention_weights(self), weights)
 
@@ -133,9 +145,13 @@ class TiledTransformerLayer(TransformerLayer):
             return half(*inputs)
         return tensor_parallel.checkpoint(half, False, *inputs)
 
-    def _attention_half(self, x_sbh: torch.Tensor, angles: torch.Tensor | None) -> torch.Tensor:
+    def _attention_half(
+        self, x_sbh: torch.Tensor, angles: torch.Tensor | None, documents: Documents | None
+    ) -> torch.Tensor:
         normed = self.input_layernorm(x_sbh)
-        out = self.self_attention(normed, attention_mask=None, rotary_pos_emb=angles)
+        out = self.self_attention(
+            normed, attention_mask=None, rotary_pos_emb=angles, attention_bias=documents
+        )
         return self._add(self.self_attn_bda, out, x_sbh)
 
     def _mlp_half(self, x_sbh: torch.Tensor) -> torch.Tensor:

@@ -171,8 +171,12 @@ def host_batches(config: Config, mesh: Mesh) -> Iterator[Batch]:
     """Micro batches without end, as `megalong.data.batches` makes them, all of token 0."""
     start, stop = mesh.sequence_range(config.model.seq_length)
     tokens = torch.zeros(config.training.micro_batch_size, stop - start, dtype=torch.int64)
-    batch = {"tokens": tokens, "labels": tokens}
-    if not config.training.causal:
+    batch, causal = {"tokens": tokens, "labels": tokens}, config.training.causal
+    if config.data.isolates_documents:
+        batch["document_start"] = tokens.int()
+        if not causal:
+            batch["document_stop"] = torch.full_like(tokens, config.model.seq_length).int()
+    if config.data.eod_mask_loss or not causal:
         batch["predicted"] = torch.ones((), dtype=torch.int64)
     while True:
         yield {**batch, "positions": torch.arange(start, stop)}

@@ -228,6 +228,8 @@ def _forward_step(device, loss_function, batches: Iterator[Batch], module: torch
         position_ids=batch["positions"],
         attention_mask=None,
         labels=labels.clamp(min=0),
+        document_start=batch.get("document_start"),
+        document_stop=batch.get("document_stop"),
     )
     return losses, partial(loss_function, mask=mask)
 
