@@ -11,6 +11,9 @@ over the keys of all of them (LongNet, arXiv 2307.02486, eq. 9-12). Autograd giv
     Columns  of sparse attention, which sum up the blocks before that of the query; the other part
              of it is a Branch, of the own block.
 
+Where documents share a sequence, a query sees none of the rows that lie before the first position
+of its own: `first`, a place for each query.
+
 Shape letters: b batch, s positions, h query heads, k kv heads, d head_dim, f batch and segments,
 g streams (kv heads at one offset), n rows of a part, m queries among them.
 """
@@ -59,9 +62,10 @@ class Branch:
         """The most rows that a segment has."""
         return -(-self.length // self.rate)
 
-    def attend(self, q_bshd, k_bskd, v_bskd, start: int, past):
+    def attend(self, q_bshd, k_bskd, v_bskd, start: int, past, first_bs=None):
         """Of the positions from `start` on: output and log-sum-exp, (b, s, h, d or 1), and the rows
-        of keys and of values for the next call. past: those of the last one."""
+        of keys and of values for the next call. past: those of the last one. first: where the
+        documents begin, if there are any."""
         batch, count = q_bshd.shape[:2]
         parts = []
         for first, segments, size, before in pieces(start, count, self.length):
@@ -71,7 +75,11 @@ class Branch:
                 self.key_rows(x[:, here], segments, before, old)
                 for x, old in zip((k_bskd, v_bskd), earlier, strict=True)
             ]
-            results = causal_attention(self.query_rows(q_bshd[:, here], segments, before), *rows)
+            low_fhm = None
+            if first_bs is not None:
+                low_fhm = self.rows_before(first_bs[:, here], start + first, segments, before)
+            queries = self.query_rows(q_bshd[:, here], segments, before)
+            results = causal_attention(queries, *rows, low_fhm)
             parts.append(
                 [
                     self.to_positions(x, batch, size, before, missing)
@@ -93,6 +101,27 @@ class Branch:
         takes_bg, row_bg = self.writes(places_b)
         reached = torch.arange(rows, device=places_b.device) <= row_bg[..., None]
         return takes_bg[..., None] & reached
+
+    def since(self, first_b: torch.Tensor, places_b: torch.Tensor, rows: int) -> torch.Tensor:
+        """Which of the rows that the query at each of these places sees are of positions from
+        `first` on, (b, g, rows)."""
+        inside_b = first_b - (places_b - places_b % self.length)
+        low_bg = _ceil_div(inside_b[:, None] - self.offsets(places_b.device), self.rate)
+        return torch.arange(rows, device=places_b.device) >= low_bg[..., None]
+
+    def rows_before(self, bounds_bs, start: int, segments: int, before: int):
+        """How many rows of its segment lie before the bound of each query, a place: (f, h, m).
+        start: the place of the first query; the others as of `query_rows`."""
+        batch, s = bounds_bs.shape
+        heads_bsh1 = bounds_bs[:, :, None, None].expand(-1, -1, self.heads, -1)
+        bounds_fhm = self.query_rows(heads_bsh1, segments, before)[..., 0]
+        segment = torch.arange(segments, device=bounds_bs.device) * (s // segments)
+        segment_f = (segment + (start - before)).repeat(batch)
+        offsets_h = self.offsets(bounds_bs.device).repeat_interleave(
+            self.heads // len(self.streams)
+        )
+        rows_fhm = _ceil_div(bounds_fhm - segment_f[:, None, None] - offsets_h[:, None], self.rate)
+        return rows_fhm.clamp_min(0)
 
     def room(self, place: int) -> int:
         """The rows that there have to be when a position is written."""
@@ -159,6 +188,10 @@ def _rows(x_bshd, channels, rate: int, segments: int, before: int):
     return x.reshape(x.shape[0], -1, rate * h, d).index_select(2, channels).transpose(1, 2)
 
 
+def _ceil_div(x: torch.Tensor, divisor: int) -> torch.Tensor:
+    return -(-x).div(divisor, rounding_mode="floor")
+
+
 def parts_of(config, layer: int) -> list:
     """The parts of the attention of a layer, from 0. config: a LongNetConfig."""
     kind, kv_heads = config.kind(layer), config.num_key_value_heads
@@ -205,7 +238,7 @@ class Window:
     def rows(self) -> int:
         return self.size
 
-    def attend(self, q_bshd, k_bskd, v_bskd, start: int, past):
+    def attend(self, q_bshd, k_bskd, v_bskd, start: int, past, first_bs=None):
         """As of a Branch."""
         count, device = q_bshd.shape[1], q_bshd.device
         first, stop = max(start - self.size + 1, 0), start + count
@@ -214,9 +247,10 @@ class Window:
         if past is not None:
             keys = [torch.cat((old[:, :, before], x), 2) for x, old in zip(keys, past, strict=True)]
         after = torch.arange(start + 1, stop + 1, device=device) - first
-        out, lse = range_attention(
-            q_bshd.transpose(1, 2), *keys, (after - self.size).clamp_min(0), after
-        )
+        low = (after - self.size).clamp_min(0)
+        if first_bs is not None:
+            low = torch.maximum(low, first_bs[:, None] - first)
+        out, lse = range_attention(q_bshd.transpose(1, 2), *keys, low, after)
         slots = torch.arange(min(stop, self.size), device=device)
         kept = max(stop - self.size, 0)
         kept = kept + (slots - kept) % self.size - first  # where the last positions are among keys
@@ -231,6 +265,11 @@ class Window:
         """As of a Branch."""
         reached = torch.arange(rows, device=places_b.device) <= places_b[:, None]
         return reached[:, None].expand(-1, self.kv_heads, -1)
+
+    def since(self, first_b, places_b, rows: int):
+        """As of a Branch."""
+        back = (places_b[:, None] - torch.arange(rows, device=places_b.device)) % self.size
+        return (places_b[:, None] - back >= first_b[:, None])[:, None]
 
     def room(self, place: int) -> int:
         return min(place + 1, self.size)
@@ -266,7 +305,7 @@ class Columns:
     def rows(self) -> int:
         return 2**62  # those of all blocks
 
-    def attend(self, q_bshd, k_bskd, v_bskd, start: int, past):
+    def attend(self, q_bshd, k_bskd, v_bskd, start: int, past, first_bs=None):
         """As of a Branch."""
         batch, count, _, d = q_bshd.shape
         places = torch.arange(start, start + count, device=q_bshd.device)
@@ -282,7 +321,10 @@ class Columns:
             new = new.transpose(1, 2)
             keys.append(rows.scatter(2, target.expand_as(new), new)[:, :, :room])
         stops = places // self.block * self.columns
-        out, lse = range_attention(q_bshd.transpose(1, 2), *keys, torch.zeros_like(stops), stops)
+        low = torch.zeros_like(stops)
+        if first_bs is not None:
+            low = self.rows_before(first_bs)
+        out, lse = range_attention(q_bshd.transpose(1, 2), *keys, low, stops)
         return out.transpose(1, 2), lse.transpose(1, 2), keys
 
     def writes(self, places_b):
@@ -299,6 +341,20 @@ class Columns:
         seen = torch.arange(rows, device=places_b.device) < stops_b[:, None]
         return seen[:, None].expand(-1, self.kv_heads, -1)
 
+    def since(self, first_b, places_b, rows: int):
+        """As of a Branch."""
+        low_bk = self._rows_before(first_b[:, None])[..., 0]
+        return torch.arange(rows, device=places_b.device) >= low_bk[..., None]
+
+    def rows_before(self, bounds_bs):
+        """How many rows lie before the bound of each query, a place: (b, h, s)."""
+        return self._rows_before(bounds_bs).repeat_interleave(self.heads // self.kv_heads, 1)
+
+    def _rows_before(self, bounds_bs):
+        starts_k1 = torch.tensor(self.starts, device=bounds_bs.device)[:, None]
+        inside_bks = (bounds_bs % self.block)[:, None] - starts_k1
+        return (bounds_bs // self.block * self.columns)[:, None] + inside_bks.clamp(0, self.columns)
+
     def room(self, place: int) -> int:
         return (place // self.block + 1) * self.columns
 
@@ -310,18 +366,19 @@ class Columns:
         return takes_sg.T[:, None] & (block_s < block_s[:, None])
 
 
-def attention(q_bshd, k_bskd, v_bskd, parts, start: int = 0, past=None):
+def attention(q_bshd, k_bskd, v_bskd, parts, start: int = 0, past=None, first_bs=None):
     """Causal attention of the positions from `start` on.
 
     past: for each part the rows of keys and of values, (b, g, n, d), that a position at `start`
         may see; what an earlier call returned. None where start is 0.
+    first: for each position the place of the first one of its document; None: there is one.
     Returns the output, (b, s, h, d), and the rows for the next call.
     """
     out = lse = None
     present = []
     for number, part in enumerate(parts):
         new_out, new_lse, rows = part.attend(
-            q_bshd, k_bskd, v_bskd, start, None if start == 0 else past[number]
+            q_bshd, k_bskd, v_bskd, start, None if start == 0 else past[number], first_bs
         )
         present.append(rows)
         if out is None:
@@ -335,18 +392,19 @@ def attention(q_bshd, k_bskd, v_bskd, parts, start: int = 0, past=None):
 
 def range_attention(q_bhmd, k_bgnd, v_bgnd, starts_m, stops_m):
     """Attention of queries to the key rows [start, stop) of each, and its log-sum-exp (b, h, m, 1);
-    NEVER where there is none. Both ends grow with the query. In tiles, as `causal_attention`."""
+    NEVER where there is none. Both ends grow with the query; they are (m,), or (b, h or 1, m). In
+    tiles, as `causal_attention`."""
     heads, m = q_bhmd.shape[1:3]
     width = max(int((stops_m - starts_m).max()), 1)
     rows = min(max(TILE_SCORES // (heads * width), 1), width, m)
     results = []
     for first in range(0, m, rows):
         here = slice(first, first + rows)
-        starts, stops = starts_m[here], stops_m[here]
-        low = min(int(starts[0]), k_bgnd.shape[2] - 1)
-        keys = slice(low, max(int(stops[-1]), low + 1))
+        starts, stops = starts_m[..., here], stops_m[..., here]
+        low = min(int(starts[..., 0].min()), k_bgnd.shape[2] - 1)
+        keys = slice(low, max(int(stops[..., -1].max()), low + 1))
         inputs = q_bhmd[:, :, here], k_bgnd[:, :, keys], v_bgnd[:, :, keys]
-        inputs += (starts - low)[:, None], (stops - low)[:, None]
+        inputs += (starts - low)[..., None], (stops - low)[..., None]
         if torch.is_grad_enabled() and q_bhmd.requires_grad:
             results.append(
                 checkpoint(_range_tile, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -369,34 +427,39 @@ def _range_tile(q_bhmd, k_bgnd, v_bgnd, starts_m1, stops_m1):
     return (weights @ v_bgnd).reshape(b, h, m, d).to(lse.dtype), lse
 
 
-def causal_attention(q_fhmd, k_fgnd, v_fgnd):
+def causal_attention(q_fhmd, k_fgnd, v_fgnd, low_fhm=None):
     """Causal attention of the last m of n rows, and its log-sum-exp (f, h, m, 1); both in at least
-    float32."""
-    return in_tiles(_tile, q_fhmd, k_fgnd, v_fgnd, causal=True)
+    float32. low: the first row that each query sees, its own or one before it."""
+    return in_tiles(_tile, q_fhmd, k_fgnd, v_fgnd, causal=True, bounds=(low_fhm,))
 
 
-def in_tiles(tile, q_fhmd, k_fgnd, v_fgnd, *more, causal: bool):
+def in_tiles(tile, q_fhmd, k_fgnd, v_fgnd, *more, causal: bool, bounds=()):
     """An attention of m rows, and its log-sum-exp (f, h, m, 1): a tile of queries at a time,
     computed again in the backward pass, so that memory stays linear.
 
-    tile: of the queries of a tile (f, g, e, m, d), of keys, values and `more`. causal: the queries
-        are the last rows, and get the keys up to their tile's end.
+    tile: of the queries of a tile (f, g, e, m, d), of keys, values, the bounds of these queries
+        (f, g, e, m, 1), and `more`. causal: the queries are the last rows, and get the keys up to
+        their tile's end. bounds: of all queries, (f, h, m) each, or None.
     """
     m = q_fhmd.shape[2]
     g, n = k_fgnd.shape[1:3]
     budget = max(TILE_SCORES // (q_fhmd.shape[1] * n), 1)
     rows = min(budget, m)
     # split, not slices: its backward puts the parts together once.
-    parts = (
-        x.split(max(budget // rows, 1)) for x in (q_fhmd.unflatten(1, (g, -1)), k_fgnd, v_fgnd)
-    )
+    size = max(budget // rows, 1)
+    parts = (x.split(size) for x in (q_fhmd.unflatten(1, (g, -1)), k_fgnd, v_fgnd))
     lines = []
-    for q_part, k_part, v_part in zip(*parts, strict=True):
+    for number, (q_part, k_part, v_part) in enumerate(zip(*parts, strict=True)):
+        part = slice(number * size, (number + 1) * size)
         line, stop = [], n - m
         for q_tile in q_part.split(rows, 3):
-            stop += q_tile.shape[3]
-            keys = slice(stop if causal else n)
-            inputs = q_tile, k_part[:, :, keys], v_part[:, :, keys], *more
+            start, stop = stop, stop + q_tile.shape[3]
+            keys, here = slice(stop if causal else n), slice(start - (n - m), stop - (n - m))
+            of_tile = (
+                x if x is None else x[part, :, here].unflatten(1, (g, -1))[..., None]
+                for x in bounds
+            )
+            inputs = q_tile, k_part[:, :, keys], v_part[:, :, keys], *of_tile, *more
             if torch.is_grad_enabled() and q_fhmd.requires_grad:
                 line.append(
                     checkpoint(tile, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -407,21 +470,24 @@ def in_tiles(tile, q_fhmd, k_fgnd, v_fgnd, *more, causal: bool):
     return tuple(torch.cat(x).flatten(1, 2) for x in zip(*lines, strict=True))
 
 
-def _tile(q_fgemd, k_fgnd, v_fgnd):
+def _tile(q_fgemd, k_fgnd, v_fgnd, low_fgem1):
     f, g, e, m, d = q_fgemd.shape
     n = k_fgnd.shape[2]
     scores = q_fgemd.reshape(f, g, e * m, d) @ k_fgnd.mT
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).view(f, g, e, m, n)
     later = torch.ones(m, m, dtype=torch.bool, device=scores.device).triu(1)
     scores.mul_(d**-0.5)[..., n - m :].masked_fill_(later, -torch.inf)
+    if low_fgem1 is not None:
+        scores.masked_fill_(torch.arange(n, device=scores.device) < low_fgem1, -torch.inf)
     lse = scores.logsumexp(-1, keepdim=True)
     weights = (scores - lse).exp_().to(v_fgnd.dtype).reshape(f, g, e * m, n)
     return (weights @ v_fgnd).reshape(f, g, e, m, d).to(lse.dtype), lse
 
 
-def probabilities(q_bshd, k_bskd, parts):
+def probabilities(q_bshd, k_bskd, parts, seen_b1ss=None):
     """The weight of each key in each query's softmax, (b, h, s, s) in at least float32: that of all
-    parts which have it. Quadratic, to be looked at; `attention` has no such thing."""
+    parts which have it. Quadratic, to be looked at; `attention` has no such thing. seen: which keys
+    are of the query's document."""
     s, heads = q_bshd.shape[1:3]
     q_bhsd = q_bshd.transpose(1, 2)
     k_bhsd = k_bskd.transpose(1, 2).repeat_interleave(heads // k_bskd.shape[2], 1)
@@ -431,5 +497,7 @@ def probabilities(q_bshd, k_bskd, parts):
     for part in parts:
         times_hss += part.pairs(s, scores.device).repeat_interleave(heads // len(part.streams), 0)
     times_hss.tril_()
+    if seen_b1ss is not None:
+        times_hss = times_hss * seen_b1ss
     weights = (scores + times_hss.log().clamp_min(NEVER)).softmax(-1)
     return weights * (times_hss > 0)

@@ -22,17 +22,23 @@ from .attention_longnet import (
     pieces,
     range_attention,
 )
+from .documents_longnet import Documents
 
 
-def bidirectional_attention(q_bshd, k_bskd, v_bskd, parts, counts: list[int]):
+def bidirectional_attention(
+    q_bshd, k_bskd, v_bskd, parts, counts: list[int], documents: Documents | None = None
+):
     """The output, (b, s, h, d). counts: how many real tokens each sequence has, the others being
-    padding after them, whose output is zero."""
+    padding after them, whose output is zero. documents: those that share a sequence."""
     out_bshd = torch.zeros_like(q_bshd)
     for rows, count in sequences_by_length(counts, q_bshd.device):
         q, k, v = (x[rows, :count] for x in (q_bshd, k_bskd, v_bskd))
+        bounds = None
+        if documents is not None:
+            bounds = [x[rows, :count] for x in (documents.first_bs, documents.stop_bs)]
         out = lse = None
         for part in parts:
-            for new_out, new_lse in _attend(part, q, k, v):
+            for new_out, new_lse in _attend(part, q, k, v, bounds):
                 if out is None:
                     out, lse = new_out, new_lse
                     continue
@@ -44,7 +50,9 @@ def bidirectional_attention(q_bshd, k_bskd, v_bskd, parts, counts: list[int]):
     return out_bshd
 
 
-def bidirectional_probabilities(q_bshd, k_bskd, parts, counts: list[int]):
+def bidirectional_probabilities(
+    q_bshd, k_bskd, parts, counts: list[int], documents: Documents | None = None
+):
     """The weight of each key in each query's softmax, (b, h, s, s) in at least float32, zero where
     one of them is padding. Quadratic, to be looked at."""
     batch, s, heads = q_bshd.shape[:3]
@@ -59,6 +67,8 @@ def bidirectional_probabilities(q_bshd, k_bskd, parts, counts: list[int]):
         for part in parts:
             seen_gss = _pairs(part, count, device)
             times_hss += seen_gss.repeat_interleave(heads // len(part.streams), 0)
+        if documents is not None:
+            times_hss = times_hss * documents.seen(count)[rows, :, :count]
         weights = (scores + times_hss.log().clamp_min(NEVER)).softmax(-1) * (times_hss > 0)
         found[rows, :, :count, :count] = weights
     return found
@@ -71,16 +81,17 @@ def sequences_by_length(counts: list[int], device) -> Iterator[tuple[torch.Tenso
         yield torch.tensor(rows, device=device), count
 
 
-def _attend(part: Branch | Window | Columns, q_bshd, k_bskd, v_bskd) -> list[tuple]:
+def _attend(part: Branch | Window | Columns, q_bshd, k_bskd, v_bskd, bounds) -> list[tuple]:
     """Output and log-sum-exp of whole sequences, (b, s, h, d or 1); of a part that is two ranges,
-    of either."""
+    of either. bounds: the places between which the keys of each query lie, (b, s) both, or None."""
     if isinstance(part, Branch):
-        return [_branch(part, q_bshd, k_bskd, v_bskd)]
+        return [_branch(part, q_bshd, k_bskd, v_bskd, bounds)]
     q_bhsd, keys = q_bshd.transpose(1, 2), [k_bskd.transpose(1, 2), v_bskd.transpose(1, 2)]
     places = torch.arange(q_bshd.shape[1], device=q_bshd.device)
     if isinstance(part, Window):
         first, stop = places - part.size + 1, places + part.size
         ranges = [(first.clamp_min(0), stop.clamp_max(len(places)))]
+        bounds = bounds and [x[:, None] for x in bounds]
     else:
         keys = [_column_rows(part, x) for x in keys]
         columns = keys[0].shape[2]
@@ -90,11 +101,15 @@ def _attend(part: Branch | Window | Columns, q_bshd, k_bskd, v_bskd) -> list[tup
         after = (before + part.columns).clamp_max(columns)  # where those of later ones begin
         nothing, everything = torch.zeros_like(places), torch.full_like(places, columns)
         ranges = [(nothing, before), (after, everything)]
+        bounds = bounds and [part.rows_before(x).clamp_max(columns) for x in bounds]
+    if bounds:
+        low, high = bounds
+        ranges = [(torch.maximum(a, low), torch.minimum(b, high)) for a, b in ranges]
     results = (range_attention(q_bhsd, *keys, *ends) for ends in ranges)
     return [(out.transpose(1, 2), lse.transpose(1, 2)) for out, lse in results]
 
 
-def _branch(part: Branch, q_bshd, k_bskd, v_bskd):
+def _branch(part: Branch, q_bshd, k_bskd, v_bskd, bounds):
     batch, count = q_bshd.shape[:2]
     found = []
     for first, segments, size, _ in pieces(0, count, part.length):
@@ -102,7 +117,10 @@ def _branch(part: Branch, q_bshd, k_bskd, v_bskd):
         rows = [part.key_rows(x[:, here], segments, 0, None) for x in (k_bskd, v_bskd)]
         places = torch.arange(rows[0].shape[2], device=q_bshd.device) * part.rate
         hidden_gn = places + part.offsets(q_bshd.device)[:, None] >= size
-        results = _row_attention(part.query_rows(q_bshd[:, here], segments, 0), *rows, hidden_gn)
+        ranges = [part.rows_before(x[:, here], first, segments, 0) for x in bounds or ()]
+        results = _row_attention(
+            part.query_rows(q_bshd[:, here], segments, 0), *rows, hidden_gn, ranges or (None, None)
+        )
         found.append(
             [
                 part.to_positions(x, batch, size, 0, missing)
@@ -136,17 +154,22 @@ def _pairs(part: Branch | Window | Columns, length: int, device):
     return takes_sg.T[:, None] & seen_ss
 
 
-def _row_attention(q_fhmd, k_fgnd, v_fgnd, hidden_gn):
-    """Attention of all rows to all that are not hidden, and its log-sum-exp (f, h, m, 1); both in
-    at least float32."""
-    return in_tiles(_tile, q_fhmd, k_fgnd, v_fgnd, hidden_gn, causal=False)
+def _row_attention(q_fhmd, k_fgnd, v_fgnd, hidden_gn, ranges):
+    """Attention of all rows to all that are not hidden and, where there are ranges, lie between the
+    query's two; and its log-sum-exp (f, h, m, 1). Both in at least float32."""
+    return in_tiles(_tile, q_fhmd, k_fgnd, v_fgnd, hidden_gn, causal=False, bounds=ranges)
 
 
-def _tile(q_fgemd, k_fgnd, v_fgnd, hidden_gn):
+def _tile(q_fgemd, k_fgnd, v_fgnd, low_fgem1, high_fgem1, hidden_gn):
     f, g, e, m, d = q_fgemd.shape
+    n = k_fgnd.shape[2]
     scores = q_fgemd.reshape(f, g, e * m, d) @ k_fgnd.mT
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * d**-0.5
     scores = scores.masked_fill(hidden_gn[:, None], NEVER)
+    if low_fgem1 is not None:
+        rows = torch.arange(n, device=scores.device)
+        outside = (rows < low_fgem1) | (rows >= high_fgem1)
+        scores = scores.masked_fill(outside.reshape(f, g, e * m, n), NEVER)
     lse = scores.logsumexp(-1, keepdim=True)
     weights = (scores - lse).exp_().to(v_fgnd.dtype)
     out = (weights @ v_fgnd).to(lse.dtype)

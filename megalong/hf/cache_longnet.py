@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .attention_longnet import NEVER, attention
+from .documents_longnet import Documents
 
 
 class LongNetCacheLayer(CacheLayerMixin):
@@ -23,6 +24,7 @@ class LongNetCacheLayer(CacheLayerMixin):
     keys, values: for each part (b, streams, rows, d): of a branch the rows of each sequence's
         segment under way, at most w / r of them.
     lengths: the real tokens of each sequence so far. columns: those of the input, with padding.
+    under_way: where the document of each sequence began that its next token goes on with.
     """
 
     is_croppable = False  # the rows of earlier segments are gone
@@ -35,18 +37,24 @@ class LongNetCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.keys, self.values, self.lengths, self.columns = [], [], [], 0
+        self.under_way: list[int] = []
         self.is_initialized = False
 
-    def attend(self, q_bshd, k_bskd, v_bskd, counts: list[int]):
+    def attend(self, q_bshd, k_bskd, v_bskd, counts: list[int], documents: Documents | None):
         """Attention of new positions, of which each sequence has `counts`, the others being padding
         after them; remembers their keys and values."""
         s = q_bshd.shape[1]
         if not self.is_initialized:
             self._start(k_bskd)
+        first_bs = None if documents is None else documents.first_bs
         if s == 1:
-            out = self._attend_one(q_bshd[:, 0], k_bskd[:, 0], v_bskd[:, 0], counts)[:, None]
+            first_b = None if first_bs is None else first_bs[:, 0]
+            new = (x[:, 0] for x in (q_bshd, k_bskd, v_bskd))
+            out = self._attend_one(*new, counts, first_b)[:, None]
         else:
-            out = self._attend_many(q_bshd, k_bskd, v_bskd, counts)
+            out = self._attend_many(q_bshd, k_bskd, v_bskd, counts, first_bs)
+        if documents is not None:
+            self.under_way = list(documents.following)
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
         self.columns += s
         return out
@@ -55,9 +63,10 @@ class LongNetCacheLayer(CacheLayerMixin):
         batch, _, _, d = k_bskd.shape
         empty = [k_bskd.new_empty(batch, len(x.streams), 0, d) for x in self.parts]
         self.keys, self.values, self.lengths = empty, list(empty), [0] * batch
+        self.under_way = [0] * batch
         self.is_initialized = True
 
-    def _attend_many(self, q_bshd, k_bskd, v_bskd, counts):
+    def _attend_many(self, q_bshd, k_bskd, v_bskd, counts, first_bs):
         """Sequences that stand at the same place are computed together."""
         out = torch.zeros_like(q_bshd)
         places = {}
@@ -69,14 +78,15 @@ class LongNetCacheLayer(CacheLayerMixin):
             rows = torch.tensor(rows, device=q_bshd.device)
             past = [(k[rows], v[rows]) for k, v in zip(self.keys, self.values, strict=True)]
             new = (x[rows, :count] for x in (q_bshd, k_bskd, v_bskd))
-            attended, present = attention(*new, self.parts, length, past)
+            first = None if first_bs is None else first_bs[rows, :count]
+            attended, present = attention(*new, self.parts, length, past, first)
             out[rows, :count] = attended
             for number, pair in enumerate(present):
                 for kept, new_rows in zip((self.keys, self.values), pair, strict=True):
                     kept[number] = _store(kept[number], rows, new_rows.detach())
         return out
 
-    def _attend_one(self, q_bhd, k_bkd, v_bkd, counts):
+    def _attend_one(self, q_bhd, k_bkd, v_bkd, counts, first_b):
         """One new position of each sequence: one softmax over the rows of all parts."""
         device = q_bhd.device
         lengths = torch.tensor(self.lengths, device=device)
@@ -92,6 +102,8 @@ class LongNetCacheLayer(CacheLayerMixin):
                 kept[number][*written, row_bg[written]] = new[written[0], kv_heads[written[1]]]
             k_bgnd = self.keys[number]
             mask = part.sees(lengths, k_bgnd.shape[2])
+            if first_b is not None:
+                mask = mask & part.since(first_b, lengths, k_bgnd.shape[2])
             q_bged = q_bhd.unflatten(1, (len(part.streams), -1))
             mask = mask[:, :, None].expand(-1, -1, q_bged.shape[2], -1).flatten(1, 2)
             scores.append((q_bged @ k_bgnd.mT).flatten(1, 2))
@@ -115,7 +127,9 @@ class LongNetCacheLayer(CacheLayerMixin):
                 [x.index_select(0, indices.to(x.device)) for x in kept]
                 for kept in (self.keys, self.values)
             )
-            self.lengths = [self.lengths[i] for i in indices.tolist()]
+            chosen = indices.tolist()
+            self.lengths = [self.lengths[i] for i in chosen]
+            self.under_way = [self.under_way[i] for i in chosen]
 
     reorder_cache = batch_select_indices
 
@@ -178,6 +192,11 @@ class LongNetCache(Cache):
     def lengths(self) -> list[int]:
         """Real tokens of each sequence so far; empty before the first."""
         return self.layers[0].lengths
+
+    @property
+    def under_way(self) -> list[int]:
+        """Where the document of each sequence began; empty before the first token."""
+        return self.layers[0].under_way
 
     def rows(self) -> int:
         """Rows of keys kept for one sequence and one kv head, over all parts, in the layer that has

@@ -70,6 +70,7 @@ def longnet_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
         **{theirs: getattr(model, ours) for ours, theirs in _SETTINGS.items()},
         **{name: _as_json(getattr(config.attention, name)) for name in PATTERN_FIELDS},
         "attention": _kinds(config.attention.attention),
+        "document_attention": config.data.document_attention,
         "causal": config.training.causal,
         "initializer_range": model.init_method_std,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
@@ -114,6 +115,7 @@ def _from_longnet(config: dict[str, Any]) -> dict[str, Any]:
         **_sizes(config),
         **{ours: config[theirs] for ours, theirs in _SETTINGS.items()},
         **pattern,
+        "document_attention": config.get("document_attention", "mixed"),
         "objective": "causal" if config.get("causal", True) else "mlm",
         "init_method_std": config["initializer_range"],
     }

@@ -29,6 +29,9 @@ class LongNetConfig(PreTrainedConfig):
     rope_scaling_factor, rope_original_length: RoPE stretched as in Llama 3.1; None: as it is.
     swiglu: a gated SiLU MLP; else GELU. linear_bias: biases in all linear layers; qkv_bias: in the
         query, key and value projections. qk_norm: a norm of each head's queries and keys.
+    document_attention: "isolated": the model was trained on documents that share a row without
+        seeing each other, and `input_ids` are read so (`LongNetModel.forward`); "mixed": a token
+        sees the documents before its own.
     sub_layer_norm: a norm before the output projection and before the MLP's last matrix, too
         (MAGNETO, arXiv 2210.06423).
     """
@@ -62,6 +65,7 @@ class LongNetConfig(PreTrainedConfig):
     window_size: int = 2048
     sparse_block_size: int = 2048
     sparse_columns: int = 32
+    document_attention: str = "mixed"
     causal: bool = True
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
@@ -87,6 +91,7 @@ class LongNetConfig(PreTrainedConfig):
         for name, known in (
             ("normalization", ("RMSNorm", "LayerNorm")),
             ("position_embedding_type", ("rope", "xpos", "none")),
+            ("document_attention", ("mixed", "isolated")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(

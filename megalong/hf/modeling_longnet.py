@@ -7,6 +7,9 @@ Padding: the model moves the real tokens of each row to its front, where a causa
 at what comes after them and a bidirectional one hides it, and moves the results back. So positions,
 segments and offsets count from each sequence's first real token, wherever its padding is.
 
+Documents that share a row do not see each other where `position_ids` restart at 0, nor, in a model
+that was trained so, behind the end of a document (`documents_longnet`).
+
 Shape letters: b batch, s sequence, h heads, d head_dim.
 """
 
@@ -28,6 +31,7 @@ from .attention_longnet import attention, parts_of, probabilities
 from .bidirectional_longnet import bidirectional_attention, bidirectional_probabilities
 from .cache_longnet import LongNetCache, LongNetCacheLayer
 from .configuration_longnet import LongNetConfig
+from .documents_longnet import Documents
 from .loss_longnet import is_divided, most_rows, next_token_loss
 from .positions_longnet import check_length, rotary_angles, rotate, xpos_scales
 
@@ -80,23 +84,25 @@ class LongNetAttention(nn.Module):
         self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
         self.attn_sub_norm = sub_layer_norm(config, heads * self.head_dim)
 
-    def forward(self, x, rotary, counts, cache):
+    def forward(self, x, rotary, counts, documents, cache):
         q, k = self._queries_and_keys(x, rotary)
         v = self._heads(self.v_proj, x)
         if not self.causal:
-            out = bidirectional_attention(q, k, v, self.parts, counts)
+            out = bidirectional_attention(q, k, v, self.parts, counts, documents)
         elif cache is None:
-            out, _ = attention(q, k, v, self.parts)
+            first = None if documents is None else documents.first_bs
+            out, _ = attention(q, k, v, self.parts, first_bs=first)
         else:
-            out = cache.attend(q, k, v, counts)
+            out = cache.attend(q, k, v, counts, documents)
         return self.o_proj(self.attn_sub_norm(out.flatten(2)))
 
-    def probabilities(self, x, rotary, counts):
+    def probabilities(self, x, rotary, counts, documents):
         """What each position attends to, (b, h, s, s), as `forward` without a cache does."""
         q, k = self._queries_and_keys(x, rotary)
         if not self.causal:
-            return bidirectional_probabilities(q, k, self.parts, counts)
-        return probabilities(q, k, self.parts)
+            return bidirectional_probabilities(q, k, self.parts, counts, documents)
+        seen = None if documents is None else documents.seen(x.shape[1])
+        return probabilities(q, k, self.parts, seen)
 
     def _queries_and_keys(self, x, rotary):
         q, k = self._heads(self.q_proj, x), self._heads(self.k_proj, x)
@@ -141,8 +147,8 @@ class LongNetDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = make_norm(config, config.hidden_size)
         self.mlp = LongNetMLP(config)
 
-    def forward(self, x, rotary, counts, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), rotary, counts, cache)
+    def forward(self, x, rotary, counts, documents=None, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rotary, counts, documents, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -180,6 +186,7 @@ class LongNetModel(LongNetPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        position_ids: torch.LongTensor | None = None,
     ) -> BaseModelOutputWithPast:
         """The hidden states of the input, which follows what is in the cache.
 
@@ -188,11 +195,15 @@ class LongNetModel(LongNetPreTrainedModel):
 
         attention_mask: (b, s) or, with a cache, (b, all columns so far): 0 where there is padding.
             Padding may be on either side, or between.
+        position_ids: (b or 1, s). Where they are 0, a document begins that sees nothing before it;
+            what they are elsewhere means nothing, as positions count on over the row. None: a row
+            is one document but, if the configuration's document_attention is "isolated", for what
+            its end-of-sequence (and beginning-of-sequence) tokens divide, which counts in any case.
         output_attentions: of each layer what each position attends to, (b, h, s, s): zero where its
-            pattern, the future or padding is. Of at most `TILE` positions, and without a cache,
-            which has not all of the past.
-        Raises ValueError for other masks, for caches of other models, and where there are no
-        attentions to give.
+            pattern, the future, padding or another document is. Of at most `TILE` positions, and
+            without a cache, which has not all of the past.
+        Raises ValueError for other masks and position_ids, for caches of other models, and where
+            there are no attentions to give.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -229,6 +240,7 @@ class LongNetModel(LongNetPreTrainedModel):
         x = padding.to_end(x)
         starts = cache.lengths if cache is not None and cache.lengths else [0] * batch
         check_length(self.config, max(starts) + length, x.dtype)
+        documents = self._documents(input_ids, position_ids, padding, starts, cache)
         tiled = length > TILE and self.config.causal
         tiled = tiled and not torch.is_grad_enabled() and not is_divided(self)
         rotary = None if tiled else self._rotary(starts, length, x.device)
@@ -238,13 +250,13 @@ class LongNetModel(LongNetPreTrainedModel):
                 states.append(padding.back(x))
             if output_attentions:
                 normed = layer.input_layernorm(x)
-                weights = layer.self_attn.probabilities(normed, rotary, padding.counts)
+                weights = layer.self_attn.probabilities(normed, rotary, padding.counts, documents)
                 attentions.append(padding.square_back(weights))
             kept = None if cache is None else cache.layers[number]
             if tiled:
-                x = self._in_tiles(layer, x, starts, padding.counts, kept)
+                x = self._in_tiles(layer, x, starts, padding.counts, documents, kept)
             else:
-                x = layer(x, rotary, padding.counts, cache=kept)
+                x = layer(x, rotary, padding.counts, documents, cache=kept)
         if tiled:
             for tile in x.split(TILE, 1):
                 tile.copy_(self.norm(tile))
@@ -258,7 +270,21 @@ class LongNetModel(LongNetPreTrainedModel):
             attentions=tuple(attentions) if output_attentions else None,
         )
 
-    def _in_tiles(self, layer, x, starts, counts, kept):
+    def _documents(self, input_ids, position_ids, padding, starts, cache):
+        """Where the documents of the input are, its real tokens moved to the front."""
+        if position_ids is not None:
+            if position_ids.ndim != 2 or position_ids.shape[1] != padding.length:
+                raise ValueError(
+                    f"position_ids must be (batch, {padding.length}), as the input is, got shape"
+                    f" {tuple(position_ids.shape)}"
+                )
+            position_ids = padding.to_end(position_ids.expand(len(starts), -1)[..., None])[..., 0]
+        if input_ids is not None:
+            input_ids = padding.to_end(input_ids[..., None])[..., 0]
+        under_way = cache.under_way if cache is not None and cache.under_way else [0] * len(starts)
+        return Documents.of(self.config, input_ids, position_ids, padding.counts, starts, under_way)
+
+    def _in_tiles(self, layer, x, starts, counts, documents, kept):
         """One layer, `TILE` positions at a time: to each, those before it are in the cache."""
         if kept is None:
             kept = LongNetCacheLayer(layer.self_attn.parts)
@@ -267,7 +293,8 @@ class LongNetModel(LongNetPreTrainedModel):
             size = tile.shape[1]
             rotary = self._rotary([start + first for start in starts], size, x.device)
             here = [min(max(count - first, 0), size) for count in counts]
-            out[:, first : first + size] = layer(tile, rotary, here, cache=kept)
+            there = None if documents is None else documents.part(first, size)
+            out[:, first : first + size] = layer(tile, rotary, here, there, cache=kept)
         return out
 
     def _rotary(self, starts, length, device):
@@ -280,15 +307,16 @@ class LongNetModel(LongNetPreTrainedModel):
 
 
 class Padding:
-    """Where the real tokens of a batch are. counts: how many each sequence has."""
+    """Where the real tokens of a batch are. length: with padding. counts: how many each sequence
+    has."""
 
-    def __init__(self, counts: list[int], order: torch.Tensor | None):
-        self.counts, self.order = counts, order
+    def __init__(self, length: int, counts: list[int], order: torch.Tensor | None):
+        self.length, self.counts, self.order = length, counts, order
 
     @classmethod
     def of(cls, attention_mask: torch.Tensor | None, batch: int, length: int) -> Padding:
         if attention_mask is None:
-            return cls([length] * batch, None)
+            return cls(length, [length] * batch, None)
         if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
             raise ValueError(
                 "attention_mask must be (batch, sequence) with 0 for padding, got shape"
@@ -297,8 +325,8 @@ class Padding:
         real = attention_mask[:, attention_mask.shape[1] - length :].bool()
         counts = real.sum(1).tolist()
         if min(counts) == length:
-            return cls(counts, None)
-        return cls(counts, torch.argsort((~real).int(), dim=1, stable=True))
+            return cls(length, counts, None)
+        return cls(length, counts, torch.argsort((~real).int(), dim=1, stable=True))
 
     def to_end(self, x):
         """Rows of a batch with their padding moved behind the real tokens."""
@@ -351,6 +379,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
         return_dict: bool | None = None,
+        position_ids: torch.LongTensor | None = None,
         **loss_options,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits, and with labels (-100 where there is none) the mean loss of the next tokens.
@@ -359,7 +388,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             all, but of none where there are labels and it would be more than `MANY_LOGITS` values.
         The loss is that of all positions in any case, and holds a chunk of logits at a time where
         there are not those of all.
-        There are no position_ids: positions count from each sequence's first real token.
+        position_ids: restart at 0 where another document begins (`LongNetModel.forward`).
         """
         unknown = loss_options.keys() - {"num_items_in_batch", "ignore_index"}
         if unknown:
@@ -372,6 +401,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             use_cache,
             output_hidden_states,
             output_attentions,
+            position_ids,
         )
         hidden, keep = outputs.last_hidden_state, logits_to_keep
         ours = labels is not None and self.loss_function is ForCausalLMLoss  # and nobody's own
@@ -429,12 +459,13 @@ class LongNetForMaskedLM(LongNetPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        position_ids: torch.LongTensor | None = None,
         **loss_options,
     ) -> MaskedLMOutput | tuple:
         """Logits of the token at each position, and with labels (-100 where there is none) the mean
         loss of the tokens there.
 
-        There are no position_ids: positions count from each sequence's first real token.
+        position_ids: restart at 0 where another document begins (`LongNetModel.forward`).
         """
         unknown = loss_options.keys() - {"num_items_in_batch", "ignore_index"}
         if unknown:
@@ -445,6 +476,7 @@ class LongNetForMaskedLM(LongNetPreTrainedModel):
             inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            position_ids=position_ids,
         )
         logits, loss = self.lm_head(outputs.last_hidden_state), None
         if labels is not None:

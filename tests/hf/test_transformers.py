@@ -86,8 +86,8 @@ def test_masks_and_caches_of_another_kind_are_refused(model):
         model(tokens, attention_mask=torch.ones(1, 1, 5, 5))
     with pytest.raises(ValueError, match="its own cache"):
         model(tokens, cache=DynamicCache())
-    with pytest.raises(TypeError, match="position_ids"):
-        model(tokens, position_ids=torch.arange(5)[None])
+    with pytest.raises(TypeError, match="token_type_ids"):
+        model(tokens, token_type_ids=torch.zeros(1, 5))
     with pytest.raises(ValueError, match="head_offsets"):
         make_model(head_offsets="modulo")
 
