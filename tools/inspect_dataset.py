@@ -321,7 +321,9 @@ def plot(content: dict[str, Any], path: Path) -> None:
         axes.bar(places, shares, 0.4, color=color, label=f"{content[key]:,} {key}")
     axes.set_xticks(range(len(rows)), [f"{row['from']:,}" for row in rows], rotation=45, ha="right")
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    axes.set(xlabel="tokens in a document, at least", ylabel="share", title=Path(content["prefix"]).name)
+    axes.set(
+        xlabel="tokens in a document, at least", ylabel="share", title=Path(content["prefix"]).name
+    )
     axes.grid(alpha=0.3, axis="y")
     axes.legend()
     figure.savefig(path, dpi=150)
