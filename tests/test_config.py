@@ -262,7 +262,7 @@ def test_what_starts_a_like_run_is_written_without_what_follows_from_it(tmp_path
     assert yaml.safe_load(to_yaml(given, leave_out="defaults")) == {
         "attention": {"segment_lengths": [8, 64]},
         "training": {"lr": 0.5},
-        "data": {"data_path": "data", "tokenizer_type": "ByteTokenizer"},
+        "data": {"data_path": ["data"], "tokenizer_type": "ByteTokenizer"},
         "run": {"load": "old"},
     }
 

@@ -15,6 +15,7 @@ from megalong.command_line import ArgumentParser, run
 from megalong.errors import UserError
 
 TRAINING_COLOR, HELD_OUT_COLORS = "#4878a8", {"validation": "#c85a3c", "test": "#5a8f4e"}
+OTHER_COLORS = ("#c85a3c", "#5a8f4e", "#8e5ea2", "#c9a227", "#3aa6a6", "#a0522d", "#777777")
 
 
 def main() -> None:
@@ -58,16 +59,29 @@ def plot_loss_curve(records: list[dict], path: Path) -> None:
         [r["loss"] for r in training],
         color=TRAINING_COLOR, linewidth=1, label="training",
     )  # fmt: skip
-    for split, color in HELD_OUT_COLORS.items():
+    for name in dict.fromkeys(name for r in training for name in r.get("sources", {})):
+        of_source = [(r["consumed_tokens"], r.get("sources", {}).get(name)) for r in training]
+        points = [(x, its["loss"]) for x, its in of_source if its and its["loss"] is not None]
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, linewidth=0.6, alpha=0.7, label=f"training, {name}")
+    for split, color in held_out_colors(records).items():
         held_out = [r for r in records if r.get("split") == split]
-        if held_out:
-            x = [r["consumed_tokens"] for r in held_out]
-            y = [r["loss"] for r in held_out]
-            axes.plot(x, y, "o-", color=color, label=f"{split}, {y[-1]:.3f} at the end")
+        x = [r["consumed_tokens"] for r in held_out]
+        y = [r["loss"] for r in held_out]
+        axes.plot(x, y, "o-", color=color, label=f"{split}, {y[-1]:.3f} at the end")
     axes.set(xlabel="tokens", ylabel="loss (nats per token)", title="Loss")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
+
+
+def held_out_colors(records: list[dict]) -> dict[str, str]:
+    """The held-out sets, in the order in which they appear, each with a color."""
+    splits = list(dict.fromkeys(r["split"] for r in records if "split" in r))
+    others = [split for split in splits if split not in HELD_OUT_COLORS]
+    colors = {s: OTHER_COLORS[n % len(OTHER_COLORS)] for n, s in enumerate(others)}
+    return {split: HELD_OUT_COLORS.get(split) or colors[split] for split in splits}
 
 
 def plot_loss_by_position(records: list[dict], config: dict, path: Path) -> bool:
@@ -79,12 +93,12 @@ def plot_loss_by_position(records: list[dict], config: dict, path: Path) -> bool
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    axes, colors = figure.subplots(), held_out_colors(records)
     for split, record in held_out.items():
         edges = [max(edge, 2) for edge in record["position_edges"]]  # zero has no logarithm
         axes.stairs(
             [float("nan") if loss is None else loss for loss in record["loss_by_position"]],
-            edges, baseline=None, color=HELD_OUT_COLORS[split], linewidth=1.5,
+            edges, baseline=None, color=colors[split], linewidth=1.5,
             label=f"{split}, iteration {record['iteration']}, {record['tokens']:,} tokens",
         )  # fmt: skip
     if "dilated" in config["attention"]["attention"]:  # a list; earlier runs have a word

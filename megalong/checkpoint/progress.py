@@ -13,6 +13,10 @@ class Progress:
     consumed_tokens: where the run stands in the training stream, whatever the sequence length and
         batch size were on the way.
     losses: those of the iterations since the last one that was logged.
+    losses_by_source: since then too, for each source of the training blend the sum of the losses of
+        its predictions, and how many these were.
+    blend: where each source stands, and what the blend was so far (`megalong.data.blend.History`);
+        None: in the checkpoint of a run that knew one source only.
     updates: steps of the optimizer; fewer than `iteration` where fp16 steps were skipped.
     loss_scaler: state of the fp16 dynamic loss scaler.
     """
@@ -21,6 +25,8 @@ class Progress:
     consumed_samples: int = 0
     consumed_tokens: int = 0
     losses: list[float] = field(default_factory=list)
+    losses_by_source: dict[str, tuple[float, float]] = field(default_factory=dict)
+    blend: dict[str, Any] | None = None
     updates: int = 0
     loss_scaler: dict[str, Any] | None = None
 

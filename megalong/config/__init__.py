@@ -57,6 +57,7 @@ class Config:
             attention=self.attention.resolve(self.model.seq_length),
             parallel=self.parallel.resolve(),
             training=self.training.resolve(data_parallel_size),
+            data=self.data.resolve(),
             run=self.run.resolve(),
         )
         model, training = resolved.model, resolved.training

@@ -158,7 +158,8 @@ def config_from_values(values: dict[str, Any]) -> Config:
     sections: dict[str, dict[str, Any]] = {section: {} for section in _sections()}
     settings = _settings()
     for name, value in values.items():
-        sections[settings[name].section][name] = _freeze(value)
+        one_word = isinstance(value, str) and settings[name].item is str  # a list of one
+        sections[settings[name].section][name] = _freeze([value] if one_word else value)
     return Config(**{name: kind(**sections[name]) for name, kind in _sections().items()})
 
 

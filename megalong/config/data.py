@@ -2,20 +2,56 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
-from megalong.config.flags import flag
+from megalong.config.flags import default, flag, flag_name
 from megalong.data.length_upsampling import LengthUpsampling
+from megalong.data.sources import SourceSpec, sources_of_file, sources_of_flag
 from megalong.data.tokenizer import TOKENIZERS
 from megalong.errors import UserError
+
+SPLIT = "969,30,1"
+_SEPARATE = ("train_data_path", "valid_data_path", "test_data_path")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Tokens in, and how they are divided."""
 
-    data_path: str | None = flag(None, "prefix of the .bin/.idx pair of tools/preprocess_data.py")
-    split: str = flag("969,30,1", "shares of the documents for training, validation, test")
+    data_path: tuple[str, ...] | None = flag(
+        None,
+        "what to train and to evaluate on, divided by --split: the prefix of the .bin/.idx pair of"
+        " tools/preprocess_data.py, a folder of pairs, or a pattern; of several, each as much as"
+        " it has tokens, or WEIGHT PATH WEIGHT PATH ...; NAME=PATH names a source",
+        item=str,
+    )
+    data_blend: str | None = flag(
+        None,
+        "YAML file instead of --data-path or --train-data-path: a list of sources, each with path,"
+        " name, and one of weight, tokens, epochs",
+    )
+    train_data_path: tuple[str, ...] | None = flag(
+        None, "as --data-path, all of it to train on: instead of --data-path and --split", item=str
+    )
+    valid_data_path: tuple[str, ...] | None = flag(
+        None,
+        "what to validate on, beside --train-data-path or --data-blend: PATH, or several by name,"
+        " NAME=PATH NAME=PATH ..., each evaluated by itself",
+        item=str,
+    )
+    test_data_path: tuple[str, ...] | None = flag(
+        None, "what to test on at the end, as --valid-data-path", item=str
+    )
+    split: str | None = flag(
+        None,
+        "shares of the documents of each source for training, validation, test (default: 969,30,1)",
+    )
+    data_cache_path: str | None = flag(
+        None,
+        "folder, of a node or of all, where the order of many documents is kept: made once, shared"
+        " by the processes of a node (default: each makes it in memory)",
+    )
     sample_mode: str = flag(
         "stream",
         "where the sequences of the training begin: stream, wherever the one before ended;"
@@ -68,18 +104,66 @@ class DataConfig:
             return f"--tokenizer-type {self.tokenizer_type}"
         return f"--tokenizer-model {self.tokenizer_model}"
 
+    @property
+    def divided(self) -> bool:
+        """Whether `--split` divides the sources into training, validation and test."""
+        return not (self.train_data_path or self.valid_data_path or self.test_data_path)
+
+    def resolve(self) -> DataConfig:
+        """These settings; where `--split` divides the sources and is not given, Megatron's."""
+        return dataclasses.replace(self, split=default(self.split, SPLIT if self.divided else None))
+
+    def training_sources(self) -> list[SourceSpec]:
+        """What is trained on. Raises UserError where it cannot be understood."""
+        if self.data_blend is not None:
+            return sources_of_file(self.data_blend)
+        for name in ("data_path", "train_data_path"):
+            if getattr(self, name):
+                return sources_of_flag(getattr(self, name), flag_name(name))
+        raise UserError(
+            "--data-path is missing: the prefix that tools/preprocess_data.py wrote (or"
+            " --data-blend, or --train-data-path)"
+        )
+
+    def held_out_sources(self) -> dict[str, list[SourceSpec]]:
+        """What is evaluated on where `--split` divides nothing: "validation" and "test". Raises
+        UserError as `training_sources` does."""
+        names = {"validation": "valid_data_path", "test": "test_data_path"}
+        return {
+            part: sources_of_flag(getattr(self, name), flag_name(name), weighted=False)
+            for part, name in names.items()
+            if getattr(self, name)
+        }
+
     def check(self, causal: bool) -> None:
-        """Raise UserError where data or tokenizer is missing, or a flag is of another objective.
-        causal: whether next tokens are predicted."""
+        """Raise UserError where data or tokenizer is missing, what is given contradicts itself, or
+        a flag is of another objective. causal: whether next tokens are predicted."""
         if self.eod_mask_loss and not causal:
             raise UserError(
                 "--eod-mask-loss is about predicting the next token: with --objective mlm leave it"
                 " out, no token is predicted from another, and the end-of-document token never"
             )
-        if self.data_path is None:
-            raise UserError(
-                "--data-path is missing: the prefix that tools/preprocess_data.py wrote"
-            )
+        given = [
+            flag_name(name)
+            for name in ("data_path", "train_data_path", "data_blend")
+            if getattr(self, name)
+        ]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} both say what to train on: keep one of them")
+        if not self.divided:
+            separate = next(name for name in _SEPARATE if getattr(self, name))
+            if self.split is not None:
+                raise UserError(
+                    f"--split {self.split} divides the sources, and {flag_name(separate)} names"
+                    " what is divided already: leave one of them out"
+                )
+            if self.data_path:
+                raise UserError(
+                    f"--data-path is divided by --split, which {flag_name(separate)} stands in for:"
+                    " set --train-data-path instead of --data-path"
+                )
+        self.training_sources()
+        self.held_out_sources()
         if self.tokenizer_model is None and self.tokenizer_type != "ByteTokenizer":
             raise UserError(
                 f"--tokenizer-model is missing: {self.tokenizer_type} needs the file that"

@@ -50,6 +50,9 @@ class RunConfig:
     keep_best: bool = flag(
         False, "keep the checkpoint of the lowest validation loss too, which `best` points to"
     )
+    keep_best_by: str | None = flag(
+        None, "with --keep-best: the name of the validation set it goes by (default: the first)"
+    )
     log_interval: int = flag(1, "iterations between log lines; the mean of their losses is logged")
     eval_interval: int = flag(1000, "iterations between evaluations; there is one at the end")
     eval_iters: int = flag(10, "global batches in one evaluation; 0 is the whole split")
@@ -136,6 +139,11 @@ class RunConfig:
                 f"--keep-every {self.keep_every} is not a multiple of --save-interval"
                 f" {self.save_interval}: set --keep-every"
                 f" {-(-self.keep_every // self.save_interval) * self.save_interval}"
+            )
+        if self.keep_best_by is not None and not self.keep_best:
+            raise UserError(
+                f"--keep-best-by {self.keep_best_by} says what --keep-best goes by: set"
+                " --keep-best, or leave it out"
             )
         if self.keep_best and self.eval_interval % self.save_interval:
             raise UserError(

@@ -2,7 +2,8 @@
 
 A micro batch is a dict of CPU tensors: tokens and labels, int64 (micro_batch, slice), labels[t]
 being the token that follows tokens[t]; and positions, int64 (slice,), places in the whole
-sequence. labels are IGNORE_INDEX where there is nothing to predict.
+sequence. labels are IGNORE_INDEX where there is nothing to predict. Of several sources there is
+source too, int64 (micro_batch,): which of them each row is from.
 
 With masks (`megalong.data.masking`) labels[t] is what stood in the place of tokens[t], where that
 is to be told. How many that are hangs on the tokens, as it does where nothing is predicted from the
@@ -96,6 +97,8 @@ def training_batches(
             batch = _batch([read(i) for i in numbers], start, stop)
             if documents.isolated:
                 batch |= _document_bounds(samples, numbers, start, stop, masking is None)
+            if len(samples.sources) > 1:
+                batch["source"] = torch.tensor([samples.source(i) for i in numbers])
             yield batch
             first += stride
 

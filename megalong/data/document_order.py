@@ -13,6 +13,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from megalong.data.index_cache import IndexCache
 from megalong.data.length_upsampling import LengthUpsampling
 
 
@@ -20,6 +21,7 @@ class DocumentOrder:
     """Documents in a new order each epoch.
 
     lengths: int64 (documents,), their tokens. shuffle: False keeps their own order in every epoch.
+    cache: where what is made of an epoch is kept on the disk, if it is.
     salt: of the order too, so that the sources of a blend have orders of their own.
     upsampling: how often a document is in an epoch, by its length; None: once. Where that is w
     times, a document has been there floor(e w + phase) times before epoch e, 0 <= phase < 1: less
@@ -35,9 +37,10 @@ class DocumentOrder:
         shuffle: bool = True,
         salt: int = 0,
         upsampling: LengthUpsampling | None = None,
+        cache: IndexCache | None = None,
     ) -> None:
         self.lengths, self.seed, self.shuffle, self.salt = lengths, seed, shuffle, salt
-        self._upsampling = upsampling
+        self._upsampling, self._cache = upsampling, cache
         if upsampling is None:
             return
         self._bucket = upsampling.bucket(lengths).astype(np.int16)
@@ -57,6 +60,14 @@ class DocumentOrder:
         if self.shuffle:
             documents = documents[_shuffled(len(documents), (self.seed, epoch, self.salt))]
         return documents
+
+    def kept(self, what: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """What make() returns, an int64 array that hangs on nothing but this order and `what`; from
+        the cache, where there is one."""
+        if self._cache is None:
+            return make()
+        key = f"{what} seed {self.seed} salt {self.salt} shuffle {self.shuffle}"
+        return self._cache.array(self.lengths, f"{key} upsampling {self._upsampling}", make)
 
     def total_before(self, epoch: int, values: np.ndarray) -> int:
         """The sum of the values of all documents of the epochs before this one.

@@ -24,6 +24,7 @@ which place of the rests, a sample begins with.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -175,16 +176,21 @@ class DocumentSamples:
         number = find_epoch(before, place)
         while len(self._epochs) >= 2:
             self._epochs.pop(next(iter(self._epochs)))
-        documents = self._stream.order.epoch(number)
+        index = self._stream.order.kept(
+            f"document {self.sequence_length} {number}", partial(self._index, number)
+        )
+        first = self._first_sample(number), self._first_rest(number)
+        self._epochs[number] = _Epoch(*first, *index)
+        return self._epochs[number]
+
+    def _index(self, epoch: int) -> np.ndarray:
+        """The arrays of an _Epoch, int64 (3, documents)."""
+        documents = self._stream.order.epoch(epoch)
         rests = np.cumsum(self._rest[documents], dtype=np.int64)
-        first_rest = self._first_rest(number)
-        waiting = first_rest % self.sequence_length
+        waiting = self._first_rest(epoch) % self.sequence_length
         samples = np.cumsum(self._whole[documents], dtype=np.int64)
         samples += (rests + waiting) // self.sequence_length
-        self._epochs[number] = _Epoch(
-            self._first_sample(number), first_rest, documents, samples, rests
-        )
-        return self._epochs[number]
+        return np.stack([documents, samples, rests])
 
     def _first_rest(self, epoch: int) -> int:
         return self._stream.order.total_before(epoch, self._rest)

@@ -28,6 +28,8 @@ _SUFFIXES = MappingProxyType(dict.fromkeys((".jsonl", ".json", ".ndjson"), json_
 # By the suffix that makes the prefix of --data-path a file; imported when it is needed. The first
 # is what a prefix of no file is taken for.
 TOKENS = MappingProxyType({".idx": "megalong.data.indexed:IndexedDocuments"})
+# Many .bin/.idx pairs as one.
+SHARDS = "megalong.data.shards:ShardedDocuments"
 
 
 def raw_documents(
@@ -52,10 +54,17 @@ def texts(document: RawDocument, json_keys: Sequence[str]) -> dict[str, str | Br
     return TEXT[document.format].texts(document, json_keys)
 
 
-def open_documents(prefix: str) -> Documents:
-    """The documents that --data-path names. Raises UserError: there are none, or what is wrong."""
-    found = (suffix for suffix in TOKENS if os.path.isfile(prefix + suffix))
-    return resolve_name(TOKENS[next(found, next(iter(TOKENS)))])(prefix)
+def open_documents(path: str, place: str | None = None) -> Documents:
+    """The documents of the prefix of a file; or of many, where there is no such file, but a folder,
+    or where the path is a pattern.
+
+    place: the flag, or the file, that names the path, and the path, for errors; None: --data-path.
+    Raises UserError: there are none, or what is wrong.
+    """
+    kinds = [kind for suffix, kind in TOKENS.items() if os.path.isfile(path + suffix)]
+    if os.path.isdir(path) or any(sign in path for sign in "*?["):
+        kinds.append(SHARDS)
+    return resolve_name([*kinds, *TOKENS.values()][0])(path, place)
 
 
 def _text_format(path: str, json_keys: Sequence[str], say: Callable[[str], object]) -> ModuleType:

@@ -6,6 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
+from megalong.data.context import ContextReport
+
 
 class Samples(Protocol):
     """An endless row of samples of `sequence_length` + 1 tokens, which nothing but the data, the
@@ -40,4 +42,9 @@ class Samples(Protocol):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Where the documents of tokens [start, stop) of sample i begin and end, as places in the
         sample in [0, N]; int32 (stop - start,) each. Reads no tokens."""
+        ...
+
+    def context_report(self) -> ContextReport:
+        """How much real context the tokens of the first epoch have. It looks at the lengths of all
+        documents."""
         ...

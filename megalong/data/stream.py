@@ -9,12 +9,14 @@ in the cumulative lengths of the epoch's documents. So is where its documents be
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from megalong.data.context import ContextReport, runs_of
 from megalong.data.document_order import DocumentOrder, find_epoch
+from megalong.data.index_cache import IndexCache
 from megalong.data.length_upsampling import LengthUpsampling
 from megalong.errors import UserError
 
@@ -38,6 +40,10 @@ class Documents(Protocol):
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start, stop) of a document, a copy; stop None: to its end."""
+        ...
+
+    def place(self, document: int) -> str:
+        """Which document that is, in words: of which file, and where in it."""
         ...
 
 
@@ -80,6 +86,9 @@ class TokenStream:
     document_range: which of them. sequence_length: N.
     seed: of the order of documents. shuffle: False keeps the file's order (evaluation).
     upsampling: how often a document is in an epoch, by its length; None: once.
+    name: of the source; None: the last part of the documents' prefix.
+    salt: of the order too, so that the sources of a blend have orders of their own.
+    cache: where the order of an epoch is kept on the disk, if it is.
     vocab_size: where given, a token id outside [0, vocab_size) raises UserError: when it is
         read, or at once if the largest id of the file is known.
     Raises UserError where the range holds no tokens.
@@ -95,6 +104,9 @@ class TokenStream:
         shuffle: bool = True,
         upsampling: LengthUpsampling | None = None,
         vocab_size: int | None = None,
+        name: str | None = None,
+        salt: int = 0,
+        cache: IndexCache | None = None,
     ) -> None:
         if sequence_length < 1:
             raise UserError(f"--seq-length {sequence_length}: must be positive")
@@ -105,9 +117,11 @@ class TokenStream:
         self.sequence_length = sequence_length
         self.seed = seed
         self.vocab_size = vocab_size
-        self.sources = (os.path.basename(documents.prefix),)
+        self.sources = (os.path.basename(documents.prefix) if name is None else name,)
         self.lengths = documents.lengths[document_range.start : document_range.stop]
-        self.order = DocumentOrder(self.lengths, seed, shuffle=shuffle, upsampling=upsampling)
+        self.order = DocumentOrder(
+            self.lengths, seed, shuffle=shuffle, salt=salt, upsampling=upsampling, cache=cache
+        )
         if not self.lengths.any():
             raise UserError(
                 f"no tokens in documents {document_range.start} to {document_range.stop} (end "
@@ -237,10 +251,14 @@ class TokenStream:
         number = find_epoch(self._begin, position)
         while len(self._epochs) >= 2:
             self._epochs.pop(next(iter(self._epochs)))
-        documents = self.order.epoch(number)
-        ends = np.cumsum(self.lengths[documents], dtype=np.int64)
-        self._epochs[number] = _Epoch(self._begin(number), documents, ends)
+        index = self.order.kept(f"stream {number}", partial(self._index, number))
+        self._epochs[number] = _Epoch(self._begin(number), *index)
         return self._epochs[number]
+
+    def _index(self, epoch: int) -> np.ndarray:
+        """The documents of an epoch in their order, and where they end in it, int64."""
+        documents = self.order.epoch(epoch)
+        return np.stack([documents, np.cumsum(self.lengths[documents])])
 
     def _begin(self, epoch: int) -> int:
         return self.order.total_before(epoch, self.lengths)
@@ -252,7 +270,7 @@ class TokenStream:
         where = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
         document, place = locate(where)
         raise UserError(
-            f"document {document} of {self.documents.prefix} holds token id {tokens[where]} (its "
-            f"token {place}), but the vocabulary has {self.vocab_size} ids: was the data made with "
+            f"{self.documents.place(document)} holds token id {tokens[where]} (its token {place}),"
+            f" but the vocabulary has {self.vocab_size} ids: was the data made with "
             "another tokenizer (--tokenizer-type, --tokenizer-model)?"
         )

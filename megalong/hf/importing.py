@@ -142,7 +142,7 @@ def _configuration(
     }
     given = config_from_values(defaults | values)
     # The data of the run to come is not known yet, and nothing else of a run can be wrong here.
-    with_data = dataclasses.replace(given.data, data_path="to come")
+    with_data = dataclasses.replace(given.data, data_path=("to come",))
     resolved = dataclasses.replace(given, data=with_data).resolve(given.parallel.ranks_per_replica)
     return given, dataclasses.replace(resolved, data=given.data)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,13 @@ def _without_paths(config: Config) -> Config:
     """The configuration without the folders of the machine that it ran on."""
     names = {
         name: Path(path).name
-        for name in ("data_path", "tokenizer_model")
+        for name in ("data_blend", "tokenizer_model")
         if (path := getattr(config.data, name)) is not None
     }
-    data = dataclasses.replace(config.data, **names)
+    paths = {
+        name: tuple(re.sub(r"[^=]*/", "", word) for word in words)  # NAME=/a/path is NAME=path
+        for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+        if (words := getattr(config.data, name)) is not None
+    }
+    data = dataclasses.replace(config.data, data_cache_path=None, **names, **paths)
     return dataclasses.replace(config, data=data, run=RunConfig())

@@ -19,20 +19,22 @@ from megalong.training.metrics import read_metrics
 class BestCheckpoint:
     """What is best so far in a run folder, by the link and the run's metrics; every rank has one.
 
-    say: called on rank 0 when there is a better one.
+    say: called on rank 0 when there is a better one. split: the held-out set that decides.
     """
 
-    def __init__(self, run: Path, saver: Saver, say: Callable[[str], None]):
-        self._run, self._saver, self._say = run, saver, say
-        found = [_earlier(run) if dist.get_rank() == 0 else None]
+    def __init__(
+        self, run: Path, saver: Saver, say: Callable[[str], None], split: str = "validation"
+    ):
+        self._run, self._saver, self._say, self._split = run, saver, say, split
+        found = [_earlier(run, split) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(found, src=0)
         self._loss_and_tokens = found[0]
 
-    def evaluated(self, iteration: int, result: Evaluation) -> None:
-        """There is a checkpoint of this iteration, and this is its validation loss. Called by every
-        rank. What was evaluated on another number of tokens cannot be compared, and counts no
-        more; what is not finite never does."""
-        if not math.isfinite(result.loss):
+    def evaluated(self, iteration: int, split: str, result: Evaluation) -> None:
+        """There is a checkpoint of this iteration, and this is its loss on a held-out set. Called
+        by every rank. What was evaluated on another number of tokens cannot be compared, and counts
+        no more; what is not finite never does."""
+        if split != self._split or not math.isfinite(result.loss):
             return
         if self._loss_and_tokens is not None:
             loss, tokens = self._loss_and_tokens
@@ -47,7 +49,7 @@ class BestCheckpoint:
             self._say(f"{checkpoint} is the best so far")
 
 
-def _earlier(run: Path) -> tuple[float, int] | None:
+def _earlier(run: Path, split: str) -> tuple[float, int] | None:
     """Validation loss and tokens of the best checkpoint, which an earlier start has found."""
     with system_errors_of("--save", run):
         checkpoint, metrics = best(run), run / "metrics.jsonl"
@@ -56,7 +58,6 @@ def _earlier(run: Path) -> tuple[float, int] | None:
         records = [
             record
             for record in read_metrics(metrics)
-            if record.get("split") == "validation"
-            and record["iteration"] == iteration_of(checkpoint)
+            if record.get("split") == split and record["iteration"] == iteration_of(checkpoint)
         ]
     return (records[-1]["loss"], records[-1]["tokens"]) if records else None

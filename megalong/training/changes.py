@@ -12,13 +12,16 @@ from megalong.config.arguments import config_from_values
 from megalong.config.attention import PATTERN_FIELDS
 from megalong.config.flags import shown
 from megalong.config.memory import PIECES
+from megalong.data.sources import sources_of_flag
 from megalong.training.learning_rate import learning_rate
 
 # What the learning rate of an iteration hangs on.
 SCHEDULE = (
     "lr", "min_lr", "lr_decay_style", "lr_decay_power", "lr_decay_iters", "lr_warmup_iters",
 )  # fmt: skip
-_DATA = ("split", "sample_mode", "length_upsampling")
+_DATA = (
+    "split", "valid_data_path", "test_data_path", "sample_mode", "length_upsampling",
+)  # fmt: skip
 _STEP = (
     "seq_length", "global_batch_size", "precision", "loss_scale", "clip_grad", "weight_decay",
 )  # fmt: skip
@@ -111,6 +114,8 @@ def _values(config: Config) -> dict[str, Any]:
 
 def _comparable(name: str, value: Any) -> Any:
     """Data and tokenizers may have moved to another folder since."""
-    if name in ("data_path", "tokenizer_model") and value is not None:
-        return Path(value).name
-    return value
+    if value is None:
+        return None
+    if name.endswith("data_path"):
+        return [source.name for source in sources_of_flag(value, flag_name(name))]
+    return Path(value).name if name == "tokenizer_model" else value

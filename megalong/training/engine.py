@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -49,10 +49,20 @@ class StepResult:
         fp16, after which the loss scale is lowered, or with any other precision a run gone wrong.
     """
 
-    def __init__(self, loss: torch.Tensor, grad_norm: torch.Tensor | float, skipped: bool):
-        """loss, grad_norm: scalars; copied to the host from now on, without waiting."""
+    def __init__(
+        self,
+        loss: torch.Tensor,
+        grad_norm: torch.Tensor | float,
+        skipped: bool,
+        sources: Sequence[str] = (),
+        by_source: torch.Tensor | None = None,
+    ):
+        """loss, grad_norm: scalars; by_source: sums of losses, and predictions, (2, sources); all
+        copied to the host from now on, without waiting. sources: their names."""
         numbers = torch.stack([loss.double(), torch.as_tensor(grad_norm).to(loss.device).double()])
-        self.skipped = skipped
+        if by_source is not None:
+            numbers = torch.cat([numbers, by_source.flatten()])
+        self.skipped, self._sources = skipped, sources
         self._host, self._arrived = numbers, None
         if numbers.is_cuda:
             self._host = torch.empty_like(numbers, device="cpu", pin_memory=True)
@@ -70,6 +80,17 @@ class StepResult:
         """The L2 norm of the global gradient before clipping; None where the step was skipped."""
         return None if self.skipped else self._read()[1]
 
+    @property
+    def by_source(self) -> dict[str, tuple[float, float]]:
+        """Of each source, by name, the sum of the losses of its predictions in the global batch, in
+        nats, and how many these were; empty where there is one source."""
+        numbers = self._read()[2:]
+        if not numbers:
+            return {}
+        count = len(self._sources)
+        sums = zip(numbers[:count], numbers[count:], strict=True)
+        return dict(zip(self._sources, sums, strict=True))
+
     def _read(self) -> list[float]:
         if self._arrived is not None:
             self._arrived.synchronize()
@@ -78,9 +99,15 @@ class StepResult:
 
 class TrainingEngine:
     """The model, its optimizer, and the two things that are done with them: a training step, and
-    the token losses of held-out batches."""
+    the token losses of held-out batches.
 
-    def __init__(self, model: PipelineStage, config: Config, mesh: Mesh):
+    sources: names of those of the training batches, whose losses are told apart where there are
+        several.
+    """
+
+    def __init__(
+        self, model: PipelineStage, config: Config, mesh: Mesh, sources: Sequence[str] = ("",)
+    ):
         import deepspeed
 
         from megalong.parallel.deepspeed_mpu import DeepSpeedMPU
@@ -93,6 +120,7 @@ class TrainingEngine:
         shards = 1 if config.parallel.zero_stage == 3 else mesh.sequence.size
         self.loss_scale = mesh.data_parallel_size / shards  # see above
         self.tokens_per_step = training.global_batch_size * config.model.seq_length
+        self.sources = sources
         self.model = model
         sum_divided_gradients(model, mesh.tensor_group)
         self.tied_embedding = TiedEmbedding(
@@ -159,15 +187,19 @@ class TrainingEngine:
     def _train_step(self, batches: Iterator[Batch]) -> StepResult:
         predictions, batches = self._predictions(batches)
         scale = self.loss_scale * self.num_microbatches / predictions
-        results = self._run(batches, self.num_microbatches, partial(_training_loss, scale=scale))
+        loss_function = partial(_training_loss, scale=scale, sources=len(self.sources))
+        results = self._run(batches, self.num_microbatches, loss_function)
         self.tied_embedding.sum_gradients()
         self.deepspeed.step()
-        nothing = torch.zeros((), device=self.mesh.device)  # of a stage that sees no losses
-        loss_sum = self.mesh.sum_of_losses(sum(results, start=nothing))
+        nothing = _no_losses(len(self.sources), self.mesh.device)  # of a stage that sees none
+        sums = self.mesh.sum_of_losses(sum(results, start=nothing))
+        loss_sum, by_source = (sums, None) if sums.dim() == 0 else (sums[0].sum(), sums)
         return StepResult(
             loss_sum.double() / predictions,
             self.deepspeed.get_global_grad_norm(),
             was_skipped(self.deepspeed),
+            self.sources,
+            by_source,
         )
 
     def _predictions(self, batches: Iterator[Batch]) -> tuple[int | torch.Tensor, Iterator[Batch]]:
@@ -231,15 +263,36 @@ def _forward_step(device, loss_function, batches: Iterator[Batch], module: torch
         document_start=batch.get("document_start"),
         document_stop=batch.get("document_stop"),
     )
-    return losses, partial(loss_function, mask=mask)
+    return losses, partial(loss_function, mask=mask, source=batch.get("source"))
 
 
-def _training_loss(losses: torch.Tensor, mask: torch.Tensor, scale: float):
-    loss_sum = (losses.float() * mask).sum()
-    return loss_sum * scale, loss_sum.detach()
+def _training_loss(
+    losses: torch.Tensor,
+    mask: torch.Tensor,
+    source: torch.Tensor | None,
+    scale: float,
+    sources: int = 1,
+):
+    """The loss to differentiate, and what to report: the sum of the losses; where there are several
+    sources, that of each and its predictions, (2, sources), which go the same way."""
+    kept = losses.float() * mask
+    loss_sum = kept.sum()
+    if sources == 1:
+        return loss_sum * scale, loss_sum.detach()
+    of_rows = torch.stack(
+        [kept.detach().sum(1, dtype=torch.float64), mask.sum(1, dtype=torch.float64)]
+    )
+    return loss_sum * scale, _no_losses(sources, losses.device).index_add_(1, source, of_rows)
 
 
-def _held_out_losses(losses: torch.Tensor, mask: torch.Tensor):
+def _no_losses(sources: int, device: torch.device) -> torch.Tensor:
+    """What `_training_loss` reports of no losses."""
+    if sources == 1:
+        return torch.zeros((), device=device)
+    return torch.zeros(2, sources, dtype=torch.float64, device=device)
+
+
+def _held_out_losses(losses: torch.Tensor, mask: torch.Tensor, source: None):
     losses = losses.float() * mask
     return losses.sum(), (losses, mask)
 

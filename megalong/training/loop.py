@@ -19,6 +19,7 @@ from megalong.data.batches import (
     num_evaluation_batches,
     training_batches,
 )
+from megalong.data.blend import Blend, History
 from megalong.data.prefetch import made_ahead
 from megalong.errors import UserError
 from megalong.model.build import build_model
@@ -26,6 +27,7 @@ from megalong.model.memory_path import settle_memory_path
 from megalong.parallel.mesh import Mesh
 from megalong.progress import progress_bar
 from megalong.training.best_checkpoint import BestCheckpoint
+from megalong.training.changes import config_of
 from megalong.training.engine import StepResult, TrainingEngine, weights_divider
 from megalong.training.engine_state import load_checkpoint, progress_to_save, tensors_to_save
 from megalong.training.evaluation import evaluate
@@ -33,7 +35,7 @@ from megalong.training.learning_rate import learning_rate
 from megalong.training.profiling import Profiler
 from megalong.training.reports import Reports, say
 from megalong.training.resuming import check_agreement, sound_checkpoint
-from megalong.training.run_data import RunData
+from megalong.training.run_data import RunData, best_set, validation_sets
 from megalong.training.run_folder import leave_unfinished, open_run_folder, same_folder
 from megalong.training.stopping import FAILED_SAVE, Stopped, StopRequest
 
@@ -69,20 +71,22 @@ class Trainer:
             vocab_size = data.tokenizer.vocab_size
             divide = weights_divider(config, mesh)
             model = build_model(config, vocab_size, mesh, checkpoint is None, divide)
-            self.engine = TrainingEngine(model, config, mesh)
+            self.engine = TrainingEngine(model, config, mesh, data.train.sources)
             if checkpoint is not None:
                 reader = CheckpointReader(checkpoint)
                 self.progress = load_checkpoint(reader, self.engine, config)
+            self.blend, news = self._blend(checkpoint)
         nothing_new = checkpoint is None or same_folder(config.run.load, config.run.save)
         self.saved_iteration = self.progress.iteration if nothing_new else None
         self.saver = Saver(config, say)
         self.best = None
         if config.run.keep_best:
-            self.best = BestCheckpoint(Path(config.run.save), self.saver, say)
-        self.reports = Reports(config, data, mesh, self.saver, self.progress)
+            decides = best_set(data.held_out, config)
+            self.best = BestCheckpoint(Path(config.run.save), self.saver, say, decides)
+        self.reports = Reports(config, data, self.blend, mesh, self.saver, self.progress)
         self.profiler = Profiler(config, mesh, say, self.reports.meter.pause)
         memory = [memory_path, *given.memory.unused(config.memory, config.parallel)]
-        self.reports.announce(checkpoint, self.progress, memory)
+        self.reports.announce(checkpoint, self.progress, memory, news)
 
     def train(self) -> None:
         """Train from where the run stands to `--train-iters`, then evaluate.
@@ -124,9 +128,8 @@ class Trainer:
     def _training_batches(self) -> Iterator[Batch]:
         training = self.config.training
         return training_batches(
-            self.data.train,
-            # A run that goes on with longer sequences goes on at the same place of the stream.
-            consumed_samples=-(-self.progress.consumed_tokens // self.config.model.seq_length),
+            self.blend,
+            consumed_samples=self._next_sample,
             global_batch_size=training.global_batch_size,
             micro_batch_size=training.micro_batch_size,
             data_parallel_rank=self.mesh.data_parallel_rank,
@@ -135,6 +138,27 @@ class Trainer:
             masking=self.data.masking,
             documents=self.data.documents,
         )
+
+    @property
+    def _next_sample(self) -> int:
+        """The first sample of the blend that was not trained on. A run that goes on with longer
+        sequences goes on at the same place."""
+        return -(-self.progress.consumed_tokens // self.config.model.seq_length)
+
+    def _blend(self, checkpoint: Path | None) -> tuple[Blend, list[str]]:
+        """What is trained on from here on, and what is new about it since the checkpoint."""
+        progress = self.progress
+        if not progress.consumed_tokens:
+            return self.data.train, []
+        if progress.blend is not None:
+            history = History.from_values(progress.blend)
+        else:
+            assert checkpoint is not None
+            theirs = config_of(checkpoint)
+            [source] = theirs.data.training_sources()
+            length = theirs.model.seq_length
+            history = History.of_one(source.name, progress.consumed_tokens, length)
+        return self.data.train.continued(self._next_sample, history)
 
     def _stop_before_the_building(self) -> None:
         """Raise Stopped, with all said, where the run was asked to stop while it was starting."""
@@ -187,8 +211,11 @@ class Trainer:
                     f"the {what} at iteration {iteration}: lower --lr or --clip-grad, and go on"
                     " from the last checkpoint with --load"
                 )
-            losses = [*self.progress.losses, result.loss]
-            self.progress = dataclasses.replace(self.progress, losses=losses)
+            self.progress = dataclasses.replace(
+                self.progress,
+                losses=[*self.progress.losses, result.loss],
+                losses_by_source=_with_losses_of(result, self.progress.losses_by_source),
+            )
 
     def _due(self, iteration: int, interval: int) -> bool:
         return iteration % interval == 0 or iteration == self.config.training.train_iters
@@ -197,27 +224,28 @@ class Trainer:
         """Report the iterations since the last log, and forget their losses."""
         self._read_results()
         self.reports.iterations(self.progress, rate, result, self.engine.take_traffic())
-        self.progress = dataclasses.replace(self.progress, losses=[])
+        self.progress = dataclasses.replace(self.progress, losses=[], losses_by_source={})
 
     def _save(self) -> None:
         self._read_results()
         with self.reports.saving():
             self.saver.wait()  # before there is a second copy in memory
+            blend = self.blend.history(self._next_sample).values()
+            self.progress = dataclasses.replace(self.progress, blend=blend)
             progress = progress_to_save(self.engine, self.progress)
             self.saver.save(progress, tensors_to_save(self.engine, self.config))
         self.saved_iteration = self.progress.iteration
 
     def _evaluate_if_due(self, iteration: int) -> None:
         if iteration >= self.config.training.train_iters:
-            for split in ("validation", "test"):
+            for split in self.data.held_out:
                 self._evaluate(iteration, split, whole=self.config.run.full_validation)
         elif iteration % self.config.run.eval_interval == 0:
-            self._evaluate(iteration, "validation", whole=False)
+            for split in validation_sets(self.data.held_out):
+                self._evaluate(iteration, split, whole=False)
 
     def _evaluate(self, iteration: int, split: str, whole: bool) -> None:
-        stream = self.data.held_out.get(split)
-        if stream is None:
-            return
+        stream = self.data.held_out[split]
         self._read_results()
         training, eval_iters = self.config.training, self.config.run.eval_iters
         whole = whole or eval_iters == 0
@@ -252,5 +280,16 @@ class Trainer:
             with self.reports.meter.pause():
                 result = evaluate(self.engine, ahead, self.data.token_bytes, self.mesh, on_batch)
         self.reports.evaluation(self.progress, split, result)
-        if self.best is not None and split == "validation" and iteration == self.saved_iteration:
-            self.best.evaluated(iteration, result)
+        if self.best is not None and iteration == self.saved_iteration:
+            self.best.evaluated(iteration, split, result)
+
+
+def _with_losses_of(
+    result: StepResult, sums: dict[str, tuple[float, float]]
+) -> dict[str, tuple[float, float]]:
+    """The losses of the sources since the last log, and those of one more step."""
+    sums = dict(sums)
+    for name, (loss, count) in result.by_source.items():
+        before = sums.get(name, (0.0, 0.0))
+        sums[name] = before[0] + loss, before[1] + count
+    return sums

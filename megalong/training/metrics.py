@@ -26,6 +26,7 @@ TRAINING_CURVES = (
     "peak_memory_bytes",
     "peak_reserved_bytes",
 )
+SOURCE_CURVES = ("loss", "share", "epochs")
 SAVE_CURVES = ("save_seconds", "save_blocking_seconds")
 HELD_OUT_CURVES = ("loss", "perplexity", "bits_per_byte")
 
@@ -42,12 +43,15 @@ class MetricsLog:
         peak_memory_bytes: of this process: on a GPU what its tensors took at most since the last
             record (and peak_reserved_bytes, what PyTorch had reserved for them), on a CPU the
             largest resident set since the start;
+        sources, where there are several: by name the loss, the share of the samples since the blend
+            is as it is, and how many epochs of it were read since the run began.
     One training record of every start of a run has
         flops: model FLOPs of a step by part, the total of its dense equivalent, the peak FLOP/s of
             all ranks together, and where that is from;
     and one traffic: what the main process sent and received in a step, by axis and collective
     (`megalong.parallel.traffic`).
-    Evaluations have iteration, split, consumed_tokens, loss, perplexity, bits_per_byte, tokens (of
+    Evaluations have iteration, split ("validation", "test", or "validation/NAME" where there are
+    several), consumed_tokens, loss, perplexity, bits_per_byte, tokens (of
     which these are, with --objective mlm the masked ones), position_edges, loss_by_position. A run
     that goes on at an iteration that was evaluated keeps that record; one of the same iteration, on
     the same tokens, takes its place.
@@ -77,6 +81,8 @@ class MetricsLog:
         """One logged iteration."""
         self._write(record)
         self._draw(record, "train", TRAINING_CURVES + SAVE_CURVES)
+        for name, its in record.get("sources", {}).items():
+            self._draw(its | {"iteration": record["iteration"]}, f"source/{name}", SOURCE_CURVES)
         if "flops" in record:
             parts = {**record["flops"]["per_step"], "iteration": record["iteration"]}
             self._draw(parts, "flops", PARTS)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.saving import Saver
 from megalong.config import Config
+from megalong.data.blend import Blend, shown_shares
 from megalong.model.build import DTYPES
 from megalong.model.flops import step_flops
 from megalong.model.parameters import count_parameters
@@ -28,9 +29,10 @@ from megalong.training.engine import StepResult
 from megalong.training.evaluation import Evaluation
 from megalong.training.meter import Meter
 from megalong.training.metrics import MetricsLog
-from megalong.training.run_data import RunData
+from megalong.training.run_data import RunData, describe_training
 from megalong.wording import counted
 
+SOURCES_SHOWN = 6  # in a log line; all are in the metrics
 WORTH_A_WORD = 0.05  # waiting for data, and growth of the peak memory, as a share, in the log line
 
 
@@ -38,18 +40,24 @@ class Reports:
     """What a run says of itself, and the meter that it takes its numbers from. Every rank has one,
     and the main process speaks.
 
-    progress: where the run begins. saver: asked when a checkpoint was on the disk.
+    blend: what is trained on. progress: where the run begins. saver: asked when a checkpoint was on
+    the disk.
     """
 
     def __init__(
-        self, config: Config, data: RunData, mesh: Mesh, saver: Saver, progress: Progress
+        self,
+        config: Config,
+        data: RunData,
+        blend: Blend,
+        mesh: Mesh,
+        saver: Saver,
+        progress: Progress,
     ) -> None:
-        self.config, self.mesh, self.saver = config, mesh, saver
+        self.config, self.mesh, self.saver, self.blend = config, mesh, saver, blend
         self.meter = Meter(mesh.device)
         self.tokens_per_step = config.training.global_batch_size * config.model.seq_length
         self.parameters = count_parameters(config.model, data.tokenizer.vocab_size)
-        self.tokens_per_epoch = data.train.tokens_per_epoch
-        self.masking, self._data = data.masking, data
+        self.masking = data.masking
         share = 1.0 if data.masking is None else data.masking.rate
         self.held_out = {
             split: round(share * part.tokens_per_epoch) for split, part in data.held_out.items()
@@ -75,9 +83,12 @@ class Reports:
         self._begin = time.perf_counter()
         self.meter.restart()
 
-    def announce(self, checkpoint: Path | None, progress: Progress, memory: list[str]) -> None:
+    def announce(
+        self, checkpoint: Path | None, progress: Progress, memory: list[str], news: list[str]
+    ) -> None:
         """What is about to run. checkpoint: what the run goes on from, or None. memory: lines on
-        the memory path."""
+        the memory path. news: on what is other about the training data than before the checkpoint.
+        """
         if not self.mesh.is_main:
             return
         config, mesh = self.config, self.mesh
@@ -93,9 +104,13 @@ class Reports:
         say(
             f"{counted(training.train_iters, 'iteration')} of"
             f" {counted(training.global_batch_size, 'sequence')} of"
-            f" {config.model.seq_length:,} tokens; one epoch is {self.tokens_per_epoch:,} tokens"
+            f" {config.model.seq_length:,} tokens; one epoch is"
+            f" {self.blend.tokens_per_epoch:,} tokens"
         )
-        for line in self._data.describe(config):
+        if len(self.blend.sources) > 1:
+            sources = counted(len(self.blend.sources), "source")
+            say(f"{sources}, by their shares: {shown_shares(self.blend.shares)}")
+        for line in describe_training(self.blend, config):
             say(line)
         if self.masking is not None:
             say(
@@ -115,7 +130,7 @@ class Reports:
             say(line)
         if checkpoint is not None:
             say(f"{_how_it_begins(config)} {checkpoint}")
-            for line in other_ways(checkpoint, config):
+            for line in [*other_ways(checkpoint, config), *news]:
                 say(line)
         elif config.run.load is not None:
             say(f"no checkpoint in {config.run.load} yet: starting at the beginning")
@@ -123,14 +138,14 @@ class Reports:
             say(f"--profile: the run is past iteration {config.run.profile_step_end - 1} already")
         for line in self.oddities:
             say(line)
+        divides = f"--split {config.data.split} leaves" if config.data.divided else "there is"
         if not self.held_out:
-            say(f"--split {config.data.split} leaves no document to evaluate on")
+            say(f"{divides} no document to evaluate on")
         for split, tokens in self.held_out.items():
             if tokens < FEW_TOKENS:
                 say(
-                    f"--split {config.data.split} leaves only {tokens:,} {self._predicted} for"
-                    f" {split}: below {FEW_TOKENS:,} chance alone moves its perplexity by some"
-                    " percent"
+                    f"{divides} only {tokens:,} {self._predicted} for {split}: below"
+                    f" {FEW_TOKENS:,} chance alone moves its perplexity by some percent"
                 )
         if config.run.save is None:
             say("without --save nothing is kept")
@@ -164,6 +179,8 @@ class Reports:
             **self.meter.take_memory(),
             **self.meter.take_save(self.saver.durable_at),
         }
+        if len(self.blend.sources) > 1:
+            record["sources"] = self._sources(progress)
         if self._says_flops:
             record["flops"] = {
                 "per_step": self.flops,
@@ -180,6 +197,18 @@ class Reports:
             self._said_peak = True
             say(f"MFU above 100%: the peak ({self.peak_source}) is too low; --peak-tflops sets it")
 
+    def _sources(self, progress: Progress) -> dict[str, dict[str, float | None]]:
+        """Of each source of the training data the mean loss since the last report (None: it had no
+        sample), its share of the samples so far, and how many epochs of it were read."""
+        sums = progress.losses_by_source
+        read = -(-progress.consumed_tokens // self.config.model.seq_length)
+        found = {}
+        for name, (share, epochs) in self.blend.realised(read).items():
+            total, count = sums.get(name, (0.0, 0.0))
+            loss = total / count if count else None
+            found[name] = {"loss": loss, "share": share, "epochs": epochs}
+        return found
+
     def _line(self, record: dict[str, Any]) -> str:
         """The log line of a training record: what one looks at, and what is out of the ordinary."""
         iteration, train_iters = record["iteration"], self.config.training.train_iters
@@ -190,7 +219,7 @@ class Reports:
             mfu += f" (dense equivalent {record['mfu_dense_equivalent']:.1%})"
         words = [
             f"iteration {iteration}/{train_iters}",
-            f"loss {record['loss']:.4f}",
+            f"loss {record['loss']:.4f}{_by_source(record.get('sources', {}))}",
             f"lr {record['learning_rate']:.3e}",
             f"grad norm {norm}",
             f"{record['tokens_per_second']:,.0f} tokens/s",
@@ -275,6 +304,14 @@ def say(line: str) -> None:
         print(line, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _by_source(sources: dict[str, dict[str, float | None]]) -> str:
+    """(code 2.1034, books 3.2215), behind a loss."""
+    losses = [(name, its["loss"]) for name, its in sources.items()]
+    words = [f"{name} {loss:.4f}" for name, loss in losses if loss is not None]
+    shown = ", ".join(words[:SOURCES_SHOWN]) + (", ..." if len(words) > SOURCES_SHOWN else "")
+    return f" ({shown})" if words else ""
 
 
 def _how_it_begins(config: Config) -> str:

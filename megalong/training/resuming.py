@@ -196,7 +196,7 @@ def _check_together(checkpoint: Path, verify: bool, held: contextlib.ExitStack) 
 _FREE_MODEL_FIELDS = {"seq_length", "init_method_std", "transformer_impl"}
 # What a run in the same folder keeps: its data order and its held-out documents hang on it, and its
 # losses would not be one curve.
-_RUN_FIELDS = ["objective", "mask_rate", "seed", "split", "data_path", *PATTERN_FIELDS]
+_RUN_FIELDS = ["objective", "mask_rate", "seed", "split", *PATTERN_FIELDS]
 
 
 def _check_same_run(checkpoint: Path, config: Config) -> None:
@@ -207,6 +207,7 @@ def _check_same_run(checkpoint: Path, config: Config) -> None:
         names.append("optimizer")
     if same_folder(config.run.load, config.run.save):
         names += _RUN_FIELDS
+        _check_same_data(checkpoint, config)
     for name, (ours, theirs) in differences(config, config_of(checkpoint), names).items():
         way_out = f"start a new run without {_flag(config)}"
         if name in _RUN_FIELDS:
@@ -218,4 +219,23 @@ def _check_same_run(checkpoint: Path, config: Config) -> None:
         raise UserError(
             f"{flag_name(name)} is {shown(ours)}, but the checkpoint {checkpoint} was written with"
             f" {shown(theirs)}: set it to that, or {way_out}"
+        )
+
+
+def _check_same_data(checkpoint: Path, config: Config) -> None:
+    """Raise UserError where a run in the same folder would share no source with the checkpoint:
+    shares may change, and sources come and go, but all at once is hardly what is meant."""
+    blend = read_progress(checkpoint).blend
+    if blend is not None:
+        known = list(blend["epoch_tokens"])
+    elif read_progress(checkpoint).consumed_tokens:
+        known = [source.name for source in config_of(checkpoint).data.training_sources()]
+    else:
+        return
+    ours = [source.name for source in config.data.training_sources()]
+    if not set(known) & set(ours):
+        raise UserError(
+            f"the training data is {', '.join(ours)}, and the checkpoint {checkpoint} has seen"
+            f" {', '.join(known)}: keep one of these (NAME=PATH says what a path is), or --save"
+            " into another folder"
         )

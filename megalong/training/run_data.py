@@ -3,8 +3,9 @@ input ends the run at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -16,20 +17,26 @@ from megalong.data.batches import (
     evaluation_batches,
     num_evaluation_batches,
 )
+from megalong.data.blend import Blend, Source
 from megalong.data.document_samples import DocumentSamples
 from megalong.data.formats import open_documents
+from megalong.data.index_cache import IndexCache
 from megalong.data.masking import ADD_A_ROW, Masking
-from megalong.data.stream import TokenStream, split_documents
+from megalong.data.sources import SourceSpec, shares_of
+from megalong.data.stream import Documents, TokenStream, split_documents
 from megalong.data.tokenizer import Tokenizer, build_tokenizer
 from megalong.errors import UserError, system_errors_of
-from megalong.wording import counted
+from megalong.wording import counted, did_you_mean
+
+REPEATS = 4  # epochs, after which more of the same text teaches little (arXiv 2305.16264)
 
 
 @dataclass(frozen=True)
 class RunData:
     """What a run reads.
 
-    held_out: the streams of "validation" and "test", where `--split` gives them documents.
+    train: as it is at the beginning of a run. held_out: the streams of "validation" and "test", or
+    of "validation/NAME" where there are several, or where they were named.
     oddities: what can be trained on, and yet is hardly what was meant; a line each.
     token_bytes: UTF-8 bytes that each token id stands for, int32 (vocab size,).
     masking: how tokens are masked; None: the next ones are predicted.
@@ -38,18 +45,11 @@ class RunData:
 
     tokenizer: Tokenizer
     token_bytes: np.ndarray
-    train: TokenStream | DocumentSamples
+    train: Blend
     held_out: dict[str, TokenStream]
     oddities: list[str]
     masking: Masking | None = None
     documents: DocumentRules = NO_BORDERS
-
-    def describe(self, config: Config) -> Iterator[str]:
-        """What the training data is like, in lines; it looks at the lengths of all documents."""
-        mode, upsampling = config.data.sample_mode, config.data.upsampling
-        if upsampling is not None:
-            yield upsampling.describe(self.train.lengths)
-        yield f"--sample-mode {mode}: {self.train.context_report().in_words()}"
 
 
 def open_run_data(config: Config) -> RunData:
@@ -66,56 +66,26 @@ def open_run_data(config: Config) -> RunData:
         if ids_of_data == config.model.padded_vocab_size < tokenizer.vocab_size:
             raise UserError(f"--padded-vocab-size {ids_of_data}: {ADD_A_ROW}")
     config.model.vocabulary_rows(tokenizer.vocab_size)  # an error, where they are too few
-    with system_errors_of("--data-path", data.data_path):
-        documents = open_documents(data.data_path)
-    made_with = documents.vocab_size
-    if made_with is not None and made_with != ids_of_data:
-        raise UserError(
-            f"--data-path {data.data_path} was made with a tokenizer of {made_with} ids, and"
-            f" {data.tokenizer_flag} has {ids_of_data}: give the same"
-        )
-    if documents.prepend_bos not in (None, data.prepend_bos):
-        made, flag = ("with", "") if documents.prepend_bos else ("without", "no-")
-        raise UserError(
-            f"--data-path {data.data_path} was made {made} --prepend-bos: set"
-            f" --{flag}prepend-bos, or preprocess the text again"
-        )
-    ranges = split_documents(documents.num_documents, data.split)
-    if not ranges[0]:
-        raise UserError(f"--split {data.split} leaves no document for training")
-    if config.run.keep_best and not ranges[1]:
-        raise UserError(
-            f"--keep-best goes by the validation loss, and --split {data.split} leaves no document"
-            " for validation: leave it out, or change --split"
-        )
-
-    def stream(document_range: range, shuffle: bool, upsampling=None) -> TokenStream:
-        return TokenStream(
-            documents,
-            document_range,
-            config.model.seq_length,
-            config.training.seed,
-            shuffle=shuffle,
-            upsampling=upsampling,
-            vocab_size=ids_of_data,
-        )
-
-    train = stream(ranges[0], shuffle=True, upsampling=data.upsampling)
-    if data.sample_mode == "document":
-        train = DocumentSamples(train)
-    parts = zip(("validation", "test"), ranges[1:], strict=True)
-    held_out = {name: stream(part, shuffle=False) for name, part in parts if part}
-    for name, part in held_out.items():  # too small to evaluate on: found now, not at the end
+    opened = _Opened(config, ids_of_data)
+    train, divided, oddities = _open_training(config, opened)
+    held_out = divided
+    for part, specs in data.held_out_sources().items():
+        for spec in specs:
+            documents = opened.documents(spec)
+            label = f"{part}/{spec.name}" if spec.named or len(specs) > 1 else part
+            held_out[label] = opened.stream(documents, range(documents.num_documents), label, False)
+    for label, part in held_out.items():  # too small to evaluate on: found now, not at the end
         if masking is None:
             num_evaluation_batches(part, micro_batch_size=1, data_parallel_size=1)
         else:
-            _check_masks(name, part, masking, config)
+            _check_masks(label, part, masking, config)
+    _check_best(held_out, config)
     return RunData(
         tokenizer=tokenizer,
         token_bytes=tokenizer.token_bytes(),
         train=train,
         held_out=held_out,
-        oddities=_oddities(train, config, tokenizer),
+        oddities=[*oddities, *_oddities(train, config, tokenizer)],
         masking=masking,
         documents=DocumentRules(
             isolated=data.isolates_documents,
@@ -124,37 +94,207 @@ def open_run_data(config: Config) -> RunData:
     )
 
 
-def _check_masks(name: str, part: TokenStream, masking: Masking, config: Config) -> None:
+def describe_training(blend: Blend, config: Config) -> Iterator[str]:
+    """What the training data is like, in lines; it looks at the lengths of all documents."""
+    mode, upsampling = config.data.sample_mode, config.data.upsampling
+    if upsampling is not None:
+        for name, part in zip(blend.sources, blend.parts, strict=True):
+            of = f"source {name}: " if len(blend.parts) > 1 else ""
+            yield of + upsampling.describe(part.lengths)
+    yield f"--sample-mode {mode}: {blend.context_report().in_words()}"
+
+
+def validation_sets(held_out: Iterable[str]) -> list[str]:
+    """Those of the held-out sets that the training is watched by."""
+    return [label for label in held_out if label.split("/")[0] == "validation"]
+
+
+def best_set(held_out: Iterable[str], config: Config) -> str:
+    """The one that `--keep-best` goes by."""
+    name = config.run.keep_best_by
+    return validation_sets(held_out)[0] if name is None else f"validation/{name}"
+
+
+class _Opened:
+    """Opens documents, and makes streams of them, for one run."""
+
+    def __init__(self, config: Config, ids_of_data: int):
+        self._config, self._ids = config, ids_of_data
+        cache = config.data.data_cache_path
+        self._cache = None if cache is None else IndexCache(cache)
+        self._made_with: dict[int, str] = {}
+
+    def documents(self, spec: SourceSpec) -> Documents:
+        """The documents of a source, if they are of the run's tokenizer. Raises UserError."""
+        data = self._config.data
+        with system_errors_of(spec.place.removesuffix(f" {spec.path}"), spec.path):
+            documents = open_documents(spec.path, spec.place)
+        made_with = documents.vocab_size
+        for ids, other in self._made_with.items():
+            if made_with not in (None, ids):
+                raise UserError(
+                    f"{spec.place} was made with a tokenizer of {made_with} ids, and {other} with"
+                    f" one of {ids}: what is trained on together has to be of one tokenizer"
+                )
+        if made_with not in (None, self._ids):
+            raise UserError(
+                f"{spec.place} was made with a tokenizer of {made_with} ids, and"
+                f" {data.tokenizer_flag} has {self._ids}: give the same"
+            )
+        if made_with is not None:
+            self._made_with.setdefault(made_with, spec.path)
+        if documents.prepend_bos not in (None, data.prepend_bos):
+            made, flag = ("with", "") if documents.prepend_bos else ("without", "no-")
+            raise UserError(
+                f"{spec.place} was made {made} --prepend-bos: set --{flag}prepend-bos, or"
+                " preprocess the text again"
+            )
+        return documents
+
+    def samples(
+        self, documents: Documents, part: range, name: str, salt: int = 0
+    ) -> TokenStream | DocumentSamples:
+        """A range of them to train on. Raises UserError where it holds nothing."""
+        stream = self.stream(documents, part, name, True, salt)
+        return DocumentSamples(stream) if self._config.data.sample_mode == "document" else stream
+
+    def stream(
+        self, documents: Documents, part: range, name: str, shuffle: bool, salt: int = 0
+    ) -> TokenStream:
+        """A range of them as a stream. Raises UserError where it holds nothing."""
+        return TokenStream(
+            documents,
+            part,
+            self._config.model.seq_length,
+            self._config.training.seed,
+            shuffle=shuffle,
+            upsampling=self._config.data.upsampling if shuffle else None,
+            vocab_size=self._ids,
+            name=name,
+            salt=salt,
+            cache=self._cache if shuffle else None,
+        )
+
+
+def _open_training(
+    config: Config, opened: _Opened
+) -> tuple[Blend, dict[str, TokenStream], list[str]]:
+    """The blend to train on, what `--split` leaves of its sources to evaluate on, and oddities."""
+    data, specs = config.data, config.data.training_sources()
+    several = len(specs) > 1
+    makers, held_out, oddities = [], {}, []
+    for spec in specs:
+        documents = opened.documents(spec)
+        parts = [range(documents.num_documents)]
+        if data.divided:
+            assert data.split is not None
+            parts = list(split_documents(documents.num_documents, data.split))
+        if not parts[0]:
+            of = f" of {spec.path}" if several else ""
+            raise UserError(f"--split {data.split} leaves no document{of} for training")
+        makers.append(partial(opened.samples, documents, parts[0], spec.name))
+        for label, part in zip(("validation", "test"), parts[1:], strict=False):
+            label = f"{label}/{spec.name}" if several else label
+            tokens = int(documents.lengths[part.start : part.stop].sum())
+            if part and (tokens > 1 or not several):
+                held_out[label] = opened.stream(documents, part, label, False)
+    epoch_tokens = [make().tokens_per_epoch for make in makers]  # an error, where there are none
+    shares = shares_of(specs, epoch_tokens)
+    sources = [
+        Source(spec.name, share, make)
+        for spec, share, make in zip(specs, shares, makers, strict=True)
+    ]
+    # By kind: all that is watched, then all that is tested in the end.
+    held_out = dict(sorted(held_out.items(), key=lambda item: item[0].startswith("test")))
+    blend = Blend(sources)
+    if data.data_cache_path is not None:
+        for part in blend.parts:
+            part.sample(0, 0, 1)  # makes the first epoch's order, while nobody waits for this rank
+    if several:
+        oddities = _amounts(specs, blend, config)
+    return blend, held_out, oddities
+
+
+def _amounts(specs: list[SourceSpec], blend: Blend, config: Config) -> list[str]:
+    """How often a run with this blend reads each of its sources, where that needs a word."""
+    training = config.training
+    planned = training.train_iters * training.global_batch_size * config.model.seq_length
+    lines = []
+    if all(spec.unit != "weight" for spec in specs):
+        wanted = sum(
+            spec.amount * (blend.epoch_tokens[spec.name] if spec.unit == "epochs" else 1)
+            for spec in specs
+        )
+        lines.append(
+            "the shares of the sources are the ratio of their tokens, whatever --train-iters is:"
+            f" {int(wanted):,} tokens were asked for, the run takes {planned:,}"
+        )
+    for name, share in blend.shares.items():
+        epochs = float(share) * planned / blend.epoch_tokens[name]
+        if epochs > REPEATS:
+            lines.append(
+                f"source {name}: {blend.epoch_tokens[name]:,} tokens, which a whole run with this"
+                f" share reads {epochs:.1f} times: beyond {REPEATS} times text teaches little"
+            )
+    return lines
+
+
+def _check_best(held_out: dict[str, TokenStream], config: Config) -> None:
+    """Raise UserError where there is nothing for `--keep-best` to go by."""
+    if not config.run.keep_best:
+        return
+    sets, data = validation_sets(held_out), config.data
+    if not sets:
+        why = f"--split {data.split} leaves no document for validation"
+        change = "change --split"
+        if not data.divided:
+            why, change = "there is no --valid-data-path", "set that"
+        raise UserError(
+            f"--keep-best goes by the validation loss, and {why}: leave it out, or {change}"
+        )
+    if best_set(held_out, config) not in sets:
+        names = [label.partition("/")[2] for label in sets if "/" in label]
+        known = f"there are {', '.join(names)}" if names else "there is one, without a name"
+        raise UserError(
+            f"--keep-best-by {config.run.keep_best_by}: no such validation set"
+            f"{did_you_mean(config.run.keep_best_by, names) or f'; {known}'}"
+        )
+
+
+def _check_masks(label: str, part: TokenStream, masking: Masking, config: Config) -> None:
     """Raise UserError where an evaluation would have no masked token."""
     size = config.run.eval_iters * config.training.global_batch_size
     rank = {"micro_batch_size": 1, "data_parallel_rank": 0, "data_parallel_size": 1}
     batches = evaluation_batches(part, num_samples=size or None, masking=masking, **rank)
     if not any((batch["labels"] != IGNORE_INDEX).any() for batch in batches):
+        split = f" of --split {config.data.split}" if config.data.divided else ""
         raise UserError(
-            f"--mask-rate {config.training.mask_rate:g}: of the {part.tokens_per_epoch:,} tokens of"
-            f" --split {config.data.split} for {name} none would be masked in an evaluation: give"
-            " it a larger share, or raise --mask-rate or --eval-iters"
+            f"--mask-rate {config.training.mask_rate:g}: of the {part.tokens_per_epoch:,} tokens"
+            f"{split} for {label} none would be masked in an evaluation: give it more, or raise"
+            " --mask-rate or --eval-iters"
         )
 
 
-def _oddities(
-    train: TokenStream | DocumentSamples, config: Config, tokenizer: Tokenizer
-) -> list[str]:
+def _oddities(train: Blend, config: Config, tokenizer: Tokenizer) -> list[str]:
     lines = []
-    if train.tokens_per_epoch <= config.model.seq_length:
-        lines.append(
-            f"--data-path {config.data.data_path}: its training part is"
-            f" {counted(train.tokens_per_epoch, 'token')}, so that every sequence of --seq-length"
-            f" {config.model.seq_length} repeats them"
-        )
-    if not config.training.causal:
-        return lines  # special tokens are never told
-    documents, lengths = train.documents, train.documents.lengths
-    looked_at = [i for i in train.document_range[:100] if lengths[i]][:10]
-    ends = {int(documents.read(i, int(lengths[i]) - 1)[0]) for i in looked_at}
-    if tokenizer.eod not in ends:
-        lines.append(
-            f"--data-path {config.data.data_path}: its documents end without the end-of-document"
-            " token, so that the model learns no end of a text: preprocess_data.py --append-eod"
-        )
+    specs = config.data.training_sources()
+    for spec, stream in zip(specs, train.parts, strict=True):
+        if stream.tokens_per_epoch <= config.model.seq_length:
+            lines.append(
+                f"{spec.place}: its training part is {counted(stream.tokens_per_epoch, 'token')},"
+                f" so that every sequence of --seq-length {config.model.seq_length} repeats them"
+            )
+        if config.training.causal and not _ends_documents(stream, tokenizer):
+            lines.append(
+                f"{spec.place}: its documents end without the end-of-document token, so that the"
+                " model learns no end of a text: preprocess_data.py --append-eod"
+            )
     return lines
+
+
+def _ends_documents(stream: TokenStream | DocumentSamples, tokenizer: Tokenizer) -> bool:
+    """Whether some of the first documents end with the token for that."""
+    documents, lengths = stream.documents, stream.documents.lengths
+    looked_at = [i for i in stream.document_range[:100] if lengths[i]][:10]
+    ends = {int(documents.read(i, int(lengths[i]) - 1)[0]) for i in looked_at}
+    return tokenizer.eod in ends

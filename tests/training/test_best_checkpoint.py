@@ -33,7 +33,8 @@ def test_the_lowest_loss_is_best(one_rank, tmp_path):
         (7, math.nan, 100, 5),
     ):
         (tmp_path / f"iter_{iteration:07d}").mkdir(exist_ok=True)
-        keeper.evaluated(iteration, SimpleNamespace(loss=loss, tokens=tokens))
+        keeper.evaluated(iteration, "validation", SimpleNamespace(loss=loss, tokens=tokens))
+        keeper.evaluated(iteration, "validation/code", SimpleNamespace(loss=0.0, tokens=tokens))
         assert best(tmp_path).name == f"iter_{expected:07d}"
         record = {"iteration": iteration, "split": "validation", "loss": loss, "tokens": tokens}
         records += [record, record | {"split": "test", "loss": 0.0}]

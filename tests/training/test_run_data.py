@@ -7,7 +7,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megalong.config.arguments import parse_arguments
 from megalong.errors import UserError
 from megalong.hf.tokenizer_files import export_tokenizer
-from megalong.training.run_data import open_run_data
+from megalong.training.run_data import describe_training, open_run_data
 from tests.launching import small_run_flags
 
 
@@ -43,7 +43,7 @@ def test_samples_that_begin_with_documents_and_weights_by_length(tmp_path):
     data = open_run_data(config)
     assert data.train.tokens_per_epoch == 550
     assert sorted(data.train.document_bounds(i)[1][0] for i in range(4))[-2:] == [128, 128]
-    assert list(data.describe(config)) == [
+    assert list(describe_training(data.train, config)) == [
         "--length-upsampling, shares of the tokens in documents of less than 128 x 1: 20.0% ->"
         " 9.1%, 128 tokens and more x 2.5: 80.0% -> 90.9%",
         "--sample-mode document: share of the tokens that have so many of their own document"
@@ -60,7 +60,7 @@ def test_masks_need_a_mask_token(tmp_path):
     flags = small_run_flags(tmp_path / "data", **masked)
     data = open_run_data(parse_arguments(flags).resolve(1))
     assert data.masking.mask == 257 and data.tokenizer.vocab_size == 258 == len(data.token_bytes)
-    assert data.train.vocab_size == 257
+    assert data.train.parts[0].vocab_size == 257
     full = small_run_flags(tmp_path / "data", **masked, padded_vocab_size=257)
     with pytest.raises(UserError, match=r"--padded-vocab-size 257: the mask token needs one row"):
         open_run_data(parse_arguments(full).resolve(1))

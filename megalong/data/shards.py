@@ -1,0 +1,177 @@
+"""Many .bin/.idx pairs as the documents of one source: those of a folder, or of a pattern.
+
+The pairs stand one behind the other, in the order of their names. What is kept of them is where
+each document lies; a .bin is opened when something is read from it, and at most OPEN_FILES are open
+at a time, so that ten thousand pairs need no more file handles, or memory maps, than a few.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import threading
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from megalong.data.indexed import check_files_exist, read_description, read_index
+from megalong.errors import UserError, system_errors_of
+
+OPEN_FILES = 128
+_OPENING_THREADS = (
+    16  # a network file system takes milliseconds to answer, and answers many at once
+)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One pair. starts: first byte of each document in the .bin, int64 (documents,); lengths:
+    tokens in each, int64 (documents,)."""
+
+    prefix: str
+    dtype: np.dtype
+    starts: np.ndarray
+    lengths: np.ndarray
+    description: dict
+
+
+class ShardedDocuments:
+    """The documents of all .bin/.idx pairs of a folder, or whose prefixes fit a pattern (of which
+    .bin or .idx may be the end). `megalong.data.stream.Documents`; prefix: the folder or pattern.
+
+    max_token_id is the largest of all pairs, where all know theirs. A pair may be empty.
+    place: as for `megalong.data.indexed.IndexedDocuments`.
+    Raises UserError that names the pair and what is wrong with it, also where two were made with
+    different tokenizers.
+    """
+
+    def __init__(self, path: str, place: str | None = None) -> None:
+        self.prefix = str(path)
+        self._place = place = f"--data-path {path}" if place is None else place
+        prefixes = _prefixes(self.prefix, place)
+        with ThreadPoolExecutor(_OPENING_THREADS) as threads:
+            shards = list(threads.map(lambda prefix: _open(prefix, place), prefixes))
+        self.lengths = np.concatenate([shard.lengths for shard in shards])
+        if not self.num_tokens:
+            raise UserError(f"{place}: the {len(shards)} pairs of .bin and .idx hold no tokens")
+        self._starts = np.concatenate([shard.starts for shard in shards])
+        self._prefixes = prefixes
+        self._dtypes = [shard.dtype for shard in shards]
+        # The first document of each shard, and the number of documents.
+        self._first = np.cumsum([0, *(len(shard.lengths) for shard in shards)], dtype=np.int64)
+        ids = [shard.description.get("max_token_id") for shard in shards]
+        self.max_token_id: int | None = None if None in ids else max(ids)
+        self.vocab_size: int | None = _agreed(shards, "vocab_size", place)
+        self.prepend_bos: bool | None = _agreed(shards, "prepend_bos", place)
+        self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, newest last
+        self._lock = threading.Lock()
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    def place(self, document: int) -> str:
+        """Which document that is, in words."""
+        shard = self._shard(document)
+        return f"document {document - int(self._first[shard])} of {self._prefixes[shard]}"
+
+    def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens [start, stop) of a document; stop None: to its end.
+
+        Returns (stop - start,) in the data type of its file, a copy. Safe among threads.
+        Raises IndexError for a range outside the document, UserError where its file has gone.
+        """
+        if not 0 <= document < self.num_documents:
+            raise IndexError(f"document {document} of {self.num_documents}")
+        length = int(self.lengths[document])
+        stop = length if stop is None else stop
+        if not 0 <= start <= stop <= length:
+            raise IndexError(f"tokens [{start}, {stop}) of document {document}, {length} long")
+        shard = self._shard(document)
+        tokens = np.empty(stop - start, self._dtypes[shard])
+        into, offset = memoryview(tokens).cast("B"), int(self._starts[document])
+        offset += start * tokens.itemsize
+        path = f"{self._prefixes[shard]}.bin"
+        with self._lock, system_errors_of(f"{self._place}:", path):
+            file = self._file(shard, path)
+            while into:  # the system reads 2 GiB at most at a time
+                count = os.preadv(file, [into], offset)
+                if not count:
+                    raise UserError(f"{path}: has become shorter since it was opened")
+                into, offset = into[count:], offset + count
+        return tokens
+
+    def _shard(self, document: int) -> int:
+        return int(np.searchsorted(self._first, document, side="right")) - 1
+
+    def _file(self, shard: int, path: str) -> int:
+        """The descriptor of a shard's .bin; the one that was not used for longest is closed."""
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        file = os.open(path, os.O_RDONLY)
+        self._files[shard] = file
+        if len(self._files) > OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        return file
+
+    def __del__(self) -> None:
+        for file in getattr(self, "_files", {}).values():
+            os.close(file)
+
+
+def _prefixes(path: str, place: str) -> list[str]:
+    """The pairs of a folder or a pattern, by name."""
+    if os.path.isdir(path):
+        pattern, where = os.path.join(glob.escape(path), "*.idx"), "in the folder"
+    else:
+        stem, suffix = os.path.splitext(path)
+        pattern, where = (stem if suffix in (".bin", ".idx") else path) + ".idx", "of that name"
+    found = sorted(name.removesuffix(".idx") for name in glob.glob(pattern))
+    if not found:
+        raise UserError(f"{place}: no .bin/.idx pair {where}")
+    return found
+
+
+def _open(prefix: str, place: str) -> _Shard:
+    check_files_exist(prefix, place)
+    with system_errors_of(f"{place}:", prefix):
+        index = read_index(prefix)
+    lengths = index.document_lengths()
+    first = index.first_sequence[:-1]
+    itemsize = index.dtype.itemsize
+    inside = np.ones(len(index.pointers), bool)  # whether a sequence goes on with a document
+    inside[first[first < len(inside)]] = False
+    inside[:1] = False
+    ends = index.pointers + index.sequence_lengths.astype(np.int64) * itemsize
+    if (index.pointers[1:] != ends[:-1])[inside[1:]].any():
+        raise UserError(
+            f"{prefix}.idx: the sequences of a document do not lie one behind the other, as they"
+            " have to in a folder of pairs: give this one a --data-path of its own"
+        )
+    # An empty document may stand behind the last sequence.
+    starts = np.append(index.pointers, 0)[first]
+    description = read_description(prefix, len(lengths), int(lengths.sum()))
+    return _Shard(prefix, index.dtype, starts, lengths, description)
+
+
+def _agreed(shards: list[_Shard], key: str, place: str) -> int | None:
+    """What the descriptions say, those that say something; None where none does."""
+    known: dict[int, str] = {}
+    for shard in shards:
+        value = shard.description.get(key)
+        if value is not None:
+            known.setdefault(value, shard.prefix)
+    if len(known) > 1:
+        (one, its), (other, others), *_ = known.items()
+        what = {"vocab_size": "the tokenizer's ids", "prepend_bos": "--prepend-bos"}[key]
+        raise UserError(
+            f"{place}: made with different tokenizers: {what}: {one} in {its}, {other} in {others}"
+        )
+    return next(iter(known), None)
