@@ -106,6 +106,7 @@ def main(corpus: str, folder: Path, *what: str) -> None:
 
         def run(optimizer: str, layout: str, **changes: object) -> None:
             flags = OPTIMIZERS[optimizer] | STEPS | MODEL | BATCH | flags_of(layout) | changes
+            flags["data_path"] = f"0.7 code={corpus} 0.3 books={corpus}"
             given = parse_arguments(small_run_flags(Path(corpus), **flags))
             config = given.resolve(world_size())
             prepare_run_folder(config)

@@ -46,10 +46,23 @@ def test_resumed_in_another_layout(runs, optimizer, to, source):
     for name in ("loss", "grad_norm", "learning_rate"):
         values, wanted = ([r[name] for r in part[-2:]] for part in (records, expected))
         torch.testing.assert_close(values, wanted, rtol=1e-5, atol=0, msg=name)
+    for record, wanted in zip(records, expected[-2:], strict=True):
+        assert record["sources"].keys() == {"code", "books"}
+        assert_losses_of_sources(record, wanted)
     reader, reference = (CheckpointReader(latest(folder)) for folder in (resumed, whole))
     assert reader.progress().consumed_tokens == reference.progress().consumed_tokens
     assert reader.progress().updates == 4
     assert_same_tensors(reader, reference, optimizer)
+
+
+def assert_losses_of_sources(record, wanted):
+    """They are the same, and together, by their shares of the samples so far, the loss."""
+    torch.testing.assert_close(record["sources"], wanted["sources"], rtol=1e-5, atol=0)
+    # Iteration 3 has samples 8 to 11, iteration 4 those up to 15, of which 0.7 are code.
+    code = {3: 8 - 6, 4: 11 - 8}[record["iteration"]]
+    losses = [record["sources"][name]["loss"] for name in ("code", "books")]
+    mean = (code * losses[0] + (4 - code) * losses[1]) / 4
+    assert mean == pytest.approx(record["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", MOMENTS)
