@@ -215,15 +215,7 @@ def in_words(content: dict[str, Any]) -> Iterator[str]:
         f" {counted(content['tokens'], 'token')}, {content['dtype']},"
         f" {human_bytes(content['bytes'])}"
     )
-    made = content["sidecar"] or {}
-    if "tokenizer_type" in made:
-        file = f" {made['tokenizer_model']}" if made.get("tokenizer_model") else ""
-        ends = "ends" if made.get("append_eod") else "does not end"
-        begins = ", begins with its beginning-of-text token" if made.get("prepend_bos") else ""
-        yield (
-            f"made with {made['tokenizer_type']}{file} of {made.get('vocab_size', 0):,} ids; a"
-            f" document {ends} with its end-of-document token{begins}"
-        )
+    yield from _provenance_words(content["sidecar"] or {})
     yield from _length_words(content)
     yield from (f"note: {remark}" for remark in content["remarks"])
     yield from _training_words(content.get("training"))
@@ -238,6 +230,31 @@ def in_words(content: dict[str, Any]) -> Iterator[str]:
             yield part["text"]
     if "plot" in content:
         yield f"{content['plot']}: documents and tokens by length"
+
+
+def _provenance_words(made: dict[str, Any]) -> Iterator[str]:
+    """What the sidecar says of where the data is from."""
+    if "tokenizer_type" in made:
+        model = f" {made['tokenizer_model']}" if made.get("tokenizer_model") else ""
+        ends = "ends" if made.get("append_eod") else "does not end"
+        begins = ", begins with its beginning-of-text token" if made.get("prepend_bos") else ""
+        yield (
+            f"made with {made['tokenizer_type']}{model} of {made.get('vocab_size', 0):,} ids; a"
+            f" document {ends} with its end-of-document token{begins}"
+        )
+    inputs = [file.get("path") for file in made.get("inputs", ())]
+    if inputs:
+        count = counted(made.get("inputs_in_all", len(inputs)), "file")
+        yield f"of {count}: {', '.join(inputs[:3])}{', ...' if len(inputs) > 3 else ''}"
+    left_out = [f"{number:,} {what}" for what, number in made.get("left_out", {}).items() if number]
+    if left_out:
+        yield f"left out were documents: {', '.join(left_out)}"
+    repeats = made.get("repeats") or {}
+    if repeats.get("documents") and not made.get("deduplicate"):
+        yield (
+            f"{counted(repeats['documents'], 'document')} of {counted(repeats['tokens'], 'token')}"
+            " repeat the text of another one: preprocess_data.py --deduplicate leaves them out"
+        )
 
 
 def _length_words(content: dict[str, Any]) -> Iterator[str]:

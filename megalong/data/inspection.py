@@ -16,6 +16,7 @@ from megalong.data.context import BOUNDS, short
 from megalong.data.indexed import IndexedDocuments
 from megalong.data.tokenizer import Tokenizer
 from megalong.errors import UserError
+from megalong.wording import counted
 
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 _SCANNED = 1 << 24  # tokens at a time
@@ -81,7 +82,9 @@ def _remarks(found: dict[str, Any], sidecar: dict[str, Any]) -> Iterator[str]:
             " known"
         )
     if found["empty_documents"]:
-        yield f"{found['empty_documents']:,} documents are empty: they are passed over"
+        number = found["empty_documents"]
+        is_it = "is empty: it is" if number == 1 else "are empty: they are"
+        yield f"{counted(number, 'document')} {is_it} passed over"
     if found["sequences"] != found["documents"]:
         yield (
             f"the documents are {found['sequences']:,} sequences, each of which Megatron-LM takes"

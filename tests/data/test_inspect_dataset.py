@@ -46,7 +46,8 @@ def prefix(tmp_path) -> str:
         writer.add(np.concatenate(documents).astype(np.uint16), [len(d) for d in documents])
         writer.commit(
             {"max_token_id": 256, "vocab_size": 257, "tokenizer_type": "ByteTokenizer"}
-            | {"eod": 256, "append_eod": True}
+            | {"eod": 256, "append_eod": True, "inputs": [{"path": "a.txt"}], "inputs_in_all": 5}
+            | {"left_out": {"broken": 2, "empty": 0}, "repeats": {"documents": 1, "tokens": 6}}
         )
     return prefix
 
@@ -65,7 +66,9 @@ def test_counts_and_lengths(inspect, prefix):
     text = inspect(prefix, prefix)
     assert text.count(f"{prefix}: 5 documents, 343 tokens, uint16, 686 B\n") == 2
     assert "made with ByteTokenizer of 257 ids; a document ends with its" in text
-    assert "note: 1 documents are empty" in text
+    assert "of 5 files: a.txt\nleft out were documents: 2 broken\n" in text
+    assert "1 document of 6 tokens repeat the text of another one" in text
+    assert "note: 1 document is empty: it is passed over" in text
 
 
 def test_what_training_makes_of_it(inspect, prefix):
