@@ -2,13 +2,14 @@
 
     python tools/inspect_dataset.py data/stdlib_text_document
     python tools/inspect_dataset.py data/stdlib_text_document --seq-length 32768 --decode 0
-    python tools/inspect_dataset.py data/*_document --verify
+    python tools/inspect_dataset.py data/ --verify
 
-Counts, lengths of documents, what made it. With --seq-length also what training would make of it:
-sequences in an epoch, and how much of their own document tokens have before them, with either
---sample-mode and with --length-upsampling. --decode shows documents, or with --seq-length samples
-of the training, as text. --output writes a plot of the lengths. The index is checked in any case;
---verify reads all tokens too.
+Each is a prefix, or a folder or pattern of many, as for training. Says counts, lengths of
+documents, and what made them. With --seq-length also what training would make of them: sequences in
+an epoch, and how much of their own document tokens have before them, with either --sample-mode and
+with --length-upsampling. --decode shows documents, or with --seq-length samples of the training, as
+text. --output writes a plot of the lengths. The index is checked in any case; --verify reads all
+tokens too.
 Exit status: 0, or 2 where the data is damaged (one line says what is wrong, in which file).
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,8 +33,8 @@ from megalong.wording import counted
 
 if TYPE_CHECKING:
     from megalong.data.document_samples import DocumentSamples
-    from megalong.data.indexed import IndexedDocuments
-    from megalong.data.stream import TokenStream
+    from megalong.data.inspection import Pair
+    from megalong.data.stream import Documents, TokenStream
     from megalong.data.tokenizer import Tokenizer
 
 MODES = ("stream", "document")
@@ -41,7 +43,11 @@ MODES = ("stream", "document")
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("prefix", nargs="+", help="what tools/preprocess_data.py wrote: PREFIX_KEY_document")
+    add(
+        "prefix",
+        nargs="+",
+        help="what tools/preprocess_data.py wrote: PREFIX_KEY_document, or a folder of such",
+    )
     add("--seq-length", type=int, help="tokens in a sequence: what training would make of the data")
     add("--sample-mode", choices=MODES, help="with --seq-length: of the training (default: both)")
     add(
@@ -74,22 +80,23 @@ def main() -> None:
     from megalong.log_filters import filter_library_logs
 
     filter_library_logs()
-    from megalong.data.indexed import IndexedDocuments
-    from megalong.data.inspection import describe
+    from megalong.data.formats import open_documents
+    from megalong.data.inspection import describe, open_pairs
 
     plots = []
     if args.output is not None:
         plots = _plot_files(args.prefix, args.output, args.overwrite)
     found = []
     for i, prefix in enumerate(args.prefix):
-        documents = IndexedDocuments(prefix, place=prefix)
-        content = describe(documents)
+        pairs = open_pairs(prefix)
+        documents = open_documents(prefix, place=prefix)
+        content = describe(documents, pairs)
         if args.seq_length is not None:
             content["training"] = describe_training(documents, args)
         if args.verify:
-            content["verified"] = verified(documents, args)
+            content["verified"] = verified(documents, pairs, args)
         if args.decode is not None:
-            content["decoded"] = decoded(documents, args)
+            content["decoded"] = decoded(documents, pairs, args)
         if plots:
             plot(content, plots[i])
             content["plot"] = str(plots[i])
@@ -100,7 +107,7 @@ def main() -> None:
         print(json.dumps(found, indent=2))
 
 
-def describe_training(documents: IndexedDocuments, args: argparse.Namespace) -> dict[str, Any]:
+def describe_training(documents: Documents, args: argparse.Namespace) -> dict[str, Any]:
     """What training with these flags makes of a pair."""
     from megalong.data.length_upsampling import LengthUpsampling
 
@@ -124,7 +131,7 @@ def describe_training(documents: IndexedDocuments, args: argparse.Namespace) -> 
 
 
 def training_samples(
-    documents: IndexedDocuments, args: argparse.Namespace, mode: str
+    documents: Documents, args: argparse.Namespace, mode: str
 ) -> TokenStream | DocumentSamples:
     """The samples of a training on this pair alone."""
     from megalong.data.document_samples import DocumentSamples
@@ -141,27 +148,29 @@ def training_samples(
     return stream if mode == "stream" else DocumentSamples(stream)
 
 
-def verified(documents: IndexedDocuments, args: argparse.Namespace) -> dict[str, Any]:
+def verified(documents: Documents, pairs: list[Pair], args: argparse.Namespace) -> dict[str, Any]:
     """What reading all tokens has found."""
     from megalong.data.inspection import verify
     from megalong.progress import progress_bar
 
-    vocab_size, eod = documents.vocab_size, documents.description.get("eod")
+    vocab_size = eod = None
     if args.tokenizer_type or args.tokenizer_model:
-        tokenizer = tokenizer_of(documents, args)
+        tokenizer = tokenizer_of(pairs, args)
         vocab_size, eod = tokenizer.vocab_size, tokenizer.eod
-    size = os.path.getsize(documents.prefix + ".bin")
-    with progress_bar(size, "B", f"reading {documents.prefix}.bin") as progress:
-        return verify(documents, vocab_size, eod, progress)
+    size = sum(pair.bytes for pair in pairs)
+    with progress_bar(size, "B", f"reading {documents.prefix}") as progress:
+        return verify(pairs, vocab_size, eod, progress)
 
 
-def decoded(documents: IndexedDocuments, args: argparse.Namespace) -> list[dict[str, Any]]:
+def decoded(
+    documents: Documents, pairs: list[Pair], args: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Documents, or samples, as text."""
     import numpy as np
 
     from megalong.data.inspection import in_text
 
-    tokenizer = tokenizer_of(documents, args)
+    tokenizer = tokenizer_of(pairs, args)
     found = []
     for i in args.decode:
         if args.seq_length is None:
@@ -188,15 +197,15 @@ def decoded(documents: IndexedDocuments, args: argparse.Namespace) -> list[dict[
     return found
 
 
-def tokenizer_of(documents: IndexedDocuments, args: argparse.Namespace) -> Tokenizer:
-    """That of the flags, or else that which made the pair, where it says which, and it is there."""
+def tokenizer_of(pairs: list[Pair], args: argparse.Namespace) -> Tokenizer:
+    """That of the flags, or else that which made the data, where it says which, and it is there."""
     from megalong.data.tokenizer import build_tokenizer
 
-    made = documents.description
+    made = pairs[0].sidecar
     kind = args.tokenizer_type or made.get("tokenizer_type")
     if kind is None:
         raise UserError(
-            f"{documents.prefix}: nothing says which tokenizer made it: give --tokenizer-type and"
+            f"{pairs[0].prefix}: nothing says which tokenizer made it: give --tokenizer-type and"
             " --tokenizer-model"
         )
     model = args.tokenizer_model
@@ -210,8 +219,9 @@ def in_words(content: dict[str, Any]) -> Iterator[str]:
     """The lines of what was found."""
     from megalong.progress import human_bytes
 
+    pairs = f"{content['pairs']:,} pairs, " if content["pairs"] > 1 else ""
     yield (
-        f"{content['prefix']}: {counted(content['documents'], 'document')},"
+        f"{content['prefix']}: {pairs}{counted(content['documents'], 'document')},"
         f" {counted(content['tokens'], 'token')}, {content['dtype']},"
         f" {human_bytes(content['bytes'])}"
     )
@@ -252,8 +262,9 @@ def _provenance_words(made: dict[str, Any]) -> Iterator[str]:
     repeats = made.get("repeats") or {}
     if repeats.get("documents") and not made.get("deduplicate"):
         yield (
-            f"{counted(repeats['documents'], 'document')} of {counted(repeats['tokens'], 'token')}"
-            " repeat the text of another one: preprocess_data.py --deduplicate leaves them out"
+            f"texts that repeat another one: {counted(repeats['documents'], 'document')} of"
+            f" {counted(repeats['tokens'], 'token')}; preprocess_data.py --deduplicate leaves them"
+            " out"
         )
 
 
@@ -303,7 +314,7 @@ def _verified_words(verified: dict[str, Any], content: dict[str, Any]) -> Iterat
         f"sound: all tokens read, ids from {verified['smallest_id']} to {verified['largest_id']};"
         f" Megatron-core {verified['megatron_core']} reads it"
     )
-    if "documents_ending_with_eod" in verified:
+    if verified["documents_ending_with_eod"] is not None:
         with_text = content["documents"] - content["empty_documents"]
         yield (
             f"{verified['documents_ending_with_eod']:,} of {counted(with_text, 'document')} end"
@@ -315,7 +326,9 @@ def _plot_files(prefixes: list[str], folder: Path, overwrite: bool) -> list[Path
     """A file for each prefix. Raises UserError where one is there already."""
     from megalong.disk import writable_folder
 
-    files = [folder / f"{Path(prefix).name}_lengths.png" for prefix in prefixes]
+    files = [
+        folder / f"{re.sub(r'[*?[]+', '_', Path(prefix).name)}_lengths.png" for prefix in prefixes
+    ]
     if len(set(files)) < len(files):
         raise UserError(f"--output {folder}: two prefixes have one name: give them one by one")
     for file in files:

@@ -24,8 +24,6 @@ class IndexedDocuments:
     max_token_id, vocab_size, prepend_bos: the largest id, the number of ids of the tokenizer, and
         whether the documents begin with a token for that; from PREFIX.json, None where there is no
         such file.
-    index: what the .idx says. description: the content of PREFIX.json, or {}. dataset:
-        Megatron-core's own reader of the pair.
     place: the flag, or the file, that the prefix is from, and the prefix; None: --data-path's.
     Raises UserError that names the file and what is wrong with it.
     """
@@ -34,22 +32,18 @@ class IndexedDocuments:
         self.prefix = str(prefix)
         place = f"--data-path {self.prefix}" if place is None else place
         check_files_exist(self.prefix, place)
-        index = self.index = read_index(self.prefix)
+        index = read_index(self.prefix)
         # A document is one or more whole sequences; files of megalong have one in each.
         self._first_sequence = index.first_sequence
         self._sequence_lengths = index.sequence_lengths
         self.lengths = index.document_lengths()
         description = read_description(self.prefix, self.num_documents, self.num_tokens)
-        self.description = description
         self.max_token_id: int | None = description.get("max_token_id")
         self.vocab_size: int | None = description.get("vocab_size")
         self.prepend_bos: bool | None = description.get("prepend_bos")
         if not self.num_tokens:
             raise UserError(f"{place}: {self.prefix}.bin holds no tokens")
-        with warnings.catch_warnings():
-            # It logs, for which it wants to know its rank; this need not be a distributed run.
-            warnings.filterwarnings("ignore", "Could not determine rank")
-            self.dataset = IndexedDataset(self.prefix, mmap=True)
+        self._dataset = _open_with_megatron_core(self.prefix)
 
     @property
     def num_documents(self) -> int:
@@ -75,29 +69,16 @@ class IndexedDocuments:
         stop = length if stop is None else stop
         if not 0 <= start <= stop <= length:
             raise IndexError(f"tokens [{start}, {stop}) of document {document}, {length} long")
-        parts = [np.zeros(0, dtype=self.dataset.index.dtype)]
+        parts = [np.zeros(0, dtype=self._dataset.index.dtype)]
         begin = 0  # where the sequence begins in the document
         for sequence in range(self._first_sequence[document], self._first_sequence[document + 1]):
             size = int(self._sequence_lengths[sequence])
             low, high = max(start - begin, 0), min(stop - begin, size)
             if low < high:
-                parts.append(self.dataset.get(sequence, low, high - low))
+                parts.append(self._dataset.get(sequence, low, high - low))
             begin += size
         # A copy, since the dataset closes its mapping under views when it is collected.
         return np.concatenate(parts)
-
-    def check_megatron_core(self) -> str:
-        """The version of Megatron-core, which finds the same tokens as we do, where tried: in the
-        first and the last sequences. Raises UserError where it does not."""
-        lengths = self.index.sequence_lengths
-        tokens = np.memmap(self.prefix + ".bin", self.index.dtype, mode="r")
-        ends = np.cumsum(lengths, dtype=np.int64)
-        for i in {*range(min(3, len(ends))), *range(max(len(ends) - 3, 0), len(ends))}:
-            if not np.array_equal(self.dataset[i], tokens[ends[i] - lengths[i] : ends[i]]):
-                raise UserError(
-                    f"{self.prefix}: Megatron-core {megatron_core} reads sequence {i} otherwise"
-                )
-        return megatron_core
 
 
 @dataclass(frozen=True)
@@ -118,6 +99,26 @@ class Index:
         """Tokens in each document, int64 (documents,)."""
         ends = np.concatenate([[0], np.cumsum(self.sequence_lengths, dtype=np.int64)])
         return np.diff(ends[self.first_sequence])
+
+
+def check_megatron_core(prefix: str, index: Index) -> str:
+    """The version of Megatron-core, which reads what we do, where tried: the first and the last
+    sequences of a pair. Raises UserError where it does not."""
+    dataset = _open_with_megatron_core(prefix)
+    tokens = np.memmap(prefix + ".bin", index.dtype, mode="r")
+    ends = np.cumsum(index.sequence_lengths, dtype=np.int64)
+    for i in {*range(min(3, len(ends))), *range(max(len(ends) - 3, 0), len(ends))}:
+        begin = ends[i] - index.sequence_lengths[i]
+        if not np.array_equal(dataset[i], tokens[begin : ends[i]]):
+            raise UserError(f"{prefix}: Megatron-core {megatron_core} reads sequence {i} otherwise")
+    return megatron_core
+
+
+def _open_with_megatron_core(prefix: str) -> IndexedDataset:
+    with warnings.catch_warnings():
+        # It logs, for which it wants to know its rank; this need not be a distributed run.
+        warnings.filterwarnings("ignore", "Could not determine rank")
+        return IndexedDataset(prefix, mmap=True)
 
 
 def check_files_exist(prefix: str, place: str) -> None:

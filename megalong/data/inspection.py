@@ -1,4 +1,4 @@
-"""What a .bin/.idx pair holds: counts, lengths, whether it is sound, and its text again.
+"""What .bin/.idx pairs hold: counts, lengths, whether they are sound, and their text again.
 
 `tools/inspect_dataset.py` prints it. Findings are plain dicts, as they are written as JSON.
 """
@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 from tqdm import tqdm
 
 from megalong.data.context import BOUNDS, short
-from megalong.data.indexed import IndexedDocuments
+from megalong.data.indexed import (
+    Index,
+    check_files_exist,
+    check_megatron_core,
+    read_description,
+    read_index,
+)
+from megalong.data.shards import pair_prefixes
+from megalong.data.stream import Documents
 from megalong.data.tokenizer import Tokenizer
 from megalong.errors import UserError
 from megalong.wording import counted
@@ -22,37 +31,60 @@ QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 _SCANNED = 1 << 24  # tokens at a time
 
 
-def describe(documents: IndexedDocuments) -> dict[str, Any]:
-    """Counts, lengths and provenance of a pair; reads its index alone."""
-    index, lengths = documents.index, documents.lengths
-    sequences = len(index.sequence_lengths)
+@dataclass(frozen=True)
+class Pair:
+    """One .bin/.idx pair: what its index says, and the content of its .json, or {}."""
+
+    prefix: str
+    index: Index
+    sidecar: dict[str, Any]
+
+    @classmethod
+    def open(cls, prefix: str, place: str) -> Pair:
+        """Raises UserError that names the file and what is wrong with it. place: of the prefix."""
+        check_files_exist(prefix, place)
+        index = read_index(prefix)
+        lengths = index.document_lengths()
+        return cls(prefix, index, read_description(prefix, len(lengths), int(lengths.sum())))
+
+    @property
+    def bytes(self) -> int:
+        return os.path.getsize(self.prefix + ".bin")
+
+
+def open_pairs(path: str) -> list[Pair]:
+    """The pair of a prefix, or those of a folder or pattern. Raises UserError."""
+    one = os.path.isfile(path + ".idx") or not (os.path.isdir(path) or set(path) & set("*?["))
+    prefixes = [path] if one else pair_prefixes(path, path)
+    return [Pair.open(prefix, path) for prefix in prefixes]
+
+
+def describe(documents: Documents, pairs: list[Pair]) -> dict[str, Any]:
+    """Counts, lengths and provenance; reads no tokens. documents: those of the pairs."""
+    lengths, tokens = documents.lengths, int(documents.lengths.sum())
+    quantiles = np.quantile(lengths, QUANTILES, method="lower")
     found = {
         "prefix": documents.prefix,
+        "pairs": len(pairs),
         "documents": len(lengths),
-        "tokens": documents.num_tokens,
-        "dtype": index.dtype.name,
-        "bytes": os.path.getsize(documents.prefix + ".bin"),
+        "tokens": tokens,
+        "dtype": " and ".join(sorted({pair.index.dtype.name for pair in pairs})),
+        "bytes": sum(pair.bytes for pair in pairs),
         "empty_documents": int((lengths == 0).sum()),
-        "sequences": sequences,
+        "sequences": sum(len(pair.index.sequence_lengths) for pair in pairs),
         "lengths": {
             "shortest": int(lengths.min()),
             "mean": float(lengths.mean()),
             "longest": int(lengths.max()),
-            "quantiles": {
-                f"{q:g}": int(value)
-                for q, value in zip(
-                    QUANTILES, np.quantile(lengths, QUANTILES, method="lower"), strict=True
-                )
-            },
+            "quantiles": {f"{q:g}": int(x) for q, x in zip(QUANTILES, quantiles, strict=True)},
         },
         "histogram": histogram(lengths),
         "share_of_tokens_in_documents_of_at_least": {
-            short(bound): float(lengths[lengths >= bound].sum()) / documents.num_tokens
-            for bound in BOUNDS
+            short(bound): float(lengths[lengths >= bound].sum()) / tokens for bound in BOUNDS
         },
-        "sidecar": documents.description or None,
+        "sidecar": pairs[0].sidecar or None if len(pairs) == 1 else None,
     }
-    found["remarks"] = list(_remarks(found, documents.description))
+    found["remarks"] = list(_remarks(found, pairs))
     return found
 
 
@@ -74,11 +106,13 @@ def histogram(lengths: np.ndarray) -> list[dict[str, int]]:
     ]
 
 
-def _remarks(found: dict[str, Any], sidecar: dict[str, Any]) -> Iterator[str]:
+def _remarks(found: dict[str, Any], pairs: list[Pair]) -> Iterator[str]:
     """What training takes and is worth knowing."""
-    if not sidecar:
+    without = [pair.prefix for pair in pairs if not pair.sidecar]
+    if without:
+        more = f" (and of {len(without) - 1:,} more)" if len(without) > 1 else ""
         yield (
-            f"there is no {found['prefix']}.json: whether the tokenizer is the right one cannot be"
+            f"there is no {without[0]}.json{more}: whether the tokenizer is the right one cannot be"
             " known"
         )
     if found["empty_documents"]:
@@ -93,49 +127,65 @@ def _remarks(found: dict[str, Any], sidecar: dict[str, Any]) -> Iterator[str]:
 
 
 def verify(
-    documents: IndexedDocuments, vocab_size: int | None, eod: int | None, progress: tqdm
+    pairs: list[Pair], vocab_size: int | None, eod: int | None, progress: tqdm
 ) -> dict[str, Any]:
-    """Read all tokens of a pair. progress: is told of the bytes.
+    """Read all tokens. progress: is told of the bytes.
 
-    vocab_size: ids beyond it are an error; None: nothing is known of it. eod: the token that ends
-    documents, whose ends are counted then.
+    vocab_size: ids beyond it are an error; None: that of the sidecars. eod: the token that ends
+    documents, whose ends are counted; None: that of the sidecars, where they say it.
     Raises UserError that names the file and what is wrong in it.
     """
-    index, path = documents.index, documents.prefix + ".bin"
-    tokens = np.memmap(path, index.dtype, mode="r")
-    smallest, largest = np.iinfo(index.dtype).max, np.iinfo(index.dtype).min
+    found = [_verify(pair, vocab_size, eod, progress) for pair in pairs if pair.bytes]
+    ends = [one["documents_ending_with_eod"] for one in found]
+    return {
+        "smallest_id": min(one["smallest_id"] for one in found),
+        "largest_id": max(one["largest_id"] for one in found),
+        "documents_ending_with_eod": None if None in ends else sum(ends),
+        "megatron_core": found[0]["megatron_core"],
+    }
+
+
+def _verify(pair: Pair, vocab_size: int | None, eod: int | None, progress: tqdm) -> dict[str, Any]:
+    vocab_size = pair.sidecar.get("vocab_size") if vocab_size is None else vocab_size
+    eod = pair.sidecar.get("eod") if eod is None else eod
+    path, dtype = pair.prefix + ".bin", pair.index.dtype
+    tokens = np.memmap(path, dtype, mode="r")
+    smallest, largest = np.iinfo(dtype).max, np.iinfo(dtype).min
     for begin in range(0, len(tokens), _SCANNED):
         part = np.array(tokens[begin : begin + _SCANNED])
         low, high = int(part.min()), int(part.max())
         if low < 0 or (vocab_size is not None and high >= vocab_size):
-            _name_wrong_id(documents, part, begin, vocab_size)
+            _name_wrong_id(pair, part, begin, vocab_size)
         smallest, largest = min(smallest, low), max(largest, high)
         progress.update(part.nbytes)
-    known = documents.max_token_id
+    known = pair.sidecar.get("max_token_id")
     if known is not None and known != largest:
         raise UserError(
-            f"{path}: its largest token id is {largest}, and {documents.prefix}.json says {known}:"
-            " the files are not of one run, or it was changed"
+            f"{path}: its largest token id is {largest}, and {pair.prefix}.json says {known}: the"
+            " files are not of one run, or it was changed"
         )
-    found = {"smallest_id": smallest, "largest_id": largest}
+    ending = None
     if eod is not None:
-        ends = np.cumsum(documents.lengths)[documents.lengths > 0] - 1
-        found["documents_ending_with_eod"] = int((np.asarray(tokens[ends]) == eod).sum())
-    found["megatron_core"] = documents.check_megatron_core()
-    return found
+        lengths = pair.index.document_lengths()
+        last = np.cumsum(lengths)[lengths > 0] - 1
+        ending = int((np.asarray(tokens[last]) == eod).sum())
+    return {
+        "smallest_id": smallest,
+        "largest_id": largest,
+        "documents_ending_with_eod": ending,
+        "megatron_core": check_megatron_core(pair.prefix, pair.index),
+    }
 
 
-def _name_wrong_id(
-    documents: IndexedDocuments, tokens: np.ndarray, begin: int, vocab_size: int | None
-) -> NoReturn:
+def _name_wrong_id(pair: Pair, tokens: np.ndarray, begin: int, vocab_size: int | None) -> NoReturn:
     """tokens: from the place `begin` of the file on."""
     wrong = tokens < 0 if vocab_size is None else (tokens < 0) | (tokens >= vocab_size)
     place = int(np.flatnonzero(wrong)[0])
-    ends = np.cumsum(documents.lengths)
+    ends = np.cumsum(pair.index.document_lengths())
     document = int(np.searchsorted(ends, begin + place, side="right"))
     ids = "" if vocab_size is None else f", but the vocabulary has {vocab_size} ids"
     raise UserError(
-        f"{documents.prefix}.bin: document {document} holds token id {tokens[place]} (token"
+        f"{pair.prefix}.bin: document {document} holds token id {tokens[place]} (token"
         f" {begin + place:,} of the file){ids}: damaged, or made with another tokenizer"
     )
 

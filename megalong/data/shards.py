@@ -50,7 +50,7 @@ class ShardedDocuments:
     def __init__(self, path: str, place: str | None = None) -> None:
         self.prefix = str(path)
         self._place = place = f"--data-path {path}" if place is None else place
-        prefixes = _prefixes(self.prefix, place)
+        prefixes = pair_prefixes(self.prefix, place)
         with ThreadPoolExecutor(_OPENING_THREADS) as threads:
             shards = list(threads.map(lambda prefix: _open(prefix, place), prefixes))
         self.lengths = np.concatenate([shard.lengths for shard in shards])
@@ -126,8 +126,9 @@ class ShardedDocuments:
             os.close(file)
 
 
-def _prefixes(path: str, place: str) -> list[str]:
-    """The pairs of a folder or a pattern, by name."""
+def pair_prefixes(path: str, place: str) -> list[str]:
+    """The prefixes of the pairs of a folder or a pattern, by name. Raises UserError where there are
+    none."""
     if os.path.isdir(path):
         pattern, where = os.path.join(glob.escape(path), "*.idx"), "in the folder"
     else:

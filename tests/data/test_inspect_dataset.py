@@ -67,7 +67,7 @@ def test_counts_and_lengths(inspect, prefix):
     assert text.count(f"{prefix}: 5 documents, 343 tokens, uint16, 686 B\n") == 2
     assert "made with ByteTokenizer of 257 ids; a document ends with its" in text
     assert "of 5 files: a.txt\nleft out were documents: 2 broken\n" in text
-    assert "1 document of 6 tokens repeat the text of another one" in text
+    assert "texts that repeat another one: 1 document of 6 tokens; pre" in text
     assert "note: 1 document is empty: it is passed over" in text
 
 
@@ -114,6 +114,20 @@ def test_reading_all_of_it(inspect, prefix):
         file.write(np.full(343, 65, np.uint16).tobytes())
     with pytest.raises(UserError, match=r"its largest token id is 65, and .* says 256"):
         inspect(prefix, "--verify")
+
+
+def test_a_folder_of_pairs(inspect, prefix, tmp_path):
+    for name in ("one", "two"):
+        for suffix in (".bin", ".idx", ".json"):
+            (tmp_path / "folder").mkdir(exist_ok=True)
+            (tmp_path / "folder" / (name + suffix)).write_bytes(Path(prefix + suffix).read_bytes())
+    folder = tmp_path / "folder"
+    text = inspect(folder, "--verify", "--decode", 6)
+    assert f"{folder}: 2 pairs, 10 documents, 686 tokens, uint16" in text
+    assert "8 of 8 documents end" in text and "a longer document" in text
+    (folder / "two.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"two\.bin: 0 bytes, but .* describes 686"):
+        inspect(folder)
 
 
 def test_a_plot(inspect, prefix, tmp_path):
