@@ -167,8 +167,15 @@ def _verify(pair: Pair, vocab_size: int | None, eod: int | None, progress: tqdm)
     ending = None
     if eod is not None:
         lengths = pair.index.document_lengths()
-        last = np.cumsum(lengths)[lengths > 0] - 1
-        ending = int((np.asarray(tokens[last]) == eod).sum())
+        documents = np.flatnonzero(lengths)
+        ends = tokens[np.cumsum(lengths)[documents] - 1] == eod
+        ending = int(ends.sum())
+        if pair.sidecar.get("append_eod") and ending < len(documents):
+            document = documents[np.flatnonzero(~ends)[0]]
+            raise UserError(
+                f"{path}: document {document} does not end with the end-of-document token {eod}, as"
+                f" all do that {pair.prefix}.json describes: damaged"
+            )
     return {
         "smallest_id": smallest,
         "largest_id": largest,

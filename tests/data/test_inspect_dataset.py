@@ -104,6 +104,10 @@ def test_reading_all_of_it(inspect, prefix):
     text = inspect(prefix, "--verify")
     assert "sound: all tokens read, ids from 32 to 256; Megatron-core " in text
     assert "4 of 4 documents end with the end-of-document token" in text
+    whole = Path(prefix + ".bin").read_bytes()
+    Path(prefix + ".bin").write_bytes(whole[:-1] + b"\0")  # as a copy that was cut and filled up
+    with pytest.raises(UserError, match=r"texts\.bin: document 3 does not end with .* 256, as all"):
+        inspect(prefix, "--verify")
     with open(prefix + ".bin", "r+b") as file:
         file.seek(2 * 50)
         file.write(np.uint16(257).tobytes())
