@@ -125,11 +125,12 @@ class DocumentSamples:
         return bounds[0], bounds[1]
 
     def context_report(self) -> ContextReport:
-        """How much real context the tokens of the first epoch have."""
-        documents = self._stream.order.epoch(0)
-        lengths, rest = self._stream.lengths[documents], self._rest[documents].astype(np.int64)
-        runs = runs_of(np.cumsum(rest) - rest, rest, self.sequence_length)
-        runs.counts[-1] += self._whole[documents].sum()
+        """How much real context the tokens have of the epoch that fills the first sample."""
+        epoch = self._epoch_with(0, "first_sample", "samples", self._first_sample)
+        rest = self._rest[epoch.documents].astype(np.int64)
+        runs = runs_of(epoch.first_rest + epoch.rests - rest, rest, self.sequence_length)
+        runs.counts[-1] += self._whole[epoch.documents].sum()
+        lengths = self._stream.lengths[epoch.documents]
         return ContextReport.of(runs, lengths, self.sequence_length)
 
     def _locate(self, i: int) -> tuple[int | None, int]:

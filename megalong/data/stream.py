@@ -227,8 +227,9 @@ class TokenStream:
 
     def context_report(self) -> ContextReport:
         """How much real context the tokens of the first epoch have."""
-        lengths = self.lengths[self.order.epoch(0)]
-        runs = runs_of(np.cumsum(lengths) - lengths, lengths, self.sequence_length)
+        epoch = self._epoch_at(0)  # which the training begins with
+        lengths = self.lengths[epoch.documents]
+        runs = runs_of(epoch.ends - lengths, lengths, self.sequence_length)
         return ContextReport.of(runs, lengths, self.sequence_length)
 
     def _locate(self, position: int) -> tuple[int, int, int]:
