@@ -38,9 +38,7 @@ class Apportionment:
 
     def __init__(self, shares: Sequence[Fraction], taken: Sequence[int] | None = None) -> None:
         if any(share < 0 for share in shares) or sum(shares) != 1:
-            raise ValueError(
-                f"shares {', '.join(map(str, shares))}: positive ones of sum 1 expected"
-            )
+            raise ValueError(f"shares {', '.join(map(str, shares))}: their sum has to be 1")
         self._whole = math.lcm(*(share.denominator for share in shares))
         self._parts = [int(share * self._whole) for share in shares]
         self._margin = max(2 * sum(part > 0 for part in self._parts) - 2, 2)  # M above
