@@ -18,6 +18,7 @@ from tests.launching import REPOSITORY
 WORKER = __file__.replace("test_private_names", "private_names_worker")
 ATTENTION = "megalong/attention/sdpa_operators.py"  # of torch.ops.aten
 OFFLOAD = "megalong/tiling/offload.py"  # of torch.Tensor
+TENSOR_CACHE = "megalong/attention/tensor_cache.py"  # of torch.Tensor
 COMMANDS = "megalong/command_line.py"  # of argparse.ArgumentParser
 FENCES = {
     "megalong/parallel/deepspeed_private.py",
@@ -25,6 +26,7 @@ FENCES = {
     "megalong/torch_private.py",
     ATTENTION,
     OFFLOAD,
+    TENSOR_CACHE,
     COMMANDS,
 }
 SOURCES = [
@@ -108,7 +110,7 @@ def test_pytorch_has_its_own(taken):
     listed, with_nccl = torch_private.NAMES, torch_private.NAMES_WITH_NCCL
     assert {name for _, name in listed + with_nccl} == taken["megalong/torch_private.py"]
     operators = [(torch.ops.aten, name) for name in taken[ATTENTION]]
-    of_tensors = [(torch.Tensor, name) for name in taken[OFFLOAD]]
+    of_tensors = [(torch.Tensor, name) for name in taken[OFFLOAD] | taken[TENSOR_CACHE]]
     installed = listed + with_nccl if torch.distributed.is_nccl_available() else listed
     for owner, name in (*installed, *operators, *of_tensors):
         assert hasattr(owner, name), (owner, name)
