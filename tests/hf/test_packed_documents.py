@@ -41,14 +41,15 @@ def packed_tokens():
 
 LADDERS = {"segment_lengths": "16 32 64", "dilation_rates": "1 2 3"}
 CASES = [
-    LADDERS | {"num_query_groups": 1, "head_offsets": "block", "document_attention": "isolated",
-               "attention_backend": "reference"},
+    LADDERS | {"num_query_groups": 1, "head_offsets": "block", "document_attention": "isolated"},
     {"segment_lengths": "50 100", "dilation_rates": "3 7", "position_embedding_type": "xpos",
-     "xpos_scale_base": 30, "document_attention": "isolated", "attention_backend": "reference"},
+     "xpos_scale_base": 30, "document_attention": "isolated"},
+    LADDERS | {"attention": "local dilated dense sparse", "num_layers": 4, "window_size": 30,
+               "sparse_block_size": 20, "sparse_columns": 3, "document_attention": "isolated"},
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", CASES, ids=["dilated", "holes"])
+@pytest.mark.parametrize("changes", CASES, ids=["dilated", "holes", "all kinds"])
 @torch.no_grad()
 def test_logits_equal_megatrons(changes, mesh):
     """By the ends of documents, by positions, through the cache in pieces, and padded."""
@@ -79,7 +80,7 @@ def test_logits_equal_megatrons(changes, mesh):
     assert (theirs(tokens, use_cache=False).logits - expected).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("changes", CASES[:1], ids=["dilated"])
+@pytest.mark.parametrize("changes", CASES[::2], ids=["dilated", "all kinds"])
 @torch.no_grad()
 def test_masked_logits_equal_megatrons(changes, mesh):
     ours, theirs = masked_model(mesh, **changes)

@@ -11,10 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megalong.config import world_size
 from megalong.config.arguments import parse_arguments
@@ -70,8 +72,16 @@ MODELS = {
     },
     "dense": {"attention": "dense"},
     "all kinds": ALL_KINDS,
-    # Bidirectional attention of all kinds, and as many predictions as the masks happen to have.
-    "mlm": {**ALL_KINDS, "objective": "mlm", "mask_rate": 0.2},
+    # Bidirectional attention of all kinds, and as many predictions as the masks happen to have; of
+    # documents that are kept apart.
+    "mlm": {**ALL_KINDS, "objective": "mlm", "mask_rate": 0.2, "document_attention": "isolated"},
+    "isolated": {
+        **BRANCHES,
+        "attention": "dilated local",
+        "window_size": 50,
+        "document_attention": "isolated",
+        "eod_mask_loss": True,
+    },
     "bf16": {"precision": "bf16", "qk_layernorm": True},
     "fp16": {"precision": "fp16", "initial_loss_scale": 1024, "qk_layernorm": True},
     "recompute selective": {"recompute_granularity": "selective", "qk_layernorm": True},
@@ -102,6 +112,9 @@ COPIES = {
     **{f"{model}, memory path": (model, MEMORY_PATH) for model in MODELS},
     **{f"{model}, memory path, recomputed": (model, RECOMPUTED) for model in MODELS},
     **{f"tied, {half}": ("tied", flags) for half, flags in HALVES.items()},
+    "isolated, recomputed": ("isolated", {"recompute_granularity": "full"}),
+    "isolated, attention recomputed": ("isolated", {"recompute_granularity": "selective"}),
+    "isolated, tiled MLP": ("isolated", HALVES["tiled MLP"]),
 }
 # DeepSpeed leaves weights as small as these whole, and whole ones for a while, unless it is told.
 DIVIDED_WEIGHTS = {"deepspeed_config": Path(__file__).parent / "divided_weights.json"}
@@ -125,6 +138,11 @@ COPY_CASES = [
         for m in ("all kinds", "mlm")
         for layout in ("one", "sp2", "tp2")
     ),
+    ("sp2", 1, "isolated, memory path, recomputed"),
+    *(
+        ("one", 1, f"isolated, {how}")
+        for how in ("memory path", "recomputed", "attention recomputed", "tiled MLP")
+    ),
     *(("tp2", 1, f"whole norms, memory path{how}") for how in ("", ", recomputed")),
     *((where, 1, f"{dtype}, memory path") for where in ("one", "tp2") for dtype in LOW_PRECISION),
 ]
@@ -135,6 +153,7 @@ WITHOUT = {
     "recompute selective": ("dp2",),
     "recompute full": ("dp2",),
     "whole norms": ("dp2", "sp2", "pp2"),
+    "isolated": ("tp2", "pp2"),
 }
 # Each with ZeRO 2 and 3, each of these on every axis.
 DIVIDED_OPTIMIZERS = [
@@ -149,6 +168,7 @@ KINDS_LAYOUTS = (
     ("sp2 dp2", 3),
 )  # fmt: skip
 KINDS_CASES = [(*where, model) for model in ("all kinds", "mlm") for where in KINDS_LAYOUTS]
+KINDS_CASES += [(layout, 1, "isolated") for layout in ("one vp", "sp4", "sp2 tp2", "sp2 pp2 vp1")]
 
 AXES = {
     "sp": "sequence_parallel_size",
@@ -222,6 +242,16 @@ def flags_of(layout: str, stage: int, model: str) -> dict[str, object]:
     return {**OPTIMIZER, **sizes, **flags, **axes, "zero_stage": stage}
 
 
+def write_short_documents(prefix: Path) -> Path:
+    """200 of 1 to 60 tokens, the last one always the same; so that a sequence has several."""
+    draw = np.random.default_rng(0)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for length in draw.integers(0, 60, 200):
+        builder.add_document([*draw.integers(0, 256, length), 256], [length + 1])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
 def main(data_path: str, output: str, which: str = "cases") -> None:
     # DeepSpeed offers fp16 only to processors that compute in it; PyTorch does, on any.
     accelerator = get_accelerator()
@@ -230,12 +260,15 @@ def main(data_path: str, output: str, which: str = "cases") -> None:
     accelerator.supported_dtypes = lambda: supported
     results = {}
     with process_group() as device:
+        short = write_short_documents(Path(f"{output}-documents-{dist.get_rank()}"))
         for case in {"cases": cases, "kinds": cases_of_kinds}[which]():
             layout, stage, model = case
             if LAYOUTS[layout] != world_size():
                 continue
             print(f"{time.monotonic():.0f}: {case}", flush=True)  # shown if a case fails or hangs
-            flags = small_run_flags(Path(data_path), **flags_of(layout, stage, model))
+            flags = flags_of(layout, stage, model)
+            data = short if "document_attention" in flags else Path(data_path)
+            flags = small_run_flags(data, **flags)
             config = parse_arguments(flags).resolve(world_size())
             with temporary_mesh(config, device) as mesh:
                 results[case] = train(config, mesh)
@@ -257,6 +290,7 @@ def train(config, mesh):
         data_parallel_size=mesh.data_parallel_size,
         sequence_range=mesh.sequence_range(config.model.seq_length),
         masking=data.masking,
+        documents=data.documents,
     )
     steps = [
         engine.train_step(batches, learning_rate(i, config.training)) for i in range(1, STEPS + 1)
@@ -269,6 +303,7 @@ def train(config, mesh):
         data_parallel_size=mesh.data_parallel_size,
         sequence_range=mesh.sequence_range(config.model.seq_length),
         masking=data.masking,
+        documents=data.documents,
     )
     evaluation = evaluate(engine, held_out, data.token_bytes, mesh)
     mine = {
