@@ -76,6 +76,7 @@ def test_the_resolved_configuration_reads_back(tmp_path):
     "text, message",
     [
         ("num_layer: 3", "num_layer: unknown key; did you mean num_layers?"),
+        ("reset-attention-mask: true", "set --document-attention isolated"),
         ("training:\n  num_layers: 3", "belongs to the section model"),
         ("num_layers: 3\nmodel:\n  num-layers: 3", "given twice"),
         ("num_layers: many", "expected int, found 'many'"),
@@ -197,6 +198,11 @@ def test_a_missing_yaml_is_named():
             1,
             "--use-checkpoint-opt-param-scheduler its schedule: leave one of the two out",
         ),
+        (
+            "--objective mlm --eod-mask-loss",
+            1,
+            "--eod-mask-loss is about predicting the next token: with --objective mlm leave it out",
+        ),
         ("--exit-duration-in-mins 0", 1, "--exit-duration-in-mins 0.0 must be positive"),
     ],
 )
@@ -240,6 +246,8 @@ def test_data_path_is_needed():
         (["--head-offsets", "[[0,"], ["--head-offsets"]),
         (["--attention", "dilated", "locall"], ["--attention", "locall", "local"]),
         (["--attention", "dlated"], ["dlated", "did you mean dilated?"]),
+        (["--reset-attention-mask"], ["set --document-attention isolated"]),
+        (["--reset-position-ids"], ["leave it out: positions count as distances here"]),
     ],
 )
 def test_a_bad_flag_is_one_line(flags, names):

@@ -141,7 +141,7 @@ class DataConfig:
         if self.eod_mask_loss and not causal:
             raise UserError(
                 "--eod-mask-loss is about predicting the next token: with --objective mlm leave it"
-                " out, no token is predicted from another, and the end-of-document token never"
+                " out"
             )
         given = [
             flag_name(name)

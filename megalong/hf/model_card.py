@@ -74,6 +74,11 @@ print(fill(f"Once upon a {{fill.tokenizer.mask_token}}"))
 The model's code is in this folder; it needs torch and transformers (5.24 or later) only. Attention
 looks both ways."""
 
+_APART = """
+
+The model was trained on documents that share a sequence without seeing each other: what stands
+behind an end-of-document token does not see what is before it."""
+
 _KEPT = {  # by kind of attention
     "dilated": "of dilated attention at most the sum of segment length / dilation rate rows,"
     " however long the sequence",
@@ -90,10 +95,11 @@ def model_card(
     versions = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())
     causal = config.training.causal
     kept = ", ".join(_KEPT[kind] for kind in config.attention.kinds)
+    use = _CAUSAL.replace("KEPT", kept) if causal else _MASKED.format()
     return _CARD.format(
         pipeline="text-generation" if causal else "fill-mask",
         what="language model" if causal else "masked-language model",
-        use=_CAUSAL.replace("KEPT", kept) if causal else _MASKED.format(),
+        use=use + (_APART if config.data.isolates_documents else ""),
         name=provenance["checkpoint"].split("/")[0],
         dtype=dtype,
         layers=config.model.num_layers,

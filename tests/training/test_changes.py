@@ -48,6 +48,13 @@ def test_another_optimizer_is_asked_for_its_own_settings(checkpoint):
         ({"adam_beta2": 0.9}, "--adam-beta2 is 0.9; the checkpoint was written with 0.98"),
         ({"sgd_momentum": 0.5}, None),  # it is Adam
         (
+            {"document_attention": "isolated", "eod_mask_loss": True},
+            [
+                "--document-attention is isolated; the checkpoint was written with mixed",
+                "--eod-mask-loss is on; the checkpoint was written with off",
+            ],
+        ),
+        (
             {"objective": "mlm"},
             [
                 "--objective is mlm; the checkpoint was written with causal",
