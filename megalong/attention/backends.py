@@ -25,8 +25,9 @@ log-sum-exps (LongNet, arXiv 2307.02486, eq. 9-12), and in a backward function o
 of the whole softmax: P = exp(scores - lse), dS = P (dP - rowsum(dO O)), however many keys are
 elsewhere. So gradients of the parts only add.
 
-What a query does not see has no part in its numbers, not even where it is NaN: changing one
-document changes no other, to the last bit.
+What a query does not see has no part in its numbers: other finite numbers in one document change
+nothing in another, to the last bit. (Kernels multiply whole tiles, and zero times NaN is NaN; other
+backends keep that out as well.)
 
 Inputs are checked: one dtype and device, float64, float32, bfloat16 or float16; any strides; empty
 ones too. lse is natural and in at least float32, as is all computation. Results may have any

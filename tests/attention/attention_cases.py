@@ -59,10 +59,13 @@ class Case:
     @property
     def options(self) -> dict:
         """Keyword arguments of dilated_attention and of the reference."""
+        return self.options_on("cpu")
+
+    def options_on(self, device) -> dict:
         options = {"causal": self.causal, "scale": self.scale}
         if self.document_seed is None:
             return options
-        start, stop = document_cases.bounds(self.ids)
+        start, stop = (x.to(device) for x in document_cases.bounds(self.ids))
         return {**options, "document_start": start, "document_stop": stop}
 
     @property
@@ -154,19 +157,15 @@ def random_case(seed: int, longest: int = 600, most_heads: int = 12, most_batch:
 
 def run_backend(case: Case, inputs, backend: str) -> dict[str, torch.Tensor]:
     """Output, log-sum-exp and gradients of one backend through the public function."""
-    return _run(
-        case,
-        inputs,
-        lambda *qkv: dilated_attention(
-            *qkv, case.pattern, backend=backend, return_lse=True, **case.options
-        ),
-    )
+    options = {"backend": backend, "return_lse": True, **case.options_on(inputs[0].device)}
+    return _run(case, inputs, lambda *qkv: dilated_attention(*qkv, case.pattern, **options))
 
 
 def run_reference(case: Case, inputs) -> dict[str, torch.Tensor]:
     """Output, log-sum-exp and gradients of the definition, the gradients by autograd."""
+    options = case.options_on(inputs[0].device)
     return _run(
-        case, inputs, lambda *qkv: dilated_attention_reference(*qkv, case.pattern, **case.options)
+        case, inputs, lambda *qkv: dilated_attention_reference(*qkv, case.pattern, **options)
     )
 
 

@@ -127,3 +127,15 @@ def _others(case: BandCase, out: torch.Tensor, lse: torch.Tensor):
         torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype)
         for x in (out, lse)
     ]
+
+
+def random_ranges(case: BandCase, seed: int, device="cpu") -> RowRanges:
+    """Ranges that grow row by row or in steps: one for all heads or one for each, some of them
+    empty, or with no end on one side."""
+    generator, draw = torch.Generator().manual_seed(seed), random.Random(seed)
+    shape = (2, case.batch, draw.choice((1, case.heads)), case.queries)
+    step = draw.choice((1, 6, 16))
+    ends = torch.randint(0, case.keys + 1, shape, generator=generator) // step * step
+    start_bhm, stop_bhm = ends.sort(-1).values.to(device, torch.int32)
+    both = (start_bhm, stop_bhm)
+    return RowRanges(*draw.choice((both, both, (start_bhm, None), (None, stop_bhm))))

@@ -1,6 +1,7 @@
 """Compile kernels for a GPU that is not there, and count what ptxas made of them.
 
-    python tools/benchmarks/kernel_resources.py 90 bfloat16 forward:64 banded-dq:128 rare:64 ...
+    python tools/benchmarks/kernel_resources.py 90 bfloat16 forward:64 banded-dq:128 \\
+        documents-dkdv:128 rare:64 ...
 
 prints one line of JSON for each variant of each kernel and head_dim, as tile_sizes.py has them:
 registers, bytes of stack (spills), shared memory, the tensor-core instructions found, and the
@@ -67,6 +68,18 @@ VARIANTS["rare"] = [
 for name in ("forward", "dq", "dkdv"):
     _, kernel, _ = VARIANTS[name][0]
     VARIANTS[f"banded-{name}"] = [("banded", kernel, {"MERGE": True, "BANDED": True, **ROWS})]
+# Documents kept apart, where attention is causal: "ends" are those of each row's range that the
+# kernel reads. Ranges with both ends are seldom.
+BOTH = {"ends": ("start_ptr", "stop_ptr")}
+for name, end in (("forward", "start_ptr"), ("dq", "start_ptr"), ("dkdv", "stop_ptr")):
+    VARIANTS[f"documents-{name}"] = [
+        (kind, kernel, {**constants, "ends": (end,)}) for kind, kernel, constants in VARIANTS[name]
+    ]
+    _, kernel, _ = VARIANTS[name][0]
+    bidirectional = {"MERGE": False, "CAUSAL": False, **BOTH}
+    VARIANTS["rare"].append((f"{name}-bidirectional-documents", kernel, bidirectional))
+    banded = {"MERGE": True, "BANDED": True, **ROWS, **BOTH}
+    VARIANTS["rare"].append((f"{name}-banded-ranges", kernel, banded))
 for kind, kernel, constants in [
     item for name in ("forward", "dq", "dkdv") for item in VARIANTS[name]
 ]:
@@ -77,7 +90,7 @@ for kind, kernel, constants in [
             VARIANTS["rare"].append((name, kernel, {**constants, **options}))
 ACCUMULATED = {"lse_ptr", "partial_lse_ptr", "delta_ptr", "partial_dk_ptr", "partial_dv_ptr"}
 TABLES = {"branch_ptr": "i64"} | dict.fromkeys(
-    ("tile_ptr", "offset_ptr", "class_ptr", "band_ptr"), "i32"
+    ("tile_ptr", "offset_ptr", "class_ptr", "band_ptr", "start_ptr", "stop_ptr"), "i32"
 )
 
 
@@ -171,10 +184,14 @@ def resources_of(name: str, head_dim: int, dtype: str, generation: int, chosen: 
     }  # fmt: skip
     for variant, kernel, variant_constants in VARIANTS[name]:
         constants = {**defaults, **variant_constants}
+        ends = constants.pop("ends", ())
+        absent = [end for end in ("start_ptr", "stop_ptr") if end not in ends]
+        absent += [] if ends else ["range_heads"]
         if constants.pop("ONES", False):
             integers = [a for a in kernel.arg_names if not a.endswith("_ptr") and a.islower()]
             constants |= dict.fromkeys(integers, 1)
             del constants["scale"]
+        constants |= dict.fromkeys(absent)
         constants = {key: x for key, x in constants.items() if key in kernel.arg_names}
         compiled = compile_kernel(kernel, generation, dtype, constants, chosen.warps, chosen.stages)
         line = {"kernel": name, "head_dim": head_dim, "variant": variant, "tile": chosen}
@@ -187,7 +204,7 @@ def main(generation: str, dtype: str, *wanted: str) -> None:
     lines = newest_that_fits(divmod(number, 10), SHARED_OF.get(number, SHARED_MEMORY[90]))
     for item in wanted:
         name, head_dim = item.split(":")[0], int(item.split(":")[1])
-        size = "forward" if name == "rare" else name.removeprefix("banded-")
+        size = "forward" if name == "rare" else name.split("-")[-1]
         chosen = sizes_of(size, head_dim, getattr(torch, dtype), lines)
         for line in resources_of(name, head_dim, dtype, number, chosen):
             print(json.dumps(line), flush=True)

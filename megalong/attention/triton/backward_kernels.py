@@ -22,10 +22,13 @@ from megalong.attention.triton.geometry import (
     compact_start,
     load_rows,
     locate,
+    narrowed,
+    range_ends,
     rows_of,
     seeing_queries,
     seen_keys,
     store_rows,
+    within_ranges,
 )
 
 
@@ -55,16 +58,16 @@ def delta_kernel(
 def add_keys(
     dq_md, q_md, grad_md, lse_m, delta_m, k_ptr, v_ptr, k_step, v_step, first_m, last_m, start,
     stop, gap_start, gap_stop, scale2,
-    EDGE: tl.constexpr, BANDED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    EDGE: tl.constexpr, BOUNDED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq plus the share of the key rows [start, stop). EDGE: a query sees those up to its last one;
-    otherwise there are whole tiles of rows, and every query sees all. BANDED: as in the forward
+    otherwise there are whole tiles of rows, and every query sees all. BOUNDED: as in the forward
     kernel. lse_m: in base 2."""
     ACC: tl.constexpr = dq_md.dtype
-    gap = (gap_stop - gap_start) if EDGE and BANDED else 0
+    gap = (gap_stop - gap_start) if EDGE and BOUNDED else 0
     for before in tl.range(start, stop - gap, BLOCK_N):
-        n0 = tl.where(before < gap_start, before, before + gap) if EDGE and BANDED else before
+        n0 = tl.where(before < gap_start, before, before + gap) if EDGE and BOUNDED else before
         t_n = n0 + tl.arange(0, BLOCK_N)
         valid_n = (t_n < stop) if EDGE else None
         k_nd = load_rows(k_ptr, k_step, t_n, valid_n, HEAD_DIM, BLOCK_D)
@@ -73,7 +76,7 @@ def add_keys(
         p_mn = tl.exp2(s_mn * scale2 - lse_m[:, None])
         if EDGE:
             p_mn = tl.where(t_n[None, :] <= last_m[:, None], p_mn, 0.0)
-        if EDGE and BANDED:
+        if EDGE and BOUNDED:
             p_mn = tl.where(t_n[None, :] >= first_m[:, None], p_mn, 0.0)
         dp_mn = tl.dot(grad_md, tl.trans(v_nd), input_precision=PRECISION, out_dtype=ACC)
         ds_mn = p_mn * (dp_mn - delta_m[:, None])
@@ -86,8 +89,8 @@ def dq_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, partial_ptr,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     grad_batch, grad_row, grad_head, dq_batch, dq_row, dq_head,
-    tile_ptr, branch_ptr, offset_ptr, band_ptr,
-    tiles, branches, heads, kv_heads, queries, keys, partial_rows, scale,
+    tile_ptr, branch_ptr, offset_ptr, band_ptr, start_ptr, stop_ptr,
+    tiles, branches, heads, kv_heads, queries, keys, partial_rows, range_heads, scale,
     MERGE: tl.constexpr, ATTENDS: tl.constexpr, GATHERED: tl.constexpr, BANDED: tl.constexpr,
     SPLIT: tl.constexpr, CAUSAL: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -97,9 +100,11 @@ def dq_kernel(
 
     Not MERGE: the share of a sparse branch goes to partial (batch, heads, partial_rows, head_dim).
     MERGE: the tile of the base adds these shares and writes dq (batch, queries, heads, head_dim).
-    lse, delta: (batch, heads, queries), lse natural. ATTENDS, GATHERED,
-    BANDED: as in the forward kernel.
+    lse, delta: (batch, heads, queries), lse natural. ATTENDS, GATHERED, BANDED, start_ptr and
+    stop_ptr: as in the forward kernel.
     """
+    RANGED: tl.constexpr = start_ptr is not None or stop_ptr is not None
+    BOUNDED: tl.constexpr = BANDED or RANGED
     pid = tl.program_id(0)
     group = heads // kv_heads
     line = pid // group % tiles
@@ -143,27 +148,36 @@ def dq_kernel(
             last_m = stop_m - 1
         else:
             last_m, whole, stop = seen_keys(tile, t_m, rows, key_rows, CAUSAL, BLOCK_M, BLOCK_N)
-            first_m = last_m
+            first_m = tl.zeros_like(last_m)
             begin = tl.zeros_like(whole)
             first_whole = begin
+        if RANGED:
+            ranges = (batch * range_heads + head % range_heads) * queries
+            begin, first_whole, whole, stop = narrowed(
+                begin, first_whole, whole, stop, tile, rows, start_ptr, stop_ptr, ranges, first,
+                rate, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            first_m, last_m = within_ranges(
+                first_m, last_m, t_m, valid_m, start_ptr, stop_ptr, ranges, first, rate
+            )
         k_ptr += batch * k_batch + kv_head.to(tl.int64) * k_head + first_key * k_row
         v_ptr += batch * v_batch + kv_head.to(tl.int64) * v_head + first_key * v_row
         k_row *= key_rate
         v_row *= key_rate
         if not SPLIT:
             whole = first_whole
-        if not BANDED:
+        if not BOUNDED:
             begin = whole
         dq_md = add_keys(
             dq_md, q_md, grad_md, lse_m, delta_m, k_ptr, v_ptr, k_row, v_row, first_m, last_m,
             begin, stop, first_whole, whole, scale * LOG2E,
-            True, BANDED, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+            True, BOUNDED, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
         if SPLIT:
             dq_md = add_keys(
                 dq_md, q_md, grad_md, lse_m, delta_m, k_ptr, v_ptr, k_row, v_row, first_m, last_m,
                 first_whole, whole, 0, 0, scale * LOG2E,
-                False, BANDED, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+                False, BOUNDED, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
             )  # fmt: skip
         dq_md = dq_md * scale
 
@@ -206,16 +220,17 @@ def add_class_shares(
 @triton.jit
 def add_queries(
     dk_nd, dv_nd, k_nd, v_nd, q_ptr, grad_ptr, lse_ptr, delta_ptr, q_step, grad_step, rate,
-    t_n, begin, stop, gap_start, gap_stop, keys, band_ptr, scale2,
+    t_n, start_n, stop_n, begin, stop, gap_start, gap_stop, keys, band_ptr, scale2,
     EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     CAUSAL: tl.constexpr, BANDED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv plus the shares of the query rows [begin, stop) but those in the gap.
 
     EDGE: a key row is seen by the query rows from its own on, if CAUSAL, or by those in whose band
-    it is, if BANDED; otherwise there are whole tiles of query rows, all of which see all keys. A
-    query beyond the last one has lse inf, and exp2(s - inf) = 0. The few tiles at edges are not
-    pipelined: that would cost the main loop registers.
+    it is, if BANDED; and by those from its start_n on and before its stop_n, where these are not
+    None. Otherwise there are whole tiles of query rows, all of which see all keys. A query beyond
+    the last one has lse inf, and exp2(s - inf) = 0. The few tiles at edges are not pipelined: that
+    would cost the main loop registers.
     """
     ACC: tl.constexpr = dk_nd.dtype
     gap = gap_stop - gap_start
@@ -236,6 +251,10 @@ def add_queries(
             start_m, stop_m = band_ends(t_m, keys, band_ptr)
             seen_nm = (t_n[:, None] >= start_m[None, :]) & (t_n[:, None] < stop_m[None, :])
             p_nm = tl.where(seen_nm, p_nm, 0.0)
+        if EDGE and start_n is not None:
+            p_nm = tl.where(t_m[None, :] >= start_n[:, None], p_nm, 0.0)
+        if EDGE and stop_n is not None:
+            p_nm = tl.where(t_m[None, :] < stop_n[:, None], p_nm, 0.0)
         grad_md = load_rows(grad_ptr, grad_step, t_m, valid_m, HEAD_DIM, BLOCK_D)
         dv_nd = tl.dot(
             p_nm.to(grad_md.dtype), grad_md, dv_nd, input_precision=PRECISION, out_dtype=ACC
@@ -256,8 +275,8 @@ def dkdv_kernel(
     partial_dk_ptr, partial_dv_ptr,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     grad_batch, grad_row, grad_head, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head,
-    tile_ptr, branch_ptr, offset_ptr, class_ptr, band_ptr,
-    tiles, branches, heads, kv_heads, slots, queries, keys, partial_rows, scale,
+    tile_ptr, branch_ptr, offset_ptr, class_ptr, band_ptr, start_ptr, stop_ptr,
+    tiles, branches, heads, kv_heads, slots, queries, keys, partial_rows, range_heads, scale,
     MERGE: tl.constexpr, ATTENDS: tl.constexpr, GATHERED: tl.constexpr, BANDED: tl.constexpr,
     SPLIT: tl.constexpr, CAUSAL: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -273,7 +292,10 @@ def dkdv_kernel(
     slots, partial_rows, head_dim). MERGE: the tile of the base adds these shares and writes dk and
     dv (batch, keys, kv_heads, head_dim). lse, delta: as in dq_kernel. GATHERED: the table's
     rows are the gathered keys, and the queries are `queries` neighbouring rows.
+    start_ptr, stop_ptr (batch, range_heads, keys): a key is seen by the queries from its start on,
+    and before its stop, which are places in the sequence, or query rows where GATHERED. None: all.
     """
+    RANGED: tl.constexpr = start_ptr is not None or stop_ptr is not None
     pid = tl.program_id(0)
     group = heads // kv_heads
     if MERGE:
@@ -332,16 +354,29 @@ def dkdv_kernel(
             lse = lse_ptr + batch_head * queries + first_query
             delta = delta_ptr + batch_head * queries + first_query
             reads = tl.load(offset_ptr + branch * heads + head) == offset
+            ranges = 0
+            start_n = None
+            stop_n = None
+            if RANGED:
+                ranges = (batch * range_heads + head % range_heads) * keys
+            if start_ptr is not None:
+                start_n = range_ends(start_ptr + ranges, t_n, valid_n, first, rate)
+            if stop_ptr is not None:
+                stop_n = range_ends(stop_ptr + ranges, t_n, valid_n, first, rate)
+            low, low_whole, high_whole, high = narrowed(
+                begin, first_whole, last_whole, stop, tile, rows, start_ptr, stop_ptr, ranges,
+                first, rate, BLOCK_N, BLOCK_M,
+            )  # fmt: skip
             dk_nd, dv_nd = add_queries(
                 dk_nd, dv_nd, k_nd, v_nd, query, grad, lse, delta, q_step, grad_step,
-                query_rate, t_n, begin, tl.where(reads, stop, 0), first_whole, last_whole,
-                keys, band_ptr, scale * LOG2E,
+                query_rate, t_n, start_n, stop_n, low, tl.where(reads, high, 0), low_whole,
+                high_whole, keys, band_ptr, scale * LOG2E,
                 True, HEAD_DIM, BLOCK_D, BLOCK_M, CAUSAL, BANDED, SPLIT, PRECISION,
             )  # fmt: skip
             if SPLIT:
                 dk_nd, dv_nd = add_queries(
                     dk_nd, dv_nd, k_nd, v_nd, query, grad, lse, delta, q_step, grad_step,
-                    query_rate, t_n, first_whole, tl.where(reads, last_whole, 0), 0, 0,
+                    query_rate, t_n, None, None, low_whole, tl.where(reads, high_whole, 0), 0, 0,
                     keys, band_ptr, scale * LOG2E,
                     False, HEAD_DIM, BLOCK_D, BLOCK_M, CAUSAL, BANDED, SPLIT, PRECISION,
                 )  # fmt: skip

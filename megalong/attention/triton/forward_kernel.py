@@ -17,9 +17,11 @@ from megalong.attention.triton.geometry import (
     compact_start,
     load_rows,
     locate,
+    narrowed,
     rows_of,
     seen_keys,
     store_rows,
+    within_ranges,
 )
 
 
@@ -27,7 +29,7 @@ from megalong.attention.triton.geometry import (
 def attend(
     largest_m, total_m, acc_md, q_md, k_ptr, v_ptr, k_step, v_step, first_m, last_m, start, stop,
     gap_start, gap_stop, scale2,
-    EDGE: tl.constexpr, BANDED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    EDGE: tl.constexpr, BOUNDED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The online softmax of a tile of queries goes on over the key rows [start, stop).
@@ -35,24 +37,24 @@ def attend(
     Per query: the largest score so far (in base 2), the sum of exp2(score - largest) and the sum of
     exp2(score - largest) * v; -inf, 0 and 0 before the first key. EDGE: a query sees the key rows
     up to its last one, at least the first of them; otherwise there are whole tiles of rows, and
-    every query sees all. So the largest score is finite from the first tile on. BANDED: at an edge
-    a query sees the key rows from its first to its last one, which may be none of a tile; and those
-    of the gap are left out.
+    every query sees all. So the largest score is finite from the first tile on. BOUNDED: at an
+    edge a query sees the key rows from its first to its last one, which may be none of a tile; and
+    those of the gap are left out.
     """
     ACC: tl.constexpr = acc_md.dtype
-    gap = (gap_stop - gap_start) if EDGE and BANDED else 0
+    gap = (gap_stop - gap_start) if EDGE and BOUNDED else 0
     for before in tl.range(start, stop - gap, BLOCK_N):
-        n0 = tl.where(before < gap_start, before, before + gap) if EDGE and BANDED else before
+        n0 = tl.where(before < gap_start, before, before + gap) if EDGE and BOUNDED else before
         t_n = n0 + tl.arange(0, BLOCK_N)
         valid_n = (t_n < stop) if EDGE else None
         k_nd = load_rows(k_ptr, k_step, t_n, valid_n, HEAD_DIM, BLOCK_D)
         s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision=PRECISION, out_dtype=ACC)
         if EDGE:
             s_mn = tl.where(t_n[None, :] <= last_m[:, None], s_mn, NEG_INF)
-        if EDGE and BANDED:
+        if EDGE and BOUNDED:
             s_mn = tl.where(t_n[None, :] >= first_m[:, None], s_mn, NEG_INF)
         new_m = tl.maximum(largest_m, tl.max(s_mn, 1) * scale2)
-        finite_m = tl.where(new_m == NEG_INF, 0.0, new_m) if EDGE and BANDED else new_m
+        finite_m = tl.where(new_m == NEG_INF, 0.0, new_m) if EDGE and BOUNDED else new_m
         p_mn = tl.exp2(s_mn * scale2 - finite_m[:, None])
         shrink_m = tl.exp2(largest_m - finite_m)
         total_m = total_m * shrink_m + tl.sum(p_mn, 1)
@@ -70,8 +72,8 @@ def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     out_batch, out_row, out_head,
-    tile_ptr, branch_ptr, offset_ptr, band_ptr,
-    tiles, branches, heads, kv_heads, queries, keys, partial_rows, scale,
+    tile_ptr, branch_ptr, offset_ptr, band_ptr, start_ptr, stop_ptr,
+    tiles, branches, heads, kv_heads, queries, keys, partial_rows, range_heads, scale,
     MERGE: tl.constexpr, ATTENDS: tl.constexpr, GATHERED: tl.constexpr, BANDED: tl.constexpr,
     SPLIT: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -87,7 +89,11 @@ def forward_kernel(
     SPLIT: tiles that need no mask have a loop of their own.
     GATHERED: keys are not the rows of the queries, but `keys` neighbouring rows for all heads.
     BANDED: of these a query sees the range that band says (GATHERED only).
+    start_ptr, stop_ptr (batch, range_heads, queries): a query sees the keys from its start, and
+    before its stop, which are places in the sequence, or key rows where GATHERED. None: all.
     """
+    RANGED: tl.constexpr = start_ptr is not None or stop_ptr is not None
+    BOUNDED: tl.constexpr = BANDED or RANGED
     pid = tl.program_id(0)
     group = heads // kv_heads
     line = pid // group % tiles
@@ -129,25 +135,34 @@ def forward_kernel(
             last_m = stop_m - 1
         else:
             last_m, whole, stop = seen_keys(tile, t_m, rows, key_rows, CAUSAL, BLOCK_M, BLOCK_N)
-            first_m = last_m
+            first_m = tl.zeros_like(last_m)
             begin = tl.zeros_like(whole)
             first_whole = begin
+        if RANGED:
+            ranges = (batch * range_heads + head % range_heads) * queries
+            begin, first_whole, whole, stop = narrowed(
+                begin, first_whole, whole, stop, tile, rows, start_ptr, stop_ptr, ranges, first,
+                rate, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            first_m, last_m = within_ranges(
+                first_m, last_m, t_m, valid_m, start_ptr, stop_ptr, ranges, first, rate
+            )
         k_row *= key_rate
         v_row *= key_rate
         if SPLIT:
             largest_m, total_m, acc_md = attend(
                 largest_m, total_m, acc_md, q_md, k_ptr, v_ptr, k_row, v_row, first_m, last_m,
                 first_whole, whole, 0, 0, scale * LOG2E,
-                False, BANDED, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+                False, BOUNDED, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
             )  # fmt: skip
         else:
             whole = first_whole
-        if not BANDED:
+        if not BOUNDED:
             begin = whole
         largest_m, total_m, acc_md = attend(
             largest_m, total_m, acc_md, q_md, k_ptr, v_ptr, k_row, v_row, first_m, last_m,
             begin, stop, first_whole, whole, scale * LOG2E,
-            True, BANDED, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+            True, BOUNDED, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
 
     batch_head = batch * heads + head

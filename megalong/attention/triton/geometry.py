@@ -8,7 +8,8 @@ multiplied by a stride is int64: tensors may hold more than 2^31 elements.
 What a query row sees is a range of key rows, from a first one, which is row 0, to a last one; and a
 key row is seen by a range of query rows. Every mask is the ends of such ranges. A tile that lies
 wholly inside the ranges of all its rows needs none, so every kernel loops over those apart from the
-tiles at the edges.
+tiles at the edges. Causality, a band and the ranges of `ranges.Ranges`, which are documents for
+instance, each set such ends; a row's range is what they have in common.
 """
 
 import triton
@@ -29,6 +30,7 @@ VARYING = (
     "queries",
     "keys",
     "partial_rows",
+    "range_heads",
 )
 
 
@@ -138,6 +140,53 @@ def band_queries(tile, queries, keys, band_ptr, BLOCK_M: tl.constexpr, BLOCK_N: 
     begin = tl.minimum(tl.maximum(begin, 0) // BLOCK_M * BLOCK_M, stop)
     first_whole = tl.maximum(tl.cdiv(first_whole, BLOCK_M) * BLOCK_M, begin)
     return begin, first_whole, tl.maximum(last_whole // BLOCK_M * BLOCK_M, first_whole), stop
+
+
+@triton.jit
+def range_ends(ptr, row, valid, first, rate):
+    """The end of a row's range, which ptr has as a place in the sequence, as a row of the other
+    side in that segment: the first one that is not before the place. 0 where row is not valid."""
+    first = first.to(tl.int32)
+    rate = rate.to(tl.int32)
+    place = tl.load(ptr + first + row * rate, mask=valid, other=0)
+    return (tl.maximum(place - first, 0) + rate - 1) // rate
+
+
+@triton.jit
+def narrowed(
+    begin, first_whole, whole, stop, tile, rows, start_ptr, stop_ptr, ranges, first, rate,
+    BLOCK: tl.constexpr, OTHER: tl.constexpr,
+):  # fmt: skip
+    """Between which ends the rows of a tile see rows of the other side, and between which they all
+    see whole tiles of these: what ranges leave. Ranges grow along the rows, so that those of the
+    first and the last row of the tile say it. ranges: where those of the head lie in memory."""
+    low = tile * BLOCK
+    high = tl.minimum(low + BLOCK, rows) - 1
+    some = low < rows
+    if start_ptr is not None:
+        least = range_ends(start_ptr + ranges, low, some, first, rate)
+        most = range_ends(start_ptr + ranges, high, some, first, rate)
+        begin = tl.maximum(begin, least // OTHER * OTHER)
+        first_whole = tl.maximum(first_whole, tl.cdiv(most, OTHER) * OTHER)
+        whole = tl.maximum(whole, first_whole)
+    if stop_ptr is not None:
+        least = range_ends(stop_ptr + ranges, low, some, first, rate)
+        most = range_ends(stop_ptr + ranges, high, some, first, rate)
+        whole = tl.maximum(tl.minimum(whole, least // OTHER * OTHER), first_whole)
+        stop = tl.minimum(stop, most)
+    return begin, first_whole, whole, stop
+
+
+@triton.jit
+def within_ranges(first_m, last_m, t_m, valid_m, start_ptr, stop_ptr, ranges, first, rate):
+    """The first and the last key row that each query of a tile sees, with its range."""
+    if start_ptr is not None:
+        start_m = range_ends(start_ptr + ranges, t_m, valid_m, first, rate)
+        first_m = tl.maximum(first_m, start_m)
+    if stop_ptr is not None:
+        stop_m = range_ends(stop_ptr + ranges, t_m, valid_m, first, rate)
+        last_m = tl.minimum(last_m, stop_m - 1)
+    return first_m, last_m
 
 
 @triton.jit

@@ -16,6 +16,12 @@ import triton.language as tl
 from megalong.attention.strides import dense_rows, empty_rows
 from megalong.attention.triton.backward_kernels import delta_kernel, dkdv_kernel, dq_kernel
 from megalong.attention.triton.forward_kernel import forward_kernel
+from megalong.attention.triton.ranges import (
+    NO_RANGES,
+    Ranges,
+    keys_in_documents,
+    queries_in_documents,
+)
 from megalong.attention.triton.tables import Tables, pattern_tables, tile_table
 from megalong.attention.triton.tile_sizes import (
     generation_of,
@@ -62,7 +68,7 @@ def strides(*tensors: torch.Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def forward(q_bshd, k_bsgd, v_bsgd, pattern, *, causal, scale):
+def forward(q_bshd, k_bsgd, v_bsgd, pattern, *, causal, scale, documents=None):
     q_bshd, k_bsgd, v_bsgd = map(dense_rows, (q_bshd, k_bsgd, v_bsgd))
     (batch, length, heads, head_dim), kv_heads = q_bshd.shape, k_bsgd.shape[2]
     out_bshd = empty_rows(q_bshd)
@@ -72,17 +78,18 @@ def forward(q_bshd, k_bsgd, v_bsgd, pattern, *, causal, scale):
     tables = pattern_tables(pattern, length, heads, kv_heads, q_bshd.device)
     partial_bhrd = q_bshd.new_empty(batch, heads, tables.sparse_rows, head_dim)
     partial_lse_bhr = lse_bhs.new_empty(batch, heads, tables.sparse_rows)
+    ranges = keys_in_documents(documents, causal)
     for base in (False, True):
         launch_forward(
             tables, base, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, partial_bhrd,
-            partial_lse_bhr, causal=causal, scale=scale,
+            partial_lse_bhr, causal=causal, scale=scale, ranges=ranges,
         )  # fmt: skip
     return out_bshd, lse_bhs
 
 
 def launch_forward(
     tables: Tables, base: bool, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, partial_bhrd,
-    partial_lse_bhr, *, causal, scale, gathered=False, band=None,
+    partial_lse_bhr, *, causal, scale, gathered=False, band=None, ranges: Ranges = NO_RANGES,
 ):  # fmt: skip
     """One launch of the forward kernel, over the base or over all sparse branches."""
     names = constants("forward", q_bshd, causal)
@@ -92,16 +99,16 @@ def launch_forward(
         forward_kernel, batch * heads * len(tiles), q_bshd.device,
         q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, partial_bhrd, partial_lse_bhr,
         *strides(q_bshd, k_bsgd, v_bsgd, out_bshd),
-        tiles, tables.branches, tables.offsets, tables.offsets if band is None else band,
+        tiles, tables.branches, tables.offsets, tables.offsets if band is None else band, *ranges,
         len(tiles), len(tables.shapes), heads, kv_heads, length, k_bsgd.shape[1],
-        partial_lse_bhr.shape[2], scale,
+        partial_lse_bhr.shape[2], ranges.heads, scale,
         MERGE=base, ATTENDS=tables.attends or not base, GATHERED=gathered,
         BANDED=band is not None, **names,
     )  # fmt: skip
 
 
 def backward(
-    grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, pattern, *, causal, scale
+    grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, pattern, *, causal, scale, documents=None
 ):  # fmt: skip
     grad_bshd, q_bshd, k_bsgd, v_bsgd = map(dense_rows, (grad_bshd, q_bshd, k_bsgd, v_bsgd))
     lse_bhs = lse_bhs.contiguous()
@@ -114,13 +121,15 @@ def backward(
     delta_bhs = launch_delta(out_bshd, grad_bshd)
     inputs = (q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta_bhs)
     partial_bhrd = lse_bhs.new_empty(batch, heads, tables.sparse_rows, head_dim)
+    ranges = keys_in_documents(documents, causal)
     for base in (False, True):
-        launch_dq(tables, base, *inputs, dq_bshd, partial_bhrd, **common)
+        launch_dq(tables, base, *inputs, dq_bshd, partial_bhrd, ranges=ranges, **common)
     del partial_bhrd  # its memory serves the next two
     shape = (batch, kv_heads, tables.slots, tables.sparse_rows, head_dim)
     partials = lse_bhs.new_empty(shape), lse_bhs.new_empty(shape)
+    ranges = queries_in_documents(documents, causal)
     for base in (False, True):
-        launch_dkdv(tables, base, *inputs, dk_bsgd, dv_bsgd, *partials, **common)
+        launch_dkdv(tables, base, *inputs, dk_bsgd, dv_bsgd, *partials, ranges=ranges, **common)
     return dq_bshd, dk_bsgd, dv_bsgd
 
 
@@ -142,7 +151,7 @@ def launch_delta(out_bshd, grad_bshd):
 
 def launch_dq(
     tables: Tables, base: bool, q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta_bhs, dq_bshd,
-    partial_bhrd, *, causal, scale, gathered=False, band=None,
+    partial_bhrd, *, causal, scale, gathered=False, band=None, ranges: Ranges = NO_RANGES,
 ):  # fmt: skip
     """One launch of the dq kernel, over the base or over all sparse branches."""
     names = constants("dq", q_bshd, causal)
@@ -152,9 +161,9 @@ def launch_dq(
         dq_kernel, batch * heads * len(tiles), q_bshd.device,
         q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta_bhs, dq_bshd, partial_bhrd,
         *strides(q_bshd, k_bsgd, v_bsgd, grad_bshd, dq_bshd),
-        tiles, tables.branches, tables.offsets, tables.offsets if band is None else band,
+        tiles, tables.branches, tables.offsets, tables.offsets if band is None else band, *ranges,
         len(tiles), len(tables.shapes), heads, kv_heads, length, k_bsgd.shape[1],
-        partial_bhrd.shape[2], scale,
+        partial_bhrd.shape[2], ranges.heads, scale,
         MERGE=base, ATTENDS=tables.attends or not base, GATHERED=gathered,
         BANDED=band is not None, **names,
     )  # fmt: skip
@@ -163,6 +172,7 @@ def launch_dq(
 def launch_dkdv(
     tables: Tables, base: bool, q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta_bhs,
     dk_bsgd, dv_bsgd, partial_dk, partial_dv, *, causal, scale, gathered=False, band=None,
+    ranges: Ranges = NO_RANGES,
 ):  # fmt: skip
     """One launch of the dkdv kernel, over the base or over all sparse branches."""
     names = constants("dkdv", q_bshd, causal)
@@ -175,9 +185,9 @@ def launch_dkdv(
         partial_dk, partial_dv,
         *strides(q_bshd, k_bsgd, v_bsgd, grad_bshd, dk_bsgd, dv_bsgd),
         tiles, tables.branches, tables.offsets, tables.classes,
-        tables.offsets if band is None else band,
+        tables.offsets if band is None else band, *ranges,
         len(tiles), len(tables.shapes), heads, kv_heads, slots, length, k_bsgd.shape[1],
-        partial_dk.shape[3], scale,
+        partial_dk.shape[3], ranges.heads, scale,
         MERGE=base, ATTENDS=tables.attends or not base, GATHERED=gathered,
         BANDED=band is not None, **names,
     )  # fmt: skip

@@ -2,8 +2,9 @@
 
 A rank that holds a slice of a sequence attends, in a long branch, to the compact rows that it
 gathered from other ranks. Queries may be strided views of the local tensor (every r-th row), keys
-are neighbouring rows; of these each query sees those of its band. The parts merge by log-sum-exp,
-and their gradients add, given the merged output and log-sum-exp.
+are neighbouring rows; of these each query sees those of its band that lie in its range, if it has
+one. The parts merge by log-sum-exp, and their gradients add, given the merged output and
+log-sum-exp.
 
 Shape suffixes: b batch, m query rows, n key rows, h query heads, g kv heads, d head_dim.
 """
@@ -25,10 +26,11 @@ from megalong.attention.triton.launch import (
     launch_dq,
     launch_forward,
 )
+from megalong.attention.triton.ranges import keys_in_ranges, queries_in_ranges
 from megalong.attention.triton.tables import Tables, pattern_tables
 
 
-def attend_rows(q_bmhd, k_bngd, v_bngd, band: Band, *, scale: float):
+def attend_rows(q_bmhd, k_bngd, v_bngd, band: Band, *, scale: float, ranges=None):
     q_bmhd, k_bngd, v_bngd = map(dense_rows, (q_bmhd, k_bngd, v_bngd))
     (batch, queries, heads, head_dim), kv_heads = q_bmhd.shape, k_bngd.shape[2]
     out_bmhd = empty_rows(q_bmhd)
@@ -40,12 +42,13 @@ def attend_rows(q_bmhd, k_bngd, v_bngd, band: Band, *, scale: float):
         q_bmhd, k_bngd, v_bngd, out_bmhd, lse_bhm,
         q_bmhd.new_empty(batch, heads, 0, head_dim), lse_bhm.new_empty(batch, heads, 0),
         causal=False, scale=scale, gathered=True, band=band_tensor(band, q_bmhd, k_bngd),
+        ranges=keys_in_ranges(ranges),
     )  # fmt: skip
     return out_bmhd, lse_bhm
 
 
 def attend_rows_backward(
-    grad_bmhd, q_bmhd, k_bngd, v_bngd, out_bmhd, lse_bhm, band: Band, *, scale: float
+    grad_bmhd, q_bmhd, k_bngd, v_bngd, out_bmhd, lse_bhm, band: Band, *, scale: float, ranges=None
 ):  # fmt: skip
     grad_bmhd, q_bmhd, k_bngd, v_bngd, out_bmhd = map(
         dense_rows, (grad_bmhd, q_bmhd, k_bngd, v_bngd, out_bmhd)
@@ -62,12 +65,12 @@ def attend_rows_backward(
     options["band"] = band_tensor(band, q_bmhd, k_bngd)
     launch_dq(
         one_segment(queries, heads, kv_heads, q_bmhd.device), True, *inputs, dq_bmhd,
-        lse_bhm.new_empty(batch, heads, 0, head_dim), **options,
+        lse_bhm.new_empty(batch, heads, 0, head_dim), ranges=keys_in_ranges(ranges), **options,
     )  # fmt: skip
     nothing = lse_bhm.new_empty(batch, kv_heads, 1, 0, head_dim)
     launch_dkdv(
         one_segment(keys, heads, kv_heads, q_bmhd.device), True, *inputs, dk_bngd, dv_bngd,
-        nothing, nothing, **options,
+        nothing, nothing, ranges=queries_in_ranges(ranges, keys), **options,
     )  # fmt: skip
     return dq_bmhd, dk_bngd, dv_bngd
 

@@ -1,8 +1,8 @@
 """The kernels in Triton's interpreter, on the CPU. A pytest file of a process of its own.
 
 TRITON_INTERPRET is read when the kernels are first imported, so test_interpreted.py runs this file
-in a fresh process with the variable set; the name keeps it out of the ordinary collection. To run
-it by hand:
+and interpret_documents.py in a fresh process with the variable set; the names keep them out of the
+ordinary collection. To run it by hand:
 
     TRITON_INTERPRET=1 python -m pytest tests/attention/triton/interpret_kernels.py
 
@@ -16,7 +16,6 @@ import pytest
 import torch
 from attention_cases import assert_agree, corners, random_case, run_backend, run_reference
 from band_cases import BandCase, run_band, run_definition
-from triton.runtime import interpreter
 
 from megalong.attention import DilatedPattern, dilated_attention
 from megalong.attention import triton as triton_backend
@@ -25,6 +24,7 @@ from megalong.attention.band import ALL, Band
 from megalong.attention.dilated_passes import DilatedPasses
 from megalong.attention.triton import attend_rows, attend_rows_backward, launch, tile_sizes
 
+pytestmark = pytest.mark.usefixtures("quick_device_functions", "poisoned")
 CORNERS = {case.name: case for case in corners()}
 RANDOM = int(os.environ.get("RANDOM_CASES", 60))
 THINNED = {  # (heads, their keys' heads), and where that leaves no residue to speak of, offsets
@@ -33,31 +33,6 @@ THINNED = {  # (heads, their keys' heads), and where that leaves no residue to s
     "one-kv-head": (3, 1),
     "paper-misalignment": (3, 3, ((0, 4, 5), (0, 5, 11))),
 }
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_device_functions():
-    """Patch `triton.language` once per module, not once per call of a device function.
-
-    The interpreter repeats that at every call, which triples the time of small kernels.
-    """
-    patched = set()
-
-    def call(function, *args, **kwargs):
-        module = id(function.fn.__globals__)
-        if module not in patched:
-            patched.add(module)
-            interpreter._patch_lang(function.fn)
-        return function.rewrite()(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def always_poisoned(poisoned):
-    pass
 
 
 def small_case(seed: int):

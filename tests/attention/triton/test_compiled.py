@@ -105,6 +105,18 @@ def test_rows_in_a_band_take_hardly_more_than_others(generation, tmp_path):
         assert line["hgmma" if generation == 90 else "hmma"] > 0, line
 
 
+def test_documents_take_hardly_more(tmp_path):
+    """What keeps them apart is at the edges; there is no load and no mask in the main loop."""
+    items = ["documents-forward:128", "documents-dkdv:128"]
+    for line in compiled(90, "bfloat16", items, tmp_path):
+        kernel = line["kernel"].removeprefix("documents-")
+        assert line["stack"] <= (80 if kernel == "dkdv" else 0), line
+        assert line["shared"] <= SHARED_MEMORY[90], line
+        assert line["loops"] == 2 and line["loop_masking"] <= 12, line
+        assert line["loop_spills"] == 0 and line["loop"] <= 1.02 * LOOP[90, kernel, 128], line
+        assert line["hgmma"] > 0, line
+
+
 def test_rare_variants_compile(tmp_path):
     """The interpreter runs much that does not compile."""
     assert len(compiled(80, "bfloat16", ["rare:16"], tmp_path)) >= 30

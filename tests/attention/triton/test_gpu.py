@@ -11,11 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from attention_cases import Case, assert_agree, corners, random_case, run_backend, run_reference
-from band_cases import BandCase, run_band, run_definition
+from band_cases import BandCase, random_ranges, run_band, run_definition
 
 from megalong.attention import DilatedPattern, dilated_attention
 from megalong.attention.backends import choose_backend
 from megalong.attention.band import ALL, Band
+from megalong.attention.dense import DensePasses
+from megalong.attention.dense_pattern import DensePattern
+from megalong.attention.local import LocalPasses
+from megalong.attention.local_pattern import LocalPattern
+from megalong.attention.passes import attend
+from megalong.attention.sparse import SparsePasses
+from megalong.attention.sparse_pattern import SparsePattern
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -93,7 +100,8 @@ def test_repeats_are_equal_bit_for_bit(offsets, poisoned):
             assert torch.equal(value, first[name]), name
 
 
-def test_more_than_2_to_the_31_numbers():
+@pytest.mark.parametrize("documents", [False, True])
+def test_more_than_2_to_the_31_numbers(documents):
     """The last segments of a huge tensor are those of the same rows alone."""
     length, last = 2**21 + 8192, 8192
     if torch.cuda.mem_get_info()[0] < 60 * 2**30:
@@ -105,7 +113,12 @@ def test_more_than_2_to_the_31_numbers():
     def run(backend, *tensors):
         *qkv, grad = tensors
         qkv = [x.detach().requires_grad_() for x in qkv]
-        out = dilated_attention(*qkv, pattern, backend=backend)
+        start = None
+        if documents:  # of 3,000 tokens; one of them begins where the last segments do
+            place = torch.arange(grad.shape[1], dtype=torch.int32, device="cuda")[None]
+            before = grad.shape[1] - last
+            start = ((place - before) // 3000 * 3000 + before).clamp(min=0)
+        out = dilated_attention(*qkv, pattern, backend=backend, document_start=start)
         return [out.detach(), *torch.autograd.grad(out, qkv, grad)]
 
     whole = [x[:, -last:].clone() for x in run("triton", *tensors)]
@@ -192,6 +205,101 @@ def test_rows_in_a_band(name, head_dim, dtype, tolerance, poisoned):
         assert error <= tolerance * expected[there].norm()
 
 
+APART = [dataclasses.replace(case, batch=2) for case in CASES if "d256" not in case.name]
+APART.append(
+    Case("d64-bidirectional", 900, P((100, 900), (1, 3)), head_dim=64, batch=2, causal=False)
+)
+
+
+@pytest.mark.parametrize("case", APART, ids=lambda case: case.name)
+def test_documents_kept_apart(case, poisoned):
+    for seed in range(4):  # few and many, and each row of the batch has its own
+        case = dataclasses.replace(case, document_seed=seed)
+        inputs = case.inputs(torch.bfloat16, "cuda")
+        expected = run_reference(case, [x.double() for x in inputs])
+        found = run_backend(case, inputs, "triton")
+        for name, value in expected.items():
+            there = torch.isfinite(value)
+            assert torch.equal(torch.isfinite(found[name]), there), name
+            error = (found[name].double() - value)[there].norm()
+            assert error <= 2e-2 * value[there].norm(), (name, seed)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_documents_in_float32(seed, poisoned):
+    case = dataclasses.replace(random_case(seed), head_dim=32, document_seed=seed)
+    inputs = case.inputs(torch.float32, "cuda")
+    found = {name: x.double() for name, x in run_backend(case, inputs, "triton").items()}
+    assert_agree(found, run_reference(case, [x.double() for x in inputs]), 3e-5)
+
+
+@pytest.mark.parametrize("name", [*BANDS, "all"])
+def test_rows_in_ranges(name, poisoned):
+    from megalong.attention import triton as backend
+
+    band, queries, keys = BANDS.get(name, (ALL, 700, 900))
+    case = BandCase(band, queries, keys, batch=2, heads=4, kv_heads=2, head_dim=64)
+    inputs = case.inputs(torch.float32, "cuda")
+    for seed in range(6):
+        ranges = random_ranges(case, seed, "cuda")
+        for found, expected in zip(
+            run_band(case, backend, inputs, ranges), run_definition(case, inputs, ranges),
+            strict=True,
+        ):  # fmt: skip
+            there = torch.isfinite(expected)
+            assert torch.equal(torch.isfinite(found), there)
+            error = (found.double() - expected)[there].norm()
+            assert error <= 2e-5 * expected[there].norm()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_nothing_waits_for_the_gpu(causal):
+    """Documents come with every batch: their numbers stay where they are."""
+    from megalong.attention import triton as backend
+
+    case = Case("wait", 1000, P((128, 512), (1, 4)), head_dim=64, batch=2, causal=causal)
+    band = BandCase(Band(99, 1), 300, 300, batch=2, heads=4, head_dim=64)
+    *qkv, grad = case.inputs(torch.bfloat16, "cuda")
+    qkv = [x.requires_grad_() for x in qkv]
+    q, k, v, rows_grad = band.inputs(torch.bfloat16, "cuda")
+    for seed in range(2):
+        options = dataclasses.replace(case, document_seed=seed).options_on("cuda")
+        within = {"scale": 0.125, "ranges": random_ranges(band, seed, "cuda")}
+        torch.cuda.set_sync_debug_mode("error" if seed else "default")  # the first one compiles
+        try:
+            out = dilated_attention(*qkv, case.pattern, backend="triton", **options)
+            torch.autograd.grad(out, qkv, grad)
+            out, lse = backend.attend_rows(q, k, v, band.band, **within)
+            backend.attend_rows_backward(rows_grad, q, k, v, out, lse, band.band, **within)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+KINDS = {
+    "local": (LocalPasses, LocalPattern(300)),
+    "sparse": (SparsePasses, SparsePattern(128, 16)),
+    "dense": (DensePasses, DensePattern()),
+}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float32, 2e-5)], ids=str
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_of_attention(kind, dtype, tolerance, causal, poisoned):
+    passes, pattern = KINDS[kind]
+    case = Case(kind, 1000, P((1000,), (1,)), head_dim=64, heads=4, kv_heads=2, batch=2)
+    *qkv, grad = case.inputs(dtype, "cuda")
+    results = []
+    for backend, kept in (("triton", dtype), ("reference", torch.float64)):
+        leaves = [x.detach().to(kept).requires_grad_() for x in qkv]
+        out = attend(*leaves, passes(pattern, backend=backend, causal=causal))
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(kept))])
+    for found, value in zip(*results, strict=True):
+        assert (found.double() - value).norm() <= tolerance * value.norm()
+
+
 @pytest.mark.parametrize(
     ("name", "kv_heads"),
     [
@@ -202,6 +310,12 @@ def test_rows_in_a_band(name, head_dim, dtype, tolerance, poisoned):
         ("dilated (flex)", 2),  # compiles for half a minute
         ("dilated (gather)", 8),
         ("dilated (gather)", 2),
+        ("dilated (triton)", 2),
+        ("local (flex)", 2),
+        ("local (masked)", 2),
+        ("local (triton)", 2),
+        ("sparse (triton)", 2),
+        ("dense (ours)", 2),
     ],
 )
 def test_contenders_compute_the_same(name, kv_heads, monkeypatch):
@@ -209,7 +323,8 @@ def test_contenders_compute_the_same(name, kv_heads, monkeypatch):
     monkeypatch.syspath_prepend(TOOLS)
     module = importlib.import_module("contenders")
     contenders = module.CONTENDERS
-    pattern = P((512,), (1,)) if "dense" in name else P((128, 256, 512), (1, 2, 4))
+    kind = name.split()[0]
+    passes, pattern = KINDS.get(kind, (None, P((128, 256, 512), (1, 2, 4))))
     case = Case(name, 512, pattern, heads=8, kv_heads=kv_heads, head_dim=64)
     inputs = case.inputs(torch.bfloat16, "cuda")
     qkv = [x.detach().requires_grad_() for x in inputs[:3]]
@@ -223,6 +338,8 @@ def test_contenders_compute_the_same(name, kv_heads, monkeypatch):
     qkv = [x.detach().double().requires_grad_() for x in inputs[:3]]
     if "gather" in name:  # its mixing weights carry no gradient
         out = module.mixed_as_torchscale(*qkv, pattern, backend="reference")
+    elif passes:
+        out = attend(*qkv, passes(pattern, backend="reference"))
     else:
         out = dilated_attention(*qkv, pattern, backend="reference")
     expected = [out.detach(), *torch.autograd.grad(out, qkv, inputs[3].double())]

@@ -1,4 +1,4 @@
-"""Run interpret_kernels.py where the kernels are interpreted: in a process of its own."""
+"""Run the interpret_*.py files where the kernels are interpreted: in a process of its own."""
 
 import os
 import subprocess
@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+FILES = ("interpret_kernels.py", "interpret_documents.py")
 
 
 def interpret(*options: str, **variables: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", **variables}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *(p for p in sys.path if p)])
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += [str(HERE / "interpret_kernels.py"), *options]
+    command += [str(HERE / name) for name in FILES] + [*options]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
@@ -25,4 +26,4 @@ def test_kernels_in_the_interpreter():
 
 @pytest.mark.long
 def test_many_random_cases_in_the_interpreter():
-    interpret("-k", "test_random_case", RANDOM_CASES="300")
+    interpret("-k", "test_random", RANDOM_CASES="300")
