@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
 from megalong.command_line import ArgumentParser, run
+from megalong.wording import counted
 
 if TYPE_CHECKING:
     from megalong.checkpoint.manifest import Manifest
@@ -89,9 +90,10 @@ def in_words(content: dict[str, Any]) -> Iterator[str]:
 
     from megalong.progress import human_bytes
 
-    yield f"{content['checkpoint']}: {human_bytes(content['bytes'])} in {content['files']} files"
+    files = counted(content["files"], "file")
+    yield f"{content['checkpoint']}: {human_bytes(content['bytes'])} in {files}"
     if content["verified"]:
-        yield f"sound: all {content['files']} files are what was written"
+        yield f"sound: {files} compared, with no difference from what was written"
     yield (
         f"iteration {content['iteration']:,} | {content['consumed_samples']:,} sequences"
         f" | {content['consumed_tokens']:,} tokens | {content['updates']:,} updates"

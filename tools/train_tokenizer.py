@@ -25,6 +25,7 @@ from megalong.command_line import ArgumentParser, run
 from megalong.data.documents import BrokenDocument, Remarks, find_files
 from megalong.data.formats import raw_documents, texts
 from megalong.errors import UserError
+from megalong.wording import counted
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -115,7 +116,7 @@ def main() -> None:
     seconds = time.monotonic() - start
     print(
         f"{output}: {tokenizer.vocab_size} ids, end of document {tokenizer.eod}, of {size} of text,"
-        f" {remarks.skipped:,} documents skipped, {seconds:.1f} s"
+        f" {counted(remarks.skipped, 'document')} skipped, {seconds:.1f} s"
     )
 
 

@@ -24,6 +24,8 @@ class IndexedDocuments:
     max_token_id, vocab_size, prepend_bos: the largest id, the number of ids of the tokenizer, and
         whether the documents begin with a token for that; from PREFIX.json, None where there is no
         such file.
+    made_with: of the same file, what it says of the tokenizer: "tokenizer_sha256" (of its content,
+        `Tokenizer.fingerprint`) and "tokenizer_model"; empty where it says nothing.
     place: the flag, or the file, that the prefix is from, and the prefix; None: --data-path's.
     Raises UserError that names the file and what is wrong with it.
     """
@@ -41,6 +43,8 @@ class IndexedDocuments:
         self.max_token_id: int | None = description.get("max_token_id")
         self.vocab_size: int | None = description.get("vocab_size")
         self.prepend_bos: bool | None = description.get("prepend_bos")
+        keys = ("tokenizer_sha256", "tokenizer_model")
+        self.made_with = {key: description[key] for key in keys if description.get(key)}
         if not self.num_tokens:
             raise UserError(f"{place}: {self.prefix}.bin holds no tokens")
         self._dataset = _open_with_megatron_core(self.prefix)

@@ -27,6 +27,7 @@ class Documents(Protocol):
     prefix: of --data-path. lengths: int64 (num_documents,), tokens in each document.
     max_token_id, vocab_size, prepend_bos: the largest id, the number of ids of the tokenizer, and
         whether the documents begin with a token for that; None where that is not known.
+    made_with: their tokenizer, as far as it is known: "tokenizer_sha256", "tokenizer_model".
     """
 
     prefix: str
@@ -34,6 +35,7 @@ class Documents(Protocol):
     max_token_id: int | None
     vocab_size: int | None
     prepend_bos: bool | None
+    made_with: dict[str, str]
 
     @property
     def num_documents(self) -> int: ...

@@ -8,10 +8,12 @@ that bits per byte can be computed for any set of predicted tokens.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 import warnings
 from abc import ABC, abstractmethod
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,6 +103,20 @@ class Tokenizer(ABC):
         """The id that stands where a masked-language model has to tell the token, if there is
         one."""
         return self._mask
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of what decides about the ids of a text: the vocabulary, how its pieces are
+        joined, and the end of a document. The same wherever the tokenizer's files are."""
+        digest = hashlib.sha256(str(self._eod).encode())
+        for piece in self.pieces:
+            digest.update(len(piece).to_bytes(4, "little") + piece)
+        digest.update(self._joins())
+        return digest.hexdigest()
+
+    def _joins(self) -> bytes:
+        """What besides the pieces decides how a text is cut: merges, or scores."""
+        return b""
 
     def with_mask(self) -> Tokenizer:
         """This tokenizer, or where it has no mask token a copy that has one more id for it, behind
@@ -215,6 +231,12 @@ class SentencePieceTokenizer(Tokenizer):
             start = stop
         return ids
 
+    def _joins(self) -> bytes:
+        import numpy as np
+
+        scores = [self._model.get_score(i) for i in range(self._model.get_piece_size())]
+        return np.array(scores, dtype="<f4").tobytes()
+
     def _piece_bytes(self, i: int) -> bytes:
         model = self._model
         if model.is_control(i) or model.is_unknown(i) or model.is_unused(i):
@@ -277,6 +299,14 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         text.encode("utf-8")
         return self._backend.encode(text, add_special_tokens=False).ids
+
+    def _joins(self) -> bytes:
+        # Earlier versions of the library write a merge as "a b", later ones as ["a", "b"].
+        model = json.loads(self._backend.to_str())["model"]
+        merges = model.get("merges", ())
+        pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+        scores = [piece[1] for piece in model["vocab"]] if isinstance(model["vocab"], list) else []
+        return json.dumps([pairs, scores]).encode()
 
 
 def _huggingface_pieces(backend, special_ids: set[int], folder: str) -> list[bytes]:

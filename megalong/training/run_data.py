@@ -22,6 +22,7 @@ from megalong.data.document_samples import DocumentSamples
 from megalong.data.formats import open_documents
 from megalong.data.index_cache import IndexCache
 from megalong.data.masking import ADD_A_ROW, Masking
+from megalong.data.provenance import check_tokenizer
 from megalong.data.sources import SourceSpec, shares_of
 from megalong.data.stream import Documents, TokenStream, split_documents
 from megalong.data.tokenizer import Tokenizer, build_tokenizer
@@ -59,14 +60,14 @@ def open_run_data(config: Config) -> RunData:
     """
     data = config.data
     tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model)
-    ids_of_data, masking = tokenizer.vocab_size, None
+    of_texts, masking = tokenizer, None
     if not config.training.causal:
         tokenizer = tokenizer.with_mask()
         masking = Masking.of(tokenizer, config.training.mask_rate)
-        if ids_of_data == config.model.padded_vocab_size < tokenizer.vocab_size:
-            raise UserError(f"--padded-vocab-size {ids_of_data}: {ADD_A_ROW}")
+        if of_texts.vocab_size == config.model.padded_vocab_size < tokenizer.vocab_size:
+            raise UserError(f"--padded-vocab-size {of_texts.vocab_size}: {ADD_A_ROW}")
     config.model.vocabulary_rows(tokenizer.vocab_size)  # an error, where they are too few
-    opened = _Opened(config, ids_of_data)
+    opened = _Opened(config, of_texts)
     train, divided, oddities = _open_training(config, opened)
     held_out = divided
     for part, specs in data.held_out_sources().items():
@@ -118,8 +119,8 @@ def best_set(held_out: Iterable[str], config: Config) -> str:
 class _Opened:
     """Opens documents, and makes streams of them, for one run."""
 
-    def __init__(self, config: Config, ids_of_data: int):
-        self._config, self._ids = config, ids_of_data
+    def __init__(self, config: Config, tokenizer: Tokenizer):
+        self._config, self._tokenizer = config, tokenizer
         cache = config.data.data_cache_path
         self._cache = None if cache is None else IndexCache(cache)
         self._made_with: dict[int, str] = {}
@@ -136,11 +137,7 @@ class _Opened:
                     f"{spec.place} was made with a tokenizer of {made_with} ids, and {other} with"
                     f" one of {ids}: what is trained on together has to be of one tokenizer"
                 )
-        if made_with not in (None, self._ids):
-            raise UserError(
-                f"{spec.place} was made with a tokenizer of {made_with} ids, and"
-                f" {data.tokenizer_flag} has {self._ids}: give the same"
-            )
+        check_tokenizer(documents, self._tokenizer, data.tokenizer_flag, spec.place)
         if made_with is not None:
             self._made_with.setdefault(made_with, spec.path)
         if documents.prepend_bos not in (None, data.prepend_bos):
@@ -169,7 +166,7 @@ class _Opened:
             self._config.training.seed,
             shuffle=shuffle,
             upsampling=self._config.data.upsampling if shuffle else None,
-            vocab_size=self._ids,
+            vocab_size=self._tokenizer.vocab_size,
             name=name,
             salt=salt,
             cache=self._cache if shuffle else None,

@@ -1,6 +1,8 @@
 """Tokenizers of Transformers, made here in a local folder. Transformers is an optional package."""
 
+import json
 import pickle
+import shutil
 import sys
 
 import pytest
@@ -66,6 +68,25 @@ def test_byte_level_is_exact(byte_level):
         assert tokenizer.decode(ids) == text
         assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
         assert tokenizer.eod not in ids
+
+
+def test_merges_are_part_of_the_fingerprint(byte_level, tmp_path):
+    """In another order they join other pieces. How the library writes them down does not matter."""
+    shutil.copytree(byte_level, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    pairs = [
+        pair if isinstance(pair, list) else pair.split(" ") for pair in content["model"]["merges"]
+    ]
+
+    def fingerprint(merges):
+        content["model"]["merges"] = merges
+        file.write_text(json.dumps(content))
+        return build_tokenizer("HuggingFaceTokenizer", str(file.parent)).fingerprint
+
+    known = build_tokenizer("HuggingFaceTokenizer", byte_level).fingerprint
+    assert known == fingerprint(pairs) == fingerprint([" ".join(pair) for pair in pairs])
+    assert known != fingerprint(pairs[::-1])
 
 
 def test_a_copy_for_another_process_imports_no_torch(byte_level, tmp_path):

@@ -3,6 +3,7 @@
 import random
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +58,19 @@ def test_a_mask_token_is_added_behind_all_others(tokenizer):
     assert masked.encode(text) == tokenizer.encode(text)
     assert masked.decode([*masked.encode(text), masked.mask]) == text
     assert masked.token_bytes()[masked.mask] == 0
+
+
+def test_a_fingerprint_is_of_the_content(tokenizer, tokenizer_model, tmp_path):
+    """Not of the file's place; and other scores, which cut texts otherwise, are another content."""
+    known = build_tokenizer("SentencePieceTokenizer", tokenizer_model).fingerprint
+    assert len(known) == 64 and (tokenizer.fingerprint == known) == (tokenizer.vocab_size == 1024)
+    content = Path(tokenizer_model).read_bytes()
+    (tmp_path / "copy.model").write_bytes(content)
+    copy = build_tokenizer("SentencePieceTokenizer", str(tmp_path / "copy.model"))
+    assert copy.fingerprint == known
+    copy._joins = lambda: b"other scores"
+    del copy.fingerprint
+    assert copy.fingerprint != known
 
 
 def test_round_trip_of_random_text(tokenizer):

@@ -112,6 +112,11 @@ def test_data_of_another_tokenizer(corpus, tmp_path):
     line = refused(1, *small_run_flags(tmp_path / "other"))
     assert "a tokenizer of 500 ids, and --tokenizer-type ByteTokenizer has 257" in line
 
+    with_hash = description | {"tokenizer_sha256": "0" * 64, "tokenizer_model": "that.model"}
+    (tmp_path / "other.json").write_text(json.dumps(with_hash))
+    line = refused(1, *small_run_flags(tmp_path / "other"))
+    assert "another tokenizer than --tokenizer-type ByteTokenizer: with that.model" in line
+
 
 @pytest.fixture(scope="module")
 def finished_run(corpus, tmp_path_factory):

@@ -139,7 +139,7 @@ def test_inspecting(copy):
         "exp_avg_sq.decoder.layers.1.mlp.linear_fc1.weight",
         "float32   384 x 64",
         "num_layers: 2",
-        "sound: all 5 files",
+        "sound: 5 files",
     ):
         assert words in shown, shown
     assert shown.splitlines()[1].startswith("sound: ")
