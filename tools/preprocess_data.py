@@ -3,13 +3,16 @@
     python tools/preprocess_data.py --input stdlib.jsonl --output-prefix data/stdlib \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model --append-eod
 
-writes data/stdlib_text_document.bin, .idx, and .json (counts, tokenizer); train on it with
+writes data/stdlib_text_document.bin, .idx, and .json (counts, inputs, tokenizer); train on it with
 --data-path data/stdlib_text_document. Inputs are files, folders or glob patterns: JSON lines
 (.jsonl, .json, .ndjson, and what holds them under another name), one document a line, and anything
 else as plain text, one document a file; .gz of either. What is broken is named on standard error,
 skipped and counted; --strict makes it an error. The output has its final name only when it is
 complete. It does not depend on --workers.
-Exit status: 0, or 2 after an error (nothing is written then).
+A run that was killed, or whose disk was full, goes on when the same command is given again, from
+the last finished part in PREFIX.unfinished. --partition k/n takes one of n shares of the input, for
+an array job; tools/merge_datasets.py makes one output of them.
+Exit status: 0, or 2 after an error.
 """
 
 from __future__ import annotations
@@ -57,12 +60,37 @@ def parse_arguments() -> argparse.Namespace:
         help="begin every document with the tokenizer's beginning-of-text token, which Llama and"
         " Mistral models expect; training needs the same flag",
     )
+    add(
+        "--min-tokens",
+        type=int,
+        default=1,
+        metavar="N",
+        help="leave out documents of fewer tokens, those counted that --append-eod and"
+        " --prepend-bos add",
+    )
+    add("--deduplicate", action="store_true", help="leave out texts that have come before")
+    add(
+        "--partition",
+        metavar="K/N",
+        help="only share K of N of the input files, in their order and about as large as the"
+        " others; each share needs an --output-prefix of its own",
+    )
+    add(
+        "--part-bytes",
+        type=int,
+        default=256 << 20,
+        metavar="N",
+        help="note what is finished after so many bytes of input",
+    )
     add("--workers", type=int, default=1, help="tokenizing processes")
     add("--overwrite", action="store_true", help="replace existing output files")
     add("--strict", action="store_true", help="stop at the first broken document")
     args = parser.parse_args()
     if args.workers < 1:
         raise UserError("--workers must be at least 1")
+    for flag in ("--min-tokens", "--part-bytes"):
+        if getattr(args, flag[2:].replace("-", "_")) < 1:
+            raise UserError(f"{flag} must be at least 1")
     return args
 
 
@@ -73,9 +101,16 @@ def print_summary(summary: Summary) -> None:
         print(
             f"{part.prefix}: {counted(part.documents, 'document')},"
             f" {counted(part.tokens, 'token')}, "
-            f"{part.bytes:,} bytes, {part.bytes / part.tokens:.3f} bytes per token, "
+            f"{part.bytes:,} bytes, {part.bytes / max(part.tokens, 1):.3f} bytes per token, "
             f"longest document {part.longest:,} tokens, {part.empty:,} empty ones left out"
+            + (f", {part.short:,} shorter than --min-tokens" if part.short else "")
         )
+        if part.repeats:
+            print(
+                f"{counted(part.repeats, 'document')} with a text that has come before,"
+                f" {counted(part.repeated_tokens, 'token')}: "
+                + ("left out" if part.deduplicate else "--deduplicate leaves them out")
+            )
     size = sum(part.bytes for part in summary.keys.values())
     seconds = max(summary.seconds, 1e-9)
     lost = f", and the rest of {counted(summary.cut_short, 'file')}" if summary.cut_short else ""
@@ -89,10 +124,11 @@ def print_summary(summary: Summary) -> None:
 def main() -> int | None:
     args = parse_arguments()
     from megalong.data.documents import find_files
-    from megalong.data.preprocess import TokenizingTask, preprocess
+    from megalong.data.partition import partition
+    from megalong.data.preprocess import TokenizingTask, goes_on, preprocess
     from megalong.progress import progress_bar
 
-    # A scheduler's SIGTERM ends the run the ordinary way, which removes the partial files.
+    # A scheduler's SIGTERM ends the run the ordinary way, with its workers.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     task = TokenizingTask(
         args.tokenizer_type,
@@ -100,9 +136,13 @@ def main() -> int | None:
         tuple(args.json_keys),
         append_eod=args.append_eod,
         prepend_bos=args.prepend_bos,
+        min_tokens=args.min_tokens,
+        deduplicate=args.deduplicate,
     )
     try:
-        files = find_files(args.input)
+        files, share = find_files(args.input), None
+        if args.partition:
+            files, share = partition(files, args.partition)
         with progress_bar(sum(map(os.path.getsize, files)), "B", "tokenizing") as progress:
             summary = preprocess(
                 files,
@@ -111,10 +151,14 @@ def main() -> int | None:
                 workers=args.workers,
                 overwrite=args.overwrite,
                 strict=args.strict,
+                partition=share,
+                part_bytes=args.part_bytes,
                 progress=progress,
             )
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        unfinished = Path(f"{args.output_prefix}.unfinished")
+        left = goes_on(unfinished) if unfinished.exists() else "nothing was written"
+        print(f"interrupted: {left}", file=sys.stderr)
         return 130
     print_summary(summary)
     return None

@@ -3,84 +3,103 @@
 The parent cuts files into batches of raw documents and writes what comes back; decoding, parsing
 and tokenizing happen in workers. At most a few batches per worker are under way, so that memory
 does not grow with the corpus, and results are taken in the order in which they were handed out.
+So how far a run is, is one place in the input, and a run that was killed goes on from the last one
+that it had noted (`megalong.data.unfinished`).
 """
+
+from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
+import hashlib
+import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from megalong import __version__
 from megalong.data.documents import BrokenDocument, RawDocument, Remarks
 from megalong.data.formats import raw_documents, texts
+from megalong.data.input_hashes import InputHashes
+from megalong.data.output import HASHED, KeyResult, KeySummary, Output, Problem
+from megalong.data.partition import Partition
+from megalong.data.repeats import text_hashes
 from megalong.data.tokenizer import Tokenizer, build_tokenizer
-from megalong.data.writer import DocumentWriter, token_dtype
+from megalong.data.unfinished import DiskFull, Unfinished
+from megalong.data.writer import refuse_existing, token_dtype
 from megalong.errors import UserError
+from megalong.progress import human_bytes
 from megalong.wording import counted
 
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 4096
 BATCHES_PER_WORKER = 3
-SIDECAR_VERSION = 1
+PART_BYTES = 256 << 20
+SIDECAR_VERSION = 2
+INPUTS = "inputs.jsonl"  # in the folder of an unfinished run
 
 
 @dataclass(frozen=True)
 class TokenizingTask:
-    """What a worker needs to know."""
+    """What is made of the texts.
+
+    min_tokens: documents with fewer, all that is added to them counted, are left out.
+    deduplicate: leave out documents whose text has come before.
+    """
 
     tokenizer_type: str
     tokenizer_model: str | None
     json_keys: tuple[str, ...]
     append_eod: bool
     prepend_bos: bool = False
-
-
-@dataclass
-class KeyResult:
-    """The documents of one key in a batch: tokens back to back, tokens and bytes of each text."""
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    bytes: int
-    empty: int
+    min_tokens: int = 1
+    deduplicate: bool = False
 
 
 @dataclass
 class BatchResult:
     keys: dict[str, KeyResult]
-    problems: list[str]
+    problems: list[Problem]
     cut_short: int  # files whose rest cannot be read
     size: int  # bytes on disk
 
 
-@dataclass
-class KeySummary:
-    """What was written for one key. bytes: UTF-8 bytes of the texts."""
+class Place(NamedTuple):
+    """A place in the input: behind so many documents of a file, by its number, or in the first file
+    that is not there."""
 
-    prefix: str
-    documents: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    empty: int = 0
-    max_token_id: int = -1
-    longest: int = 0
+    file: int
+    documents: int
+
+
+class Batch(NamedTuple):
+    documents: list[RawDocument]
+    end: Place
 
 
 @dataclass
 class Summary:
+    """bytes_read: of the files on disk. resumed: documents that an earlier run had written."""
+
     keys: dict[str, KeySummary]
     files: int
     skipped: int = 0
     cut_short: int = 0  # files whose rest could not be read
+    bytes_read: int = 0
+    resumed: int = 0
     seconds: float = 0.0
 
 
@@ -97,15 +116,24 @@ def preprocess(
     workers: int = 1,
     overwrite: bool = False,
     strict: bool = False,
+    partition: Partition | None = None,
+    part_bytes: int = PART_BYTES,
     progress: tqdm,
 ) -> Summary:
     """Tokenizes files into one .bin/.idx/.json per key, named by output_prefix().
 
     Documents keep the order of `files` and of the lines in them, whatever `workers` is. A broken
-    document is named above the progress bar, counted and left out; with strict it is a UserError
-    (nothing is written then). A text without tokens is left out and counted as empty.
-    Raises UserError where nothing is left to write, where DocumentWriter does, and where a worker
-    dies (killed, or out of memory).
+    document is named above the progress bar, counted and left out; with strict it is a UserError.
+    A text without tokens is left out and counted as empty.
+
+    Whenever about part_bytes of input have been read since the last time, what is written is made
+    durable and noted in PREFIX.unfinished: the same call goes on from there, wherever this one was
+    killed. What differs by then, inputs, tokenizer or task, is refused, or with overwrite begun
+    anew.
+    partition: which share of a larger input `files` are; then there may be no documents in it, and
+    the hashes of the texts are kept for a merge.
+    Raises UserError where nothing is left to write, where the output cannot be written, and where a
+    worker dies (killed, or out of memory).
     """
     start = time.monotonic()
     if len(set(task.json_keys)) != len(task.json_keys):
@@ -113,64 +141,271 @@ def preprocess(
     tokenizer = build_tokenizer(task.tokenizer_type, task.tokenizer_model)
     if task.prepend_bos and tokenizer.bos is None:
         raise UserError("--prepend-bos: this tokenizer has no beginning-of-text token")
-    dtype = token_dtype(tokenizer.vocab_size)
-    summary = Summary(
-        {key: KeySummary(output_prefix(prefix, key)) for key in task.json_keys}, len(files)
-    )
-    remarks = Remarks(progress)
-    with contextlib.ExitStack() as stack:
-        writers = {
-            key: stack.enter_context(DocumentWriter(part.prefix, dtype, overwrite=overwrite))
-            for key, part in summary.keys.items()
-        }
-        results = _tokenize(_batches(files, task, remarks), task, tokenizer, workers)
-        # Closed before the writers are: the workers must be gone when an error is reported.
-        for result in stack.enter_context(contextlib.closing(results)):
-            summary.cut_short += result.cut_short
-            for problem in result.problems:
-                if strict:
-                    raise UserError(f"{problem} (--strict: nothing was written)")
-                remarks.skip(problem)
-            for key, part in result.keys.items():
-                writers[key].add(part.tokens, part.lengths)
-                _count(part, summary.keys[key])
-            first = summary.keys[task.json_keys[0]]
-            rate = first.documents / max(time.monotonic() - start, 1e-9)
-            progress.set_postfix_str(f"{first.documents:,} documents, {rate:,.0f}/s", refresh=False)
-            progress.update(result.size)
-        summary.skipped = remarks.skipped
-        for key, part in summary.keys.items():
-            if not part.documents:
-                raise UserError(_nothing_found(key, part, summary))
-        for key, part in summary.keys.items():
-            writers[key].commit(_description(part, task, tokenizer))
+    prefixes = [output_prefix(prefix, key) for key in task.json_keys]
+    identity = _identity(files, task, tokenizer, partition)
+    with Unfinished(prefix, identity, _changed_input, overwrite=overwrite) as job:
+        if job.naming:  # killed at the very end
+            summary, _ = _read_progress(job.progress)
+        else:
+            refuse_existing(prefixes, overwrite)
+            run = _Run(files, task, tokenizer, partition, job, prefixes, progress)
+            with _what_remains(job, run):
+                summary = run.tokenize(workers, strict, part_bytes)
+        job.give_names()
     summary.seconds = time.monotonic() - start
     return summary
 
 
+class _Run:
+    """One run of `preprocess`, in the folder of an unfinished job."""
+
+    def __init__(
+        self,
+        files: list[str],
+        task: TokenizingTask,
+        tokenizer: Tokenizer,
+        partition: Partition | None,
+        job: Unfinished,
+        prefixes: list[str],
+        progress: tqdm,
+    ) -> None:
+        self._files, self._task, self._tokenizer = files, task, tokenizer
+        self._partition, self._job, self._progress = partition, job, progress
+        self._remarks = Remarks(progress)
+        self._sizes = [_size(file) for file in files]
+        if job.progress:
+            self.summary, self._place = _read_progress(job.progress)
+            self._remarks.skipped = self.summary.skipped
+        else:
+            keys = {
+                key: KeySummary(prefix, deduplicate=task.deduplicate)
+                for key, prefix in zip(task.json_keys, prefixes, strict=True)
+            }
+            self.summary, self._place = Summary(keys, len(files)), Place(0, 0)
+        self._inputs = job.file(INPUTS)
+        self._noted = self._place.file  # files before this one are in INPUTS
+        dtype = token_dtype(tokenizer.vocab_size)
+        self._outputs = {
+            key: Output(job, part, dtype, keep_hashes=partition is not None)
+            for key, part in self.summary.keys.items()
+        }
+
+    def tokenize(self, workers: int, strict: bool, part_bytes: int) -> Summary:
+        summary, progress, start = self.summary, self._progress, time.monotonic()
+        first = summary.keys[self._task.json_keys[0]]
+        summary.resumed = first.documents
+        if self._job.progress:
+            progress.write(
+                f"{self._job.folder}: going on behind {counted(first.documents, 'document')}",
+                file=sys.stderr,
+            )
+            progress.update(summary.bytes_read)
+        finished = summary.bytes_read
+        with InputHashes(self._files, self._sizes, self._place.file) as hashes:
+            batches = _batches(self._files, self._place, self._task, self._remarks, hashes)
+            results = _tokenize(batches, self._task, self._tokenizer, workers)
+            # Closed first: the workers must be gone when an error is reported.
+            with contextlib.closing(results):
+                for self._place, result in results:
+                    self._write(result, strict)
+                    rate = (first.documents - summary.resumed) / (time.monotonic() - start + 1e-9)
+                    progress.set_postfix_str(
+                        f"{counted(first.documents, 'document')}, {rate:,.0f}/s", refresh=False
+                    )
+                    progress.update(result.size)
+                    if summary.bytes_read - finished >= part_bytes:
+                        self._finish_part(hashes)
+                        finished = summary.bytes_read
+            self._place = Place(len(self._files), 0)
+            self._note_inputs(hashes)
+        for key, part in summary.keys.items():
+            if not part.documents and self._partition is None:
+                raise NothingFound(_nothing_found(key, part, summary))
+        self._finish_part(hashes)
+        self._finish()
+        return summary
+
+    def space_needed(self) -> int:
+        """Bytes that the rest will take, from what was written for the input read so far."""
+        total = sum(self._sizes) / max(self.summary.bytes_read, 1)
+        written = sum(output.size for output in self._outputs.values())
+        index = 20 * sum(part.documents for part in self.summary.keys.values())
+        return int(total * (written + index)) - written
+
+    def _write(self, result: BatchResult, strict: bool) -> None:
+        summary = self.summary
+        for problem in result.problems:
+            if strict:
+                raise UserError(f"{problem} (--strict)")
+            self._remarks.skip(str(problem))
+            note = {"file": problem.file, "line": problem.line, "reason": problem.reason}
+            for key in [problem.key] if problem.key is not None else summary.keys:
+                self._outputs[key].skip(note)
+        for key, part in result.keys.items():
+            self._outputs[key].add(part)
+        summary.skipped = self._remarks.skipped
+        summary.cut_short += result.cut_short
+        summary.bytes_read += result.size
+
+    def _finish_part(self, hashes: InputHashes) -> None:
+        self._note_inputs(hashes)
+        current = self._files[self._place.file : self._place.file + 1]
+        self._job.finish_part(
+            {
+                "summary": dataclasses.asdict(self.summary),
+                "place": self._place,
+                "current": [_file_state(file) for file in current],
+            }
+        )
+
+    def _note_inputs(self, hashes: InputHashes) -> None:
+        """The files that are done with, with their hashes."""
+        for number in range(self._noted, self._place.file):
+            state = _file_state(self._files[number])
+            line = json.dumps(state | {"sha256": hashes.take(number)})
+            self._inputs.write(line.encode() + b"\n")
+        self._noted = self._place.file
+
+    def _finish(self) -> None:
+        """The files that come at the end. Their names are given by the caller."""
+        moves, obsolete = [], []
+        for key, output in self._outputs.items():
+            description = self._description(key)
+            output_moves, output_obsolete = output.finish(description, self._inputs.path)
+            moves += output_moves
+            obsolete += output_obsolete
+        self._job.plan_names(moves, obsolete)
+
+    def _description(self, key: str) -> dict:
+        """The sidecar PREFIX.json, besides what is counted."""
+        task, tokenizer = self._task, self._tokenizer
+        partition = dataclasses.asdict(self._partition) if self._partition else None
+        return {
+            "json_key": key,
+            "tokenizer_type": task.tokenizer_type,
+            "tokenizer_model": task.tokenizer_model,
+            "tokenizer_sha256": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eod": tokenizer.eod,
+            "append_eod": task.append_eod,
+            "prepend_bos": task.prepend_bos,
+            "min_tokens": task.min_tokens,
+            "deduplicate": task.deduplicate,
+            "partition": partition,
+            "megalong": __version__,
+            "version": SIDECAR_VERSION,
+        }
+
+
+class NothingFound(UserError):
+    """There is nothing to write."""
+
+
+@contextlib.contextmanager
+def _what_remains(job: Unfinished, run: _Run) -> Iterator[None]:
+    """Inside, every error says what is left of the work."""
+    try:
+        yield
+    except NothingFound:
+        job.abandon()
+        raise
+    except UserError as error:
+        message = str(error)
+        if isinstance(error, DiskFull) and run.summary.bytes_read:
+            message += f"; the rest of the input needs about {human_bytes(run.space_needed())} more"
+        if job.progress:
+            raise UserError(f"{message}; {goes_on(job.folder)}") from error
+        raise UserError(f"{message}; nothing was written") from error
+
+
+def goes_on(folder: Path) -> str:
+    """What is said of an unfinished run."""
+    return f"what was finished is kept in {folder}, and the same command goes on from there"
+
+
+def _identity(
+    files: list[str], task: TokenizingTask, tokenizer: Tokenizer, partition: Partition | None
+) -> dict:
+    """What a run must have in common with the one that it goes on, by flag."""
+    names = hashlib.sha256("\0".join(files).encode(errors="surrogateescape")).hexdigest()
+    flags = {
+        f"--{name.replace('_', '-')}": value
+        for name, value in dataclasses.asdict(task).items()
+        if name != "tokenizer_model"
+    }
+    return {
+        "--input": f"{counted(len(files), 'file')}, {names[:12]} by their names",
+        **flags,
+        "the tokenizer of sha256": tokenizer.fingerprint[:12],
+        "--partition": None if partition is None else str(partition),
+        "megalong": __version__,
+        "the version of the format": SIDECAR_VERSION,
+    }
+
+
+def _read_progress(progress: dict) -> tuple[Summary, Place]:
+    values = progress["summary"]
+    keys = {key: KeySummary(**part) for key, part in values["keys"].items()}
+    return Summary(**values | {"keys": keys}), Place(*progress["place"])
+
+
+def _file_state(path: str) -> dict:
+    """What tells that a file has changed. Nothing is known of what is no file."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return {"path": path, "size": None, "modified": None}
+    return {"path": path, "size": stat.st_size, "modified": stat.st_mtime_ns}
+
+
+def _changed_input(folder: Path, progress: dict) -> str | None:
+    """Which of the files that have been read is no longer what it was."""
+    done = progress["place"][0]
+    with open(folder / INPUTS, encoding="utf-8") as lines:
+        states = [json.loads(line) for _, line in zip(range(done), lines, strict=False)]
+    for then in [*states, *progress["current"]]:
+        now = _file_state(then["path"])
+        for what in ("size", "modified"):
+            if now[what] != then[what]:
+                return f"{then['path']} has changed since it was read"
+    return None
+
+
+def _size(path: str) -> int:
+    return os.path.getsize(path) if os.path.isfile(path) else 0
+
+
 def _batches(
-    files: list[str], task: TokenizingTask, remarks: Remarks
-) -> Iterator[list[RawDocument]]:
-    """Groups documents, across files too, into batches of about BATCH_BYTES."""
+    files: list[str], place: Place, task: TokenizingTask, remarks: Remarks, hashes: InputHashes
+) -> Iterator[Batch]:
+    """Groups the documents behind a place, across files too, into batches of about BATCH_BYTES."""
     batch, size = [], 0
-    for file in files:
-        for document in raw_documents(file, task.json_keys, remarks.say):
+    for number in range(place.file, len(files)):
+        position = 0
+        hashes.reached(number)
+        found = raw_documents(files[number], task.json_keys, remarks.say)
+        for count, document in enumerate(found, start=1):
+            position += document.size
+            if number == place.file and count <= place.documents:
+                hashes.reached(number, position)
+                continue
             batch.append(document)
             size += document.size if document.data is None else len(document.data)
             if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
-                yield batch
+                hashes.reached(number, position)
+                yield Batch(batch, Place(number, count))
                 batch, size = [], 0
     if batch:
-        yield batch
+        yield Batch(batch, Place(len(files), 0))
 
 
 def _tokenize(
-    batches: Iterator[list[RawDocument]], task: TokenizingTask, tokenizer: Tokenizer, workers: int
-) -> Iterator[BatchResult]:
-    """Yields the result of every batch, in order."""
+    batches: Iterator[Batch], task: TokenizingTask, tokenizer: Tokenizer, workers: int
+) -> Iterator[tuple[Place, BatchResult]]:
+    """Yields the result of every batch, in order, and the place behind it."""
     if workers == 1:
         for batch in batches:
-            yield tokenize_batch(batch, task, tokenizer)
+            yield batch.end, tokenize_batch(batch.documents, task, tokenizer)
         return
     # Spawned, not forked: the caller may have threads. A worker is given the tokenizer as it is and
     # imports neither Transformers nor torch, which would take hundreds of MB in each.
@@ -180,18 +415,19 @@ def _tokenize(
     under_way = collections.deque()
     try:
         for batch in batches:
-            under_way.append((batch[0].place, pool.submit(_tokenize_in_worker, batch)))
+            documents = batch.documents
+            future = pool.submit(_tokenize_in_worker, documents)
+            under_way.append((batch.end, documents[0].place, future))
             if len(under_way) == BATCHES_PER_WORKER * workers:
-                yield under_way[0][1].result()
+                yield under_way[0][0], under_way[0][2].result()
                 under_way.popleft()
         while under_way:
-            yield under_way[0][1].result()
+            yield under_way[0][0], under_way[0][2].result()
             under_way.popleft()
     except BrokenProcessPool:
-        near = f" near {under_way[0][0]}" if under_way else ""
+        near = f" near {under_way[0][1]}" if under_way else ""
         raise UserError(
-            f"a tokenizing worker died{near} (out of memory? try fewer --workers); "
-            "nothing was written"
+            f"a tokenizing worker died{near} (killed, or out of memory: try fewer --workers)"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -221,74 +457,70 @@ def tokenize_batch(
     batch: list[RawDocument], task: TokenizingTask, tokenizer: Tokenizer
 ) -> BatchResult:
     """Decodes, parses and tokenizes raw documents."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    tokens = {key: [np.zeros(0, dtype)] for key in task.json_keys}
-    sizes = dict.fromkeys(task.json_keys, 0)
-    empty = dict.fromkeys(task.json_keys, 0)
-    problems: list[str] = []
+    made = {key: _Texts(task, tokenizer) for key in task.json_keys}
+    problems: list[Problem] = []
     cut_short = sum(document.error is not None for document in batch)
     for document in batch:
         try:
             values = texts(document, task.json_keys)
         except BrokenDocument as error:
-            problems.append(str(error))
+            problems.append(_problem(document, error))
             continue
         for key, text in values.items():
             if isinstance(text, BrokenDocument):
-                problems.append(str(text))
-                continue
-            ids = tokenizer.encode(text)
-            if not ids:
-                empty[key] += 1
-                continue
-            if task.prepend_bos:
-                ids.insert(0, tokenizer.bos)
-            if task.append_eod:
-                ids.append(tokenizer.eod)
-            tokens[key].append(np.array(ids, dtype=dtype))
-            sizes[key] += len(text.encode("utf-8"))
-    results = {
-        key: KeyResult(
-            np.concatenate(tokens[key]),
-            np.array([len(ids) for ids in tokens[key][1:]], dtype=np.int64),
-            sizes[key],
-            empty[key],
-        )
-        for key in task.json_keys
-    }
+                problems.append(_problem(document, text, key))
+            else:
+                made[key].add(text)
     size = sum(document.size for document in batch)
+    results = {key: texts_of_key.result() for key, texts_of_key in made.items()}
     return BatchResult(results, problems, cut_short, size)
 
 
-def _count(part: KeyResult, total: KeySummary) -> None:
-    total.documents += len(part.lengths)
-    total.tokens += part.tokens.size
-    total.bytes += part.bytes
-    total.empty += part.empty
-    if part.tokens.size:
-        total.max_token_id = max(total.max_token_id, int(part.tokens.max()))
-        total.longest = max(total.longest, int(part.lengths.max()))
+def _problem(document: RawDocument, error: BrokenDocument, key: str | None = None) -> Problem:
+    reason = str(error).removeprefix(f"{document.place}: ")
+    return Problem(document.path, document.line, reason, key)
+
+
+class _Texts:
+    """The documents of one key in a batch, as they come."""
+
+    def __init__(self, task: TokenizingTask, tokenizer: Tokenizer) -> None:
+        self._task, self._tokenizer = task, tokenizer
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._tokens: list[np.ndarray] = [np.zeros(0, self._dtype)]
+        self._encoded: list[bytes] = []
+        self._empty = self._short = 0
+
+    def add(self, text: str) -> None:
+        task, tokenizer = self._task, self._tokenizer
+        ids = tokenizer.encode(text)
+        if not ids:
+            self._empty += 1
+            return
+        if task.prepend_bos:
+            ids.insert(0, tokenizer.bos)
+        if task.append_eod:
+            ids.append(tokenizer.eod)
+        if len(ids) < task.min_tokens:
+            self._short += 1
+            return
+        self._tokens.append(np.array(ids, dtype=self._dtype))
+        self._encoded.append(text.encode("utf-8"))
+
+    def result(self) -> KeyResult:
+        lengths = np.array([len(ids) for ids in self._tokens[1:]], dtype=np.int64)
+        hashed = np.empty(len(lengths), HASHED)
+        hashed["hash"] = text_hashes(self._encoded)
+        hashed["bytes"] = [len(text) for text in self._encoded]
+        tokens = np.concatenate(self._tokens)
+        return KeyResult(tokens, lengths, hashed, self._empty, self._short)
 
 
 def _nothing_found(key: str, part: KeySummary, summary: Summary) -> str:
     hint = "; --json-keys names the keys of the texts" if summary.skipped else ""
+    short = f", {part.short} shorter than --min-tokens" if part.short else ""
     return (
         f"--input: no document with text under the key {key!r} in"
-        f" {counted(summary.files, 'file')} ({summary.skipped} skipped, {part.empty} empty);"
+        f" {counted(summary.files, 'file')} ({summary.skipped} skipped, {part.empty} empty{short});"
         f" nothing was written{hint}"
     )
-
-
-def _description(part: KeySummary, task: TokenizingTask, tokenizer: Tokenizer) -> dict:
-    """The sidecar PREFIX.json, besides the counts that the writer adds."""
-    return {
-        "bytes": part.bytes,
-        "longest_document": part.longest,
-        "max_token_id": part.max_token_id,
-        "tokenizer_type": task.tokenizer_type,
-        "vocab_size": tokenizer.vocab_size,
-        "eod": tokenizer.eod,
-        "append_eod": task.append_eod,
-        "prepend_bos": task.prepend_bos,
-        "version": SIDECAR_VERSION,
-    }

@@ -5,18 +5,19 @@
     int32 (S,) tokens per sequence, int64 (S,) byte offset of each sequence in the .bin,
     int64 (documents + 1,) the first sequence of each document, and S at the end.
 The same bytes as megatron.core's IndexedDatasetBuilder writes (a test compares them); but this
-module needs numpy only, and holds the lengths in arrays, not in lists of Python integers.
+module needs numpy only, and holds the lengths in a file, not in a list of Python integers.
 """
 
-import fcntl
-import json
+from __future__ import annotations
+
 import os
 import struct
-from pathlib import Path
+from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 
-from megalong.disk import writable_folder
+from megalong.data.unfinished import Unfinished, disk_errors, write_durably
 from megalong.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -33,6 +34,7 @@ DTYPES = {
     8: np.dtype(np.uint16),
 }
 SUFFIXES = (".bin", ".json", ".idx")  # .idx last: readers take its presence for completeness
+_CHUNK = 1 << 20  # lengths held at once
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -40,103 +42,130 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size < 65_500 else np.int32)
 
 
-class DocumentWriter:
-    """Writes documents to PREFIX.bin, PREFIX.idx and PREFIX.json (a description).
+class GrowingDocuments:
+    """Documents that are added to files of an unfinished job: tokens, and int32 lengths.
 
-    Everything is written to PREFIX.*.partial and renamed by commit(). Use as a context manager:
-    without a commit the partial files are removed. Raises UserError where an output exists
-    and `overwrite` is not set, or where another process is writing the same output.
+    name: of these files, and of those that `finish` makes, without suffix.
     """
 
-    def __init__(self, prefix: str, dtype: np.dtype, *, overwrite: bool = False) -> None:
-        self.prefix = prefix
+    def __init__(self, job: Unfinished, name: str, dtype: np.dtype) -> None:
         self.dtype = np.dtype(dtype)
-        self.num_documents = 0
-        self.num_tokens = 0
-        self._lengths: list[np.ndarray] = []
-        existing = [prefix + suffix for suffix in SUFFIXES if os.path.exists(prefix + suffix)]
-        if existing and not overwrite:
-            raise UserError(
-                f"{existing[0]} is there already: choose another --output-prefix, or --overwrite"
-            )
-        writable_folder("--output-prefix", Path(prefix).parent)
-        # Opened for appending, so that a file another process is writing is not cut before the
-        # lock says so; what a killed process left behind is.
-        self._bin = open(self._partial(".bin"), "ab")  # noqa: SIM115, closed by __exit__
-        try:
-            fcntl.flock(self._bin, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._bin.close()
-            raise UserError(f"another process is writing {prefix}.bin") from None
-        except OSError:
-            pass  # some network file systems have no locks
-        if not self._still_named():  # another process has finished between the two lines above
-            self._bin.close()
-            raise UserError(f"another process has written {prefix}.bin")
-        self._bin.truncate(0)
+        self._folder, self._name = job.folder, name
+        self._tokens = job.file(name + ".bin")
+        self._lengths = job.file(name + ".lengths")
 
-    def __enter__(self) -> "DocumentWriter":
-        return self
+    @property
+    def num_documents(self) -> int:
+        return self._lengths.size // 4
 
-    def __exit__(self, *exception) -> None:
-        """Removes the partial files, if commit() did not rename them."""
-        for suffix in SUFFIXES:
-            Path(self._partial(suffix)).unlink(missing_ok=True)
-        self._bin.close()  # only now, since closing gives up the lock
+    @property
+    def num_tokens(self) -> int:
+        return self._tokens.size // self.dtype.itemsize
+
+    @property
+    def size(self) -> int:
+        """Bytes written."""
+        return self._tokens.size + self._lengths.size
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Appends documents of one sequence each.
 
-        tokens: (sum(lengths),) of the writer's dtype. lengths: integers, tokens per document.
+        tokens: (sum(lengths),) of this dtype. lengths: integers, tokens per document.
         """
         lengths = np.asarray(lengths, dtype=np.int64)
         if lengths.size and lengths.max() > np.iinfo(np.int32).max:
             raise UserError(f"a document of {lengths.max():,} tokens: the format ends at 2^31 - 1")
         assert tokens.dtype == self.dtype and tokens.size == lengths.sum()
-        self._bin.write(np.ascontiguousarray(tokens).data)
-        self._lengths.append(lengths.astype(np.int32))
-        self.num_documents += len(lengths)
-        self.num_tokens += tokens.size
+        self._tokens.write(np.ascontiguousarray(tokens))
+        self._lengths.write(lengths.astype(np.int32))
+
+    def finish(self, description: dict) -> None:
+        """Writes the index, and a description with the counts of documents and tokens, the longest
+        document and the histogram of lengths. description: JSON-able."""
+        index = self._folder / (self._name + ".idx")
+        with disk_errors(index), open(index, "wb") as file:
+            self._write_index(file)
+            file.flush()
+            os.fsync(file.fileno())
+        longest, histogram = 0, np.zeros(32, np.int64)
+        for lengths in self._read_lengths():
+            longest = max(longest, int(lengths.max()))
+            # frexp's exponent of n is the number of its binary digits.
+            histogram += np.bincount(np.frexp(lengths.astype(float))[1], minlength=32)
+        counts = {
+            "documents": self.num_documents,
+            "tokens": self.num_tokens,
+            "longest_document": longest,
+            "length_histogram": {
+                # From 0, from 1, from 2, from 4, ...: the least length of each bucket.
+                str(2**digits // 2): int(histogram[digits])
+                for digits in range(32)
+                if histogram[digits]
+            },
+        }
+        path = self._folder / (self._name + ".json")
+        with disk_errors(path):
+            write_durably(path, counts | description)
+
+    def moves(self, prefix: str) -> list[tuple[str, str]]:
+        """What `Unfinished.give_names` is to do, for the files to be PREFIX.bin, .json and .idx."""
+        return [(self._name + suffix, prefix + suffix) for suffix in SUFFIXES]
+
+    def _read_lengths(self) -> Iterator[np.ndarray]:
+        with open(self._lengths.path, "rb") as file:
+            while len(lengths := np.fromfile(file, np.int32, _CHUNK)):
+                yield lengths
+
+    def _write_index(self, file: BinaryIO) -> None:
+        code = next(code for code, dtype in DTYPES.items() if dtype == self.dtype)
+        documents = self.num_documents
+        file.write(HEADER.pack(MAGIC, VERSION, code, documents, documents + 1))
+        for lengths in self._read_lengths():
+            file.write(lengths.data)
+        end = 0
+        for lengths in self._read_lengths():
+            ends = end + np.cumsum(lengths, dtype=np.int64)
+            file.write(((ends - lengths) * self.dtype.itemsize).data)
+            end = int(ends[-1])
+        for first in range(0, documents + 1, _CHUNK):
+            last = min(first + _CHUNK, documents + 1)
+            file.write(np.arange(first, last, dtype=np.int64).data)
+
+
+class DocumentWriter(GrowingDocuments):
+    """Writes documents to PREFIX.bin, PREFIX.idx and PREFIX.json (a description), in one go.
+
+    Everything is written aside and gets its name in commit(). Use as a context manager: without a
+    commit nothing remains. Raises UserError where an output exists and `overwrite` is not set, or
+    where another process is writing the same output.
+    """
+
+    def __init__(self, prefix: str, dtype: np.dtype, *, overwrite: bool = False) -> None:
+        refuse_existing([prefix], overwrite)
+        self.prefix = prefix
+        self._job = Unfinished(prefix, {"a job": "in one go"}, overwrite=overwrite, anew=True)
+        super().__init__(self._job, os.path.basename(prefix), dtype)
+
+    def __enter__(self) -> DocumentWriter:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._job.__exit__(*exception)
 
     def commit(self, description: dict) -> None:
         """Makes the files durable and gives them their names. description: JSON-able, becomes
-        PREFIX.json together with the counts of documents and tokens."""
-        counts = {"documents": self.num_documents, "tokens": self.num_tokens}
-        _make_durable(self._bin)
-        with open(self._partial(".json"), "w", encoding="utf-8") as file:
-            json.dump(counts | description, file, indent=2)
-            file.write("\n")
-            _make_durable(file)
-        with open(self._partial(".idx"), "wb") as file:
-            self._write_index(file)
-            _make_durable(file)
-        # Without an index the old files are not taken for the new ones, wherever this stops.
-        Path(self.prefix + ".idx").unlink(missing_ok=True)
-        for suffix in SUFFIXES:
-            os.replace(self._partial(suffix), self.prefix + suffix)
-        folder = os.open(Path(self.prefix).parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-    def _partial(self, suffix: str) -> str:
-        return f"{self.prefix}{suffix}.partial"
-
-    def _still_named(self) -> bool:
-        try:
-            return os.path.samestat(os.fstat(self._bin.fileno()), os.stat(self._partial(".bin")))
-        except FileNotFoundError:
-            return False
-
-    def _write_index(self, file) -> None:
-        lengths = np.concatenate([np.zeros(0, np.int32), *self._lengths])
-        code = next(code for code, dtype in DTYPES.items() if dtype == self.dtype)
-        file.write(HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1))
-        file.write(lengths.data)
-        ends = np.cumsum(lengths, dtype=np.int64)
-        file.write(((ends - lengths) * self.dtype.itemsize).data)
-        file.write(np.arange(len(lengths) + 1, dtype=np.int64).data)
+        PREFIX.json together with what `finish` adds."""
+        self._job.make_durable()
+        self.finish(description)
+        self._job.plan_names(self.moves(self.prefix))
+        self._job.give_names()
 
 
-def _make_durable(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def refuse_existing(prefixes: list[str], overwrite: bool) -> None:
+    """Raises UserError where an output is there already that is not to be replaced."""
+    paths = [prefix + suffix for prefix in prefixes for suffix in SUFFIXES]
+    existing = [path for path in paths if os.path.exists(path)]
+    if existing and not overwrite:
+        raise UserError(
+            f"{existing[0]} is there already: choose another --output-prefix, or --overwrite"
+        )

@@ -59,19 +59,24 @@ def test_round_trip_of_every_document(tmp_path, corpus, corpus_texts, tokenizer_
     tokens = np.fromfile(f"{prefix}.bin", np.uint16)
     sidecar = json.loads(Path(f"{prefix}.json").read_text())
     size = sum(len(text.encode()) for text in corpus_texts)
-    assert sidecar == {
-        "documents": len(corpus_texts),
-        "tokens": len(tokens),
-        "bytes": size,
-        "longest_document": int(dataset.sequence_lengths.max()),
-        "max_token_id": int(tokens.max()),
-        "tokenizer_type": "SentencePieceTokenizer",
-        "vocab_size": 1024,
-        "eod": 1,
-        "append_eod": True,
-        "prepend_bos": False,
-        "version": 1,
-    }
+    assert (
+        sidecar.items()
+        >= {
+            "documents": len(corpus_texts),
+            "tokens": len(tokens),
+            "bytes": size,
+            "longest_document": int(dataset.sequence_lengths.max()),
+            "max_token_id": int(tokens.max()),
+            "tokenizer_type": "SentencePieceTokenizer",
+            "tokenizer_model": tokenizer_model,
+            "tokenizer_sha256": tokenizer.fingerprint,
+            "vocab_size": 1024,
+            "eod": 1,
+            "append_eod": True,
+            "prepend_bos": False,
+            "version": 2,
+        }.items()
+    )
     assert f"{len(corpus_texts)} documents, {len(tokens):,} tokens, {size:,} bytes" in done.stdout
     assert f"{size / len(tokens):.3f} bytes per token" in done.stdout
     assert "0 documents skipped" in done.stdout
@@ -157,7 +162,7 @@ def test_large_vocabularies_are_int32(tmp_path, monkeypatch):
     from megalong.progress import progress_bar
 
     class Large:
-        vocab_size, eod = 65_500, 65_499
+        vocab_size, eod, fingerprint = 65_500, 65_499, "f"
 
         def encode(self, text):
             return [65_498] * len(text)
@@ -214,7 +219,7 @@ def long_job(tmp_path, corpus, tokenizer_model, start_tool):
     """Starts a run of some seconds with two workers; gives it once it has begun to write."""
     for i in range(30):
         os.symlink(corpus, tmp_path / f"{i}.jsonl")
-    partial = tmp_path / "out" / "x_text_document.bin.partial"
+    partial = tmp_path / "out" / "x.unfinished" / "x_text_document.bin"
     arguments = (
         *("--input", tmp_path / "*.jsonl", "--output-prefix", tmp_path / "out" / "x"),
         *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer_model),
@@ -248,7 +253,7 @@ def test_a_killed_run_leaves_nothing_under_the_final_name(tmp_path, long_job, ru
     assert len(workers) == 2
     process.kill()
     process.wait()
-    assert not {name for name in names(tmp_path / "out") if not name.endswith(".partial")}
+    assert not {name for name in names(tmp_path / "out") if not name.endswith(".unfinished")}
     wait_for(lambda: not any(map(is_running, workers)))  # nobody is left waiting for it
 
     path = write_jsonl(tmp_path / "short.json", [{"text": "x"}])
@@ -283,4 +288,4 @@ def test_two_runs_do_not_write_the_same_output(tmp_path, long_job, run_tool):
     process, arguments = long_job
     done = run_tool(TOOL, *arguments)
     assert done.returncode == 2 and "another process is writing" in done.stderr
-    assert process.poll() is None and names(tmp_path / "out") == {"x_text_document.bin.partial"}
+    assert process.poll() is None and names(tmp_path / "out") == {"x.unfinished"}

@@ -1,0 +1,179 @@
+"""What preprocessing writes for one key of the texts: tokens, and what is to be known of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from megalong.data.repeats import SeenTexts
+from megalong.data.unfinished import Unfinished, disk_errors
+from megalong.data.writer import GrowingDocuments
+
+LISTED = 100  # so many inputs or broken documents stand in the sidecar itself
+HASHES, SKIPPED, INPUTS = ".hashes", ".skipped.jsonl", ".inputs.jsonl"
+# Of every document: the hash of its text, and the text's bytes.
+HASHED = np.dtype([("hash", "<u8", 2), ("bytes", "<i8")])
+
+
+class Problem(NamedTuple):
+    """A document that was left out because it is broken. key: the one that it is left out of; None:
+    of all of them."""
+
+    file: str
+    line: int | None
+    reason: str
+    key: str | None = None
+
+    def __str__(self) -> str:
+        place = self.file if self.line is None else f"{self.file}:{self.line}"
+        return f"{place}: {self.reason}"
+
+
+@dataclass
+class KeyResult:
+    """The documents of one key in a batch: tokens back to back, and for each the number of its
+    tokens, and the hash and the bytes of its text (HASHED). empty, short: left out."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    texts: np.ndarray
+    empty: int = 0
+    short: int = 0
+
+
+@dataclass
+class KeySummary:
+    """What was written for one key. bytes: UTF-8 bytes of the texts.
+
+    broken, empty, short: documents left out. repeats, repeated_tokens: documents whose text has
+    come before, and their tokens; left out too where `deduplicate`.
+    """
+
+    prefix: str
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    broken: int = 0
+    empty: int = 0
+    short: int = 0
+    repeats: int = 0
+    repeated_tokens: int = 0
+    deduplicate: bool = False
+    max_token_id: int = -1
+    longest: int = 0
+    listed: list[dict] = field(default_factory=list)  # of the broken ones, the first
+
+    def add_problem(self, problem: dict) -> None:
+        self.broken += 1
+        if len(self.listed) < LISTED:
+            self.listed.append(problem)
+
+    def left_out(self) -> dict[str, int]:
+        repeated = self.repeats if self.deduplicate else 0
+        counts = {"broken": self.broken, "empty": self.empty, "short": self.short}
+        return counts | {"repeated": repeated}
+
+
+class Output:
+    """The files of one key in the folder of an unfinished job; goes on with what is there.
+
+    summary: of what is there. keep_hashes: with the file PREFIX.hashes, for a merge.
+    """
+
+    def __init__(
+        self, job: Unfinished, summary: KeySummary, dtype: np.dtype, *, keep_hashes: bool
+    ) -> None:
+        self.summary, self._job, self._keep_hashes = summary, job, keep_hashes
+        self._name = os.path.basename(summary.prefix)
+        self._documents = GrowingDocuments(job, self._name, dtype)
+        self._hashes = job.file(self._name + HASHES)
+        self._skipped = job.file(self._name + SKIPPED)
+        self._seen = SeenTexts()
+        for texts in read_texts(self._hashes.path):
+            self._seen.add(texts["hash"])
+
+    @property
+    def size(self) -> int:
+        """Bytes written."""
+        return self._documents.size + self._hashes.size + self._skipped.size
+
+    def add(self, part: KeyResult) -> None:
+        """Appends documents, but for those whose text has come before where these are left out."""
+        summary, tokens, lengths, texts = self.summary, part.tokens, part.lengths, part.texts
+        new = self._seen.add(texts["hash"])
+        if not new.all():
+            summary.repeats += int((~new).sum())
+            summary.repeated_tokens += int(lengths[~new].sum())
+            if summary.deduplicate:
+                tokens, lengths, texts = tokens[np.repeat(new, lengths)], lengths[new], texts[new]
+        self._documents.add(tokens, lengths)
+        self._hashes.write(texts)
+        summary.documents += len(lengths)
+        summary.tokens += len(tokens)
+        summary.bytes += int(texts["bytes"].sum())
+        summary.empty += part.empty
+        summary.short += part.short
+        if len(tokens):
+            summary.max_token_id = max(summary.max_token_id, int(tokens.max()))
+            summary.longest = max(summary.longest, int(lengths.max()))
+
+    def skip(self, problem: dict) -> None:
+        """Notes a broken document: "file", "line", "reason"."""
+        self.summary.add_problem(problem)
+        self._skipped.write(json.dumps(problem).encode() + b"\n")
+
+    def finish(self, description: dict, inputs: Path) -> tuple[list[tuple[str, str]], list[str]]:
+        """Writes what comes at the end; gives what `Unfinished.give_names` is to do.
+
+        description: for the sidecar, besides what is counted here. inputs: JSON lines of them.
+        """
+        summary = self.summary
+        moves, obsolete = [], []
+
+        def keep(suffix: str, keeps: bool) -> None:
+            if keeps:
+                moves.append((self._name + suffix, summary.prefix + suffix))
+            else:
+                obsolete.append(summary.prefix + suffix)
+
+        files, listed = 0, []
+        path = self._job.folder / (self._name + INPUTS)
+        with disk_errors(path), open(inputs, "rb") as source, open(path, "wb") as copy:
+            for line in source:
+                files += 1
+                copy.write(line)
+                if files <= LISTED:
+                    listed.append(json.loads(line))
+            copy.flush()
+            os.fsync(copy.fileno())
+        keep(INPUTS, files > LISTED)
+        keep(SKIPPED, summary.broken > LISTED)
+        keep(HASHES, self._keep_hashes)
+        self._documents.finish(
+            {
+                "bytes": summary.bytes,
+                "max_token_id": summary.max_token_id,
+                "repeats": {"documents": summary.repeats, "tokens": summary.repeated_tokens},
+                "left_out": summary.left_out(),
+            }
+            | description
+            | {
+                "inputs": listed,
+                "inputs_in_all": files,
+                "skipped": summary.listed,
+            }
+        )
+        return moves + self._documents.moves(summary.prefix), obsolete
+
+
+def read_texts(path: Path) -> Iterator[np.ndarray]:
+    """The records of a .hashes file, some at a time: HASHED (n,)."""
+    with open(path, "rb") as file:
+        while len(texts := np.fromfile(file, HASHED, 1 << 18)):
+            yield texts
