@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
 from megalong.command_line import ArgumentParser, run
-from megalong.data.documents import BrokenDocument, find_files
+from megalong.data.documents import BrokenDocument, Reading
+from megalong.data.files import find_files
 from megalong.data.formats import raw_documents
 from megalong.data.formats import texts as texts_of
 from megalong.disk import writable_folder
@@ -100,10 +101,11 @@ def main() -> None:
 def _read(file: str, max_bytes: int | None) -> Iterator[str]:
     """The documents of a file, as far as its first max_bytes of text. Raises UserError for a broken
     one: without it the numbers would be others."""
+    reading = Reading()
     left = sys.maxsize if max_bytes is None else max_bytes
     try:
-        for document in raw_documents(file, ["text"], lambda line: print(line, file=sys.stderr)):
-            text = texts_of(document, ["text"]).get("text", "")
+        for document in raw_documents(file, reading, lambda line: print(line, file=sys.stderr)):
+            text = texts_of(document, reading).get("text", "")
             if isinstance(text, BrokenDocument):
                 raise text
             content = text.encode()[:left]

@@ -4,11 +4,13 @@
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model --append-eod
 
 writes data/stdlib_text_document.bin, .idx, and .json (counts, inputs, tokenizer); train on it with
---data-path data/stdlib_text_document. Inputs are files, folders or glob patterns: JSON lines
-(.jsonl, .json, .ndjson, and what holds them under another name), one document a line, and anything
-else as plain text, one document a file; .gz of either. What is broken is named on standard error,
-skipped and counted; --strict makes it an error. The output has its final name only when it is
-complete. It does not depend on --workers.
+--data-path data/stdlib_text_document. Inputs are files, folders, glob patterns or standard input
+(-): JSON lines (.jsonl, .json, .ndjson, and what holds them under another name), one document a
+line; Parquet, one document a row; anything else as plain text, one document a file; compressed or
+not (.gz, .zst, .xz, .bz2). Of source code --documents makes one document a file or a repository.
+What is broken is named on standard error, skipped and counted; --strict makes it an error. The
+output has its final name only when it is complete. It does not depend on --workers, nor on
+--tokenizer-backend: a faster library is used where it gives the same ids.
 A run that was killed, or whose disk was full, goes on when the same command is given again, from
 the last finished part in PREFIX.unfinished. --partition k/n takes one of n shares of the input, for
 an array job; tools/merge_datasets.py makes one output of them.
@@ -18,7 +20,6 @@ Exit status: 0, or 2 after an error.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from pathlib import Path
@@ -27,6 +28,8 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
 from megalong.command_line import ArgumentParser, run
+from megalong.data.backend import BACKENDS
+from megalong.data.reading_flags import add_reading_flags, reading_of
 from megalong.data.tokenizer import TOKENIZERS
 from megalong.errors import UserError
 from megalong.wording import counted
@@ -37,14 +40,8 @@ if TYPE_CHECKING:
 
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
+    add_reading_flags(parser)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help="files, folders, or glob patterns")
-    add(
-        "--json-keys",
-        nargs="+",
-        default=["text"],
-        help="keys of JSON lines; one output each. Plain text goes to the first",
-    )
     add("--output-prefix", required=True, help="writes PREFIX_KEY_document.bin, .idx and .json")
     add(
         "--tokenizer-type",
@@ -52,7 +49,18 @@ def parse_arguments() -> argparse.Namespace:
         choices=list(TOKENIZERS),
         help="kind of tokenizer",
     )
-    add("--tokenizer-model", help="SentencePiece: the .model file; Hugging Face: a local folder")
+    add(
+        "--tokenizer-model",
+        help="SentencePiece: the .model file; Hugging Face: a local folder; tiktoken: a .tiktoken"
+        " file, or a .json that describes an encoding",
+    )
+    add(
+        "--tokenizer-backend",
+        choices=BACKENDS,
+        default="auto",
+        help="fast: gigatoken, if it gives the same ids for a sample of the input, else an error;"
+        " auto: it or else the usual library",
+    )
     add("--append-eod", action="store_true", help="end every document with the eod token")
     add(
         "--prepend-bos",
@@ -94,7 +102,7 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def print_summary(summary: Summary) -> None:
+def print_summary(summary: Summary, kind: str) -> None:
     from megalong.progress import human_bytes
 
     for part in summary.keys.values():
@@ -113,17 +121,20 @@ def print_summary(summary: Summary) -> None:
             )
     size = sum(part.bytes for part in summary.keys.values())
     seconds = max(summary.seconds, 1e-9)
+    left_out = "".join(
+        f", {counted(number, what)} left out" for what, number in sorted(summary.left_out.items())
+    )
     lost = f", and the rest of {counted(summary.cut_short, 'file')}" if summary.cut_short else ""
     print(
-        f"{counted(summary.files, 'file')},"
-        f" {counted(summary.skipped, 'document')} skipped{lost},"
+        f"{counted(summary.files, kind)},"
+        f" {counted(summary.skipped, 'document')} skipped{lost}{left_out},"
         f" {summary.seconds:.1f} s ({human_bytes(size / seconds)}/s)"
     )
 
 
 def main() -> int | None:
     args = parse_arguments()
-    from megalong.data.documents import find_files
+    from megalong.data.files import find_files, total_size
     from megalong.data.partition import partition
     from megalong.data.preprocess import TokenizingTask, goes_on, preprocess
     from megalong.progress import progress_bar
@@ -133,17 +144,18 @@ def main() -> int | None:
     task = TokenizingTask(
         args.tokenizer_type,
         args.tokenizer_model,
-        tuple(args.json_keys),
+        reading_of(args),
         append_eod=args.append_eod,
         prepend_bos=args.prepend_bos,
         min_tokens=args.min_tokens,
         deduplicate=args.deduplicate,
+        backend=args.tokenizer_backend,
     )
     try:
-        files, share = find_files(args.input), None
+        files, share = find_files(args.input, args.documents), None
         if args.partition:
             files, share = partition(files, args.partition)
-        with progress_bar(sum(map(os.path.getsize, files)), "B", "tokenizing") as progress:
+        with progress_bar(total_size(files), "B", "tokenizing") as progress:
             summary = preprocess(
                 files,
                 args.output_prefix,
@@ -160,7 +172,7 @@ def main() -> int | None:
         left = goes_on(unfinished) if unfinished.exists() else "nothing was written"
         print(f"interrupted: {left}", file=sys.stderr)
         return 130
-    print_summary(summary)
+    print_summary(summary, "folder" if args.documents == "repository" else "file")
     return None
 
 

@@ -2,10 +2,8 @@
 
     python tools/train_tokenizer.py --input stdlib.jsonl --output-prefix tokenizer --vocab-size 4096
 
-writes tokenizer.model. Inputs are files, folders or globs: JSON lines (.jsonl, .json, .ndjson, and
-what holds them under another name; the texts under --json-keys), anything else is plain text; .gz
-of either. The tokenizer is lossless (every
-text comes back unchanged), ends documents with <eod>, and the same input gives the same file.
+writes tokenizer.model. Inputs are those of tools/preprocess_data.py. The tokenizer is lossless
+(every text comes back unchanged), ends documents with <eod>, and is the same for the same input.
 Use it with --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model.
 """
 
@@ -22,8 +20,10 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
 from megalong.command_line import ArgumentParser, run
-from megalong.data.documents import BrokenDocument, Remarks, find_files
+from megalong.data.documents import BrokenDocument, LeftOut, Reading, Remarks
+from megalong.data.files import find_files, total_size
 from megalong.data.formats import raw_documents, texts
+from megalong.data.reading_flags import add_reading_flags, reading_of
 from megalong.errors import UserError
 from megalong.wording import counted
 
@@ -33,11 +33,10 @@ if TYPE_CHECKING:
 
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
+    add_reading_flags(parser)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help="files, folders, or glob patterns")
     add("--output-prefix", required=True, help="writes PREFIX.model")
     add("--vocab-size", type=int, required=True, help="number of ids, special ones included")
-    add("--json-keys", nargs="+", default=["text"], help="keys of JSON lines whose text is used")
     add(
         "--character-coverage",
         type=float,
@@ -65,16 +64,18 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_texts(
-    files: list[str], json_keys: list[str], progress: tqdm, remarks: Remarks
+    files: list[str], reading: Reading, progress: tqdm, remarks: Remarks
 ) -> Iterator[str]:
     """Yields every text of the files; says what is broken and goes on."""
     for file in files:
-        for document in raw_documents(file, json_keys, remarks.say):
+        for document in raw_documents(file, reading, remarks.say):
             try:
-                values = texts(document, json_keys).values()
+                values = texts(document, reading).values()
             except BrokenDocument as error:
                 values = [error]
             for value in values:
+                if isinstance(value, LeftOut):
+                    continue
                 if isinstance(value, BrokenDocument):
                     remarks.skip(value)
                 else:
@@ -84,7 +85,7 @@ def read_texts(
 
 def main() -> None:
     args = parse_arguments()
-    from megalong.data.tokenizer import SentencePieceTokenizer
+    from megalong.data.sentencepiece_tokenizer import SentencePieceTokenizer
     from megalong.data.tokenizer_training import sample_chunks, train_sentencepiece
     from megalong.disk import writable_folder
     from megalong.progress import human_bytes, progress_bar, stopwatch
@@ -96,10 +97,10 @@ def main() -> None:
             f"{output} is there already: choose another --output-prefix, or --overwrite"
         )
     writable_folder("--output-prefix", output.parent)
-    files = find_files(args.input)
-    with progress_bar(sum(map(os.path.getsize, files)), "B", "reading") as progress:
+    files = find_files(args.input, args.documents)
+    with progress_bar(total_size(files), "B", "reading") as progress:
         remarks = Remarks(progress)
-        found = read_texts(files, args.json_keys, progress, remarks)
+        found = read_texts(files, reading_of(args), progress, remarks)
         chunks = sample_chunks(found, args.max_bytes, args.seed)
     size = human_bytes(sum(len(chunk.encode()) for chunk in chunks))
     with stopwatch(f"training {args.vocab_size:,} ids on {size} of text"):

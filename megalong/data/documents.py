@@ -1,49 +1,60 @@
-"""Text documents on their way in: which files there are, and what is read from one.
+"""Text documents on their way in: what is read, and what is odd in it.
 
-The formats of the files: `megalong.data.formats`.
+Which files there are: `megalong.data.files`. The formats of the files: `megalong.data.formats`.
 """
 
 from __future__ import annotations
 
-import glob
-import gzip
-import os
 import sys
-import zlib
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
-from megalong.errors import UserError
+from megalong.data.files import COMPRESSIONS, STANDARD_INPUT
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-# What reading a file may raise, where it is damaged or cannot be read.
-UNREADABLE = (OSError, EOFError, zlib.error)
-
-# How compressed files begin, and the suffixes of those that are not read.
-_COMPRESSED = {
-    b"\x1f\x8b": "gzip, without a name in .gz",
-    b"\x28\xb5\x2f\xfd": "Zstandard, which is not supported yet",
-    b"\xfd7zXZ": "xz, which is not supported",
-    b"BZh": "bzip2, which is not supported",
-    b"PK\x03\x04": "zip, which is not supported",
-}
-_NOT_SUPPORTED = (".zst", ".xz", ".bz2", ".lz4", ".zip")
-_TEXTS = (".jsonl", ".json", ".ndjson", ".txt")
 NAMED_REMARKS = 100  # so many are said one by one
+
+# What is a document: "auto": a line of JSON lines, a row of Parquet, any other file; "file" and
+# "repository": of source code, where a file is plain text whatever its name.
+DOCUMENTS = ("auto", "file", "repository")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are read.
+
+    json_keys: keys of JSON lines and columns of Parquet with text; any other text has the first.
+    documents: one of DOCUMENTS. max_file_size: bytes; larger files of source code are left out.
+    """
+
+    json_keys: tuple[str, ...] = ("text",)
+    documents: str = "auto"
+    max_file_size: int = 1 << 20
 
 
 class BrokenDocument(ValueError):
     """A document that cannot be used, and is left out. The message says where it is and why."""
 
 
+class LeftOut(BrokenDocument):
+    """A file that is not meant to be read, as binary ones among source code. kind: what it is, in
+    the singular: "binary file"."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 class RawDocument(NamedTuple):
     """A document not yet decoded.
 
-    format: of the file, by its name in `megalong.data.formats`. path: the file.
-    line: its line number, from 1, or None for a file that is one document.
-    data: its bytes, as the format has cut them out; None where `texts` is to read the file itself.
+    format: of the file, by its name in `megalong.data.formats`. path: the file, or the folder.
+    line: its line number (in Parquet: row), from 1, or None for a file that is one document.
+    data: its bytes, as the format has cut them out, or those of each of its texts (None: there is
+        none); None where `texts` is to read the file itself.
     error: why the rest of the file cannot be read, None for a document in order.
     size: bytes of the file on disk that it accounts for (compressed bytes for .gz).
     """
@@ -51,13 +62,23 @@ class RawDocument(NamedTuple):
     format: str
     path: str
     line: int | None
-    data: bytes | None
+    data: bytes | Mapping[str, bytes | None] | None
     error: str | None
     size: int
 
     @property
     def place(self) -> str:
-        return self.path if self.line is None else f"{self.path}:{self.line}"
+        path = "standard input" if self.path == STANDARD_INPUT else self.path
+        return path if self.line is None else f"{path}:{self.line}"
+
+    @property
+    def weight(self) -> int:
+        """Bytes of text, about."""
+        if self.data is None:
+            return self.size
+        if isinstance(self.data, bytes):
+            return len(self.data)
+        return sum(len(data or b"") for data in self.data.values())
 
 
 class Remarks:
@@ -87,56 +108,13 @@ class Remarks:
         self.say(f"skipped {problem}")
 
 
-def find_files(inputs: list[str]) -> list[str]:
-    """The files that files, folders (searched for files at any depth) and glob patterns name.
-
-    In the order of `inputs`, sorted inside a folder or pattern, each file once. Hidden files and
-    folders inside a folder are left out. Raises UserError for an input that names nothing, and for
-    compressed text that cannot be read.
-    """
-    files: list[str] = []
-    for name in inputs:
-        if os.path.isfile(name):
-            files.append(name)
-            continue
-        matches = [name] if os.path.isdir(name) else sorted(glob.glob(name, recursive=True))
-        found = [file for match in matches for file in _files_below(match)]
-        if not found:
-            what = "an empty folder" if os.path.isdir(name) else "no such file, folder or match"
-            raise UserError(f"--input {name}: {what}")
-        files += found
-    for file in files:
-        name, suffix = os.path.splitext(file.lower())
-        if suffix in _NOT_SUPPORTED and (file in inputs or name.endswith(_TEXTS)):
-            raise UserError(
-                f"--input {file}: {suffix} is not supported: decompress it, or compress it with"
-                " gzip, as .gz"
-            )
-    return list(dict.fromkeys(files))
-
-
-def _files_below(path: str) -> list[str]:
-    if os.path.isfile(path):
-        return [path]
-    return [
-        str(file)
-        for file in sorted(Path(path).rglob("*"))
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
-
-
-def decompressed(on_disk: BinaryIO, path: str) -> BinaryIO:
-    """The content of an open file: what it unpacks to, if its name ends in .gz."""
-    return gzip.GzipFile(fileobj=on_disk) if path.lower().endswith(".gz") else on_disk
-
-
 def as_text(data: bytes, document: RawDocument) -> str:
     """Bytes as UTF-8. Raises BrokenDocument."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 (byte {error.start})"
-        for begin, kind in _COMPRESSED.items():
-            if data.startswith(begin):
-                problem = f"compressed with {kind}"
+        for compression in COMPRESSIONS:
+            if data.startswith(compression.magic):
+                problem = f"compressed with {compression.name}, {compression.advice}"
         raise BrokenDocument(f"{document.place}: {problem}") from None

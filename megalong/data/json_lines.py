@@ -3,15 +3,11 @@
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator
 
-from megalong.data.documents import (
-    UNREADABLE,
-    BrokenDocument,
-    RawDocument,
-    as_text,
-    decompressed,
-)
+from megalong.data.documents import BrokenDocument, RawDocument, Reading, as_text
+from megalong.data.files import UNREADABLE, decompressed, open_file, without_compression
 
 NAME = "JSON lines"
 _KINDS = {
@@ -19,14 +15,17 @@ _KINDS = {
     bool: "a truth value", type(None): "null",
 }  # fmt: skip
 _LONGEST_FIRST_LINE = 1 << 24  # bytes, of a file whose name does not say what it is
+_LONGEST_LINE = 1 << 30  # bytes; whatever is longer has no lines
 
 
-def raw_documents(path: str) -> Iterator[RawDocument]:
+def raw_documents(path: str, reading: Reading) -> Iterator[RawDocument]:
     """The lines of a file."""
     line, position = 0, 0
     try:
-        with open(path, "rb") as on_disk, decompressed(on_disk, path) as lines:
-            for data in lines:
+        with open_file(path) as on_disk, decompressed(on_disk, path) as lines:
+            while data := lines.readline(_LONGEST_LINE):
+                if len(data) == _LONGEST_LINE:
+                    raise EOFError(f"a line of more than {_LONGEST_LINE:,} bytes")
                 line += 1
                 size = len(data) if lines is on_disk else on_disk.tell() - position
                 position += size
@@ -34,6 +33,18 @@ def raw_documents(path: str) -> Iterator[RawDocument]:
     except UNREADABLE as error:
         lost = f"unreadable from here on ({error}): all further documents of the file are lost"
         yield RawDocument(NAME, path, line + 1, None, lost, 0)
+
+
+def raw_documents_from(path: str, reading: Reading, share: float) -> Iterator[RawDocument]:
+    """The lines behind this share of a file, or all lines of a compressed one."""
+    if without_compression(path)[1]:
+        yield from raw_documents(path, reading)
+        return
+    with contextlib.suppress(*UNREADABLE), open_file(path) as lines:
+        lines.seek(int(os.path.getsize(path) * share))
+        lines.readline(_LONGEST_LINE)
+        while data := lines.readline(_LONGEST_LINE):
+            yield RawDocument(NAME, path, None, data, None, len(data))
 
 
 def first_object(path: str) -> dict | None:
@@ -50,8 +61,8 @@ def first_object(path: str) -> dict | None:
     return None
 
 
-def texts(document: RawDocument, keys: Sequence[str]) -> dict[str, str | BrokenDocument]:
-    """The texts of a line's object under these keys. A blank line has none."""
+def texts(document: RawDocument, reading: Reading) -> dict[str, str | BrokenDocument]:
+    """The texts of a line's object. A blank line has none."""
     text = as_text(document.data, document)
     if document.line == 1:
         text = text.removeprefix("\ufeff")  # a byte order mark is no part of JSON
@@ -65,7 +76,7 @@ def texts(document: RawDocument, keys: Sequence[str]) -> dict[str, str | BrokenD
         raise BrokenDocument(
             f"{document.place}: a JSON object is expected, not {_KINDS[type(record)]}"
         )
-    return {key: _value(record, key, document) for key in keys}
+    return {key: _value(record, key, document) for key in reading.json_keys}
 
 
 def _value(record: dict, key: str, document: RawDocument) -> str | BrokenDocument:

@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 
+from megalong.data.files import total_size
 from megalong.errors import UserError
 
 
@@ -32,10 +33,10 @@ def partition(files: list[str], share: str) -> tuple[list[str], Partition]:
     number, count = map(int, match.groups()) if match else (0, 0)
     if not 1 <= number <= count:
         raise UserError(f"--partition {share}: k/n is expected, with k from 1 to n")
-    pipes = [file for file in files if not os.path.isfile(file)]
+    pipes = [file for file in files if not (os.path.isfile(file) or os.path.isdir(file))]
     if pipes:
         raise UserError(f"--partition {share}: {pipes[0]} is no file, and cannot be cut by size")
-    sizes = [os.path.getsize(file) for file in files]
+    sizes = [total_size([file]) or 0 for file in files]
     digest = hashlib.sha256(repr(list(zip(files, sizes, strict=True))).encode()).hexdigest()
     total, end, chosen = sum(sizes), 0, []
     for file, size in zip(files, sizes, strict=True):

@@ -1,29 +1,34 @@
 """Plain text: one document a file."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from megalong.data.documents import (
-    UNREADABLE,
-    BrokenDocument,
-    RawDocument,
-    as_text,
-    decompressed,
-)
+from megalong.data.documents import BrokenDocument, RawDocument, Reading, as_text
+from megalong.data.files import STANDARD_INPUT, UNREADABLE, decompressed, open_file
 
 NAME = "plain text"
 
 
-def raw_documents(path: str) -> Iterator[RawDocument]:
-    """The file itself, which `texts` reads."""
-    yield RawDocument(NAME, path, None, None, None, os.path.getsize(path))
+def raw_documents(path: str, reading: Reading) -> Iterator[RawDocument]:
+    """The file itself, which `texts` reads; standard input is read here."""
+    if path != STANDARD_INPUT:
+        yield RawDocument(NAME, path, None, None, None, os.path.getsize(path))
+        return
+    with open_file(path) as file:
+        data = file.read()
+    yield RawDocument(NAME, path, None, data, None, len(data))
 
 
-def texts(document: RawDocument, keys: Sequence[str]) -> dict[str, str | BrokenDocument]:
+def texts(document: RawDocument, reading: Reading) -> dict[str, str | BrokenDocument]:
     """The file's text, under the first key."""
-    try:
-        with open(document.path, "rb") as on_disk, decompressed(on_disk, document.path) as file:
-            data = file.read()
-    except UNREADABLE as error:
-        raise BrokenDocument(f"{document.path}: unreadable ({error})") from None
-    return {keys[0]: as_text(data, document)}
+    data = document.data
+    if data is None:
+        try:
+            with (
+                open_file(document.path) as on_disk,
+                decompressed(on_disk, document.path) as file,
+            ):
+                data = file.read()
+        except UNREADABLE as error:
+            raise BrokenDocument(f"{document.path}: unreadable ({error})") from None
+    return {reading.json_keys[0]: as_text(data, document)}

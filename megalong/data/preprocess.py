@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,9 @@ import numpy as np
 from tqdm import tqdm
 
 from megalong import __version__
-from megalong.data.documents import BrokenDocument, RawDocument, Remarks
+from megalong.data.backend import with_backend
+from megalong.data.documents import BrokenDocument, LeftOut, RawDocument, Reading, Remarks
+from megalong.data.files import total_size
 from megalong.data.formats import raw_documents, texts
 from megalong.data.input_hashes import InputHashes
 from megalong.data.output import HASHED, KeyResult, KeySummary, Output, Problem
@@ -57,22 +59,29 @@ class TokenizingTask:
     """What is made of the texts.
 
     min_tokens: documents with fewer, all that is added to them counted, are left out.
-    deduplicate: leave out documents whose text has come before.
+    deduplicate: leave out documents whose text has come before. backend: which library makes the
+        tokens (`megalong.data.backend`); they are the same.
     """
 
     tokenizer_type: str
     tokenizer_model: str | None
-    json_keys: tuple[str, ...]
+    reading: Reading
     append_eod: bool
     prepend_bos: bool = False
     min_tokens: int = 1
     deduplicate: bool = False
+    backend: str = "usual"
+
+    @property
+    def json_keys(self) -> tuple[str, ...]:
+        return self.reading.json_keys
 
 
 @dataclass
 class BatchResult:
     keys: dict[str, KeyResult]
     problems: list[Problem]
+    left_out: collections.Counter  # files that are not meant to be read, by what they are
     cut_short: int  # files whose rest cannot be read
     size: int  # bytes on disk
 
@@ -92,12 +101,14 @@ class Batch(NamedTuple):
 
 @dataclass
 class Summary:
-    """bytes_read: of the files on disk. resumed: documents that an earlier run had written."""
+    """left_out: how many files were not meant to be read, by what they are. bytes_read: of the
+    files on disk. resumed: documents that an earlier run had written."""
 
     keys: dict[str, KeySummary]
     files: int
     skipped: int = 0
     cut_short: int = 0  # files whose rest could not be read
+    left_out: dict[str, int] = field(default_factory=dict)
     bytes_read: int = 0
     resumed: int = 0
     seconds: float = 0.0
@@ -136,8 +147,6 @@ def preprocess(
     worker dies (killed, or out of memory).
     """
     start = time.monotonic()
-    if len(set(task.json_keys)) != len(task.json_keys):
-        raise UserError(f"--json-keys {' '.join(task.json_keys)}: a key is named twice")
     tokenizer = build_tokenizer(task.tokenizer_type, task.tokenizer_model)
     if task.prepend_bos and tokenizer.bos is None:
         raise UserError("--prepend-bos: this tokenizer has no beginning-of-text token")
@@ -169,9 +178,12 @@ class _Run:
         prefixes: list[str],
         progress: tqdm,
     ) -> None:
-        self._files, self._task, self._tokenizer = files, task, tokenizer
-        self._partition, self._job, self._progress = partition, job, progress
         self._remarks = Remarks(progress)
+        self._files, self._task = files, task
+        self._tokenizer = with_backend(
+            tokenizer, task.backend, files, task.reading, self._remarks.say
+        )
+        self._partition, self._job, self._progress = partition, job, progress
         self._sizes = [_size(file) for file in files]
         if job.progress:
             self.summary, self._place = _read_progress(job.progress)
@@ -245,6 +257,7 @@ class _Run:
             self._outputs[key].add(part)
         summary.skipped = self._remarks.skipped
         summary.cut_short += result.cut_short
+        summary.left_out = dict(collections.Counter(summary.left_out) + result.left_out)
         summary.bytes_read += result.size
 
     def _finish_part(self, hashes: InputHashes) -> None:
@@ -328,10 +341,12 @@ def _identity(
 ) -> dict:
     """What a run must have in common with the one that it goes on, by flag."""
     names = hashlib.sha256("\0".join(files).encode(errors="surrogateescape")).hexdigest()
+    values = dataclasses.asdict(task)
+    values |= values.pop("reading")
     flags = {
         f"--{name.replace('_', '-')}": value
-        for name, value in dataclasses.asdict(task).items()
-        if name != "tokenizer_model"
+        for name, value in values.items()
+        if name not in ("tokenizer_model", "backend")
     }
     return {
         "--input": f"{counted(len(files), 'file')}, {names[:12]} by their names",
@@ -372,7 +387,7 @@ def _changed_input(folder: Path, progress: dict) -> str | None:
 
 
 def _size(path: str) -> int:
-    return os.path.getsize(path) if os.path.isfile(path) else 0
+    return total_size([path]) or 0
 
 
 def _batches(
@@ -383,14 +398,14 @@ def _batches(
     for number in range(place.file, len(files)):
         position = 0
         hashes.reached(number)
-        found = raw_documents(files[number], task.json_keys, remarks.say)
+        found = raw_documents(files[number], task.reading, remarks.say)
         for count, document in enumerate(found, start=1):
             position += document.size
             if number == place.file and count <= place.documents:
                 hashes.reached(number, position)
                 continue
             batch.append(document)
-            size += document.size if document.data is None else len(document.data)
+            size += document.weight
             if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
                 hashes.reached(number, position)
                 yield Batch(batch, Place(number, count))
@@ -459,24 +474,31 @@ def tokenize_batch(
     """Decodes, parses and tokenizes raw documents."""
     made = {key: _Texts(task, tokenizer) for key in task.json_keys}
     problems: list[Problem] = []
+    left_out: collections.Counter = collections.Counter()
     cut_short = sum(document.error is not None for document in batch)
     for document in batch:
         try:
-            values = texts(document, task.json_keys)
+            values = texts(document, task.reading)
         except BrokenDocument as error:
-            problems.append(_problem(document, error))
-            continue
+            values = {None: error}
         for key, text in values.items():
-            if isinstance(text, BrokenDocument):
-                problems.append(_problem(document, text, key))
+            if isinstance(text, LeftOut):
+                left_out[text.kind] += 1
+            elif isinstance(text, BrokenDocument):
+                problems.append(_problem(document, text, key, task.json_keys))
             else:
                 made[key].add(text)
     size = sum(document.size for document in batch)
     results = {key: texts_of_key.result() for key, texts_of_key in made.items()}
-    return BatchResult(results, problems, cut_short, size)
+    return BatchResult(results, problems, left_out, cut_short, size)
 
 
-def _problem(document: RawDocument, error: BrokenDocument, key: str | None = None) -> Problem:
+def _problem(
+    document: RawDocument, error: BrokenDocument, key: str | None, json_keys: tuple[str, ...]
+) -> Problem:
+    """What `texts` says of a document (None), of one of its texts, or of a file in it."""
+    if key is not None and key not in json_keys:
+        return Problem(key, None, str(error).removeprefix(f"{key}: "))
     reason = str(error).removeprefix(f"{document.place}: ")
     return Problem(document.path, document.line, reason, key)
 
@@ -487,24 +509,22 @@ class _Texts:
     def __init__(self, task: TokenizingTask, tokenizer: Tokenizer) -> None:
         self._task, self._tokenizer = task, tokenizer
         self._dtype = token_dtype(tokenizer.vocab_size)
+        self._begin = np.array([tokenizer.bos] if task.prepend_bos else [], self._dtype)
+        self._end = np.array([tokenizer.eod] if task.append_eod else [], self._dtype)
         self._tokens: list[np.ndarray] = [np.zeros(0, self._dtype)]
         self._encoded: list[bytes] = []
         self._empty = self._short = 0
 
     def add(self, text: str) -> None:
-        task, tokenizer = self._task, self._tokenizer
-        ids = tokenizer.encode(text)
-        if not ids:
+        ids = self._tokenizer.encode_array(text).astype(self._dtype)
+        if not ids.size:
             self._empty += 1
             return
-        if task.prepend_bos:
-            ids.insert(0, tokenizer.bos)
-        if task.append_eod:
-            ids.append(tokenizer.eod)
-        if len(ids) < task.min_tokens:
+        ids = np.concatenate([self._begin, ids, self._end])
+        if ids.size < self._task.min_tokens:
             self._short += 1
             return
-        self._tokens.append(np.array(ids, dtype=self._dtype))
+        self._tokens.append(ids)
         self._encoded.append(text.encode("utf-8"))
 
     def result(self) -> KeyResult:

@@ -9,11 +9,13 @@ the end of document. In training "<eod>" inside a text is just text, as here wit
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megalong.checkpoint.tokenizer import HUGGINGFACE_FILES, SENTENCEPIECE_FILE
+from megalong.data.huggingface_tokenizer import byte_level_alphabet
 from megalong.data.tokenizer import (
     EOD_PIECE,
     MASK_PIECE,
@@ -22,6 +24,9 @@ from megalong.data.tokenizer import (
     build_tokenizer,
 )
 from megalong.errors import UserError
+
+if TYPE_CHECKING:
+    from megalong.data.tiktoken_tokenizer import TiktokenTokenizer
 
 _PROBES = (
     "",
@@ -58,6 +63,9 @@ def export_tokenizer(
     else:
         if tokenizer_type == "ByteTokenizer":
             backend, names = _bytes_backend(), {}
+            strips_space = False
+        elif tokenizer_type == "TikTokenizer":
+            backend, names = _tiktoken_backend(ours), {}
             strips_space = False
         else:
             backend, names = _sentencepiece_backend(tokenizer_model)
@@ -166,12 +174,36 @@ def _bytes_backend():
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
-    from megalong.data.tokenizer import byte_level_alphabet
-
     backend = Backend(models.BPE(vocab=byte_level_alphabet(), merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(EOD_PIECE, normalized=False)])
+    return backend
+
+
+def _tiktoken_backend(ours: TiktokenTokenizer):
+    """An encoding of tiktoken as byte-level BPE: two neighbours merge wherever together they have a
+    rank, and a piece of the text that has one is never cut."""
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    spelled = {byte: character for character, byte in byte_level_alphabet().items()}
+    vocabulary = {"".join(spelled[byte] for byte in piece): i for piece, i in ours.ranks.items()}
+    merges = _merges({piece: -i for piece, i in vocabulary.items()})
+    vocabulary |= ours.special_tokens  # with their ids, whatever these leave out
+    backend = Backend(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
+    # The other library's expressions have no possessive counts, which only save time here, and "$"
+    # is the end of a line.
+    pattern = re.sub(r"([*+?}])\+", r"\1", ours.pattern)
+    pattern = re.sub(r"(?<!\\)\$(?=\||$)", r"\\z", pattern)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(name, normalized=False) for name in ours.special_tokens])
     return backend
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megalong.data.documents import Reading
 from megalong.data.tokenizer import build_tokenizer
 
 TOOL = "tools/preprocess_data.py"
@@ -164,15 +165,15 @@ def test_large_vocabularies_are_int32(tmp_path, monkeypatch):
     class Large:
         vocab_size, eod, fingerprint = 65_500, 65_499, "f"
 
-        def encode(self, text):
-            return [65_498] * len(text)
+        def encode_array(self, text):
+            return np.full(len(text), 65_498)
 
     monkeypatch.setattr(module, "build_tokenizer", lambda *_: Large())
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "xyz"}])
     module.preprocess(
         [str(path)],
         str(tmp_path / "out"),
-        module.TokenizingTask("Large", None, ("text",), append_eod=True),
+        module.TokenizingTask("Large", None, Reading(), append_eod=True),
         progress=progress_bar(1, "B", "", enabled=False),
     )
     dataset = IndexedDataset(str(tmp_path / "out_text_document"), mmap=True)
@@ -223,7 +224,7 @@ def long_job(tmp_path, corpus, tokenizer_model, start_tool):
     arguments = (
         *("--input", tmp_path / "*.jsonl", "--output-prefix", tmp_path / "out" / "x"),
         *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer_model),
-        *("--workers", 2),
+        *("--workers", 2, "--tokenizer-backend", "usual"),
     )
     process = start_tool(TOOL, *arguments)
     wait_for(lambda: partial.exists() and partial.stat().st_size > 0)

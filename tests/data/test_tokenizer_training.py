@@ -4,7 +4,8 @@ import gzip
 
 import pytest
 
-from megalong.data.tokenizer import SentencePieceTokenizer, build_tokenizer
+from megalong.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from megalong.data.tokenizer import build_tokenizer
 from megalong.data.tokenizer_training import sample_chunks, train_sentencepiece
 
 TOOL = "tools/train_tokenizer.py"

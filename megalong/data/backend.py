@@ -1,0 +1,125 @@
+"""Which library cuts texts into tokens: the usual one, or a faster one that is proven to give the
+same ids on a sample of the very texts, before it is used."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+
+from megalong.data.documents import Reading
+from megalong.data.files import STANDARD_INPUT
+from megalong.data.sample import sample_texts
+from megalong.data.tokenizer import ByteTokenizer, Tokenizer
+from megalong.errors import UserError
+from megalong.wording import counted
+
+# What libraries differ in, if in anything.
+_PROBES = (
+    "",
+    " a  b\tc\n\n    d\r\n e\u0301 \u00e9\u3042\U0001f600\u2581\u2047\0 ",
+    "It's 1234567 o'clock, THEY'LL say; don't\n\n\n  if (x) {\r\n\r\n\t\treturn -1.5e-3;  }\n",
+    "<eod> <unk> <s></s> <mask> <pad> <0x0A> [MASK] <|endoftext|><|im_start|> <|begin_of_text|>",
+    "aaaaaaaaaaaaaaaaaaaaaaa ==================== .................... ((((((((\\\\\\\\",
+    "\u00a0\u2003 \u3000\u2028\u200b\ufeff \u0130\u01c5\u2160\u0661\u00b2 \u0e01\u0e33 \ud55c",
+)
+
+BACKENDS = ("auto", "fast", "usual")
+_SAMPLE_BYTES = 4 << 20
+_RENEWED_AFTER = 1 << 26  # characters; what the fast library remembers of texts has no bound
+
+
+class FastTokenizer(Tokenizer):
+    """A tokenizer whose texts another library cuts into the same ids."""
+
+    def __init__(self, usual: Tokenizer) -> None:
+        """Raises UserError where there is no such library for it."""
+        super().__init__(usual.pieces, usual.eod, usual.bos, usual.mask)
+        self.usual = usual
+        self._renew()
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        if self._characters > _RENEWED_AFTER:
+            self._renew()
+        self._characters += len(text)
+        return self._encoder(text)
+
+    def _joins(self) -> bytes:
+        return self.usual._joins()
+
+    def _renew(self) -> None:
+        self._encoder, self._characters = self.usual.fast_encoder(), 0
+
+    def __getstate__(self) -> dict:
+        """A copy in another process makes its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_encoder"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state
+        self._renew()
+
+
+def with_backend(
+    tokenizer: Tokenizer,
+    backend: str,
+    files: list[str],
+    reading: Reading,
+    say: Callable[[str], object],
+) -> Tokenizer:
+    """The tokenizer, or a fast one with the same ids.
+
+    backend: "usual", "fast", or "auto" for whichever there is. say: hears which it is, and why.
+    Raises UserError where "fast" cannot be had.
+    """
+    if backend == "usual" or isinstance(tokenizer, ByteTokenizer):
+        return tokenizer
+    try:
+        fast = FastTokenizer(tokenizer)
+        documents, size = _prove_same(fast, tokenizer, files, reading)
+    except UserError as error:
+        if backend == "fast":
+            raise UserError(f"--tokenizer-backend fast: {error}") from error
+        say(f"tokenizer backend: the usual library; {error}")
+        return tokenizer
+    say(
+        f"tokenizer backend: gigatoken, which gives the usual library's ids for"
+        f" {counted(documents, 'document')} of the input, {size:,} bytes"
+    )
+    return fast
+
+
+def _prove_same(
+    fast: Tokenizer, usual: Tokenizer, files: list[str], reading: Reading
+) -> tuple[int, int]:
+    """Documents and bytes that both cut alike. Raises UserError for one that they do not."""
+    if STANDARD_INPUT in files:
+        raise UserError("standard input cannot be read twice, to compare the ids of both libraries")
+    documents = size = 0
+    for text in [*_PROBES, *usual.special_names, *_random_texts()]:
+        _compare(fast, usual, text, "a probe")
+    for place, text in sample_texts(files, reading, _SAMPLE_BYTES):
+        _compare(fast, usual, text, place)
+        documents, size = documents + 1, size + len(text.encode("utf-8"))
+    return documents, size
+
+
+def _compare(fast: Tokenizer, usual: Tokenizer, text: str, place: str) -> None:
+    ids, expected = fast.encode_array(text), usual.encode_array(text)
+    if not np.array_equal(ids, expected):
+        raise UserError(f"gigatoken gives other ids than the usual library for {place}")
+
+
+def _random_texts() -> list[str]:
+    """Characters of all kinds, spaces among them."""
+    draw = random.Random(0)
+    kinds = [range(0x20, 0x7F), range(0xA1, 0x250), range(0x370, 0x600), range(0x3041, 0x9000)]
+    texts = []
+    for _ in range(200):
+        characters = [chr(draw.choice(draw.choice(kinds))) for _ in range(40)]
+        spaces = draw.choices(["", "", "", " ", "\n", "  \t"], k=40)
+        texts.append("".join(map("".join, zip(characters, spaces, strict=True))))
+    return texts

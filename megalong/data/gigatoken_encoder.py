@@ -1,0 +1,90 @@
+"""gigatoken, a fast library for byte-pair encodings, as an encoder of ours: text to ids.
+
+It takes the names of special tokens in a text for these tokens, and ours never do: so it is given
+an encoding without any.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megalong.data.tokenizer import SENTENCEPIECE_SPACE
+from megalong.errors import UserError
+
+if TYPE_CHECKING:
+    from megalong.data.sentencepiece_tokenizer import SentencePieceTokenizer
+    from megalong.data.tiktoken_tokenizer import TiktokenTokenizer
+
+Encoder = Callable[[str], np.ndarray]
+
+# Its names of the ways to split a text that tiktoken spells so.
+_SCHEMES = {"r50k_base": "gpt2", "cl100k_base": "gpt4", "o200k_base": "o200k"}
+
+
+def of_tokenizer_json(content: str) -> Encoder:
+    """The encoder of Transformers' tokenizer.json. Raises UserError, as all of these do: why there
+    is none."""
+    described = json.loads(content)
+    described["added_tokens"] = [t for t in described["added_tokens"] if not t["special"]]
+    described["post_processor"] = None
+    return _encoder(lambda library: library.Tokenizer.from_json(json.dumps(described)))
+
+
+def of_sentencepiece(tokenizer: SentencePieceTokenizer) -> Encoder:
+    """The encoder of a SentencePiece model."""
+    from sentencepiece import sentencepiece_model_pb2 as protobuf
+
+    proto = protobuf.ModelProto()
+    proto.ParseFromString(tokenizer.model_bytes)
+    for i, piece in enumerate(proto.pieces):
+        if piece.type == piece.CONTROL:
+            piece.type, piece.piece = piece.UNUSED, f"\0control{i}\0"  # in no text's pieces
+    content = proto.SerializeToString()
+    encode = _encoder(lambda library: library.Tokenizer.from_sentencepiece(content))
+
+    # The space's stand-in is a space for both libraries, and names of tokens might be put together.
+    rare = (SENTENCEPIECE_SPACE, "<0x", proto.trainer_spec.unk_piece)
+
+    def encode_usual_text(text: str) -> np.ndarray:
+        if any(name in text for name in rare):
+            return tokenizer.encode_array(text)
+        return encode(text)
+
+    return encode_usual_text
+
+
+def of_tiktoken(tokenizer: TiktokenTokenizer) -> Encoder:
+    """The encoder of an encoding of tiktoken, if it splits texts in a way that gigatoken has."""
+    from megalong.data.tiktoken_tokenizer import PATTERNS
+
+    known = {PATTERNS[name]: scheme for name, scheme in _SCHEMES.items()}
+    scheme = known.get(tokenizer.pattern)
+    if scheme is None:
+        raise UserError("gigatoken does not know the pattern that this encoding splits texts by")
+    ranked = sorted(tokenizer.ranks.items(), key=lambda pair: pair[1])
+    first = ranked[0][1]
+    lines = (f"{base64.b64encode(piece).decode()} {i - first}\n" for piece, i in ranked)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "encoding.tiktoken")
+        file.write_text("".join(lines))
+        encode = _encoder(lambda library: library.Tokenizer.from_tiktoken(file, scheme, {}))
+    return encode if first == 0 else lambda text: encode(text) + np.uint32(first)
+
+
+def _encoder(build: Callable) -> Encoder:
+    try:
+        import gigatoken
+    except ImportError as error:
+        raise UserError("a faster one is gigatoken: pip install gigatoken") from error
+    try:
+        encode = build(gigatoken).encode
+    except Exception as error:  # whatever it says of an encoding that it does not do
+        raise UserError(f"gigatoken does not do this tokenizer ({error})") from error
+    return lambda text: encode(text.encode("utf-8"))

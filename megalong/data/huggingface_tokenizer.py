@@ -1,0 +1,139 @@
+"""Tokenizers that are a folder of Transformers, with a tokenizer.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from megalong.data.tokenizer import SENTENCEPIECE_SPACE, Tokenizer
+from megalong.errors import UserError
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A local folder that Transformers' AutoTokenizer loads as a fast tokenizer."""
+
+    def __init__(self, folder: str) -> None:
+        if Path(folder).is_file() and Path(folder).suffix == ".model":
+            raise UserError(
+                f"--tokenizer-model {folder}: a file of SentencePiece, not a folder of"
+                " Transformers: set --tokenizer-type SentencePieceTokenizer"
+            )
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise UserError(
+                "--tokenizer-type HuggingFaceTokenizer needs the transformers package: "
+                "pip install transformers"
+            ) from error
+        try:
+            # Local files only: a job on a cluster must not depend on a download.
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"--tokenizer-model {folder}: {error}") from error
+        if not tokenizer.is_fast:
+            raise UserError(f"--tokenizer-model {folder}: not a fast tokenizer (tokenizer.json)")
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"--tokenizer-model {folder}: the tokenizer has no eos_token")
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.encode_special_tokens = True  # "<eos>" inside a text is just text
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        pieces = _huggingface_pieces(self._backend, set(tokenizer.all_special_ids), folder)
+        ids = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.mask_token_id
+        super().__init__(pieces, *ids)
+        self._folder = str(folder)
+
+    def with_mask(self) -> Tokenizer:
+        if self._mask is None:
+            raise UserError(
+                f"--objective mlm: the tokenizer in {self._folder} has no mask_token: add one"
+                " with Transformers' add_special_tokens, save it, and preprocess the text again"
+            )
+        return self
+
+    def __setstate__(self, state: dict) -> None:
+        """A copy in another process needs the package tokenizers only."""
+        self.__dict__ |= state
+        self._backend.encode_special_tokens = True  # which the library does not keep in a pickle
+
+    def encode(self, text: str) -> list[int]:
+        text.encode("utf-8")
+        # Of the ways to the same ids the quickest: without the place in the text of each.
+        [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        return encoding.ids
+
+    def _joins(self) -> bytes:
+        # Earlier versions of the library write a merge as "a b", later ones as ["a", "b"].
+        model = json.loads(self._backend.to_str())["model"]
+        merges = model.get("merges", ())
+        pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+        scores = [piece[1] for piece in model["vocab"]] if isinstance(model["vocab"], list) else []
+        return json.dumps([pairs, scores]).encode()
+
+    @property
+    def special_names(self) -> list[str]:
+        return [token.content for token in self._backend.get_added_tokens_decoder().values()]
+
+    def fast_encoder(self) -> Callable[[str], np.ndarray]:
+        from megalong.data import gigatoken_encoder
+
+        return gigatoken_encoder.of_tokenizer_json(self._backend.to_str())
+
+
+def _huggingface_pieces(backend, special_ids: set[int], folder: str) -> list[bytes]:
+    """The bytes of every id of a fast tokenizer, from the two ways such vocabularies spell bytes:
+    GPT-2's alphabet of 256 printable characters, or SentencePiece's "<0x0A>", with or without its
+    "\u2581" for a space."""
+    decoder = str(json.loads(backend.to_str())["decoder"])
+    if "ByteLevel" in decoder:
+        spell = _byte_level_bytes
+    elif SENTENCEPIECE_SPACE in decoder:
+        spell = _sentencepiece_bytes
+    elif "ByteFallback" in decoder:
+        spell = _byte_fallback_bytes
+    else:
+        raise UserError(
+            f"--tokenizer-model {folder}: how its tokens spell bytes is unknown (neither "
+            "byte-level nor SentencePiece-like), so that bits per byte cannot be computed"
+        )
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    added = backend.get_added_tokens_decoder()
+    pieces = [b""] * (max(vocabulary.values()) + 1)
+    for piece, i in vocabulary.items():
+        if i in added:  # stored as plain text, whatever the alphabet of the others
+            pieces[i] = b"" if added[i].special or i in special_ids else piece.encode("utf-8")
+        elif i not in special_ids:
+            pieces[i] = spell(piece)
+    return pieces
+
+
+def _byte_level_bytes(piece: str) -> bytes:
+    return bytes(_BYTE_OF_CHARACTER[character] for character in piece)
+
+
+def _sentencepiece_bytes(piece: str) -> bytes:
+    return _byte_fallback_bytes(piece.replace(SENTENCEPIECE_SPACE, " "))
+
+
+def _byte_fallback_bytes(piece: str) -> bytes:
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return bytes([int(piece[3:5], 16)])
+    return piece.encode("utf-8")
+
+
+def byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable Latin-1 characters stand for themselves, the other
+    bytes, in order, for the characters from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)) - set(printable))
+    alphabet = {chr(byte): byte for byte in printable}
+    alphabet.update({chr(256 + rank): byte for rank, byte in enumerate(others)})
+    return alphabet
+
+
+_BYTE_OF_CHARACTER = byte_level_alphabet()

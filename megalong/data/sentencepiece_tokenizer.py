@@ -1,0 +1,127 @@
+"""Tokenizers that are a SentencePiece model file, as tools/train_tokenizer.py writes it."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from megalong.data.tokenizer import EOD_PIECE, MASK_PIECE, SENTENCEPIECE_SPACE, Tokenizer
+from megalong.errors import UserError
+
+_CUT_CHARACTERS = 4096
+_WORD_END = re.compile("[^ ] ")
+_WORD_END_BYTES = re.compile(b"[^ ] ")
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model file, as tools/train_tokenizer.py writes it."""
+
+    def __init__(self, model_file: str) -> None:
+        import sentencepiece
+
+        try:
+            model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"--tokenizer-model {model_file}: not a SentencePiece model ({error})"
+            ) from error
+        self._model = model
+        eod = model.eos_id()
+        if eod < 0:
+            eod = model.piece_to_id(EOD_PIECE)
+            if model.is_unknown(eod):
+                raise UserError(
+                    f"--tokenizer-model {model_file}: the model has neither an end-of-sentence "
+                    f"token nor a piece {EOD_PIECE} to end documents with"
+                )
+        bos = model.bos_id() if model.bos_id() >= 0 else None
+        mask = model.piece_to_id(MASK_PIECE)
+        super().__init__(
+            [self._piece_bytes(i) for i in range(model.get_piece_size())],
+            eod,
+            bos,
+            mask if model.is_control(mask) else None,
+        )
+        self._mask_piece = None if model.is_unknown(mask) else mask
+        # The library takes the space's stand-in for a space, so that this one character is
+        # spelled with byte tokens instead (where the model has them).
+        self._stand_in = [
+            model.piece_to_id(f"<0x{byte:02X}>") for byte in SENTENCEPIECE_SPACE.encode()
+        ]
+        self._has_bytes = all(model.is_byte(i) for i in self._stand_in)
+        # A model whose pieces never go on after a word and its space, and that leaves spaces as
+        # they are, gives the same ids for a text cut between words.
+        spaces = b"".join(self.pieces[i] for i in model.encode(" a  b "))
+        self._may_cut = spaces == b" a  b " and not any(map(_WORD_END_BYTES.search, self.pieces))
+
+    def with_mask(self) -> Tokenizer:
+        """As of any tokenizer, but that a piece `<mask>`, a user-defined one say, is the mask token
+        of the copy, and stands for no text there. Texts with this word still have its id."""
+        if self._mask is not None or self._mask_piece is None:
+            return super().with_mask()
+        copied = copy.copy(self)
+        copied._mask, copied.pieces = self._mask_piece, list(self.pieces)
+        copied.pieces[self._mask_piece] = b""
+        return copied
+
+    def encode(self, text: str) -> list[int]:
+        return [i for part in self._parts(text) for i in part]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        # A stretch at a time: a Python list of a long document's ids takes ten times its array.
+        parts = [np.array(part, dtype=np.int32) for part in self._parts(text)]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+
+    @property
+    def special_names(self) -> list[str]:
+        pieces = map(self._model.id_to_piece, range(self.vocab_size))
+        return [piece for i, piece in enumerate(pieces) if not self.pieces[i]]
+
+    def fast_encoder(self) -> Callable[[str], np.ndarray]:
+        from megalong.data import gigatoken_encoder
+
+        return gigatoken_encoder.of_sentencepiece(self)
+
+    @property
+    def model_bytes(self) -> bytes:
+        """The content of the model's file."""
+        return self._model.serialized_model_proto()
+
+    def _parts(self, text: str) -> Iterator[list[int]]:
+        text.encode("utf-8")  # a UnicodeEncodeError that says where, unlike the library's
+        if SENTENCEPIECE_SPACE not in text or not self._has_bytes:
+            yield from self._encode(text)
+            return
+        first, *rest = text.split(SENTENCEPIECE_SPACE)
+        yield from self._encode(first)
+        for part in rest:
+            yield self._stand_in
+            yield from self._encode(part)
+
+    def _encode(self, text: str) -> Iterator[list[int]]:
+        """The library's time grows faster than the text, so that long documents are cut."""
+        if len(text) <= _CUT_CHARACTERS or not self._may_cut:
+            yield self._model.encode(text)
+            return
+        start = 0
+        while start < len(text):
+            end = _WORD_END.search(text, start + _CUT_CHARACTERS)
+            stop = end.start() + 1 if end else len(text)
+            yield self._model.encode(text[start:stop])
+            start = stop
+
+    def _joins(self) -> bytes:
+        scores = [self._model.get_score(i) for i in range(self._model.get_piece_size())]
+        return np.array(scores, dtype="<f4").tobytes()
+
+    def _piece_bytes(self, i: int) -> bytes:
+        model = self._model
+        if model.is_control(i) or model.is_unknown(i) or model.is_unused(i):
+            return b""
+        piece = model.id_to_piece(i)
+        if model.is_byte(i):
+            return bytes([int(piece[1:-1], 16)])  # "<0x0A>"
+        return piece.replace(SENTENCEPIECE_SPACE, " ").encode("utf-8")

@@ -1,0 +1,35 @@
+"""Source code, one document a file, whatever its name: text as it is."""
+
+import os
+from collections.abc import Iterator
+
+from megalong.data.documents import BrokenDocument, LeftOut, RawDocument, Reading, as_text
+from megalong.data.files import UNREADABLE
+
+NAME = "source file"
+_LOOKED_AT = 8000  # bytes; a NUL among them makes a file binary, as git has it
+
+
+def raw_documents(path: str, reading: Reading) -> Iterator[RawDocument]:
+    """The file itself, which `texts` reads."""
+    yield RawDocument(NAME, path, None, None, None, os.path.getsize(path))
+
+
+def texts(document: RawDocument, reading: Reading) -> dict[str, str | BrokenDocument]:
+    """The file's text, under the first key. Raises LeftOut for a binary or too large file."""
+    return {reading.json_keys[0]: read(document, document.path, reading.max_file_size)}
+
+
+def read(document: RawDocument, path: str, max_file_size: int) -> str:
+    """The text of a file that is a document or a part of one. Raises BrokenDocument, LeftOut."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > max_file_size:
+                raise LeftOut("too large file", f"{path}: {size:,} bytes")
+            data = file.read()
+    except UNREADABLE as error:
+        raise BrokenDocument(f"{path}: unreadable ({error})") from None
+    if b"\0" in data[:_LOOKED_AT]:
+        raise LeftOut("binary file", f"{path}: binary")
+    return as_text(data, document._replace(path=path))
