@@ -38,11 +38,12 @@ class Problem(NamedTuple):
 @dataclass
 class KeyResult:
     """The documents of one key in a batch: tokens back to back, and for each the number of its
-    tokens, and the hash and the bytes of its text (HASHED). empty, short: left out."""
+    tokens, and the hash and the bytes of its text (HASHED; None: not known, and taken for new).
+    empty, short: left out."""
 
     tokens: np.ndarray
     lengths: np.ndarray
-    texts: np.ndarray
+    texts: np.ndarray | None
     empty: int = 0
     short: int = 0
 
@@ -106,17 +107,18 @@ class Output:
     def add(self, part: KeyResult) -> None:
         """Appends documents, but for those whose text has come before where these are left out."""
         summary, tokens, lengths, texts = self.summary, part.tokens, part.lengths, part.texts
-        new = self._seen.add(texts["hash"])
+        new = np.ones(len(lengths), bool) if texts is None else self._seen.add(texts["hash"])
         if not new.all():
             summary.repeats += int((~new).sum())
             summary.repeated_tokens += int(lengths[~new].sum())
             if summary.deduplicate:
                 tokens, lengths, texts = tokens[np.repeat(new, lengths)], lengths[new], texts[new]
         self._documents.add(tokens, lengths)
-        self._hashes.write(texts)
         summary.documents += len(lengths)
         summary.tokens += len(tokens)
-        summary.bytes += int(texts["bytes"].sum())
+        if texts is not None:
+            self._hashes.write(texts)
+            summary.bytes += int(texts["bytes"].sum())
         summary.empty += part.empty
         summary.short += part.short
         if len(tokens):

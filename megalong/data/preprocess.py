@@ -155,6 +155,7 @@ def preprocess(
     with Unfinished(prefix, identity, _changed_input, overwrite=overwrite) as job:
         if job.naming:  # killed at the very end
             summary, _ = _read_progress(job.progress)
+            summary.resumed = summary.keys[task.json_keys[0]].documents
         else:
             refuse_existing(prefixes, overwrite)
             run = _Run(files, task, tokenizer, partition, job, prefixes, progress)
