@@ -3,6 +3,7 @@ same ids on a sample of the very texts, before it is used."""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 
@@ -26,8 +27,10 @@ _PROBES = (
 )
 
 BACKENDS = ("auto", "fast", "usual")
-_SAMPLE_BYTES = 4 << 20
-_RENEWED_AFTER = 1 << 26  # characters; what the fast library remembers of texts has no bound
+_SAMPLE_BYTES = 3 << 20
+# What the fast library remembers of texts has no bound, so that it is begun anew from time to time.
+_REMEMBERED = 1 << 27  # bytes that this process may grow by
+_LOOKED_AT_AFTER = 1 << 24  # characters
 
 
 class FastTokenizer(Tokenizer):
@@ -43,16 +46,20 @@ class FastTokenizer(Tokenizer):
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
-        if self._characters > _RENEWED_AFTER:
-            self._renew()
         self._characters += len(text)
+        if self._characters > _LOOKED_AT_AFTER:
+            self._characters = 0
+            if _resident_bytes() > self._resident + _REMEMBERED:
+                self._renew()
         return self._encoder(text)
 
     def _joins(self) -> bytes:
         return self.usual._joins()
 
     def _renew(self) -> None:
-        self._encoder, self._characters = self.usual.fast_encoder(), 0
+        self._encoder = None  # gone before there is another one
+        self._encoder = self.usual.fast_encoder()
+        self._characters, self._resident = 0, _resident_bytes()
 
     def __getstate__(self) -> dict:
         """A copy in another process makes its own."""
@@ -61,6 +68,15 @@ class FastTokenizer(Tokenizer):
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state
         self._renew()
+
+
+def _resident_bytes() -> int:
+    """Memory of this process; 0 on systems that do not have it in /proc."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def with_backend(

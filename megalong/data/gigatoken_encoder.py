@@ -43,21 +43,30 @@ def of_sentencepiece(tokenizer: SentencePieceTokenizer) -> Encoder:
 
     proto = protobuf.ModelProto()
     proto.ParseFromString(tokenizer.model_bytes)
+    normal = {piece.piece for piece in proto.pieces if piece.type == piece.NORMAL}
     for i, piece in enumerate(proto.pieces):
+        if piece.type in (piece.BYTE, piece.UNKNOWN) and _can_be_merged(piece.piece, normal):
+            raise UserError(f"gigatoken would put the piece {piece.piece} together from others")
         if piece.type == piece.CONTROL:
             piece.type, piece.piece = piece.UNUSED, f"\0control{i}\0"  # in no text's pieces
     content = proto.SerializeToString()
     encode = _encoder(lambda library: library.Tokenizer.from_sentencepiece(content))
+    stand_in = tokenizer.stand_in_ids
 
-    # The space's stand-in is a space for both libraries, and names of tokens might be put together.
-    rare = (SENTENCEPIECE_SPACE, "<0x", proto.trainer_spec.unk_piece)
+    def encode_around_stand_in(text: str) -> np.ndarray:
+        if stand_in is None or SENTENCEPIECE_SPACE not in text:
+            return encode(text)
+        first, *rest = text.split(SENTENCEPIECE_SPACE)
+        parts = [encode(first)]
+        for part in rest:
+            parts += [stand_in, encode(part)]
+        return np.concatenate(parts)
 
-    def encode_usual_text(text: str) -> np.ndarray:
-        if any(name in text for name in rare):
-            return tokenizer.encode_array(text)
-        return encode(text)
+    return encode_around_stand_in
 
-    return encode_usual_text
+
+def _can_be_merged(piece: str, others: set[str]) -> bool:
+    return any(piece[:i] in others and piece[i:] in others for i in range(1, len(piece)))
 
 
 def of_tiktoken(tokenizer: TiktokenTokenizer) -> Encoder:

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +49,7 @@ from megalong.wording import counted
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 4096
 BATCHES_PER_WORKER = 3
+BYTES_UNDER_WAY = 64 << 20  # of text; one batch may have more
 PART_BYTES = 256 << 20
 SIDECAR_VERSION = 2
 INPUTS = "inputs.jsonl"  # in the folder of an unfinished run
@@ -97,6 +98,15 @@ class Place(NamedTuple):
 class Batch(NamedTuple):
     documents: list[RawDocument]
     end: Place
+
+
+class _UnderWay(NamedTuple):
+    """A batch that a worker has. weight: bytes of text, about."""
+
+    end: Place
+    place: str
+    weight: int
+    future: Future
 
 
 @dataclass
@@ -428,20 +438,24 @@ def _tokenize(
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _start_worker, (task, tokenizer)
     )
-    under_way = collections.deque()
+    under_way: collections.deque[_UnderWay] = collections.deque()
     try:
         for batch in batches:
             documents = batch.documents
+            weight = sum(document.weight for document in documents)
             future = pool.submit(_tokenize_in_worker, documents)
-            under_way.append((batch.end, documents[0].place, future))
-            if len(under_way) == BATCHES_PER_WORKER * workers:
-                yield under_way[0][0], under_way[0][2].result()
+            under_way.append(_UnderWay(batch.end, documents[0].place, weight, future))
+            while (
+                len(under_way) >= BATCHES_PER_WORKER * workers
+                or sum(batch.weight for batch in under_way) > BYTES_UNDER_WAY
+            ):
+                yield under_way[0].end, under_way[0].future.result()
                 under_way.popleft()
         while under_way:
-            yield under_way[0][0], under_way[0][2].result()
+            yield under_way[0].end, under_way[0].future.result()
             under_way.popleft()
     except BrokenProcessPool:
-        near = f" near {under_way[0][1]}" if under_way else ""
+        near = f" near {under_way[0].place}" if under_way else ""
         raise UserError(
             f"a tokenizing worker died{near} (killed, or out of memory: try fewer --workers)"
         ) from None

@@ -47,11 +47,9 @@ class SentencePieceTokenizer(Tokenizer):
         )
         self._mask_piece = None if model.is_unknown(mask) else mask
         # The library takes the space's stand-in for a space, so that this one character is
-        # spelled with byte tokens instead (where the model has them).
-        self._stand_in = [
-            model.piece_to_id(f"<0x{byte:02X}>") for byte in SENTENCEPIECE_SPACE.encode()
-        ]
-        self._has_bytes = all(model.is_byte(i) for i in self._stand_in)
+        # spelled with byte tokens instead (None: the model has none).
+        ids = [model.piece_to_id(f"<0x{byte:02X}>") for byte in SENTENCEPIECE_SPACE.encode()]
+        self.stand_in_ids = ids if all(map(model.is_byte, ids)) else None
         # A model whose pieces never go on after a word and its space, and that leaves spaces as
         # they are, gives the same ids for a text cut between words.
         spaces = b"".join(self.pieces[i] for i in model.encode(" a  b "))
@@ -92,13 +90,13 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _parts(self, text: str) -> Iterator[list[int]]:
         text.encode("utf-8")  # a UnicodeEncodeError that says where, unlike the library's
-        if SENTENCEPIECE_SPACE not in text or not self._has_bytes:
+        if SENTENCEPIECE_SPACE not in text or self.stand_in_ids is None:
             yield from self._encode(text)
             return
         first, *rest = text.split(SENTENCEPIECE_SPACE)
         yield from self._encode(first)
         for part in rest:
-            yield self._stand_in
+            yield self.stand_in_ids
             yield from self._encode(part)
 
     def _encode(self, text: str) -> Iterator[list[int]]:
