@@ -25,7 +25,6 @@ from megalong.attention.sdpa_bands import attend_band, attend_band_backward
 from megalong.attention.sdpa_blocks import blocks
 from megalong.attention.sdpa_calls import Call, in_calls
 from megalong.attention.sdpa_documents import calls_within
-from megalong.attention.sdpa_operators import attend, attend_backward
 from megalong.attention.tensor_cache import PATTERNS, has_numbers
 
 # ------------------------------------------------------------------------------ the backend
@@ -44,10 +43,7 @@ def forward(q_bshd, k_bsgd, v_bsgd, pattern, *, causal, scale, documents=None):
         out_bshd = q_bshd.new_zeros(q_bshd.shape, dtype=dtype)
         lse_bsh = q_bshd.new_full(q_bshd.shape[:3], -torch.inf, dtype=dtype)
     for call in plan:
-        results = attend(
-            call.fold_queries(q_bshd), call.fold_keys(k_bsgd), call.fold_keys(v_bsgd), causal, scale
-        )
-        for block, out_bcnhd, lse_bcnh in zip(call.parts, *map(call.unfold, results), strict=True):
+        for block, out_bcnhd, lse_bcnh in call.attend(q_bshd, k_bsgd, v_bsgd, causal, scale):
             if block.whole:  # its result becomes the running one
                 out_bshd = out_bcnhd.reshape(q_bshd.shape).to(dtype)
                 lse_bsh = lse_bcnh.reshape(q_bshd.shape[:3])
@@ -74,12 +70,9 @@ def backward(
     if not adopts:
         totals = [x.new_zeros(x.shape, dtype=dtype) for x in inputs]
     for call in plan:
-        gradients = attend_backward(
-            call.fold_queries(grad_bshd), call.fold_queries(q_bshd), call.fold_keys(k_bsgd),
-            call.fold_keys(v_bsgd), call.fold_queries(out_bshd), call.fold_queries(lse_bsh),
-            causal, scale,
-        )  # fmt: skip
-        for block, *parts in zip(call.parts, *map(call.unfold, gradients), strict=True):
+        for block, *parts in call.attend_backward(
+            grad_bshd, *inputs, out_bshd, lse_bsh, causal, scale
+        ):
             if block.whole and adopts:
                 totals = [
                     part.reshape(x.shape).to(dtype) for part, x in zip(parts, inputs, strict=True)

@@ -111,11 +111,8 @@ def attend_band(q_bhmd, k_bhnd, v_bhnd, band: Band, scale: float, ranges: RowRan
     out_bhmd = q_bhmd.new_zeros(q_bhmd.shape, dtype=dtype)
     lse_bhm = q_bhmd.new_full(q_bhmd.shape[:3], -torch.inf, dtype=dtype)
     for call in calls:
-        results = attend(
-            call.fold_queries(q_bhmd), call.fold_keys(k_bhnd), call.fold_keys(v_bhnd),
-            call.parts[0].form != ALL, scale,
-        )  # fmt: skip
-        for piece, new_out, new_lse in zip(call.parts, *map(call.unfold, results), strict=True):
+        causal = call.parts[0].form != ALL
+        for piece, new_out, new_lse in call.attend(q_bhmd, k_bhnd, v_bhnd, causal, scale):
             out, lse = piece.view_queries(out_bhmd), piece.view_queries(lse_bhm)
             if piece.first:
                 out.copy_(new_out)
@@ -141,12 +138,10 @@ def attend_band_backward(
         return tuple(x.to(dtype) for x in gradients)
     sums = [x.new_zeros(x.shape, dtype=dtype) for x in (q_bhmd, k_bhnd, v_bhnd)]
     for call in calls:
-        gradients = attend_backward(
-            call.fold_queries(grad_bhmd), call.fold_queries(q_bhmd), call.fold_keys(k_bhnd),
-            call.fold_keys(v_bhnd), call.fold_queries(out_bhmd), call.fold_queries(lse_bhm),
-            call.parts[0].form != ALL, scale,
-        )  # fmt: skip
-        for piece, *shares in zip(call.parts, *map(call.unfold, gradients), strict=True):
+        causal = call.parts[0].form != ALL
+        for piece, *shares in call.attend_backward(
+            grad_bhmd, q_bhmd, k_bhnd, v_bhnd, out_bhmd, lse_bhm, causal, scale
+        ):
             views = (piece.view_queries, piece.view_keys, piece.view_keys)
             for view, x_sums, share in zip(views, sums, shares, strict=True):
                 view(x_sums).add_(share)

@@ -16,6 +16,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from megalong.attention.sdpa_operators import attend, attend_backward
+
 LONG = 256  # rows from which on a call of its own is cheaper than copies
 COPIED = 2**16  # rows of all heads that are copied at once, so that memory stays bounded
 
@@ -60,20 +62,39 @@ class Call(NamedTuple):
 
     parts: tuple[Part, ...]
 
-    def fold_queries(self, x: torch.Tensor) -> torch.Tensor:
+    def attend(self, q, k, v, causal: bool, scale: float) -> Iterator[tuple]:
+        """Yields each part, and its output and log-sum-exp as its views are."""
+        results = attend(self._queries(q), self._keys(k), self._keys(v), causal, scale)
+        return zip(self.parts, *map(self._apart, results), strict=True)
+
+    def attend_backward(self, grad, q, k, v, out, lse, causal: bool, scale: float) -> Iterator:
+        """Yields each part and its gradients (dq, dk, dv) as its views are."""
+        queries, keys = map(self._queries, (grad, q, out, lse)), map(self._keys, (k, v))
+        (grad, q, out, lse), (k, v) = map(self._wide, queries), map(self._wide, keys)
+        gradients = attend_backward(grad, q, k, v, out, lse, causal, scale)
+        return zip(self.parts, *map(self._apart, gradients), strict=True)
+
+    def _queries(self, x: torch.Tensor) -> torch.Tensor:
         return _side_by_side([part.fold_queries(x) for part in self.parts])
 
-    def fold_keys(self, x: torch.Tensor) -> torch.Tensor:
+    def _keys(self, x: torch.Tensor) -> torch.Tensor:
         """With as many heads as the queries."""
         x_fhn = _side_by_side([part.fold_keys(x) for part in self.parts])
         return x_fhn.expand(-1, self.parts[0].head_count, *x_fhn.shape[2:])
 
-    def unfold(self, x_fhm: torch.Tensor) -> list[torch.Tensor]:
-        """A result, for each part as its views are."""
+    def _apart(self, x_fhm: torch.Tensor) -> list[torch.Tensor]:
         if len(self.parts) == 1:
             return [self.parts[0].unfold(x_fhm)]
         shares = x_fhm.split([part.count for part in self.parts])
         return [part.unfold(share) for part, share in zip(self.parts, shares, strict=True)]
+
+    def _wide(self, x: torch.Tensor) -> torch.Tensor:
+        """Short parts in at least float32 on a CPU: for half precision it makes a kernel for each
+        length, which takes longer than the attention."""
+        [part, *_] = self.parts
+        if part.of_batch is None or part.rows >= LONG or x.device.type != "cpu":
+            return x
+        return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def in_calls(parts: Iterable[Part]) -> tuple[Call, ...]:
