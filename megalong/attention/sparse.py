@@ -214,8 +214,16 @@ def columns_before(
 ) -> torch.Tensor:
     """`rows_before` of all queries, where the key rows are the first so many columns of all
     blocks."""
-    starts = torch.tensor(pattern.first_columns(kv_heads), dtype=torch.int32)
-    starts_h1 = starts.repeat_interleave(heads // kv_heads)[:, None].to(bound_bs.device)
+    starts_h1 = _first_columns(pattern, heads, kv_heads, bound_bs.device)
     block_b1s, inside_b1s = bound_bs[:, None] // pattern.block, bound_bs[:, None] % pattern.block
     columns_bhs = (inside_b1s - starts_h1).clamp(0, pattern.columns)
     return (block_b1s * pattern.columns + columns_bhs).clamp(max=seen)
+
+
+@tensor_cache
+def _first_columns(
+    pattern: SparsePattern, heads: int, kv_heads: int, device: torch.device
+) -> torch.Tensor:
+    """The place in its block of the first column of each query head, int32 (heads, 1)."""
+    starts = torch.tensor(pattern.first_columns(kv_heads), dtype=torch.int32)
+    return starts.repeat_interleave(heads // kv_heads)[:, None].to(device)
