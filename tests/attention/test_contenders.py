@@ -138,17 +138,26 @@ def test_flex_attention(contenders, kv_heads, pattern):
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_pairs_in_documents(module, pattern):
+    starts = torch.tensor(module.document_starts(200, 9))
+    document = torch.searchsorted(starts, torch.arange(200), right=True)
+    offered = offered_keys(pattern, 200, 8, 2, causal=True)
+    within = offered & (document[:, None] == document)
+    assert module.pairs_in_documents(pattern, 200, 8, 2, 9) == within.sum() < offered.sum()
+
+
 def test_benchmark_measures_and_reports(tmp_path):
     command = [sys.executable, str(TOOLS / "attention.py"), "--quick", "--kv-heads", "2"]
     command += ["--patterns", "L", "local", "--contenders", "dilated (gather)", "dilated (sdpa)"]
-    command += ["local (masked)", "local (sdpa)"]
+    command += ["local (masked)", "local (sdpa)", "--documents", "5"]
     path = os.pathsep.join(entry for entry in sys.path if entry)
     subprocess.run(
         [*command, "--output", str(tmp_path)], check=True, capture_output=True,
         env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     report = json.loads((tmp_path / "attention.json").read_text())
-    assert len(report["results"]) == 4
+    assert len(report["results"]) == 5
     for row in report["results"]:
         assert row["peak_memory_bytes"] > 0
         times = [row[kind] for kind in ("forward", "backward", "forward+backward")]
@@ -159,4 +168,4 @@ def test_benchmark_measures_and_reports(tmp_path):
     compared = [(row["pattern"], row["baseline"]) for row in report["comparisons"]]
     assert compared == 3 * [("L", "dilated (gather)")] + 3 * [("local", "local (masked)")]
     assert (tmp_path / "attention.png").stat().st_size > 10_000
-    assert "dilated (sdpa)" in (tmp_path / "attention.txt").read_text()
+    assert " x  dilated (sdpa), documents: 5" in (tmp_path / "attention.txt").read_text()

@@ -19,10 +19,14 @@ of the machine hits all of them. "forward" runs without autograd; "backward" is 
 alone; "forward+backward" both. Medians are reported, with the least and the largest time. On a GPU
 times lie between two events after its L2 cache was flushed.
 
+With --documents 1 16 256, ours in dilated attention run also with so many documents, of random
+lengths, that share each sequence and are kept apart.
+
 TFLOP/s count useful work: 4 head_dim operations forward and 2.5 times as many backward for each
-pair of a query and a key that the pattern offers (a dense contender's pairs are all of the causal
-ones). The roofline is the longer of work / peak rate and bytes / bandwidth, where every input is
-read and every result is written once; the share is that time / the measured time.
+pair of a query and a key that the pattern offers, in one document where these are kept apart (a
+dense contender's pairs are all of the causal ones). The roofline is the longer of work / peak rate
+and bytes / bandwidth, where every input is read and every result is written once; the share is that
+time / the measured time.
 
 Peak memory is of forward and backward, inputs included: on a GPU what PyTorch allocated, on a CPU
 the growth of the resident memory of a fresh process (Linux). Writes attention.json, attention.txt
@@ -56,10 +60,18 @@ with needed_packages():
         Setting,
         comparisons,
         comparisons_text,
+        isolated_text,
         plot,
         row_text,
     )
-    from contenders import CONTENDERS, ON_CPU, TORCHSCALE, contenders
+    from contenders import (
+        CONTENDERS,
+        ON_CPU,
+        TORCHSCALE,
+        contenders,
+        documents_of,
+        pairs_in_documents,
+    )
 
     from megalong.attention import DilatedPattern
     from megalong.attention.dense_pattern import DensePattern
@@ -97,7 +109,7 @@ def main():
             print(row_text(row), flush=True)
             results.append(row)
         write(args, results)  # each time: a run that is cut off leaves what it has
-    print("\n".join(comparisons_text(comparisons(results))))
+    print("\n".join(comparisons_text(comparisons(results)) + isolated_text(results)))
     if args.output:
         title = f"{machine(args)['device']}, {args.dtype}, {args.heads} heads, causal"
         plot(results, title, args.output / "attention.png")
@@ -119,7 +131,7 @@ def write(args, results: list[dict]):
     report["comparisons"] = compared
     (args.output / "attention.json").write_text(json.dumps(report, indent=1) + "\n")
     lines = [f"{about}", f"{flags}", "", *map(row_text, results)]
-    lines += comparisons_text(compared)
+    lines += comparisons_text(compared) + isolated_text(results)
     (args.output / "attention.txt").write_text("\n".join(lines) + "\n")
 
 
@@ -138,6 +150,7 @@ def parse_arguments():
     add("--flex-lengths", type=int, nargs="*", default=[], help="it compiles for each: only these")
     add("--batch", type=int, default=1)
     add("--first-segment-length", type=int, default=2048, help="w0 of the patterns")
+    add("--documents", type=int, nargs="*", default=[], help="in a sequence, kept apart")
     add(
         "--contenders",
         nargs="+",
@@ -153,7 +166,7 @@ def parse_arguments():
     add("--measure-memory", help=argparse.SUPPRESS)  # one child's only task: a contender
     args = parser.parse_args()
     try:
-        args.known = contenders(args.torchscale)
+        args.known = contenders(args.torchscale, args.documents)
     except (FileNotFoundError, ModuleNotFoundError) as error:
         parser.error(f"--torchscale: {error}")
     if args.quick:
@@ -162,6 +175,8 @@ def parse_arguments():
     args.contenders = args.contenders or [
         *(CONTENDERS if on_gpu(args) else ON_CPU), *([TORCHSCALE] if args.torchscale else ())
     ]  # fmt: skip
+    apart = [x for x in args.known if documents_of(x) and x.partition(",")[0] in args.contenders]
+    args.contenders += apart
     return args
 
 
@@ -317,7 +332,11 @@ def work(args, setting: Setting, length: int, name: str, pattern) -> dict:
     """{measure: (useful FLOPs, least seconds on this device or None)}."""
     if name.startswith("dense"):
         pattern = DensePattern()
-    pairs = pattern.attention_pairs(length, args.heads, setting.kv_heads, causal=True)
+    heads, documents = (args.heads, setting.kv_heads), documents_of(name)
+    if documents:
+        pairs = pairs_in_documents(pattern, length, *heads, documents)
+    else:
+        pairs = pattern.attention_pairs(length, *heads, causal=True)
     forward = 4 * setting.head_dim * args.batch * pairs
     flops = {"forward": forward, "backward": 2.5 * forward, "forward+backward": 3.5 * forward}
     # Forward: q, k, v in, output and log-sum-exp out. Backward: these and the output's gradient in,
@@ -353,6 +372,8 @@ def peak_of_child(args, setting: Setting, length: int, name: str) -> int:
         command += [f"--{field.replace('_', '-')}", str(getattr(args, field))]
     if args.torchscale:
         command += ["--torchscale", str(args.torchscale)]
+    if documents_of(name):
+        command += ["--documents", str(documents_of(name))]
     path = os.pathsep.join(entry for entry in sys.path if entry)
     environment = {**os.environ, "PYTHONPATH": path}
     result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)

@@ -18,6 +18,8 @@ OURS = (
     "sparse (sdpa)", "dense (ours)",
 )  # fmt: skip
 
+DOCUMENTS = ", documents: "  # in the name of a contender that keeps so many apart
+
 
 class Setting(NamedTuple):
     """What is measured by sequence length."""
@@ -55,7 +57,7 @@ def comparisons(results: list[dict]) -> list[dict]:
     for case, kind in product(cases.values(), MEASURES):
         name = next((name for name in OURS if name in case), None)
         for baseline, row in case.items() if name else ():
-            if baseline != name and kind in row:
+            if baseline != name and kind in row and DOCUMENTS not in baseline:
                 where = {**setting_of(row)._asdict(), "length": row["length"]}
                 times = {"seconds": row[kind]["seconds"], "ours": case[name][kind]["seconds"]}
                 found.append({**where, "measure": kind, "baseline": baseline, **times})
@@ -67,6 +69,24 @@ def comparisons_text(compared: list[dict]) -> list[str]:
     text = [line.format(**row, x=row["seconds"] / row["ours"]) for row in compared]
     lost = sum(row["seconds"] < row["ours"] for row in compared)
     return ["", f"ours is so many times as fast ({lost} times a baseline is faster)", *text]
+
+
+def isolated_text(results: list[dict]) -> list[str]:
+    """What time documents take that are kept apart, beside the same attention without them."""
+    rows = {(*setting_of(row), row["length"], row["contender"]): row for row in results}
+    line = "{pattern} d{head_dim} kv{kv_heads} {length:>8}  {kind:<16}  {x:6.2f} x  {contender}"
+    text = []
+    for (*where, name), row in rows.items():
+        mixed = rows.get((*where, name.partition(DOCUMENTS)[0]))
+        if DOCUMENTS in name and mixed:
+            text += [
+                line.format(**row, kind=kind, x=row[kind]["seconds"] / mixed[kind]["seconds"])
+                for kind in MEASURES
+                if kind in row and kind in mixed
+            ]
+    if text:
+        text = ["", "documents kept apart take so many times the time of mixed ones", *text]
+    return text
 
 
 def plot(results: list[dict], title: str, path: Path):

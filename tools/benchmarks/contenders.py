@@ -9,13 +9,16 @@ causal, its scale head_dim ** -0.5. A new backend or a rival implementation is o
 merged by log-sum-exp: nothing is copied, so on a GPU this is what the Triton kernels have to beat.
 
 The first word of a name is the kind of attention, and pattern is one of that kind; dense contenders
-take any, and see all pairs.
+take any, and see all pairs. "NAME, documents: 16" is dilated attention of ours where the sequence
+holds so many documents, of random lengths, that are kept apart.
 """
 
 from __future__ import annotations
 
+import random
 import sys
 from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,6 +51,33 @@ def dense(backend: SDPBackend, pattern, q, k):
 
 def ours(backend: str, pattern, q, k):
     return partial(dilated_attention, pattern=pattern, backend=backend)
+
+
+def kept_apart(backend: str, documents: int, pattern, q, k):
+    batch, length = q.shape[:2]
+    starts = torch.tensor(document_starts(length, documents), dtype=torch.int32)
+    lengths = starts.diff(append=starts.new_tensor([length]))
+    start_bs = starts.repeat_interleave(lengths).to(q.device).repeat(batch, 1)
+    return partial(ours(backend, pattern, q, k), document_start=start_bs)
+
+
+def document_starts(length: int, documents: int) -> list[int]:
+    """Where documents of random lengths begin in a sequence; the same for the same arguments."""
+    return [0, *sorted(random.Random(0).sample(range(1, length), min(documents, length) - 1))]
+
+
+def pairs_in_documents(pattern, length: int, heads: int, kv_heads: int, documents: int) -> int:
+    """The causal (query, key) pairs of dilated attention that lie in one document, of all heads."""
+    starts, pairs = document_starts(length, documents), 0
+    for (width, rate), offsets in zip(
+        pattern.branches, pattern.offsets(heads, kv_heads), strict=True
+    ):
+        ends = sorted({*starts, *range(0, length, width), length})
+        for (start, stop), offset in product(pairwise(ends), offsets):
+            first = start // width * width + offset
+            rows = len(range(first, stop, rate)) - len(range(first, start, rate))
+            pairs += rows * (rows + 1) // 2
+    return pairs
 
 
 def of_kind(passes, backend: str, pattern, q, k):
@@ -256,11 +286,21 @@ ON_CPU = (
 TORCHSCALE = "dilated (torchscale)"
 
 
-def contenders(torchscale_folder: Path | None = None) -> dict:
-    """CONTENDERS, and torchscale's own class where a clone of it is given.
+def contenders(torchscale_folder: Path | None = None, documents: tuple[int, ...] = ()) -> dict:
+    """CONTENDERS, torchscale's own class where a clone of it is given, and ours with each of these
+    numbers of documents.
 
-    Raises FileNotFoundError or ModuleNotFoundError where that cannot be used.
+    Raises FileNotFoundError or ModuleNotFoundError where torchscale cannot be used.
     """
-    if torchscale_folder is None:
-        return CONTENDERS
-    return CONTENDERS | {TORCHSCALE: torchscale(torchscale_folder)}
+    found = dict(CONTENDERS)
+    if torchscale_folder is not None:
+        found[TORCHSCALE] = torchscale(torchscale_folder)
+    for count, backend in product(documents, ("sdpa", "triton")):
+        found[f"dilated ({backend}), documents: {count}"] = partial(kept_apart, backend, count)
+    return found
+
+
+def documents_of(name: str) -> int:
+    """How many the contender of this name keeps apart; 0 where it does not."""
+    _, _, documents = name.partition(", documents: ")
+    return int(documents or 0)
