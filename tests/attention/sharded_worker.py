@@ -69,7 +69,7 @@ def check(
     *inputs, grad = (x.to(dtype).double() for x in whole)  # so that both get the same numbers
     options = {k: case[k] for k in ("causal", "scale")}
     names, documents = ("document_start", "document_stop"), (None, None)
-    if case["apart"] and backend != "triton":
+    if case["apart"]:
         documents = bounds(random_ids(seed, batch, total))
 
     reference = [x.clone().requires_grad_() for x in inputs]
