@@ -13,6 +13,8 @@ import threading
 
 import numpy as np
 
+from megalong.data.files import content_files
+
 AHEAD = 64 << 20  # bytes that the thread may be ahead
 _CHUNK = 1 << 20
 
@@ -20,6 +22,7 @@ _CHUNK = 1 << 20
 class InputHashes:
     """The hashes of files from `first` on, which become known in order. A context manager.
 
+    That of a folder is of the lines `sha256sum` has for its files. What is neither is not read.
     sizes: bytes of all files, as they were when the run began.
     """
 
@@ -68,23 +71,39 @@ class InputHashes:
                     return
 
     def _digest(self, file: int) -> str | None:
-        path, position = self._files[file], int(self._starts[file])
-        if not os.path.isfile(path):
-            return None
-        digest, chunk = hashlib.sha256(), bytearray(_CHUNK)
+        path = self._files[file]
+        self._position, self._end = int(self._starts[file]), int(self._starts[file + 1])
         try:
-            with open(path, "rb", buffering=0) as content:
-                while size := content.readinto(chunk):
-                    digest.update(memoryview(chunk)[:size])
-                    position = min(position + size, int(self._starts[file + 1]))
-                    if not self._wait(position):
-                        return None
-        except OSError:
+            if os.path.isfile(path):
+                return self._digest_file(path)
+            if not os.path.isdir(path):
+                return None
+            digest = hashlib.sha256()
+            for part in content_files(path):
+                line = f"{self._digest_file(part)}  {os.path.relpath(part, path)}\n"
+                digest.update(line.encode(errors="surrogateescape"))
+            return digest.hexdigest()
+        except (OSError, _Stopped):
             return None
+
+    def _digest_file(self, path: str) -> str:
+        digest, chunk = hashlib.sha256(), bytearray(_CHUNK)
+        with open(path, "rb", buffering=0) as content:
+            while size := content.readinto(chunk):
+                digest.update(memoryview(chunk)[:size])
+                self._position = min(self._position + size, self._end)
+                self._wait()
         return digest.hexdigest()
 
-    def _wait(self, position: int) -> bool:
-        """Until the reader is near a position of all files together; False: it has stopped."""
+    def _wait(self) -> None:
+        """Until the reader is near."""
         with self._condition:
-            self._condition.wait_for(lambda: self._stopped or position <= self._reached + AHEAD)
-            return not self._stopped
+            self._condition.wait_for(
+                lambda: self._stopped or self._position <= self._reached + AHEAD
+            )
+            if self._stopped:
+                raise _Stopped
+
+
+class _Stopped(Exception):
+    """Nobody waits for the hash any longer."""

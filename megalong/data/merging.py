@@ -7,6 +7,7 @@ import glob
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -118,7 +119,15 @@ def _copy(
         for line in _lines(source, "inputs", INPUTS):
             inputs.write(json.dumps(line).encode() + b"\n")
         _note(job, summary, (number + 1, 0))
-    description = common | {"megalong": __version__}
+    descriptions = [source.description for source in sources]
+    left_out: Counter = Counter()
+    for there in descriptions:
+        left_out.update(there.get("files_left_out", {}))
+    description = common | {
+        "files_cut_short": sum(there.get("files_cut_short", 0) for there in descriptions),
+        "files_left_out": dict(left_out),
+        "megalong": __version__,
+    }
     if not hashed and len(sources) > 1:
         description |= {"repeats": None, "deduplicate": False}
     job.plan_names(*output.finish(description, inputs.path))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megalong.data.files import STANDARD_INPUT
 from megalong.data.repeats import SeenTexts
 from megalong.data.unfinished import Unfinished, disk_errors
 from megalong.data.writer import GrowingDocuments
@@ -31,7 +32,8 @@ class Problem(NamedTuple):
     key: str | None = None
 
     def __str__(self) -> str:
-        place = self.file if self.line is None else f"{self.file}:{self.line}"
+        file = "standard input" if self.file == STANDARD_INPUT else self.file
+        place = file if self.line is None else f"{file}:{self.line}"
         return f"{place}: {self.reason}"
 
 

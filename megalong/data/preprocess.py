@@ -13,6 +13,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -33,7 +34,7 @@ from tqdm import tqdm
 from megalong import __version__
 from megalong.data.backend import with_backend
 from megalong.data.documents import BrokenDocument, LeftOut, RawDocument, Reading, Remarks
-from megalong.data.files import total_size
+from megalong.data.files import STANDARD_INPUT, content_files, total_size
 from megalong.data.formats import raw_documents, texts
 from megalong.data.input_hashes import InputHashes
 from megalong.data.output import HASHED, KeyResult, KeySummary, Output, Problem
@@ -96,14 +97,19 @@ class Place(NamedTuple):
 
 
 class Batch(NamedTuple):
+    """Documents, and the place behind them. stream: where that is in standard input, the sha256 of
+    what has been read of it, which cannot be read again."""
+
     documents: list[RawDocument]
     end: Place
+    stream: str | None
 
 
 class _UnderWay(NamedTuple):
     """A batch that a worker has. weight: bytes of text, about."""
 
     end: Place
+    stream: str | None
     place: str
     weight: int
     future: Future
@@ -162,7 +168,8 @@ def preprocess(
         raise UserError("--prepend-bos: this tokenizer has no beginning-of-text token")
     prefixes = [output_prefix(prefix, key) for key in task.json_keys]
     identity = _identity(files, task, tokenizer, partition)
-    with Unfinished(prefix, identity, _changed_input, overwrite=overwrite) as job:
+    anew = overwrite and STANDARD_INPUT in files  # whether it has changed is seen too late
+    with Unfinished(prefix, identity, _changed_input, overwrite=overwrite, anew=anew) as job:
         if job.naming:  # killed at the very end
             summary, _ = _read_progress(job.progress)
             summary.resumed = summary.keys[task.json_keys[0]].documents
@@ -195,9 +202,11 @@ class _Run:
             tokenizer, task.backend, files, task.reading, self._remarks.say
         )
         self._partition, self._job, self._progress = partition, job, progress
-        self._sizes = [_size(file) for file in files]
+        self._sizes = [total_size([file]) or 0 for file in files]
+        self._streamed = hashlib.sha256()  # of standard input
         if job.progress:
             self.summary, self._place = _read_progress(job.progress)
+            self._stream = job.progress["stream"]
             self._remarks.skipped = self.summary.skipped
         else:
             keys = {
@@ -205,6 +214,7 @@ class _Run:
                 for key, prefix in zip(task.json_keys, prefixes, strict=True)
             }
             self.summary, self._place = Summary(keys, len(files)), Place(0, 0)
+            self._stream = None
         self._inputs = job.file(INPUTS)
         self._noted = self._place.file  # files before this one are in INPUTS
         dtype = token_dtype(tokenizer.vocab_size)
@@ -225,11 +235,11 @@ class _Run:
             progress.update(summary.bytes_read)
         finished = summary.bytes_read
         with InputHashes(self._files, self._sizes, self._place.file) as hashes:
-            batches = _batches(self._files, self._place, self._task, self._remarks, hashes)
+            batches = self._batches(hashes)
             results = _tokenize(batches, self._task, self._tokenizer, workers)
             # Closed first: the workers must be gone when an error is reported.
             with contextlib.closing(results):
-                for self._place, result in results:
+                for self._place, self._stream, result in results:
                     self._write(result, strict)
                     rate = (first.documents - summary.resumed) / (time.monotonic() - start + 1e-9)
                     progress.set_postfix_str(
@@ -248,12 +258,52 @@ class _Run:
         self._finish()
         return summary
 
-    def space_needed(self) -> int:
-        """Bytes that the rest will take, from what was written for the input read so far."""
-        total = sum(self._sizes) / max(self.summary.bytes_read, 1)
+    def space_needed(self) -> int | None:
+        """Bytes that the rest will take, from what was written for the input read so far; None
+        where that is not known."""
+        if not self.summary.bytes_read or STANDARD_INPUT in self._files:
+            return None
+        total = max(sum(self._sizes) / self.summary.bytes_read, 1)
         written = sum(output.size for output in self._outputs.values())
         index = 20 * sum(part.documents for part in self.summary.keys.values())
         return int(total * (written + index)) - written
+
+    def _batches(self, hashes: InputHashes) -> Iterator[Batch]:
+        """Groups the documents behind `_place`, across files too, into batches of about
+        BATCH_BYTES."""
+        batch, size, begin = [], 0, self._place
+        for number in range(begin.file, len(self._files)):
+            path, position = self._files[number], 0
+            hashes.reached(number)
+            found = raw_documents(path, self._task.reading, self._remarks.say)
+            for count, document in enumerate(found, start=1):
+                position += document.size
+                if path == STANDARD_INPUT:
+                    self._streamed.update(document.data or b"")
+                place = Place(number, count)
+                if place <= begin:  # written by an earlier run
+                    if place == begin and path == STANDARD_INPUT:
+                        self._check_stream()
+                    continue
+                batch.append(document)
+                size += document.weight
+                if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
+                    hashes.reached(number, position)
+                    yield self._batch(batch, place)
+                    batch, size = [], 0
+        if batch:
+            yield self._batch(batch, Place(len(self._files), 0))
+
+    def _batch(self, documents: list[RawDocument], end: Place) -> Batch:
+        in_stream = self._files[end.file : end.file + 1] == [STANDARD_INPUT]
+        return Batch(documents, end, self._streamed.hexdigest() if in_stream else None)
+
+    def _check_stream(self) -> None:
+        if self._streamed.hexdigest() != self._stream:
+            raise UserError(
+                "standard input does not begin with what has been read of it: --overwrite begins"
+                " anew"
+            )
 
     def _write(self, result: BatchResult, strict: bool) -> None:
         summary = self.summary
@@ -278,6 +328,7 @@ class _Run:
             {
                 "summary": dataclasses.asdict(self.summary),
                 "place": self._place,
+                "stream": self._stream,
                 "current": [_file_state(file) for file in current],
             }
         )
@@ -286,7 +337,10 @@ class _Run:
         """The files that are done with, with their hashes."""
         for number in range(self._noted, self._place.file):
             state = _file_state(self._files[number])
-            line = json.dumps(state | {"sha256": hashes.take(number)})
+            digest = hashes.take(number)
+            if self._files[number] == STANDARD_INPUT:
+                digest = self._streamed.hexdigest()
+            line = json.dumps(state | {"sha256": digest})
             self._inputs.write(line.encode() + b"\n")
         self._noted = self._place.file
 
@@ -316,6 +370,8 @@ class _Run:
             "min_tokens": task.min_tokens,
             "deduplicate": task.deduplicate,
             "partition": partition,
+            "files_cut_short": self.summary.cut_short,
+            "files_left_out": self.summary.left_out,
             "megalong": __version__,
             "version": SIDECAR_VERSION,
         }
@@ -335,8 +391,9 @@ def _what_remains(job: Unfinished, run: _Run) -> Iterator[None]:
         raise
     except UserError as error:
         message = str(error)
-        if isinstance(error, DiskFull) and run.summary.bytes_read:
-            message += f"; the rest of the input needs about {human_bytes(run.space_needed())} more"
+        needed = run.space_needed() if isinstance(error, DiskFull) else None
+        if needed is not None:
+            message += f"; the rest of the output needs about {human_bytes(needed)}"
         if job.progress:
             raise UserError(f"{message}; {goes_on(job.folder)}") from error
         raise UserError(f"{message}; nothing was written") from error
@@ -376,19 +433,23 @@ def _read_progress(progress: dict) -> tuple[Summary, Place]:
 
 
 def _file_state(path: str) -> dict:
-    """What tells that a file has changed. Nothing is known of what is no file."""
+    """What tells that a file, or a folder of files, has changed. Nothing is known of a stream."""
     try:
-        stat = os.stat(path)
+        stats = [os.stat(file) for file in content_files(path)]
     except OSError:
         return {"path": path, "size": None, "modified": None}
-    return {"path": path, "size": stat.st_size, "modified": stat.st_mtime_ns}
+    modified = max((stat.st_mtime_ns for stat in stats), default=None)
+    return {"path": path, "size": sum(stat.st_size for stat in stats), "modified": modified}
 
 
 def _changed_input(folder: Path, progress: dict) -> str | None:
     """Which of the files that have been read is no longer what it was."""
     done = progress["place"][0]
-    with open(folder / INPUTS, encoding="utf-8") as lines:
-        states = [json.loads(line) for _, line in zip(range(done), lines, strict=False)]
+    try:
+        with open(folder / INPUTS, encoding="utf-8") as lines:
+            states = [json.loads(line) for line in itertools.islice(lines, done)]
+    except (OSError, ValueError) as error:
+        return f"{INPUTS} is damaged ({error})"
     for then in [*states, *progress["current"]]:
         now = _file_state(then["path"])
         for what in ("size", "modified"):
@@ -397,41 +458,13 @@ def _changed_input(folder: Path, progress: dict) -> str | None:
     return None
 
 
-def _size(path: str) -> int:
-    return total_size([path]) or 0
-
-
-def _batches(
-    files: list[str], place: Place, task: TokenizingTask, remarks: Remarks, hashes: InputHashes
-) -> Iterator[Batch]:
-    """Groups the documents behind a place, across files too, into batches of about BATCH_BYTES."""
-    batch, size = [], 0
-    for number in range(place.file, len(files)):
-        position = 0
-        hashes.reached(number)
-        found = raw_documents(files[number], task.reading, remarks.say)
-        for count, document in enumerate(found, start=1):
-            position += document.size
-            if number == place.file and count <= place.documents:
-                hashes.reached(number, position)
-                continue
-            batch.append(document)
-            size += document.weight
-            if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
-                hashes.reached(number, position)
-                yield Batch(batch, Place(number, count))
-                batch, size = [], 0
-    if batch:
-        yield Batch(batch, Place(len(files), 0))
-
-
 def _tokenize(
     batches: Iterator[Batch], task: TokenizingTask, tokenizer: Tokenizer, workers: int
-) -> Iterator[tuple[Place, BatchResult]]:
-    """Yields the result of every batch, in order, and the place behind it."""
+) -> Iterator[tuple[Place, str | None, BatchResult]]:
+    """Yields the result of every batch, in order, and behind which place and of which stream."""
     if workers == 1:
         for batch in batches:
-            yield batch.end, tokenize_batch(batch.documents, task, tokenizer)
+            yield batch.end, batch.stream, tokenize_batch(batch.documents, task, tokenizer)
         return
     # Spawned, not forked: the caller may have threads. A worker is given the tokenizer as it is and
     # imports neither Transformers nor torch, which would take hundreds of MB in each.
@@ -444,15 +477,17 @@ def _tokenize(
             documents = batch.documents
             weight = sum(document.weight for document in documents)
             future = pool.submit(_tokenize_in_worker, documents)
-            under_way.append(_UnderWay(batch.end, documents[0].place, weight, future))
+            under_way.append(_UnderWay(*batch[1:], documents[0].place, weight, future))
             while (
                 len(under_way) >= BATCHES_PER_WORKER * workers
                 or sum(batch.weight for batch in under_way) > BYTES_UNDER_WAY
             ):
-                yield under_way[0].end, under_way[0].future.result()
+                first = under_way[0]
+                yield first.end, first.stream, first.future.result()
                 under_way.popleft()
         while under_way:
-            yield under_way[0].end, under_way[0].future.result()
+            first = under_way[0]
+            yield first.end, first.stream, first.future.result()
             under_way.popleft()
     except BrokenProcessPool:
         near = f" near {under_way[0].place}" if under_way else ""

@@ -227,11 +227,8 @@ class Unfinished:
                     f"{self.folder}: begun with {name} {_words(then)}, and now it is {_words(now)}:"
                     f" {BEGIN_ANEW}"
                 )
-        if content["moves"]:
-            self._moves, self._obsolete = content["moves"], content["obsolete"]
-            self.progress = content["progress"]
-            return
-        for name, size in content["sizes"].items():
+        sizes = {} if content["moves"] else content["sizes"]
+        for name, size in sizes.items():
             file = self.folder / name
             there = file.stat().st_size if file.exists() else 0
             if there < size:
@@ -242,7 +239,8 @@ class Unfinished:
         reason = changed(self.folder, content["progress"])
         if reason is not None:
             raise UserError(f"{self.folder}: {reason}: {BEGIN_ANEW}")
-        self.progress, self._sizes = content["progress"], content["sizes"]
+        self.progress, self._sizes = content["progress"], sizes
+        self._moves, self._obsolete = content["moves"], content["obsolete"]
 
     def _write_state(self, progress: dict) -> None:
         content = {"identity": self._identity, "sizes": self._sizes, "progress": progress}

@@ -213,6 +213,13 @@ def test_bad_input_is_one_clear_error(tmp_path, run_tool):
     sentencepiece = ("--tokenizer-type", "SentencePieceTokenizer")
     assert "--tokenizer-model" in failure("--input", one, *sentencepiece)
     assert "no such file" in failure("--input", one, *sentencepiece, "--tokenizer-model", "none")
+    assert "--partition 5/3: k/n is expected" in failure(
+        "--input", one, *BYTES, "--partition", "5/3"
+    )
+    assert "--min-tokens must be" in failure("--input", one, *BYTES, "--min-tokens", "0")
+    assert "no file can be made there" in failure(
+        "--input", one, *BYTES, "--output-prefix", "/sys/kernel/x"
+    )
 
 
 @pytest.fixture
@@ -272,6 +279,50 @@ def test_a_dead_worker_does_not_hang_the_parent(tmp_path, long_job):
     assert process.returncode == 2
     assert "error: a tokenizing worker died near " in stderr and "Traceback" not in stderr
     assert not names(tmp_path / "out")
+
+
+def test_a_killed_worker_and_a_killed_run_lose_no_finished_part(
+    tmp_path, corpus, tokenizer_model, start_tool, run_tool
+):
+    for i in range(12):
+        os.symlink(corpus, tmp_path / f"{i:02}.jsonl")
+    tokenizer = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer_model)
+    tokenizer = (*tokenizer, "--tokenizer-backend", "usual")
+    once = ("--input", corpus, "--output-prefix", tmp_path / "once", *tokenizer)
+    assert run_tool(TOOL, *once).returncode == 0
+    arguments = ("--input", tmp_path / "*.jsonl", "--output-prefix", tmp_path / "out" / "x")
+    arguments = (*arguments, *tokenizer, "--workers", 2, "--part-bytes", 1000)
+    state = tmp_path / "out" / "x.unfinished" / "state.json"
+    seen = b""
+
+    def new_part() -> bool:
+        nonlocal seen
+        before, seen = seen, state.read_bytes() if state.exists() else b""
+        return seen != before
+
+    process = start_tool(TOOL, *arguments)
+    wait_for(new_part)
+    os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 2 and "error: a tokenizing worker died near " in stderr
+    assert "the same command goes on from there" in stderr and "Traceback" not in stderr
+
+    new_part()
+    process = start_tool(TOOL, *arguments)
+    wait_for(new_part)
+    workers = workers_of(process.pid)
+    process.kill()
+    _, stderr = process.communicate(timeout=20)
+    assert "x.unfinished: going on behind " in stderr
+    wait_for(lambda: not any(map(is_running, workers)))
+
+    done = run_tool(TOOL, *arguments)
+    assert done.returncode == 0 and "x.unfinished: going on behind " in done.stderr
+    assert names(tmp_path / "out") == {f"x_text_document{s}" for s in (".bin", ".idx", ".json")}
+    one, all_of_them = (
+        Path(f"{tmp_path / prefix}_text_document.bin").read_bytes() for prefix in ("once", "out/x")
+    )
+    assert all_of_them == 12 * one
 
 
 @pytest.mark.parametrize("sent, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

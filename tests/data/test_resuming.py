@@ -1,6 +1,9 @@
 """A run of tools/preprocess_data.py that was killed goes on, and what it writes is the same."""
 
+import contextlib
+import dataclasses
 import errno
+import hashlib
 import json
 import os
 import resource
@@ -11,10 +14,11 @@ import pytest
 
 from megalong.data import preprocess as module
 from megalong.data import unfinished
+from megalong.data.documents import Reading
 from megalong.errors import UserError
 from megalong.progress import progress_bar
 
-TASK = module.TokenizingTask("ByteTokenizer", None, ("text",), append_eod=True)
+TASK = module.TokenizingTask("ByteTokenizer", None, Reading(), append_eod=True)
 SUFFIXES = (".bin", ".idx", ".json")
 
 
@@ -86,10 +90,10 @@ def test_a_run_killed_anywhere_goes_on(tmp_path, inputs, monkeypatch, name):
     assert len(resumed) > 3 and resumed == sorted(resumed) and resumed[-1] > 200
 
 
-def part_of(inputs, prefix, monkeypatch) -> Path:
+def part_of(inputs, prefix, monkeypatch, call: int = 8) -> Path:
     """A run killed after some parts; gives its folder."""
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 8, "replace")
+        kill_at(patch, call, "replace")
         preprocess(inputs, prefix)
     folder = Path(f"{prefix}.unfinished")
     assert json.loads((folder / "state.json").read_text())["content"]["progress"]
@@ -99,7 +103,11 @@ def part_of(inputs, prefix, monkeypatch) -> Path:
 def test_what_has_changed_is_refused_or_begun_anew(tmp_path, inputs, monkeypatch):
     prefix, whole = tmp_path / "out", tmp_path / "whole"
     folder = part_of(inputs, prefix, monkeypatch)
-    other = module.TokenizingTask("ByteTokenizer", None, ("text",), append_eod=False)
+    with pytest.raises(UserError, match=r"out_text_document\.bin is there already"):
+        Path(f"{prefix}_text_document.bin").touch()
+        preprocess(inputs, prefix)
+    Path(f"{prefix}_text_document.bin").unlink()
+    other = module.TokenizingTask("ByteTokenizer", None, Reading(), append_eod=False)
     cases = [
         (inputs, other, "begun with --append-eod on, and now it is off: give the same"),
         (inputs[:2], TASK, "begun with --input 4 files, "),
@@ -150,12 +158,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on(tmp_path, inputs, monkeypatch)
             preprocess(inputs, prefix)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    for words in (
-        "out_text_document.bin: File too large (",
-        " free there)",
-        "needs about",
-        " more",
-    ):
+    for words in ("out_text_document.bin: File too large (", " free there)", "needs about"):
         assert words in str(error.value)
     assert "goes on from there" in str(error.value)
     assert {path.name for path in tmp_path.glob("out*")} == {"out.unfinished"}
@@ -172,3 +175,76 @@ def test_a_disk_full_before_anything_is_finished_leaves_nothing(tmp_path, inputs
         with pytest.raises(UserError, match=r"No space left on device.*nothing was written"):
             preprocess(inputs, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_standard_input_goes_on_where_it_begins_with_the_same(tmp_path, inputs, monkeypatch):
+    def given(content: bytes):
+        path = tmp_path / "stream"
+        path.write_bytes(content)
+        monkeypatch.setattr("sys.stdin", stack.enter_context(path.open()))
+
+    stack = contextlib.ExitStack()
+    with stack:
+        lines = Path(inputs[0]).read_bytes()
+        given(lines)
+        part_of(["-"], tmp_path / "out", monkeypatch, call=3)
+        given(b" " + lines)
+        with pytest.raises(UserError, match="standard input does not begin with"):
+            preprocess(["-"], tmp_path / "out")
+        given(lines + b"\n{}")
+        assert preprocess(["-"], tmp_path / "out").resumed > 10
+        sidecar = json.loads(Path(f"{tmp_path}/out_text_document.json").read_text())
+        assert sidecar["inputs"][0]["sha256"] == hashlib.sha256(lines + b"\n{}").hexdigest()
+        preprocess(inputs[:1], tmp_path / "whole")
+        assert content(tmp_path / "out")[:2] == content(tmp_path / "whole")[:2]
+
+
+def test_the_description_says_what_the_data_is_made_of(tmp_path, inputs):
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository" / "a.py").write_text("a")
+    preprocess(inputs, tmp_path / "out")
+    sidecar = json.loads(Path(f"{tmp_path}/out_text_document.json").read_text())
+    for listed, path in zip(sidecar["inputs"], inputs, strict=True):
+        data = Path(path).read_bytes()
+        assert (listed["path"], listed["size"]) == (path, len(data))
+        assert listed["sha256"] == hashlib.sha256(data).hexdigest()
+    skipped = [(problem["file"], problem["line"]) for problem in sidecar["skipped"]]
+    assert skipped == [(path, 31) for path in inputs[:3]]
+    assert all(problem["reason"].startswith("not valid JSON") for problem in sidecar["skipped"])
+    texts = [json.loads(line)["text"] for path in inputs[:3] for line in good_lines(path)]
+    texts = [text for text in [*texts, "text"] if text]
+    assert sidecar["documents"] == len(texts)
+    again = [text for i, text in enumerate(texts) if text in texts[:i]]
+    tokens = sum(len(text) + 1 for text in again)
+    assert sidecar["repeats"] == {"documents": len(again), "tokens": tokens}
+    buckets = {}
+    for text in texts:
+        least = str(1 << (len(text) + 1).bit_length() - 1)
+        buckets[least] = buckets.get(least, 0) + 1
+    assert sidecar["length_histogram"] == buckets
+
+    task = dataclasses.replace(TASK, deduplicate=True, min_tokens=10)
+    summary = preprocess(inputs, tmp_path / "fewer", task).keys["text"]
+    kept = {text: None for text in texts if len(text) + 1 >= 10}
+    assert summary.documents == len(kept) and summary.bytes == sum(map(len, kept))
+    assert summary.short == sum(len(text) + 1 < 10 for text in texts)
+    assert summary.documents + summary.repeats + summary.short == len(texts)
+
+
+def good_lines(path: str) -> list[str]:
+    return [line for line in Path(path).read_text().splitlines() if line.startswith("{")]
+
+
+def test_a_folder_has_one_hash(tmp_path):
+    folder = tmp_path / "repository"
+    (folder / "b").mkdir(parents=True)
+    (folder / "a.py").write_text("1")
+    (folder / "b" / "c.py").write_text("2")
+    reading = Reading(documents="repository")
+    preprocess([str(folder)], tmp_path / "out", dataclasses.replace(TASK, reading=reading))
+    sidecar = json.loads(Path(f"{tmp_path}/out_text_document.json").read_text())
+    sums = "".join(
+        f"{hashlib.sha256(text.encode()).hexdigest()}  {name}\n"
+        for text, name in [("1", "a.py"), ("2", "b/c.py")]
+    )
+    assert sidecar["inputs"][0]["sha256"] == hashlib.sha256(sums.encode()).hexdigest()

@@ -401,7 +401,7 @@ def _(story: Story) -> None:
 
 @case("preprocessing, array of 3")
 def _(story: Story) -> None:
-    """Joined as README.md says, the outputs of the tasks are that of one process."""
+    """Merged as README.md says, the outputs of the tasks are that of one process."""
     flags = ["--tokenizer-type", "ByteTokenizer", "--append-eod"]
     files = sorted(Path(json.__file__).parent.glob("*.py"))
     story.job = story.slurm.submit(
@@ -415,10 +415,11 @@ def _(story: Story) -> None:
     )
     tokens = story.folder / "corpus_text_document.bin"
     wait_until(lambda: len([*story.folder.glob("part*.idx")]) == 3, 120, "tokens are missing")
-    snippet = re.search(r"^python - .*?^END$", (SCRIPTS / "README.md").read_text(), re.M | re.S)
-    story.slurm.run(
-        "bash", "-c", snippet.group().replace("tokens/corpus", "part"), cwd=tokens.parent
+    line = re.search(
+        r"^python tools/merge_datasets.py .*$", (SCRIPTS / "README.md").read_text(), re.M
     )
+    merge = line.group().replace("tokens/corpus", "part").replace("tools/", f"{REPOSITORY}/tools/")
+    story.slurm.run("bash", "-c", merge, cwd=tokens.parent)
     tool = str(REPOSITORY / "tools" / "preprocess_data.py")
     command = [sys.executable, tool, *flags, "--output-prefix", "one", "--input", *map(str, files)]
     story.slurm.run(*command, cwd=tokens.parent)

@@ -1,0 +1,182 @@
+"""tools/merge_datasets.py, and partitions of the input: together they write what one run writes."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megalong.data import merging
+from megalong.data import preprocess as module
+from megalong.data.documents import Reading
+from megalong.data.files import find_files
+from megalong.data.merging import find_prefixes, merge
+from megalong.data.output import LISTED
+from megalong.data.partition import partition
+from megalong.data.repeats import SeenTexts, text_hashes
+from megalong.errors import UserError
+from megalong.progress import progress_bar
+
+SUFFIXES = (".bin", ".idx", ".json")
+
+
+def task(**options):
+    options = {"append_eod": True} | options
+    return module.TokenizingTask("ByteTokenizer", None, Reading(), **options)
+
+
+def preprocess(files, prefix, what=None, **options) -> str:
+    bar = progress_bar(1, "B", "", enabled=False)
+    module.preprocess(files, str(prefix), what or task(), progress=bar, **options)
+    return f"{prefix}_text_document"
+
+
+def merged(prefixes, prefix, **options) -> dict:
+    bar = progress_bar(1, "B", "", enabled=False)
+    return merge(list(map(str, prefixes)), str(prefix), progress=bar, **options)
+
+
+def content(prefix) -> list:
+    """What is in the files; the description without what only a partition is."""
+    *files, description = (Path(f"{prefix}{suffix}").read_bytes() for suffix in SUFFIXES)
+    description = json.loads(description) | {"partition": None}
+    lists = [Path(f"{prefix}{suffix}") for suffix in (".skipped.jsonl", ".inputs.jsonl")]
+    return [*files, description, [path.exists() and path.read_bytes() for path in lists]]
+
+
+@pytest.fixture
+def inputs(tmp_path) -> list[str]:
+    """Files of very different sizes, with texts that come again in others, and broken lines."""
+    draw = random.Random(1)
+    (tmp_path / "in").mkdir()
+    for i in range(LISTED + 30):
+        records = [{"text": str(draw.randrange(300)) * 3} for _ in range(draw.choice([0, 1, 20]))]
+        lines = [*map(json.dumps, records), "broken", '{"text": ""}']
+        (tmp_path / "in" / f"{i:03}.jsonl").write_text("\n".join(lines))
+    return find_files([str(tmp_path / "in")])
+
+
+@pytest.mark.parametrize("what", [{}, {"deduplicate": True, "min_tokens": 8}], ids=str)
+def test_merged_partitions_are_what_one_run_writes(tmp_path, inputs, what):
+    whole = preprocess(inputs, tmp_path / "whole", task(**what))
+    parts = []
+    for number in range(1, 6):
+        files, share = partition(inputs, f"{number}/5")
+        options = {"partition": share, "part_bytes": 300}
+        parts.append(preprocess(files, tmp_path / str(number), task(**what), **options))
+    made = merged(parts, tmp_path / "merged")
+    assert content(tmp_path / "merged") == content(whole)
+    assert made["left_out"]["broken"] == len(inputs) and made["inputs_in_all"] == len(inputs)
+    assert made["repeats"]["documents"] > 0
+    assert made["left_out"]["repeated"] == (made["repeats"]["documents"] if what else 0)
+    assert not list(tmp_path.glob("merged*.hashes")) and not list(tmp_path.glob("*.unfinished"))
+
+
+def test_partitions_are_all_files_in_order_and_alike_in_size(tmp_path):
+    draw = random.Random(0)
+    files = []
+    for i in range(50):
+        files.append(str(tmp_path / f"{i:02}"))
+        Path(files[-1]).write_bytes(b"x" * draw.randrange(100))
+    sizes = dict(zip(files, map(os.path.getsize, files), strict=True))
+    for count in (1, 2, 7, 60):
+        parts = [partition(files, f"{k}/{count}")[0] for k in range(1, count + 1)]
+        assert [file for part in parts for file in part] == files
+        shares = [sum(sizes[file] for file in part) for part in parts]
+        assert max(shares) <= sum(sizes.values()) / count + 100
+    for bad in ("5/3", "0/3", "1", "a/b", "1/0", "-1/2"):
+        with pytest.raises(UserError, match=f"--partition {bad}: k/n is expected, with k from 1"):
+            partition(files, bad)
+
+
+def test_an_empty_partition_is_written_so_that_none_is_missing(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    files = find_files([str(tmp_path / "*.txt")])
+    parts = [partition(files, f"{k}/3") for k in (1, 2, 3)]
+    assert [len(files) for files, _ in parts] == [1, 0, 1]
+    prefixes = [
+        preprocess(files, tmp_path / str(share.number), partition=share) for files, share in parts
+    ]
+    assert merged(prefixes, tmp_path / "all")["documents"] == 2
+    with pytest.raises(UserError, match="1 partition of 3 missing: 2/3"):
+        merged([prefixes[0], prefixes[2]], tmp_path / "x")
+    with pytest.raises(UserError, match="is there already"):
+        merged(prefixes, tmp_path / "all")
+
+
+def test_a_merge_goes_on_where_it_was_killed(tmp_path, inputs, monkeypatch):
+    whole = preprocess(inputs, tmp_path / "whole")
+    parts = []
+    for number in (1, 2, 3):
+        files, share = partition(inputs, f"{number}/3")
+        parts.append(preprocess(files, tmp_path / str(number), partition=share))
+    monkeypatch.setattr(merging, "_CHUNK_DOCUMENTS", 7)
+    monkeypatch.setattr(merging, "PART_BYTES", 100)
+    replace, calls = os.replace, []
+
+    class Killed(BaseException):
+        pass
+
+    def dies(*paths):
+        calls.append(paths)
+        if len(calls) in (9, 30, 60):
+            raise Killed
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", dies)
+    for _ in range(3):
+        with pytest.raises(Killed):
+            merged(parts, tmp_path / "merged")
+    merged(parts, tmp_path / "merged")
+    assert content(tmp_path / "merged") == content(whole)
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    files = [str(tmp_path / "a.txt")]
+    first = preprocess(files, tmp_path / "first")
+    other = preprocess(files, tmp_path / "other", task(append_eod=False))
+    with pytest.raises(UserError, match=r"made with append_eod False, and .* True"):
+        merged([first, other], tmp_path / "out")
+    sidecar = Path(f"{other}.json")
+    description = json.loads(sidecar.read_text()) | {"append_eod": True, "tokenizer_sha256": "x"}
+    sidecar.write_text(json.dumps(description))
+    with pytest.raises(UserError, match="made with tokenizer_sha256 x, and"):
+        merged([first, other], tmp_path / "out")
+    sidecar.unlink()
+    with pytest.raises(UserError, match=r"no file .*other_text_document\.json"):
+        merged([first, other], tmp_path / "out")
+    with pytest.raises(UserError, match=r"no file .*nothing"):
+        find_prefixes([str(tmp_path / "nothing")])
+    with pytest.raises(UserError, match="named twice"):
+        find_prefixes([first, str(tmp_path / "f*")])
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_outputs_without_hashes_are_merged_with_repeats_unknown(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    files = [str(tmp_path / "a.txt")]
+    parts = [preprocess(files, tmp_path / name, task(deduplicate=True)) for name in "ab"]
+    made = merged(parts, tmp_path / "out")
+    assert made["documents"] == 2 and made["bytes"] == 6 and made["tokens"] == 8
+    assert made["repeats"] is None and made["deduplicate"] is False
+    assert made["length_histogram"] == {"4": 2}
+
+
+def test_seen_texts_are_a_set():
+    draw = random.Random(2)
+    seen, known = SeenTexts(), set()
+    for _ in range(40):
+        texts = [str(draw.randrange(20_000)).encode() for _ in range(draw.choice([0, 1, 900]))]
+        expected = []
+        for text in texts:
+            expected.append(text not in known)
+            known.add(text)
+        assert seen.add(text_hashes(texts)).tolist() == expected
+    assert len(seen) == len(known)
+    # Hashes that begin alike meet in the same places of the table.
+    alike = np.stack([np.full(500, 7, np.uint64), np.arange(500, dtype=np.uint64)], axis=1)
+    assert SeenTexts().add(np.concatenate([alike, alike])).tolist() == [True] * 500 + [False] * 500
