@@ -21,6 +21,7 @@ COMMANDS = {
     "tools/generate.py": "--model x --prompt a",
     "tools/inspect_checkpoint.py": "x",
     "tools/inspect_dataset.py": "x",
+    "tools/merge_datasets.py": "--input x --output-prefix y",
     "tools/plot_run.py": "x",
     "tools/preprocess_data.py": "--input {file} --output-prefix y",
     "tools/train_tokenizer.py": "--input {file} --output-prefix y --vocab-size 9",

@@ -148,16 +148,6 @@ def _open(prefix: str, place: str) -> _Shard:
         index = read_index(prefix)
     lengths = index.document_lengths()
     first = index.first_sequence[:-1]
-    itemsize = index.dtype.itemsize
-    inside = np.ones(len(index.pointers), bool)  # whether a sequence goes on with a document
-    inside[first[first < len(inside)]] = False
-    inside[:1] = False
-    ends = index.pointers + index.sequence_lengths.astype(np.int64) * itemsize
-    if (index.pointers[1:] != ends[:-1])[inside[1:]].any():
-        raise UserError(
-            f"{prefix}.idx: the sequences of a document do not lie one behind the other, as they"
-            " have to in a folder of pairs: give this one a --data-path of its own"
-        )
     # An empty document may stand behind the last sequence.
     starts = np.append(index.pointers, 0)[first]
     description = read_description(prefix, len(lengths), int(lengths.sum()))

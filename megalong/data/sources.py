@@ -22,8 +22,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megalong.errors import UserError
 from megalong.wording import did_you_mean
 
@@ -87,6 +85,8 @@ def sources_of_flag(words: Sequence[str], flag: str, weighted: bool = True) -> l
 
 def sources_of_file(file: str) -> list[SourceSpec]:
     """The sources of a `--data-blend` file. Raises UserError naming the file, and the line."""
+    import yaml  # not for --help
+
     flag = f"--data-blend {file}"
     try:
         text = Path(file).read_text(encoding="utf-8")

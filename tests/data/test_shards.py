@@ -93,7 +93,7 @@ def test_documents_of_several_sequences(tmp_path):
     index = bytearray((tmp_path / "x.idx").read_bytes())
     index[34 + 4 * 7 + 8 : 34 + 4 * 7 + 16] = (20).to_bytes(8, "little")  # the second sequence
     (tmp_path / "x.idx").write_bytes(index)
-    with pytest.raises(UserError, match=r"x\.idx: the sequences of a document do not lie one"):
+    with pytest.raises(UserError, match=r"x\.idx: damaged, sequence 1 is to begin at byte 20"):
         ShardedDocuments(str(tmp_path))
 
 
