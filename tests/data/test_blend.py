@@ -72,7 +72,7 @@ def test_every_source_gives_its_own_samples_in_their_order():
         assert share == count / 200
         assert epochs == count * N / DATA[name].lengths.sum()
     # Sources that are alike have orders of their own.
-    orders = [part._order(0)[:10].tolist() for part in mixed.parts]
+    orders = [part.order.epoch(0)[:10].tolist() for part in mixed.parts]
     assert orders[0] != orders[1] != orders[2]
 
 

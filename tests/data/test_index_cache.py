@@ -40,7 +40,7 @@ def test_the_order_is_that_without_a_cache(tmp_path):
     assert len(list(tmp_path.glob("*.npy"))) == 6  # two epochs of each
     stream(tmp_path, Many(1), seed=1).sample(0)  # other documents
     assert len(list(tmp_path.glob("*.npy"))) == 7
-    stream(tmp_path, seed=1)._epoch(0)
+    stream(tmp_path, seed=1).sample(0)
     assert len(list(tmp_path.glob("*.npy"))) == 7 and not list(tmp_path.glob("*.partial"))
 
 
