@@ -1,7 +1,8 @@
 """The data path: tokenizers, indexed documents, the token stream and its batches.
 
-In reading order: tokenizer, tokenizer_training; documents, json_lines, plain_text (reading text),
-writer and preprocess (text to .bin/.idx); indexed (.bin/.idx to tokens), stream (the order of the
-tokens), batches. formats has the tables of what can be read.
+In reading order: tokenizer, a file for each kind, tokenizer_training; files, documents, a file for
+each format of text (formats has the table), backend (which library makes the tokens); writer and
+preprocess (text to .bin/.idx); indexed (.bin/.idx to tokens), stream (the order of the
+tokens), batches.
 This file imports nothing, so that tokenizing processes start without torch.
 """

@@ -58,6 +58,7 @@ COMPRESSIONS = (
     Compression("LZ4", ".lz4", b"\x04\x22\x4d\x18", None),
     Compression("zip", ".zip", b"PK\x03\x04", None),
 )
+_BUFFER_BYTES = 1 << 20  # lines may be long
 _TEXTS = (".jsonl", ".json", ".ndjson", ".txt")
 
 
@@ -110,8 +111,8 @@ def total_size(files: list[str]) -> int | None:
 def open_file(path: str) -> BinaryIO:
     """A file, or standard input, as it is on disk."""
     if path == STANDARD_INPUT:
-        return open(sys.stdin.fileno(), "rb", closefd=False)
-    return open(path, "rb")
+        return open(sys.stdin.fileno(), "rb", _BUFFER_BYTES, closefd=False)
+    return open(path, "rb", _BUFFER_BYTES)
 
 
 def without_compression(path: str) -> tuple[str, Compression | None]:

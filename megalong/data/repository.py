@@ -8,9 +8,9 @@ files that are not UTF-8 or cannot be read are broken. Hidden files are no part 
 import os
 from collections.abc import Iterator
 
+from megalong.data import source_file
 from megalong.data.documents import BrokenDocument, RawDocument, Reading
 from megalong.data.files import content_files
-from megalong.data.source_file import read
 
 NAME = "repository"
 
@@ -21,13 +21,20 @@ def raw_documents(path: str, reading: Reading) -> Iterator[RawDocument]:
     yield RawDocument(NAME, path, None, None, None, size)
 
 
+def raw_documents_from(path: str, reading: Reading, share: float) -> Iterator[RawDocument]:
+    """The files from this share of them on, each as a document."""
+    files = content_files(path)
+    for file in files[int(len(files) * share) :]:
+        yield from source_file.raw_documents(file, reading)
+
+
 def texts(document: RawDocument, reading: Reading) -> dict[str, str | BrokenDocument]:
     """The repository's text, under the first key; files without text by their paths."""
     found: dict[str, str | BrokenDocument] = {}
     parts = []
     for path in content_files(document.path):
         try:
-            text = read(document, path, reading.max_file_size)
+            text = source_file.read(document, path, reading.max_file_size)
         except BrokenDocument as problem:
             found[path] = problem
             continue

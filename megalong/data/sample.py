@@ -21,7 +21,7 @@ def sample_texts(files: list[str], reading: Reading, max_bytes: int) -> Iterator
     much from places drawn evenly over the files' bytes; of a long text a stretch. The same ones
     whenever the files are the same. Documents that are broken are not in it."""
     draw = random.Random(0)
-    begin = (doc for file in files for doc in raw_documents(file, reading, lambda line: None))
+    begin = itertools.chain.from_iterable(_documents(file, reading) for file in files)
     yield from _stretches(begin, reading, max_bytes // 2, draw)
     sizes = [sum(map(os.path.getsize, content_files(file))) for file in files]
     ends = list(itertools.accumulate(sizes))
@@ -31,6 +31,12 @@ def sample_texts(files: list[str], reading: Reading, max_bytes: int) -> Iterator
         share = 1 - (ends[i] - place) / sizes[i]
         documents = raw_documents_from(files[i], reading, share)
         yield from _stretches(documents, reading, max_bytes // (2 * _PLACES), draw)
+
+
+def _documents(file: str, reading: Reading) -> Iterator[RawDocument]:
+    if reading.documents == "repository":  # which may be long: its files
+        return raw_documents_from(file, reading, 0.0)
+    return raw_documents(file, reading, lambda line: None)
 
 
 def _stretches(

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from megalong.data.backend import FastTokenizer
 from megalong.data.tokenizer import build_tokenizer
 from tests.launching import run
 
@@ -109,6 +110,25 @@ def test_byte_fallback_is_exact_but_for_the_stand_in_of_the_space(byte_fallback)
         assert tokenizer.decode(ids) == text
         assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
         assert tokenizer.eod not in ids
+
+
+def test_the_fast_library_gives_the_same_ids(tmp_path):
+    """Names of special tokens in a text are text for it too."""
+    pytest.importorskip("gigatoken")
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    vocabulary = {character: i for i, character in enumerate(sorted(alphabet))}
+    vocabulary |= {"He": 256, "\u0120\u0120": 257, "<|": 258}
+    merges = [("H", "e"), ("\u0120", "\u0120"), ("<", "|")]
+    folder = save(
+        tmp_path / "gpt2",
+        tokenizers.models.BPE(vocab=vocabulary, merges=merges),
+        pre_tokenizer=tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoder=tokenizers.decoders.ByteLevel(),
+    )
+    usual = build_tokenizer("HuggingFaceTokenizer", folder)
+    fast = FastTokenizer(usual)
+    for text in [*TEXTS, "Hello<|end|>  <|end|>x"]:
+        assert fast.encode(text) == usual.encode(text) and fast.decode(fast.encode(text)) == text
 
 
 def test_what_cannot_be_used_is_refused(tmp_path):

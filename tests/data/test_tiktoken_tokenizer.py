@@ -7,6 +7,7 @@ import pytest
 
 from megalong.checkpoint.tokenizer import kept_tokenizer, tokenizer_files
 from megalong.config import DataConfig
+from megalong.data.backend import FastTokenizer
 from megalong.data.tokenizer import build_tokenizer
 from megalong.errors import UserError
 from tests.data.test_tokenizer import TEXTS, check_exact
@@ -90,6 +91,18 @@ def test_export_gives_the_same_ids(description, corpus_texts, tmp_path):
     for text in [*TEXTS, *corpus_texts[:20]]:
         assert plain_ids(theirs, text) == ours.encode(text)
         assert theirs.decode(ours.encode(text)) == text
+
+
+def test_the_fast_library_gives_the_same_ids(description, corpus_texts):
+    pytest.importorskip("gigatoken")
+    usual = build_tokenizer("TikTokenizer", str(description))
+    fast = FastTokenizer(usual)
+    for text in [*TEXTS, "x<|endoftext|> <|begin|>", *corpus_texts[:20]]:
+        assert fast.encode(text) == usual.encode(text)
+    content = json.loads(description.read_text()) | {"pattern": r"\w+|\W"}
+    description.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="gigatoken does not know the pattern"):
+        FastTokenizer(build_tokenizer("TikTokenizer", str(description)))
 
 
 def test_what_is_no_encoding_is_refused(description, tmp_path):
