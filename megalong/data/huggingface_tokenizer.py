@@ -39,17 +39,17 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"--tokenizer-model {folder}: not a fast tokenizer (tokenizer.json)")
         if tokenizer.eos_token_id is None:
             raise UserError(f"--tokenizer-model {folder}: the tokenizer has no eos_token")
-        self._backend = tokenizer.backend_tokenizer
-        self._backend.encode_special_tokens = True  # "<eos>" inside a text is just text
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        pieces = _huggingface_pieces(self._backend, set(tokenizer.all_special_ids), folder)
+        self.library = tokenizer.backend_tokenizer
+        self.library.encode_special_tokens = True  # "<eos>" inside a text is just text
+        self.library.no_truncation()
+        self.library.no_padding()
+        pieces = _huggingface_pieces(self.library, set(tokenizer.all_special_ids), folder)
         ids = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.mask_token_id
         super().__init__(pieces, *ids)
         self._folder = str(folder)
 
     def with_mask(self) -> Tokenizer:
-        if self._mask is None:
+        if self.mask is None:
             raise UserError(
                 f"--objective mlm: the tokenizer in {self._folder} has no mask_token: add one"
                 " with Transformers' add_special_tokens, save it, and preprocess the text again"
@@ -59,17 +59,17 @@ class HuggingFaceTokenizer(Tokenizer):
     def __setstate__(self, state: dict) -> None:
         """A copy in another process needs the package tokenizers only."""
         self.__dict__ |= state
-        self._backend.encode_special_tokens = True  # which the library does not keep in a pickle
+        self.library.encode_special_tokens = True  # which the library does not keep in a pickle
 
     def encode(self, text: str) -> list[int]:
         text.encode("utf-8")
         # Of the ways to the same ids the quickest: without the place in the text of each.
-        [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        [encoding] = self.library.encode_batch_fast([text], add_special_tokens=False)
         return encoding.ids
 
     def _joins(self) -> bytes:
         # Earlier versions of the library write a merge as "a b", later ones as ["a", "b"].
-        model = json.loads(self._backend.to_str())["model"]
+        model = json.loads(self.library.to_str())["model"]
         merges = model.get("merges", ())
         pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
         scores = [piece[1] for piece in model["vocab"]] if isinstance(model["vocab"], list) else []
@@ -77,12 +77,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @property
     def special_names(self) -> list[str]:
-        return [token.content for token in self._backend.get_added_tokens_decoder().values()]
+        return [token.content for token in self.library.get_added_tokens_decoder().values()]
 
     def fast_encoder(self) -> Callable[[str], np.ndarray]:
         from megalong.data import gigatoken_encoder
 
-        return gigatoken_encoder.of_tokenizer_json(self._backend.to_str())
+        return gigatoken_encoder.of_tokenizer_json(self.library.to_str())
 
 
 def _huggingface_pieces(backend, special_ids: set[int], folder: str) -> list[bytes]:

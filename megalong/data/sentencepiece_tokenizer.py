@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Iterator
 
@@ -58,12 +57,11 @@ class SentencePieceTokenizer(Tokenizer):
     def with_mask(self) -> Tokenizer:
         """As of any tokenizer, but that a piece `<mask>`, a user-defined one say, is the mask token
         of the copy, and stands for no text there. Texts with this word still have its id."""
-        if self._mask is not None or self._mask_piece is None:
+        if self.mask is not None or self._mask_piece is None:
             return super().with_mask()
-        copied = copy.copy(self)
-        copied._mask, copied.pieces = self._mask_piece, list(self.pieces)
-        copied.pieces[self._mask_piece] = b""
-        return copied
+        pieces = list(self.pieces)
+        pieces[self._mask_piece] = b""
+        return self.masking_with(self._mask_piece, pieces)
 
     def encode(self, text: str) -> list[int]:
         return [i for part in self._parts(text) for i in part]

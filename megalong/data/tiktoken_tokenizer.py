@@ -118,7 +118,7 @@ class TiktokenTokenizer(Tokenizer):
         pattern = PATTERNS.get(description.pattern, description.pattern)
         _check(ranks, special, description, flag)
         try:
-            self._encoding = tiktoken.Encoding(
+            self.library = tiktoken.Encoding(
                 "megalong", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
             )
         except (ValueError, RuntimeError) as error:
@@ -135,7 +135,7 @@ class TiktokenTokenizer(Tokenizer):
 
     def encode_array(self, text: str) -> np.ndarray:
         text.encode("utf-8")  # the library puts something else for half a surrogate pair
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+        return self.library.encode_to_numpy(text, disallowed_special=())
 
     def _joins(self) -> bytes:
         return self.pattern.encode()

@@ -153,9 +153,13 @@ class Tokenizer(ABC):
         all others: texts have the same ids. Raises UserError where none can be added."""
         if self._mask is not None:
             return self
-        larger = copy.copy(self)
-        larger.pieces, larger._mask = [*self.pieces, b""], self.vocab_size
-        return larger
+        return self.masking_with(self.vocab_size, [*self.pieces, b""])
+
+    def masking_with(self, mask: int, pieces: list[bytes]) -> Tokenizer:
+        """A copy with this mask token, and these pieces."""
+        copied = copy.copy(self)
+        copied.pieces, copied._mask = pieces, mask
+        return copied
 
     def decode(self, ids) -> str:
         """The text of any sequence of ids. Special tokens are dropped; bytes that are not UTF-8

@@ -236,13 +236,13 @@ def library_batch(args: argparse.Namespace):
         model = sentencepiece.SentencePieceProcessor(model_file=args.tokenizer_model)
         return lambda texts: sum(map(len, model.encode(texts, num_threads=args.workers)))
     if args.tokenizer_type == "HuggingFaceTokenizer":
-        backend = tokenizer._backend  # with its own settings, as it is loaded
+        backend = tokenizer.library  # with its own settings, as it is loaded
         return lambda texts: sum(
             len(encoding.ids)
             for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)
         )
     if args.tokenizer_type == "TikTokenizer":
-        encoding = tokenizer._encoding
+        encoding = tokenizer.library
         return lambda texts: sum(
             map(len, encoding.encode_ordinary_batch(texts, num_threads=args.workers))
         )
