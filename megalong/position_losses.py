@@ -44,14 +44,15 @@ class PositionLosses:
     ) -> None:
         """Add the losses of some sequences.
 
-        positions: integers (length,), places in the context. losses: (sequences, length), zero
-        where mask, bool of the same shape, says that there was nothing to predict; None: there was
-        everywhere.
+        positions: integers (length,) or (sequences, length), places in the context. losses:
+        (sequences, length), zero where mask, bool of the same shape, says that there was nothing to
+        predict; None: there was everywhere.
         """
         bucket = torch.bucketize(positions.to(self.sums.device), self._stops, right=True)
         mask = torch.ones_like(losses) if mask is None else mask
-        self.sums.index_add_(0, bucket, losses.double().sum(0))
-        self.counts.index_add_(0, bucket, mask.double().sum(0))
+        for sums, values in ((self.sums, losses.double()), (self.counts, mask.double())):
+            values = values.sum(0) if bucket.ndim == 1 else values
+            sums.index_add_(0, bucket.flatten(), values.flatten())
 
     @property
     def total(self) -> float:

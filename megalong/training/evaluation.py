@@ -25,7 +25,8 @@ class Evaluation:
         for, so that tokenizers can be compared; end-of-document tokens cost bits and stand for
         no byte.
     loss_by_position: mean loss in each bucket of `position_edges`, so that one can see whether the
-        model uses its context; None where a bucket held no prediction.
+        model uses its context; None where a bucket held no prediction. Positions count from the
+        beginning of the sequence, or of the document where these are kept apart.
     """
 
     loss: float
@@ -60,7 +61,8 @@ def evaluate(
     while some := list(islice(remaining, mesh.pipeline_parallel_size)):
         # Stages before the last have no losses, and come here to pass activations on.
         for batch, (losses, mask) in zip(some, engine.token_losses(some), strict=False):
-            losses_by_position.add(batch["positions"], losses, mask)
+            places = batch["positions"] - batch.get("document_start", 0)
+            losses_by_position.add(places, losses, mask)
             labels = batch["labels"].to(mesh.device, non_blocking=True)
             # Not labels[mask]: how many there are, the host would have to wait for.
             total_bytes += (bytes_of_token[labels.clamp(min=0)] * mask).sum()

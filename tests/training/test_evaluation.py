@@ -67,6 +67,18 @@ def test_sums_by_hand():
         assert loss == pytest.approx(part[part != IGNORE_INDEX].mean(), rel=1e-12)
 
 
+def test_positions_of_documents_apart_count_from_their_beginnings():
+    labels = torch.ones(2, 24, dtype=torch.long)
+    labels[0, 5], labels[1, 3] = 9, 5
+    starts = torch.zeros(2, 24, dtype=torch.int32)
+    starts[0, 5:], starts[1, 2:] = 5, 2
+    batch = {"labels": labels, "positions": torch.arange(24), "document_start": starts}
+    result = evaluate(KnownLosses(), [batch], np.ones(10), OneRank())
+    first = 4 + 4 + 2 + 4  # predictions at the first four places of four documents
+    assert result.loss_by_position[:2] == [(first + 8 + 4) / first, 1.0]
+    assert result.loss == (48 + 8 + 4) / 48
+
+
 def test_a_bucket_without_predictions_has_no_loss():
     labels = torch.full((1, 24), IGNORE_INDEX)
     labels[0, :5] = 1
