@@ -13,7 +13,6 @@ import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -21,9 +20,7 @@ from megalong.data.indexed import check_files_exist, read_description, read_inde
 from megalong.errors import UserError, system_errors_of
 
 OPEN_FILES = 128
-_OPENING_THREADS = (
-    16  # a network file system takes milliseconds to answer, and answers many at once
-)
+_OPENING_THREADS = 8  # a network file system takes milliseconds, and answers several at once
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,6 @@ class ShardedDocuments:
         self.max_token_id: int | None = None if None in ids else max(ids)
         self.vocab_size: int | None = _agreed(shards, "vocab_size", place)
         self.prepend_bos: bool | None = _agreed(shards, "prepend_bos", place)
-        self.made_with = _made_with(shards, place)
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, newest last
         self._lock = threading.Lock()
 
@@ -147,25 +143,13 @@ def _open(prefix: str, place: str) -> _Shard:
     with system_errors_of(f"{place}:", prefix):
         index = read_index(prefix)
     lengths = index.document_lengths()
-    first = index.first_sequence[:-1]
-    # An empty document may stand behind the last sequence.
-    starts = np.append(index.pointers, 0)[first]
+    # One behind the other, as `read_index` has seen.
+    starts = (np.cumsum(lengths) - lengths) * index.dtype.itemsize
     description = read_description(prefix, len(lengths), int(lengths.sum()))
     return _Shard(prefix, index.dtype, starts, lengths, description)
 
 
-def _made_with(shards: list[_Shard], place: str) -> dict[str, str]:
-    """As of `megalong.data.stream.Documents`; the file is one of those that the pairs name."""
-    hashed = _agreed(shards, "tokenizer_sha256", place)
-    if hashed is None:
-        return {}
-    known = {"tokenizer_sha256": hashed}
-    files = [shard.description.get("tokenizer_model") for shard in shards]
-    file = next(filter(None, files), None)
-    return known if file is None else known | {"tokenizer_model": file}
-
-
-def _agreed(shards: list[_Shard], key: str, place: str) -> Any:
+def _agreed(shards: list[_Shard], key: str, place: str) -> int | None:
     """What the descriptions say, those that say something; None where none does."""
     known: dict[int, str] = {}
     for shard in shards:
@@ -174,10 +158,7 @@ def _agreed(shards: list[_Shard], key: str, place: str) -> Any:
             known.setdefault(value, shard.prefix)
     if len(known) > 1:
         (one, its), (other, others), *_ = known.items()
-        what = {
-            "vocab_size": "the tokenizer's ids", "prepend_bos": "--prepend-bos",
-            "tokenizer_sha256": "sha256 of the tokenizer",
-        }[key]  # fmt: skip
+        what = {"vocab_size": "the tokenizer's ids", "prepend_bos": "--prepend-bos"}[key]
         raise UserError(
             f"{place}: made with different tokenizers: {what}: {one} in {its}, {other} in {others}"
         )

@@ -90,12 +90,6 @@ def test_documents_of_several_sequences(tmp_path):
     assert documents.max_token_id is None
     assert [documents.read(i).tolist() for i in range(4)] == [[1, 2, 3, 4], [], [5, 6, 7], []]
 
-    index = bytearray((tmp_path / "x.idx").read_bytes())
-    index[34 + 4 * 7 + 8 : 34 + 4 * 7 + 16] = (20).to_bytes(8, "little")  # the second sequence
-    (tmp_path / "x.idx").write_bytes(index)
-    with pytest.raises(UserError, match=r"x\.idx: damaged, sequence 1 is to begin at byte 20"):
-        ShardedDocuments(str(tmp_path))
-
 
 def test_what_is_wrong_names_the_pair(folder):
     def message(path=folder) -> str:
