@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -63,6 +64,7 @@ class ShardedDocuments:
         self.max_token_id: int | None = None if None in ids else max(ids)
         self.vocab_size: int | None = _agreed(shards, "vocab_size", place)
         self.prepend_bos: bool | None = _agreed(shards, "prepend_bos", place)
+        self.made_with = _made_with(shards, place)
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, newest last
         self._lock = threading.Lock()
 
@@ -149,7 +151,18 @@ def _open(prefix: str, place: str) -> _Shard:
     return _Shard(prefix, index.dtype, starts, lengths, description)
 
 
-def _agreed(shards: list[_Shard], key: str, place: str) -> int | None:
+def _made_with(shards: list[_Shard], place: str) -> dict[str, str]:
+    """As of `megalong.data.stream.Documents`; the file is one of those that the pairs name."""
+    hashed = _agreed(shards, "tokenizer_sha256", place)
+    if hashed is None:
+        return {}
+    known = {"tokenizer_sha256": hashed}
+    files = [shard.description.get("tokenizer_model") for shard in shards]
+    file = next(filter(None, files), None)
+    return known if file is None else known | {"tokenizer_model": file}
+
+
+def _agreed(shards: list[_Shard], key: str, place: str) -> Any:
     """What the descriptions say, those that say something; None where none does."""
     known: dict[int, str] = {}
     for shard in shards:
@@ -158,7 +171,10 @@ def _agreed(shards: list[_Shard], key: str, place: str) -> int | None:
             known.setdefault(value, shard.prefix)
     if len(known) > 1:
         (one, its), (other, others), *_ = known.items()
-        what = {"vocab_size": "the tokenizer's ids", "prepend_bos": "--prepend-bos"}[key]
+        what = {
+            "vocab_size": "the tokenizer's ids", "prepend_bos": "--prepend-bos",
+            "tokenizer_sha256": "sha256 of the tokenizer",
+        }[key]  # fmt: skip
         raise UserError(
             f"{place}: made with different tokenizers: {what}: {one} in {its}, {other} in {others}"
         )

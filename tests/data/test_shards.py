@@ -43,6 +43,7 @@ def test_a_folder_is_its_pairs_by_name(folder):
     assert documents.lengths.tolist() == [len(document) for document in expected]
     assert (documents.num_documents, documents.num_tokens) == (7, 7)
     assert (documents.max_token_id, documents.vocab_size) == (7, 9)
+    assert documents.made_with == {}
     for i, document in enumerate(expected):
         for start in range(len(document) + 1):
             for stop in range(start, len(document) + 1):
@@ -122,5 +123,15 @@ def test_what_is_wrong_names_the_pair(folder):
     found = message()
     assert "made with different tokenizers" in found
     assert f"9 in {folder}/other, 8 in {folder}/part_2" in found
+    for name, hashed in (("other", "ab"), ("part_2", "cd")):
+        for suffix in (".bin", ".idx", ".json"):
+            (folder / (name + suffix)).unlink()
+        made_with = {"tokenizer_sha256": hashed, "tokenizer_model": f"{hashed}.model"}
+        write(folder / name, [[5]], vocab_size=9, **made_with)
+        if name == "part_2":
+            assert f"sha256 of the tokenizer: ab in {folder}/other, cd in" in message()
+            for suffix in (".bin", ".idx", ".json"):
+                (folder / ("part_2" + suffix)).unlink()
+    assert open_documents(str(folder)).made_with["tokenizer_model"] == "ab.model"
     shutil.rmtree(folder)
     assert "no file" in message()
