@@ -75,6 +75,7 @@ def describe(reader: CheckpointReader, manifest: Manifest) -> dict[str, Any]:
         "consumed_samples": progress.consumed_samples,
         "consumed_tokens": progress.consumed_tokens,
         "updates": progress.updates,
+        "blend": progress.blend,
         "layout": layout(settings, manifest.ranks),
         # Training does not count those of ids that its tokenizer has not; it is not asked for here.
         "parameters": sum(size for name, size in sizes.items() if parameter_of(name, WEIGHTS)),
@@ -88,6 +89,7 @@ def in_words(content: dict[str, Any]) -> Iterator[str]:
     """The lines of what `describe` has found."""
     import yaml
 
+    from megalong.data.blend import History
     from megalong.progress import human_bytes
 
     files = counted(content["files"], "file")
@@ -98,6 +100,8 @@ def in_words(content: dict[str, Any]) -> Iterator[str]:
         f"iteration {content['iteration']:,} | {content['consumed_samples']:,} sequences"
         f" | {content['consumed_tokens']:,} tokens | {content['updates']:,} updates"
     )
+    if content["blend"] is not None:
+        yield from History.from_values(content["blend"]).in_words()
     yield f"saved by {content['layout']}"
     yield (
         f"{content['parameters']:,} parameters, with those that fill up the vocabulary; with the"

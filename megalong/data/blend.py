@@ -96,6 +96,20 @@ class History:
         }
         return {name: -(-count // sequence_length) for name, count in tokens.items()}
 
+    def in_words(self) -> list[str]:
+        """The phases, and how far each source was read, in lines."""
+        lines = [
+            f"training data from sample {phase.first:,} on: {shown_shares(phase.shares)}"
+            for phase in self.phases
+        ]
+        length = self.phases[-1].sequence_length
+        read = [
+            f"{name} {(first * length) / self.epoch_tokens[name]:.4g}"
+            for name, first in self.next_samples(length).items()
+            if name in self.epoch_tokens
+        ]
+        return [*lines, f"epochs read: {', '.join(read)}"]
+
 
 class Blend:
     """The samples of several sources, or of one, as those of a run (`Samples`).
@@ -121,7 +135,10 @@ class Blend:
         self.epoch_tokens = {
             name: part.tokens_per_epoch for name, part in zip(self.sources, self.parts, strict=True)
         }
+        # Those that have gone may come back.
         self._all_salts = salts | self._salts
+        known = {} if history is None else history.epoch_tokens
+        self._all_epoch_tokens = known | self.epoch_tokens
         self._phases, taken = self._continued(first, history)
         self._phase = self._phases[-1]
         # Equally urgent sources come by name: the order in which they are listed changes nothing.
@@ -174,7 +191,7 @@ class Blend:
 
     def history(self, i: int) -> History:
         """Where the blend stands before sample i."""
-        return History(self._phases, self._taken(i), self._all_salts, dict(self.epoch_tokens))
+        return History(self._phases, self._taken(i), self._all_salts, self._all_epoch_tokens)
 
     def realised(self, i: int) -> dict[str, tuple[float, float]]:
         """By source, before sample i: its share of the samples since the blend is as it is, and how

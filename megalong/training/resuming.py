@@ -27,6 +27,7 @@ from megalong.checkpoint.texts import read_progress
 from megalong.config import Config, ModelConfig, flag_name
 from megalong.config.attention import PATTERN_FIELDS
 from megalong.config.flags import shown
+from megalong.data.blend import History
 from megalong.errors import UserError, system_errors_of
 from megalong.training.changes import config_of, differences, with_schedule_of
 from megalong.training.run_folder import same_folder
@@ -227,7 +228,7 @@ def _check_same_data(checkpoint: Path, config: Config) -> None:
     shares may change, and sources come and go, but all at once is hardly what is meant."""
     blend = read_progress(checkpoint).blend
     if blend is not None:
-        known = list(blend["epoch_tokens"])
+        known = list(History.from_values(blend).epoch_tokens)
     elif read_progress(checkpoint).consumed_tokens:
         known = [source.name for source in config_of(checkpoint).data.training_sources()]
     else:

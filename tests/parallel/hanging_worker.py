@@ -17,7 +17,7 @@ def wait_for_a_disk():
     time.sleep(1000)
 
 
-data = DataConfig(data_path="none", tokenizer_type="ByteTokenizer")
+data = DataConfig(data_path=("none",), tokenizer_type="ByteTokenizer")
 run = RunConfig(hang_timeout_seconds=5, distributed_timeout_minutes=1)
 config = Config(run=run, data=data).resolve(2)
 resource.setrlimit(resource.RLIMIT_NOFILE, (2048, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))

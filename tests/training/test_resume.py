@@ -14,16 +14,20 @@ from megalong.checkpoint.folder import best, latest
 from megalong.checkpoint.manifest import Manifest, record_of
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.config.arguments import parse_arguments
+from megalong.data.blend import History
 from megalong.training.metrics import read_metrics
 from megalong.training.resuming import starting_point
 from tests.forked import run_ranks, started_ranks
 from tests.launching import PRETRAIN, small_run_flags
 
 KILLED_RUN = __file__.replace("test_resume", "killed_run")
+BLEND = {"data_path": "0.7 code={corpus} 0.3 books={corpus}"}
 SCHEDULE = {"train_iters": 12, "save_interval": 3, "eval_interval": 4}
 
 
 def flags(corpus: Path, folder: Path, **changes) -> list[str]:
+    if "data_path" in changes:
+        changes["data_path"] = changes["data_path"].format(corpus=corpus)
     return small_run_flags(corpus, **SCHEDULE | changes, save=folder, load=folder)
 
 
@@ -90,7 +94,7 @@ def kill_soon_after(checkpoint: Path, delay: float, ranks: int, *flags: str) -> 
         (2, {"zero_stage": 1, "precision": "bf16"}, [("step", 5, 3)]),
         (
             1,
-            {"zero_stage": 2, "precision": "bf16", "log_interval": 2, "async_save": True},
+            {"zero_stage": 2, "precision": "bf16", "log_interval": 2, "async_save": True} | BLEND,
             [("write", 1, None), ("pointer", 3, 6)],
         ),
     ],
@@ -108,7 +112,9 @@ def test_killed_runs_continue_bit_for_bit(corpus, tmp_path, ranks, changes, kill
     assert len(told_after_a_start(whole)) == ranks  # one rank sends nothing
     interval = changes.get("log_interval", 1)
     assert [r["iteration"] for r in records if "split" not in r] == [*range(interval, 13, interval)]
-    assert [r["iteration"] for r in records if "split" in r] == [4, 8, 12, 12]
+    sets = 2 if "data_path" in changes else 1
+    evaluated = [r["iteration"] for r in records if "split" in r]
+    assert evaluated == [i for i in (4, 8, 12, 12) for _ in range(sets)]
 
     for point, count, in_force in kills:
         arguments = (point, count, *flags(corpus, killed, **changes))
@@ -170,10 +176,21 @@ def test_more_iterations_continue_the_same_stream(corpus, tmp_path):
     tokens = [r["consumed_tokens"] for r in numbers(parts) if "split" not in r]
     assert tokens == [32 * 64 * i for i in range(1, 15)]
 
-    # And on two ranks instead of one, with moments that begin anew.
+    # And on two ranks instead of one, with moments that begin anew, and another source.
     anew = constant | longer | {"train_iters": 15, "no_load_optim": True}
+    anew |= {"data_path": f"0.75 {corpus} 0.25 other={corpus}"}
     said = run_ranks(2, PRETRAIN, *flags(corpus, parts, **anew)).stdout
     assert "resuming (--no-load-optim) from" in said
+    name, sample = corpus.name, 14 * 32
+    now, before = f"{name} 0.75, other 0.25", f"{name} 1"
+    assert f"from sample {sample} on the training data is {now}; before it was {before}" in said
+    sources = [r["sources"] for r in numbers(parts) if "sources" in r]
+    assert [{n: its["share"] for n, its in found.items()} for found in sources] == [
+        {name: 0.75, "other": 0.25}
+    ]
+    history = History.from_values(CheckpointReader(latest(parts)).progress().blend)
+    assert history.phases[-1].began == {name: sample, "other": 0}
+    assert history.taken == {name: 24, "other": 8}
     assert CheckpointReader(latest(parts)).progress().updates == 1
     tokens = [r["consumed_tokens"] for r in numbers(parts) if "split" not in r]
     assert tokens == [32 * 64 * i for i in range(1, 16)]

@@ -1,5 +1,8 @@
 """Data that can be trained on, and is hardly what was meant."""
 
+import json
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -82,3 +85,151 @@ def test_an_evaluation_without_a_masked_token_is_refused(tmp_path):
     flags = small_run_flags(tmp_path / "data", split="1,1,0", objective="mlm", mask_rate=0.01)
     with pytest.raises(UserError, match=r"--mask-rate 0.01: of the 5 tokens .* for validation"):
         open_run_data(parse_arguments(flags).resolve(1))
+
+
+def opened(**changes):
+    """The data of a run with these flags; `data_path` and `split` None leave them out."""
+    flags = small_run_flags("", **changes)
+    for name in ("data_path", "split"):
+        if changes.get(name, ...) is None:
+            flag = flags.index("--" + name.replace("_", "-"))
+            flags[flag : flag + 2] = []
+    return open_run_data(parse_arguments(flags).resolve(1))
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Three sources of ten documents, of 201, 401 and 601 tokens."""
+    for number, name in enumerate(("code", "books", "wiki"), 1):
+        write(tmp_path / name, *[[65 + number] * 200 * number + [256]] * 10)
+    return tmp_path
+
+
+def test_a_blend_with_a_split_has_held_out_sets_by_source(three):
+    data = opened(
+        data_path=f"0.7 {three}/code 0.3 prose={three}/books", split="8,1,1", train_iters=60
+    )
+    assert {name: float(share) for name, share in data.train.shares.items()} == {
+        "code": 0.7,
+        "prose": 0.3,
+    }
+    assert data.train.epoch_tokens == {"code": 8 * 201, "prose": 8 * 401}
+    assert {name: part.tokens_per_epoch for name, part in data.held_out.items()} == {
+        "validation/code": 201,
+        "validation/prose": 401,
+        "test/code": 201,
+        "test/prose": 401,
+    }
+    assert any(
+        "source code: 1,608 tokens, which a whole run with this share reads" in line
+        for line in data.oddities
+    )
+
+
+def test_sources_without_weights_are_as_much_as_they_have_tokens(three):
+    """Whatever --train-iters says, which is told."""
+    shares = [
+        opened(data_path=f"{three}/code {three}/books", split="1,0,0", train_iters=n).train.shares
+        for n in (3, 3000)
+    ]
+    assert shares[0] == shares[1] == {"code": Fraction(201, 602), "books": Fraction(401, 602)}
+    file = three / "blend.yaml"
+    file.write_text(
+        f"- {{name: code, path: {three}/code, epochs: 2}}\n"
+        f"- {{name: books, path: {three}/books, tokens: 12030}}\n"
+    )
+    data = opened(data_path=None, data_blend=file, split="1,0,0", train_iters=10)
+    assert data.train.shares["code"] == Fraction(4020, 4020 + 12030)
+    assert data.oddities[0] == (
+        "the shares of the sources are the ratio of their tokens, whatever --train-iters is: 16,050"
+        " tokens were asked for, the run takes 10,240"
+    )
+
+
+def test_paths_by_purpose(three):
+    paths = {"train_data_path": f"{three}/code", "valid_data_path": f"a={three}/books {three}/wiki"}
+    data = opened(data_path=None, split=None, **paths, test_data_path=f"{three}/wiki")
+    assert data.train.tokens_per_epoch == 2010
+    assert list(data.held_out) == ["validation/a", "validation/wiki", "test"]
+    paths["valid_data_path"] = f"{three}/books"
+    assert list(opened(data_path=None, split=None, **paths).held_out) == ["validation"]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"data_path": None, "train_data_path": "{}/code"},
+            "--split 80,15,5 divides the sources, and --train-data-path names what is divided",
+        ),
+        (
+            {"valid_data_path": "{}/code", "split": None},
+            "--data-path is divided by --split, which --valid-data-path stands in for: set"
+            " --train-data-path",
+        ),
+        (
+            {"train_data_path": "{}/code", "split": None},
+            "--data-path and --train-data-path both say what to train on",
+        ),
+        (
+            {"data_path": "0.5 {0}/code 0.5 {0}/nowhere"},
+            "--data-path {}/nowhere: no file",
+        ),
+        (
+            {
+                "data_path": None,
+                "split": None,
+                "train_data_path": "{}/code",
+                "valid_data_path": "x={}/nowhere",
+            },
+            "--valid-data-path {}/nowhere: no file",
+        ),
+        (
+            {"data_path": "0.5 {0}/code 0.5 {0}/one", "split": "1,9,0"},
+            "--split 1,9,0 leaves no document of {}/one for training",
+        ),
+        (
+            {"data_path": "0.5 {0}/code 0.5 {0}/none", "split": "1,1,0"},
+            "no tokens in documents 0 to 1 (end excluded) of the 2 of {}/none",
+        ),
+        (
+            {"data_path": "0.5 {0}/of257 0.5 {0}/other"},
+            "--data-path {}/other was made with a tokenizer of 500 ids, and {}/of257 with one of",
+        ),
+        (
+            {
+                "data_path": "0.5 {0}/code 0.5 {0}/books",
+                "keep_best": True,
+                "keep_best_by": "book",
+                "save": "x",
+                "save_interval": 1000,
+            },
+            "--keep-best-by book: no such validation set; did you mean books?",
+        ),
+        ({"keep_best_by": "books"}, "--keep-best-by books says what --keep-best goes by: set"),
+        (
+            {
+                "data_path": None,
+                "split": None,
+                "train_data_path": "{}/code",
+                "keep_best": True,
+                "save": "x",
+            },
+            "--keep-best goes by the validation loss, and there is no --valid-data-path: leave it",
+        ),
+    ],
+)
+def test_what_contradicts_itself(three, changes, message):
+    write(three / "one", [65, 256])
+    write(three / "none", [], [66, 256])
+    for name, ids in (("of257", 257), ("other", 500)):
+        write(three / name, *[[65, 256]] * 10)
+        sidecar = {"documents": 10, "tokens": 20, "vocab_size": ids}
+        (three / f"{name}.json").write_text(json.dumps(sidecar))
+    here = {
+        name: value.format(three) if isinstance(value, str) else value
+        for name, value in ({"data_path": "{}/code"} | changes).items()
+    }
+    with pytest.raises(UserError) as error:
+        opened(**here)
+    assert str(error.value).startswith(message.replace("{}", str(three)))
