@@ -430,6 +430,9 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # a cache that keeps everything would be of no use here
 
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        return None  # positions count on by themselves
+
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):

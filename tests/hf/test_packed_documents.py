@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening
 
+from megalong.hf import modeling_longnet
 from megalong.hf.attention_longnet import attention, parts_of, probabilities
 from megalong.hf.bidirectional_longnet import bidirectional_attention, bidirectional_probabilities
 from megalong.hf.configuration_longnet import LongNetConfig
@@ -51,8 +52,8 @@ CASES = [
 
 @pytest.mark.parametrize("changes", CASES, ids=["dilated", "holes", "all kinds"])
 @torch.no_grad()
-def test_logits_equal_megatrons(changes, mesh):
-    """By the ends of documents, by positions, through the cache in pieces, and padded."""
+def test_logits_equal_megatrons(changes, mesh, monkeypatch):
+    """By the ends of documents, by positions, through the cache in pieces, padded, and in tiles."""
     ours, theirs = pair(mesh, **changes)
     tokens, (starts, _) = packed_tokens(), starts_and_stops()
     expected = ours(
@@ -72,6 +73,10 @@ def test_logits_equal_megatrons(changes, mesh):
     mask = torch.nn.functional.pad(torch.ones_like(tokens), (5, 2))
     logits = theirs(padded, attention_mask=mask, use_cache=False).logits[:, 5:-2]
     torch.testing.assert_close(logits, expected, **close)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_longnet, "TILE", 13)
+        torch.testing.assert_close(theirs(tokens, use_cache=False).logits, expected, **close)
 
     theirs.config.document_attention = "mixed"
     positions = torch.arange(128) - starts
@@ -163,6 +168,12 @@ def test_generation_goes_on_with_the_last_document(mesh):
     options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     found = model.generate(tokens, num_beams=2, **options)
     assert torch.equal(found, model.generate(tokens, num_beams=2, use_cache=False, **options))
+    assert torch.equal(found, model.generate(tokens, num_beams=2, prefill_chunk_size=7, **options))
+    model.config.document_attention = "mixed"
+    positions = (torch.arange(128) - starts_and_stops()[0])[1:, :90]
+    by_position = model.generate(tokens[1:], position_ids=positions, **options)
+    model.config.document_attention = "isolated"
+    assert torch.equal(by_position, model.generate(tokens[1:], **options))
     mask = torch.ones_like(tokens)
     tokens[1, :30] = mask[1, :30] = 0
     with_padding = model.generate(tokens, attention_mask=mask, **options)[1, 30:]
