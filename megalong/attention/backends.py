@@ -26,13 +26,13 @@ of the whole softmax: P = exp(scores - lse), dS = P (dP - rowsum(dO O)), however
 elsewhere. So gradients of the parts only add.
 
 What a query does not see has no part in its numbers: other finite numbers in one document change
-nothing in another, to the last bit. (Kernels multiply whole tiles, and zero times NaN is NaN; other
-backends keep that out as well.)
+nothing in another, to the last bit. ("triton" multiplies whole tiles and "reference" all rows, and
+zero times NaN is NaN; "sdpa" keeps that out as well.)
 
 Inputs are checked: one dtype and device, float64, float32, bfloat16 or float16; any strides; empty
 ones too. lse is natural and in at least float32, as is all computation. Results may have any
 strides, but share no memory with inputs. Nothing is differentiable, autocast is off. Nothing waits
-for a GPU.
+for a GPU, except that "sdpa" reads the bounds of documents there, once for a batch.
 
 To add a backend, name its module in BACKENDS and its place in AUTO.
 """

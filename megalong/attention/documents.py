@@ -79,6 +79,11 @@ def documents_of(start_bs: torch.Tensor | None, stop_bs: torch.Tensor | None) ->
     return None if start_bs is None else Documents(start_bs, stop_bs)
 
 
+def ranges_of(start_bhm: torch.Tensor | None, stop_bhm: torch.Tensor | None) -> RowRanges | None:
+    """Both bounds as one object; None where there is none."""
+    return None if start_bhm is stop_bhm is None else RowRanges(start_bhm, stop_bhm)
+
+
 def checked_documents(
     documents: Documents | None, q_bshd: torch.Tensor, causal: bool
 ) -> Documents | None:

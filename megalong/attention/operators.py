@@ -26,7 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from megalong.attention.backends import choose_backend
 from megalong.attention.band import ALL, Band
-from megalong.attention.documents import Documents, RowRanges
+from megalong.attention.documents import Documents, RowRanges, documents_of, ranges_of
 from megalong.attention.pattern import DilatedPattern
 from megalong.attention.strides import empty_rows, laid_out_like
 
@@ -123,13 +123,11 @@ def implements(name: str):
 
 @implements("dilated_attention")
 def _(q_bshd, k_bsgd, v_bsgd, start_bs, stop_bs, pattern, causal, scale, backend):
-    options = {"causal": causal, "scale": scale}
-    if start_bs is not None:
-        options["documents"] = Documents(start_bs, stop_bs)
     with torch.autocast(q_bshd.device.type, enabled=False):
         out_bshd, lse_bhs = choose_backend(backend, q_bshd).forward(
-            q_bshd, k_bsgd, v_bsgd, DilatedPattern.from_text(pattern), **options
-        )
+            q_bshd, k_bsgd, v_bsgd, DilatedPattern.from_text(pattern),
+            causal=causal, scale=scale, documents=documents_of(start_bs, stop_bs),
+        )  # fmt: skip
     return laid_out_like(out_bshd, q_bshd), lse_bhs.contiguous()
 
 
@@ -138,25 +136,22 @@ def _(
     grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, start_bs, stop_bs, pattern, causal,
     scale, backend,
 ):  # fmt: skip
-    inputs, options = (q_bshd, k_bsgd, v_bsgd), {"causal": causal, "scale": scale}
-    if start_bs is not None:
-        options["documents"] = Documents(start_bs, stop_bs)
+    inputs = (q_bshd, k_bsgd, v_bsgd)
     with torch.autocast(q_bshd.device.type, enabled=False):
         gradients = choose_backend(backend, q_bshd).backward(
-            grad_bshd, *inputs, out_bshd, lse_bhs, DilatedPattern.from_text(pattern), **options
-        )
+            grad_bshd, *inputs, out_bshd, lse_bhs, DilatedPattern.from_text(pattern),
+            causal=causal, scale=scale, documents=documents_of(start_bs, stop_bs),
+        )  # fmt: skip
     return tuple(map(laid_out_like, gradients, inputs))
 
 
 @implements("attend_rows")
 def _(q_bmhd, k_bngd, v_bngd, start_bhm, stop_bhm, band, scale, backend):
-    options = {"scale": scale}
-    if start_bhm is not None or stop_bhm is not None:
-        options["ranges"] = RowRanges(start_bhm, stop_bhm)
     with torch.autocast(q_bmhd.device.type, enabled=False):
         out_bmhd, lse_bhm = choose_backend(backend, q_bmhd).attend_rows(
-            q_bmhd, k_bngd, v_bngd, Band.from_text(band), **options
-        )
+            q_bmhd, k_bngd, v_bngd, Band.from_text(band),
+            scale=scale, ranges=ranges_of(start_bhm, stop_bhm),
+        )  # fmt: skip
     return laid_out_like(out_bmhd, q_bmhd), lse_bhm.contiguous()
 
 
@@ -164,13 +159,12 @@ def _(q_bmhd, k_bngd, v_bngd, start_bhm, stop_bhm, band, scale, backend):
 def _(
     grad_bmhd, q_bmhd, k_bngd, v_bngd, out_bmhd, lse_bhm, start_bhm, stop_bhm, band, scale, backend
 ):  # fmt: skip
-    inputs, options = (q_bmhd, k_bngd, v_bngd), {"scale": scale}
-    if start_bhm is not None or stop_bhm is not None:
-        options["ranges"] = RowRanges(start_bhm, stop_bhm)
+    inputs = (q_bmhd, k_bngd, v_bngd)
     with torch.autocast(q_bmhd.device.type, enabled=False):
         gradients = choose_backend(backend, q_bmhd).attend_rows_backward(
-            grad_bmhd, *inputs, out_bmhd, lse_bhm, Band.from_text(band), **options
-        )
+            grad_bmhd, *inputs, out_bmhd, lse_bhm, Band.from_text(band),
+            scale=scale, ranges=ranges_of(start_bhm, stop_bhm),
+        )  # fmt: skip
     return tuple(map(laid_out_like, gradients, inputs))
 
 

@@ -151,18 +151,20 @@ def attend_band_backward(
 def _calls(band: Band, ranges: RowRanges | None, q_bhmd, k_bhnd) -> tuple[Call, ...]:
     if not q_bhmd.numel() or not k_bhnd.numel():
         return ()
-    queries, keys = q_bhmd.shape[2], k_bhnd.shape[2]
-    bounds = (ranges.start_bhm, ranges.stop_bhm) if ranges else (None, None)
-    given = [x for x in bounds if x is not None]
-    if not given or not has_numbers(given[0]):
+    heads, queries, keys = *q_bhmd.shape[1:3], k_bhnd.shape[2]
+    start_bhm, stop_bhm = (ranges.start_bhm, ranges.stop_bhm) if ranges else (None, None)
+    if start_bhm is None and stop_bhm is not None:
+        start_bhm = torch.zeros_like(stop_bhm)
+    if start_bhm is None or not has_numbers(start_bhm):
         return _calls_of_all(band, queries, keys)
-    return _calls_in_ranges(*given, bounds[0] is None, band, q_bhmd.shape[1], keys)
+    return _calls_in_ranges(start_bhm, stop_bhm, band, heads, keys)
 
 
 def _is_one_attention(calls: tuple[Call, ...], q_bhmd, k_bhnd) -> bool:
     """Of all rows, forwards: nothing is to be merged."""
-    return [part for call in calls for part in call.parts] in (
-        [Piece(form, 0, q_bhmd.shape[2], 0, k_bhnd.shape[2], first=True)] for form in (ALL, GROWS)
+    queries, keys = q_bhmd.shape[2], k_bhnd.shape[2]
+    return calls in (
+        (Call((Piece(form, 0, queries, 0, keys, first=True),)),) for form in (ALL, GROWS)
     )
 
 
@@ -172,15 +174,12 @@ def _calls_of_all(band: Band, queries: int, keys: int) -> tuple[Call, ...]:
 
 
 @kept_with_tensor
-def _calls_in_ranges(bound_bhm: torch.Tensor, *rest) -> tuple[Call, ...]:
-    """The calls of a band in ranges. rest: another bound, if there are two; whether the only one is
-    where ranges stop; the band, and the numbers of heads and of key rows."""
-    *other_bhm, stops, band, heads, keys = rest
-    bounds = [x.cpu().numpy() for x in (bound_bhm, *other_bhm)]
-    if len(bounds) == 1:
-        least, most = np.zeros_like(bounds[0]), np.full_like(bounds[0], keys)
-        bounds = [least, bounds[0]] if stops else [bounds[0], most]
-    bounds_bhm2 = np.stack(bounds, -1)
+def _calls_in_ranges(
+    start_bhm: torch.Tensor, stop_bhm: torch.Tensor | None, band: Band, heads: int, keys: int
+) -> tuple[Call, ...]:
+    starts = start_bhm.cpu().numpy()
+    stops = np.full_like(starts, keys) if stop_bhm is None else stop_bhm.cpu().numpy()
+    bounds_bhm2 = np.stack((starts, stops), -1)
     if (bounds_bhm2 == (0, keys)).all():
         return _calls_of_all(band, bounds_bhm2.shape[2], keys)
     found = []

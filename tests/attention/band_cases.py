@@ -84,7 +84,7 @@ def run_band(
     """Output, log-sum-exp, and the shares (dq, dk, dv) of the gradient of a softmax over these keys
     and others, by a backend's two functions."""
     q, k, v, grad = inputs
-    options = {"scale": SCALE} if ranges is None else {"scale": SCALE, "ranges": ranges}
+    options = {"scale": SCALE, "ranges": ranges}
     out, lse = backend.attend_rows(q, k, v, case.band, **options)
     of_others, lse_of_others = _others(case, out, lse)
     merged = torch.logaddexp(lse, lse_of_others)

