@@ -205,16 +205,16 @@ def test_rows_in_a_band(name, head_dim, dtype, tolerance, poisoned):
         assert error <= tolerance * expected[there].norm()
 
 
-APART = [dataclasses.replace(case, batch=2) for case in CASES if "d256" not in case.name]
-APART.append(
-    Case("d64-bidirectional", 900, P((100, 900), (1, 3)), head_dim=64, batch=2, causal=False)
-)
+APART = [
+    *(case for case in CASES if case.name in ("d64", "d64-block", "d128-grouped")),
+    Case("d64-bidirectional", 900, P((100, 900), (1, 3)), head_dim=64, causal=False),
+]
 
 
 @pytest.mark.parametrize("case", APART, ids=lambda case: case.name)
 def test_documents_kept_apart(case, poisoned):
-    for seed in range(4):  # few and many, and each row of the batch has its own
-        case = dataclasses.replace(case, document_seed=seed)
+    for seed in (2, 4, 6, 8):  # few and many, and each row of the batch has its own
+        case = dataclasses.replace(case, document_seed=seed, batch=2)
         inputs = case.inputs(torch.bfloat16, "cuda")
         expected = run_reference(case, [x.double() for x in inputs])
         found = run_backend(case, inputs, "triton")
@@ -233,7 +233,7 @@ def test_documents_in_float32(seed, poisoned):
     assert_agree(found, run_reference(case, [x.double() for x in inputs]), 3e-5)
 
 
-@pytest.mark.parametrize("name", [*BANDS, "all"])
+@pytest.mark.parametrize("name", ["window", "columns of earlier blocks", "all"])
 def test_rows_in_ranges(name, poisoned):
     from megalong.attention import triton as backend
 
@@ -311,7 +311,6 @@ def test_other_kinds_of_attention(kind, dtype, tolerance, causal, poisoned):
         ("dilated (gather)", 8),
         ("dilated (gather)", 2),
         ("dilated (triton)", 2),
-        ("local (flex)", 2),
         ("local (masked)", 2),
         ("local (triton)", 2),
         ("sparse (triton)", 2),
