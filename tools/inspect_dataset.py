@@ -155,7 +155,7 @@ def verified(documents: Documents, pairs: list[Pair], args: argparse.Namespace) 
 
     vocab_size = eod = None
     if args.tokenizer_type or args.tokenizer_model:
-        tokenizer = tokenizer_of(pairs, args)
+        tokenizer = tokenizer_of(documents, pairs, args)
         vocab_size, eod = tokenizer.vocab_size, tokenizer.eod
     size = sum(pair.bytes for pair in pairs)
     with progress_bar(size, "B", f"reading {documents.prefix}") as progress:
@@ -170,7 +170,7 @@ def decoded(
 
     from megalong.data.inspection import in_text
 
-    tokenizer = tokenizer_of(pairs, args)
+    tokenizer = tokenizer_of(documents, pairs, args)
     found = []
     for i in args.decode:
         if args.seq_length is None:
@@ -197,8 +197,10 @@ def decoded(
     return found
 
 
-def tokenizer_of(pairs: list[Pair], args: argparse.Namespace) -> Tokenizer:
-    """That of the flags, or else that which made the data, where it says which, and it is there."""
+def tokenizer_of(documents: Documents, pairs: list[Pair], args: argparse.Namespace) -> Tokenizer:
+    """That of the flags, or else that which made the data, where it says which, and it is there.
+    Raises UserError where it is not the one that made the data."""
+    from megalong.data.provenance import check_tokenizer
     from megalong.data.tokenizer import build_tokenizer
 
     made = pairs[0].sidecar
@@ -212,7 +214,10 @@ def tokenizer_of(pairs: list[Pair], args: argparse.Namespace) -> Tokenizer:
     there = made.get("tokenizer_model")
     if model is None and isinstance(there, str) and os.path.exists(there):
         model = there
-    return build_tokenizer(kind, model)
+    tokenizer = build_tokenizer(kind, model)
+    named = f"--tokenizer-type {kind}" if model is None else f"--tokenizer-model {model}"
+    check_tokenizer(documents, tokenizer, named, documents.prefix)
+    return tokenizer
 
 
 def in_words(content: dict[str, Any]) -> Iterator[str]:

@@ -47,6 +47,7 @@ def prefix(tmp_path) -> str:
         writer.commit(
             {"max_token_id": 256, "vocab_size": 257, "tokenizer_type": "ByteTokenizer"}
             | {"eod": 256, "append_eod": True, "inputs": [{"path": "a.txt"}], "inputs_in_all": 5}
+            | {"tokenizer_sha256": tokenizer.fingerprint}
             | {"left_out": {"broken": 2, "empty": 0}, "repeats": {"documents": 1, "tokens": 6}}
         )
     return prefix
@@ -98,6 +99,13 @@ def test_documents_and_samples_as_text(inspect, prefix):
     assert "a longer documen" in starts
     parts = [part["text"] for sample in found["decoded"] for part in sample["parts"]]
     assert {"short<eod>", "é<eod>"} & set(parts)
+
+
+def test_another_tokenizer_is_told(inspect, prefix):
+    sidecar = json.loads(Path(prefix + ".json").read_text()) | {"tokenizer_sha256": "5" * 64}
+    Path(prefix + ".json").write_text(json.dumps(sidecar))
+    with pytest.raises(UserError, match=r"texts was made with another tokenizer than --tokenizer"):
+        inspect(prefix, "--decode", 0)
 
 
 def test_reading_all_of_it(inspect, prefix):
