@@ -37,6 +37,13 @@ LAYOUT = {
 }
 
 
+ALL_KINDS = {
+    "num_layers": 4,
+    "attention": "dilated dense local sparse",
+    "window_size": 300,
+    "sparse_block_size": 256,
+}
+APART = {"document_attention": "isolated", "eod_mask_loss": True}
 MAGNETO = {"sub_layer_norm": True, "position_embedding_type": "xpos"}
 
 
@@ -94,9 +101,19 @@ CASES = {
         )
     },
     "memory path": Case({"memory_path": "on", "attention_head_groups": 2}),
+    "sp4, memory path, documents apart": Case(
+        {"sequence_parallel_size": 4, "memory_path": "on", **APART}, rank=1, ranks=4
+    ),
     "dp2, ZeRO 3, memory path": Case({"zero_stage": 3, "memory_path": "on"}, rank=1, ranks=2),
     "sp4": Case({"sequence_parallel_size": 4}, rank=1, ranks=4),
-    "sp4, masked tokens": Case({"sequence_parallel_size": 4, "objective": "mlm"}, rank=1, ranks=4),
+    "sp4, masked tokens, documents apart": Case(
+        {"sequence_parallel_size": 4, "objective": "mlm", "document_attention": "isolated"},
+        rank=1,
+        ranks=4,
+    ),
+    "sp2, all kinds, documents apart": Case(
+        {"sequence_parallel_size": 2, **ALL_KINDS, **APART}, rank=1, ranks=2
+    ),
     "sp4, memory path": Case(
         {"sequence_parallel_size": 4, "memory_path": "on", "recompute_granularity": "full"},
         rank=1,

@@ -67,12 +67,13 @@ def test_what_is_planted_is_caught_in_a_pipeline(results):
     "plain, other",
     [
         ("sp4", "sp4, memory path"),
+        ("sp4", "sp4, memory path, documents apart"),
         ("tp2 sp2 pp2, rank 3", "tp2 sp2 pp2, rank 3, memory path"),
         ("tp2 sp2 pp2, rank 4", "tp2 sp2 pp2, rank 4, memory path, recomputed"),
     ],
 )
 def test_the_memory_path_sends_the_same_bytes_over_the_sequence_axis(plain, other, results):
-    """Recomputing or not: what has come from other ranks is kept."""
+    """Recomputing or not: what has come from other ranks is kept. Documents apart or not."""
 
     def sent(case):
         counts = results[case]["traffic"]["sequence"]
