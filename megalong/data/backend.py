@@ -48,6 +48,8 @@ class FastTokenizer(Tokenizer):
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
+        if self._encoder is None:
+            self._renew()
         self._characters += len(text)
         if self._characters > _LOOKED_AT_AFTER:
             self._characters = 0
@@ -58,18 +60,18 @@ class FastTokenizer(Tokenizer):
     def _joins(self) -> bytes:
         return self.usual._joins()
 
+    def rest(self) -> None:
+        """Gives back the library's memory, until it is needed again."""
+        self._encoder = None
+
     def _renew(self) -> None:
-        self._encoder = None  # gone before there is another one
+        self.rest()
         self._encoder = self.usual.fast_encoder()
         self._characters, self._resident = 0, _resident_bytes()
 
     def __getstate__(self) -> dict:
         """A copy in another process makes its own."""
-        return {name: value for name, value in self.__dict__.items() if name != "_encoder"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__ |= state
-        self._renew()
+        return self.__dict__ | {"_encoder": None}
 
 
 def _resident_bytes() -> int:
@@ -98,6 +100,7 @@ def with_backend(
     try:
         fast = FastTokenizer(tokenizer)
         documents, size = _prove_same(fast, tokenizer, files, reading)
+        fast.rest()  # where there are workers, this process makes no tokens
     except UserError as error:
         if backend == "fast":
             raise UserError(f"--tokenizer-backend fast: {error}") from error

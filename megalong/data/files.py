@@ -134,11 +134,16 @@ def _files_below(path: str) -> list[str]:
     if os.path.isfile(path):
         return [path]
     found = []
-    for folder, folders, names in os.walk(Path(path)):
+    for folder, folders, names in os.walk(Path(path), onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = (os.path.join(folder, name) for name in names if not name.startswith("."))
         found += filter(os.path.isfile, paths)
     return sorted(found, key=lambda file: file.split(os.sep))
+
+
+def _refuse(error: OSError) -> None:
+    """A folder that cannot be looked into."""
+    raise UserError(f"--input {error.filename}: {error.strerror}")
 
 
 def _repositories(path: str) -> Iterator[str]:

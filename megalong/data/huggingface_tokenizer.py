@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from megalong.data.tokenizer import SENTENCEPIECE_SPACE, Tokenizer
 from megalong.errors import UserError
+
+# Ways to split a text before it is merged (GPT-2's, GPT-4's and Llama 3's, Qwen 2's, GPT-4o's) for
+# which a text may be cut behind a line's end: between a line that does not end in a space and one
+# that begins with a letter none of them looks, or takes characters of both sides.
+_CUT_CHARACTERS = 1 << 16
+_LINE_END = re.compile(r"(?<=\S)\n(?=[A-Za-z])")
+_WORD = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_SMALL = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CUT_PATTERNS = frozenset(
+    {
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        *(
+            rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
+            rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{_SPACES}"
+            for digits in (r"\p{N}{1,3}", r"\p{N}")
+        ),
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_WORD}*{_SMALL}+{_CONTRACTION}?"
+        rf"|[^\r\n\p{{L}}\p{{N}}]?{_WORD}+{_SMALL}*{_CONTRACTION}?"
+        rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*{_SPACES}",
+    }
+)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -43,6 +67,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.library.encode_special_tokens = True  # "<eos>" inside a text is just text
         self.library.no_truncation()
         self.library.no_padding()
+        self._may_cut = _may_cut(json.loads(self.library.to_str()))
         pieces = _huggingface_pieces(self.library, set(tokenizer.all_special_ids), folder)
         ids = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.mask_token_id
         super().__init__(pieces, *ids)
@@ -62,7 +87,26 @@ class HuggingFaceTokenizer(Tokenizer):
         self.library.encode_special_tokens = True  # which the library does not keep in a pickle
 
     def encode(self, text: str) -> list[int]:
+        return [i for part in self._parts(text) for i in part]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        parts = [np.array(part, dtype=np.int32) for part in self._parts(text)]
+        return np.concatenate(parts)
+
+    def _parts(self, text: str) -> Iterator[list[int]]:
+        """The library takes a hundred bytes of memory for each byte of a text, so that long
+        documents are cut where they can be."""
         text.encode("utf-8")
+        start = 0
+        while self._may_cut and start + _CUT_CHARACTERS < len(text):
+            end = _LINE_END.search(text, start + _CUT_CHARACTERS)
+            if end is None:
+                break
+            yield self._encode(text[start : end.end()])
+            start = end.end()
+        yield self._encode(text[start:])
+
+    def _encode(self, text: str) -> list[int]:
         # Of the ways to the same ids the quickest: without the place in the text of each.
         [encoding] = self.library.encode_batch_fast([text], add_special_tokens=False)
         return encoding.ids
@@ -83,6 +127,35 @@ class HuggingFaceTokenizer(Tokenizer):
         from megalong.data import gigatoken_encoder
 
         return gigatoken_encoder.of_tokenizer_json(self.library.to_str())
+
+
+def _may_cut(described: dict) -> bool:
+    """Whether a text cut at _LINE_END has the same ids, by a tokenizer.json's content."""
+    steps = described["pre_tokenizer"] or {}
+    steps = steps.get("pretokenizers", [steps])
+    last = steps[-1]
+    if last.get("type") != "ByteLevel" or last["add_prefix_space"]:
+        return False
+    if last["use_regex"]:
+        patterns_known = len(steps) == 1  # it is GPT-2's
+    else:
+        patterns_known = len(steps) == 2 and (
+            steps[0].get("type") == "Split"
+            and steps[0]["pattern"].get("Regex") in _CUT_PATTERNS
+            and steps[0]["behavior"] == "Isolated"
+            and not steps[0]["invert"]
+        )
+    normalizer = (described["normalizer"] or {}).get("type")
+    taken_from_text = [token for token in described["added_tokens"] if not token["special"]]
+    return (
+        patterns_known
+        and normalizer in (None, "NFC")
+        and described["model"]["type"] == "BPE"
+        and not any(
+            "\n" in token["content"] or token["lstrip"] or token["rstrip"] or token["single_word"]
+            for token in taken_from_text
+        )
+    )
 
 
 def _huggingface_pieces(backend, special_ids: set[int], folder: str) -> list[bytes]:

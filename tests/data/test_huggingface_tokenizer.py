@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from megalong.data import huggingface_tokenizer
 from megalong.data.backend import FastTokenizer
 from megalong.data.tokenizer import build_tokenizer
 from tests.launching import run
@@ -110,6 +111,32 @@ def test_byte_fallback_is_exact_but_for_the_stand_in_of_the_space(byte_fallback)
         assert tokenizer.decode(ids) == text
         assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
         assert tokenizer.eod not in ids
+
+
+@pytest.mark.parametrize("pattern", [None, *sorted(huggingface_tokenizer._CUT_PATTERNS)])
+def test_cutting_long_texts_does_not_change_the_ids(tmp_path, monkeypatch, corpus_texts, pattern):
+    pre_tokenizers = tokenizers.pre_tokenizers
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    if pattern is not None:
+        by_pattern = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+        split = pre_tokenizers.Sequence([by_pattern, split])
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = split
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(corpus_texts[:5], trainer)
+    folder = save(
+        tmp_path, backend.model, pre_tokenizer=split, decoder=tokenizers.decoders.ByteLevel()
+    )
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", folder)
+    assert tokenizer._may_cut
+    odd = "a;\nb\n\nc \nd\r\ne\n/f//\ng'S\nt 12\n34\n\tx\u00a0\ny\u2028\nz_\nA\nBc\n" * 20
+    monkeypatch.setattr(huggingface_tokenizer, "_CUT_CHARACTERS", 3)
+    for text in [*corpus_texts[:20], odd, "x" * 1000, "\n" * 1000, *TEXTS]:
+        whole = backend.encode(text).ids
+        assert tokenizer.encode(text) == whole == tokenizer.encode_array(text).tolist()
 
 
 def test_the_fast_library_gives_the_same_ids(tmp_path):
