@@ -151,7 +151,7 @@ def test_keys_are_read_independently(tmp_path):
 @pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz", ".bz2"])
 def test_compressed_files_cut_short(tmp_path, suffix):
     draw = random.Random(0)
-    rows = "".join(json.dumps({"text": f"{draw.getrandbits(400)}"}) + "\n" for _ in range(4000))
+    rows = "".join(json.dumps({"text": f"{draw.getrandbits(400)}"}) + "\n" for _ in range(12_000))
     whole = compress(rows.encode(), suffix)
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(whole[: len(whole) * 3 // 4])
