@@ -133,6 +133,7 @@ def test_cutting_long_texts_does_not_change_the_ids(tmp_path, monkeypatch, corpu
     tokenizer = build_tokenizer("HuggingFaceTokenizer", folder)
     assert tokenizer._may_cut
     odd = "a;\nb\n\nc \nd\r\ne\n/f//\ng'S\nt 12\n34\n\tx\u00a0\ny\u2028\nz_\nA\nBc\n" * 20
+    odd += "#if 1\n#x\n'll\n's\n}\n};\n*a\n**\n1\n22\n-\n/\n//\n\"\n'\n(\n~\n" * 20
     monkeypatch.setattr(huggingface_tokenizer, "_CUT_CHARACTERS", 3)
     for text in [*corpus_texts[:20], odd, "x" * 1000, "\n" * 1000, *TEXTS]:
         whole = backend.encode(text).ids
