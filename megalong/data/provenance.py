@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from megalong.errors import UserError
@@ -30,9 +31,10 @@ def check_tokenizer(
         )
     there = made_with.get("tokenizer_sha256")
     if there is not None and there != tokenizer.fingerprint:
-        file = made_with.get("tokenizer_model")
+        file, sidecar = made_with.get("tokenizer_model"), f"{documents.prefix}.json"
+        where = f" ({sidecar})" if os.path.isfile(sidecar) else ""  # not of a folder of pairs
         raise UserError(
             f"{place} was made with another tokenizer than {tokenizer_flag}:"
             f" with {f'{file}, ' if file else 'that '}of sha256 {there[:12]} and not"
-            f" {tokenizer.fingerprint[:12]} ({documents.prefix}.json): give the same"
+            f" {tokenizer.fingerprint[:12]}{where}: give the same"
         )

@@ -146,6 +146,16 @@ def test_sources_without_weights_are_as_much_as_they_have_tokens(three):
     )
 
 
+def test_a_folder_is_one_source(three):
+    """Of the run's tokenizer, as a single pair has to be."""
+    data = opened(data_path=f"0.5 {three} 0.5 {three}/code", split="1,0,0")
+    assert data.train.epoch_tokens == {three.name: 2010 + 4010 + 6010, "code": 2010}
+    sidecar = {"documents": 10, "tokens": 2010, "vocab_size": 257, "tokenizer_sha256": "0" * 64}
+    (three / "code.json").write_text(json.dumps(sidecar))
+    with pytest.raises(UserError, match=f"--data-path {three} was made with another tokenizer"):
+        opened(data_path=three)
+
+
 def test_paths_by_purpose(three):
     paths = {"train_data_path": f"{three}/code", "valid_data_path": f"a={three}/books {three}/wiki"}
     data = opened(data_path=None, split=None, **paths, test_data_path=f"{three}/wiki")
