@@ -400,3 +400,13 @@ def test_that_nothing_is_offloaded_on_a_cpu_is_said(flags):
     [line] = given.memory.unused(on_cpu, of.parallel)
     assert line.startswith("--offload-activations is not used: on a CPU")
     assert not given.memory.unused(memory, of.parallel)
+
+
+def test_paths_and_weights_in_yaml(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("data_path: [0.7, code=a, 0.3, b]\nvalid_data_path: c\n")
+    data = parse_arguments(["--config", str(file)]).data
+    assert data.data_path == ("0.7", "code=a", "0.3", "b") and data.valid_data_path == ("c",)
+    file.write_text("data_path: [true]\n")
+    with pytest.raises(UserError, match="data_path: expected a list of str"):
+        parse_arguments(["--config", str(file)])

@@ -245,8 +245,9 @@ def _checked(value: Any, setting: _Setting, where: str) -> Any:
             raise UserError(f"{where}: expected a word or a table, found {value!r}")
         return value  # DilatedPattern looks at what is in it
     if setting.item is not None:
-        if setting.item is str and isinstance(value, str):
-            value = [value]
+        if setting.item is str:  # also a number, such as a weight
+            words = value if isinstance(value, list) else [value]
+            value = [str(word) if type(word) in (int, float) else word for word in words]
         if not isinstance(value, list) or any(type(item) is not setting.item for item in value):
             raise UserError(f"{where}: expected a list of {setting.item.__name__}, found {value!r}")
         for item in value:

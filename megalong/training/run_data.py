@@ -3,6 +3,7 @@ input ends the run at once."""
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ from megalong.data.tokenizer import Tokenizer, build_tokenizer
 from megalong.errors import UserError, system_errors_of
 from megalong.wording import counted, did_you_mean
 
+FILES_OF_A_PAIR, OTHER_FILES = 4, 256  # open at a time, of a .bin/.idx pair and of all else
 REPEATS = 4  # epochs, after which more of the same text teaches little (arXiv 2305.16264)
 
 
@@ -67,6 +69,7 @@ def open_run_data(config: Config) -> RunData:
         if of_texts.vocab_size == config.model.padded_vocab_size < tokenizer.vocab_size:
             raise UserError(f"--padded-vocab-size {of_texts.vocab_size}: {ADD_A_ROW}")
     config.model.vocabulary_rows(tokenizer.vocab_size)  # an error, where they are too few
+    _allow_open_files(config)
     opened = _Opened(config, of_texts)
     train, divided, oddities = _open_training(config, opened)
     held_out = divided
@@ -234,6 +237,22 @@ def _amounts(specs: list[SourceSpec], blend: Blend, config: Config) -> list[str]
                 f" share reads {epochs:.1f} times: beyond {REPEATS} times text teaches little"
             )
     return lines
+
+
+def _allow_open_files(config: Config) -> None:
+    """Raise this process's limit of open files, if its sources need that. Raises UserError where
+    the system does not let it."""
+    paths = [config.data.training_sources(), *config.data.held_out_sources().values()]
+    needed = FILES_OF_A_PAIR * sum(map(len, paths)) + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(
+            f"so many sources need {needed:,} open files, and the limit (ulimit -Hn) is {hard:,}:"
+            " raise it, or put the pairs of several sources into one folder"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _check_best(held_out: dict[str, TokenStream], config: Config) -> None:

@@ -1,6 +1,7 @@
 """metrics.jsonl under kills: a cut line is no line, a resumed run writes its own again."""
 
 import json
+from types import SimpleNamespace
 
 from megalong.config import Config
 from megalong.config.run import RunConfig
@@ -40,3 +41,31 @@ def test_an_evaluation_takes_the_place_of_the_same_one_only(tmp_path):
         log.training({"iteration": 3})
     expected = [*earlier[:2], whole | {"tokens": 9, "loss": 1.0}, {"iteration": 3}]
     assert read_metrics(path) == expected
+
+
+def test_every_source_and_every_set_has_its_curves(tmp_path):
+    points = {}
+    with MetricsLog(Config(run=RunConfig(save=str(tmp_path))), 0, print) as log:
+        log._boards.append(
+            SimpleNamespace(
+                scalars=lambda iteration, values: points.update(values), close=lambda failed: None
+            )
+        )
+        sources = {
+            "code": {"loss": 2.5, "share": 0.7, "epochs": 0.1},
+            "books": {"loss": None, "share": 0.3, "epochs": 0.2},
+        }
+        log.training({"iteration": 1, "loss": 2.5, "sources": sources})
+        log.evaluation(
+            {"iteration": 1, "split": "validation/code", "loss": 3.0, "perplexity": 20.0}
+        )
+    assert points == {
+        "train/loss": 2.5,
+        "source/code/loss": 2.5,
+        "source/code/share": 0.7,
+        "source/code/epochs": 0.1,
+        "source/books/share": 0.3,
+        "source/books/epochs": 0.2,
+        "validation/code/loss": 3.0,
+        "validation/code/perplexity": 20.0,
+    }

@@ -1,6 +1,7 @@
 """Data that can be trained on, and is hardly what was meant."""
 
 import json
+import resource
 from fractions import Fraction
 
 import numpy as np
@@ -243,3 +244,15 @@ def test_what_contradicts_itself(three, changes, message):
     with pytest.raises(UserError) as error:
         opened(**here)
     assert str(error.value).startswith(message.replace("{}", str(three)))
+
+
+def test_many_sources_need_many_open_files(three, monkeypatch):
+    changed = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: changed.append(limits))
+    for limits, expected in (((512, 4096), []), ((200, 4096), [(264, 4096)])):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limits=limits: limits)
+        opened(data_path=f"{three}/code {three}/books")
+        assert changed == expected
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (200, 260))
+    with pytest.raises(UserError, match=r"264 open files, and the limit \(ulimit -Hn\) is 260"):
+        opened(data_path=f"{three}/code {three}/books")
