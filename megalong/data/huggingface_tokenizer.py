@@ -13,8 +13,8 @@ from megalong.data.tokenizer import SENTENCEPIECE_SPACE, Tokenizer
 from megalong.errors import UserError
 
 # Ways to split a text before it is merged (GPT-2's, GPT-4's and Llama 3's, Qwen 2's, GPT-4o's) for
-# which a text may be cut behind the end of a line: where neither line has a space there, nor the next
-# one a "/" (GPT-4o's), none of them looks across, or takes characters of both sides.
+# which a text may be cut behind the end of a line: where neither line has a space there, nor the
+# next one a "/" (GPT-4o's), none of them looks across, or takes characters of both sides.
 _CUT_CHARACTERS = 1 << 16
 _LINE_END = re.compile(r"(?<=\S)\n(?=[!-.0-~])")
 _WORD = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
