@@ -91,8 +91,7 @@ class Call(NamedTuple):
     def _wide(self, x: torch.Tensor) -> torch.Tensor:
         """Short parts in at least float32 on a CPU: for half precision it makes a kernel for each
         length, which takes longer than the attention."""
-        [part, *_] = self.parts
-        if part.of_batch is None or part.rows >= LONG or x.device.type != "cpu":
+        if _stands_alone(self.parts[0]) or x.device.type != "cpu":
             return x
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -102,13 +101,17 @@ def in_calls(parts: Iterable[Part]) -> tuple[Call, ...]:
     calls = []
     alike: dict[tuple, list[Part]] = defaultdict(list)
     for part in parts:
-        if part.of_batch is None or part.rows >= LONG:
+        if _stands_alone(part):
             calls.append(Call((part,)))
         else:
             alike[(part.first, part.rows, part.head_count, *part.shape)].append(part)
     for members in alike.values():
         calls += map(Call, _portions(members))
     return tuple(sorted(calls, key=lambda call: not call.parts[0].first))
+
+
+def _stands_alone(part: Part) -> bool:
+    return part.of_batch is None or part.count * part.rows >= LONG
 
 
 def _portions(parts: list[Part]) -> Iterator[tuple[Part, ...]]:
