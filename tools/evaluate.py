@@ -62,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace an earlier evaluation in --output")
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights")
-    add("--tokenizer-model", help="another tokenizer (default: the checkpoint's own)")
+    add("--tokenizer-model", help="the model's tokenizer (default: the checkpoint's own)")
     args = parser.parse_args()
     if not args.input and not args.passkey_lengths:
         raise UserError("nothing to do: give --input, or --passkey-lengths, or both")

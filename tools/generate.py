@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--prefill-chunk-size", type=int, default=8192, help="tokens of the prompt read at once")
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights")
-    add("--tokenizer-model", help="another tokenizer (default: the checkpoint's own)")
+    add("--tokenizer-model", help="the model's tokenizer (default: the checkpoint's own)")
     args = parser.parse_args()
     if not (args.prompt or args.prompt_file or args.interactive):
         raise UserError("nothing to continue: give --prompt, --prompt-file or --interactive")

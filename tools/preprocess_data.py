@@ -80,8 +80,8 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--partition",
         metavar="K/N",
-        help="only share K of N of the input files, in their order and about as large as the"
-        " others; each share needs an --output-prefix of its own",
+        help="only share K of N of the input, cut between files, in their order, and about as"
+        " large as the others; each share needs an --output-prefix of its own",
     )
     add(
         "--part-bytes",
@@ -119,7 +119,7 @@ def print_summary(summary: Summary, kind: str) -> None:
                 f" {counted(part.repeated_tokens, 'token')}: "
                 + ("left out" if part.deduplicate else "--deduplicate leaves them out")
             )
-    size = sum(part.bytes for part in summary.keys.values())
+    size = sum(part.bytes for part in summary.keys.values()) - summary.resumed_bytes
     seconds = max(summary.seconds, 1e-9)
     left_out = "".join(
         f", {counted(number, what)} left out" for what, number in sorted(summary.left_out.items())
@@ -137,7 +137,7 @@ def main() -> int | None:
     from megalong.data.files import find_files, total_size
     from megalong.data.partition import partition
     from megalong.data.preprocess import TokenizingTask, goes_on, preprocess
-    from megalong.progress import progress_bar
+    from megalong.progress import human_bytes, progress_bar
 
     # A scheduler's SIGTERM ends the run the ordinary way, with its workers.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -154,7 +154,11 @@ def main() -> int | None:
     try:
         files, share = find_files(args.input, args.documents), None
         if args.partition:
+            number = len(files)
             files, share = partition(files, args.partition)
+            size = human_bytes(total_size(files))
+            what = f"{len(files):,} of {counted(number, 'input file')}, {size}"
+            print(f"--partition {share}: {what}", file=sys.stderr)
         with progress_bar(total_size(files), "B", "tokenizing") as progress:
             summary = preprocess(
                 files,
@@ -167,11 +171,11 @@ def main() -> int | None:
                 part_bytes=args.part_bytes,
                 progress=progress,
             )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
         unfinished = Path(f"{args.output_prefix}.unfinished")
         left = goes_on(unfinished) if unfinished.exists() else "nothing was written"
         print(f"interrupted: {left}", file=sys.stderr)
-        return 130
+        return 130 if isinstance(end, KeyboardInterrupt) else end.code
     print_summary(summary, "folder" if args.documents == "repository" else "file")
     return None
 

@@ -118,7 +118,8 @@ class _UnderWay(NamedTuple):
 @dataclass
 class Summary:
     """left_out: how many files were not meant to be read, by what they are. bytes_read: of the
-    files on disk. resumed: documents that an earlier run had written."""
+    files on disk. resumed, resumed_bytes: documents that an earlier run had written, and their
+    text."""
 
     keys: dict[str, KeySummary]
     files: int
@@ -127,6 +128,7 @@ class Summary:
     left_out: dict[str, int] = field(default_factory=dict)
     bytes_read: int = 0
     resumed: int = 0
+    resumed_bytes: int = 0
     seconds: float = 0.0
 
 
@@ -172,7 +174,7 @@ def preprocess(
     with Unfinished(prefix, identity, _changed_input, overwrite=overwrite, anew=anew) as job:
         if job.naming:  # killed at the very end
             summary, _ = _read_progress(job.progress)
-            summary.resumed = summary.keys[task.json_keys[0]].documents
+            _note_resumed(summary)
         else:
             refuse_existing(prefixes, overwrite)
             run = _Run(files, task, tokenizer, partition, job, prefixes, progress)
@@ -226,7 +228,7 @@ class _Run:
     def tokenize(self, workers: int, strict: bool, part_bytes: int) -> Summary:
         summary, progress, start = self.summary, self._progress, time.monotonic()
         first = summary.keys[self._task.json_keys[0]]
-        summary.resumed = first.documents
+        _note_resumed(summary)
         if self._job.progress:
             progress.write(
                 f"{self._job.folder}: going on behind {counted(first.documents, 'document')}",
@@ -335,13 +337,13 @@ class _Run:
 
     def _note_inputs(self, hashes: InputHashes) -> None:
         """The files that are done with, with their hashes."""
+        lines = []
         for number in range(self._noted, self._place.file):
-            state = _file_state(self._files[number])
             digest = hashes.take(number)
             if self._files[number] == STANDARD_INPUT:
                 digest = self._streamed.hexdigest()
-            line = json.dumps(state | {"sha256": digest})
-            self._inputs.write(line.encode() + b"\n")
+            lines.append(json.dumps(_file_state(self._files[number]) | {"sha256": digest}) + "\n")
+        self._inputs.write("".join(lines).encode())
         self._noted = self._place.file
 
     def _finish(self) -> None:
@@ -430,6 +432,11 @@ def _read_progress(progress: dict) -> tuple[Summary, Place]:
     values = progress["summary"]
     keys = {key: KeySummary(**part) for key, part in values["keys"].items()}
     return Summary(**values | {"keys": keys}), Place(*progress["place"])
+
+
+def _note_resumed(summary: Summary) -> None:
+    summary.resumed = next(iter(summary.keys.values())).documents
+    summary.resumed_bytes = sum(part.bytes for part in summary.keys.values())
 
 
 def _file_state(path: str) -> dict:

@@ -51,7 +51,7 @@ def load_model(
     """A megalong checkpoint (or run folder), or a folder of Transformers.
 
     device: None is the GPU where there is one.
-    tokenizer_model: the tokenizer of a megalong checkpoint, if not the one in it.
+    tokenizer_model: the tokenizer of a megalong checkpoint, where there is none in it.
     Raises UserError where it cannot be read.
     """
     if device is None:
@@ -75,8 +75,15 @@ def load_model(
             " convert_to_hf.py makes a folder of it for Transformers' AutoModelForMaskedLM"
         )
     data = checkpoint.config.data
-    kept = tokenizer_model or checkpoint.tokenizer_model
-    tokenizer = build_tokenizer(data.tokenizer_type, kept)
+    kept = checkpoint.tokenizer_model
+    tokenizer = build_tokenizer(data.tokenizer_type, tokenizer_model or kept)
+    if tokenizer_model and kept and Path(kept).exists():
+        own = build_tokenizer(data.tokenizer_type, kept)
+        if own.fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"--tokenizer-model {tokenizer_model}: not the tokenizer that {path} was trained"
+                f" with, which is in {kept}: leave the flag out"
+            )
     model = load_checkpoint(checkpoint, tokenizer).to(device, dtype).eval()
     first = tokenizer.bos if data.prepend_bos else tokenizer.eod
 

@@ -332,6 +332,7 @@ def test_a_stopped_run_cleans_up(tmp_path, long_job, sent, status):
     process.send_signal(sent)
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == status and "Traceback" not in stderr
+    assert stderr.endswith("interrupted: nothing was written\n")
     assert not names(tmp_path / "out")
     wait_for(lambda: not any(map(is_running, workers)))
 

@@ -2,6 +2,7 @@
 tensor-parallel ranks, and back to Transformers."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -78,6 +79,15 @@ def test_dense_is_the_same_and_dilated_is_not(llama, dense, tmp_path):
         assert loaded.first == BOS
         result = evaluate_texts(loaded, texts, 256, [0, 128, 256])
         perplexity[folder.name] = result["perplexity"]
+    shutil.copytree(dense / "tokenizer", tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"tokenizer: not the tokenizer that .* was trained with"):
+        load_model(dense, "cpu", torch.float32, str(file.parent))
+    load_model(dense, "cpu", torch.float32, str(dense / "tokenizer"))
     assert perplexity["dense"] == pytest.approx(perplexity["llama"], rel=1e-5)
     assert perplexity["dilated"] != pytest.approx(perplexity["llama"], rel=1e-5)
 
