@@ -15,7 +15,7 @@ from megalong.command_line import ArgumentParser, run
 from megalong.errors import UserError
 
 TRAINING_COLOR, HELD_OUT_COLORS = "#4878a8", {"validation": "#c85a3c", "test": "#5a8f4e"}
-OTHER_COLORS = ("#c85a3c", "#5a8f4e", "#8e5ea2", "#c9a227", "#3aa6a6", "#a0522d", "#777777")
+OTHER_COLORS = ("#8e5ea2", "#c9a227", "#3aa6a6", "#a0522d", "#777777", "#d17ba6", "#2f4f8f")
 
 
 def main() -> None:

@@ -121,6 +121,8 @@ def test_a_change_changes_what_follows_only():
     assert history.phases[1].began == {"code": 35, "books": 15}
     assert history.phases[3].began == {"code": 55, "books": 65, "wiki": 20}
     assert history.taken == {"code": 15, "books": 15, "wiki": 30}
+    assert history.in_words()[2] == "training data from sample 100 on: books 0.5, wiki 0.5"
+    assert history.in_words()[-1].startswith("epochs read: code ")
 
 
 def test_other_sources_join_one_that_is_under_way():

@@ -144,6 +144,15 @@ def test_resuming_another_run(corpus, finished_run, changes, names):
         assert name in line
 
 
+def test_resuming_without_any_source_of_the_run(corpus, finished_run):
+    """Shares may change, and sources come and go, but not all at once."""
+    flags = small_run_flags(corpus, save=finished_run, load=finished_run)
+    flags[flags.index("--data-path") + 1] = f"other={corpus}"
+    line = refused(1, *flags)
+    assert f"the training data is other, and the checkpoint {finished_run}/iter_0000002" in line
+    assert f"has seen {corpus.name}: keep one of these" in line
+
+
 def test_saving_over_another_run(corpus, finished_run):
     before = (finished_run / "metrics.jsonl").read_bytes()
     line = refused(1, *small_run_flags(corpus, save=finished_run))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from megalong.config import Config
 from megalong.config.run import RunConfig
 from megalong.training.metrics import MetricsLog, forget_after, read_metrics
+from tools.plot_run import HELD_OUT_COLORS, held_out_colors
 
 
 def test_a_line_cut_short_is_left_out(tmp_path):
@@ -69,3 +70,11 @@ def test_every_source_and_every_set_has_its_curves(tmp_path):
         "validation/code/loss": 3.0,
         "validation/code/perplexity": 20.0,
     }
+
+
+def test_held_out_sets_have_colors_of_their_own():
+    splits = ["validation/code", "validation/books", "test", "validation/code"]
+    colors = held_out_colors([{"split": split} for split in splits] + [{"loss": 1.0}])
+    assert list(colors) == ["validation/code", "validation/books", "test"]
+    assert colors["test"] == HELD_OUT_COLORS["test"]
+    assert len(set(colors.values())) == 3
