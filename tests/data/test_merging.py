@@ -91,6 +91,19 @@ def test_partitions_are_all_files_in_order_and_alike_in_size(tmp_path):
             partition(files, bad)
 
 
+def test_the_tool_says_what_it_merged(tmp_path, run_tool):
+    (tmp_path / "a.txt").write_text("one")
+    parts = [preprocess([str(tmp_path / "a.txt")], tmp_path / name) for name in "ab"]
+    arguments = ("--input", tmp_path / "?_text_document", "--output-prefix", tmp_path / "out")
+    done = run_tool("tools/merge_datasets.py", *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{tmp_path}/out: 2 documents, 8 tokens, of 2 datasets\n"
+    one, two = (np.fromfile(f"{prefix}.bin", np.uint16) for prefix in (parts[0], tmp_path / "out"))
+    assert two.tolist() == [*one, *one]
+    done = run_tool("tools/merge_datasets.py", *arguments)
+    assert done.returncode == 2 and "out.bin is there already" in done.stderr
+
+
 def test_an_empty_partition_is_written_so_that_none_is_missing(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(name)
