@@ -34,9 +34,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    from megalong.log_filters import filter_library_logs
-
-    filter_library_logs()
     from megalong.data.merging import find_prefixes, merge
     from megalong.progress import progress_bar
 

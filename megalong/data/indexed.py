@@ -4,17 +4,21 @@ The format is checked here first, since megatron.core answers a damaged pair wit
 a numpy error, or not at all; then its IndexedDataset maps the files into memory.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from megatron.core import __version__ as megatron_core
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megalong.data.writer import DTYPES, HEADER, MAGIC, VERSION
 from megalong.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 
 class IndexedDocuments:
@@ -108,6 +112,8 @@ class Index:
 def check_megatron_core(prefix: str, index: Index) -> str:
     """The version of Megatron-core, which reads what we do, where tried: the first and the last
     sequences of a pair. Raises UserError where it does not."""
+    from megatron.core import __version__ as megatron_core
+
     dataset = _open_with_megatron_core(prefix)
     tokens = np.memmap(prefix + ".bin", index.dtype, mode="r")
     ends = np.cumsum(index.sequence_lengths, dtype=np.int64)
@@ -119,6 +125,9 @@ def check_megatron_core(prefix: str, index: Index) -> str:
 
 
 def _open_with_megatron_core(prefix: str) -> IndexedDataset:
+    # Imported here: it takes seconds, and indices alone are read without it.
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
     with warnings.catch_warnings():
         # It logs, for which it wants to know its rank; this need not be a distributed run.
         warnings.filterwarnings("ignore", "Could not determine rank")
