@@ -96,7 +96,10 @@ LOW_PRECISION = ("bf16", "fp16")
 
 # Each in every layout of KINDS_LAYOUTS, in a launch of their own: `make test-long`.
 KINDS = ("dilated dense", "local dilated dilated", "sparse", "dense", "sparse local")
-MODELS_OF_KINDS = {f"kinds: {kinds}": {**ALL_KINDS, "attention": kinds} for kinds in KINDS}
+MODELS_OF_KINDS = {f"kinds: {kinds}": {**ALL_KINDS, "attention": kinds} for kinds in KINDS} | {
+    "kinds: mlm": {**ALL_KINDS, "objective": "mlm", "mask_rate": 0.2},
+    "kinds: isolated": {**ALL_KINDS, "document_attention": "isolated", "eod_mask_loss": True},
+}
 
 # The same models, computed otherwise; `flags_of` adds the sizes of chunks and tiles.
 WITHOUT_LOGITS = {"linear_cross_entropy": True}
