@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from megalong.attention import operators
 from megalong.attention.arguments import checked
-from megalong.attention.documents import checked_documents, documents_of
+from megalong.attention.documents import checked_documents, copied, documents_of
 from megalong.attention.pattern import DilatedPattern
 
 
@@ -55,7 +55,8 @@ def dilated_attention(
     # torch.compile takes no tensor twice in one autograd.Function.
     k = k.view_as(k) if k is q else k
     v = v.view_as(v) if v is q or v is k else v
-    documents = checked_documents(documents_of(document_start, document_stop), q, causal)
+    given = documents_of(document_start, document_stop)
+    documents = copied(checked_documents(given, q, causal))
     bounds = (documents.start_bs, documents.stop_bs) if documents else (None, None)
     out_bshd, lse_bhs = _DilatedAttention.apply(
         q, k, v, *bounds, pattern, bool(causal), scale, backend

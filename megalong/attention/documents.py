@@ -84,6 +84,15 @@ def ranges_of(start_bhm: torch.Tensor | None, stop_bhm: torch.Tensor | None) -> 
     return None if start_bhm is stop_bhm is None else RowRanges(start_bhm, stop_bhm)
 
 
+def copied(documents: Documents | None) -> Documents | None:
+    """Those of a caller who may write to the tensors in ways that nobody sees (`kept_with_tensor`),
+    as they are now."""
+    if documents is None:
+        return None
+    stop_bs = documents.stop_bs
+    return Documents(documents.start_bs.clone(), None if stop_bs is None else stop_bs.clone())
+
+
 def checked_documents(
     documents: Documents | None, q_bshd: torch.Tensor, causal: bool
 ) -> Documents | None:

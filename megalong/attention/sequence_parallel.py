@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from megalong.attention import operators
 from megalong.attention.dilated import checked_scale
-from megalong.attention.documents import Documents, checked_documents, documents_of
+from megalong.attention.documents import Documents, checked_documents, copied, documents_of
 from megalong.attention.exchange import SequenceGroup
 from megalong.attention.pattern import DilatedPattern
 from megalong.attention.sequence_plan import Plan, make_plan
@@ -59,7 +59,8 @@ def sequence_parallel_attention(
     exact. lse is that of the shard's queries, (batch, heads, shard).
     """
     scale = checked_scale(q, k, v, pattern, scale)
-    documents = checked_documents(documents_of(document_start, document_stop), q, causal)
+    given = documents_of(document_start, document_stop)
+    documents = copied(checked_documents(given, q, causal))
     out_bshd, lse_bhs = _SequenceParallelAttention.apply(
         q, k, v, pattern, sequence, documents, bool(causal), scale, backend
     )

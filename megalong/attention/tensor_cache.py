@@ -35,7 +35,8 @@ def tensor_cache(build: Callable) -> Callable:
 
 def kept_with_tensor(build: Callable) -> Callable:
     """A cache for a function of a tensor of a batch, which all layers ask for the same: its results
-    are kept as long as the tensor is there and nobody writes to it.
+    are kept as long as the tensor is there and nobody writes to it. What is written by some
+    collectives, through `.data`, by numpy or in a CUDA graph is not seen: a new tensor per batch.
 
     The other arguments are tensors, which are then kept too, or hashable; all are positional.
     Results must not share memory with the first tensor, which would keep itself.

@@ -89,32 +89,41 @@ def training_batches(
         begin = i * samples.sequence_length + start
         return masking.masked(samples.sample(i, start, stop), begin, samples.seed)
 
-    def batches() -> Iterator[Batch]:
+    def micro_batches() -> Iterator[range]:
         # All ranks together take `stride` samples at a time, global batches follow one another.
         first = consumed_samples + data_parallel_rank * micro_batch_size
         while True:
-            numbers = range(first, first + micro_batch_size)
+            yield range(first, first + micro_batch_size)
+            first += stride
+
+    def batches() -> Iterator[Batch]:
+        for numbers in micro_batches():
             batch = _batch([read(i) for i in numbers], start, stop)
             if documents.isolated:
                 batch |= _document_bounds(samples, numbers, start, stop, masking is None)
             if len(samples.sources) > 1:
                 batch["source"] = torch.tensor([samples.source(i) for i in numbers])
             yield batch
-            first += stride
 
     if masking is None and documents.unpredicted_from is None:
         return batches()
-    return _counted(batches(), global_batch_size // stride)
+    predictions = (
+        sum(int((read(i)[1] != IGNORE_INDEX).sum()) for i in numbers) for numbers in micro_batches()
+    )
+    return _counted(batches(), predictions, global_batch_size // stride)
 
 
-def _counted(batches: Iterator[Batch], step: int) -> Iterator[Batch]:
-    """The same, each told how many predictions its step of so many micro batches has: they are made
-    together."""
+def _counted(batches: Iterator[Batch], predictions: Iterator[int], step: int) -> Iterator[Batch]:
+    """The same, each told how many predictions its step of so many micro batches has.
+
+    predictions: of each micro batch. Those of the next step are counted one by one beside the
+    micro batches of this one: no step waits for them, but the first, and none is held."""
+    upcoming = sum(islice(predictions, step))
     while True:
-        of_step = list(islice(batches, step))
-        predicted = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in of_step)
-        for batch in of_step:
+        predicted, upcoming = torch.tensor(upcoming), 0
+        for batch in islice(batches, step):
             yield {**batch, "predicted": predicted}
+            upcoming += next(predictions)
 
 
 def evaluation_batches(

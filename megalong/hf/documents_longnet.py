@@ -39,14 +39,21 @@ class Documents:
         under_way: list[int],
     ) -> Documents | None:
         """Those of sequences whose real tokens come first; None where each is one document, which
-        began at place 0. Raises ValueError where positions jump otherwise than to 0.
+        began at place 0. Raises ValueError where positions jump otherwise than to 0, and where
+        nothing says where documents end.
 
         A document begins where its position is 0 and, if the model was trained on documents that
         are kept apart, behind an end-of-sequence token and at a beginning-of-sequence token.
         tokens: None where there are only their embeddings. counts: of the real tokens. starts: the
         place of each first one. under_way: what `following` was before.
         """
-        isolated = config.document_attention == "isolated" and tokens_bs is not None
+        isolated = config.document_attention == "isolated"
+        if isolated and tokens_bs is None and positions_bs is None:
+            raise ValueError(
+                "the model keeps documents apart, and embeddings do not say where they end: give"
+                " position_ids, which begin at 0 with each document"
+            )
+        isolated = isolated and tokens_bs is not None
         if not (isolated or positions_bs is not None or any(under_way)):
             return None
         like = tokens_bs if positions_bs is None else positions_bs
@@ -86,6 +93,11 @@ class Documents:
             stop_bs = next_bs.flip(1).cummin(1).values.flip(1).roll(-1, 1)
             stop_bs[:, -1:] = starts_b1 + counts_b1
         return cls(first_bs, stop_bs, following)
+
+    def to(self, device: torch.device, *_, **__) -> Documents:
+        """On another device: accelerate, which spreads layers over several, asks for that."""
+        stop_bs = None if self.stop_bs is None else self.stop_bs.to(device)
+        return Documents(self.first_bs.to(device), stop_bs, self.following)
 
     def part(self, first: int, size: int) -> Documents:
         """Those of some of the positions."""

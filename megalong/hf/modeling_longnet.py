@@ -273,9 +273,10 @@ class LongNetModel(LongNetPreTrainedModel):
     def _documents(self, input_ids, position_ids, padding, starts, cache):
         """Where the documents of the input are, its real tokens moved to the front."""
         if position_ids is not None:
-            if position_ids.ndim != 2 or position_ids.shape[1] != padding.length:
+            shapes = [(rows, padding.length) for rows in (1, len(starts))]
+            if tuple(position_ids.shape) not in shapes:
                 raise ValueError(
-                    f"position_ids must be (batch, {padding.length}), as the input is, got shape"
+                    f"position_ids must be {shapes[1]}, as the input is, or {shapes[0]}, got shape"
                     f" {tuple(position_ids.shape)}"
                 )
             position_ids = padding.to_end(position_ids.expand(len(starts), -1)[..., None])[..., 0]

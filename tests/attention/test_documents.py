@@ -7,6 +7,7 @@ import weakref
 
 import band_cases
 import kind_cases
+import numpy as np
 import pytest
 import torch
 from attention_cases import assert_agree, corners, random_case, run_backend, run_reference
@@ -138,6 +139,20 @@ def test_calls_grow_with_the_lengths_and_not_with_the_documents():
     border = (torch.arange(2**15, dtype=torch.int32)[None] >= 5000) * 5000
     two = calls_within(border, DilatedPattern((2048,), (1,)), 2**15, 4, 4)
     assert [call.parts[0].count for call in two] == [2, 1, 1, 13]
+
+
+def test_a_buffer_that_numpy_writes_to():
+    """Of which PyTorch does not know: what a caller gives is looked at in each call."""
+    buffer = np.zeros((1, 40), np.int32)
+    q = torch.randn(1, 40, 2, 4)
+    pattern = DilatedPattern((16, 64), (1, 2))
+    mixed = dilated_attention(q, q, q, pattern, document_start=torch.from_numpy(buffer))
+    start = torch.from_numpy(buffer)
+    dilated_attention(q, q, q, pattern, document_start=start)
+    buffer[:, 21:] = 21
+    found = dilated_attention(q, q, q, pattern, document_start=start)
+    assert torch.equal(found, dilated_attention(q, q, q, pattern, document_start=start.clone()))
+    assert not torch.equal(found, mixed)
 
 
 def test_what_is_made_of_a_tensor_lives_with_it():

@@ -223,6 +223,10 @@ def test_nothing_is_predicted_from_the_end_of_a_document(stream):
     silent = first["labels"] == IGNORE_INDEX
     assert torch.equal(silent, first["tokens"] == eod) and silent.sum() == 1
     assert first["predicted"] == second["predicted"] == 4 * N - 1
+    for _ in range(3):  # later steps: each micro batch is told the sum over its step
+        pair = next(batches), next(batches)
+        found = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in pair)
+        assert [batch["predicted"] for batch in pair] == [found, found]
     assert not (second["labels"] == IGNORE_INDEX).any()
     held_out = next(
         evaluation_batches(

@@ -180,11 +180,31 @@ def test_generation_goes_on_with_the_last_document(mesh):
     assert torch.equal(with_padding, model.generate(tokens[1:, 30:], **options)[0])
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_layers_spread_over_devices(grad, mesh):
+    """accelerate, behind device_map="auto", moves to the device of a layer what it is called with:
+    here to the one of tensors without numbers."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    _, model = pair(mesh, **CASES[0])
+    for module in (model.model.layers[1], model.model.norm, model.lm_head):
+        module.to("meta")
+        hook = hooks.AlignDevicesHook(execution_device="meta", io_same_device=False)
+        hooks.add_hook_to_module(module, hook)
+    with torch.set_grad_enabled(grad):
+        assert model(packed_tokens(), use_cache=False).logits.is_meta
+
+
 def test_positions_that_mean_something_else_are_refused(mesh):
     _, model = pair(mesh)
     with pytest.raises(ValueError, match="position_ids must go up by one"):
         model(random_tokens(1, 4), position_ids=torch.tensor([[0, 2, 4, 6]]))
-    with pytest.raises(ValueError, match=r"position_ids must be \(batch, 4\)"):
-        model(random_tokens(1, 4), position_ids=torch.arange(5)[None])
+    for positions in (torch.arange(5)[None], torch.arange(4).expand(3, 4)):
+        with pytest.raises(ValueError, match=r"position_ids must be \(2, 4\), as the input is, or"):
+            model(random_tokens(2, 4), position_ids=positions)
+    model.config.document_attention = "isolated"
+    embeddings = model.get_input_embeddings()(random_tokens(1, 4))
+    with pytest.raises(ValueError, match="embeddings do not say where they end"):
+        model(inputs_embeds=embeddings)
+    model(inputs_embeds=embeddings, position_ids=torch.arange(4)[None])
     with pytest.raises(ValueError, match="document_attention must be one of mixed, isolated"):
         LongNetConfig(document_attention="apart")
