@@ -45,7 +45,7 @@ ROOMS = {
 LIBRARIES = {
     "megatron": {"model", "parallel", "data/indexed.py"},
     "deepspeed": {"training", "parallel"},
-    "transformers": {"hf", "data/huggingface_tokenizer.py"},
+    "transformers": {"hf", "data/tokenizers/huggingface_tokenizer.py"},
     "triton": {"attention/triton", "tiling/triton"},
 }
 

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
 from megalong.command_line import ArgumentParser, run
-from megalong.data.documents import BrokenDocument, Reading
-from megalong.data.files import find_files
 from megalong.data.formats import raw_documents
 from megalong.data.formats import texts as texts_of
+from megalong.data.text.documents import BrokenDocument, Reading
+from megalong.data.text.files import find_files
 from megalong.disk import writable_folder
 from megalong.errors import UserError
 from megalong.hf.configs import DTYPES

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
 from megalong.command_line import ArgumentParser, run
-from megalong.data.tokenizer import TOKENIZERS
+from megalong.data.tokenizers.tokenizer import TOKENIZERS
 from megalong.errors import UserError
 from megalong.wording import counted
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from megalong.data.document_samples import DocumentSamples
     from megalong.data.inspection import Pair
     from megalong.data.stream import Documents, TokenStream
-    from megalong.data.tokenizer import Tokenizer
+    from megalong.data.tokenizers.tokenizer import Tokenizer
 
 MODES = ("stream", "document")
 
@@ -201,7 +201,7 @@ def tokenizer_of(documents: Documents, pairs: list[Pair], args: argparse.Namespa
     """That of the flags, or else that which made the data, where it says which, and it is there.
     Raises UserError where it is not the one that made the data."""
     from megalong.data.provenance import check_tokenizer
-    from megalong.data.tokenizer import build_tokenizer
+    from megalong.data.tokenizers.tokenizer import build_tokenizer
 
     made = pairs[0].sidecar
     kind = args.tokenizer_type or made.get("tokenizer_type")

@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    from megalong.data.merging import find_prefixes, merge
+    from megalong.data.preprocessing.merging import find_prefixes, merge
     from megalong.progress import progress_bar
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -28,14 +28,14 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
 from megalong.command_line import ArgumentParser, run
-from megalong.data.backend import BACKENDS
-from megalong.data.reading_flags import add_reading_flags, reading_of
-from megalong.data.tokenizer import TOKENIZERS
+from megalong.data.text.reading_flags import add_reading_flags, reading_of
+from megalong.data.tokenizers.backend import BACKENDS
+from megalong.data.tokenizers.tokenizer import TOKENIZERS
 from megalong.errors import UserError
 from megalong.wording import counted
 
 if TYPE_CHECKING:
-    from megalong.data.preprocess import Summary
+    from megalong.data.preprocessing.preprocess import Summary
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -134,9 +134,9 @@ def print_summary(summary: Summary, kind: str) -> None:
 
 def main() -> int | None:
     args = parse_arguments()
-    from megalong.data.files import find_files, total_size
-    from megalong.data.partition import partition
-    from megalong.data.preprocess import TokenizingTask, goes_on, preprocess
+    from megalong.data.preprocessing.partition import partition
+    from megalong.data.preprocessing.preprocess import TokenizingTask, goes_on, preprocess
+    from megalong.data.text.files import find_files, total_size
     from megalong.progress import human_bytes, progress_bar
 
     # A scheduler's SIGTERM ends the run the ordinary way, with its workers.

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
 from megalong.command_line import ArgumentParser, run
-from megalong.data.documents import BrokenDocument, LeftOut, Reading, Remarks
-from megalong.data.files import find_files, total_size
 from megalong.data.formats import raw_documents, texts
-from megalong.data.reading_flags import add_reading_flags, reading_of
+from megalong.data.text.documents import BrokenDocument, LeftOut, Reading, Remarks
+from megalong.data.text.files import find_files, total_size
+from megalong.data.text.reading_flags import add_reading_flags, reading_of
 from megalong.errors import UserError
 from megalong.wording import counted
 
@@ -85,8 +85,8 @@ def read_texts(
 
 def main() -> None:
     args = parse_arguments()
-    from megalong.data.sentencepiece_tokenizer import SentencePieceTokenizer
-    from megalong.data.tokenizer_training import sample_chunks, train_sentencepiece
+    from megalong.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+    from megalong.data.tokenizers.tokenizer_training import sample_chunks, train_sentencepiece
     from megalong.disk import writable_folder
     from megalong.progress import human_bytes, progress_bar, stopwatch
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megalong.config.flags import default, flag, flag_name
 from megalong.data.length_upsampling import LengthUpsampling
 from megalong.data.sources import SourceSpec, sources_of_file, sources_of_flag
-from megalong.data.tokenizer import TOKENIZERS
+from megalong.data.tokenizers.tokenizer import TOKENIZERS
 from megalong.errors import UserError
 
 SPLIT = "969,30,1"

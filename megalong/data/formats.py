@@ -15,9 +15,9 @@ from pkgutil import resolve_name
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING
 
-from megalong.data import json_lines, parquet, plain_text, repository, source_file
-from megalong.data.documents import BrokenDocument, RawDocument, Reading
-from megalong.data.files import STANDARD_INPUT, without_compression
+from megalong.data.text import json_lines, parquet, plain_text, repository, source_file
+from megalong.data.text.documents import BrokenDocument, RawDocument, Reading
+from megalong.data.text.files import STANDARD_INPUT, without_compression
 
 if TYPE_CHECKING:
     from megalong.data.stream import Documents

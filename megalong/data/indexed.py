@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megalong.data.writer import DTYPES, HEADER, MAGIC, VERSION
+from megalong.data.preprocessing.writer import DTYPES, HEADER, MAGIC, VERSION
 from megalong.errors import UserError
 
 if TYPE_CHECKING:

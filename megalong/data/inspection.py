@@ -23,7 +23,7 @@ from megalong.data.indexed import (
 )
 from megalong.data.shards import pair_prefixes
 from megalong.data.stream import Documents
-from megalong.data.tokenizer import Tokenizer
+from megalong.data.tokenizers.tokenizer import Tokenizer
 from megalong.errors import UserError
 from megalong.wording import counted
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megalong.data.tokenizer import Tokenizer
+from megalong.data.tokenizers.tokenizer import Tokenizer
 
 IGNORE_INDEX = -100
 

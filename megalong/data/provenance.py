@@ -9,7 +9,7 @@ from megalong.errors import UserError
 
 if TYPE_CHECKING:
     from megalong.data.stream import Documents
-    from megalong.data.tokenizer import Tokenizer
+    from megalong.data.tokenizers.tokenizer import Tokenizer
 
 
 def check_tokenizer(

@@ -6,7 +6,7 @@ from typing import Any
 
 from megalong.config import Config
 from megalong.config.attention import PATTERN_FIELDS
-from megalong.data.tokenizer import Tokenizer
+from megalong.data.tokenizers.tokenizer import Tokenizer
 from megalong.errors import UserError
 
 # Transformers' and torch's names of number formats, and what training's --precision is of them.

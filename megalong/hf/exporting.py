@@ -18,7 +18,7 @@ import megalong
 from megalong.attention import pattern
 from megalong.checkpoint.stored_model import StoredModel
 from megalong.config import Config
-from megalong.data.tokenizer import build_tokenizer
+from megalong.data.tokenizers.tokenizer import build_tokenizer
 from megalong.disk import written_aside
 from megalong.errors import UserError
 from megalong.hf.configs import DTYPE_OF_PRECISION, longnet_config, model_classes

@@ -13,7 +13,7 @@ import torch
 
 from megalong.checkpoint.folder import is_checkpoint_or_run
 from megalong.checkpoint.stored_model import StoredModel
-from megalong.data.tokenizer import Tokenizer, build_tokenizer
+from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megalong.errors import UserError
 from megalong.hf.configs import longnet_config
 from megalong.hf.names import check_names, check_vocabulary, entries

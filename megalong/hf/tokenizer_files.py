@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megalong.checkpoint.tokenizer import HUGGINGFACE_FILES, SENTENCEPIECE_FILE
-from megalong.data.huggingface_tokenizer import byte_level_alphabet
-from megalong.data.tokenizer import (
+from megalong.data.tokenizers.huggingface_tokenizer import byte_level_alphabet
+from megalong.data.tokenizers.tokenizer import (
     EOD_PIECE,
     MASK_PIECE,
     SENTENCEPIECE_SPACE,
@@ -26,7 +26,7 @@ from megalong.data.tokenizer import (
 from megalong.errors import UserError
 
 if TYPE_CHECKING:
-    from megalong.data.tiktoken_tokenizer import TiktokenTokenizer
+    from megalong.data.tokenizers.tiktoken_tokenizer import TiktokenTokenizer
 
 _PROBES = (
     "",

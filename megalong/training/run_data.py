@@ -26,7 +26,7 @@ from megalong.data.masking import ADD_A_ROW, Masking
 from megalong.data.provenance import check_tokenizer
 from megalong.data.sources import SourceSpec, shares_of
 from megalong.data.stream import Documents, TokenStream, split_documents
-from megalong.data.tokenizer import Tokenizer, build_tokenizer
+from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megalong.errors import UserError, system_errors_of
 from megalong.wording import counted, did_you_mean
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalong.data.writer import DocumentWriter
+from megalong.data.preprocessing.writer import DocumentWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pytest
 
-from megalong.data import backend
-from megalong.data.backend import FastTokenizer, with_backend
-from megalong.data.documents import Reading
-from megalong.data.sample import sample_texts
-from megalong.data.tokenizer import build_tokenizer
+from megalong.data.text.documents import Reading
+from megalong.data.text.sample import sample_texts
+from megalong.data.tokenizers import backend
+from megalong.data.tokenizers.backend import FastTokenizer, with_backend
+from megalong.data.tokenizers.tokenizer import build_tokenizer
 from megalong.errors import UserError
 from tests.data.test_tokenizer import TEXTS
 

@@ -14,7 +14,7 @@ BASE = 1000  # token = document * BASE + its place
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory):
     """Prefixes of documents of these lengths, all tokens of which are different."""
-    from megalong.data.writer import DocumentWriter
+    from megalong.data.preprocessing.writer import DocumentWriter
 
     folder = tmp_path_factory.mktemp("corpora")
 

@@ -8,10 +8,10 @@ import random
 
 import pytest
 
-from megalong.data import files
-from megalong.data.documents import BrokenDocument, Reading
-from megalong.data.files import find_files
 from megalong.data.formats import raw_documents, texts
+from megalong.data.text import files
+from megalong.data.text.documents import BrokenDocument, Reading
+from megalong.data.text.files import find_files
 from megalong.errors import UserError
 
 

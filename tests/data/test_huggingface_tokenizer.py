@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from megalong.data import huggingface_tokenizer
-from megalong.data.backend import FastTokenizer
-from megalong.data.tokenizer import build_tokenizer
+from megalong.data.tokenizers import huggingface_tokenizer
+from megalong.data.tokenizers.backend import FastTokenizer
+from megalong.data.tokenizers.tokenizer import build_tokenizer
 from tests.launching import run
 
 transformers = pytest.importorskip("transformers")

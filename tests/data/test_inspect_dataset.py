@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalong.data.tokenizer import ByteTokenizer
-from megalong.data.writer import DocumentWriter
+from megalong.data.preprocessing.writer import DocumentWriter
+from megalong.data.tokenizers.tokenizer import ByteTokenizer
 from megalong.errors import UserError
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "inspect_dataset.py"

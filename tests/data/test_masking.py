@@ -10,7 +10,7 @@ from megalong.data.batches import IGNORE_INDEX, evaluation_batches, training_bat
 from megalong.data.indexed import IndexedDocuments
 from megalong.data.masking import Masking
 from megalong.data.stream import TokenStream
-from megalong.data.tokenizer import ByteTokenizer
+from megalong.data.tokenizers.tokenizer import ByteTokenizer
 
 N, EOD, MASK = 20, 256, 257
 MASKING = Masking.of(ByteTokenizer().with_mask(), 0.3)

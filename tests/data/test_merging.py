@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalong.data import merging
-from megalong.data import preprocess as module
-from megalong.data.documents import Reading
-from megalong.data.files import find_files
-from megalong.data.merging import find_prefixes, merge
-from megalong.data.output import LISTED
-from megalong.data.partition import partition
-from megalong.data.repeats import SeenTexts, text_hashes
+from megalong.data.preprocessing import merging
+from megalong.data.preprocessing import preprocess as module
+from megalong.data.preprocessing.merging import find_prefixes, merge
+from megalong.data.preprocessing.output import LISTED
+from megalong.data.preprocessing.partition import partition
+from megalong.data.preprocessing.repeats import SeenTexts, text_hashes
+from megalong.data.text.documents import Reading
+from megalong.data.text.files import find_files
 from megalong.errors import UserError
 from megalong.progress import progress_bar
 

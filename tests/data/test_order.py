@@ -9,8 +9,8 @@ import pytest
 
 from megalong.data.batches import training_batches
 from megalong.data.indexed import IndexedDocuments
+from megalong.data.preprocessing.writer import DTYPES, HEADER, MAGIC, VERSION
 from megalong.data.stream import TokenStream
-from megalong.data.writer import DTYPES, HEADER, MAGIC, VERSION
 
 
 class Ramps:

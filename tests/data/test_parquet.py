@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from megalong.data.documents import BrokenDocument, Reading
 from megalong.data.formats import raw_documents, texts
+from megalong.data.text.documents import BrokenDocument, Reading
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megalong.data.documents import Reading
-from megalong.data.tokenizer import build_tokenizer
+from megalong.data.text.documents import Reading
+from megalong.data.tokenizers.tokenizer import build_tokenizer
 
 TOOL = "tools/preprocess_data.py"
 BYTES = ("--tokenizer-type", "ByteTokenizer")
@@ -159,7 +159,7 @@ def test_many_broken_documents_do_not_flood_the_terminal(tmp_path, run_tool):
 
 
 def test_large_vocabularies_are_int32(tmp_path, monkeypatch):
-    from megalong.data import preprocess as module
+    from megalong.data.preprocessing import preprocess as module
     from megalong.progress import progress_bar
 
     class Large:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from megalong.data import preprocess as module
-from megalong.data import unfinished
-from megalong.data.documents import Reading
+from megalong.data.preprocessing import preprocess as module
+from megalong.data.preprocessing import unfinished
+from megalong.data.text.documents import Reading
 from megalong.errors import UserError
 from megalong.progress import progress_bar
 

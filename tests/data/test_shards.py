@@ -12,9 +12,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megalong.data import shards
 from megalong.data.formats import open_documents
 from megalong.data.indexed import IndexedDocuments
+from megalong.data.preprocessing.writer import DocumentWriter
 from megalong.data.shards import ShardedDocuments
 from megalong.data.stream import TokenStream
-from megalong.data.writer import DocumentWriter
 from megalong.errors import UserError
 
 PARTS = {"part_0": [[1, 2, 3], [], [4]], "part_1": [], "part_2": [[5]], "other": [[], [6, 7], []]}

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from megalong.data.files import find_files, total_size
-from megalong.data.tokenizer import build_tokenizer
+from megalong.data.text.files import find_files, total_size
+from megalong.data.tokenizers.tokenizer import build_tokenizer
 from megalong.errors import UserError
 from tests.data.test_preprocess import BYTES, TOOL, read_texts
 

@@ -7,8 +7,8 @@ import pytest
 
 from megalong.checkpoint.tokenizer import kept_tokenizer, tokenizer_files
 from megalong.config import DataConfig
-from megalong.data.backend import FastTokenizer
-from megalong.data.tokenizer import build_tokenizer
+from megalong.data.tokenizers.backend import FastTokenizer
+from megalong.data.tokenizers.tokenizer import build_tokenizer
 from megalong.errors import UserError
 from tests.data.test_tokenizer import TEXTS, check_exact
 
@@ -19,7 +19,7 @@ pytest.importorskip("tiktoken")
 def ranks(corpus_texts) -> list[bytes]:
     """Tokens by rank: the bytes, and what a trainer merges of real text."""
     tokenizers = pytest.importorskip("tokenizers")
-    from megalong.data.huggingface_tokenizer import byte_level_alphabet
+    from megalong.data.tokenizers.huggingface_tokenizer import byte_level_alphabet
 
     alphabet = byte_level_alphabet()
     trainer = tokenizers.trainers.BpeTrainer(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from megalong.data.tokenizer import ByteTokenizer, build_tokenizer
+from megalong.data.tokenizers.tokenizer import ByteTokenizer, build_tokenizer
 from megalong.errors import UserError
 
 TEXTS = [

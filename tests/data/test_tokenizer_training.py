@@ -4,9 +4,9 @@ import gzip
 
 import pytest
 
-from megalong.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from megalong.data.tokenizer import build_tokenizer
-from megalong.data.tokenizer_training import sample_chunks, train_sentencepiece
+from megalong.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from megalong.data.tokenizers.tokenizer import build_tokenizer
+from megalong.data.tokenizers.tokenizer_training import sample_chunks, train_sentencepiece
 
 TOOL = "tools/train_tokenizer.py"
 

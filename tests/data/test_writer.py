@@ -5,7 +5,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from megalong.data.writer import DocumentWriter, token_dtype
+from megalong.data.preprocessing.writer import DocumentWriter, token_dtype
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])

@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 
 from megalong.checkpoint.first import write_first_checkpoint
 from megalong.config.arguments import parse_arguments
-from megalong.data.tokenizer import ByteTokenizer
+from megalong.data.tokenizers.tokenizer import ByteTokenizer
 from megalong.hf.configs import longnet_config
 from megalong.hf.configuration_longnet import LongNetConfig
 from megalong.hf.modeling_longnet import LongNetForCausalLM

@@ -20,8 +20,8 @@ from transformers import (
 from megalong.checkpoint.manifest import DamagedCheckpoint
 from megalong.checkpoint.names import WEIGHTS, tensor_name
 from megalong.checkpoint.reading import CheckpointReader
-from megalong.data.tokenizer import ByteTokenizer, build_tokenizer
-from megalong.data.tokenizer_training import train_sentencepiece
+from megalong.data.tokenizers.tokenizer import ByteTokenizer, build_tokenizer
+from megalong.data.tokenizers.tokenizer_training import train_sentencepiece
 from megalong.errors import UserError
 from megalong.hf.attention_longnet import parts_of
 from megalong.hf.bidirectional_longnet import bidirectional_attention, bidirectional_probabilities

@@ -36,16 +36,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not
 
 from megalong.command_line import REPOSITORY, ArgumentParser, needed_packages
 from megalong.command_line import run as run_command
-from megalong.data.documents import BrokenDocument, RawDocument
-from megalong.data.source_file import NAME, read
-from megalong.data.tokenizer import TOKENIZERS, build_tokenizer
+from megalong.data.text.documents import BrokenDocument, RawDocument
+from megalong.data.text.source_file import NAME, read
+from megalong.data.tokenizers.tokenizer import TOKENIZERS, build_tokenizer
 from megalong.errors import UserError
 
 with needed_packages():
     import numpy as np
     import psutil
 
-    from megalong.data.writer import DTYPES, HEADER
+    from megalong.data.preprocessing.writer import DTYPES, HEADER
 
 CONTENDERS = ("ours", "fast", "library", "megatron")
 _SLICE_BYTES = 1 << 24  # of text that the library encodes at a time: its results take memory

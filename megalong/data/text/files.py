@@ -67,8 +67,8 @@ def find_files(inputs: list[str], documents: str = "auto") -> list[str]:
     is standard input.
 
     In the order of `inputs`, sorted inside a folder or pattern, each file once. Hidden files and
-    folders inside a folder are left out. documents: as in `megalong.data.documents.Reading`; where
-    it is "repository", what is found are folders: one with files of its own is a repository, and
+    folders inside a folder are left out. documents: as in `documents.Reading`; where it is
+    "repository", what is found are folders: one with files of its own is a repository, and
     one of folders only stands for these.
     Raises UserError for an input that names nothing, and for one that cannot be read.
     """

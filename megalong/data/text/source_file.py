@@ -3,8 +3,8 @@
 import os
 from collections.abc import Iterator
 
-from megalong.data.documents import BrokenDocument, LeftOut, RawDocument, Reading, as_text
-from megalong.data.files import UNREADABLE
+from megalong.data.text.documents import BrokenDocument, LeftOut, RawDocument, Reading, as_text
+from megalong.data.text.files import UNREADABLE
 
 NAME = "source file"
 _LOOKED_AT = 8000  # bytes; a NUL among them makes a file binary, as git has it

@@ -1,6 +1,6 @@
 """Text documents on their way in: what is read, and what is odd in it.
 
-Which files there are: `megalong.data.files`. The formats of the files: `megalong.data.formats`.
+Which files there are: `megalong.data.text.files`. Their formats: `megalong.data.formats`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from megalong.data.files import COMPRESSIONS, STANDARD_INPUT
+from megalong.data.text.files import COMPRESSIONS, STANDARD_INPUT
 
 if TYPE_CHECKING:
     from tqdm import tqdm

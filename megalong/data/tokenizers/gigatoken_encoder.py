@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megalong.data.tokenizer import SENTENCEPIECE_SPACE
+from megalong.data.tokenizers.tokenizer import SENTENCEPIECE_SPACE
 from megalong.errors import UserError
 
 if TYPE_CHECKING:
-    from megalong.data.sentencepiece_tokenizer import SentencePieceTokenizer
-    from megalong.data.tiktoken_tokenizer import TiktokenTokenizer
+    from megalong.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+    from megalong.data.tokenizers.tiktoken_tokenizer import TiktokenTokenizer
 
 Encoder = Callable[[str], np.ndarray]
 
@@ -71,7 +71,7 @@ def _can_be_merged(piece: str, others: set[str]) -> bool:
 
 def of_tiktoken(tokenizer: TiktokenTokenizer) -> Encoder:
     """The encoder of an encoding of tiktoken, if it splits texts in a way that gigatoken has."""
-    from megalong.data.tiktoken_tokenizer import PATTERNS
+    from megalong.data.tokenizers.tiktoken_tokenizer import PATTERNS
 
     known = {PATTERNS[name]: scheme for name, scheme in _SCHEMES.items()}
     scheme = known.get(tokenizer.pattern)

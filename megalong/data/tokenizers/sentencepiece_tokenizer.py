@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from megalong.data.tokenizer import EOD_PIECE, MASK_PIECE, SENTENCEPIECE_SPACE, Tokenizer
+from megalong.data.tokenizers.tokenizer import EOD_PIECE, MASK_PIECE, SENTENCEPIECE_SPACE, Tokenizer
 from megalong.errors import UserError
 
 _CUT_CHARACTERS = 4096
@@ -77,7 +77,7 @@ class SentencePieceTokenizer(Tokenizer):
         return [piece for i, piece in enumerate(pieces) if not self.pieces[i]]
 
     def fast_encoder(self) -> Callable[[str], np.ndarray]:
-        from megalong.data import gigatoken_encoder
+        from megalong.data.tokenizers import gigatoken_encoder
 
         return gigatoken_encoder.of_sentencepiece(self)
 

@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from megalong.data.files import total_size
+from megalong.data.text.files import total_size
 from megalong.errors import UserError
 
 

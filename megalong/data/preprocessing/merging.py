@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from megalong import __version__
 from megalong.data.indexed import Index, read_description, read_index
-from megalong.data.output import (
+from megalong.data.preprocessing.output import (
     HASHED,
     HASHES,
     INPUTS,
@@ -26,8 +26,8 @@ from megalong.data.output import (
     KeySummary,
     Output,
 )
-from megalong.data.unfinished import Unfinished
-from megalong.data.writer import SUFFIXES, refuse_existing
+from megalong.data.preprocessing.unfinished import Unfinished
+from megalong.data.preprocessing.writer import SUFFIXES, refuse_existing
 from megalong.errors import UserError
 from megalong.wording import counted
 

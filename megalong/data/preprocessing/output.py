@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megalong.data.files import STANDARD_INPUT
-from megalong.data.repeats import SeenTexts
-from megalong.data.unfinished import Unfinished, disk_errors
-from megalong.data.writer import GrowingDocuments
+from megalong.data.preprocessing.repeats import SeenTexts
+from megalong.data.preprocessing.unfinished import Unfinished, disk_errors
+from megalong.data.preprocessing.writer import GrowingDocuments
+from megalong.data.text.files import STANDARD_INPUT
 
 LISTED = 100  # so many inputs or broken documents stand in the sidecar itself
 HASHES, SKIPPED, INPUTS = ".hashes", ".skipped.jsonl", ".inputs.jsonl"

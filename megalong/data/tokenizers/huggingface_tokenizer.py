@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megalong.data.tokenizer import SENTENCEPIECE_SPACE, Tokenizer
+from megalong.data.tokenizers.tokenizer import SENTENCEPIECE_SPACE, Tokenizer
 from megalong.errors import UserError
 
 # Ways to split a text before it is merged (GPT-2's, GPT-4's and Llama 3's, Qwen 2's, GPT-4o's) for
@@ -124,7 +124,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return [token.content for token in self.library.get_added_tokens_decoder().values()]
 
     def fast_encoder(self) -> Callable[[str], np.ndarray]:
-        from megalong.data import gigatoken_encoder
+        from megalong.data.tokenizers import gigatoken_encoder
 
         return gigatoken_encoder.of_tokenizer_json(self.library.to_str())
 

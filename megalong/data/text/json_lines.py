@@ -6,8 +6,8 @@ import json
 import os
 from collections.abc import Iterator
 
-from megalong.data.documents import BrokenDocument, RawDocument, Reading, as_text
-from megalong.data.files import UNREADABLE, decompressed, open_file, without_compression
+from megalong.data.text.documents import BrokenDocument, RawDocument, Reading, as_text
+from megalong.data.text.files import UNREADABLE, decompressed, open_file, without_compression
 
 NAME = "JSON lines"
 _KINDS = {

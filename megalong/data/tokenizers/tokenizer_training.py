@@ -11,7 +11,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 
-from megalong.data.tokenizer import EOD_PIECE
+from megalong.data.tokenizers.tokenizer import EOD_PIECE
 from megalong.errors import UserError
 
 CHUNK_CHARACTERS = 4096

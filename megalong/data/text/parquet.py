@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator
 
-from megalong.data.documents import BrokenDocument, RawDocument, Reading, as_text
+from megalong.data.text.documents import BrokenDocument, RawDocument, Reading, as_text
 
 NAME = "Parquet"
 _BATCH_BYTES = 1 << 22  # of text, about, that are decoded at a time

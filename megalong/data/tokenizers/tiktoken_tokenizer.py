@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from megalong.data.tokenizer import Tokenizer
+from megalong.data.tokenizers.tokenizer import Tokenizer
 from megalong.errors import UserError
 
 _END = "<|endoftext|>"
@@ -145,7 +145,7 @@ class TiktokenTokenizer(Tokenizer):
         return list(self.special_tokens)
 
     def fast_encoder(self) -> Callable[[str], np.ndarray]:
-        from megalong.data import gigatoken_encoder
+        from megalong.data.tokenizers import gigatoken_encoder
 
         return gigatoken_encoder.of_tiktoken(self)
 

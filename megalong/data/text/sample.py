@@ -8,9 +8,9 @@ import os
 import random
 from collections.abc import Iterator
 
-from megalong.data.documents import BrokenDocument, RawDocument, Reading
-from megalong.data.files import content_files
 from megalong.data.formats import raw_documents, raw_documents_from, texts
+from megalong.data.text.documents import BrokenDocument, RawDocument, Reading
+from megalong.data.text.files import content_files
 
 _LONGEST = 1 << 18  # characters of a text
 _PLACES = 48

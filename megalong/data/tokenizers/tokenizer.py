@@ -32,10 +32,10 @@ MASK_PIECE = "<mask>"
 # is `tokenizer_model`, but for that of bytes.
 TOKENIZERS = MappingProxyType(
     {
-        "SentencePieceTokenizer": "megalong.data.sentencepiece_tokenizer:SentencePieceTokenizer",
-        "HuggingFaceTokenizer": "megalong.data.huggingface_tokenizer:HuggingFaceTokenizer",
-        "TikTokenizer": "megalong.data.tiktoken_tokenizer:TiktokenTokenizer",
-        "ByteTokenizer": "megalong.data.tokenizer:ByteTokenizer",
+        "SentencePieceTokenizer": f"{__package__}.sentencepiece_tokenizer:SentencePieceTokenizer",
+        "HuggingFaceTokenizer": f"{__package__}.huggingface_tokenizer:HuggingFaceTokenizer",
+        "TikTokenizer": f"{__package__}.tiktoken_tokenizer:TiktokenTokenizer",
+        "ByteTokenizer": f"{__package__}.tokenizer:ByteTokenizer",
     }
 )
 
@@ -105,7 +105,7 @@ class Tokenizer(ABC):
 
     def fast_encoder(self) -> Callable[[str], np.ndarray]:
         """`encode_array` by a faster library, which cuts texts into the same ids as far as is
-        known (`megalong.data.backend` has it proven). Raises UserError: why there is none."""
+        known (`backend` has it proven). Raises UserError: why there is none."""
         raise UserError(f"{type(self).__name__} has no faster library")
 
     @property

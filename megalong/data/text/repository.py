@@ -8,9 +8,9 @@ files that are not UTF-8 or cannot be read are broken. Hidden files are no part 
 import os
 from collections.abc import Iterator
 
-from megalong.data import source_file
-from megalong.data.documents import BrokenDocument, RawDocument, Reading
-from megalong.data.files import content_files
+from megalong.data.text import source_file
+from megalong.data.text.documents import BrokenDocument, RawDocument, Reading
+from megalong.data.text.files import content_files
 
 NAME = "repository"
 

@@ -3,8 +3,8 @@
 import os
 from collections.abc import Iterator
 
-from megalong.data.documents import BrokenDocument, RawDocument, Reading, as_text
-from megalong.data.files import STANDARD_INPUT, UNREADABLE, decompressed, open_file
+from megalong.data.text.documents import BrokenDocument, RawDocument, Reading, as_text
+from megalong.data.text.files import STANDARD_INPUT, UNREADABLE, decompressed, open_file
 
 NAME = "plain text"
 

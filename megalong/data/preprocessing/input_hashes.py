@@ -13,7 +13,7 @@ import threading
 
 import numpy as np
 
-from megalong.data.files import content_files
+from megalong.data.text.files import content_files
 
 AHEAD = 64 << 20  # bytes that the thread may be ahead
 _CHUNK = 1 << 20

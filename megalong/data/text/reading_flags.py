@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megalong.data.documents import DOCUMENTS, Reading
+from megalong.data.text.documents import DOCUMENTS, Reading
 from megalong.errors import UserError
 
 

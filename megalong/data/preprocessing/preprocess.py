@@ -4,7 +4,7 @@ The parent cuts files into batches of raw documents and writes what comes back; 
 and tokenizing happen in workers. At most a few batches per worker are under way, so that memory
 does not grow with the corpus, and results are taken in the order in which they were handed out.
 So how far a run is, is one place in the input, and a run that was killed goes on from the last one
-that it had noted (`megalong.data.unfinished`).
+that it had noted (`megalong.data.preprocessing.unfinished`).
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ import numpy as np
 from tqdm import tqdm
 
 from megalong import __version__
-from megalong.data.backend import with_backend
-from megalong.data.documents import BrokenDocument, LeftOut, RawDocument, Reading, Remarks
-from megalong.data.files import STANDARD_INPUT, content_files, total_size
 from megalong.data.formats import raw_documents, texts
-from megalong.data.input_hashes import InputHashes
-from megalong.data.output import HASHED, KeyResult, KeySummary, Output, Problem
-from megalong.data.partition import Partition
-from megalong.data.repeats import text_hashes
-from megalong.data.tokenizer import Tokenizer, build_tokenizer
-from megalong.data.unfinished import DiskFull, Unfinished
-from megalong.data.writer import refuse_existing, token_dtype
+from megalong.data.preprocessing.input_hashes import InputHashes
+from megalong.data.preprocessing.output import HASHED, KeyResult, KeySummary, Output, Problem
+from megalong.data.preprocessing.partition import Partition
+from megalong.data.preprocessing.repeats import text_hashes
+from megalong.data.preprocessing.unfinished import DiskFull, Unfinished
+from megalong.data.preprocessing.writer import refuse_existing, token_dtype
+from megalong.data.text.documents import BrokenDocument, LeftOut, RawDocument, Reading, Remarks
+from megalong.data.text.files import STANDARD_INPUT, content_files, total_size
+from megalong.data.tokenizers.backend import with_backend
+from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megalong.errors import UserError
 from megalong.progress import human_bytes
 from megalong.wording import counted
@@ -62,7 +62,7 @@ class TokenizingTask:
 
     min_tokens: documents with fewer, all that is added to them counted, are left out.
     deduplicate: leave out documents whose text has come before. backend: which library makes the
-        tokens (`megalong.data.backend`); they are the same.
+        tokens (`megalong.data.tokenizers.backend`); they are the same.
     """
 
     tokenizer_type: str

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megalong.data.unfinished import Unfinished, disk_errors, write_durably
+from megalong.data.preprocessing.unfinished import Unfinished, disk_errors, write_durably
 from megalong.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"

@@ -8,10 +8,10 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from megalong.data.documents import Reading
-from megalong.data.files import STANDARD_INPUT
-from megalong.data.sample import sample_texts
-from megalong.data.tokenizer import ByteTokenizer, Tokenizer
+from megalong.data.text.documents import Reading
+from megalong.data.text.files import STANDARD_INPUT
+from megalong.data.text.sample import sample_texts
+from megalong.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer
 from megalong.errors import UserError
 from megalong.wording import counted
 

@@ -1,0 +1,1 @@
+"""Text to .bin/.idx: in parallel, resumable, in parts, merged."""

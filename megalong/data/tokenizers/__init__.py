@@ -1,0 +1,1 @@
+"""Tokenizers: what all have in common, a file for each kind, a faster library, and training."""
