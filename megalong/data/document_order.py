@@ -16,6 +16,10 @@ import numpy as np
 from megalong.data.index_cache import IndexCache
 from megalong.data.length_upsampling import LengthUpsampling
 
+# Of the way that orders are drawn, and of what is made of them: another one has other files in a
+# cache.
+VERSION = 1
+
 
 class DocumentOrder:
     """Documents in a new order each epoch.
@@ -66,7 +70,7 @@ class DocumentOrder:
         the cache, where there is one."""
         if self._cache is None:
             return make()
-        key = f"{what} seed {self.seed} salt {self.salt} shuffle {self.shuffle}"
+        key = f"version {VERSION} {what} seed {self.seed} salt {self.salt} shuffle {self.shuffle}"
         return self._cache.array(self.lengths, f"{key} upsampling {self._upsampling}", make)
 
     def total_before(self, epoch: int, values: np.ndarray) -> int:

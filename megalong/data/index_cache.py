@@ -61,10 +61,17 @@ class IndexCache:
     def _only_one(self) -> Iterator[None]:
         """Inside, no other process is, where the file system has locks; elsewhere two may make the
         same file, one after the other taking its name."""
-        with open(self._folder / "lock", "ab") as lock:
+        path = self._folder / "lock"
+        try:
+            lock = os.open(path, os.O_RDONLY)  # it may be another user's
+        except FileNotFoundError:
+            lock = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+        try:
             with contextlib.suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(lock)
 
 
 def _write(path: Path, array: np.ndarray) -> None:

@@ -225,6 +225,10 @@ def read_description(prefix: str, documents: int, tokens: int) -> dict:
         with open(path, encoding="utf-8") as file:
             sidecar = json.load(file)
         counts = sidecar["documents"], sidecar["tokens"]
+        known = {name: sidecar.get(name) for name in ("max_token_id", "vocab_size")}
+        for name, value in {"documents": counts[0], "tokens": counts[1], **known}.items():
+            if not isinstance(value, int) and (name not in known or value is not None):
+                raise ValueError(f"{name} is {value!r}, and no number")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: not a description of tools/preprocess_data.py ({error})"

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -82,6 +83,21 @@ def test_of_many_processes_one_makes_it(tmp_path):
     assert samples == [stream(None).sample(3).tolist()] * 6
     made.get(timeout=1)
     assert made.empty()
+
+
+def test_a_folder_that_users_share(tmp_path, monkeypatch):
+    """A lock of another user's can be read, and not written to."""
+    (tmp_path / "lock").touch(0o444)
+    monkeypatch.setattr(index_cache.os, "open", partial(read_only, os.open))
+    expected = stream(None).sample(0).tolist()
+    assert stream(tmp_path).sample(0).tolist() == expected
+    assert len(list(tmp_path.glob("*.npy"))) == 1
+
+
+def read_only(open_file, path, flags, *mode):
+    if str(path).endswith("lock") and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        raise PermissionError(path)
+    return open_file(path, flags, *mode)
 
 
 def test_a_folder_that_cannot_be_written():

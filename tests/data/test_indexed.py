@@ -148,6 +148,8 @@ def test_sidecar_of_another_run(write_documents):
     shutil.copy(other + ".json", prefix + ".json")
     with pytest.raises(ValueError, match=r"documents\.json: describes 1 documents"):
         IndexedDocuments(prefix)
-    Path(prefix + ".json").write_text("[]")
-    with pytest.raises(ValueError, match=r"documents\.json: not a description"):
-        IndexedDocuments(prefix)
+    for text in ("[]", '{"documents": "1", "tokens": 1}', '{"documents": 1, "tokens": null}',
+                 '{"documents": 1, "tokens": 1, "max_token_id": "5"}'):  # fmt: skip
+        Path(prefix + ".json").write_text(text)
+        with pytest.raises(ValueError, match=r"documents\.json: not a description"):
+            IndexedDocuments(prefix)
