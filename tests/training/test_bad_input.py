@@ -54,10 +54,6 @@ def test_every_rank_finds_it_and_one_says_it(corpus, tmp_path):
             ["--tokenizer-model no.model"],
         ),
         ({"load": "nowhere"}, ["--load nowhere"]),
-        (
-            {"pretrained_checkpoint": "nowhere", "load": "new", "save": "new"},
-            ["--pretrained-checkpoint nowhere: no checkpoint there"],
-        ),
         ({"attention_backend": "triton"}, ["--attention-backend triton", "it needs an NVIDIA GPU"]),
         # Errors of the system, such as also root meets.
         ({"load": "n" * 300}, ["--load nnn", "File name too long"]),
@@ -75,6 +71,12 @@ def test_bad_flags(corpus, changes, names):
     line = refused(1, *small_run_flags(corpus, **changes))
     for name in names:
         assert name in line
+
+
+def test_no_weights_to_begin_with(corpus, tmp_path):
+    run = {"load": tmp_path / "new", "save": tmp_path / "new"}
+    line = refused(1, *small_run_flags(corpus, pretrained_checkpoint="nowhere", **run))
+    assert "--pretrained-checkpoint nowhere: no checkpoint there" in line
 
 
 def test_an_index_cut_short(corpus, tmp_path):
