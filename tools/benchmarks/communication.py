@@ -23,9 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -37,6 +35,7 @@ from megalong.command_line import needed_packages
 with needed_packages():
     import torch
     import torch.distributed as dist
+    from ranks import is_rank, join, measured_on
 
     from megalong.attention import DilatedPattern
     from megalong.attention.exchange import AllToAll, SequenceGroup
@@ -54,13 +53,13 @@ COLLECTIVES = ("all_gather", "reduce_scatter", "all_to_all")
 
 def main() -> None:
     args = parse_arguments()
-    if "RANK" in os.environ:
+    if is_rank():
         measure_as_rank(args)
         return
     args.output.mkdir(parents=True, exist_ok=True)
     measured = []
     for ranks in args.ranks:
-        row = start_ranks(args, ranks)
+        row = measured_on(ranks, args.output)
         measured.append(row)
         print(
             f"{ranks:3d} ranks, {row['sequence_length']:,} tokens: {row['bytes']:,} bytes a layer"
@@ -120,24 +119,9 @@ def pattern_for(shard_length: int, rows: int, ranks: int) -> DilatedPattern:
     return DilatedPattern(widths, tuple(width // rows for width in widths))
 
 
-def start_ranks(args, ranks: int) -> dict:
-    """Measure on this many processes of this machine; rank 0's row."""
-    file = args.output / f"ranks-{ranks}.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={ranks}", *sys.argv, "--output", str(file)]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    row = json.loads(file.read_text())
-    file.unlink()
-    return row
-
-
 def measure_as_rank(args) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    device = join(args.device)
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    device = torch.device(args.device, rank if args.device == "cuda" else None)
-    if args.device == "cuda":
-        torch.cuda.set_device(device)
     shard, dtype = args.shard_length, getattr(torch, args.dtype)
     pattern = pattern_for(shard, args.segment_rows, ranks)
     sequence = SequenceGroup.create(dist.group.WORLD, subgroup_sizes(pattern, shard, ranks))

@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -31,6 +29,7 @@ from megalong.command_line import needed_packages
 with needed_packages():
     import torch
     import torch.distributed as dist
+    from ranks import is_rank, join, measured_on
 
     from megalong.attention import DilatedPattern
     from megalong.attention.dense import DensePasses, Ring
@@ -42,14 +41,14 @@ with needed_packages():
 
 def main() -> None:
     args = parse_arguments()
-    if "RANK" in os.environ:
+    if is_rank():
         measure_as_rank(args)
         return
     args.output.mkdir(parents=True, exist_ok=True)
     rows = []
     for ranks in args.ranks:
         for length in args.lengths:
-            rows.append(start_ranks(args, ranks, length))
+            rows.append(measured_on(ranks, args.output, "--lengths", str(length)))
             print(row_text(rows[-1]), flush=True)
     (args.output / "dense_ring.json").write_text(json.dumps(rows, indent=1) + "\n")
     print(f"wrote {args.output}/dense_ring.json")
@@ -81,25 +80,9 @@ def row_text(row: dict) -> str:
     )
 
 
-def start_ranks(args, ranks: int, length: int) -> dict:
-    """Measure on this many processes of this machine; rank 0's row."""
-    file = args.output / "row.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={ranks}", *sys.argv, "--output", str(file)]
-    command += ["--lengths", str(length)]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    row = json.loads(file.read_text())
-    file.unlink()
-    return row
-
-
 def measure_as_rank(args) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    device = join(args.device)
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    device = torch.device(args.device, rank if args.device == "cuda" else None)
-    if args.device == "cuda":
-        torch.cuda.set_device(device)
     length, dtype = args.lengths[0], getattr(torch, args.dtype)
     shard, whole = length // ranks, DilatedPattern((length,), (1,))
     sizes = DilatedPasses.subgroup_sizes(whole, shard, ranks)
