@@ -14,6 +14,7 @@ import pytest
 
 from megalong.data.preprocessing import preprocess as module
 from megalong.data.preprocessing import unfinished
+from megalong.data.text import json_lines
 from megalong.data.text.documents import Reading
 from megalong.errors import UserError
 from megalong.progress import progress_bar
@@ -191,12 +192,31 @@ def test_standard_input_goes_on_where_it_begins_with_the_same(tmp_path, inputs, 
         given(b" " + lines)
         with pytest.raises(UserError, match="standard input does not begin with"):
             preprocess(["-"], tmp_path / "out")
+        for fewer in [b"", lines[: lines.index(b"\n") + 1]]:
+            given(fewer)
+            with pytest.raises(UserError, match=r"standard input: it gives [01] document.* had been"):
+                preprocess(["-"], tmp_path / "out")
         given(lines + b"\n{}")
         assert preprocess(["-"], tmp_path / "out").resumed > 10
         sidecar = json.loads(Path(f"{tmp_path}/out_text_document.json").read_text())
         assert sidecar["inputs"][0]["sha256"] == hashlib.sha256(lines + b"\n{}").hexdigest()
         preprocess(inputs[:1], tmp_path / "whole")
         assert content(tmp_path / "out")[:2] == content(tmp_path / "whole")[:2]
+
+
+def test_a_file_that_can_no_longer_be_read_as_far_is_refused(tmp_path, inputs, monkeypatch):
+    prefix = tmp_path / "out"
+    part_of(inputs[:1], prefix, monkeypatch, call=3)
+
+    def fails(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="unreadable.*had been"):
+        patch.setattr(json_lines, "open_file", fails)
+        preprocess(inputs[:1], prefix)
+    assert preprocess(inputs[:1], prefix).resumed > 10
+    preprocess(inputs[:1], tmp_path / "whole")
+    assert content(prefix) == content(tmp_path / "whole")
 
 
 def test_the_description_says_what_the_data_is_made_of(tmp_path, inputs):

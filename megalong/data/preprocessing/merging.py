@@ -78,6 +78,8 @@ def merge(prefixes: list[str], prefix: str, *, overwrite: bool = False, progress
     Returns the new description. Raises UserError for inputs that are damaged, or not made in the
     same way, and for partitions that are not complete.
     """
+    if os.path.realpath(prefix) in map(os.path.realpath, prefixes):
+        raise UserError(f"--output-prefix {prefix}: is one of the inputs: choose another name")
     sources = [_open(name) for name in prefixes]
     common = _common(sources)
     _check_partitions(sources, progress)

@@ -275,7 +275,7 @@ class _Run:
         BATCH_BYTES."""
         batch, size, begin = [], 0, self._place
         for number in range(begin.file, len(self._files)):
-            path, position = self._files[number], 0
+            path, position, count = self._files[number], 0, 0
             hashes.reached(number)
             found = raw_documents(path, self._task.reading, self._remarks.say)
             for count, document in enumerate(found, start=1):
@@ -283,16 +283,29 @@ class _Run:
                 if path == STANDARD_INPUT:
                     self._streamed.update(document.data or b"")
                 place = Place(number, count)
-                if place <= begin:  # written by an earlier run
+                if place <= begin:  # read by an earlier run
                     if place == begin and path == STANDARD_INPUT:
                         self._check_stream()
-                    continue
+                    if document.error is None:
+                        continue
+                    if place < begin:
+                        raise UserError(
+                            f"{document.place}: {document.error}; {begin.documents:,} documents"
+                            " of it had been read before"
+                        )
+                    # The rest of the file is lost: said again rather than not at all.
                 batch.append(document)
                 size += document.weight
                 if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
                     hashes.reached(number, position)
                     yield self._batch(batch, place)
                     batch, size = [], 0
+            if Place(number, count) < begin:
+                name = "standard input" if path == STANDARD_INPUT else path
+                raise UserError(
+                    f"{name}: it gives {counted(count, 'document')}, and"
+                    f" {begin.documents:,} had been read from it before"
+                )
         if batch:
             yield self._batch(batch, Place(len(self._files), 0))
 
