@@ -194,7 +194,7 @@ def test_standard_input_goes_on_where_it_begins_with_the_same(tmp_path, inputs, 
             preprocess(["-"], tmp_path / "out")
         for fewer in [b"", lines[: lines.index(b"\n") + 1]]:
             given(fewer)
-            with pytest.raises(UserError, match=r"standard input: it gives [01] document.* had been"):
+            with pytest.raises(UserError, match=r"input: it gives [01] document.* had been"):
                 preprocess(["-"], tmp_path / "out")
         given(lines + b"\n{}")
         assert preprocess(["-"], tmp_path / "out").resumed > 10
@@ -211,7 +211,7 @@ def test_a_file_that_can_no_longer_be_read_as_far_is_refused(tmp_path, inputs, m
     def fails(path):
         raise OSError(errno.EIO, "Input/output error")
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="unreadable.*had been"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"unreadable.*had been"):
         patch.setattr(json_lines, "open_file", fails)
         preprocess(inputs[:1], prefix)
     assert preprocess(inputs[:1], prefix).resumed > 10

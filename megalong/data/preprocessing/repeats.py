@@ -17,8 +17,8 @@ def text_hashes(texts: list[bytes]) -> np.ndarray:
 
 
 class SeenTexts:
-    """A set of hashes: a table with open addressing, 23 to 32 bytes a text, and half as much again
-    for the moment in which it grows. (A Python set would take 120.)"""
+    """A set of hashes: a table with open addressing, 23 to 32 bytes a text, and with the old one
+    53 for the moment in which it grows. (A Python set would take 120.)"""
 
     def __init__(self) -> None:
         self._table = np.zeros((1 << 12, 2), np.uint64)  # zeros: a free slot
