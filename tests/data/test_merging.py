@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalong.data.preprocessing import merging
+from megalong.data.preprocessing import merging, output
 from megalong.data.preprocessing import preprocess as module
 from megalong.data.preprocessing.merging import find_prefixes, merge
 from megalong.data.preprocessing.output import LISTED
@@ -59,13 +59,15 @@ def inputs(tmp_path) -> list[str]:
 
 
 @pytest.mark.parametrize("what", [{}, {"deduplicate": True, "min_tokens": 8}], ids=str)
-def test_merged_partitions_are_what_one_run_writes(tmp_path, inputs, what):
+def test_merged_partitions_are_what_one_run_writes(tmp_path, inputs, what, monkeypatch):
+    """Also where repeats are counted in several passes."""
     whole = preprocess(inputs, tmp_path / "whole", task(**what))
     parts = []
     for number in range(1, 6):
         files, share = partition(inputs, f"{number}/5")
         options = {"partition": share, "part_bytes": 300}
         parts.append(preprocess(files, tmp_path / str(number), task(**what), **options))
+    monkeypatch.setattr(output, "TEXTS_AT_ONCE", 50)
     made = merged(parts, tmp_path / "merged")
     assert content(tmp_path / "merged") == content(whole)
     assert made["left_out"]["broken"] == len(inputs) and made["inputs_in_all"] == len(inputs)
@@ -166,6 +168,9 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
         find_prefixes([str(tmp_path / "nothing")])
     with pytest.raises(UserError, match="named twice"):
         find_prefixes([first, str(tmp_path / "f*")])
+    same = tmp_path / ".." / tmp_path.name / "first_text_document"
+    with pytest.raises(UserError, match="is one of the inputs: choose another name"):
+        merge([first], str(same), overwrite=True, progress=None)
     assert not list(tmp_path.glob("out*"))
 
 

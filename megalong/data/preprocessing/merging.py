@@ -132,6 +132,7 @@ def _copy(
     }
     if not hashed and len(sources) > 1:
         description |= {"repeats": None, "deduplicate": False}
+    output.count_repeats()
     job.plan_names(*output.finish(description, inputs.path))
 
 

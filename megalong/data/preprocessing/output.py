@@ -18,6 +18,7 @@ from megalong.data.text.files import STANDARD_INPUT
 
 LISTED = 100  # so many inputs or broken documents stand in the sidecar itself
 HASHES, SKIPPED, INPUTS = ".hashes", ".skipped.jsonl", ".inputs.jsonl"
+TEXTS_AT_ONCE = 1 << 23  # whose hashes are in memory together, when repeats are only counted
 # Of every document: the hash of its text, and the text's bytes.
 HASHED = np.dtype([("hash", "<u8", 2), ("bytes", "<i8")])
 
@@ -84,7 +85,8 @@ class KeySummary:
 
 
 class Output:
-    """The files of one key in the folder of an unfinished job; goes on with what is there.
+    """The files of one key in the folder of an unfinished job; goes on with what is there. The
+    hashes of all texts are in memory where repeated ones are left out, and else on the disk alone.
 
     summary: of what is there. keep_hashes: with the file PREFIX.hashes, for a merge.
     """
@@ -97,9 +99,10 @@ class Output:
         self._documents = GrowingDocuments(job, self._name, dtype)
         self._hashes = job.file(self._name + HASHES)
         self._skipped = job.file(self._name + SKIPPED)
-        self._seen = SeenTexts()
-        for texts in read_texts(self._hashes.path):
-            self._seen.add(texts["hash"])
+        self._seen = SeenTexts() if summary.deduplicate else None
+        if self._seen is not None:
+            for texts in _records(self._hashes.path, HASHED):
+                self._seen.add(texts["hash"])
 
     @property
     def size(self) -> int:
@@ -109,11 +112,11 @@ class Output:
     def add(self, part: KeyResult) -> None:
         """Appends documents, but for those whose text has come before where these are left out."""
         summary, tokens, lengths, texts = self.summary, part.tokens, part.lengths, part.texts
-        new = np.ones(len(lengths), bool) if texts is None else self._seen.add(texts["hash"])
-        if not new.all():
-            summary.repeats += int((~new).sum())
-            summary.repeated_tokens += int(lengths[~new].sum())
-            if summary.deduplicate:
+        if texts is not None and self._seen is not None:
+            new = self._seen.add(texts["hash"])
+            if not new.all():
+                summary.repeats += int((~new).sum())
+                summary.repeated_tokens += int(lengths[~new].sum())
                 tokens, lengths, texts = tokens[np.repeat(new, lengths)], lengths[new], texts[new]
         self._documents.add(tokens, lengths)
         summary.documents += len(lengths)
@@ -131,6 +134,24 @@ class Output:
         """Notes a broken document: "file", "line", "reason"."""
         self.summary.add_problem(problem)
         self._skipped.write(json.dumps(problem).encode() + b"\n")
+
+    def count_repeats(self) -> None:
+        """Counts the documents whose text has come before, where all hashes are known and none was
+        left out for it: in several passes over the files, each for a share of the hashes."""
+        summary = self.summary
+        if summary.deduplicate or self._hashes.size != summary.documents * HASHED.itemsize:
+            return
+        summary.repeats = summary.repeated_tokens = 0
+        passes = -(-summary.documents // TEXTS_AT_ONCE)
+        for number in range(passes):
+            seen = SeenTexts()
+            lengths_of = _records(self._documents.lengths_path, np.dtype(np.int32))
+            for texts, lengths in zip(_records(self._hashes.path, HASHED), lengths_of, strict=True):
+                # Not by the half that decides about places in the table.
+                here = texts["hash"][:, 1] % np.uint64(passes) == number
+                new = seen.add(texts["hash"][here])
+                summary.repeats += int((~new).sum())
+                summary.repeated_tokens += int(lengths[here][~new].sum())
 
     def finish(self, description: dict, inputs: Path) -> tuple[list[tuple[str, str]], list[str]]:
         """Writes what comes at the end; gives what `Unfinished.give_names` is to do.
@@ -176,8 +197,8 @@ class Output:
         return moves + self._documents.moves(summary.prefix), obsolete
 
 
-def read_texts(path: Path) -> Iterator[np.ndarray]:
-    """The records of a .hashes file, some at a time: HASHED (n,)."""
+def _records(path: Path, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The records of a file, some at a time: (n,) of this dtype."""
     with open(path, "rb") as file:
-        while len(texts := np.fromfile(file, HASHED, 1 << 18)):
-            yield texts
+        while len(records := np.fromfile(file, dtype, 1 << 18)):
+            yield records

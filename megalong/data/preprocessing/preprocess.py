@@ -256,6 +256,7 @@ class _Run:
         for key, part in summary.keys.items():
             if not part.documents and self._partition is None:
                 raise NothingFound(_nothing_found(key, part, summary))
+            self._outputs[key].count_repeats()
         self._finish_part(hashes)
         self._finish()
         return summary

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -53,6 +54,11 @@ class GrowingDocuments:
         self._folder, self._name = job.folder, name
         self._tokens = job.file(name + ".bin")
         self._lengths = job.file(name + ".lengths")
+
+    @property
+    def lengths_path(self) -> Path:
+        """The file of the lengths."""
+        return self._lengths.path
 
     @property
     def num_documents(self) -> int:
