@@ -1,6 +1,6 @@
 """A model's attention where it looks both ways, in plain PyTorch. Travels in the exported folder.
 
-The parts are those of `attention_longnet`, and are merged in the same way. There is no cache: each
+The parts are those of `parts_longnet`, and are merged in the same way. There is no cache: each
 token sees later ones too. So do queries see the end of their sequence, and what is no position has
 to be hidden from them: rows that fill up a segment, and padding.
 
@@ -13,16 +13,9 @@ from collections.abc import Iterator
 
 import torch
 
-from .attention_longnet import (
-    NEVER,
-    Branch,
-    Columns,
-    Window,
-    in_tiles,
-    pieces,
-    range_attention,
-)
+from .attention_longnet import NEVER, in_tiles, range_attention
 from .documents_longnet import Documents
+from .parts_longnet import Branch, Columns, Window, pieces
 
 
 def bidirectional_attention(

@@ -1,7 +1,7 @@
 """The decode cache. Travels in the exported folder.
 
 While decoding, a later query sees of a branch only the rows of its own segment, and of a window
-only the last positions (`attention_longnet`): the cache keeps those and no more, whatever the
+only the last positions (`parts_longnet`): the cache keeps those and no more, whatever the
 length of the sequence.
 
 Shape letters: b batch, s positions, h query heads, k kv heads, d head_dim, g streams (kv heads at

@@ -3,9 +3,8 @@
 Travels in the exported folder (trust_remote_code); needs torch and transformers only. Modules are
 named as in Llama.
 
-Padding: the model moves the real tokens of each row to its front, where a causal model never looks
-at what comes after them and a bidirectional one hides it, and moves the results back. So positions,
-segments and offsets count from each sequence's first real token, wherever its padding is.
+Positions, segments and offsets count from each sequence's first real token, wherever its padding is
+(`padding_longnet`).
 
 Documents that share a row do not see each other where `position_ids` restart at 0, nor, in a model
 that was trained so, behind the end of a document (`documents_longnet`).
@@ -27,12 +26,14 @@ from transformers.modeling_outputs import (
     MaskedLMOutput,
 )
 
-from .attention_longnet import attention, parts_of, probabilities
+from .attention_longnet import attention, probabilities
 from .bidirectional_longnet import bidirectional_attention, bidirectional_probabilities
 from .cache_longnet import LongNetCache, LongNetCacheLayer
 from .configuration_longnet import LongNetConfig
 from .documents_longnet import Documents
 from .loss_longnet import is_divided, most_rows, next_token_loss
+from .padding_longnet import Padding
+from .parts_longnet import parts_of
 from .positions_longnet import check_length, rotary_angles, rotate, xpos_scales
 
 TILE = 8192  # positions that go through a layer at once where nobody asks for a gradient
@@ -305,52 +306,6 @@ class LongNetModel(LongNetPreTrainedModel):
         if self.config.position_embedding_type == "xpos":
             scales = xpos_scales(self.config, starts, length, device)
         return *rotary_angles(self.config, starts, length, device), scales
-
-
-class Padding:
-    """Where the real tokens of a batch are. length: with padding. counts: how many each sequence
-    has."""
-
-    def __init__(self, length: int, counts: list[int], order: torch.Tensor | None):
-        self.length, self.counts, self.order = length, counts, order
-
-    @classmethod
-    def of(cls, attention_mask: torch.Tensor | None, batch: int, length: int) -> Padding:
-        if attention_mask is None:
-            return cls(length, [length] * batch, None)
-        if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
-            raise ValueError(
-                "attention_mask must be (batch, sequence) with 0 for padding, got shape"
-                f" {tuple(attention_mask.shape)} for a sequence of {length}"
-            )
-        real = attention_mask[:, attention_mask.shape[1] - length :].bool()
-        counts = real.sum(1).tolist()
-        if min(counts) == length:
-            return cls(length, counts, None)
-        return cls(length, counts, torch.argsort((~real).int(), dim=1, stable=True))
-
-    def to_end(self, x):
-        """Rows of a batch with their padding moved behind the real tokens."""
-        return x if self.order is None else _pick(x, self.order)
-
-    def back(self, x):
-        """Undoes `to_end`."""
-        return x if self.order is None else _pick(x, torch.argsort(self.order, dim=1))
-
-    def square_back(self, x_bhss):
-        """Undoes `to_end` for a square of positions, with zeros where one of them is padding."""
-        if self.order is None:
-            return x_bhss
-        places = torch.arange(x_bhss.shape[-1], device=x_bhss.device)
-        real = places < torch.tensor(self.counts, device=x_bhss.device)[:, None]
-        x_bhss = x_bhss.masked_fill(~(real[:, None, :, None] & real[:, None, None]), 0.0)
-        back = torch.argsort(self.order, dim=1)[:, None]
-        x_bhss = x_bhss.gather(2, back[..., None].expand_as(x_bhss))
-        return x_bhss.gather(3, back[..., None, :].expand_as(x_bhss))
-
-
-def _pick(x_bsd, order_bs):
-    return x_bsd.gather(1, order_bs[..., None].expand(-1, -1, x_bsd.shape[2]))
 
 
 class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):

@@ -23,7 +23,6 @@ from megalong.checkpoint.reading import CheckpointReader
 from megalong.data.tokenizers.tokenizer import ByteTokenizer, build_tokenizer
 from megalong.data.tokenizers.tokenizer_training import train_sentencepiece
 from megalong.errors import UserError
-from megalong.hf.attention_longnet import parts_of
 from megalong.hf.bidirectional_longnet import bidirectional_attention, bidirectional_probabilities
 from megalong.hf.configs import longnet_config
 from megalong.hf.configuration_longnet import LongNetConfig
@@ -32,6 +31,7 @@ from megalong.hf.importing import import_model
 from megalong.hf.loaded_model import load_model
 from megalong.hf.modeling_longnet import LongNetForCausalLM, LongNetForMaskedLM
 from megalong.hf.names import entries
+from megalong.hf.parts_longnet import parts_of
 from megalong.hf.tokenizer_files import export_tokenizer, tokenizer_of_export
 from megalong.model.build import build_model
 from megalong.model.names import named_parameters

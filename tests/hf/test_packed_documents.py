@@ -7,10 +7,11 @@ import torch
 from transformers import DataCollatorWithFlattening
 
 from megalong.hf import modeling_longnet
-from megalong.hf.attention_longnet import attention, parts_of, probabilities
+from megalong.hf.attention_longnet import attention, probabilities
 from megalong.hf.bidirectional_longnet import bidirectional_attention, bidirectional_probabilities
 from megalong.hf.configuration_longnet import LongNetConfig
 from megalong.hf.documents_longnet import Documents
+from megalong.hf.parts_longnet import parts_of
 from megalong.parallel import launch
 from tests.hf.models import VOCAB_SIZE, pair, random_tokens, resolved
 from tests.hf.test_masked_lm import masked_model

@@ -15,31 +15,25 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 from megalong import __version__
-from megalong.data.formats import raw_documents, texts
+from megalong.data.formats import raw_documents
 from megalong.data.preprocessing.input_hashes import InputHashes
-from megalong.data.preprocessing.output import HASHED, KeyResult, KeySummary, Output, Problem
+from megalong.data.preprocessing.output import KeySummary, Output
 from megalong.data.preprocessing.partition import Partition
-from megalong.data.preprocessing.repeats import text_hashes
+from megalong.data.preprocessing.tokenizing import BatchResult, TokenizingTask, tokenized
 from megalong.data.preprocessing.unfinished import DiskFull, Unfinished
 from megalong.data.preprocessing.writer import refuse_existing, token_dtype
-from megalong.data.text.documents import BrokenDocument, LeftOut, RawDocument, Reading, Remarks
+from megalong.data.text.documents import RawDocument, Remarks
 from megalong.data.text.files import STANDARD_INPUT, content_files, total_size
 from megalong.data.tokenizers.backend import with_backend
 from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
@@ -49,43 +43,9 @@ from megalong.wording import counted
 
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 4096
-BATCHES_PER_WORKER = 3
-BYTES_UNDER_WAY = 64 << 20  # of text; one batch may have more
 PART_BYTES = 256 << 20
 SIDECAR_VERSION = 2
 INPUTS = "inputs.jsonl"  # in the folder of an unfinished run
-
-
-@dataclass(frozen=True)
-class TokenizingTask:
-    """What is made of the texts.
-
-    min_tokens: documents with fewer, all that is added to them counted, are left out.
-    deduplicate: leave out documents whose text has come before. backend: which library makes the
-        tokens (`megalong.data.tokenizers.backend`); they are the same.
-    """
-
-    tokenizer_type: str
-    tokenizer_model: str | None
-    reading: Reading
-    append_eod: bool
-    prepend_bos: bool = False
-    min_tokens: int = 1
-    deduplicate: bool = False
-    backend: str = "usual"
-
-    @property
-    def json_keys(self) -> tuple[str, ...]:
-        return self.reading.json_keys
-
-
-@dataclass
-class BatchResult:
-    keys: dict[str, KeyResult]
-    problems: list[Problem]
-    left_out: collections.Counter  # files that are not meant to be read, by what they are
-    cut_short: int  # files whose rest cannot be read
-    size: int  # bytes on disk
 
 
 class Place(NamedTuple):
@@ -96,23 +56,12 @@ class Place(NamedTuple):
     documents: int
 
 
-class Batch(NamedTuple):
-    """Documents, and the place behind them. stream: where that is in standard input, the sha256 of
-    what has been read of it, which cannot be read again."""
+class _End(NamedTuple):
+    """Where a batch ends: the place behind it. stream: where that is in standard input, the sha256
+    of what has been read of it, which cannot be read again."""
 
-    documents: list[RawDocument]
-    end: Place
+    place: Place
     stream: str | None
-
-
-class _UnderWay(NamedTuple):
-    """A batch that a worker has. weight: bytes of text, about."""
-
-    end: Place
-    stream: str | None
-    place: str
-    weight: int
-    future: Future
 
 
 @dataclass
@@ -238,10 +187,10 @@ class _Run:
         finished = summary.bytes_read
         with InputHashes(self._files, self._sizes, self._place.file) as hashes:
             batches = self._batches(hashes)
-            results = _tokenize(batches, self._task, self._tokenizer, workers)
+            results = tokenized(batches, self._task, self._tokenizer, workers)
             # Closed first: the workers must be gone when an error is reported.
             with contextlib.closing(results):
-                for self._place, self._stream, result in results:
+                for (self._place, self._stream), result in results:
                     self._write(result, strict)
                     rate = (first.documents - summary.resumed) / (time.monotonic() - start + 1e-9)
                     progress.set_postfix_str(
@@ -271,7 +220,7 @@ class _Run:
         index = 20 * sum(part.documents for part in self.summary.keys.values())
         return int(total * (written + index)) - written
 
-    def _batches(self, hashes: InputHashes) -> Iterator[Batch]:
+    def _batches(self, hashes: InputHashes) -> Iterator[tuple[list[RawDocument], _End]]:
         """Groups the documents behind `_place`, across files too, into batches of about
         BATCH_BYTES."""
         batch, size, begin = [], 0, self._place
@@ -299,7 +248,7 @@ class _Run:
                 size += document.weight
                 if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
                     hashes.reached(number, position)
-                    yield self._batch(batch, place)
+                    yield batch, self._end(place)
                     batch, size = [], 0
             if Place(number, count) < begin:
                 name = "standard input" if path == STANDARD_INPUT else path
@@ -308,11 +257,11 @@ class _Run:
                     f" {begin.documents:,} had been read from it before"
                 )
         if batch:
-            yield self._batch(batch, Place(len(self._files), 0))
+            yield batch, self._end(Place(len(self._files), 0))
 
-    def _batch(self, documents: list[RawDocument], end: Place) -> Batch:
-        in_stream = self._files[end.file : end.file + 1] == [STANDARD_INPUT]
-        return Batch(documents, end, self._streamed.hexdigest() if in_stream else None)
+    def _end(self, place: Place) -> _End:
+        in_stream = self._files[place.file : place.file + 1] == [STANDARD_INPUT]
+        return _End(place, self._streamed.hexdigest() if in_stream else None)
 
     def _check_stream(self) -> None:
         if self._streamed.hexdigest() != self._stream:
@@ -477,134 +426,6 @@ def _changed_input(folder: Path, progress: dict) -> str | None:
             if now[what] != then[what]:
                 return f"{then['path']} has changed since it was read"
     return None
-
-
-def _tokenize(
-    batches: Iterator[Batch], task: TokenizingTask, tokenizer: Tokenizer, workers: int
-) -> Iterator[tuple[Place, str | None, BatchResult]]:
-    """Yields the result of every batch, in order, and behind which place and of which stream."""
-    if workers == 1:
-        for batch in batches:
-            yield batch.end, batch.stream, tokenize_batch(batch.documents, task, tokenizer)
-        return
-    # Spawned, not forked: the caller may have threads. A worker is given the tokenizer as it is and
-    # imports neither Transformers nor torch, which would take hundreds of MB in each.
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _start_worker, (task, tokenizer)
-    )
-    under_way: collections.deque[_UnderWay] = collections.deque()
-    try:
-        for batch in batches:
-            documents = batch.documents
-            weight = sum(document.weight for document in documents)
-            future = pool.submit(_tokenize_in_worker, documents)
-            under_way.append(_UnderWay(*batch[1:], documents[0].place, weight, future))
-            while (
-                len(under_way) >= BATCHES_PER_WORKER * workers
-                or sum(batch.weight for batch in under_way) > BYTES_UNDER_WAY
-            ):
-                first = under_way[0]
-                yield first.end, first.stream, first.future.result()
-                under_way.popleft()
-        while under_way:
-            first = under_way[0]
-            yield first.end, first.stream, first.future.result()
-            under_way.popleft()
-    except BrokenProcessPool:
-        near = f" near {under_way[0].place}" if under_way else ""
-        raise UserError(
-            f"a tokenizing worker died{near} (killed, or out of memory: try fewer --workers)"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_worker: tuple[TokenizingTask, Tokenizer] | None = None  # set once in every worker process
-
-
-def _start_worker(task: TokenizingTask, tokenizer: Tokenizer) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _worker = task, tokenizer
-
-
-def _exit_with_parent() -> None:
-    """A killed parent cannot stop its workers, and they would wait for it forever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _tokenize_in_worker(batch: list[RawDocument]) -> BatchResult:
-    return tokenize_batch(batch, *_worker)
-
-
-def tokenize_batch(
-    batch: list[RawDocument], task: TokenizingTask, tokenizer: Tokenizer
-) -> BatchResult:
-    """Decodes, parses and tokenizes raw documents."""
-    made = {key: _Texts(task, tokenizer) for key in task.json_keys}
-    problems: list[Problem] = []
-    left_out: collections.Counter = collections.Counter()
-    cut_short = sum(document.error is not None for document in batch)
-    for document in batch:
-        try:
-            values = texts(document, task.reading)
-        except BrokenDocument as error:
-            values = {None: error}
-        for key, text in values.items():
-            if isinstance(text, LeftOut):
-                left_out[text.kind] += 1
-            elif isinstance(text, BrokenDocument):
-                problems.append(_problem(document, text, key, task.json_keys))
-            else:
-                made[key].add(text)
-    size = sum(document.size for document in batch)
-    results = {key: texts_of_key.result() for key, texts_of_key in made.items()}
-    return BatchResult(results, problems, left_out, cut_short, size)
-
-
-def _problem(
-    document: RawDocument, error: BrokenDocument, key: str | None, json_keys: tuple[str, ...]
-) -> Problem:
-    """What `texts` says of a document (None), of one of its texts, or of a file in it."""
-    if key is not None and key not in json_keys:
-        return Problem(key, None, str(error).removeprefix(f"{key}: "))
-    reason = str(error).removeprefix(f"{document.place}: ")
-    return Problem(document.path, document.line, reason, key)
-
-
-class _Texts:
-    """The documents of one key in a batch, as they come."""
-
-    def __init__(self, task: TokenizingTask, tokenizer: Tokenizer) -> None:
-        self._task, self._tokenizer = task, tokenizer
-        self._dtype = token_dtype(tokenizer.vocab_size)
-        self._begin = np.array([tokenizer.bos] if task.prepend_bos else [], self._dtype)
-        self._end = np.array([tokenizer.eod] if task.append_eod else [], self._dtype)
-        self._tokens: list[np.ndarray] = [np.zeros(0, self._dtype)]
-        self._encoded: list[bytes] = []
-        self._empty = self._short = 0
-
-    def add(self, text: str) -> None:
-        ids = self._tokenizer.encode_array(text).astype(self._dtype)
-        if not ids.size:
-            self._empty += 1
-            return
-        ids = np.concatenate([self._begin, ids, self._end])
-        if ids.size < self._task.min_tokens:
-            self._short += 1
-            return
-        self._tokens.append(ids)
-        self._encoded.append(text.encode("utf-8"))
-
-    def result(self) -> KeyResult:
-        lengths = np.array([len(ids) for ids in self._tokens[1:]], dtype=np.int64)
-        hashed = np.empty(len(lengths), HASHED)
-        hashed["hash"] = text_hashes(self._encoded)
-        hashed["bytes"] = [len(text) for text in self._encoded]
-        tokens = np.concatenate(self._tokens)
-        return KeyResult(tokens, lengths, hashed, self._empty, self._short)
 
 
 def _nothing_found(key: str, part: KeySummary, summary: Summary) -> str:

@@ -1,0 +1,201 @@
+"""Raw documents to tokens, in this process or in several."""
+
+from __future__ import annotations
+
+import collections
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from megalong.data.formats import texts
+from megalong.data.preprocessing.output import HASHED, KeyResult, Problem
+from megalong.data.preprocessing.repeats import text_hashes
+from megalong.data.preprocessing.writer import token_dtype
+from megalong.data.text.documents import BrokenDocument, LeftOut, RawDocument, Reading
+from megalong.data.tokenizers.tokenizer import Tokenizer
+from megalong.errors import UserError
+
+BATCHES_PER_WORKER = 3
+BYTES_UNDER_WAY = 64 << 20  # of text; one batch may have more
+End = TypeVar("End")
+
+
+@dataclass(frozen=True)
+class TokenizingTask:
+    """What is made of the texts.
+
+    min_tokens: documents with fewer, all that is added to them counted, are left out.
+    deduplicate: leave out documents whose text has come before. backend: which library makes the
+        tokens (`megalong.data.tokenizers.backend`); they are the same.
+    """
+
+    tokenizer_type: str
+    tokenizer_model: str | None
+    reading: Reading
+    append_eod: bool
+    prepend_bos: bool = False
+    min_tokens: int = 1
+    deduplicate: bool = False
+    backend: str = "usual"
+
+    @property
+    def json_keys(self) -> tuple[str, ...]:
+        return self.reading.json_keys
+
+
+@dataclass
+class BatchResult:
+    keys: dict[str, KeyResult]
+    problems: list[Problem]
+    left_out: collections.Counter  # files that are not meant to be read, by what they are
+    cut_short: int  # files whose rest cannot be read
+    size: int  # bytes on disk
+
+
+class _UnderWay(NamedTuple):
+    """A batch that a worker has. place: of its first document. weight: bytes of text, about."""
+
+    end: object
+    place: str
+    weight: int
+    future: Future
+
+
+def tokenized(
+    batches: Iterator[tuple[list[RawDocument], End]],
+    task: TokenizingTask,
+    tokenizer: Tokenizer,
+    workers: int,
+) -> Iterator[tuple[End, BatchResult]]:
+    """Yields the result of every batch, in order, with what tells where the batch ends.
+
+    Raises UserError where a worker dies."""
+    if workers == 1:
+        for documents, end in batches:
+            yield end, tokenize_batch(documents, task, tokenizer)
+        return
+    # Spawned, not forked: the caller may have threads. A worker is given the tokenizer as it is and
+    # imports neither Transformers nor torch, which would take hundreds of MB in each.
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _start_worker, (task, tokenizer)
+    )
+    under_way: collections.deque[_UnderWay] = collections.deque()
+    try:
+        for documents, end in batches:
+            weight = sum(document.weight for document in documents)
+            future = pool.submit(_tokenize_in_worker, documents)
+            under_way.append(_UnderWay(end, documents[0].place, weight, future))
+            while (
+                len(under_way) >= BATCHES_PER_WORKER * workers
+                or sum(batch.weight for batch in under_way) > BYTES_UNDER_WAY
+            ):
+                first = under_way[0]
+                yield first.end, first.future.result()
+                under_way.popleft()
+        while under_way:
+            first = under_way[0]
+            yield first.end, first.future.result()
+            under_way.popleft()
+    except BrokenProcessPool:
+        near = f" near {under_way[0].place}" if under_way else ""
+        raise UserError(
+            f"a tokenizing worker died{near} (killed, or out of memory: try fewer --workers)"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker: tuple[TokenizingTask, Tokenizer] | None = None  # set once in every worker process
+
+
+def _start_worker(task: TokenizingTask, tokenizer: Tokenizer) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    _worker = task, tokenizer
+
+
+def _exit_with_parent() -> None:
+    """A killed parent cannot stop its workers, and they would wait for it forever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _tokenize_in_worker(batch: list[RawDocument]) -> BatchResult:
+    return tokenize_batch(batch, *_worker)
+
+
+def tokenize_batch(
+    batch: list[RawDocument], task: TokenizingTask, tokenizer: Tokenizer
+) -> BatchResult:
+    """Decodes, parses and tokenizes raw documents."""
+    made = {key: _Texts(task, tokenizer) for key in task.json_keys}
+    problems: list[Problem] = []
+    left_out: collections.Counter = collections.Counter()
+    cut_short = sum(document.error is not None for document in batch)
+    for document in batch:
+        try:
+            values = texts(document, task.reading)
+        except BrokenDocument as error:
+            values = {None: error}
+        for key, text in values.items():
+            if isinstance(text, LeftOut):
+                left_out[text.kind] += 1
+            elif isinstance(text, BrokenDocument):
+                problems.append(_problem(document, text, key, task.json_keys))
+            else:
+                made[key].add(text)
+    size = sum(document.size for document in batch)
+    results = {key: texts_of_key.result() for key, texts_of_key in made.items()}
+    return BatchResult(results, problems, left_out, cut_short, size)
+
+
+def _problem(
+    document: RawDocument, error: BrokenDocument, key: str | None, json_keys: tuple[str, ...]
+) -> Problem:
+    """What `texts` says of a document (None), of one of its texts, or of a file in it."""
+    if key is not None and key not in json_keys:
+        return Problem(key, None, str(error).removeprefix(f"{key}: "))
+    reason = str(error).removeprefix(f"{document.place}: ")
+    return Problem(document.path, document.line, reason, key)
+
+
+class _Texts:
+    """The documents of one key in a batch, as they come."""
+
+    def __init__(self, task: TokenizingTask, tokenizer: Tokenizer) -> None:
+        self._task, self._tokenizer = task, tokenizer
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._begin = np.array([tokenizer.bos] if task.prepend_bos else [], self._dtype)
+        self._end = np.array([tokenizer.eod] if task.append_eod else [], self._dtype)
+        self._tokens: list[np.ndarray] = [np.zeros(0, self._dtype)]
+        self._encoded: list[bytes] = []
+        self._empty = self._short = 0
+
+    def add(self, text: str) -> None:
+        ids = self._tokenizer.encode_array(text).astype(self._dtype)
+        if not ids.size:
+            self._empty += 1
+            return
+        ids = np.concatenate([self._begin, ids, self._end])
+        if ids.size < self._task.min_tokens:
+            self._short += 1
+            return
+        self._tokens.append(ids)
+        self._encoded.append(text.encode("utf-8"))
+
+    def result(self) -> KeyResult:
+        lengths = np.array([len(ids) for ids in self._tokens[1:]], dtype=np.int64)
+        hashed = np.empty(len(lengths), HASHED)
+        hashed["hash"] = text_hashes(self._encoded)
+        hashed["bytes"] = [len(text) for text in self._encoded]
+        tokens = np.concatenate(self._tokens)
+        return KeyResult(tokens, lengths, hashed, self._empty, self._short)
