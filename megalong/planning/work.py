@@ -1,0 +1,81 @@
+"""What one rank does in a training step: its operations and its collectives, each with how often.
+
+A dry run writes it down, the cost model makes seconds of it. Nothing in it depends on the device.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+# What a part of the model does, and when. "update" is once a step: the reduction of gradients that
+# is not done in the backward pass, the norm, the optimizer.
+PARTS = ("embedding", "attention", "projections", "mlp", "logits", "other", "optimizer")
+DIRECTIONS = ("forward", "backward", "update")
+
+# How an operation is bound: products of matrices, attention's kernels, or the memory alone.
+KINDS = ("product", "attention", "memory")
+
+
+@dataclass(frozen=True, order=True)
+class Operation:
+    """A call of an operator that does work (a view does none).
+
+    part, direction, kind: of `PARTS`, `DIRECTIONS`, `KINDS`.
+    name: the operator's, with its namespace ("aten.mm").
+    dtype: of its result, as PyTorch writes it without "torch." ("bfloat16").
+    flops: of products and attention; 0 for others.
+    bytes: read and written, each tensor once.
+    kernels: launches on the device.
+    """
+
+    part: str
+    direction: str
+    kind: str
+    name: str
+    dtype: str
+    flops: int
+    bytes: int
+    kernels: int = 1
+
+
+@dataclass(frozen=True, order=True)
+class Collective:
+    """A call that the ranks of a group make together.
+
+    axis: of the mesh, as in `megalong.parallel.traffic`. name: as there ("all_gather").
+    bytes: of the larger of the call's buffers, as there.
+    ranks: global ranks of the group, ascending.
+    """
+
+    axis: str
+    direction: str
+    name: str
+    bytes: int
+    ranks: tuple[int, ...]
+
+
+@dataclass
+class Work:
+    """operations, collectives: calls of a rank in one training step, all its micro batches."""
+
+    operations: Counter[Operation] = field(default_factory=Counter)
+    collectives: Counter[Collective] = field(default_factory=Counter)
+
+    def flops(self) -> Counter[tuple[str, str]]:
+        """FLOPs by part and direction."""
+        return self._total("flops")
+
+    def bytes(self) -> Counter[tuple[str, str]]:
+        """Bytes of the device's memory that are read and written, by part and direction."""
+        return self._total("bytes")
+
+    def kernels(self) -> Counter[tuple[str, str]]:
+        """Launches, by part and direction."""
+        return self._total("kernels")
+
+    def _total(self, what: str) -> Counter[tuple[str, str]]:
+        total: Counter[tuple[str, str]] = Counter()
+        for operation, calls in self.operations.items():
+            total[operation.part, operation.direction] += calls * getattr(operation, what)
+        return total
