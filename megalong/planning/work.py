@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 PARTS = ("embedding", "attention", "projections", "mlp", "logits", "other", "optimizer")
 DIRECTIONS = ("forward", "backward", "update")
 
-# How an operation is bound: products of matrices, attention's kernels, or the memory alone.
-KINDS = ("product", "attention", "memory")
+# How an operation is bound: products of matrices, attention's kernels, the memory alone, or the
+# link between the device and its host (its bytes are those that go over it, once).
+KINDS = ("product", "attention", "memory", "host")
 
 
 @dataclass(frozen=True, order=True)
