@@ -27,8 +27,11 @@ import torch.distributed as dist
 
 from megalong.config import Config
 from megalong.data.batches import Batch
+from megalong.device import use_gpu
 from megalong.model.build import build_model
 from megalong.model.memory_path import Room, choose_memory_path
+from megalong.parallel.cpu import enable_megatron_without_gpu
+from megalong.parallel.deepspeed_private import skip_shared_memory_kernels
 from megalong.parallel.mesh import Mesh, build_mesh
 from megalong.parallel.traffic import Counts
 from megalong.planning import fake_device
@@ -123,7 +126,8 @@ def dry_run(
     memory = DeviceMemory()
     with fake_rank(config, rank, ranks) as mesh, memory:
         replicas = mesh.data_parallel_size * mesh.sequence.size
-        room = Room(fake_device.MEMORY, host=math.inf, on_gpu=True, replicas=replicas)
+        device = fake_device.MEMORY if use_gpu() else math.inf
+        room = Room(device, host=math.inf, on_gpu=use_gpu(), replicas=replicas)
         config, _ = choose_memory_path(config, vocab_size, room)
         engine = fake_engine(config, vocab_size, mesh, memory)
         prepare(engine)
@@ -140,13 +144,17 @@ def dry_run(
 
 @contextlib.contextmanager
 def fake_rank(config: Config, rank: int, ranks: int) -> Iterator[Mesh]:
-    """This process is one rank of so many, whose collectives send nothing, on a fake GPU."""
+    """This process is one rank of so many, whose collectives send nothing, on a fake device."""
+    device = torch.device("cuda", 0) if use_gpu() else torch.device("cpu")
+    if not use_gpu():
+        enable_megatron_without_gpu()
+        skip_shared_memory_kernels()
     names = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": ranks}
     environment = {name: str(value) for name, value in names.items()}
     with mock.patch.dict(os.environ, environment), contextlib.ExitStack() as stack:
         dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
         stack.callback(dist.destroy_process_group)
-        mesh = stack.enter_context(build_mesh(config, torch.device("cuda", 0)))
+        mesh = stack.enter_context(build_mesh(config, device))
         stack.enter_context(fake_device_tensors())
         for name in COMPARISONS:
             stack.enter_context(mock.patch(name, lambda _: None))

@@ -1,5 +1,7 @@
 """The host is real, the device is fake: what lives on the CPU is computed, what lives on the GPU
-has a shape, a dtype and a device, and no data; and so has what is large in pinned memory."""
+has a shape, a dtype and a device, and no data; and so has what is large in pinned memory.
+
+Where the CPU itself is what a launch trains on, its numbers are fake, and its tables real."""
 
 from __future__ import annotations
 
@@ -12,15 +14,18 @@ from unittest import mock
 
 import torch
 
+from megalong.device import use_gpu
 from megalong.torch_private import (
     EFFICIENT_ATTENTION,
     FLASH_ATTENTION,
+    READ_VALUE,
     FakeTensor,
     FakeTensorMode,
     tree_leaves,
 )
 
 LARGE = 2**20  # bytes of pinned memory from which on it is fake: no table is that large
+RANGES = (torch.ops.aten.arange, torch.ops.aten.linspace)  # what tables are made of
 
 
 class FakeDeviceMode(FakeTensorMode):
@@ -56,10 +61,49 @@ class FakeDeviceMode(FakeTensorMode):
         return tensor
 
 
+class FakeCpuMode(FakeTensorMode):
+    """Makes the numbers of a launch on the CPU fake: parameters, buffers of floating-point numbers,
+    and what is computed with them. Integers and ranges are real: they are tables and indices, which
+    their code may look at. A number that the code asks for is zero.
+
+    pinned: the storages that are in pinned memory, which a CPU has none of.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.pinned: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if any(isinstance(x, FakeTensor) for x in tensors):
+            if operator is READ_VALUE:
+                return zero(args[0].dtype)
+            return super().__torch_dispatch__(operator, types, args, kwargs)
+        device = kwargs.get("device")
+        of_shapes = device is not None and all(x.is_meta for x in tensors)
+        made = (not tensors or of_shapes) and operator.namespace == "aten"
+        elsewhere = torch.device(device or "cpu").type != "cpu"
+        if not made or elsewhere or operator.overloadpacket in RANGES:
+            return operator(*args, **kwargs)
+        result = super().__torch_dispatch__(operator, types, args, kwargs)
+        numbers = isinstance(result, torch.Tensor) and result.is_floating_point()
+        if tensors or (numbers and result.dim()):
+            return result
+        return operator(*args, **kwargs)
+
+
+def zero(dtype: torch.dtype) -> bool | int | float:
+    """What is read of a tensor that has no values."""
+    if dtype == torch.bool:
+        return False
+    return 0.0 if dtype.is_floating_point else 0
+
+
 @cache
-def _mode() -> FakeDeviceMode:
+def _mode() -> FakeDeviceMode | FakeCpuMode:
     """One for the process: tables that are kept for later calls belong to it."""
-    return FakeDeviceMode()
+    return FakeDeviceMode() if use_gpu() else FakeCpuMode()
 
 
 def is_pinned(tensor: torch.Tensor) -> bool:
@@ -68,15 +112,20 @@ def is_pinned(tensor: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def fake_device_tensors() -> Iterator[FakeDeviceMode]:
-    """Inside, tensors of device "cuda" are fake, and modules of them may change their dtype."""
-    with (
-        _mode() as mode,
-        mock.patch.object(torch.nn.Module, "_apply", _apply),
-        mock.patch.object(torch.Tensor, "record_stream", lambda *_: None),  # wants a real stream
-        mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _dense_attention),
-    ):
-        yield mode
+def fake_device_tensors() -> Iterator[None]:
+    """Inside, tensors of the device that a launch would train on (`use_gpu`) are fake, and modules
+    of them may change their dtype."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_mode())
+        stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply))
+        if use_gpu():
+            functional = torch.nn.functional
+            for owner, name, substitute in (
+                (torch.Tensor, "record_stream", lambda *_: None),  # wants a real stream
+                (functional, "scaled_dot_product_attention", _dense_attention),
+            ):
+                stack.enter_context(mock.patch.object(owner, name, substitute))
+        yield
 
 
 def _dense_attention(q, k, v, *, is_causal=False, scale=None, enable_gqa=False):

@@ -19,8 +19,9 @@ from unittest import mock
 
 import torch
 
+from megalong.device import use_gpu
 from megalong.planning import fake_device
-from megalong.planning.fake_tensors import is_pinned
+from megalong.planning.fake_tensors import is_pinned, zero
 from megalong.torch_private import (
     READ_VALUE,
     TO_COPY,
@@ -91,12 +92,12 @@ class HostSyncs(TorchDispatchMode):
         kwargs = kwargs or {}
         if operator is READ_VALUE and args[0].device.type == "cuda":
             self._wait("the host reads a value (as .item() does)")
-            return _zero(args[0].dtype)
+            return zero(args[0].dtype)
         if operator is TO_PINNED:
             return args[0]
         if operator is aten.is_pinned.default:
             return True
-        if operator.namespace == "c10d":
+        if operator.namespace == "c10d" and use_gpu():
             _check_collective(operator, args)
         elif operator in (TO_COPY, aten.copy_.default):
             self._check_copy(operator, args, kwargs)
@@ -151,12 +152,6 @@ def _caller() -> Any:
 
 def _at(frame: Any) -> str:
     return f", in {frame.f_code.co_name} at {frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-def _zero(dtype: torch.dtype) -> bool | int | float:
-    if dtype == torch.bool:
-        return False
-    return 0.0 if dtype.is_floating_point else 0
 
 
 def _check_collective(operator: Any, args: Any) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megalong.device import use_gpu
 from megalong.planning.fake_tensors import is_pinned
 from megalong.torch_private import TorchDispatchMode, is_going_backward, tree_leaves
 
@@ -34,7 +35,7 @@ class DeviceMemory(TorchDispatchMode):
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self.host_now = self.host_peak = 0
-        self._phase = "other"
+        self._phase, self._device = "other", "cuda" if use_gpu() else "cpu"
         self._seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
     @contextlib.contextmanager
@@ -51,7 +52,7 @@ class DeviceMemory(TorchDispatchMode):
         for tensor in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if not isinstance(tensor, torch.Tensor):
                 continue
-            if tensor.device.type == "cuda":
+            if tensor.device.type == self._device:
                 self._follow(tensor.untyped_storage())
             elif is_pinned(tensor):
                 self._follow_on_host(tensor.untyped_storage())
