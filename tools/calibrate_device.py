@@ -1,0 +1,257 @@
+"""Measure this machine's device and the links between its ranks, for the cost model of plans.
+
+    python tools/calibrate_device.py --output my_cluster.yaml
+    python tools/calibrate_device.py --output my_cluster.yaml --ranks 2
+
+Writes a description for `--cluster my_cluster.yaml`: the rates of products by size and precision,
+of attention forward and backward by size, and of memory by size; what calling an operator takes;
+and with several ranks the latency and the bandwidth of each collective between them, and how much
+of a collective runs beside computation. All ranks measure at the same time, each on a GPU (NCCL),
+or on one core (gloo): of a CPU that is the device, as training has it with OMP_NUM_THREADS=1.
+What one node cannot tell (the links between nodes; the figures of data sheets; the price) is taken
+from --cluster. Half a minute, in which nothing else should run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
+
+from megalong.command_line import ArgumentParser, run
+from megalong.errors import UserError, system_errors_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from megalong.planning.calibration.clock import Clock
+
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16", "float32")}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="FILE.yaml", help="the description")
+    add(
+        "--ranks",
+        type=int,
+        help="processes, each with a GPU or a core (default: as many as there are)",
+    )
+    add("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
+    add(
+        "--cluster",
+        metavar="NAME|FILE",
+        help="the description of what is not measured (default: of the GPU's name; none on a CPU)",
+    )
+    add("--name", help="of the described cluster (default: from the device)")
+    add("--seconds", type=float, default=0.2, help="to repeat each call for")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.seconds <= 0:
+        raise UserError(f"--seconds {args.seconds:g} must be positive")
+
+    import torch
+
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    there = torch.cuda.device_count() if args.device == "cuda" else len(os.sched_getaffinity(0))
+    args.ranks = args.ranks or there
+    if not 1 <= args.ranks <= there:
+        what = "GPUs" if args.device == "cuda" else "cores"
+        raise UserError(f"--ranks {args.ranks}: this machine has {there} {what}")
+    base = description_beside(args)
+    if "RANK" not in os.environ and args.ranks > 1:
+        launch(args)
+        return
+    measure(args, base)
+
+
+def description_beside(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What is not measured; None on a CPU, where nothing more is needed."""
+    import torch
+
+    from megalong.planning.calibration.description import raw_description
+    from megalong.planning.cluster import cluster_names, load_cluster
+
+    name = args.cluster
+    if name is None and args.device == "cuda":
+        card = torch.cuda.get_device_name()
+        known = [name for name in cluster_names() if load_cluster(name).device.name == card]
+        if not known:
+            raise UserError(
+                f"no cluster that we know has a {card}: give --cluster FILE, a description with its"
+                " data sheet's figures"
+            )
+        name = known[0]
+    if name is None:
+        return None
+    load_cluster(name)
+    return raw_description(name)
+
+
+def launch(args: argparse.Namespace) -> None:
+    """This command again, on every rank."""
+    with system_errors_of("--output", args.output):
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={args.ranks}", *sys.argv]
+    command += ["--ranks", str(args.ranks), "--device", args.device]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def measure(args: argparse.Namespace, base: dict[str, Any] | None) -> None:
+    """All there is to measure, on this rank; the first one writes it."""
+    import torch
+    import torch.distributed as dist
+
+    from megalong.planning.calibration.clock import Clock
+    from megalong.planning.calibration.description import write
+
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of names of collectives
+    torch.set_num_threads(1)
+    device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", "0")))
+    if args.device == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if args.ranks > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
+    clock = Clock(device, args.seconds)
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    say = print if is_main else lambda *_, **__: None
+    values = described(args, clock, base, say)
+    if is_main:
+        with system_errors_of("--output", args.output):
+            write(values, args.output, "as in " + args.cluster if args.cluster else "a guess")
+        say(f"wrote {args.output}: --cluster {args.output}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def described(args: argparse.Namespace, clock: Clock, base: dict[str, Any] | None, say) -> dict:
+    """The content of the file."""
+    values = base or cpu_description(args)
+    card = card_name(clock.device)
+    say(f"{card}, {args.ranks} at the same time")
+    values["device"] = measured_device(args, clock, values["device"], base is None, say)
+    ranks = f"{args.ranks} rank{'s' if args.ranks > 1 else ''}"
+    values["device"]["calibrated"] = f"{datetime.date.today()}, {card}, {ranks} at a time"
+    if args.name:
+        values["name"] = args.name
+    if args.ranks > 1:
+        say("collectives")
+        values["device"]["overlap"], values["collective_seconds"], link = measured_links(clock)
+        values["within_node"] = {"name": values["within_node"]["name"], **link}
+    return values
+
+
+def measured_device(args, clock: Clock, values: dict[str, Any], is_all: bool, say) -> dict:
+    """A device's section: these values, but for what is measured. is_all: peaks, too."""
+    import torch
+
+    from megalong.planning.calibration import device as of_device
+    from megalong.planning.calibration.description import best, rounded, shares
+
+    tables, peaks = {}, dict(values["peak_flops"])
+    for name in DTYPES[args.device]:
+        say(f"products and attention in {name}")
+        dtype = getattr(torch, name)
+        products = of_device.products(clock, dtype)
+        forward, backward = of_device.attention(clock, dtype)
+        if is_all:
+            peaks[name] = best(products, forward, backward)
+        tables[name] = products, forward, backward
+    say("memory and calls")
+    rows = of_device.memory(clock)
+    bandwidth = best(rows) if is_all else values["memory_bandwidth"]
+    attainable = {
+        kind: {name: shares(found[i], peaks[name]) for name, found in tables.items()}
+        for i, kind in enumerate(("product", "attention_forward", "attention_backward"))
+    }
+    attainable["memory_bandwidth"] = shares(rows, bandwidth)
+    call, kernel = of_device.call_seconds(clock), 0.0
+    if args.device == "cuda":
+        kernel = of_device.kernel_seconds(clock)
+    else:  # the host is the device
+        call, kernel = 0.0, call
+    return {
+        **values,
+        "peak_flops": {name: peaks[name] for name in tables},
+        "memory_bandwidth": bandwidth,
+        "attainable": attainable,
+        "kernel_seconds": rounded(kernel),
+        "launch_seconds": rounded(call),
+    }
+
+
+def measured_links(clock: Clock) -> tuple[float, float, dict[str, Any]]:
+    """The share that computation hides, what every collective takes, and a link's section."""
+    import statistics
+
+    from megalong.planning.calibration import links
+    from megalong.planning.calibration.description import link_shares, rounded
+
+    through = {name: of(clock.ranks) for name, of in links.THROUGH.items()}
+    small = links.SMALL * clock.ranks
+    of_small = {name: links.seconds(clock, name, small) for name in through}
+    latency = of_small["send"]
+    call = statistics.median(
+        max(0.0, taken - through[name][1] * latency) for name, taken in of_small.items()
+    )
+    fixed = {name: call + steps * latency for name, (_, steps) in through.items()}
+    sizes = links.SIZES[clock.device.type]
+    seconds = {
+        name: [(size, links.seconds(clock, name, size)) for size in sizes] for name in through
+    }
+    bandwidth, attainable = link_shares(seconds, through, fixed)
+    link = {"bandwidth": bandwidth, "attainable": attainable, "latency": rounded(latency)}
+    return rounded(links.overlap(clock)), rounded(call), link
+
+
+def cpu_description(args: argparse.Namespace) -> dict[str, Any]:
+    """Of a machine without a GPU, where each rank has a core: all but what is measured."""
+    import torch
+
+    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    card = card_name(torch.device("cpu"))
+    device = {"name": f"{card}, one core", "memory": memory / args.ranks}
+    # Everything below is replaced, but for the link of a single rank to the host, which is itself.
+    guess = {"bandwidth": 1.0e9, "attainable": 1.0, "latency": 1.0e-4}
+    return {
+        "name": f"{card}, {args.ranks} x 1 core",
+        "device": {**device, "peak_flops": {}, "memory_bandwidth": 0, "overlap": 0.0},
+        "gpus_per_node": args.ranks,
+        "within_node": {"name": "gloo over the loopback device", **guess},
+        "collective_seconds": 1.0e-4,
+        "host": {"memory": memory, "bandwidth": 1.0e10, "attainable": 1.0},
+        "price_per_gpu_hour": 0.05,
+    }
+
+
+def card_name(device: torch.device) -> str:
+    """Of a GPU, or of the processor."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "CPU"
+
+
+if __name__ == "__main__":
+    run(main)
