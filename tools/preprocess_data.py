@@ -4,16 +4,18 @@
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model --append-eod
 
 writes data/stdlib_text_document.bin, .idx, and .json (counts, inputs, tokenizer); train on it with
---data-path data/stdlib_text_document. Inputs are files, folders, glob patterns or standard input
-(-): JSON lines (.jsonl, .json, .ndjson, and what holds them under another name), one document a
-line; Parquet, one document a row; anything else as plain text, one document a file; compressed or
-not (.gz, .zst, .xz, .bz2). Of source code --documents makes one document a file or a repository.
+--data-path data/stdlib_text_document. Inputs are files, folders and glob patterns: JSON lines
+(.jsonl, .json, .ndjson, and what holds them under another name), one document a line; Parquet, one
+document a row; anything else as plain text, one document a file. Standard input (-), <(command) and
+named pipes are JSON lines. All of them compressed or not (gzip, Zstandard, xz, bzip2), whatever
+their names. Of source code --documents makes one document a file or a repository.
 What is broken is named on standard error, skipped and counted; --strict makes it an error. The
 output has its final name only when it is complete. It does not depend on --workers, nor on
 --tokenizer-backend: a faster library is used where it gives the same ids.
 A run that was killed, or whose disk was full, goes on when the same command is given again, from
-the last finished part in PREFIX.unfinished. --partition k/n takes one of n shares of the input, for
-an array job; tools/merge_datasets.py makes one output of them.
+the last finished part in PREFIX.unfinished; a stream has to give the same again. --partition k/n
+takes one of n shares of the input, for an array job; shares are whole files. What all tasks have
+written tools/merge_datasets.py makes one output.
 Exit status: 0, or 2 after an error.
 """
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from megalong.data.text import json_lines, parquet, plain_text, repository, source_file
 from megalong.data.text.documents import BrokenDocument, RawDocument, Reading
-from megalong.data.text.files import STANDARD_INPUT, without_compression
+from megalong.data.text.files import check_pyarrow, is_stream, without_compression
 
 if TYPE_CHECKING:
     from megalong.data.stream import Documents
@@ -41,7 +41,8 @@ def raw_documents(
     path: str, reading: Reading, say: Callable[[str], object]
 ) -> Iterator[RawDocument]:
     """Yields the documents of one file in order, not yet decoded. Never raises for what is wrong in
-    the file: an unreadable rest of it becomes one last RawDocument with `error` set.
+    the file: an unreadable rest of it becomes one last RawDocument with `error` set. Raises
+    UserError where something else has to be given: for Parquet from a stream, or without pyarrow.
 
     say: hears a line where the content of the file is not what its name promises.
     """
@@ -82,11 +83,15 @@ def open_documents(path: str, place: str | None = None) -> Documents:
 
 
 def _text_format(path: str, reading: Reading, say: Callable[[str], object]) -> ModuleType:
-    if path == STANDARD_INPUT:
+    if is_stream(path):
         return json_lines if reading.documents == "auto" else plain_text
     if reading.documents != "auto":
         return repository if reading.documents == "repository" else source_file
     suffix = os.path.splitext(without_compression(path)[0])[1]
+    if suffix != ".parquet" and parquet.is_parquet(path):
+        check_pyarrow(path)
+        say(f"{path}: taken for Parquet, which it holds, whatever its name")
+        return parquet
     if suffix in _SUFFIXES:
         return _SUFFIXES[suffix]
     record = json_lines.first_object(path)

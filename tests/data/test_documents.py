@@ -4,14 +4,16 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import random
+import threading
 
 import pytest
 
 from megalong.data.formats import raw_documents, texts
 from megalong.data.text import files
 from megalong.data.text.documents import BrokenDocument, Reading
-from megalong.data.text.files import find_files
+from megalong.data.text.files import find_files, is_stream, total_size
 from megalong.errors import UserError
 
 
@@ -33,6 +35,32 @@ def compress(content: bytes, suffix: str) -> bytes:
         return (files.zstd or pytest.skip("no zstd")).compress(content)
     by_ending = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress}
     return by_ending.get(ending, bytes)(content)
+
+
+@pytest.fixture
+def give(tmp_path):
+    """Writes bytes into a named pipe, some at a time; gives its path."""
+    started = []
+
+    def give(content: bytes, pieces: tuple[int, ...] = (1, 2, 4, 3)) -> str:
+        path = tmp_path / f"pipe{len(started)}"
+        os.mkfifo(path)
+
+        def write() -> None:
+            with open(path, "wb", buffering=0) as pipe:
+                begin = 0
+                for size in pieces:
+                    pipe.write(content[begin : begin + size])
+                    begin += size
+                pipe.write(content[begin:])
+
+        started.append(threading.Thread(target=write))
+        started[-1].start()
+        return str(path)
+
+    yield give
+    for thread in started:
+        thread.join(timeout=20)
 
 
 def test_find_files_keeps_the_order_given_and_sorts_inside_folders(tmp_path):
@@ -73,6 +101,40 @@ def test_json_lines(tmp_path, suffix):
         sum(document.size for document in raw_documents(str(path), Reading(), print))
         == path.stat().st_size
     )
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz", ".bz2"])
+def test_compression_is_known_by_content(tmp_path, suffix, give):
+    lines = b'{"text": "x"}\n{"text": "y"}\n'
+    for name in ("a.jsonl", "a", "a.txt.zip"):
+        (tmp_path / name).write_bytes(compress(lines, suffix))
+        assert read(tmp_path / name) == ["x", "y"]
+    (tmp_path / "a.txt").write_bytes(compress(b"text", suffix))
+    assert read(tmp_path / "a.txt") == ["text"]
+    (tmp_path / "empty").write_bytes(compress(b"", suffix))
+    assert read(tmp_path / "empty") == [""]
+    for pieces in ((), (1, 2, 4, 3), (12, 1)):
+        assert read(give(compress(lines, suffix), pieces)) == ["x", "y"]
+
+
+def test_a_pipe_is_read_like_standard_input(tmp_path, give):
+    lines = b'{"text": "x"}\n{"text": "y"}\n'
+    for content in (lines, compress(lines, ".gz")):
+        pipe = give(content)
+        assert find_files([pipe]) == [pipe] and is_stream(pipe) and total_size([pipe]) is None
+        found = list(raw_documents(pipe, Reading(), pytest.fail))
+        assert sum(document.size for document in found) == len(content)
+    assert read(give(b"")) == []
+    [document] = raw_documents(give(compress(b"a\nb", ".xz")), Reading(documents="file"), print)
+    assert texts(document, Reading()) == {"text": "a\nb"}
+    [document] = raw_documents(give(b"\x1f\x8b\x08"), Reading(documents="file"), print)
+    assert "unreadable (Compressed file ended" in document.error
+    assert "unreadable from here on (compressed with zip" in read(give(b"PK\x03\x04"))[0]
+    # In a folder it is left out: nobody may be writing to it.
+    (tmp_path / "a.txt").touch()
+    assert find_files([str(tmp_path)]) == [str(tmp_path / "a.txt")]
+    with pytest.raises(UserError, match="a stream; --documents repository wants folders"):
+        find_files([str(tmp_path / "pipe0")], "repository")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.1", "a.bak", "part-00000", "a.txt.gz"])

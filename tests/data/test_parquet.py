@@ -6,6 +6,7 @@ import pytest
 
 from megalong.data.formats import raw_documents, texts
 from megalong.data.text.documents import BrokenDocument, Reading
+from megalong.errors import UserError
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -32,6 +33,31 @@ def test_rows_in_order_with_sizes_that_add_up(tmp_path):
     assert sum(document.size for document in documents) == path.stat().st_size
     assert documents[7].place == f"{path}:8"
     assert read(path, "title", "text")[0] == {"title": rows[0], "text": rows[0]}
+
+
+@pytest.mark.parametrize("name", ["part-0", "a.jsonl", "a.txt"])
+def test_parquet_is_known_by_its_content(tmp_path, name, monkeypatch):
+    said, path = [], tmp_path / name
+    parquet.write_table(pyarrow.table({"text": ["a"]}), path)
+    [document] = raw_documents(str(path), Reading(), said.append)
+    assert texts(document, Reading()) == {"text": "a"}
+    assert said == [f"{path}: taken for Parquet, which it holds, whatever its name"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"{name}: Parquet needs pyarrow: pip install pyarrow"):
+        list(raw_documents(str(path), Reading(), said.append))
+
+
+def test_a_text_that_begins_like_parquet(tmp_path):
+    (tmp_path / "a.txt").write_text("PAR1 is a receptor")
+    assert read(tmp_path / "a.txt") == [{"text": "PAR1 is a receptor"}]
+
+
+def test_parquet_from_a_stream_is_refused(tmp_path, monkeypatch):
+    parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "a.parquet")
+    with open(tmp_path / "a.parquet") as file, pytest.raises(UserError) as error:
+        monkeypatch.setattr("sys.stdin", file)
+        read("-")
+    assert str(error.value).startswith("standard input: Parquet, which is read from its end")
 
 
 @pytest.mark.parametrize("kind", ["large_string", "dictionary", "string_view"])

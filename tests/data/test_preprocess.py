@@ -1,9 +1,12 @@
 """tools/preprocess_data.py as a user runs it: what it writes, refuses, names and leaves behind."""
 
 import gzip
+import hashlib
 import json
 import os
+import shlex
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megalong.data.text.documents import Reading
 from megalong.data.tokenizers.tokenizer import build_tokenizer
+from tests.data.conftest import tool_command, tool_environment
 
 TOOL = "tools/preprocess_data.py"
 BYTES = ("--tokenizer-type", "ByteTokenizer")
@@ -101,6 +105,29 @@ def test_keys_gzip_folders_and_plain_text(tmp_path, run_tool):
     assert read_texts(tmp_path / "out_text_document", tokenizer) == ["a", "b", "c", "plain\r\n"]
     assert read_texts(tmp_path / "out_title_document", tokenizer) == ["A\n", "B"]
     assert "1 empty" in done.stdout
+
+
+def test_process_substitution(tmp_path, corpus):
+    """A pipe that the shell makes, beside a compressed standard input."""
+    compressed = tmp_path / "corpus"
+    compressed.write_bytes(gzip.compress(corpus.read_bytes()))
+    prefix = tmp_path / "out" / "x"
+    command = shlex.join(tool_command(TOOL, "--output-prefix", prefix, *BYTES))
+    done = subprocess.run(
+        ["bash", "-c", f"{command} --input <(cat {corpus}) - < {compressed}"],
+        env=tool_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    texts = [json.loads(line)["text"] for line in corpus.read_bytes().splitlines()]
+    found = read_texts(f"{prefix}_text_document", build_tokenizer("ByteTokenizer"))
+    assert found == texts + texts
+    inputs = json.loads(Path(f"{prefix}_text_document.json").read_text())["inputs"]
+    assert {stream["sha256"] for stream in inputs} == {
+        hashlib.sha256(corpus.read_bytes()).hexdigest()
+    }
+    assert inputs[0]["path"].startswith("/dev/fd/") and inputs[1]["path"] == "-"
 
 
 def test_output_is_the_same_with_any_number_of_workers(tmp_path, corpus, run_tool):

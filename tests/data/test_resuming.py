@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import errno
+import gzip
 import hashlib
 import json
 import os
+import random
 import resource
 import shutil
 from pathlib import Path
@@ -91,11 +93,11 @@ def test_a_run_killed_anywhere_goes_on(tmp_path, inputs, monkeypatch, name):
     assert len(resumed) > 3 and resumed == sorted(resumed) and resumed[-1] > 200
 
 
-def part_of(inputs, prefix, monkeypatch, call: int = 8) -> Path:
+def part_of(inputs, prefix, monkeypatch, call: int = 8, **options) -> Path:
     """A run killed after some parts; gives its folder."""
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, call, "replace")
-        preprocess(inputs, prefix)
+        preprocess(inputs, prefix, **options)
     folder = Path(f"{prefix}.unfinished")
     assert json.loads((folder / "state.json").read_text())["content"]["progress"]
     return folder
@@ -178,30 +180,78 @@ def test_a_disk_full_before_anything_is_finished_leaves_nothing(tmp_path, inputs
     assert not list(tmp_path.glob("out*"))
 
 
-def test_standard_input_goes_on_where_it_begins_with_the_same(tmp_path, inputs, monkeypatch):
-    def given(content: bytes):
-        path = tmp_path / "stream"
-        path.write_bytes(content)
-        monkeypatch.setattr("sys.stdin", stack.enter_context(path.open()))
+@pytest.fixture
+def give(tmp_path, monkeypatch):
+    """Makes bytes the standard input."""
+    with contextlib.ExitStack() as stack:
 
-    stack = contextlib.ExitStack()
-    with stack:
-        lines = Path(inputs[0]).read_bytes()
-        given(lines)
-        part_of(["-"], tmp_path / "out", monkeypatch, call=3)
-        given(b" " + lines)
-        with pytest.raises(UserError, match="standard input does not begin with"):
+        def give(content: bytes) -> None:
+            path = tmp_path / "stream"
+            path.write_bytes(content)
+            monkeypatch.setattr("sys.stdin", stack.enter_context(path.open()))
+
+        yield give
+
+
+def test_standard_input_goes_on_where_it_begins_with_the_same(tmp_path, inputs, monkeypatch, give):
+    lines = Path(inputs[0]).read_bytes()
+    give(lines)
+    part_of(["-"], tmp_path / "out", monkeypatch, call=3)
+    give(b" " + lines)
+    with pytest.raises(UserError, match="standard input does not begin with"):
+        preprocess(["-"], tmp_path / "out")
+    for fewer in [b"", lines[: lines.index(b"\n") + 1]]:
+        give(fewer)
+        with pytest.raises(UserError, match=r"input: it gives [01] document.* had been"):
             preprocess(["-"], tmp_path / "out")
-        for fewer in [b"", lines[: lines.index(b"\n") + 1]]:
-            given(fewer)
-            with pytest.raises(UserError, match=r"input: it gives [01] document.* had been"):
-                preprocess(["-"], tmp_path / "out")
-        given(lines + b"\n{}")
-        assert preprocess(["-"], tmp_path / "out").resumed > 10
-        sidecar = json.loads(Path(f"{tmp_path}/out_text_document.json").read_text())
-        assert sidecar["inputs"][0]["sha256"] == hashlib.sha256(lines + b"\n{}").hexdigest()
-        preprocess(inputs[:1], tmp_path / "whole")
-        assert content(tmp_path / "out")[:2] == content(tmp_path / "whole")[:2]
+    give(lines + b"\n{}")
+    assert preprocess(["-"], tmp_path / "out").resumed > 10
+    sidecar = json.loads(Path(f"{tmp_path}/out_text_document.json").read_text())
+    assert sidecar["inputs"][0]["sha256"] == hashlib.sha256(lines + b"\n{}").hexdigest()
+    preprocess(inputs[:1], tmp_path / "whole")
+    assert content(tmp_path / "out")[:2] == content(tmp_path / "whole")[:2]
+
+
+@pytest.mark.parametrize("then", [[], ["plain.txt"]], ids=["alone", "and a file"])
+def test_standard_input_that_was_read_to_its_end_has_to_give_the_same(
+    tmp_path, inputs, monkeypatch, give, then
+):
+    """Also where the run had noted all, so that nothing is left to be read."""
+    lines, files = Path(inputs[0]).read_bytes(), ["-", *(f"{tmp_path}/in/{name}" for name in then)]
+    give(gzip.compress(lines))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(unfinished.Unfinished, "give_names", lambda self: kill())
+        preprocess(files, tmp_path / "out")
+    for other in [b"", lines + b'\n{"text": "new"}']:
+        give(other)
+        with pytest.raises(UserError, match="standard input gives something else than when it was"):
+            preprocess(files, tmp_path / "out")
+    give(lines)  # as it is unpacked
+    assert preprocess(files, tmp_path / "out").resumed > 50
+    give(lines)
+    preprocess(files, tmp_path / "whole")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def kill():
+    raise Killed
+
+
+def test_a_damage_behind_the_last_document_read_is_noted_once(tmp_path, inputs, monkeypatch):
+    """Wherever the run was killed, also right behind it."""
+    text = random.Random(0).randbytes(5000).hex()
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in ["x", "y", text])
+    damaged = tmp_path / "in" / "00.jsonl.gz"
+    damaged.write_bytes(gzip.compress(lines.encode())[:4000])
+    files = [str(damaged), *inputs[:1]]
+    monkeypatch.setattr(module, "BATCH_DOCUMENTS", 1)
+    whole = preprocess(files, tmp_path / "whole")
+    assert (whole.cut_short, whole.skipped) == (1, 2)
+    for call in range(2, 7):
+        prefix = tmp_path / str(call)
+        part_of(files, prefix, monkeypatch, call, part_bytes=0)
+        assert preprocess(files, prefix).skipped == 2
+        assert content(prefix) == content(tmp_path / "whole")
 
 
 def test_a_file_that_can_no_longer_be_read_as_far_is_refused(tmp_path, inputs, monkeypatch):

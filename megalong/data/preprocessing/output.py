@@ -14,7 +14,7 @@ import numpy as np
 from megalong.data.preprocessing.repeats import SeenTexts
 from megalong.data.preprocessing.unfinished import Unfinished, disk_errors
 from megalong.data.preprocessing.writer import GrowingDocuments
-from megalong.data.text.files import STANDARD_INPUT
+from megalong.data.text.files import shown
 
 LISTED = 100  # so many inputs or broken documents stand in the sidecar itself
 HASHES, SKIPPED, INPUTS = ".hashes", ".skipped.jsonl", ".inputs.jsonl"
@@ -33,8 +33,7 @@ class Problem(NamedTuple):
     key: str | None = None
 
     def __str__(self) -> str:
-        file = "standard input" if self.file == STANDARD_INPUT else self.file
-        place = file if self.line is None else f"{file}:{self.line}"
+        place = shown(self.file) if self.line is None else f"{shown(self.file)}:{self.line}"
         return f"{place}: {self.reason}"
 
 

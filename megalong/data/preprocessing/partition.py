@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from dataclasses import dataclass
 
-from megalong.data.text.files import total_size
+from megalong.data.text.files import is_stream, shown, total_size
 from megalong.errors import UserError
 
 
@@ -33,9 +32,11 @@ def partition(files: list[str], share: str) -> tuple[list[str], Partition]:
     number, count = map(int, match.groups()) if match else (0, 0)
     if not 1 <= number <= count:
         raise UserError(f"--partition {share}: k/n is expected, with k from 1 to n")
-    pipes = [file for file in files if not (os.path.isfile(file) or os.path.isdir(file))]
-    if pipes:
-        raise UserError(f"--partition {share}: {pipes[0]} is no file, and cannot be cut by size")
+    stream = next(filter(is_stream, files), None)
+    if stream is not None:
+        raise UserError(
+            f"--partition {share}: {shown(stream)} is no file, and cannot be cut by size"
+        )
     sizes = [total_size([file]) or 0 for file in files]
     digest = hashlib.sha256(repr(list(zip(files, sizes, strict=True))).encode()).hexdigest()
     total, end, chosen = sum(sizes), 0, []

@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -33,8 +34,8 @@ from megalong.data.preprocessing.partition import Partition
 from megalong.data.preprocessing.tokenizing import BatchResult, TokenizingTask, tokenized
 from megalong.data.preprocessing.unfinished import DiskFull, Unfinished
 from megalong.data.preprocessing.writer import refuse_existing, token_dtype
-from megalong.data.text.documents import RawDocument, Remarks
-from megalong.data.text.files import STANDARD_INPUT, content_files, total_size
+from megalong.data.text.documents import RawDocument, Reading, Remarks
+from megalong.data.text.files import content_files, is_stream, shown, total_size
 from megalong.data.tokenizers.backend import with_backend
 from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megalong.errors import UserError
@@ -57,8 +58,8 @@ class Place(NamedTuple):
 
 
 class _End(NamedTuple):
-    """Where a batch ends: the place behind it. stream: where that is in standard input, the sha256
-    of what has been read of it, which cannot be read again."""
+    """Where a batch ends: the place behind it. stream: where that is in a stream, which cannot be
+    read again, the sha256 of what has been read of it."""
 
     place: Place
     stream: str | None
@@ -112,6 +113,9 @@ def preprocess(
     the hashes of the texts are kept for a merge.
     Raises UserError where nothing is left to write, where the output cannot be written, and where a
     worker dies (killed, or out of memory).
+
+    A stream, such as standard input, has to give the same again: what it gives is compared with
+    what had been read of it.
     """
     start = time.monotonic()
     tokenizer = build_tokenizer(task.tokenizer_type, task.tokenizer_model)
@@ -119,8 +123,9 @@ def preprocess(
         raise UserError("--prepend-bos: this tokenizer has no beginning-of-text token")
     prefixes = [output_prefix(prefix, key) for key in task.json_keys]
     identity = _identity(files, task, tokenizer, partition)
-    anew = overwrite and STANDARD_INPUT in files  # whether it has changed is seen too late
-    with Unfinished(prefix, identity, _changed_input, overwrite=overwrite, anew=anew) as job:
+    changed = functools.partial(_changed_input, files, task.reading)
+    anew = overwrite and any(map(is_stream, files))  # which are not read twice, to see if they are
+    with Unfinished(prefix, identity, changed, overwrite=overwrite, anew=anew) as job:
         if job.naming:  # killed at the very end
             summary, _ = _read_progress(job.progress)
             _note_resumed(summary)
@@ -154,7 +159,7 @@ class _Run:
         )
         self._partition, self._job, self._progress = partition, job, progress
         self._sizes = [total_size([file]) or 0 for file in files]
-        self._streamed = hashlib.sha256()  # of standard input
+        self._streamed = {}  # number of a stream -> sha256 of what has been read of it
         if job.progress:
             self.summary, self._place = _read_progress(job.progress)
             self._stream = job.progress["stream"]
@@ -213,7 +218,7 @@ class _Run:
     def space_needed(self) -> int | None:
         """Bytes that the rest will take, from what was written for the input read so far; None
         where that is not known."""
-        if not self.summary.bytes_read or STANDARD_INPUT in self._files:
+        if not self.summary.bytes_read or any(map(is_stream, self._files)):
             return None
         total = max(sum(self._sizes) / self.summary.bytes_read, 1)
         written = sum(output.size for output in self._outputs.values())
@@ -227,23 +232,26 @@ class _Run:
         for number in range(begin.file, len(self._files)):
             path, position, count = self._files[number], 0, 0
             hashes.reached(number)
+            digest = None
+            if is_stream(path):
+                digest = self._streamed[number] = hashlib.sha256()
             found = raw_documents(path, self._task.reading, self._remarks.say)
             for count, document in enumerate(found, start=1):
                 position += document.size
-                if path == STANDARD_INPUT:
-                    self._streamed.update(document.data or b"")
+                if digest is not None:
+                    digest.update(document.data or b"")
                 place = Place(number, count)
                 if place <= begin:  # read by an earlier run
-                    if place == begin and path == STANDARD_INPUT:
-                        self._check_stream()
-                    if document.error is None:
-                        continue
-                    if place < begin:
+                    if document.error is not None:
                         raise UserError(
                             f"{document.place}: {document.error}; {begin.documents:,} documents"
                             " of it had been read before"
                         )
-                    # The rest of the file is lost: said again rather than not at all.
+                    if place == begin and digest is not None:
+                        self._check_stream(path, digest.hexdigest())
+                    continue
+                if document.error is not None:  # and so is the last of its file
+                    place = Place(number + 1, 0)
                 batch.append(document)
                 size += document.weight
                 if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
@@ -251,22 +259,21 @@ class _Run:
                     yield batch, self._end(place)
                     batch, size = [], 0
             if Place(number, count) < begin:
-                name = "standard input" if path == STANDARD_INPUT else path
                 raise UserError(
-                    f"{name}: it gives {counted(count, 'document')}, and"
+                    f"{shown(path)}: it gives {counted(count, 'document')}, and"
                     f" {begin.documents:,} had been read from it before"
                 )
         if batch:
             yield batch, self._end(Place(len(self._files), 0))
 
     def _end(self, place: Place) -> _End:
-        in_stream = self._files[place.file : place.file + 1] == [STANDARD_INPUT]
-        return _End(place, self._streamed.hexdigest() if in_stream else None)
+        digest = self._streamed.get(place.file)
+        return _End(place, None if digest is None else digest.hexdigest())
 
-    def _check_stream(self) -> None:
-        if self._streamed.hexdigest() != self._stream:
+    def _check_stream(self, path: str, digest: str) -> None:
+        if digest != self._stream:
             raise UserError(
-                "standard input does not begin with what has been read of it: --overwrite begins"
+                f"{shown(path)} does not begin with what has been read of it: --overwrite begins"
                 " anew"
             )
 
@@ -303,8 +310,8 @@ class _Run:
         lines = []
         for number in range(self._noted, self._place.file):
             digest = hashes.take(number)
-            if self._files[number] == STANDARD_INPUT:
-                digest = self._streamed.hexdigest()
+            if number in self._streamed:
+                digest = self._streamed[number].hexdigest()
             lines.append(json.dumps(_file_state(self._files[number]) | {"sha256": digest}) + "\n")
         self._inputs.write("".join(lines).encode())
         self._noted = self._place.file
@@ -373,7 +380,9 @@ def _identity(
     files: list[str], task: TokenizingTask, tokenizer: Tokenizer, partition: Partition | None
 ) -> dict:
     """What a run must have in common with the one that it goes on, by flag."""
-    names = hashlib.sha256("\0".join(files).encode(errors="surrogateescape")).hexdigest()
+    # A stream is known by what it gives: a shell numbers them as it likes.
+    known = ["-" if is_stream(file) else file for file in files]
+    names = hashlib.sha256("\0".join(known).encode(errors="surrogateescape")).hexdigest()
     values = dataclasses.asdict(task)
     values |= values.pop("reading")
     flags = {
@@ -405,14 +414,16 @@ def _note_resumed(summary: Summary) -> None:
 def _file_state(path: str) -> dict:
     """What tells that a file, or a folder of files, has changed. Nothing is known of a stream."""
     try:
-        stats = [os.stat(file) for file in content_files(path)]
+        stats = None if is_stream(path) else [os.stat(file) for file in content_files(path)]
     except OSError:
+        stats = None
+    if stats is None:
         return {"path": path, "size": None, "modified": None}
     modified = max((stat.st_mtime_ns for stat in stats), default=None)
     return {"path": path, "size": sum(stat.st_size for stat in stats), "modified": modified}
 
 
-def _changed_input(folder: Path, progress: dict) -> str | None:
+def _changed_input(files: list[str], reading: Reading, folder: Path, progress: dict) -> str | None:
     """Which of the files that have been read is no longer what it was."""
     done = progress["place"][0]
     try:
@@ -420,12 +431,22 @@ def _changed_input(folder: Path, progress: dict) -> str | None:
             states = [json.loads(line) for line in itertools.islice(lines, done)]
     except (OSError, ValueError) as error:
         return f"{INPUTS} is damaged ({error})"
-    for then in [*states, *progress["current"]]:
-        now = _file_state(then["path"])
-        for what in ("size", "modified"):
-            if now[what] != then[what]:
-                return f"{then['path']} has changed since it was read"
+    for number, then in enumerate([*states, *progress["current"]]):
+        path = files[number]
+        now = _file_state(path)
+        if (now["size"], now["modified"]) != (then["size"], then["modified"]):
+            return f"{path} has changed since it was read"
+        if number < done and is_stream(path) and _stream_sha256(path, reading) != then["sha256"]:
+            return f"{shown(path)} gives something else than when it was read"
     return None
+
+
+def _stream_sha256(path: str, reading: Reading) -> str:
+    """The hash of all that a stream gives, as `_Run` takes it."""
+    digest = hashlib.sha256()
+    for document in raw_documents(path, reading, lambda line: None):
+        digest.update(document.data or b"")
+    return digest.hexdigest()
 
 
 def _nothing_found(key: str, part: KeySummary, summary: Summary) -> str:

@@ -109,14 +109,12 @@ class Unfinished:
         self.progress: dict = {}
         self._sizes: dict[str, int] = {}
         try:
-            self._go_on(changed)
+            if not anew:
+                self._go_on(changed)
         except UserError:
             if not overwrite:
                 self._lock.close()
                 raise
-            anew = True
-        if anew:
-            self.progress, self._sizes, self._moves = {}, {}, []
         if not self.progress:
             self._remove_files()
 

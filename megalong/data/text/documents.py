@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from megalong.data.text.files import COMPRESSIONS, STANDARD_INPUT
+from megalong.data.text.files import COMPRESSIONS, shown
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -68,7 +68,7 @@ class RawDocument(NamedTuple):
 
     @property
     def place(self) -> str:
-        path = "standard input" if self.path == STANDARD_INPUT else self.path
+        path = shown(self.path)
         return path if self.line is None else f"{path}:{self.line}"
 
     @property
@@ -115,6 +115,6 @@ def as_text(data: bytes, document: RawDocument) -> str:
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 (byte {error.start})"
         for compression in COMPRESSIONS:
-            if data.startswith(compression.magic):
-                problem = f"compressed with {compression.name}, {compression.advice}"
+            if compression.begins(data):
+                problem = f"compressed with {compression.name}"
         raise BrokenDocument(f"{document.place}: {problem}") from None

@@ -6,8 +6,10 @@ import bz2
 import glob
 import gzip
 import importlib.util
+import io
 import lzma
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -33,38 +35,44 @@ if zstd is not None:
 
 
 class Compression(NamedTuple):
-    """A kind of compression. magic: how a file begins. open: None where it is not supported."""
+    """A kind of compression. magic: a pattern that files begin with, and texts do not. open: None
+    where it is not supported."""
 
     name: str
     suffix: str
     magic: bytes
     open: Callable[[BinaryIO], BinaryIO] | None
 
+    def begins(self, data: bytes) -> bool:
+        return re.match(self.magic, data) is not None
+
     @property
-    def advice(self) -> str:
-        """What to do with a file of it."""
-        if self.open is not None:
-            return f"without a name in {self.suffix}"
+    def unsupported(self) -> str:
+        """What it is, and what to do with a file of it."""
         if self.suffix == ".zst":
-            return "which needs the package backports.zstd: pip install backports.zstd"
-        return "which is not supported: decompress it, or compress it with gzip, as .gz"
+            advice = "which needs the package backports.zstd: pip install backports.zstd"
+        else:
+            advice = "which is not supported: decompress it, or compress it with gzip"
+        return f"compressed with {self.name}, {advice}"
 
 
 COMPRESSIONS = (
-    Compression("gzip", ".gz", b"\x1f\x8b", lambda file: gzip.GzipFile(fileobj=file)),
-    Compression("Zstandard", ".zst", b"\x28\xb5\x2f\xfd", zstd and zstd.ZstdFile),
-    Compression("xz", ".xz", b"\xfd7zXZ", lzma.LZMAFile),
-    Compression("bzip2", ".bz2", b"BZh", bz2.BZ2File),
-    Compression("LZ4", ".lz4", b"\x04\x22\x4d\x18", None),
-    Compression("zip", ".zip", b"PK\x03\x04", None),
+    Compression("gzip", ".gz", rb"\x1f\x8b\x08", lambda file: gzip.GzipFile(fileobj=file)),
+    Compression("Zstandard", ".zst", rb"\x28\xb5\x2f\xfd", zstd and zstd.ZstdFile),
+    Compression("xz", ".xz", rb"\xfd7zXZ\x00", lzma.LZMAFile),
+    # The head of a block, or of the end of an empty file.
+    Compression("bzip2", ".bz2", rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", bz2.BZ2File),
+    Compression("LZ4", ".lz4", rb"\x04\x22\x4d\x18", None),
+    Compression("zip", ".zip", rb"PK\x03\x04", None),
 )
+_MAGIC_BYTES = 10  # of the longest
 _BUFFER_BYTES = 1 << 20  # lines may be long
 _TEXTS = (".jsonl", ".json", ".ndjson", ".txt")
 
 
 def find_files(inputs: list[str], documents: str = "auto") -> list[str]:
     """The files that files, folders (searched for files at any depth) and glob patterns name; "-"
-    is standard input.
+    is standard input. A pipe may be named like a file.
 
     In the order of `inputs`, sorted inside a folder or pattern, each file once. Hidden files and
     folders inside a folder are left out. documents: as in `documents.Reading`; where it is
@@ -86,8 +94,9 @@ def find_files(inputs: list[str], documents: str = "auto") -> list[str]:
         ]
         if not found:
             what = "an empty folder" if os.path.isdir(name) else "no such file, folder or match"
-            if documents == "repository" and os.path.isfile(name):
-                what = "a file; --documents repository wants folders"
+            if documents == "repository" and (exists or name == STANDARD_INPUT):
+                kind = "a stream" if is_stream(name) else "a file"
+                what = f"{kind}; --documents repository wants folders"
             raise UserError(f"--input {name}: {what}")
         files += found
     if documents == "auto":
@@ -101,18 +110,60 @@ def content_files(path: str) -> list[str]:
     return _files_below(path) if os.path.isdir(path) else [path]
 
 
+def is_stream(path: str) -> bool:
+    """Whether it can be read only once: standard input, a named pipe, `<(command)` of a shell."""
+    if path == STANDARD_INPUT:
+        return True
+    return os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
+
+
+def shown(path: str) -> str:
+    """The name of a file, or of standard input, in messages."""
+    return "standard input" if path == STANDARD_INPUT else path
+
+
 def total_size(files: list[str]) -> int | None:
-    """Bytes of all that `find_files` found; None with standard input, whose size is not known."""
-    if STANDARD_INPUT in files:
+    """Bytes of all that `find_files` found; None with a stream, whose size is not known."""
+    if any(map(is_stream, files)):
         return None
     return sum(os.path.getsize(file) for path in files for file in content_files(path))
 
 
-def open_file(path: str) -> BinaryIO:
-    """A file, or standard input, as it is on disk."""
-    if path == STANDARD_INPUT:
-        return open(sys.stdin.fileno(), "rb", _BUFFER_BYTES, closefd=False)
-    return open(path, "rb", _BUFFER_BYTES)
+class _Stream(io.RawIOBase):
+    """A stream that knows how far it was read, and whose first bytes, of which a pipe may give any
+    number at a time, come together."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file, self._position = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:
+        size = self._file.readinto(buffer)
+        while self._position == 0 and 0 < size < min(_MAGIC_BYTES, len(buffer)):
+            more = self._file.readinto(buffer[size:])
+            if not more:
+                break
+            size += more
+        self._position += size
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def open_file(path: str) -> io.BufferedReader:
+    """A file, or a stream, as it is on disk."""
+    if not is_stream(path):
+        return open(path, "rb", _BUFFER_BYTES)
+    standard = path == STANDARD_INPUT
+    file = io.FileIO(sys.stdin.fileno() if standard else path, closefd=not standard)
+    return io.BufferedReader(_Stream(file), _BUFFER_BYTES)
 
 
 def without_compression(path: str) -> tuple[str, Compression | None]:
@@ -124,14 +175,26 @@ def without_compression(path: str) -> tuple[str, Compression | None]:
     return lower, None
 
 
-def decompressed(on_disk: BinaryIO, path: str) -> BinaryIO:
-    """The content of an open file: what it unpacks to, if its name says that it is compressed."""
-    _, compression = without_compression(path)
-    return compression.open(on_disk) if compression and compression.open else on_disk
+def compression_of(on_disk: io.BufferedReader, path: str) -> Compression | None:
+    """How an open file is compressed, as its first bytes say, or else its name."""
+    head = on_disk.peek(_MAGIC_BYTES)
+    known = (compression for compression in COMPRESSIONS if compression.begins(head))
+    return next(known, without_compression(path)[1])
+
+
+def decompressed(on_disk: io.BufferedReader, path: str) -> BinaryIO:
+    """The content of an open file: what it unpacks to, if it is compressed. Raises OSError for a
+    compression that is not supported."""
+    compression = compression_of(on_disk, path)
+    if compression is None:
+        return on_disk
+    if compression.open is None:
+        raise OSError(compression.unsupported)
+    return compression.open(on_disk)
 
 
 def _files_below(path: str) -> list[str]:
-    if os.path.isfile(path):
+    if not os.path.isdir(path):
         return [path]
     found = []
     for folder, folders, names in os.walk(Path(path), onerror=_refuse):
@@ -160,9 +223,14 @@ def _check_readable(file: str, named: bool) -> None:
     """Raises UserError for text that cannot be read. named: the user has named it itself."""
     name, compression = without_compression(file)
     if compression and compression.open is None and (named or name.endswith(_TEXTS)):
-        raise UserError(f"--input {file}: compressed with {compression.name}, {compression.advice}")
+        raise UserError(f"--input {file}: {compression.unsupported}")
     if name.endswith(".parquet"):
         if compression:
             raise UserError(f"--input {file}: Parquet is compressed inside: decompress the file")
-        if importlib.util.find_spec("pyarrow") is None:
-            raise UserError(f"--input {file}: Parquet needs pyarrow: pip install pyarrow")
+        check_pyarrow(file)
+
+
+def check_pyarrow(file: str) -> None:
+    """Raises UserError where a file of Parquet cannot be read, for want of the package."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise UserError(f"--input {file}: Parquet needs pyarrow: pip install pyarrow")

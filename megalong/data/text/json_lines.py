@@ -7,7 +7,16 @@ import os
 from collections.abc import Iterator
 
 from megalong.data.text.documents import BrokenDocument, RawDocument, Reading, as_text
-from megalong.data.text.files import UNREADABLE, decompressed, open_file, without_compression
+from megalong.data.text.files import (
+    UNREADABLE,
+    compression_of,
+    decompressed,
+    is_stream,
+    open_file,
+    shown,
+)
+from megalong.data.text.parquet import MAGIC as PARQUET
+from megalong.errors import UserError
 
 NAME = "JSON lines"
 _KINDS = {
@@ -19,10 +28,15 @@ _LONGEST_LINE = 1 << 30  # bytes; whatever is longer has no lines
 
 
 def raw_documents(path: str, reading: Reading) -> Iterator[RawDocument]:
-    """The lines of a file."""
+    """The lines of a file. Raises UserError for a stream of Parquet."""
     line, position = 0, 0
     try:
         with open_file(path) as on_disk, decompressed(on_disk, path) as lines:
+            if is_stream(path) and on_disk.peek(len(PARQUET)).startswith(PARQUET):
+                raise UserError(
+                    f"{shown(path)}: Parquet, which is read from its end and so from no stream:"
+                    " write it to a file, and give its name to --input"
+                )
             while data := lines.readline(_LONGEST_LINE):
                 if len(data) == _LONGEST_LINE:
                     raise EOFError(f"a line of more than {_LONGEST_LINE:,} bytes")
@@ -37,10 +51,10 @@ def raw_documents(path: str, reading: Reading) -> Iterator[RawDocument]:
 
 def raw_documents_from(path: str, reading: Reading, share: float) -> Iterator[RawDocument]:
     """The lines behind this share of a file, or all lines of a compressed one."""
-    if without_compression(path)[1]:
-        yield from raw_documents(path, reading)
-        return
     with contextlib.suppress(*UNREADABLE), open_file(path) as lines:
+        if compression_of(lines, path):
+            yield from raw_documents(path, reading)
+            return
         lines.seek(int(os.path.getsize(path) * share))
         lines.readline(_LONGEST_LINE)
         while data := lines.readline(_LONGEST_LINE):

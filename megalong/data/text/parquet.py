@@ -9,9 +9,19 @@ from collections.abc import Iterable, Iterator
 from megalong.data.text.documents import BrokenDocument, RawDocument, Reading, as_text
 
 NAME = "Parquet"
+MAGIC = b"PAR1"  # how a file begins, and ends
 _BATCH_BYTES = 1 << 22  # of text, about, that are decoded at a time
 _BATCH_ROWS = 1024
 _BUFFER_BYTES = 1 << 20  # that are read of a column at a time
+
+
+def is_parquet(path: str) -> bool:
+    """Whether a file is of this format, whatever its name."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if file.read(len(MAGIC)) == MAGIC:
+            file.seek(-len(MAGIC), os.SEEK_END)
+            return file.read() == MAGIC
+    return False
 
 
 def raw_documents(path: str, reading: Reading) -> Iterator[RawDocument]:

@@ -4,19 +4,22 @@ import os
 from collections.abc import Iterator
 
 from megalong.data.text.documents import BrokenDocument, RawDocument, Reading, as_text
-from megalong.data.text.files import STANDARD_INPUT, UNREADABLE, decompressed, open_file
+from megalong.data.text.files import UNREADABLE, decompressed, is_stream, open_file
 
 NAME = "plain text"
 
 
 def raw_documents(path: str, reading: Reading) -> Iterator[RawDocument]:
-    """The file itself, which `texts` reads; standard input is read here."""
-    if path != STANDARD_INPUT:
+    """The file itself, which `texts` reads; a stream is read here."""
+    if not is_stream(path):
         yield RawDocument(NAME, path, None, None, None, os.path.getsize(path))
         return
-    with open_file(path) as file:
-        data = file.read()
-    yield RawDocument(NAME, path, None, data, None, len(data))
+    try:
+        with open_file(path) as on_disk, decompressed(on_disk, path) as file:
+            data = file.read()
+            yield RawDocument(NAME, path, None, data, None, on_disk.tell())
+    except UNREADABLE as error:
+        yield RawDocument(NAME, path, None, None, f"unreadable ({error})", 0)
 
 
 def texts(document: RawDocument, reading: Reading) -> dict[str, str | BrokenDocument]:

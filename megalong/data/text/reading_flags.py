@@ -16,7 +16,8 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
         "--input",
         nargs="+",
         required=True,
-        help="files, folders, glob patterns, or - for JSON lines on standard input",
+        help="files, folders, glob patterns, and JSON lines from - (standard input), <(command)"
+        " or a named pipe",
     )
     add(
         "--json-keys",
@@ -30,7 +31,7 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
         choices=DOCUMENTS,
         default=default.documents,
         help="what is a document. auto: a line of JSON lines, a row of Parquet, any other file;"
-        " file: a file, whatever its name (source code; plain text on standard input);"
+        " file: a file, whatever its name (source code; of a stream, plain text);"
         " repository: all files of a folder, each behind a line with its path. An input folder"
         " with files of its own is a repository, one of folders only stands for these",
     )

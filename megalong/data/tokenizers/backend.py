@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from megalong.data.text.documents import Reading
-from megalong.data.text.files import STANDARD_INPUT
+from megalong.data.text.files import is_stream, shown
 from megalong.data.text.sample import sample_texts
 from megalong.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer
 from megalong.errors import UserError
@@ -117,8 +117,11 @@ def _prove_same(
     fast: Tokenizer, usual: Tokenizer, files: list[str], reading: Reading
 ) -> tuple[int, int]:
     """Documents and bytes that both cut alike. Raises UserError for one that they do not."""
-    if STANDARD_INPUT in files:
-        raise UserError("standard input cannot be read twice, to compare the ids of both libraries")
+    stream = next(filter(is_stream, files), None)
+    if stream is not None:
+        raise UserError(
+            f"{shown(stream)} cannot be read twice, to compare the ids of both libraries"
+        )
     documents = size = 0
     for text in [*_PROBES, *usual.special_names, *_random_texts()]:
         _compare(fast, usual, text, "a probe")
