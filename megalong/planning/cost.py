@@ -20,6 +20,7 @@ factor is a number in the cluster's file. What is assumed:
 - The update comes after everybody's backward pass.
 - Copies to the host and back run on a stream of their own, beside everything else of the same
   direction, and hide behind it wholly; what is longer is exposed.
+- The attainable rate of an operation of several kernels is that of a call as large as one of them.
 
 | what                              | runs beside              | because                          |
 |-----------------------------------|--------------------------|----------------------------------|
@@ -47,12 +48,13 @@ from megalong.config import Config
 from megalong.model.flops import step_flops
 from megalong.planning.cluster import Cluster, Device
 from megalong.planning.collectives import collective_seconds
-from megalong.planning.work import Operation, Work
+from megalong.planning.work import TO_DEVICE, TO_HOST, Operation, Work
 from megalong.training.deepspeed_config import deepspeed_config
 
 # Attention of a shard to itself. Where a direction has none of these, it is all of its attention:
 # the ring's is of one shard while the next arrives, a window's rows of neighbours are few.
 _LOCAL_ATTENTION = ("megalong.dilated_attention", "megalong.dilated_attention_backward")
+_COPIES = (TO_HOST, TO_DEVICE)
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -216,7 +218,7 @@ def operation_seconds(operation: Operation, device: Device) -> float:
             backward = operation.name.endswith("_backward")
             curves = device.attention_backward if backward else device.attention_forward
         peak = device.peak(operation.dtype)
-        share = curves[operation.dtype].at(operation.flops)
+        share = curves[operation.dtype].at(operation.flops / max(1, operation.kernels))
         seconds = max(seconds, operation.flops / (peak * share))
     return seconds + operation.kernels * device.kernel_seconds
 
@@ -225,7 +227,7 @@ def _compute_seconds(work: Work, direction: str, device: Device) -> Counter[str]
     """By part."""
     seconds: Counter[str] = Counter()
     for operation, calls in work.operations.items():
-        if operation.direction == direction and operation.kind != "host":
+        if operation.direction == direction and operation.name not in _COPIES:
             seconds[operation.part] += calls * operation_seconds(operation, device)
     return seconds
 
@@ -284,6 +286,6 @@ def _host_seconds(work: Work, direction: str, cluster: Cluster) -> float:
     moved = sum(
         calls * operation.bytes
         for operation, calls in work.operations.items()
-        if operation.kind == "host" and operation.direction == direction
+        if operation.name in _COPIES and operation.direction == direction
     )
     return moved / cluster.host_bandwidth

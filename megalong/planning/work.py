@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 PARTS = ("embedding", "attention", "projections", "mlp", "logits", "other", "optimizer")
 DIRECTIONS = ("forward", "backward", "update")
 
-# How an operation is bound: products of matrices, attention's kernels, the memory alone, or the
-# link between the device and its host (its bytes are those that go over it, once).
-KINDS = ("product", "attention", "memory", "host")
+# How an operation is bound: products of matrices, attention's kernels, or the memory alone.
+KINDS = ("product", "attention", "memory")
+
+# Names of the copies between the device and the host: their bytes go over the link between the two,
+# and no kernel is launched for them.
+TO_HOST, TO_DEVICE = "megalong.to_host", "megalong.to_device"
 
 
 @dataclass(frozen=True, order=True)
@@ -46,7 +49,7 @@ class Collective:
 
     axis: of the mesh, as in `megalong.parallel.traffic`. name: as there ("all_gather").
     bytes: of the larger of the call's buffers, as there.
-    ranks: global ranks of the group, ascending.
+    ranks: global ranks of the group, ascending; of "send" and "receive" the two that take part.
     """
 
     axis: str

@@ -16,7 +16,7 @@ from megalong.planning.cost import (
     pipeline_bubble,
     step_cost,
 )
-from megalong.planning.work import Collective, Operation, Work
+from megalong.planning.work import TO_DEVICE, TO_HOST, Collective, Operation, Work
 
 
 def flat(share):
@@ -196,8 +196,8 @@ def test_what_the_host_cannot_launch_in_time():
 
 def test_copies_to_the_host_hide_behind_everything():
     copies = [
-        operation("host", 0, 30, name="aten.copy_"),
-        operation("host", 0, 15, name="aten.copy_", direction="backward"),
+        operation("memory", 0, 30, name=TO_HOST, kernels=0),
+        operation("memory", 0, 15, name=TO_DEVICE, kernels=0, direction="backward"),
     ]
     done = work([operation(), operation(direction="backward"), *copies], [])
     cost = phase_cost(done, ["forward", "backward"], cluster(), Overlap())
