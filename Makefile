@@ -20,10 +20,11 @@ test-long: setup
 
 # On a machine with an NVIDIA GPU, with the Python at hand: tests, training, then benchmarks of the
 # kernels, into $(OUT); each also where one before it failed. The tests are two processes, as what
-# they do most is to compile. Estimated for one H100, on the cautious side, 8 minutes: tests 3.3
+# they do most is to compile. Estimated for one H100, on the cautious side, 8.6 minutes: tests 3.3
 # (compiling some 250 kernels 2.2 in two processes, FlexAttention 0.5); training 3.7 (its Python
 # starts 5 times, 0.3 each; kernels compile 0.7; steps 0.5, those of a million tokens 0.5, of which
-# half to pin the host's memory; data 0.3; sequence axis 0.3); "lengths" 1.
+# half to pin the host's memory; data 0.3; sequence axis 0.3); "lengths" 1; calibration of the cost
+# model, which writes $(OUT)/cluster.yaml, 0.6.
 gpu_pytest = PYTHONPATH=. $(PYTHON) -m pytest -rA
 newer = documents or ranges or band or kinds
 benchmark = PYTHONPATH=. $(PYTHON) tools/benchmarks/attention.py --device cuda --dtype bfloat16 \
@@ -41,6 +42,8 @@ gpu:
 	    --output $(OUT)/training || status=1; \
 	$(benchmark) --patterns A --head-dims 128 --kv-heads 16 --documents 16 \
 	    --lengths 2048 8192 16384 32768 131072 --output $(OUT)/lengths || status=1; \
+	PYTHONPATH=. $(PYTHON) tools/calibrate_device.py --device cuda --ranks 1 --seconds 0.03 \
+	    --output $(OUT)/cluster.yaml || status=1; \
 	exit $$status
 
 # The Dockerfile's steps, carried out without Docker in a fresh environment.

@@ -1,0 +1,110 @@
+"""Descriptions that are measured: the arithmetic by hand, and the command on this machine's CPU."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+from megalong.errors import UserError
+from megalong.planning.calibration import clock, device, links
+from megalong.planning.calibration.description import link_shares, shares
+from megalong.planning.cluster import load_cluster
+from tests.launching import REPOSITORY, ranks_command, run, run_here
+
+TOOL = REPOSITORY / "tools" / "calibrate_device.py"
+
+
+def test_shares_of_a_peak():
+    rows = [(100.0, 0.1), (2000.0, 0.1), (30_000.0, 1.0)]
+    assert shares(rows, 20_000.0) == [[100.0, 0.05], [2000.0, 1.0], [30_000.0, 1.0]]
+
+
+def test_shares_of_a_link():
+    # 4 ranks: three quarters of an all_gather's bytes go through each.
+    seconds = {"all_gather": [(400, 0.3 + 0.1), (4000, 3 + 0.1)], "send": [(1000, 0.5 + 0.05)]}
+    through = {"all_gather": (0.75, 3), "send": (1.0, 1)}
+    bandwidth, table = link_shares(seconds, through, {"all_gather": 0.1, "send": 0.05})
+    assert bandwidth == 2000
+    assert table["all_gather"] == [[400.0, 0.5], [4000.0, 0.5]] and table["send"] == [[1000.0, 1]]
+    assert table["others"] == table["all_gather"]
+
+
+def test_what_is_measured_of_links_is_what_the_cost_model_says(tmp_path):
+    """Ranks, bytes and steps of `links.THROUGH` are those of `collectives`."""
+    from megalong.planning.cluster import Cluster, Curve, Device, Link
+    from megalong.planning.collectives import collective_seconds
+    from megalong.planning.work import Collective
+
+    one = dict.fromkeys(links.THROUGH, Curve(((1.0, 1.0),)))
+    nobody = Device("d", 1, {}, 1, {}, {}, {}, Curve(((1.0, 1.0),)), 0, 0, 0)
+    cluster = Cluster("c", nobody, 8, Link("l", 1.0, 1e-3, one), None, 0.0, 1, 1, 0)
+    for name, of in links.THROUGH.items():
+        for n in (2, 3, 8) if name != "send" else (2,):
+            share, steps = of(n)
+            found = collective_seconds(Collective("data", "f", name, 1, tuple(range(n))), cluster)
+            # Of few bytes to many ranks, an all_reduce goes along a tree, of 2 bytes a byte.
+            tree = 2 + steps * 1e-3 if name == "all_reduce" else 0
+            assert found == pytest.approx(share + steps * 1e-3) or found == pytest.approx(tree)
+
+
+SMALL = (
+    mock.patch.dict(device.PRODUCTS, cpu=(16, 32)),
+    mock.patch.dict(device.LENGTHS, cpu=(16, 32)),
+    mock.patch.dict(device.MEMORY, cpu=(1000, 10_000)),
+    mock.patch.object(clock, "FEWEST", 2),
+)
+
+
+def test_one_core_describes_itself(tmp_path):
+    threads = torch.get_num_threads()
+    try:
+        with SMALL[0], SMALL[1], SMALL[2], SMALL[3]:
+            output = tmp_path / "new" / "core.yaml"
+            done = run_here(
+                TOOL, "--output", output, "--device", "cpu", "--ranks", 1, "--seconds", 0.001
+            )
+    finally:
+        torch.set_num_threads(threads)
+    assert f"--cluster {output}" in done.stdout
+    cluster = load_cluster(str(output))
+    assert cluster.gpus_per_node == 1 and cluster.between_nodes is None
+    assert cluster.calibrated.endswith("1 rank at a time")
+    found = cluster.device
+    assert found.kernel_seconds > 0 and found.launch_seconds == 0
+    for curves in (found.product, found.attention_forward, found.attention_backward):
+        assert set(curves) == {"float32", "bfloat16"}
+        assert all(len(curve.points) == 2 for curve in curves.values())
+    assert max(share for _, share in found.memory_share.points) == pytest.approx(1, abs=0.01)
+    # A peak is the best of what was measured, so some call gets all of it.
+    best = max(
+        share
+        for curves in (found.product, found.attention_forward, found.attention_backward)
+        for _, share in curves["float32"].points
+    )
+    assert best == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.long
+def test_two_ranks_describe_their_link(tmp_path):
+    output = tmp_path / "ranks.yaml"
+    run([*ranks_command(2, str(TOOL), "--output", output, "--device", "cpu", "--seconds", 0.01)])
+    cluster = load_cluster(str(output))
+    assert cluster.gpus_per_node == 2 and cluster.calibrated.endswith("2 ranks at a time")
+    assert cluster.within_node.latency > 0
+    assert cluster.within_node.rate("all_reduce", 2**24) > 1e6
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ranks", "4096"], "--ranks 4096: this machine has"),
+        (["--ranks", "-1"], "--ranks -1: this machine has"),
+        (["--seconds", "0"], "--seconds 0 must be positive"),
+        (["--cluster", "h10"], "--cluster h10: no such file, and no such cluster"),
+    ],
+)
+def test_mistakes(tmp_path, flags, message):
+    done = run_here(TOOL, "--output", tmp_path / "x.yaml", "--device", "cpu", *flags, check=False)
+    assert done.returncode == 2 and message in done.stderr
+    with pytest.raises(UserError):
+        load_cluster(str(tmp_path / "x.yaml"))
