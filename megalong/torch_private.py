@@ -41,12 +41,14 @@ __all__ = [
     "FakeTensorMode",
     "TorchDispatchMode",
     "collective_counts",
+    "current_node",
     "forget_memory_history",
     "is_going_backward",
     "open_collectives",
     "record_memory_history",
     "slice_of_file",
     "tree_leaves",
+    "written_arguments",
     "write_collectives",
     "write_memory_history",
 ]
@@ -58,6 +60,7 @@ NAMES = (
     (torch.testing, "_internal"),
     (torch.utils, "_python_dispatch"),
     (torch.utils, "_pytree"),
+    (torch._C, "_current_autograd_node"),
     (torch._C, "_current_graph_task_id"),
     (torch._C, "_distributed_c10d"),
     (torch._C._distributed_c10d, "_dump_fr_trace"),
@@ -69,6 +72,7 @@ NAMES = (
     (torch.ops.aten, "_scaled_dot_product_efficient_attention"),
     (torch.ops.aten, "_scaled_dot_product_flash_attention"),
     (torch.ops.aten, "_to_copy"),
+    (torch.ops.aten.add_.Tensor, "_schema"),
 )
 NAMES_WITH_NCCL = ((torch._C._distributed_c10d, "_dump_nccl_trace"),)  # in builds that have it
 
@@ -128,6 +132,24 @@ def slice_of_file(reader: FileSystemReader, file: IO[bytes], piece: Any) -> IO[b
 def is_going_backward() -> bool:
     """Whether autograd is computing gradients right now, recomputation for them included."""
     return torch._C._current_graph_task_id() != -1
+
+
+def current_node() -> Any:
+    """The node of autograd's graph whose gradient is being computed right now; None if none is."""
+    return torch._C._current_autograd_node()
+
+
+def written_arguments(operator: Any, args: Any, kwargs: dict[str, Any]) -> list[tuple[Any, bool]]:
+    """What an operator of `torch.ops` is given to write into, and whether it is for results alone
+    (out=)."""
+    if not operator._schema.is_mutable:
+        return []
+    found = []
+    for index, argument in enumerate(operator._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            found.append((value, argument.is_out))
+    return found
 
 
 def record_memory_history(events: int) -> None:

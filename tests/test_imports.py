@@ -36,7 +36,7 @@ ROOMS = {
     "parallel": SMALL | {"config", "attention"},
     "model": SMALL | {"parallel", "config", "attention", "tiling"},
     "training": SMALL | {"model", "checkpoint", "parallel", "optimizers", "config", "data"},
-    "planning": SMALL | {"training", "model", "parallel", "config", "data", "attention"},
+    "planning": SMALL | {"training", "model", "parallel", "config", "data", "attention", "tiling"},
     "hf": SMALL | {"model", "checkpoint", "config", "data", "attention"},
     "doctor": SMALL | {"command_line", "training", "attention"},
 }

@@ -49,6 +49,7 @@ NAMES = {
     "parameter of ZeRO 3": {
         "ds_id": "marks it",
         "ds_shape": "its shape before it was divided",
+        "ds_tensor": "this rank's part of it",
     },
 }
 
@@ -122,6 +123,18 @@ def link_state(engine: Any) -> None:
 def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
     """The parameter's shape, also where ZeRO 3 has divided it."""
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def held(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+    """The tensors in which this rank holds a parameter, or its part of it."""
+    part = getattr(parameter, "ds_tensor", None)
+    return [parameter.data] if part is None else [parameter.data, part]
+
+
+def held_gradients(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+    """The gradients of a parameter that this rank holds whole."""
+    gradients = parameter.grad, getattr(parameter, "grad_accum", None)
+    return [gradient for gradient in gradients if gradient is not None]
 
 
 def fill(

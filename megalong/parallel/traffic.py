@@ -8,6 +8,7 @@ one step of a run only: the next ones do the same.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,33 @@ import torch.distributed as dist
 from megalong.torch_private import COLLECTIVES, TorchDispatchMode
 
 Counts = dict[str, dict[str, dict[str, int]]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A collective, as its operator was called.
+
+    name: as people know it. bytes: of the larger of its buffers. tensors: all of them.
+    peer: the rank within the group that one sends to or receives from, where it is that.
+    """
+
+    name: str
+    group: dist.ProcessGroup
+    bytes: int
+    tensors: tuple[torch.Tensor, ...]
+    peer: int | None
+
+
+def call_of(operator: Any, args: tuple[Any, ...]) -> Call | None:
+    """What an operator of torch.ops.c10d sends; None where it sends nothing (a barrier)."""
+    name = COLLECTIVES.get(operator.__name__.split(".")[0])
+    group = next((g for arg in args if (g := _group(arg)) is not None), None)
+    if name is None or group is None:
+        return None
+    buffers = [list(_tensors(arg)) for arg in args]
+    nbytes = max(sum(x.nbytes for x in buffer) for buffer in buffers)
+    peer = args[2] if name in ("send", "receive") and isinstance(args[2], int) else None
+    return Call(name, group, nbytes, tuple(x for buffer in buffers for x in buffer), peer)
 
 
 class CountTraffic(TorchDispatchMode):
@@ -35,18 +63,17 @@ class CountTraffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         if operator.namespace == "c10d":
-            self._count(operator.__name__.split(".")[0], args)
+            self._count(call_of(operator, args))
         return operator(*args, **(kwargs or {}))
 
-    def _count(self, operator: str, args: tuple[Any, ...]) -> None:
-        name = COLLECTIVES.get(operator)
-        group = next((g for arg in args if (g := _group(arg)) is not None), None)
-        if name is None or group is None or group.size() == 1:
+    def _count(self, call: Call | None) -> None:
+        if call is None or call.group.size() == 1:
             return
-        axis = self._axis_of_group.get(group.group_name, "other")
-        count = self.counts.setdefault(axis, {}).setdefault(name, {"calls": 0, "bytes": 0})
+        axis = self._axis_of_group.get(call.group.group_name, "other")
+        count = self.counts.setdefault(axis, {})
+        count = count.setdefault(call.name, {"calls": 0, "bytes": 0})
         count["calls"] += 1
-        count["bytes"] += max(sum(x.nbytes for x in _tensors(arg)) for arg in args)
+        count["bytes"] += call.bytes
 
 
 def _group(argument: Any) -> dist.ProcessGroup | None:

@@ -19,7 +19,8 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 from unittest import mock
 
 import torch
@@ -31,15 +32,23 @@ from megalong.device import use_gpu
 from megalong.model.build import build_model
 from megalong.model.memory_path import Room, choose_memory_path
 from megalong.parallel.cpu import enable_megatron_without_gpu
-from megalong.parallel.deepspeed_private import skip_shared_memory_kernels
+from megalong.parallel.deepspeed_private import (
+    held,
+    held_gradients,
+    skip_shared_memory_kernels,
+    stepping_optimizer,
+)
 from megalong.parallel.mesh import Mesh, build_mesh
+from megalong.parallel.schedule import run_schedule
 from megalong.parallel.traffic import Counts
 from megalong.planning import fake_device
 from megalong.planning.fake_tensors import fake_device_tensors
-from megalong.planning.flops import ExecutedFlops, PartOf
 from megalong.planning.host_syncs import HostSyncs, Wait
 from megalong.planning.kernels import NoKernels
 from megalong.planning.memory import DeviceMemory
+from megalong.planning.parts import Parts
+from megalong.planning.recorder import WorkRecorder
+from megalong.planning.work import Work
 from megalong.torch_private import FakeStore
 from megalong.training.engine import TrainingEngine, weights_divider
 
@@ -87,20 +96,27 @@ COMPARISONS = tuple(
 class DryRun:
     """What a step of one rank needs.
 
-    memory: bytes of the device at the peak, by what they are for or when they came into being:
-        "weights", "optimizer" (with what ZeRO 3 divides of the weights), "forward", "backward".
+    work: its operations and collectives.
+    memory: bytes of the device at the peak, by kind (`megalong.planning.work.MEMORY`).
     host: bytes of pinned memory at the peak: activations that wait there, with
         --offload-activations.
-    traffic: of the step, by axis and collective (`megalong.parallel.traffic`).
     waits: how often the host waits for the device in a step, by the function that waits.
-    flops: executed, by part (`part_of`) and direction ("forward", "backward").
     """
 
+    work: Work
     memory: Counter[str]
     host: int
-    traffic: Counts
-    waits: Counter[str]
-    flops: Counter[tuple[str, str]]
+    waits: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def flops(self) -> Counter[tuple[str, str]]:
+        """Executed, by part and direction, of those that have some."""
+        return Counter({key: flops for key, flops in self.work.flops().items() if flops})
+
+    @property
+    def traffic(self) -> Counts:
+        """By axis and collective, as `megalong.parallel.traffic` counts."""
+        return self.work.traffic()
 
 
 def dry_run(
@@ -110,7 +126,6 @@ def dry_run(
     rank: int = 0,
     ranks: int = 1,
     prepare: Callable[[TrainingEngine], None] = lambda _: None,
-    part_of: PartOf = lambda name, shapes: "all",
     quick: bool = False,
 ) -> DryRun:
     """Two training steps of rank `rank` of a launch of `ranks`, and the forward pass of an
@@ -119,11 +134,11 @@ def dry_run(
     config: resolved for as many ranks; data and tokenizer are not opened. `--memory-path auto` is
         what it is on such a device, with a host that has room for everything.
     prepare: is given the engine before its first step.
-    part_of: of operators that compute, for `flops`.
-    quick: one step, and no evaluation: memory and FLOPs are the same, traffic and waits are empty.
+    quick: no evaluation, nobody looks for waits, and one step where the second does the same (but
+        for ZeRO 3, which has to see what it will be asked for): the rest of the result is the same.
     Raises HostSync, WrongDevice, or PyTorch's FakeTensorDeviceMismatchError.
     """
-    memory = DeviceMemory()
+    memory, parts = DeviceMemory(), Parts()
     with fake_rank(config, rank, ranks) as mesh, memory:
         replicas = mesh.data_parallel_size * mesh.sequence.size
         device = fake_device.MEMORY if use_gpu() else math.inf
@@ -132,14 +147,48 @@ def dry_run(
         engine = fake_engine(config, vocab_size, mesh, memory)
         prepare(engine)
         batches = host_batches(config, mesh)
-        for allowed in (None,) if quick else (None, ALLOWED):
-            flops = ExecutedFlops(part_of)
-            with memory.during("forward"), HostSyncs(allowed) as syncs, NoKernels(), flops:
-                engine.train_step(batches, config.training.lr)
+        steps = 1 if quick and config.parallel.zero_stage < 3 else 2
+        with parts.watch(engine.model):
+            for number in range(steps):
+                syncs = HostSyncs(ALLOWED if number and not quick else None)
+                recorder = WorkRecorder(parts, mesh.groups_by_axis, memory)
+                with (
+                    syncs, recorder, NoKernels(recorder), _telling_when_updating(
+                        engine, memory, recorder
+                    ),
+                ):  # fmt: skip
+                    engine.train_step(batches, config.training.lr)
+                memory.end_update()
         if not quick:
             with HostSyncs(ALLOWED):
                 engine.token_losses([next(batches)])
-    return DryRun(memory.peak, memory.host_peak, engine.traffic or {}, syncs.counts, flops.counts)
+    return DryRun(recorder.work, memory.peak, memory.host_peak, syncs.counts)
+
+
+@contextlib.contextmanager
+def _telling_when_updating(
+    engine: TrainingEngine, memory: DeviceMemory, recorder: WorkRecorder
+) -> Iterator[None]:
+    """Inside, the end of a schedule begins the update."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        results = run_schedule(*args, **kwargs)
+        parameters = list(engine.model.parameters())
+        memory.are((x for p in parameters for x in held_gradients(p)), "gradients")
+        memory.begin_update()
+        recorder.updating = True
+        return results
+
+    def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        of_groups = (p.grad for group in optimizer.param_groups for p in group["params"])
+        memory.are((gradient for gradient in of_groups if gradient is not None), "gradients")
+
+    hook = stepping_optimizer(engine.deepspeed).register_step_pre_hook(before_step)
+    with mock.patch("megalong.training.engine.run_schedule", run):
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 @contextlib.contextmanager
@@ -171,7 +220,7 @@ def fake_engine(
         model = build_model(config, vocab_size, mesh, initialize=False, divide=divide)
     with memory.during("optimizer"):
         engine = TrainingEngine(model, config, mesh)
-    memory.are(model.parameters(), "weights")
+    memory.are((x for p in model.parameters() for x in held(p)), "weights")
     return engine
 
 

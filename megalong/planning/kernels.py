@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from importlib.util import find_spec
+from typing import Any
 from unittest import mock
 
 from megalong.attention.operators import IMPLEMENTATIONS
@@ -17,17 +18,20 @@ from megalong.torch_private import FakeTensor, TorchDispatchMode
 
 class NoKernels(TorchDispatchMode):
     """Runs what attention's operators are made of, without the kernels; modes that are entered
-    before see its tensors. To be entered inside a FakeTensorMode."""
+    before see its tensors. To be entered inside a FakeTensorMode.
 
-    def __init__(self) -> None:
+    recorder: is told of each operator and of each launch (`megalong.planning.recorder`)."""
+
+    def __init__(self, recorder: Any = None) -> None:
         super().__init__()
+        self._recorder = recorder
         self._patches = contextlib.ExitStack()
 
     def __enter__(self) -> NoKernels:
         if find_spec("triton") is not None:
             from megalong.attention.triton import launch
 
-            self._patches.enter_context(mock.patch.object(launch, "launch", lambda *_, **__: None))
+            self._patches.enter_context(mock.patch.object(launch, "launch", self._launch))
         return super().__enter__()
 
     def __exit__(self, *error) -> None:
@@ -39,8 +43,15 @@ class NoKernels(TorchDispatchMode):
         ours = operator.namespace == "megalong" and name in IMPLEMENTATIONS
         if not ours or not isinstance(args[0], FakeTensor):
             return operator(*args, **(kwargs or {}))
+        compute = IMPLEMENTATIONS[name]
         with _InParts():
-            return IMPLEMENTATIONS[name](*args, **(kwargs or {}))
+            if self._recorder is None:
+                return compute(*args, **(kwargs or {}))
+            return self._recorder.attention(operator, args, kwargs or {}, compute)
+
+    def _launch(self, kernel: Any, programs: int, device: Any, *arguments: Any, **_: Any) -> None:
+        if programs and self._recorder is not None:
+            self._recorder.launched(arguments)
 
 
 class _InParts(TorchDispatchMode):

@@ -8,6 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,33 +23,94 @@ class DeviceMemory(TorchDispatchMode):
     """Follows every storage on the device, and in pinned memory, from the operator that makes it to
     its end.
 
-    What a storage is for is told by when it is made: `during` names the phase, and within one that
-    is called "forward", what autograd makes while it goes backward is "backward".
+    What a storage is for (`megalong.planning.work.MEMORY`) is what somebody says (`during`, `are`),
+    or else follows from its life:
+    - activations: made in a forward pass, and kept for a backward pass;
+    - gradients: made in a backward pass, and kept for the update;
+    - collectives: buffers of collectives that are neither, and all those of the data axis (buckets
+      of gradients, weights that ZeRO 3 gathers);
+    - tables: made in a step, and kept for the next one: index tables, rotary angles;
+    - temporaries: everything else, with what is recomputed in the backward pass.
+    A training loop says when the update begins (`begin_update`) and ends (`end_update`).
     Not in it: the allocator's fragmentation, CUDA's context, what kernels and NCCL hold.
 
-    now, peak: bytes of the device by kind. host_now, host_peak: bytes of pinned memory, which
-    PyTorch rounds up to a power of two; their peak may come at another time.
+    host_now, host_peak: bytes of pinned memory, which PyTorch rounds up to a power of two; their
+    peak may come at another time.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now: Counter[str] = Counter()
-        self.peak: Counter[str] = Counter()
         self.host_now = self.host_peak = 0
-        self._phase, self._device = "other", "cuda" if use_gpu() else "cpu"
+        self._device = "cuda" if use_gpu() else "cpu"
+        self._kind: str | None = None
         self._seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._log: list[tuple[_Block, int]] = []
+        self._backward = False  # what the last operator was
+        self._updating = False
+        self._passes = self._updates = 0  # backward passes, and updates, that have begun
 
     @contextlib.contextmanager
-    def during(self, phase: str) -> Iterator[None]:
+    def during(self, kind: str) -> Iterator[None]:
         """Inside, what is made is of this kind."""
-        before, self._phase = self._phase, phase
+        before, self._kind = self._kind, kind
         try:
             yield
         finally:
-            self._phase = before
+            self._kind = before
+
+    def are(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
+        """Say of what kind these are, whenever they were made."""
+        for tensor in tensors:
+            block = self._seen.get(tensor.untyped_storage())
+            if block is not None:
+                block.kind = kind
+
+    def carry(self, tensors: Iterable[torch.Tensor], axis: str) -> None:
+        """Say that a collective over an axis of the mesh reads or writes these."""
+        for tensor in tensors:
+            block = self._seen.get(tensor.untyped_storage())
+            if block is not None:
+                block.axes |= {axis}
+
+    def follow(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Look at these: tables of an earlier run, which is where they were made, count too."""
+        for tensor in tensors:
+            if tensor.device.type == self._device:
+                self._follow(tensor.untyped_storage())
+
+    def begin_update(self) -> None:
+        """All backward passes of a step are over."""
+        self._updating = True
+        self._updates += 1
+
+    def end_update(self) -> None:
+        """The next step may begin."""
+        self._updating = False
+
+    @property
+    def peak(self) -> Counter[str]:
+        """Bytes of the device by kind, at the time when they are most in total."""
+        now = most = 0
+        position = -1
+        for number, (_, size) in enumerate(self._log):
+            now += size
+            if now > most:
+                most, position = now, number
+        by_kind: Counter[str] = Counter()
+        for block, size in self._log[: position + 1]:
+            by_kind[self._kind_of(block)] += size
+        return Counter({kind: size for kind, size in by_kind.items() if size})
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
+        if is_going_backward() != self._backward:
+            self._backward = not self._backward
+            self._passes += self._backward
+        self._look(result)
+        self.follow(x for x in args if isinstance(x, torch.Tensor))
+        return result
+
+    def _look(self, result: Any) -> None:
         for tensor in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if not isinstance(tensor, torch.Tensor):
                 continue
@@ -56,37 +118,42 @@ class DeviceMemory(TorchDispatchMode):
                 self._follow(tensor.untyped_storage())
             elif is_pinned(tensor):
                 self._follow_on_host(tensor.untyped_storage())
-        return result
-
-    def are(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
-        """Say of what kind these are, whenever they were made."""
-        for tensor in tensors:
-            entry = self._seen.get(tensor.untyped_storage())
-            if entry is not None:
-                self.now[entry.kind] -= entry.size
-                self.now[kind] += entry.size
-                entry.kind = kind
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         if storage in self._seen:
             return
-        kind = self._phase
-        if kind == "forward" and is_going_backward():
-            kind = "backward"
-        entry = self._seen[storage] = _Entry(kind, -(-storage.nbytes() // BLOCK) * BLOCK)
-        self.now[kind] += entry.size
-        weakref.finalize(storage, self._forget, entry)
-        if self.now.total() > self.peak.total():
-            self.peak = Counter(self.now)
+        size = -(-storage.nbytes() // BLOCK) * BLOCK
+        born = "update" if self._updating else "backward" if self._backward else "forward"
+        block = _Block(self._kind, born, self._passes, self._updates)
+        self._seen[storage] = block
+        self._log.append((block, size))
+        weakref.finalize(storage, self._forget, block, size)
 
-    def _forget(self, entry: _Entry) -> None:
-        self.now[entry.kind] -= entry.size
+    def _forget(self, block: _Block, size: int) -> None:
+        block.end = self._passes, self._updates
+        self._log.append((block, -size))
+
+    def _kind_of(self, block: _Block) -> str:
+        if "data" in block.axes and block.kind in (None, "optimizer"):
+            return "collectives"
+        if block.kind is not None:
+            return block.kind
+        passes, updates = block.end or (self._passes, self._updates)
+        if block.end is None and (updates > block.updates or block.born == "update"):
+            return "gradients" if block.born == "backward" else "tables"
+        if block.born == "forward" and passes > block.passes:
+            return "activations"
+        if block.axes:
+            return "collectives"
+        if block.born == "backward" and updates > block.updates:
+            return "gradients"
+        return "temporaries"
 
     def _follow_on_host(self, storage: torch.UntypedStorage) -> None:
         if storage in self._seen:
             return
         size = 1 << max(0, storage.nbytes() - 1).bit_length()
-        self._seen[storage] = _Entry("host", size)
+        self._seen[storage] = _Block("host", "", 0, 0)
         self.host_now += size
         self.host_peak = max(self.host_peak, self.host_now)
         weakref.finalize(storage, self._forget_on_host, size)
@@ -95,7 +162,15 @@ class DeviceMemory(TorchDispatchMode):
         self.host_now -= size
 
 
-@dataclass
-class _Entry:
-    kind: str
-    size: int  # bytes
+@dataclass(eq=False)
+class _Block:
+    """The life of a storage: of what kind somebody says that it is, in which pass it was born, how
+    many backward passes and updates had begun by then, and by its end; the axes of the collectives
+    that used it."""
+
+    kind: str | None
+    born: str
+    passes: int
+    updates: int
+    end: tuple[int, int] | None = None
+    axes: frozenset[str] = frozenset()

@@ -16,6 +16,11 @@ DIRECTIONS = ("forward", "backward", "update")
 # How an operation is bound: products of matrices, attention's kernels, or the memory alone.
 KINDS = ("product", "attention", "memory")
 
+# What memory of the device is for: see `megalong.planning.memory`.
+MEMORY = (
+    "weights", "gradients", "optimizer", "activations", "temporaries", "collectives", "tables",
+)  # fmt: skip
+
 # Names of the copies between the device and the host: their bytes go over the link between the two,
 # and no kernel is launched for them.
 TO_HOST, TO_DEVICE = "megalong.to_host", "megalong.to_device"
@@ -77,6 +82,16 @@ class Work:
     def kernels(self) -> Counter[tuple[str, str]]:
         """Launches, by part and direction."""
         return self._total("kernels")
+
+    def traffic(self) -> dict[str, dict[str, dict[str, int]]]:
+        """Axis -> collective -> {"calls", "bytes"}, as `megalong.parallel.traffic` counts."""
+        counts: dict[str, dict[str, dict[str, int]]] = {}
+        for collective, calls in self.collectives.items():
+            count = counts.setdefault(collective.axis, {})
+            count = count.setdefault(collective.name, {"calls": 0, "bytes": 0})
+            count["calls"] += calls
+            count["bytes"] += calls * collective.bytes
+        return counts
 
     def _total(self, what: str) -> Counter[tuple[str, str]]:
         total: Counter[tuple[str, str]] = Counter()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from shapes import SHAPES, VOCABULARY
 
 from megalong.config import Config
 from megalong.config.arguments import config_from_values
+from megalong.planning.work import MEMORY
 
 GIB = 2**30
 USABLE = 76 * GIB  # of a device of 80 GiB: the rest is for CUDA's context, NCCL and fragments
 LAYERS = (2, 3)
-KINDS = ("weights", "optimizer", "forward", "backward")
 # Weights, gradients and optimizer of 7B do not fit: ZeRO 3 over so many ranks, a sequence on each.
 RANKS = {"7B": 8}
 
@@ -144,19 +144,13 @@ class Cells:
             ranks,
         )
         start = time.process_time()
-        result = dry_run(
-            config,
-            self.plan.vocabulary,
-            ranks=ranks,
-            part_of=parts(config, self.plan.vocabulary),
-            quick=True,
-        )
+        result = dry_run(config, self.plan.vocabulary, ranks=ranks, quick=True)
         flops: dict[str, dict[str, int]] = {}
         for (part, direction), count in result.flops.items():
             flops.setdefault(part, {})[direction] = count
         return {
             **vars(cell),
-            "device": {kind: result.memory[kind] for kind in KINDS},
+            "device": {kind: result.memory[kind] for kind in MEMORY},
             "host": result.host,
             "flops": flops,
             "cpu_seconds": round(time.process_time() - start, 1),
@@ -176,31 +170,6 @@ def configuration(values: dict[str, Any], ranks: int = 1) -> Config:
     return config_from_values(common | values).resolve(ranks)
 
 
-def parts(config: Config, vocabulary: int) -> Callable[[str, Sequence[tuple[int, ...]]], str]:
-    """Says of an operator what it is a part of: attention, logits, MLP or projections.
-
-    A product of matrices has three sizes: tokens, of the whole sequence, a tile or a chunk, and the
-    two of a weight. The vocabulary must be no number of tokens.
-    """
-    model, memory = config.model, config.memory
-    inner = {model.ffn_hidden_size, 2 * model.ffn_hidden_size}
-    counts = {model.seq_length}
-    for size in (memory.tile_size, memory.loss_chunk_size):
-        counts |= {size, model.seq_length % size} if size else set()
-
-    def part_of(name: str, shapes: Sequence[tuple[int, ...]]) -> str:
-        if name.startswith("megalong."):
-            return "attention"
-        *_, (rows, between), (_, columns) = shapes
-        sizes = [rows, between, columns]
-        if vocabulary in sizes:
-            return "logits"
-        sizes.remove(next(size for size in sizes if size in counts))
-        return "mlp" if inner & set(sizes) else "projections"
-
-    return part_of
-
-
 def extended(low: dict, high: dict, field: str, value: int) -> dict[str, Any]:
     """Bytes of a cell, linear in one of its fields, from two cells that differ in it."""
     share = (value - low[field]) / (high[field] - low[field])
@@ -208,7 +177,7 @@ def extended(low: dict, high: dict, field: str, value: int) -> dict[str, Any]:
         **low,
         field: value,
         "device": {
-            k: low["device"][k] + share * (high["device"][k] - low["device"][k]) for k in KINDS
+            k: low["device"][k] + share * (high["device"][k] - low["device"][k]) for k in MEMORY
         },
         "host": low["host"] + share * (high["host"] - low["host"]),
     }
@@ -234,7 +203,7 @@ def whole(cells: Cells, shape: str, rung: str, length: int) -> dict[str, Any]:
     return {
         **line,
         "device": {
-            k: found["device"][k] + line["device"][k] - line_of_few["device"][k] for k in KINDS
+            k: found["device"][k] + line["device"][k] - line_of_few["device"][k] for k in MEMORY
         },
         "host": found["host"] + line["host"] - line_of_few["host"],
     }
@@ -247,7 +216,7 @@ def row(cells: Cells, shape: str, rung: str) -> dict[str, Any]:
     *_, before, last = at.values()
     slope = {
         kind: (last["device"][kind] - before["device"][kind]) / (lengths[-1] - lengths[-2])
-        for kind in KINDS
+        for kind in MEMORY
     }
     host = (last["host"] - before["host"]) / (lengths[-1] - lengths[-2])
     layers = cells.plan.shapes[shape]["num_layers"] / LAYERS[0]

@@ -7,9 +7,10 @@ from typing import Any
 
 GIB = 2**30
 BASE = "full recomputation"
+MODEL = ("weights", "gradients", "optimizer")
 HEADER = (
-    "rung", "device B/token at {}", "{}", "{}", "per token more", "forward", "backward", "host",
-    "weights + optimizer", "MFLOP/token", "of full recomputation", "longest in {}",
+    "rung", "device B/token at {}", "{}", "{}", "per token more", "activations", "temporaries",
+    "host", "weights, gradients, optimizer", "MFLOP/token", "of full recomputation", "longest in {}",
     "host at that length", "dry run there",
 )  # fmt: skip
 
@@ -40,8 +41,10 @@ def line(row: dict[str, Any], base: float | None) -> str:
     *_, last = row["at"].values()
     words = [row["rung"]]
     words += [f"{at['device'] / int(n):,.0f}" for n, at in row["at"].items()]
-    words += [f"{per_token.get(k, 0):,.0f}" for k in ("device", "forward", "backward", "host")]
-    words.append(f"{(last['weights'] + last['optimizer']) / GIB:.1f} GiB")
+    words += [
+        f"{per_token.get(k, 0):,.0f}" for k in ("device", "activations", "temporaries", "host")
+    ]
+    words.append(f"{sum(last[k] for k in MODEL) / GIB:.1f} GiB")
     words.append(f"{flops(row) / 1e6:,.0f}")
     words.append(f"{flops(row) / base:.2f}" if base else "")
     words.append(f"{longest['tokens']:,}")
@@ -117,7 +120,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         mine = [row for row in rows if row["shape"] == shape][::-1]
         names = [row["rung"] for row in mine]
         left = [0.0] * len(mine)
-        for kind in ("forward", "backward"):
+        for kind in ("activations", "temporaries"):
             values = [row["bytes_per_token"].get(kind, 0) / 1e3 for row in mine]
             above.barh(names, values, left=left, label=f"device, {kind}")
             left = [a + b for a, b in zip(left, values, strict=True)]
