@@ -48,9 +48,9 @@ __all__ = [
     "record_memory_history",
     "slice_of_file",
     "tree_leaves",
-    "written_arguments",
     "write_collectives",
     "write_memory_history",
+    "written_arguments",
 ]
 
 # (owner, name) of what this file takes as an attribute or imports.

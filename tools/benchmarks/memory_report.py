@@ -10,7 +10,8 @@ BASE = "full recomputation"
 MODEL = ("weights", "gradients", "optimizer")
 HEADER = (
     "rung", "device B/token at {}", "{}", "{}", "per token more", "activations", "temporaries",
-    "host", "weights, gradients, optimizer", "MFLOP/token", "of full recomputation", "longest in {}",
+    "host", "weights, gradients, optimizer", "MFLOP/token", "of full recomputation",
+    "longest in {}",
     "host at that length", "dry run there",
 )  # fmt: skip
 
