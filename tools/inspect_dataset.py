@@ -33,7 +33,7 @@ from megalong.wording import counted
 
 if TYPE_CHECKING:
     from megalong.data.document_samples import DocumentSamples
-    from megalong.data.inspection import Pair
+    from megalong.data.indexed import Pair
     from megalong.data.stream import Documents, TokenStream
     from megalong.data.tokenizers.tokenizer import Tokenizer
 
@@ -203,7 +203,7 @@ def tokenizer_of(documents: Documents, pairs: list[Pair], args: argparse.Namespa
     from megalong.data.provenance import check_tokenizer
     from megalong.data.tokenizers.tokenizer import build_tokenizer
 
-    made = pairs[0].sidecar
+    made = pairs[0].description
     kind = args.tokenizer_type or made.get("tokenizer_type")
     if kind is None:
         raise UserError(

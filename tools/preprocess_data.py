@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,8 +83,9 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--partition",
         metavar="K/N",
-        help="only share K of N of the input, cut between files, in their order, and about as"
-        " large as the others; each share needs an --output-prefix of its own",
+        help="only share K of N of the input: whole files, in their order, about as large as the"
+        " other shares where no file is larger than that (cut such ones in several before); each"
+        " share needs an --output-prefix of its own",
     )
     add(
         "--part-bytes",
@@ -139,7 +141,7 @@ def main() -> int | None:
     from megalong.data.preprocessing.partition import partition
     from megalong.data.preprocessing.preprocess import TokenizingTask, goes_on, preprocess
     from megalong.data.text.files import find_files, total_size
-    from megalong.progress import human_bytes, progress_bar
+    from megalong.progress import progress_bar
 
     # A scheduler's SIGTERM ends the run the ordinary way, with its workers.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -156,11 +158,8 @@ def main() -> int | None:
     try:
         files, share = find_files(args.input, args.documents), None
         if args.partition:
-            number = len(files)
-            files, share = partition(files, args.partition)
-            size = human_bytes(total_size(files))
-            what = f"{len(files):,} of {counted(number, 'input file')}, {size}"
-            print(f"--partition {share}: {what}", file=sys.stderr)
+            say = partial(print, file=sys.stderr)
+            files, share = partition(files, args.partition, say)
         with progress_bar(total_size(files), "B", "tokenizing") as progress:
             summary = preprocess(
                 files,

@@ -76,10 +76,15 @@ def open_documents(path: str, place: str | None = None) -> Documents:
     place: the flag, or the file, that names the path, and the path, for errors; None: --data-path.
     Raises UserError: there are none, or what is wrong.
     """
+    return resolve_name(token_format(path))(path, place)
+
+
+def token_format(path: str) -> str:
+    """Which of `TOKENS` a path is, or SHARDS."""
     kinds = [kind for suffix, kind in TOKENS.items() if os.path.isfile(path + suffix)]
     if os.path.isdir(path) or any(sign in path for sign in "*?["):
         kinds.append(SHARDS)
-    return resolve_name([*kinds, *TOKENS.values()][0])(path, place)
+    return [*kinds, *TOKENS.values()][0]
 
 
 def _text_format(path: str, reading: Reading, say: Callable[[str], object]) -> ModuleType:

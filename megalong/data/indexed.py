@@ -10,7 +10,7 @@ import json
 import os
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,13 +37,12 @@ class IndexedDocuments:
     def __init__(self, prefix: str, place: str | None = None) -> None:
         self.prefix = str(prefix)
         place = f"--data-path {self.prefix}" if place is None else place
-        check_files_exist(self.prefix, place)
-        index = read_index(self.prefix)
+        pair = Pair.open(self.prefix, place)
+        index, description = pair.index, pair.description
         # A document is one or more whole sequences; files of megalong have one in each.
         self._first_sequence = index.first_sequence
         self._sequence_lengths = index.sequence_lengths
         self.lengths = index.document_lengths()
-        description = read_description(self.prefix, self.num_documents, self.num_tokens)
         self.max_token_id: int | None = description.get("max_token_id")
         self.vocab_size: int | None = description.get("vocab_size")
         self.prepend_bos: bool | None = description.get("prepend_bos")
@@ -107,6 +106,34 @@ class Index:
         """Tokens in each document, int64 (documents,)."""
         ends = np.concatenate([[0], np.cumsum(self.sequence_lengths, dtype=np.int64)])
         return np.diff(ends[self.first_sequence])
+
+    def in_memory(self) -> Index:
+        """A copy that maps no file."""
+        arrays = (self.sequence_lengths, self.pointers, self.first_sequence)
+        return Index(*map(np.array, arrays), self.dtype)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One .bin/.idx pair: what its index says, and the content of its .json, or {}."""
+
+    prefix: str
+    index: Index
+    description: dict[str, Any]
+
+    @classmethod
+    def open(cls, prefix: str, place: str) -> Pair:
+        """Raises UserError that names the file and what is wrong with it. place: of
+        `IndexedDocuments`."""
+        check_files_exist(prefix, place)
+        index = read_index(prefix)
+        tokens = int(index.sequence_lengths.sum(dtype=np.int64))
+        return cls(prefix, index, read_description(prefix, len(index.first_sequence) - 1, tokens))
+
+    @property
+    def bytes(self) -> int:
+        """Of the .bin."""
+        return os.path.getsize(self.prefix + ".bin")
 
 
 def check_megatron_core(prefix: str, index: Index) -> str:

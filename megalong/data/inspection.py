@@ -5,22 +5,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 from tqdm import tqdm
 
 from megalong.data.context import BOUNDS, short
-from megalong.data.indexed import (
-    Index,
-    check_files_exist,
-    check_megatron_core,
-    read_description,
-    read_index,
-)
+from megalong.data.formats import SHARDS, token_format
+from megalong.data.indexed import Pair, check_megatron_core
 from megalong.data.shards import pair_prefixes
 from megalong.data.stream import Documents
 from megalong.data.tokenizers.tokenizer import Tokenizer
@@ -31,31 +24,9 @@ QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 _SCANNED = 1 << 24  # tokens at a time
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One .bin/.idx pair: what its index says, and the content of its .json, or {}."""
-
-    prefix: str
-    index: Index
-    sidecar: dict[str, Any]
-
-    @classmethod
-    def open(cls, prefix: str, place: str) -> Pair:
-        """Raises UserError that names the file and what is wrong with it. place: of the prefix."""
-        check_files_exist(prefix, place)
-        index = read_index(prefix)
-        lengths = index.document_lengths()
-        return cls(prefix, index, read_description(prefix, len(lengths), int(lengths.sum())))
-
-    @property
-    def bytes(self) -> int:
-        return os.path.getsize(self.prefix + ".bin")
-
-
 def open_pairs(path: str) -> list[Pair]:
     """The pair of a prefix, or those of a folder or pattern. Raises UserError."""
-    one = os.path.isfile(path + ".idx") or not (os.path.isdir(path) or set(path) & set("*?["))
-    prefixes = [path] if one else pair_prefixes(path, path)
+    prefixes = pair_prefixes(path, path) if token_format(path) == SHARDS else [path]
     return [Pair.open(prefix, path) for prefix in prefixes]
 
 
@@ -82,7 +53,7 @@ def describe(documents: Documents, pairs: list[Pair]) -> dict[str, Any]:
         "share_of_tokens_in_documents_of_at_least": {
             short(bound): float(lengths[lengths >= bound].sum()) / tokens for bound in BOUNDS
         },
-        "sidecar": pairs[0].sidecar or None if len(pairs) == 1 else None,
+        "sidecar": pairs[0].description or None if len(pairs) == 1 else None,
     }
     found["remarks"] = list(_remarks(found, pairs))
     return found
@@ -108,7 +79,7 @@ def histogram(lengths: np.ndarray) -> list[dict[str, int]]:
 
 def _remarks(found: dict[str, Any], pairs: list[Pair]) -> Iterator[str]:
     """What training takes and is worth knowing."""
-    without = [pair.prefix for pair in pairs if not pair.sidecar]
+    without = [pair.prefix for pair in pairs if not pair.description]
     if without:
         more = f" (and of {len(without) - 1:,} more)" if len(without) > 1 else ""
         yield (
@@ -146,8 +117,8 @@ def verify(
 
 
 def _verify(pair: Pair, vocab_size: int | None, eod: int | None, progress: tqdm) -> dict[str, Any]:
-    vocab_size = pair.sidecar.get("vocab_size") if vocab_size is None else vocab_size
-    eod = pair.sidecar.get("eod") if eod is None else eod
+    vocab_size = pair.description.get("vocab_size") if vocab_size is None else vocab_size
+    eod = pair.description.get("eod") if eod is None else eod
     path, dtype = pair.prefix + ".bin", pair.index.dtype
     tokens = np.memmap(path, dtype, mode="r")
     smallest, largest = np.iinfo(dtype).max, np.iinfo(dtype).min
@@ -158,7 +129,7 @@ def _verify(pair: Pair, vocab_size: int | None, eod: int | None, progress: tqdm)
             _name_wrong_id(pair, part, begin, vocab_size)
         smallest, largest = min(smallest, low), max(largest, high)
         progress.update(part.nbytes)
-    known = pair.sidecar.get("max_token_id")
+    known = pair.description.get("max_token_id")
     if known is not None and known != largest:
         raise UserError(
             f"{path}: its largest token id is {largest}, and {pair.prefix}.json says {known}: the"
@@ -170,7 +141,7 @@ def _verify(pair: Pair, vocab_size: int | None, eod: int | None, progress: tqdm)
         documents = np.flatnonzero(lengths)
         ends = tokens[np.cumsum(lengths)[documents] - 1] == eod
         ending = int(ends.sum())
-        if pair.sidecar.get("append_eod") and ending < len(documents):
+        if pair.description.get("append_eod") and ending < len(documents):
             document = documents[np.flatnonzero(~ends)[0]]
             raise UserError(
                 f"{path}: document {document} does not end with the end-of-document token {eod}, as"

@@ -7,33 +7,21 @@ at a time, so that ten thousand pairs need no more file handles, or memory maps,
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import os
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from megalong.data.indexed import check_files_exist, read_description, read_index
+from megalong.data.indexed import Pair
 from megalong.errors import UserError, system_errors_of
 
 OPEN_FILES = 128
 _OPENING_THREADS = 8  # a network file system takes milliseconds, and answers several at once
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """One pair. starts: first byte of each document in the .bin, int64 (documents,); lengths:
-    tokens in each, int64 (documents,)."""
-
-    prefix: str
-    dtype: np.dtype
-    starts: np.ndarray
-    lengths: np.ndarray
-    description: dict
 
 
 class ShardedDocuments:
@@ -51,20 +39,27 @@ class ShardedDocuments:
         self._place = place = f"--data-path {path}" if place is None else place
         prefixes = pair_prefixes(self.prefix, place)
         with ThreadPoolExecutor(_OPENING_THREADS) as threads:
-            shards = list(threads.map(lambda prefix: _open(prefix, place), prefixes))
-        self.lengths = np.concatenate([shard.lengths for shard in shards])
+            pairs = list(threads.map(lambda prefix: _open(prefix, place), prefixes))
+        lengths = [pair.index.document_lengths() for pair in pairs]
+        self.lengths = np.concatenate(lengths)
         if not self.num_tokens:
-            raise UserError(f"{place}: the {len(shards)} pairs of .bin and .idx hold no tokens")
-        self._starts = np.concatenate([shard.starts for shard in shards])
+            raise UserError(f"{place}: the {len(pairs)} pairs of .bin and .idx hold no tokens")
         self._prefixes = prefixes
-        self._dtypes = [shard.dtype for shard in shards]
-        # The first document of each shard, and the number of documents.
-        self._first = np.cumsum([0, *(len(shard.lengths) for shard in shards)], dtype=np.int64)
-        ids = [shard.description.get("max_token_id") for shard in shards]
+        self._dtypes = [pair.index.dtype for pair in pairs]
+        # The first byte of each document in its .bin, where they lie one behind the other.
+        self._starts = np.concatenate(
+            [
+                (np.cumsum(of_pair) - of_pair) * dtype.itemsize
+                for of_pair, dtype in zip(lengths, self._dtypes, strict=True)
+            ]
+        )
+        # The first document of each pair, and the number of documents.
+        self._first = np.cumsum([0, *map(len, lengths)], dtype=np.int64)
+        ids = [pair.description.get("max_token_id") for pair in pairs]
         self.max_token_id: int | None = None if None in ids else max(ids)
-        self.vocab_size: int | None = _agreed(shards, "vocab_size", place)
-        self.prepend_bos: bool | None = _agreed(shards, "prepend_bos", place)
-        self.made_with = _made_with(shards, place)
+        self.vocab_size: int | None = _agreed(pairs, "vocab_size", place)
+        self.prepend_bos: bool | None = _agreed(pairs, "prepend_bos", place)
+        self.made_with = _made_with(pairs, place)
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, newest last
         self._lock = threading.Lock()
 
@@ -140,35 +135,31 @@ def pair_prefixes(path: str, place: str) -> list[str]:
     return found
 
 
-def _open(prefix: str, place: str) -> _Shard:
-    check_files_exist(prefix, place)
+def _open(prefix: str, place: str) -> Pair:
+    """A pair that maps no file: there may be more of them than a process may map."""
     with system_errors_of(f"{place}:", prefix):
-        index = read_index(prefix)
-    lengths = index.document_lengths()
-    # One behind the other, as `read_index` has seen.
-    starts = (np.cumsum(lengths) - lengths) * index.dtype.itemsize
-    description = read_description(prefix, len(lengths), int(lengths.sum()))
-    return _Shard(prefix, index.dtype, starts, lengths, description)
+        pair = Pair.open(prefix, place)
+    return dataclasses.replace(pair, index=pair.index.in_memory())
 
 
-def _made_with(shards: list[_Shard], place: str) -> dict[str, str]:
+def _made_with(pairs: list[Pair], place: str) -> dict[str, str]:
     """As of `megalong.data.stream.Documents`; the file is one of those that the pairs name."""
-    hashed = _agreed(shards, "tokenizer_sha256", place)
+    hashed = _agreed(pairs, "tokenizer_sha256", place)
     if hashed is None:
         return {}
     known = {"tokenizer_sha256": hashed}
-    files = [shard.description.get("tokenizer_model") for shard in shards]
+    files = [pair.description.get("tokenizer_model") for pair in pairs]
     file = next(filter(None, files), None)
     return known if file is None else known | {"tokenizer_model": file}
 
 
-def _agreed(shards: list[_Shard], key: str, place: str) -> Any:
+def _agreed(pairs: list[Pair], key: str, place: str) -> Any:
     """What the descriptions say, those that say something; None where none does."""
     known: dict[int, str] = {}
-    for shard in shards:
-        value = shard.description.get(key)
+    for pair in pairs:
+        value = pair.description.get(key)
         if value is not None:
-            known.setdefault(value, shard.prefix)
+            known.setdefault(value, pair.prefix)
     if len(known) > 1:
         (one, its), (other, others), *_ = known.items()
         what = {

@@ -12,7 +12,7 @@ from megalong.data.preprocessing import merging, output
 from megalong.data.preprocessing import preprocess as module
 from megalong.data.preprocessing.merging import find_prefixes, merge
 from megalong.data.preprocessing.output import LISTED
-from megalong.data.preprocessing.partition import partition
+from megalong.data.preprocessing.partition import partition as partition_of
 from megalong.data.preprocessing.repeats import SeenTexts, text_hashes
 from megalong.data.text.documents import Reading
 from megalong.data.text.files import find_files
@@ -20,6 +20,10 @@ from megalong.errors import UserError
 from megalong.progress import progress_bar
 
 SUFFIXES = (".bin", ".idx", ".json")
+
+
+def partition(files, share, say=lambda line: None):
+    return partition_of(files, share, say)
 
 
 def task(**options):
@@ -39,11 +43,9 @@ def merged(prefixes, prefix, **options) -> dict:
 
 
 def content(prefix) -> list:
-    """What is in the files; the description without what only a partition is."""
-    *files, description = (Path(f"{prefix}{suffix}").read_bytes() for suffix in SUFFIXES)
-    description = json.loads(description) | {"partition": None}
-    lists = [Path(f"{prefix}{suffix}") for suffix in (".skipped.jsonl", ".inputs.jsonl")]
-    return [*files, description, [path.exists() and path.read_bytes() for path in lists]]
+    """What is in the files."""
+    files = [Path(f"{prefix}{suffix}") for suffix in (*SUFFIXES, ".skipped.jsonl", ".inputs.jsonl")]
+    return [path.exists() and path.read_bytes() for path in files]
 
 
 @pytest.fixture
@@ -84,10 +86,17 @@ def test_partitions_are_all_files_in_order_and_alike_in_size(tmp_path):
         Path(files[-1]).write_bytes(b"x" * draw.randrange(100))
     sizes = dict(zip(files, map(os.path.getsize, files), strict=True))
     for count in (1, 2, 7, 60):
-        parts = [partition(files, f"{k}/{count}")[0] for k in range(1, count + 1)]
+        said = []
+        parts = [partition(files, f"{k}/{count}", said.append)[0] for k in range(1, count + 1)]
+        assert len(said) == (count if count < 60 else 2 * count)
         assert [file for part in parts for file in part] == files
         shares = [sum(sizes[file] for file in part) for part in parts]
         assert max(shares) <= sum(sizes.values()) / count + 100
+    said = []
+    partition(files, "1/60", said.append)
+    assert said[0].startswith("--partition 1/60: 1 of 50 input files, 49 B")
+    assert "files are not cut, and so the shares are uneven: 49 B, " in said[1]
+    assert " and 44 more, the largest " in said[1] and "take fewer shares" in said[1]
     for bad in ("5/3", "0/3", "1", "a/b", "1/0", "-1/2"):
         with pytest.raises(UserError, match=f"--partition {bad}: k/n is expected, with k from 1"):
             partition(files, bad)
@@ -120,6 +129,22 @@ def test_an_empty_partition_is_written_so_that_none_is_missing(tmp_path):
         merged([prefixes[0], prefixes[2]], tmp_path / "x")
     with pytest.raises(UserError, match="is there already"):
         merged(prefixes, tmp_path / "all")
+
+
+def test_partitions_of_different_inputs_are_named(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    files = find_files([str(tmp_path / "*.txt")])
+    first = preprocess(files[:1], tmp_path / "1", partition=partition(files, "1/2")[1])
+    (tmp_path / "c.txt").write_text("c")
+    files = find_files([str(tmp_path / "*.txt")])
+    second = preprocess(files[:1], tmp_path / "2", partition=partition(files, "2/2")[1])
+    with pytest.raises(UserError) as error:
+        merged([first, second], tmp_path / "out")
+    assert str(error.value) == (
+        f"--input {second}: --partition 2/2 of 3 files, 3 bytes, but {first} is --partition 1/2 of"
+        " 2 files, 2 bytes with other names or sizes: make them of the same files"
+    )
 
 
 def test_a_merge_goes_on_where_it_was_killed(tmp_path, inputs, monkeypatch):

@@ -9,13 +9,12 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
 from megalong import __version__
-from megalong.data.indexed import Index, read_description, read_index
+from megalong.data.indexed import Pair
 from megalong.data.preprocessing.output import (
     HASHED,
     HASHES,
@@ -38,16 +37,11 @@ _COMMON = (
     "tokenizer_type", "tokenizer_sha256", "vocab_size", "eod", "append_eod", "prepend_bos",
     "min_tokens", "deduplicate",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Source:
-    """One of the outputs to merge. hashed: its .hashes file is there."""
-
-    prefix: str
-    index: Index
-    description: dict
-    hashed: bool
+# All that they say of that, in their order.
+_MADE = (
+    "json_key", "tokenizer_type", "tokenizer_model", *_COMMON[1:], "partition", "files_cut_short",
+    "files_left_out", "megalong", "version",
+)  # fmt: skip
 
 
 def find_prefixes(inputs: list[str]) -> list[str]:
@@ -93,10 +87,8 @@ def merge(prefixes: list[str], prefix: str, *, overwrite: bool = False, progress
         return json.load(file)
 
 
-def _copy(
-    sources: list[Source], prefix: str, common: dict, job: Unfinished, progress: tqdm
-) -> None:
-    hashed = all(source.hashed for source in sources)
+def _copy(sources: list[Pair], prefix: str, common: dict, job: Unfinished, progress: tqdm) -> None:
+    hashed = all(os.path.isfile(source.prefix + HASHES) for source in sources)
     if job.progress:
         summary = KeySummary(**job.progress["summary"])
         first, begin = job.progress["place"]
@@ -140,7 +132,7 @@ def _note(job: Unfinished, summary: KeySummary, place: tuple[int, int]) -> None:
     job.finish_part({"summary": dataclasses.asdict(summary), "place": place})
 
 
-def _add_counts(source: Source, output: Output, hashed: bool) -> None:
+def _add_counts(source: Pair, output: Output, hashed: bool) -> None:
     """What was left out of a source, and is not among its documents."""
     summary, description = output.summary, source.description
     left_out = description.get("left_out", {})
@@ -158,7 +150,7 @@ def _add_counts(source: Source, output: Output, hashed: bool) -> None:
         summary.repeated_tokens += repeats["tokens"]
 
 
-def _chunks(source: Source, begin: int, hashed: bool) -> Iterator[tuple[KeyResult, int]]:
+def _chunks(source: Pair, begin: int, hashed: bool) -> Iterator[tuple[KeyResult, int]]:
     """The documents from `begin` on, some at a time, and the number of the document behind them."""
     lengths = source.index.sequence_lengths
     if not len(lengths):
@@ -177,33 +169,32 @@ def _chunks(source: Source, begin: int, hashed: bool) -> Iterator[tuple[KeyResul
         begin, token = end, stop
 
 
-def _open(prefix: str) -> Source:
+def _open(prefix: str) -> Pair:
     missing = [prefix + suffix for suffix in SUFFIXES if not os.path.isfile(prefix + suffix)]
     if missing:
         raise UserError(
             f"--input {prefix}: no file {missing[0]}; only what tools/preprocess_data.py has"
             " written can be merged"
         )
-    index = read_index(prefix)
-    count = len(index.sequence_lengths)
-    tokens = int(index.sequence_lengths.sum(dtype=np.int64))
-    description = read_description(prefix, count, tokens)
-    if len(index.first_sequence) != count + 1:
+    pair = Pair.open(prefix, f"--input {prefix}")
+    count = len(pair.index.sequence_lengths)
+    if len(pair.index.first_sequence) != count + 1:
         raise UserError(f"{prefix}.idx: documents of several sequences, which are not of megalong")
-    hashed = os.path.isfile(prefix + HASHES)
-    if hashed and os.path.getsize(prefix + HASHES) != count * HASHED.itemsize:
-        raise UserError(f"{prefix}{HASHES}: not of {prefix}.idx, or cut short")
-    return Source(prefix, index, description, hashed)
+    hashes = prefix + HASHES
+    if os.path.isfile(hashes) and os.path.getsize(hashes) != count * HASHED.itemsize:
+        raise UserError(f"{hashes}: not of {prefix}.idx, or cut short")
+    return pair
 
 
-def _common(sources: list[Source]) -> dict:
+def _common(sources: list[Pair]) -> dict:
     """What the sidecars agree in. Raises UserError where they do not."""
     first = sources[0]
     for source in sources:
-        if source.index.dtype != first.index.dtype:
+        dtypes = source.index.dtype, first.index.dtype
+        if dtypes[0] != dtypes[1]:
             raise UserError(
-                f"--input {source.prefix}: tokens are {source.index.dtype}, those of {first.prefix}"
-                f" {first.index.dtype}"
+                f"--input {source.prefix}: tokens are {dtypes[0]}, those of {first.prefix}"
+                f" {dtypes[1]}"
             )
         for name in _COMMON:
             here, there = source.description.get(name), first.description.get(name)
@@ -213,37 +204,57 @@ def _common(sources: list[Source]) -> dict:
                     f" with {_words(there)}"
                 )
     found = {}
-    for name in ("json_key", *_COMMON, "tokenizer_model", "version"):
+    for name in _MADE:
         values = [source.description.get(name) for source in sources]
         found[name] = values[0] if values.count(values[0]) == len(values) else None
     return found | {"partition": None}
 
 
-def _check_partitions(sources: list[Source], progress: tqdm) -> None:
+def _check_partitions(sources: list[Pair], progress: tqdm) -> None:
     """Raises UserError where a partition is not there; says so where they are not in order."""
-    shares: dict[tuple[str, int], list[int]] = {}
+    shares: dict[tuple[str, int], dict[int, Pair]] = {}
     for source in sources:
         share = source.description.get("partition")
         if share:
-            numbers = shares.setdefault((share["of"], share["count"]), [])
-            if share["number"] in numbers:
+            there = shares.setdefault((share["of"], share["count"]), {})
+            if share["number"] in there:
                 raise UserError(
                     f"--input {source.prefix}: --partition {share['number']}/{share['count']} of"
                     " its input is there already"
                 )
-            numbers.append(share["number"])
-    for (_, count), numbers in shares.items():
-        missing = sorted({*range(1, count + 1)} - {*numbers})
+            there[share["number"]] = source
+    for (of, count), there in shares.items():
+        missing = sorted({*range(1, count + 1)} - {*there})
         if missing:
+            others = [
+                source
+                for (other, parts), found in shares.items()
+                for number, source in found.items()
+                if other != of and parts == count and number in missing
+            ]
+            if others:
+                one = next(iter(there.values()))
+                raise UserError(
+                    f"--input {others[0].prefix}: {_share(others[0])}, but {one.prefix} is"
+                    f" {_share(one)} with other names or sizes: make them of the same files"
+                )
             raise UserError(
                 f"--input: {counted(len(missing), 'partition')} of {count} missing: "
                 + ", ".join(f"{number}/{count}" for number in missing[:10])
             )
-        if numbers != sorted(numbers):
+        if [*there] != sorted(there):
             progress.write("partitions are merged in the order of --input", file=sys.stderr)
 
 
-def _lines(source: Source, name: str, suffix: str) -> Iterator[dict]:
+def _share(source: Pair) -> str:
+    share = source.description["partition"]
+    return (
+        f"--partition {share['number']}/{share['count']} of {counted(share['files'], 'file')},"
+        f" {share['bytes']:,} bytes"
+    )
+
+
+def _lines(source: Pair, name: str, suffix: str) -> Iterator[dict]:
     """A list of a sidecar, or the file in which the whole of it is."""
     listed = source.description.get(name, [])
     if len(listed) == LISTED and os.path.isfile(source.prefix + suffix):
