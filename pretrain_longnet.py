@@ -43,6 +43,7 @@ def main(arguments: list[str], asked: Sequence[int] = ()) -> None:
     from megalong.training.deepspeed_config import deepspeed_config
     from megalong.training.loop import Trainer
     from megalong.training.resuming import starting_point
+    from megalong.training.run_blend import make_orders
     from megalong.training.run_data import open_run_data
     from megalong.training.run_folder import prepare_run_folder
     from megalong.training.stopping import StopRequest
@@ -56,6 +57,7 @@ def main(arguments: list[str], asked: Sequence[int] = ()) -> None:
     check_wandb(config)
     prepare_run_folder(config)
     config, checkpoint = starting_point(config)
+    make_orders(data.train, checkpoint, config)
     with (
         launch(config) as mesh,
         watch_ranks(mesh, config.run),

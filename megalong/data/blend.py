@@ -189,6 +189,12 @@ class Blend:
         """Which of `sources` sample i is from."""
         return self._place[self._by_name[self._turns.turn(i - self._phase.first)[0]]]
 
+    def make_orders(self, i: int) -> None:
+        """Have the orders of documents made that samples from i on begin with, of every source."""
+        taken = self._taken(i)
+        for name, part in zip(self.sources, self.parts, strict=True):
+            part.sample(self._phase.began[name] + taken[name], 0, 1)
+
     def history(self, i: int) -> History:
         """Where the blend stands before sample i."""
         return History(self._phases, self._taken(i), self._all_salts, self._all_epoch_tokens)

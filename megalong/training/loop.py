@@ -19,7 +19,6 @@ from megalong.data.batches import (
     num_evaluation_batches,
     training_batches,
 )
-from megalong.data.blend import Blend, History
 from megalong.data.prefetch import made_ahead
 from megalong.errors import UserError
 from megalong.model.build import build_model
@@ -27,7 +26,6 @@ from megalong.model.memory_path import settle_memory_path
 from megalong.parallel.mesh import Mesh
 from megalong.progress import progress_bar
 from megalong.training.best_checkpoint import BestCheckpoint
-from megalong.training.changes import config_of
 from megalong.training.engine import StepResult, TrainingEngine, weights_divider
 from megalong.training.engine_state import load_checkpoint, progress_to_save, tensors_to_save
 from megalong.training.evaluation import evaluate
@@ -35,6 +33,7 @@ from megalong.training.learning_rate import learning_rate
 from megalong.training.profiling import Profiler
 from megalong.training.reports import Reports, say
 from megalong.training.resuming import check_agreement, sound_checkpoint
+from megalong.training.run_blend import blend_from, next_sample
 from megalong.training.run_data import RunData, best_set, validation_sets
 from megalong.training.run_folder import leave_unfinished, open_run_folder, same_folder
 from megalong.training.stopping import FAILED_SAVE, Stopped, StopRequest
@@ -75,7 +74,7 @@ class Trainer:
             if checkpoint is not None:
                 reader = CheckpointReader(checkpoint)
                 self.progress = load_checkpoint(reader, self.engine, config)
-            self.blend, news = self._blend(checkpoint)
+            self.blend, news = blend_from(data.train, self.progress, checkpoint, config)
         nothing_new = checkpoint is None or same_folder(config.run.load, config.run.save)
         self.saved_iteration = self.progress.iteration if nothing_new else None
         self.saver = Saver(config, say)
@@ -141,24 +140,7 @@ class Trainer:
 
     @property
     def _next_sample(self) -> int:
-        """The first sample of the blend that was not trained on. A run that goes on with longer
-        sequences goes on at the same place."""
-        return -(-self.progress.consumed_tokens // self.config.model.seq_length)
-
-    def _blend(self, checkpoint: Path | None) -> tuple[Blend, list[str]]:
-        """What is trained on from here on, and what is new about it since the checkpoint."""
-        progress = self.progress
-        if not progress.consumed_tokens:
-            return self.data.train, []
-        if progress.blend is not None:
-            history = History.from_values(progress.blend)
-        else:
-            assert checkpoint is not None
-            theirs = config_of(checkpoint)
-            [source] = theirs.data.training_sources()
-            length = theirs.model.seq_length
-            history = History.of_one(source.name, progress.consumed_tokens, length)
-        return self.data.train.continued(self._next_sample, history)
+        return next_sample(self.progress, self.config)
 
     def _stop_before_the_building(self) -> None:
         """Raise Stopped, with all said, where the run was asked to stop while it was starting."""

@@ -207,9 +207,6 @@ def _open_training(
     # By kind: all that is watched, then all that is tested in the end.
     held_out = dict(sorted(held_out.items(), key=lambda item: item[0].startswith("test")))
     blend = Blend(sources)
-    if data.data_cache_path is not None:
-        for part in blend.parts:
-            part.sample(0, 0, 1)  # makes the first epoch's order, while nobody waits for this rank
     if several:
         oddities = _amounts(specs, blend, config)
     return blend, held_out, oddities
