@@ -2,7 +2,8 @@
 
 Importing torch, Megatron-core and DeepSpeed takes seconds, and the tests start hundreds of ranks.
 `run_ranks` does what `torchrun` does for the ranks of one machine, and they are processes like any
-other. Tests of what a launcher does use the real ones (`tests.launching`).
+other. `run_on_fake_gpu` starts a process that has been given a GPU that is not there, which has to
+come before torch. Tests of what a launcher does use the real ones (`tests.launching`).
 """
 
 import atexit
@@ -32,18 +33,31 @@ def run_ranks(ranks: int, script: str, *arguments: object, timeout=300.0, check=
     not 0. Ranks that still run when one has failed are killed. One rank is a process that no
     launcher started, as with plain `python`."""
     with started_ranks(ranks, script, *arguments) as launch:
-        code = launch.wait(timeout)
-        text = launch.text()
-    if check:
-        assert code == 0, f"{ranks} ranks of {script} ended with {code}\n{text}"
-    return subprocess.CompletedProcess([script, *map(str, arguments)], code, text, "")
+        return _ended(launch, timeout, check, f"{ranks} ranks of {script}")
+
+
+def run_on_fake_gpu(script: str, *arguments: object, timeout=900.0):
+    """Run a script to its end in a process with a fake GPU (`megalong.planning.fake_device`); what
+    it printed."""
+    with _started(_server(fake_gpu=True), 1, script, arguments) as launch:
+        return _ended(launch, timeout, True, f"{script} on a fake GPU")
+
+
+def _ended(launch: "Launch", timeout: float, check: bool, what: str):
+    code, text = launch.wait(timeout), launch.text()
+    assert code == 0 or not check, f"{what} ended with {code}\n{text}"
+    return subprocess.CompletedProcess(what, code, text, "")
+
+
+def started_ranks(ranks: int, script: str, *arguments: object):
+    """Ranks under way, as `run_ranks` starts them; at the end of the block none is left alive."""
+    return _started(_server(), ranks, script, arguments)
 
 
 @contextlib.contextmanager
-def started_ranks(ranks: int, script: str, *arguments: object) -> Iterator["Launch"]:
-    """Ranks under way, as `run_ranks` starts them; at the end of the block none is left alive."""
+def _started(server: "_Server", ranks, script, arguments) -> Iterator["Launch"]:
     with tempfile.TemporaryDirectory() as folder:
-        launch = _server().launch(ranks, script, list(map(str, arguments)), Path(folder, "output"))
+        launch = server.launch(ranks, script, list(map(str, arguments)), Path(folder, "output"))
         try:
             yield launch
         finally:
@@ -86,9 +100,9 @@ class Launch:
 class _Server:
     """This side of the process that forks, which takes one launch after the other."""
 
-    def __init__(self):
+    def __init__(self, *options: str):
         self.process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, *options],
             env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -126,14 +140,22 @@ class _Server:
 
 
 @cache
-def _server() -> _Server:
-    return _Server()  # ends when its standard input does, with this process
+def _server(fake_gpu: bool = False) -> _Server:
+    # Ends when its standard input does, with this process.
+    return _Server(*["fake-gpu"] * fake_gpu)
 
 
-def _serve() -> None:
+def _serve(*options: str) -> None:
     """Fork ranks as told; answer with their process ids, and at their end with an exit code."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    if options == ("fake-gpu",):
+        from megalong.planning import fake_device
+
+        fake_device.load()
+        import torch  # noqa: F401
+
+        fake_device.pretend()
     import deepspeed  # noqa: F401
     import megatron.core.models.gpt  # noqa: F401
 
@@ -218,4 +240,4 @@ def _first_failure(pids: list[int]) -> int:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(*sys.argv[1:])

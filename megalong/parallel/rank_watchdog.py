@@ -257,8 +257,13 @@ class _Hub:
 
     def _spread(self, word: str, rest: str) -> None:
         self.news.set()
+        record = self._patience.record
+        # Before the others know: they end at once, and then a launcher kills this rank. But who
+        # waits for a rank that failed has to be told before its collectives break.
+        if word != FAILED:
+            _say(word, rest, record)
         self._tell(f"{word} {rest}")
-        _end(word, rest, True, self._patience.record)
+        _end(word, rest, word == FAILED, record)
 
 
 class _Line:
@@ -298,28 +303,33 @@ def _shared(value: list) -> list:
 def _end(word: str, rest: str, speaks: bool, record: Path | None) -> None:
     """End this process because of another; `speaks`: and say so. record: folder for this rank's
     last collectives, where another hangs."""
+    if word == FAILED:
+        time.sleep(OWN_WORDS)
+    if speaks:
+        _say(word, rest, record)
+    if word == HUNG and record is not None:
+        with contextlib.suppress(OSError):
+            record.mkdir(exist_ok=True)
+            write_collectives(record / f"rank_{dist.get_rank()}")
+    os._exit(1)
+
+
+def _say(word: str, rest: str, record: Path | None) -> None:
     if word == LOST:
         message = f"{rest} was lost: its process was killed, or its node is gone"
     elif word == FAILED:
-        time.sleep(OWN_WORDS)
         message = f"{rest} failed, see its own error"
     else:
         message = f"hung: {rest}"
         if record is not None:
             command = f"torchfrtrace --allow-incomplete-ranks {record}"
             message += f". `{command}` shows the last collectives of each rank"
-    if speaks:
-        print(
-            f"error: {message}. Ending all ranks; start again with --load to go on from the last"
-            " checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-    if word == HUNG and record is not None:
-        with contextlib.suppress(OSError):
-            record.mkdir(exist_ok=True)
-            write_collectives(record / f"rank_{dist.get_rank()}")
-    os._exit(1)
+    print(
+        f"error: {message}. Ending all ranks; start again with --load to go on from the last"
+        " checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _listening_socket(backlog: int) -> socket.socket:

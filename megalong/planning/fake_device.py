@@ -36,11 +36,14 @@ _library: ctypes.CDLL | None = None
 
 def load(cache: Path | None = None) -> None:
     """Compile the device, once for a version of PyTorch, and load it; before torch is imported.
+    Where it is loaded already, nothing happens.
 
     cache: the folder that keeps the library; None is megalong's in the user's cache.
     Raises RuntimeError where torch is there already, or where there is no C++ compiler.
     """
     global _library
+    if _library is not None:
+        return
     if "torch" in sys.modules:
         raise RuntimeError("the fake device has to be loaded before torch is imported")
     torch = importlib.util.find_spec("torch")

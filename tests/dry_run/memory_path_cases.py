@@ -1,7 +1,8 @@
 """Peak and executed FLOPs of a step on a fake GPU, and what `megalong.model` says of them.
 
-Writes {case: {"peak", "host", "flops", "needs", "needs_host", "executed"}} as JSON to the file it
-is given.
+    memory_path_cases.py FILE usual|seldom
+
+Writes {case: {"peak", "host", "flops", "needs", "needs_host", "executed"}} as JSON to the file.
 """
 
 import json
@@ -30,17 +31,28 @@ SHAPE = {
 }
 FULL = {"recompute_granularity": "full"}
 ON = {"memory_path": "on"}
-CASES = {
+USUAL = {
     "off": {"memory_path": "off"},
-    "off, GELU": {"memory_path": "off", "swiglu": False, "ffn_hidden_size": 2048},
     "off, full recomputation": {"memory_path": "off", **FULL},
-    "off, selective recomputation": {"memory_path": "off", "recompute_granularity": "selective"},
     "on": ON,
     "on, GELU": {**ON, "swiglu": False, "ffn_hidden_size": 2048},
     "on, grouped queries": {**ON, "num_query_groups": 2},
     "on, six layers": {**ON, "num_layers": 6},
     "on, full recomputation": {**ON, **FULL},
     "on, kept on the device": {**ON, "offload_activations": False},
+    "on, five branches, norms of queries and keys": {
+        **ON,
+        "qk_layernorm": True,
+        "segment_lengths": (2048, 4096, 8192, 16384, 32768),
+        "dilation_rates": (1, 2, 3, 4, 6),
+    },
+    "on, local and sparse": {**ON, "attention": ("local", "sparse")},
+    "on, norms of sub-layers": {**ON, "sub_layer_norm": True, "normalization": "LayerNorm"},
+}
+# Each a feature switched on or off by itself: `make test-long`.
+SELDOM = {
+    "off, GELU": {"memory_path": "off", "swiglu": False, "ffn_hidden_size": 2048},
+    "off, selective recomputation": {"memory_path": "off", "recompute_granularity": "selective"},
     "on, MLP as it is": {**ON, "tiled_mlp": False, **FULL},
     "on, GELU's MLP as it is": {
         **ON,
@@ -51,25 +63,17 @@ CASES = {
     },
     "on, attention as it is": {**ON, "tiled_attention": False, **FULL},
     "on, eight groups of heads": {**ON, "attention_head_groups": 8},
-    "on, five branches, norms of queries and keys": {
-        **ON,
-        "qk_layernorm": True,
-        "segment_lengths": (2048, 4096, 8192, 16384, 32768),
-        "dilation_rates": (1, 2, 3, 4, 6),
-    },
-    "on, local and sparse": {**ON, "attention": ("local", "sparse")},
     "off, norms of sub-layers": {"memory_path": "off", "sub_layer_norm": True},
     "off, norms of sub-layers, full recomputation": {
         "memory_path": "off",
         **FULL,
         "sub_layer_norm": True,
     },
-    "on, norms of sub-layers": {**ON, "sub_layer_norm": True, "normalization": "LayerNorm"},
     "on, three layers recomputed at once": {**ON, **FULL, "recompute_num_layers": 3},
 }
 
 
-def main(output: str) -> None:
+def main(output: str, which: str) -> None:
     fake_device.pretend()
     from megalong.config.arguments import config_from_values
     from megalong.model.flops import executed_flops
@@ -77,7 +81,7 @@ def main(output: str) -> None:
     from megalong.planning.dry_run import dry_run
 
     results = {}
-    for name, flags in CASES.items():
+    for name, flags in {"usual": USUAL, "seldom": SELDOM}[which].items():
         config = config_from_values(SHAPE | flags).resolve(1)
         result, needed = dry_run(config, VOCABULARY, quick=True), needs(config, VOCABULARY)
         results[name] = {

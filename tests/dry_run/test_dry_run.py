@@ -2,7 +2,6 @@
 is planted is caught."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,8 @@ import pytest
 from megalong.config.attention import AttentionConfig
 from megalong.planning import fake_device
 from tests.dry_run.run_cases import CASES, PLANTS
-from tests.launching import made_once, run
+from tests.forked import run_on_fake_gpu
+from tests.launching import made_once
 
 pytestmark = pytest.mark.skipif(
     fake_device.compiler() is None, reason="the fake GPU needs a C++ compiler"
@@ -20,8 +20,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, dict]:
     def make(path: Path) -> None:
-        script = Path(__file__).with_name("run_cases.py")
-        print(run([sys.executable, str(script), str(path)], timeout=900).stderr)
+        print(run_on_fake_gpu(str(Path(__file__).with_name("run_cases.py")), path).stdout)
 
     return json.loads(made_once(tmp_path_factory, "dry_runs.json", make).read_text())
 

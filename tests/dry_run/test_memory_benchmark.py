@@ -50,6 +50,7 @@ def test_a_name_that_is_not_known_is_one_line(tmp_path, flags, words):
     assert all(word in done.stderr for word in ["error: ", *words]), done.stderr
 
 
+@pytest.mark.long
 def test_a_real_steps_peak_is_that_of_its_dry_run(tmp_path):
     command = [sys.executable, SCRIPT, "measured", "--lengths", "8192", "--output", str(tmp_path)]
     run([*command, "--rungs", "all on, one tensor a layer"], timeout=600)  # at most 5% apart

@@ -159,6 +159,19 @@ def test_a_rank_that_says_who_it_is_and_then_nothing(monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("word", ["lost", "hung"])
+def test_rank_0_has_its_say_before_the_others_end(word, monkeypatch):
+    """When they do, a launcher kills it."""
+    happened = []
+    monkeypatch.setattr(rank_watchdog, "_say", lambda *_: happened.append("said"))
+    monkeypatch.setattr(rank_watchdog, "_end", lambda *words: happened.append(words))
+    patience, news = SimpleNamespace(record=None), threading.Event()
+    hub = SimpleNamespace(news=news, _patience=patience, _tell=happened.append)
+    rank_watchdog._Hub._spread(hub, word, "rank 1")
+    assert happened == ["said", f"{word} rank 1", (word, "rank 1", False, None)]
+    assert news.is_set()
+
+
 def test_the_record_of_an_earlier_hang_is_cleared(tmp_path, monkeypatch):
     (tmp_path / "collectives").mkdir()
     (tmp_path / "collectives" / "rank_7").touch()

@@ -1,13 +1,12 @@
 """Millions of rows on a GPU that is not there: no waits, and no memory but that of the results."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from megalong.planning import fake_device
-from tests.launching import run
+from tests.forked import run_on_fake_gpu
 from tests.tiling.fake_gpu import HEAD_DIM, HEADS, LENGTH, WIDTH
 
 SLACK = 2**26  # bytes: what does not grow with the sequence
@@ -15,7 +14,7 @@ SLACK = 2**26  # bytes: what does not grow with the sequence
 
 @pytest.mark.skipif(fake_device.compiler() is None, reason="the fake GPU needs a C++ compiler")
 def test_memory_of_four_million_rows():
-    output = run([sys.executable, str(Path(__file__).with_name("fake_gpu.py"))]).stdout
+    output = run_on_fake_gpu(str(Path(__file__).with_name("fake_gpu.py"))).stdout
     found = {name: peak / LENGTH for name, peak in json.loads(output.splitlines()[-1]).items()}
     expected = {
         "rotation": 2 * HEADS * HEAD_DIM + 2 * HEAD_DIM,  # x and the angles

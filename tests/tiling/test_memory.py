@@ -1,12 +1,12 @@
 """Of what pieces over tiles hold, only inputs, outputs and their gradients grow with the rows."""
 
 import json
-import sys
 
 import pytest
 
 from megalong.planning import fake_device
-from tests.launching import made_once, run
+from tests.forked import run_on_fake_gpu
+from tests.launching import made_once
 from tests.tiling.fake_memory import BATCH, CASES, CHUNK, HIDDEN, ROWS, VOCABULARY
 
 pytestmark = pytest.mark.skipif(
@@ -32,7 +32,7 @@ LIMITS = {
 @pytest.fixture(scope="module")
 def peaks(tmp_path_factory):
     def make(path):
-        run([sys.executable, __file__.replace("test_memory", "fake_memory"), str(path)])
+        run_on_fake_gpu(__file__.replace("test_memory", "fake_memory"), path)
 
     return json.loads(made_once(tmp_path_factory, "tiling_memory.json", make).read_text())
 

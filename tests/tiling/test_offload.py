@@ -3,7 +3,6 @@ that makes copies as late as it may."""
 
 import json
 import random
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import torch
 
 from megalong.planning import fake_device
 from megalong.tiling.offload import HostMemoryError, HostOffload, pinned_bytes
-from tests.launching import made_once, run
+from tests.forked import run_on_fake_gpu
+from tests.launching import made_once
 from tests.tiling.stand_in_device import Race, StandIn
 
 CPU = torch.device("cpu")
@@ -288,8 +288,7 @@ def on_fake_device(tmp_path_factory) -> dict:
         pytest.skip("the fake GPU needs a C++ compiler")
 
     def make(path: Path) -> None:
-        script = Path(__file__).with_name("offload_on_fake_device.py")
-        run([sys.executable, str(script), str(path)])
+        run_on_fake_gpu(str(Path(__file__).with_name("offload_on_fake_device.py")), path)
 
     return json.loads(made_once(tmp_path_factory, "offload.json", make).read_text())
 

@@ -1,6 +1,6 @@
 """Two training steps for each case, on however many ranks this was started with.
 
-    parity_worker.py CORPUS FILE [cases|kinds]
+    parity_worker.py CORPUS FILE [usual|seldom|kinds]
 
 Rank 0 writes {case: (losses, grad norms, weights by canonical name, evaluation)} to the file, where
 a case is (layout, ZeRO stage, model).
@@ -173,6 +173,21 @@ KINDS_LAYOUTS = (
 KINDS_CASES = [(*where, model) for model in ("all kinds", "mlm") for where in KINDS_LAYOUTS]
 KINDS_CASES += [(layout, 1, "isolated") for layout in ("one vp", "sp4", "sp2 tp2", "sp2 pp2 vp1")]
 
+# Layouts and models that others among the cases have, in other pairs: `make test-long`.
+SELDOM = {
+    *((layout, 2, "tied") for layout in ("sp4", "sp2 tp2", "sp2 dp2", "sp4 tp2", "sp2 tp2 dp2")),
+    *(
+        (layout, 1, BOTH[1])
+        for layout in ("sp2 pp2", "sp2 dp2", "pp2 dp2", "sp4 tp2", "sp2 tp2 dp2")
+    ),
+    *((layout, 1, "fp16") for layout in ("dp2", "sp2")),
+    *((layout, 1, model) for layout in ("sp2", "tp2") for model in ("sgd", "offloaded optimizer")),
+    *(("sp2 pp2", 1, model) for model in ("all kinds", "mlm")),
+    *((layout, 1, "mlm") for layout in ("sp4", "sp8")),
+    *((*where, f"{BOTH[0]}, memory path") for where in TILED_LAYOUTS[1::2]),
+    *((*where, f"{BOTH[1]}, memory path, recomputed") for where in TILED_LAYOUTS[2::2]),
+}
+
 AXES = {
     "sp": "sequence_parallel_size",
     "tp": "tensor_model_parallel_size",
@@ -204,10 +219,10 @@ LAYOUTS = {
 }
 
 
-def cases() -> list[tuple[str, int, str]]:
+def cases(which: str = "usual") -> list[tuple[str, int, str]]:
     """(layout, ZeRO stage, model): the first two models in every layout, the first of them with
     every ZeRO stage that there is; the others on two ranks, where most of it shows; the copies on
-    few."""
+    few. But for those of `SELDOM`, or of "seldom" these alone."""
     found = []
     for layout, ranks in LAYOUTS.items():
         models = list(MODELS) if ranks <= 2 and "vp" not in layout else BOTH
@@ -218,7 +233,8 @@ def cases() -> list[tuple[str, int, str]]:
         found += [(layout, stage, "tied") for stage in stages[1:]]
         if ranks == 2:
             found += [(layout, stage, "bf16") for stage in stages[1:]]
-    return [*found, *DIVIDED_OPTIMIZERS, *KINDS_CASES, *COPY_CASES]
+    found += [*DIVIDED_OPTIMIZERS, *KINDS_CASES, *COPY_CASES]
+    return [case for case in found if (case in SELDOM) == (which == "seldom")]
 
 
 def cases_of_kinds() -> list[tuple[str, int, str]]:
@@ -255,7 +271,7 @@ def write_short_documents(prefix: Path) -> Path:
     return prefix
 
 
-def main(data_path: str, output: str, which: str = "cases") -> None:
+def main(data_path: str, output: str, which: str = "usual") -> None:
     # DeepSpeed offers fp16 only to processors that compute in it; PyTorch does, on any.
     accelerator = get_accelerator()
     supported = [*accelerator.supported_dtypes(), torch.float16]
@@ -264,7 +280,7 @@ def main(data_path: str, output: str, which: str = "cases") -> None:
     results = {}
     with process_group() as device:
         short = write_short_documents(Path(f"{output}-documents-{dist.get_rank()}"))
-        for case in {"cases": cases, "kinds": cases_of_kinds}[which]():
+        for case in cases_of_kinds() if which == "kinds" else cases(which):
             layout, stage, model = case
             if LAYOUTS[layout] != world_size():
                 continue

@@ -8,11 +8,26 @@ import torch
 
 from tests.forked import run_ranks
 from tests.launching import made_once
-from tests.training.parity_worker import COPIES, LAYOUTS, LOW_PRECISION, cases, cases_of_kinds
+from tests.training.parity_worker import (
+    COPIES,
+    LAYOUTS,
+    LOW_PRECISION,
+    SELDOM,
+    cases,
+    cases_of_kinds,
+)
 
 WORKER = __file__.replace("test_parity", "parity_worker")
-LOW = [case for case in cases() if case[2].split(",")[0] in LOW_PRECISION]
-EXACT = [case for case in cases() if case not in LOW]
+CASES = [
+    pytest.param(case, marks=pytest.mark.long if which == "seldom" else ())
+    for which in ("usual", "seldom")
+    for case in cases(which)
+]
+
+
+def is_low(parameter) -> bool:
+    [(_, _, model)] = parameter.values
+    return model.split(",")[0] in LOW_PRECISION
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +42,8 @@ def result_of(corpus, tmp_path_factory):
 
         return torch.load(made_once(tmp_path_factory, f"parity-{which}-{ranks}.pt", make))
 
-    def result(case, which="cases"):
+    def result(case, which=None):
+        which = which or ("seldom" if case in SELDOM else "usual")
         return results(LAYOUTS[case[0]], which)[case]
 
     return result
@@ -46,7 +62,11 @@ def assert_same(one, two, tolerance: float) -> None:
         assert difference <= tolerance * weight.abs().max(), name
 
 
-@pytest.mark.parametrize("case", EXACT, ids=lambda case: f"{case[0]}-ZeRO{case[1]}-{case[2]}")
+@pytest.mark.parametrize(
+    "case",
+    [parameter for parameter in CASES if not is_low(parameter)],
+    ids=lambda case: f"{case[0]}-ZeRO{case[1]}-{case[2]}",
+)
 def test_layout_equals_one_process(result_of, case):
     layout, _, model = case
     reference = (
@@ -67,7 +87,7 @@ def test_kinds_of_attention_equal_one_process(result_of, case):
 
 @pytest.mark.parametrize(
     "case",
-    LOW,
+    [parameter for parameter in CASES if is_low(parameter)],
     ids=lambda case: f"{case[0]}-ZeRO{case[1]}-{case[2]}",
 )
 def test_low_precision_follows_float32(result_of, case):

@@ -6,9 +6,6 @@ values measured with triton 3.6 and 3.9.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,9 +19,10 @@ from megalong.attention.triton.tile_sizes import (
     newest_that_fits,
     sizes_of,
 )
+from tests.launching import run_here
 
 TOOLS = Path(__file__).parents[3] / "tools" / "benchmarks"
-ITEMS = [f"{kernel}:{d}" for d in (64, 128, 256) for kernel in ("forward", "dq", "dkdv")]
+ITEMS = {d: [f"{kernel}:{d}" for kernel in ("forward", "dq", "dkdv")] for d in (16, 64, 128, 256)}
 # Bytes of stack allowed, (sparse, base). Whatever is not here must not spill at all.
 STACK = {
     (90, "bfloat16", "forward", 256): (0, 56),
@@ -48,35 +46,37 @@ LOOP = {
 BANDED_STACK = {(80, "forward", 64): 16, (90, "dkdv", 128): 16}
 
 
-def run(command, folder):
-    """The lines a tool prints, in a process where nothing is interpreted or cached."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(folder)
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    command = [sys.executable, str(TOOLS / command[0]), *command[1:]]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return [json.loads(line) for line in result.stdout.splitlines()]
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def compiled(generation, dtype, items, folder):
-    return run(["kernel_resources.py", str(generation), dtype, *items], folder)
+def run(tool, *arguments):
+    """The lines that a tool prints."""
+    return [json.loads(line) for line in run_here(TOOLS / tool, *arguments).stdout.splitlines()]
+
+
+def compiled(generation, dtype, items):
+    return run("kernel_resources.py", generation, dtype, *items)
 
 
 @pytest.mark.parametrize(
     ("generation", "dtype", "items"),
     [
-        (80, "bfloat16", ITEMS),
-        (90, "bfloat16", ITEMS),
-        (80, "float32", ITEMS[:6]),
-        (90, "float32", ITEMS[:6]),
+        (80, "bfloat16", ITEMS[16]),
+        (80, "bfloat16", ITEMS[64] + ITEMS[128]),
+        (90, "bfloat16", ITEMS[64] + ITEMS[128]),
         (90, "float16", ["forward:80"]),  # padded head_dim
-        (80, "bfloat16", ["forward:16", "dq:16", "dkdv:16"]),
+        (90, "float32", ITEMS[64]),
+        pytest.param(80, "bfloat16", ITEMS[256], marks=pytest.mark.long),
+        pytest.param(90, "bfloat16", ITEMS[256], marks=pytest.mark.long),
+        pytest.param(80, "float32", ITEMS[64] + ITEMS[128], marks=pytest.mark.long),
+        pytest.param(90, "float32", ITEMS[128], marks=pytest.mark.long),
     ],
     ids=lambda value: "" if isinstance(value, list) else str(value),
 )
-def test_resources(generation, dtype, items, tmp_path):
-    lines = compiled(generation, dtype, items, tmp_path)
+def test_resources(generation, dtype, items):
+    lines = compiled(generation, dtype, items)
     assert len(lines) == 2 * len(items)
     for line in lines:
         allowed = STACK.get((generation, dtype, line["kernel"], line["head_dim"]), (0, 0))
@@ -92,11 +92,11 @@ def test_resources(generation, dtype, items, tmp_path):
             assert line["hmma"] + line["hgmma"] > 0, line
 
 
-@pytest.mark.parametrize("generation", [80, 90])
-def test_rows_in_a_band_take_hardly_more_than_others(generation, tmp_path):
+@pytest.mark.parametrize("generation", [pytest.param(80, marks=pytest.mark.long), 90])
+def test_rows_in_a_band_take_hardly_more_than_others(generation):
     """Their main loop is that of the other kernels; what a band adds is at its edges."""
-    items = [f"banded-{item}" for item in ITEMS if not item.endswith(":256")]
-    for line in compiled(generation, "bfloat16", items, tmp_path):
+    items = [f"banded-{item}" for item in ITEMS[64] + ITEMS[128]]
+    for line in compiled(generation, "bfloat16", items):
         key = generation, line["kernel"].removeprefix("banded-"), line["head_dim"]
         assert line["stack"] <= BANDED_STACK.get(key, 0), line
         assert line["shared"] <= SHARED_MEMORY[generation], line
@@ -105,10 +105,10 @@ def test_rows_in_a_band_take_hardly_more_than_others(generation, tmp_path):
         assert line["hgmma" if generation == 90 else "hmma"] > 0, line
 
 
-def test_documents_take_hardly_more(tmp_path):
+def test_documents_take_hardly_more():
     """What keeps them apart is at the edges; there is no load and no mask in the main loop."""
     items = ["documents-forward:128", "documents-dkdv:128"]
-    for line in compiled(90, "bfloat16", items, tmp_path):
+    for line in compiled(90, "bfloat16", items):
         kernel = line["kernel"].removeprefix("documents-")
         assert line["stack"] <= (80 if kernel == "dkdv" else 0), line
         assert line["shared"] <= SHARED_MEMORY[90], line
@@ -117,26 +117,26 @@ def test_documents_take_hardly_more(tmp_path):
         assert line["hgmma"] > 0, line
 
 
-def test_rare_variants_compile(tmp_path):
+def test_rare_variants_compile():
     """The interpreter runs much that does not compile."""
-    assert len(compiled(80, "bfloat16", ["rare:16"], tmp_path)) >= 30
+    assert len(compiled(80, "bfloat16", ["rare:16"])) >= 30
 
 
-def test_newer_gpus_take_lines_that_fit(tmp_path):
+def test_newer_gpus_take_lines_that_fit():
     """sm_100 has the shared memory of sm_90, sm_120 that of sm_89: neither has lines of its own."""
     assert newest_that_fits((8, 6), 99 * 1024) == 80
     assert newest_that_fits((9, 0), 227 * 1024) == 90
     for generation, shared, lines in ((100, 227 * 1024, 90), (120, 99 * 1024, 80)):
         assert newest_that_fits(divmod(generation, 10), shared) == lines
-        for line in compiled(generation, "bfloat16", ["forward:128"], tmp_path):
+        for line in compiled(generation, "bfloat16", ["forward:128"]):
             assert line["tile"] == list(sizes_of("forward", 128, torch.bfloat16, lines))
             assert line["shared"] <= shared, line
 
 
-def test_tuning_says_what_the_compiler_makes_of_candidates(tmp_path):
+def test_tuning_says_what_the_compiler_makes_of_candidates():
     """Without a GPU; the times need one."""
     options = ["--generation", "80", "--head-dim", "64", "--kernels", "dq", "--most", "2"]
-    lines = run(["tune_attention.py", "--compile-only", *options], tmp_path)
+    lines = run("tune_attention.py", "--compile-only", *options)
     assert len(lines) == 4
     for line in lines:
         assert line["tile"][:3] == [64, 32, 4] and line["fits"] and line["hmma"] > 0

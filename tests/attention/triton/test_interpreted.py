@@ -27,3 +27,8 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.long
 def test_many_random_cases_in_the_interpreter():
     interpret("-k", "test_random", RANDOM_CASES="300")
+
+
+@pytest.mark.long
+def test_the_long_ones_in_the_interpreter():
+    interpret("-m", "long")
