@@ -14,7 +14,8 @@ quickstart: setup
 test: setup
 	$(bin)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
-# Those that take minutes and seldom show more than the others: more random cases.
+# Those that seldom show more than the others: more random cases, layouts, kernels and benchmarks.
+# CI runs a part of them, on one Python.
 test-long: setup
 	$(bin)/python -m pytest -n 2 --dist worksteal -m long $(PYTEST_ARGS)
 

@@ -1,11 +1,11 @@
 """Runs of two steps, each saved in one layout, and their continuations in every other layout.
 
-    reshape_worker.py CORPUS FOLDER [save] [load]
+    reshape_worker.py CORPUS FOLDER [save] [load] [seldom]
 
 does those of the layouts that have as many ranks as this was started with, with each optimizer.
 "save" leaves FOLDER/OPTIMIZER/saved/LAYOUT, and on one rank FOLDER/OPTIMIZER/whole, four steps that
 nothing interrupts; "load" goes on from the former, two more steps, and leaves
-FOLDER/OPTIMIZER/resumed/LAYOUT/FROM.
+FOLDER/OPTIMIZER/resumed/LAYOUT/FROM; "seldom" does so for the pairs of `make test-long`.
 """
 
 import contextlib
@@ -53,16 +53,18 @@ BATCH = {"micro_batch_size": 1, "global_batch_size": 4, "split": "1,0,0"}
 OPTIMIZERS = {"adam": OPTIMIZER, "sgd": SGD | ALL_KINDS}
 
 
-def pairs() -> list[tuple[str, str, str]]:
+def pairs(which: str = "load") -> list[tuple[str, str, str]]:
     """(the optimizer, the layout that loads, the one that saved): a way around through all layouts
-    for each optimizer, and another one for Adam; that all save the same is a test of its own."""
+    for each optimizer, and of "seldom" another one for Adam; that all save the same is a test of
+    its own."""
     layouts = list(LAYOUTS)
 
     def around(step: int) -> list[tuple[str, str]]:
         return [(to, layouts[number - step]) for number, to in enumerate(layouts)]
 
-    ways = {"adam": [*around(1), *around(3)], "sgd": around(1)}
-    return [(optimizer, *pair) for optimizer in ways for pair in [*ways[optimizer], UNEVEN]]
+    if which == "seldom":
+        return [("adam", *pair) for pair in around(3)]
+    return [(optimizer, *pair) for optimizer in OPTIMIZERS for pair in [*around(1), UNEVEN]]
 
 
 def flags_of(layout: str) -> dict[str, int]:
@@ -126,8 +128,8 @@ def main(corpus: str, folder: Path, *what: str) -> None:
                     if ranks == world_size():
                         save = folder / optimizer / "saved" / layout
                         run(optimizer, layout, train_iters=2, save=save)
-        if "load" in what:
-            for optimizer, to, source in pairs():
+        for which in ("load", "seldom"):
+            for optimizer, to, source in pairs(which) if which in what else ():
                 if LAYOUTS.get(to, 8) == world_size():
                     load = folder / optimizer / "saved" / source
                     save = folder / optimizer / "resumed" / to / source
