@@ -10,14 +10,14 @@ import pytest
 
 from megalong.checkpoint.manifest import DamagedCheckpoint, check_files, check_share
 from tests.forked import run_ranks
-from tests.launching import PRETRAIN, REPOSITORY, run, small_run_flags
+from tests.launching import PRETRAIN, REPOSITORY, run, run_here, small_run_flags
 from tests.training.test_bad_input import refused
 from tests.training.test_resume import assert_same_run
 
 SAVING_LOOP, LIMITED_RUN = (
     str(Path(__file__).with_name(name)) for name in ("saving_loop.py", "limited_run.py")
 )
-INSPECT = [sys.executable, str(REPOSITORY / "tools" / "inspect_checkpoint.py")]
+INSPECT = REPOSITORY / "tools" / "inspect_checkpoint.py"
 
 
 def flags(corpus, folder, **changes):
@@ -131,7 +131,7 @@ def assert_last_is_two(folder: Path) -> None:
 
 
 def test_inspecting(copy):
-    shown = run([*INSPECT, str(copy), "--verify"]).stdout
+    shown = run_here(INSPECT, copy, "--verify").stdout
     for words in (
         f"{copy}/iter_0000006: ",
         "iteration 6 | 48 sequences | 6,144 tokens | 6 updates",
@@ -143,10 +143,10 @@ def test_inspecting(copy):
     ):
         assert words in shown, shown
     assert shown.splitlines()[1].startswith("sound: ")
-    brief = run([*INSPECT, str(copy), "--brief", "--json"]).stdout
+    brief = run_here(INSPECT, copy, "--brief", "--json").stdout
     content = json.loads(brief)
     assert content["iteration"] == 6 and not content["verified"] and "tensors" not in content
     assert content["values"] > 3 * content["parameters"] > 0  # with both moments, random states
     flip(copy / "iter_0000006" / "__0_0.distcp")
-    done = run([*INSPECT, str(copy / "iter_0000006"), "--verify"], check=False)
+    done = run_here(INSPECT, copy / "iter_0000006", "--verify", check=False)
     assert done.returncode == 2 and "__0_0.distcp is not what was written" in done.stderr
