@@ -27,13 +27,30 @@ class Clock:
         return dist.get_world_size() if dist.is_initialized() else 1
 
     def seconds(self, call: Callable[[], object]) -> float:
-        """The median of repeated calls, on the slowest rank. Every rank makes as many."""
+        """Of a call that waits for nobody, on the slowest rank: the median of repeated ones. Every
+        rank makes as many.
+
+        On a CPU it is the time that the core worked for it, so that others, who may be using the
+        machine as well, do not count; a call has to be single-threaded.
+        """
         call()
-        once = self.slowest(self._once(call, 1))
-        calls = max(FEWEST, min(MOST, round(self.budget / max(once, 1e-9))))
+        calls = self._calls(self._once(call, 1))
         if self.device.type == "cuda":  # the host runs ahead: the device has no gaps
             return self.slowest(min(self._once(call, calls) for _ in range(3)) / calls)
-        return self.slowest(statistics.median(self._once(call, 1) for _ in range(calls)))
+        times = [self._once(call, 1, time.thread_time) for _ in range(calls)]
+        return self.slowest(statistics.median(times))
+
+    def seconds_together(self, call: Callable[[], object]) -> float:
+        """Of a call in which ranks wait for each other, on the slowest rank: the shortest of
+        repeated ones on a CPU, where others may be in the way."""
+        call()
+        calls = self._calls(self._once(call, 1))
+        if self.device.type == "cuda":
+            return self.slowest(min(self._once(call, calls) for _ in range(3)) / calls)
+        return self.slowest(min(self._once(call, 1) for _ in range(calls)))
+
+    def _calls(self, once: float) -> int:
+        return max(FEWEST, min(MOST, round(self.budget / max(self.slowest(once), 1e-9))))
 
     def slowest(self, value: float) -> float:
         """The largest of the ranks' values."""
@@ -48,15 +65,12 @@ class Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def together(self) -> None:
-        """Until all ranks are here."""
+    def _once(
+        self, call: Callable[[], object], calls: int, now: Callable[[], float] = time.perf_counter
+    ) -> float:
         self.wait()
-        self.slowest(0.0)
-
-    def _once(self, call: Callable[[], object], calls: int) -> float:
-        self.wait()
-        start = time.perf_counter()
+        start = now()
         for _ in range(calls):
             call()
         self.wait()
-        return time.perf_counter() - start
+        return now() - start

@@ -56,7 +56,7 @@ def _there_and_back(tensor: torch.Tensor) -> None:
 def seconds(clock: Clock, name: str, size: int) -> float:
     """Of one call, which all ranks begin together."""
     call = collective(name, size, clock.device)
-    found = clock.seconds(call)
+    found = clock.seconds_together(call)
     return found / 2 if name == "send" else found
 
 
@@ -64,8 +64,8 @@ def overlap(clock: Clock, size: int = 2**24) -> float:
     """The share of a collective's time that computation hides which runs beside it."""
     whole = torch.zeros(size // 4, device=clock.device)
     matrix = torch.ones(512, 512, device=clock.device)
-    communicating = clock.seconds(lambda: dist.all_reduce(whole))
-    products = max(1, round(communicating / clock.seconds(lambda: matrix @ matrix)))
+    communicating = clock.seconds_together(lambda: dist.all_reduce(whole))
+    products = max(1, round(communicating / clock.seconds_together(lambda: matrix @ matrix)))
 
     def compute() -> None:
         for _ in range(products):
@@ -76,6 +76,6 @@ def overlap(clock: Clock, size: int = 2**24) -> float:
         compute()
         work.wait()
 
-    computing, together = clock.seconds(compute), clock.seconds(both)
+    computing, together = clock.seconds_together(compute), clock.seconds_together(both)
     hidden = computing + communicating - together
     return min(1.0, max(0.0, hidden / min(computing, communicating)))
