@@ -162,7 +162,12 @@ def _gather(size: int, sparse: list[SparseRows], shards: Shards, causal: bool) -
     rooms = [_room(rows, shards) for rows in sparse]
     own = _row_list(_held_by([shards.rank], sparse, shards), rooms)
     gathered = _row_list(_held_by(members, sparse, shards), rooms * len(members))
-    seen = (b for b in gathered.blocks if _seen(b.rows, shards, shards.rank, b.rank, causal))
+    mine = {id(rows) for rows in sparse if shards.held(rows.positions, shards.rank)}
+    seen = (
+        block
+        for block in gathered.blocks
+        if id(block.rows) in mine and _sees(shards.rank, block.rank, causal)
+    )
     return Exchange(AllGather(size), tuple(sparse), own, RowList(gathered.length, tuple(seen)))
 
 
@@ -174,12 +179,8 @@ def _send(sparse: list[SparseRows], shards: Shards, causal: bool) -> Exchange:
     """The exchange of exactly what each rank sees. Lists: by rank, by SparseRows."""
     me = shards.rank
     mine = [rows for rows in sparse if shards.held(rows.positions, me)]  # of others it sees nothing
-    shared = [
-        (rank, rows)
-        for rank in range(shards.count)
-        for rows in mine
-        if rank in rows.segment.ranks(shards.length)
-    ]
+    pairs = [(rank, rows) for rows in mine for rank in shards.holders(rows.positions)]
+    shared = sorted(pairs, key=lambda pair: pair[0])  # of equal ranks in the order of `mine`
     leaving = [(rank, rows, _seen(rows, shards, rank, me, causal)) for rank, rows in shared]
     arriving = [(rank, rows, _seen(rows, shards, me, rank, causal)) for rank, rows in shared]
     lists = [_row_list(held, [len(rows) for *_, rows in held]) for held in (leaving, arriving)]
@@ -190,10 +191,14 @@ def _send(sparse: list[SparseRows], shards: Shards, causal: bool) -> Exchange:
 def _seen(rows: SparseRows, shards: Shards, reader: int, holder: int, causal: bool) -> range:
     """Those of another rank's rows that a rank attends to: all if it comes before, or if attention
     is not causal; none where the reader has no query among the rows."""
-    before = holder < reader or (holder > reader and not causal)
-    if before and shards.held(rows.positions, reader):
+    if _sees(reader, holder, causal) and shards.held(rows.positions, reader):
         return shards.held(rows.positions, holder)
     return range(0)
+
+
+def _sees(reader: int, holder: int, causal: bool) -> bool:
+    """Whether a rank attends to another's rows at all."""
+    return holder < reader or (holder > reader and not causal)
 
 
 def _room(rows: SparseRows, shards: Shards) -> int:

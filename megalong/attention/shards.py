@@ -11,7 +11,7 @@ Paper: LongNet (arXiv 2307.02486), section 3.1, which says it for one segment of
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megalong.attention.pattern import DilatedPattern
@@ -41,10 +41,20 @@ class Shards:
         """Those of the positions that a rank holds."""
         return between(positions, rank * self.length, (rank + 1) * self.length)
 
+    def holders(self, positions: range) -> Iterable[int]:
+        """The ranks that hold any of the positions, in order."""
+        if positions.step > self.length:
+            return [position // self.length for position in positions]
+        if not positions:
+            return range(0)
+        return range(positions[0] // self.length, positions[-1] // self.length + 1)
+
 
 def between(positions: range, start: int, stop: int) -> range:
     """Those of the positions that lie in [start, stop)."""
-    return positions[bisect_left(positions, start) : bisect_left(positions, stop)]
+    first, step = positions.start, positions.step
+    before, after = -((first - start) // step), -((first - stop) // step)
+    return positions[max(before, 0) : max(after, 0)]
 
 
 @dataclass(frozen=True)
