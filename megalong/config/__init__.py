@@ -77,7 +77,7 @@ class Config:
             resolved, memory=resolved.memory.resolve(model, resolved.parallel)
         )
         resolved.run.check(training, world_size)
-        resolved.data.check(training.causal)
+        resolved.data.check(training.causal, model.seq_length)
         return resolved
 
     def num_microbatches(self, data_parallel_size: int) -> int:

@@ -135,9 +135,15 @@ class DataConfig:
             if getattr(self, name)
         }
 
-    def check(self, causal: bool) -> None:
+    def check(self, causal: bool, seq_length: int) -> None:
         """Raise UserError where data or tokenizer is missing, what is given contradicts itself, or
         a flag is of another objective. causal: whether next tokens are predicted."""
+        if self.isolates_documents and seq_length >= 2**31:
+            raise UserError(
+                "--document-attention isolated counts places in 32 bits, and --seq-length"
+                f" {seq_length} has more: set --document-attention mixed, or --seq-length"
+                f" {2**31 - 1} or less"
+            )
         if self.eod_mask_loss and not causal:
             raise UserError(
                 "--eod-mask-loss is about predicting the next token: with --objective mlm leave it"

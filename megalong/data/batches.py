@@ -12,7 +12,8 @@ rank's micro batches of the whole step have.
 
 Where documents are kept apart there are document_start and, where attention looks both ways,
 document_stop, int32 (micro_batch, slice): the places in the whole sequence of the first token of
-each token's document, and of the one after its last (`TokenStream.document_bounds`).
+each token's document, and of the one after its last (`TokenStream.document_bounds`); int64 where a
+sequence has 2^31 tokens or more, which attention refuses.
 """
 
 from collections.abc import Iterator

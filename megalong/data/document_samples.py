@@ -31,6 +31,7 @@ import numpy as np
 
 from megalong.data.context import ContextReport, runs_of
 from megalong.data.document_order import find_epoch
+from megalong.data.samples import place_type
 from megalong.data.stream import TokenStream
 
 
@@ -70,7 +71,8 @@ class DocumentSamples:
         self.lengths, self.sources = stream.lengths, stream.sources
         self.tokens_per_epoch = stream.tokens_per_epoch
         self._whole, self._rest = (
-            part.astype(np.int32) for part in np.divmod(stream.lengths, stream.sequence_length)
+            part.astype(place_type(stream.sequence_length))
+            for part in np.divmod(stream.lengths, stream.sequence_length)
         )
         self.samples_per_epoch = self._first_sample(1)
         self._epochs: dict[int, _Epoch] = {}
@@ -105,14 +107,14 @@ class DocumentSamples:
         None: N.
 
         Returns for each token the place in the sample of its document's first token, and the place
-        after its document's last one, both int32 (stop - start,) and clipped to [0, N]. Reads no
-        tokens.
+        after its document's last one, both `place_type(N)` (stop - start,) and clipped to [0, N].
+        Reads no tokens.
         """
         length = self.sequence_length
         stop = length if stop is None else stop
         if i < 0 or not 0 <= start <= stop <= length:
             raise IndexError(f"documents of tokens [{start}, {stop}) of sample {i}")
-        bounds = np.zeros((2, stop - start), np.int32)
+        bounds = np.zeros((2, stop - start), place_type(length))
         document, begin = self._locate(i)
         if document is not None:
             bounds[1] = length

@@ -9,6 +9,11 @@ import numpy as np
 from megalong.data.context import ContextReport
 
 
+def place_type(length: int) -> type[np.integer]:
+    """The integers that hold the places [0, length] of a sample: of 32 bits where these do."""
+    return np.int32 if length <= np.iinfo(np.int32).max else np.int64
+
+
 class Samples(Protocol):
     """An endless row of samples of `sequence_length` + 1 tokens, which nothing but the data, the
     seed and the number of a sample decide: whoever reads whatever part of it finds the same.
@@ -41,7 +46,7 @@ class Samples(Protocol):
         self, i: int, start: int = 0, stop: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Where the documents of tokens [start, stop) of sample i begin and end, as places in the
-        sample in [0, N]; int32 (stop - start,) each. Reads no tokens."""
+        sample in [0, N]; `place_type(N)` (stop - start,) each. Reads no tokens."""
         ...
 
     def context_report(self) -> ContextReport:

@@ -18,6 +18,7 @@ from megalong.data.context import ContextReport, runs_of
 from megalong.data.document_order import DocumentOrder, find_epoch
 from megalong.data.index_cache import IndexCache
 from megalong.data.length_upsampling import LengthUpsampling
+from megalong.data.samples import place_type
 from megalong.errors import UserError
 
 
@@ -187,8 +188,8 @@ class TokenStream:
         None: N.
 
         Returns for each token the place in the sample of its document's first token, and the place
-        after its document's last one, both int32 (stop - start,) and clipped to [0, N]: a document
-        that goes on from the sample before begins at place 0. Reads no tokens.
+        after its document's last one, both `place_type(N)` (stop - start,) and clipped to [0, N]: a
+        document that goes on from the sample before begins at place 0. Reads no tokens.
         """
         length = self.sequence_length
         stop = length if stop is None else stop
@@ -196,7 +197,7 @@ class TokenStream:
             raise IndexError(f"documents of tokens [{start}, {stop}) of sample {i}")
         position = i * length
         bounds = self.bounds(position + start, position + stop)
-        return tuple((x - position).clip(0, length).astype(np.int32) for x in bounds)
+        return tuple((x - position).clip(0, length).astype(place_type(length)) for x in bounds)
 
     def bounds(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Of tokens [begin, end) of the endless stream, the positions of their documents' first

@@ -10,7 +10,9 @@ The interpreter multiplies bfloat16 wrongly, so bfloat16 is left to the GPU test
 """
 
 import dataclasses
+import mmap
 import os
+import sys
 
 import pytest
 import torch
@@ -67,6 +69,39 @@ def test_corner_in_float64(name, monkeypatch):
     if CORNERS[name].length > 200:
         monkeypatch.setattr(tile_sizes, "INTERPRETED", tile_sizes.TileSizes(64, 32, 1, 1))
     agree(thinned(CORNERS[name]), torch.float64, {"out lse dq dk dv": 1e-11})
+
+
+def rows_far_apart(x_bshd: torch.Tensor, row: int) -> torch.Tensor:
+    """The same numbers in memory that is not there but where they are: rows so many numbers apart,
+    heads in the first half of them."""
+    *_, length, heads, head_dim = x_bshd.shape
+    assert x_bshd.shape[0] == 1 and 2 * heads * head_dim <= row
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    memory = mmap.mmap(-1, length * row * x_bshd.itemsize, flags=flags)
+    apart = torch.frombuffer(memory, dtype=x_bshd.dtype)
+    strides = 0, row, row // (2 * heads), 1
+    return apart.as_strided(x_bshd.shape, strides).copy_(x_bshd)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory that is not there")
+def test_rows_that_are_far_apart():
+    """More than 2^31 numbers from the first row to the last, and to the middle of a segment: bit
+    for bit what comes out of rows side by side."""
+    pattern = DilatedPattern((16, 48), (1, 3))
+    generator = torch.Generator().manual_seed(0)
+    near = [torch.randn(1, 48, h, 16, generator=generator).half() for h in (4, 4, 2, 2)]
+    far = [rows_far_apart(x, 2**26 + 64) for x in near]
+    assert 47 * far[0].stride(1) > 2**31
+
+    def run(grad, q, k, v):
+        passes = DilatedPasses(pattern, backend="triton")
+        out, lse, kept = passes.forward(q, k, v)
+        found = [out, lse, *passes.backward(grad, q, k, v, out, lse, kept)]
+        out, lse = attend_rows(q, k, v, ALL, scale=0.25)
+        return [*found, out, lse, *attend_rows_backward(grad, q, k, v, out, lse, ALL, scale=0.25)]
+
+    for one, other in zip(run(*near), run(*far), strict=True):
+        assert torch.equal(one, other)
 
 
 def thinned(case):
