@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from megalong.planning.share import Exchanged
+from megalong.planning.share import SPREADS, Exchanged
 
 TABLE = 2**12  # different rows that are drawn
-SPREADS = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio, signed: its products differ in all bits
 LIST = 2**31  # more rows than a rank puts into any list
 
 Group = tuple[int, ...]  # its ranks

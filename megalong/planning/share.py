@@ -1,14 +1,14 @@
 """One rank's exact share of a launch of any size, in one process: real tensors, the real plan, the
 real kernels, and neighbours who are not there.
 
-    with lone_rank(517, 1024), build_mesh(config, device) as mesh, answered(mesh.sequence, source):
-        ...  # the training's own engine, or `sequence_parallel_attention` alone
+    with share(config, 517, 1024, SyntheticRows()) as mesh:
+        engine = TrainingEngine(build_model(config, vocab_size, mesh), config, mesh)
 
 The program is not touched: its collectives end in PyTorch's backend "fake", which sends nothing.
-What they carry along the sequence is then filled in by `Neighbours` (`megalong.planning.neighbours`).
-All other collectives end as the backend leaves them: a sum is what this rank has put in, what is
-gathered is that over and over, and stays as it was where it is gathered in place: optimizer states
-of other ranks take no step.
+What they carry along the sequence is then filled in by `megalong.planning.neighbours`. All other
+collectives end as the backend leaves them: a sum is what this rank has put in, and what is gathered
+is that over and over; where it is gathered in place, the others' part stays as it was, as if their
+optimizers had taken no step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,15 @@ import torch
 import torch.distributed as dist
 
 from megalong.attention.exchange import SequenceGroup
+from megalong.config import Config
+from megalong.data.batches import Batch
+from megalong.device import use_gpu
+from megalong.parallel.cpu import enable_megatron_without_gpu
+from megalong.parallel.deepspeed_private import skip_shared_memory_kernels
+from megalong.parallel.mesh import Mesh, build_mesh
 from megalong.torch_private import FakeStore
+
+SPREADS = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio, signed: its products differ in all bits
 
 
 @contextlib.contextmanager
@@ -47,6 +55,27 @@ def lone_rank(rank: int, ranks: int) -> Iterator[None]:
             dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def share(
+    config: Config, rank: int, ranks: int, neighbours: Neighbours, clock: Clock | None = None
+) -> Iterator[Mesh]:
+    """The mesh of one rank of a launch, whose neighbours along the sequence are these. On the GPU
+    where there is one.
+
+    config: resolved for so many ranks.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if use_gpu() else torch.device("cpu")
+    if not use_gpu():
+        enable_megatron_without_gpu()
+        skip_shared_memory_kernels()
+    with (
+        lone_rank(rank, ranks),
+        build_mesh(config, device) as mesh,
+        answered(mesh.sequence, neighbours, clock),
+    ):
+        yield mesh
+
+
 def lone_sequence(subgroup_sizes: Sequence[int]) -> SequenceGroup:
     """All ranks share one sequence, seen from the only one there is, inside `lone_rank`: as
     `SequenceGroup.create`, which asks all ranks and wants time that grows with their square."""
@@ -57,6 +86,18 @@ def lone_sequence(subgroup_sizes: Sequence[int]) -> SequenceGroup:
         members = list(range(first, min(first + m, size)))
         subgroups[m] = dist.new_group(members, use_local_synchronization=True)
     return SequenceGroup(rank, size, dist.group.WORLD, subgroups)
+
+
+def numbered_batches(config: Config, vocab_size: int, mesh: Mesh) -> Iterator[Batch]:
+    """Micro batches without end, all the same; as `megalong.data.batches` makes them. Which token
+    stands at a position hangs on that position alone, so that no rank needs another's."""
+    start, stop = mesh.sequence_range(config.model.seq_length)
+    positions = torch.arange(start, stop + 1)
+    tokens = (positions * SPREADS >> 33) % vocab_size
+    rows = tokens.expand(config.training.micro_batch_size, -1)
+    batch = {"tokens": rows[:, :-1], "labels": rows[:, 1:], "positions": positions[:-1]}
+    while True:
+        yield batch
 
 
 @dataclass(frozen=True)
@@ -168,7 +209,7 @@ class _Answers:
     ):  # fmt: skip
         given, splits = input, (output_split_sizes, input_split_sizes)
         if not len(input) and len(output):  # the backend copies it, and refuses to copy nothing
-            given, splits = output.clone(), (output_split_sizes, output_split_sizes)
+            given, splits = torch.zeros_like(output), (output_split_sizes, output_split_sizes)
         work = original(output, given, *splits, group=group, async_op=async_op)
         self._answer(group, "all_to_all", input, output, input_split_sizes, output_split_sizes)
         return work
