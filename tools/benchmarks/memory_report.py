@@ -11,8 +11,7 @@ MODEL = ("weights", "gradients", "optimizer")
 HEADER = (
     "rung", "device B/token at {}", "{}", "{}", "per token more", "activations", "temporaries",
     "host", "weights, gradients, optimizer", "MFLOP/token", "of full recomputation",
-    "longest in {}",
-    "host at that length", "dry run there",
+    "longest in {}", "host at that length", "dry run there",
 )  # fmt: skip
 
 
