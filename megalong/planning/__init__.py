@@ -1,5 +1,17 @@
 """What a launch will need, found out by running one of its ranks on tensors that hold no data.
 
+    from megalong.planning import fake_device
+    fake_device.load()  # before torch is imported
+    import torch
+    fake_device.pretend()
+    from megalong.planning.extension import planned_step
+    from megalong.planning.ranks import ranks_to_plan
+    cache = {}  # of what layouts have in common
+    for place in ranks_to_plan(config, ranks):
+        step = planned_step(config, vocab_size, rank=place.rank, ranks=ranks, cache=cache)
+
 `fake_device`: a GPU that is not there. `host_syncs`: who waits for it. `dry_run`: a training step
-of any rank of any launch on it, in one process, with its peak memory and its traffic.
+of any rank of any launch on it, in one process: its work (`work`), its memory by kind, its traffic.
+`extension`: the same for a model of many layers and steps of many micro batches, in a moment.
+`ranks`: which ranks stand for all.
 """
