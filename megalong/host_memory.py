@@ -1,8 +1,9 @@
-"""How much memory the host has left."""
+"""How much memory the host has left, and a process takes."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,3 +68,19 @@ def _left(group: Path) -> Iterator[int]:
                 )
                 used = int(group.joinpath(usage).read_text()) - int(stat.get(cache, 0))
                 yield int(text) - used
+
+
+def resident_bytes() -> int:
+    """Memory of this process; 0 on systems that do not have it in /proc."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def give_back_memory() -> None:
+    """Has glibc return to the system what is free between blocks that are not; nothing with other C
+    libraries."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

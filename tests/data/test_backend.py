@@ -10,10 +10,16 @@ import pytest
 from megalong.data.text.documents import Reading
 from megalong.data.text.sample import sample_texts
 from megalong.data.tokenizers import backend
-from megalong.data.tokenizers.backend import FastTokenizer, with_backend
+from megalong.data.tokenizers.backend import FastTokenizer, perhaps_fast, proven
 from megalong.data.tokenizers.tokenizer import build_tokenizer
 from megalong.errors import UserError
+from megalong.host_memory import resident_bytes
 from tests.data.test_tokenizer import TEXTS
+
+
+def with_backend(tokenizer, backend, files, reading, say):
+    fast = perhaps_fast(tokenizer, backend, say)
+    return proven(fast, backend, files, reading, say)
 
 
 @pytest.fixture
@@ -38,24 +44,50 @@ def test_the_same_ids_faster(usual, corpus, corpus_texts):
 
 
 def test_what_the_library_remembers_is_let_go(usual, monkeypatch):
-    pytest.importorskip("gigatoken")
+    gigatoken = pytest.importorskip("gigatoken")
+    loaded = []
+    load = gigatoken.Tokenizer.from_json
+
+    def counted(content):
+        loaded.append(content)
+        return load(content)
+
+    monkeypatch.setattr(gigatoken.Tokenizer, "from_json", counted)
     monkeypatch.setattr(backend, "_LOOKED_AT_AFTER", 10)
     monkeypatch.setattr(backend, "_REMEMBERED", -1)
     fast = FastTokenizer(usual)
-    encoders = set()
+    loaded.clear()
     for _ in range(4):
         assert fast.encode("some words") == usual.encode("some words")
-        encoders.add(fast._encoder)
-    assert len(encoders) == 4 - 1
+    assert len(loaded) == 2  # ten characters are not more than ten
+    assert len(set(loaded)) == 1
+
+
+def test_memory_does_not_grow_with_the_input(usual, monkeypatch):
+    """New words all the time, of which the library would remember 200 MB."""
+    pytest.importorskip("gigatoken")
+    monkeypatch.setattr(backend, "_REMEMBERED", 48 << 20)
+    fast = FastTokenizer(usual)
+    draw, most, begun_with = np.random.default_rng(0), 0, resident_bytes()
+    for _ in range(24):
+        words = draw.integers(ord("a"), ord("z"), (100_000, 20), np.uint8)
+        words[:, 0] = ord(" ")
+        fast.encode_array(words.tobytes().decode())
+        most = max(most, resident_bytes() - begun_with)
+    assert most < 128 << 20
 
 
 def test_other_ids_are_never_used(usual, corpus, corpus_texts, monkeypatch):
     late = "".join(corpus_texts[-20:])  # behind the part of the sample that is the beginning
 
-    def wrong(text: str) -> np.ndarray:
-        return usual.encode_array(text) + (len(text) > 100 and text in late)
+    class Wrong:
+        def __call__(self, text: str) -> np.ndarray:
+            return usual.encode_array(text) + (len(text) > 100 and text in late)
 
-    monkeypatch.setattr(usual, "fast_encoder", lambda: wrong, raising=False)
+        def forget(self) -> None:
+            pass
+
+    monkeypatch.setattr(usual, "fast_encoder", Wrong)
     monkeypatch.setattr(backend, "_SAMPLE_BYTES", 1 << 19)
     said = []
     assert with_backend(usual, "auto", [str(corpus)], Reading(), said.append) is usual

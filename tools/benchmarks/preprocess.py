@@ -10,19 +10,24 @@ that they are long), and then has these tokenize them, taking turns, --rounds ti
     ours       tools/preprocess_data.py --tokenizer-backend usual
     fast       tools/preprocess_data.py --tokenizer-backend fast
     library    the tokenizer's own encoding of a batch, by as many threads, of text in memory
+    gigatoken  what `fast` tokenizes with, alone, in as many processes, of text in memory
     megatron   Megatron-LM's tools/preprocess_data.py, of a clone that --megatron names
 
-Of each: seconds of the whole command (of the library: of encoding alone), megabytes and tokens a
-second, and the peak memory of all its processes, shared pages counted once. Checked: all write the
-same tokens. With --times N ours reads the text N times over, for the memory of a larger input.
-Writes preprocess.json and preprocess.md into --output.
+Of each: seconds of the whole command (of `library` and `gigatoken`: of encoding alone), megabytes
+and tokens a second, and the peak memory of all its processes, shared pages counted once. Checked:
+all make as many tokens, and those who write them the same ones. With --times N ours reads the text
+N times over, for the memory of a larger input. Writes preprocess.json and preprocess.md into
+--output; a run that was measured into the same folder, with the same tokenizer, is not measured
+again, so that the contenders may come one by one.
 """
 
 from __future__ import annotations
 
 import argparse
 import filecmp
+import itertools
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -47,15 +52,16 @@ with needed_packages():
 
     from megalong.data.preprocessing.writer import DTYPES, HEADER
 
-CONTENDERS = ("ours", "fast", "library", "megatron")
+CONTENDERS = ("ours", "fast", "library", "gigatoken", "megatron")
+_IN_MEMORY = ("library", "gigatoken")  # what they read and write is not part of the time
 _SLICE_BYTES = 1 << 24  # of text that the library encodes at a time: its results take memory
 _LARGEST_FILE = 1 << 20
 
 
 def main() -> None:
     args = parse_arguments()
-    if args.as_library:
-        encode_with_library(args)
+    if args.as_contender:
+        encode_in_memory(args)
         return
     args.work.mkdir(parents=True, exist_ok=True)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -64,24 +70,34 @@ def main() -> None:
         write_corpus(args.sources, corpus, args.max_bytes)
     text_bytes, documents = measure_corpus(corpus)
     print(f"{corpus}: {documents:,} documents, {text_bytes:,} bytes of text", flush=True)
-    runs: dict[str, list[dict]] = {name: [] for name in args.contenders}
+    settings = {
+        "text_bytes": text_bytes,
+        "documents": documents,
+        "tokenizer": args.tokenizer_type,
+        "fingerprint": build_tokenizer(args.tokenizer_type, args.tokenizer_model).fingerprint,
+        "workers": args.workers,
+        "times": args.times,
+    }
+    runs = runs_so_far(args, settings)
     for round_number in range(args.rounds):
         # Each starts as often first as it does last.
         order = args.contenders if round_number % 2 == 0 else args.contenders[::-1]
         for name in order:
+            if len(runs.setdefault(name, [])) > round_number:
+                continue
             seconds, peak = run(command_of(name, args, corpus), args, name)
             tokens = tokens_of(name, args)
-            if name == "library":
-                seconds = json.loads((args.work / "library.json").read_text())["seconds"]
+            if name in _IN_MEMORY:
+                seconds = json.loads((args.work / f"{name}.json").read_text())["seconds"]
             runs[name].append({"seconds": seconds, "peak_bytes": peak, "tokens": tokens})
-            rate = text_bytes * (args.times if name in ("ours", "fast") else 1) / seconds / 1e6
+            rate = text_bytes * times_of(name, settings) / seconds / 1e6
             print(
                 f"{name:9} {seconds:8.1f} s {rate:7.2f} MB/s {tokens / seconds / 1e3:9.1f}"
                 f" Ktokens/s, peak {peak / 2**20:,.0f} MiB",
                 flush=True,
             )
-    check_same(args)
-    write_results(args, runs, text_bytes, documents)
+            write_results(args, runs, settings)
+    check_same(args, runs, settings)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -98,12 +114,29 @@ def parse_arguments() -> argparse.Namespace:
     add("--times", type=int, default=1, help="how often ours reads the corpus, in one run")
     add("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     add("--megatron", type=Path, help="a clone of Megatron-LM")
-    add("--as-library", type=Path, help=argparse.SUPPRESS)
+    add("--as-contender", choices=_IN_MEMORY, help=argparse.SUPPRESS)
+    add("--corpus", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.output = args.output or args.work
     if args.megatron is None and "megatron" in args.contenders:
         args.contenders.remove("megatron")
     return args
+
+
+def runs_so_far(args: argparse.Namespace, settings: dict) -> dict[str, list[dict]]:
+    """What has been measured into --output. Raises UserError: of something else."""
+    path = args.output / "preprocess.json"
+    if not path.exists():
+        return {}
+    results = json.loads(path.read_text())
+    if results["settings"] != settings:
+        raise UserError(f"{path}: measured with other settings: choose another --output")
+    return results["runs"]
+
+
+def times_of(name: str, settings: dict) -> int:
+    """How often a contender reads the text."""
+    return settings["times"] if name in ("ours", "fast") else 1
 
 
 def write_corpus(sources: list[Path], corpus: Path, max_bytes: int) -> None:
@@ -144,9 +177,9 @@ def command_of(name: str, args: argparse.Namespace, corpus: Path) -> list[str]:
     tokenizer = ["--tokenizer-type", args.tokenizer_type]
     tokenizer += ["--tokenizer-model", args.tokenizer_model] if args.tokenizer_model else []
     workers = ["--workers", str(args.workers)]
-    if name == "library":
+    if name in _IN_MEMORY:
         command = [sys.executable, __file__, "--work", str(args.work), *tokenizer, *workers]
-        return [*command, "--as-library", str(corpus)]
+        return [*command, "--as-contender", name, "--corpus", str(corpus)]
     common = ["--output-prefix", str(args.work / name), "--append-eod", *tokenizer, *workers]
     if name == "megatron":
         tool = args.megatron / "tools" / "preprocess_data.py"
@@ -167,6 +200,8 @@ def run(command: list[str], args: argparse.Namespace, name: str) -> tuple[float,
     """Seconds of a command, and the peak memory of its processes. Raises UserError if it fails."""
     path = os.pathsep.join([str(args.megatron)] if name == "megatron" else [])
     environment = {**os.environ, "PYTHONPATH": path or os.environ.get("PYTHONPATH", "")}
+    if name == "gigatoken":  # as the workers of `fast` have it
+        environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     with (args.work / f"{name}.log").open("w") as log:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -209,9 +244,17 @@ class PeakMemory:
             self._most = max(self._most, total)
 
 
-def encode_with_library(args: argparse.Namespace) -> None:
-    """Encode the corpus by the tokenizer's own function for batches; writes library.json."""
-    texts = [json.loads(line)["text"] for line in args.as_library.open()]
+def encode_in_memory(args: argparse.Namespace) -> None:
+    """Encode the corpus by a library alone; writes the seconds and tokens to NAME.json."""
+    encode = encode_with_library if args.as_contender == "library" else encode_with_gigatoken
+    seconds, tokens = encode(args)
+    result = {"seconds": seconds, "tokens": tokens}
+    (args.work / f"{args.as_contender}.json").write_text(json.dumps(result))
+
+
+def encode_with_library(args: argparse.Namespace) -> tuple[float, int]:
+    """Seconds of the tokenizer's own function for batches, and tokens."""
+    texts = [json.loads(line)["text"] for line in args.corpus.open()]
     encode = library_batch(args)
     seconds, tokens, batch, size = 0.0, len(texts), [], 0  # an end of each document
     for i, text in enumerate(texts):
@@ -222,8 +265,36 @@ def encode_with_library(args: argparse.Namespace) -> None:
             count = encode(batch)
             seconds += time.perf_counter() - start
             tokens, batch, size = tokens + count, [], 0
-    result = {"seconds": seconds, "tokens": tokens}
-    (args.work / "library.json").write_text(json.dumps(result))
+    return seconds, tokens
+
+
+def encode_with_gigatoken(args: argparse.Namespace) -> tuple[float, int]:
+    """Seconds until the last of args.workers processes is done with its share, and tokens."""
+    encoder = build_tokenizer(args.tokenizer_type, args.tokenizer_model).fast_encoder()
+    context = multiprocessing.get_context("spawn")
+    ready, results = context.Barrier(args.workers + 1), context.Queue()
+    processes = [
+        context.Process(target=encode_share, args=(args, i, encoder, ready, results))
+        for i in range(args.workers)
+    ]
+    for process in processes:
+        process.start()
+    ready.wait()
+    start = time.perf_counter()
+    tokens = sum(results.get() for _ in processes)
+    seconds = time.perf_counter() - start
+    for process in processes:
+        process.join()
+    return seconds, tokens
+
+
+def encode_share(args: argparse.Namespace, number: int, encoder, ready, results) -> None:
+    """Every args.workers-th document, from `number` on."""
+    lines = itertools.islice(args.corpus.open(), number, None, args.workers)
+    texts = [json.loads(line)["text"] for line in lines]
+    encoder(texts[0][:100])  # a copy loads the library at the first text
+    ready.wait()
+    results.put(len(texts) + sum(len(encoder(text)) for text in texts))
 
 
 def library_batch(args: argparse.Namespace):
@@ -250,17 +321,20 @@ def library_batch(args: argparse.Namespace):
 
 
 def tokens_of(name: str, args: argparse.Namespace) -> int:
-    if name == "library":
-        return json.loads((args.work / "library.json").read_text())["tokens"]
+    if name in _IN_MEMORY:
+        return json.loads((args.work / f"{name}.json").read_text())["tokens"]
     prefix = f"{args.work / name}_text_document"
     with open(f"{prefix}.idx", "rb") as file:
         code = HEADER.unpack(file.read(HEADER.size))[2]
     return os.path.getsize(f"{prefix}.bin") // DTYPES[code].itemsize
 
 
-def check_same(args: argparse.Namespace) -> None:
-    """Raises UserError where two contenders wrote other tokens."""
-    written = [name for name in args.contenders if name != "library"]
+def check_same(args: argparse.Namespace, runs: dict[str, list[dict]], settings: dict) -> None:
+    """Raises UserError where two contenders made other tokens. Of files, those of this call."""
+    counts = {name: rows[0]["tokens"] / times_of(name, settings) for name, rows in runs.items()}
+    if len(set(counts.values())) != 1:
+        raise UserError(f"not the same number of tokens: {counts}")
+    written = [name for name in args.contenders if name not in _IN_MEMORY]
     if args.times > 1:
         written = [name for name in written if name != "megatron"]
     for name in written[1:]:
@@ -271,29 +345,26 @@ def check_same(args: argparse.Namespace) -> None:
     print(f"identical files: {', '.join(written)}")
 
 
-def write_results(
-    args: argparse.Namespace, runs: dict[str, list[dict]], text_bytes: int, documents: int
-) -> None:
+def write_results(args: argparse.Namespace, runs: dict[str, list[dict]], settings: dict) -> None:
+    text_bytes = settings["text_bytes"]
     lines = [
-        f"{documents:,} documents, {text_bytes / 1e6:,.1f} MB of text, {args.tokenizer_type},"
-        f" {args.workers} workers; medians of {args.rounds} rounds.",
+        f"{settings['documents']:,} documents, {text_bytes / 1e6:,.1f} MB of text,"
+        f" {settings['tokenizer']}, {settings['workers']} workers; medians.",
         "",
-        "| | seconds | MB/s | tokens/s | peak memory |",
-        "|---|---|---|---|---|",
+        "| | rounds | seconds | MB/s | tokens/s | peak memory |",
+        "|---|---|---|---|---|---|",
     ]
-    for name, of_name in runs.items():
-        seconds = statistics.median(run["seconds"] for run in of_name)
-        peak = max(run["peak_bytes"] for run in of_name)
-        times = args.times if name in ("ours", "fast") else 1
+    for name in filter(runs.get, CONTENDERS):
+        seconds = statistics.median(run["seconds"] for run in runs[name])
+        peak = max(run["peak_bytes"] for run in runs[name])
+        rate = text_bytes * times_of(name, settings) / seconds / 1e6
         lines.append(
-            f"| {name} | {seconds:.1f} | {text_bytes * times / seconds / 1e6:.2f} |"
-            f" {of_name[0]['tokens'] / seconds:,.0f} | {peak / 2**20:,.0f} MiB |"
+            f"| {name} | {len(runs[name])} | {seconds:.1f} | {rate:.2f} |"
+            f" {runs[name][0]['tokens'] / seconds:,.0f} | {peak / 2**20:,.0f} MiB |"
         )
     (args.output / "preprocess.md").write_text("\n".join(lines) + "\n")
-    settings = {name: str(value) for name, value in vars(args).items() if name != "as_library"}
-    results = {"settings": settings, "text_bytes": text_bytes, "documents": documents, "runs": runs}
+    results = {"settings": settings, "runs": runs}
     (args.output / "preprocess.json").write_text(json.dumps(results, indent=2) + "\n")
-    print("\n".join(lines))
 
 
 if __name__ == "__main__":

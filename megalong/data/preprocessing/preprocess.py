@@ -31,12 +31,12 @@ from megalong.data.formats import raw_documents
 from megalong.data.preprocessing.input_hashes import InputHashes
 from megalong.data.preprocessing.output import KeySummary, Output
 from megalong.data.preprocessing.partition import Partition
-from megalong.data.preprocessing.tokenizing import BatchResult, TokenizingTask, tokenized
+from megalong.data.preprocessing.tokenizing import BatchResult, TokenizingTask, Workers
 from megalong.data.preprocessing.unfinished import DiskFull, Unfinished
 from megalong.data.preprocessing.writer import refuse_existing, token_dtype
 from megalong.data.text.documents import RawDocument, Reading, Remarks
 from megalong.data.text.files import content_files, is_stream, shown, total_size
-from megalong.data.tokenizers.backend import with_backend
+from megalong.data.tokenizers.backend import perhaps_fast, proven
 from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megalong.errors import UserError
 from megalong.progress import human_bytes
@@ -153,10 +153,7 @@ class _Run:
         progress: tqdm,
     ) -> None:
         self._remarks = Remarks(progress)
-        self._files, self._task = files, task
-        self._tokenizer = with_backend(
-            tokenizer, task.backend, files, task.reading, self._remarks.say
-        )
+        self._files, self._task, self._tokenizer = files, task, tokenizer
         self._partition, self._job, self._progress = partition, job, progress
         self._sizes = [total_size([file]) or 0 for file in files]
         self._streamed = {}  # number of a stream -> sha256 of what has been read of it
@@ -190,21 +187,25 @@ class _Run:
             )
             progress.update(summary.bytes_read)
         finished = summary.bytes_read
-        with InputHashes(self._files, self._sizes, self._place.file) as hashes:
-            batches = self._batches(hashes)
-            results = tokenized(batches, self._task, self._tokenizer, workers)
-            # Closed first: the workers must be gone when an error is reported.
-            with contextlib.closing(results):
-                for (self._place, self._stream), result in results:
-                    self._write(result, strict)
-                    rate = (first.documents - summary.resumed) / (time.monotonic() - start + 1e-9)
-                    progress.set_postfix_str(
-                        f"{counted(first.documents, 'document')}, {rate:,.0f}/s", refresh=False
-                    )
-                    progress.update(result.size)
-                    if summary.bytes_read - finished >= part_bytes:
-                        self._finish_part(hashes)
-                        finished = summary.bytes_read
+        reading, backend, say = self._task.reading, self._task.backend, self._remarks.say
+        tokenizer = perhaps_fast(self._tokenizer, backend, say)
+        # The workers must be gone when an error is reported.
+        with (
+            Workers(self._task, tokenizer, workers) as pool,
+            InputHashes(self._files, self._sizes, self._place.file) as hashes,
+        ):
+            tokenizer = proven(tokenizer, backend, self._files, reading, say, pool.agree)
+            results = pool.tokenized(self._batches(hashes), tokenizer)
+            for (self._place, self._stream), result in results:
+                self._write(result, strict)
+                rate = (first.documents - summary.resumed) / (time.monotonic() - start + 1e-9)
+                progress.set_postfix_str(
+                    f"{counted(first.documents, 'document')}, {rate:,.0f}/s", refresh=False
+                )
+                progress.update(result.size)
+                if summary.bytes_read - finished >= part_bytes:
+                    self._finish_part(hashes)
+                    finished = summary.bytes_read
             self._place = Place(len(self._files), 0)
             self._note_inputs(hashes)
         for key, part in summary.keys.items():

@@ -3,9 +3,9 @@ same ids on a sample of the very texts, before it is used."""
 
 from __future__ import annotations
 
-import os
+import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from megalong.data.text.documents import Reading
@@ -13,6 +13,7 @@ from megalong.data.text.files import is_stream, shown
 from megalong.data.text.sample import sample_texts
 from megalong.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer
 from megalong.errors import UserError
+from megalong.host_memory import give_back_memory, resident_bytes
 from megalong.wording import counted
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ BACKENDS = ("auto", "fast", "usual")
 _SAMPLE_BYTES = 3 << 20
 # What the fast library remembers of texts has no bound, so that it is begun anew from time to time.
 _REMEMBERED = 1 << 27  # bytes that this process may grow by
-_LOOKED_AT_AFTER = 1 << 24  # characters
+_LOOKED_AT_AFTER = 1 << 22  # characters
 
 
 class FastTokenizer(Tokenizer):
@@ -42,79 +43,97 @@ class FastTokenizer(Tokenizer):
         """Raises UserError where there is no such library for it."""
         super().__init__(usual.pieces, usual.eod, usual.bos, usual.mask)
         self.usual = usual
-        self._renew()
+        self._encoder = usual.fast_encoder()
+        self.rest()
 
     def encode(self, text: str) -> list[int]:
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
-        if self._encoder is None:
-            self._renew()
+        if self._begun_with is None:
+            self._begun_with = resident_bytes()
+        ids = self._encoder(text)
         self._characters += len(text)
         if self._characters > _LOOKED_AT_AFTER:
             self._characters = 0
-            if _resident_bytes() > self._resident + _REMEMBERED:
-                self._renew()
-        return self._encoder(text)
+            if resident_bytes() > self._begun_with + _REMEMBERED:
+                self.rest()
+        return ids
+
+    def agrees(self, text: str) -> bool:
+        """Whether both libraries have the same ids for a text."""
+        return self.encode_array(text).tolist() == self.usual.encode_array(text).tolist()
+
+    def rest(self) -> None:
+        """Gives back the library's memory, until it is needed again."""
+        self._encoder.forget()
+        give_back_memory()
+        self._characters, self._begun_with = 0, None
 
     def _joins(self) -> bytes:
         return self.usual._joins()
 
-    def rest(self) -> None:
-        """Gives back the library's memory, until it is needed again."""
-        self._encoder = None
-
-    def _renew(self) -> None:
-        self.rest()
-        self._encoder = self.usual.fast_encoder()
-        self._characters, self._resident = 0, _resident_bytes()
-
     def __getstate__(self) -> dict:
-        """A copy in another process makes its own."""
-        return self.__dict__ | {"_encoder": None}
+        """A copy in another process begins anew."""
+        return self.__dict__ | {"_characters": 0, "_begun_with": None}
 
 
-def _resident_bytes() -> int:
-    """Memory of this process; 0 on systems that do not have it in /proc."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
+def perhaps_fast(tokenizer: Tokenizer, backend: str, say: Callable[[str], object]) -> Tokenizer:
+    """The tokenizer, or a fast one, which is to be `proven` before it is used.
 
-
-def with_backend(
-    tokenizer: Tokenizer,
-    backend: str,
-    files: list[str],
-    reading: Reading,
-    say: Callable[[str], object],
-) -> Tokenizer:
-    """The tokenizer, or a fast one with the same ids.
-
-    backend: "usual", "fast", or "auto" for whichever there is. say: hears which it is, and why.
+    backend: "usual", "fast", or "auto" for whichever there is. say: hears why there is none.
     Raises UserError where "fast" cannot be had.
     """
     if backend == "usual" or isinstance(tokenizer, ByteTokenizer):
         return tokenizer
     try:
-        fast = FastTokenizer(tokenizer)
-        documents, size = _prove_same(fast, tokenizer, files, reading)
-        fast.rest()  # where there are workers, this process makes no tokens
+        return FastTokenizer(tokenizer)
     except UserError as error:
-        if backend == "fast":
-            raise UserError(f"--tokenizer-backend fast: {error}") from error
-        say(f"tokenizer backend: the usual library; {error}")
+        _refuse(error, backend, say)
         return tokenizer
+
+
+def proven(
+    tokenizer: Tokenizer,
+    backend: str,
+    files: list[str],
+    reading: Reading,
+    say: Callable[[str], object],
+    agree: Callable[[list[str]], Iterable[bool]] | None = None,
+) -> Tokenizer:
+    """What `perhaps_fast` gave, if both libraries cut probes and a sample of the files' texts
+    alike; else the usual tokenizer.
+
+    agree: `FastTokenizer.agrees` of texts, wherever it is done; None: here.
+    Raises UserError where "fast" cannot be had.
+    """
+    if not isinstance(tokenizer, FastTokenizer):
+        return tokenizer
+    if agree is None:
+        agree = functools.partial(map, tokenizer.agrees)
+    try:
+        documents, size = _prove_same(tokenizer.usual, files, reading, agree)
+    except UserError as error:
+        _refuse(error, backend, say)
+        return tokenizer.usual
     say(
         f"tokenizer backend: gigatoken, which gives the usual library's ids for"
         f" {counted(documents, 'document')} of the input, {size:,} bytes"
     )
-    return fast
+    return tokenizer
+
+
+def _refuse(error: UserError, backend: str, say: Callable[[str], object]) -> None:
+    if backend == "fast":
+        raise UserError(f"--tokenizer-backend fast: {error}") from error
+    say(f"tokenizer backend: the usual library; {error}")
 
 
 def _prove_same(
-    fast: Tokenizer, usual: Tokenizer, files: list[str], reading: Reading
+    usual: Tokenizer,
+    files: list[str],
+    reading: Reading,
+    agree: Callable[[list[str]], Iterable[bool]],
 ) -> tuple[int, int]:
     """Documents and bytes that both cut alike. Raises UserError for one that they do not."""
     stream = next(filter(is_stream, files), None)
@@ -122,19 +141,14 @@ def _prove_same(
         raise UserError(
             f"{shown(stream)} cannot be read twice, to compare the ids of both libraries"
         )
-    documents = size = 0
-    for text in [*_PROBES, *usual.special_names, *_random_texts()]:
-        _compare(fast, usual, text, "a probe")
-    for place, text in sample_texts(files, reading, _SAMPLE_BYTES):
-        _compare(fast, usual, text, place)
-        documents, size = documents + 1, size + len(text.encode("utf-8"))
-    return documents, size
-
-
-def _compare(fast: Tokenizer, usual: Tokenizer, text: str, place: str) -> None:
-    ids, expected = fast.encode_array(text), usual.encode_array(text)
-    if ids.tolist() != expected.tolist():
-        raise UserError(f"gigatoken gives other ids than the usual library for {place}")
+    probes = [*_PROBES, *usual.special_names, *_random_texts()]
+    sample = list(sample_texts(files, reading, _SAMPLE_BYTES))
+    places = ["a probe"] * len(probes) + [place for place, _ in sample]
+    texts = probes + [text for _, text in sample]
+    for place, same in zip(places, agree(texts), strict=True):
+        if not same:
+            raise UserError(f"gigatoken gives other ids than the usual library for {place}")
+    return len(sample), sum(len(text.encode("utf-8")) for _, text in sample)
 
 
 def _random_texts() -> list[str]:
