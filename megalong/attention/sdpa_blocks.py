@@ -7,7 +7,8 @@ n rows of a segment, f batch and segments folded together.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -26,17 +27,11 @@ class Progression(NamedTuple):
     offset_step: int
     count: int
 
-    def cut(self, first: int, stop: int) -> Progression:
-        """Its heads number [first, stop)."""
-        step = (self.head_step, self.kv_step, self.offset_step)
-        start = (x + first * y for x, y in zip(self[:3], step, strict=True))
-        return Progression(*start, *step, stop - first)
-
 
 @dataclass(frozen=True)
 class Block:
     """Dense attentions of one shape: segments of one length in a row, of heads with equally many
-    rows, in every row of the batch or in one (`sdpa_calls.Part`)."""
+    rows, in every row of the batch or in one (a `sdpa_calls.Part`)."""
 
     start: int  # of the first segment
     segments: int
@@ -49,16 +44,8 @@ class Block:
     of_batch: int | None = None  # the row of the batch; None: all
 
     @property
-    def count(self) -> int:
-        return self.segments
-
-    @property
     def head_count(self) -> int:
         return self.heads.count
-
-    @property
-    def shape(self) -> tuple:
-        return (self.shared,)
 
     @property
     def shared(self) -> bool:
@@ -104,26 +91,47 @@ class Block:
 @lru_cache(maxsize=PATTERNS)
 def blocks(pattern: DilatedPattern, length: int, heads: int, kv_heads: int) -> tuple[Block, ...]:
     """The blocks of a pattern on sequences of `length`; branches of the smallest rate first."""
-    offsets = pattern.offsets(heads, kv_heads)
-    order = sorted(range(len(offsets)), key=lambda branch: pattern.dilation_rates[branch])
-    found = []
-    for branch in order:
-        width, rate = pattern.branches[branch]
-        count, rest = divmod(length, width)
-        # The whole segments, then what is left of the last one.
-        for start, segments, segment in ((0, count, width), (length - rest, 1, rest)):
-            if not segments * segment:
-                continue
-            # Beyond r only the remainder decides which heads have one row more than others.
-            reduced = segment if segment < rate else rate + segment % rate
-            for run in equal_heads(offsets[branch], heads // kv_heads, reduced, rate):
-                rows = len(range(run.offset, segment, rate))
-                whole = (rows * segments, run.count) == (length, heads)
-                first = branch == order[0]
-                found.append(
-                    Block(start, segments, segment, rate, rows, run, first, whole and first)
-                )
-    return tuple(found)
+    order = branch_order(pattern)
+    return tuple(
+        block
+        for branch in order
+        for block in branch_blocks(pattern, branch, length, heads, kv_heads, branch == order[0])
+    )
+
+
+def branch_order(pattern: DilatedPattern) -> list[int]:
+    """The branches, that of the smallest rate first."""
+    rates = pattern.dilation_rates
+    return sorted(range(len(rates)), key=lambda branch: rates[branch])
+
+
+def branch_blocks(
+    pattern: DilatedPattern, branch: int, length: int, heads: int, kv_heads: int, first: bool
+) -> Iterator[Block]:
+    """The blocks of a branch. first: as `Block` has it."""
+    offsets = pattern.offsets(heads, kv_heads)[branch]
+    width, rate = pattern.branches[branch]
+    count, rest = divmod(length, width)
+    # The whole segments, then what is left of the last one.
+    for run in ((0, count, width), (length - rest, 1, rest)):
+        for block in segment_blocks(*run, offsets, rate, kv_heads, first):
+            whole = first and (block.rows * block.segments, block.head_count) == (length, heads)
+            yield replace(block, whole=whole)
+
+
+def segment_blocks(
+    start: int, segments: int, segment: int, offsets: tuple[int, ...], rate: int, kv_heads: int,
+    first: bool,
+) -> Iterator[Block]:  # fmt: skip
+    """The blocks of so many segments of one length in a row, in which rows have these offsets, one
+    for every query head. first: as `Block` has it."""
+    if not segments * segment:
+        return
+    # Beyond r only the remainder decides which heads have one row more than others.
+    reduced = segment if segment < rate else rate + segment % rate
+    for heads in equal_heads(offsets, len(offsets) // kv_heads, reduced, rate):
+        rows = len(range(heads.offset, segment, rate))
+        yield Block(start, segments, segment, rate, rows, heads, first)
 
 
 @lru_cache(maxsize=1024)

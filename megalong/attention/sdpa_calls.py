@@ -1,42 +1,45 @@
 """Dense attentions of one shape, computed in one call.
 
-What is to be computed comes in parts, each of them some dense attentions of one shape on views of
-q, k and v: `sdpa_blocks` and `sdpa_bands`. A long part is computed where it is. Short ones of one
-shape are copied side by side: documents cut a sequence into many, of many lengths, and n rows hold
-pieces of at most sqrt(2 n) lengths. Nothing is padded.
+`InPlace` takes long ones where they are, on views of q, k and v (a `Part`: `sdpa_blocks`,
+`sdpa_bands`). Short ones, which documents cut a sequence into, are copied side by side
+(`sdpa_gathered`). Either is a `Call`.
 
 Shape suffixes: b batch, h heads, m query rows, n key rows, f whatever is folded together.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from megalong.attention.sdpa_operators import attend, attend_backward
 
 LONG = 256  # rows from which on a call of its own is cheaper than copies
-COPIED = 2**16  # rows of all heads that are copied at once, so that memory stays bounded
+
+
+class Call(Protocol):
+    """q, grad and out (batch, m, heads, head_dim), k and v (batch, n, kv_heads, head_dim), lse
+    (batch, m, heads). out, lse and sums are in at least float32."""
+
+    def attend(self, q, k, v, scale: float, out, lse) -> None:
+        """Merge this share of the softmax into out and lse, in place."""
+        ...
+
+    def attend_backward(self, grad, q, k, v, out, lse, scale: float, sums) -> None:
+        """Add this share of the gradients to sums (dq, dk, dv), in place."""
+        ...
 
 
 class Part(Protocol):
     """Dense attentions of one shape.
 
-    rows: of queries, in each. first: no other part has written these before it. count, head_count:
-    how many attentions (in a row of the batch, if it is of all), and the heads of each. of_batch:
-    the row of the batch that it is of; None: of all. shape: what those agree in that can be copied
-    side by side.
+    first: no other part has written its rows before. head_count: the heads of each.
     """
 
-    rows: int
     first: bool
-    count: int
     head_count: int
-    of_batch: int | None
-    shape: tuple
 
     def fold_queries(self, x: torch.Tensor) -> torch.Tensor:
         """Of a tensor like q: (f, heads, rows, ...), copied only where strides forbid a view."""
@@ -56,76 +59,56 @@ class Part(Protocol):
         """A result (f, heads, rows, ...) as the views are."""
         ...
 
+    def sum_shared(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The gradients of keys, unfolded, summed over the heads that share them."""
+        ...
 
-class Call(NamedTuple):
-    """Parts that are computed at once: several only if each is of one row of the batch."""
 
-    parts: tuple[Part, ...]
+@dataclass(frozen=True)
+class InPlace:
+    """A part, computed where it is."""
 
-    def attend(self, q, k, v, causal: bool, scale: float) -> Iterator[tuple]:
-        """Yields each part, and its output and log-sum-exp as its views are."""
-        results = attend(self._queries(q), self._keys(k), self._keys(v), causal, scale)
-        return zip(self.parts, *map(self._apart, results), strict=True)
+    part: Part
+    causal: bool
 
-    def attend_backward(self, grad, q, k, v, out, lse, causal: bool, scale: float) -> Iterator:
-        """Yields each part and its gradients (dq, dk, dv) as its views are."""
-        queries, keys = map(self._queries, (grad, q, out, lse)), map(self._keys, (k, v))
-        (grad, q, out, lse), (k, v) = map(self._wide, queries), map(self._wide, keys)
-        gradients = attend_backward(grad, q, k, v, out, lse, causal, scale)
-        return zip(self.parts, *map(self._apart, gradients), strict=True)
+    def results(self, q, k, v, scale: float) -> list[torch.Tensor]:
+        """Output and log-sum-exp as the part's views are."""
+        folded = self.part.fold_queries(q), self._keys(k), self._keys(v)
+        return [self.part.unfold(x) for x in attend(*folded, self.causal, scale)]
 
-    def _queries(self, x: torch.Tensor) -> torch.Tensor:
-        return _side_by_side([part.fold_queries(x) for part in self.parts])
+    def gradients(self, grad, q, k, v, out, lse, scale: float) -> list[torch.Tensor]:
+        """dq, dk and dv as the part's views are."""
+        grad, q, out, lse = map(self.part.fold_queries, (grad, q, out, lse))
+        found = attend_backward(grad, q, self._keys(k), self._keys(v), out, lse, self.causal, scale)
+        return [self.part.unfold(x) for x in found]
+
+    def attend(self, q, k, v, scale: float, out, lse) -> None:
+        new_out, new_lse = self.results(q, k, v, scale)
+        out, lse = self.part.view_queries(out), self.part.view_queries(lse)
+        if self.part.first:
+            out.copy_(new_out)
+            lse.copy_(new_lse)
+        else:
+            merge(out, lse, new_out, new_lse)
+
+    def attend_backward(self, grad, q, k, v, out, lse, scale: float, sums) -> None:
+        dq, *shares = self.gradients(grad, q, k, v, out, lse, scale)
+        self.part.view_queries(sums[0]).add_(dq)
+        for x_sums, share in zip(sums[1:], shares, strict=True):
+            self.part.view_keys(x_sums).add_(self.part.sum_shared(share, x_sums.dtype))
 
     def _keys(self, x: torch.Tensor) -> torch.Tensor:
         """With as many heads as the queries."""
-        x_fhn = _side_by_side([part.fold_keys(x) for part in self.parts])
-        return x_fhn.expand(-1, self.parts[0].head_count, *x_fhn.shape[2:])
-
-    def _apart(self, x_fhm: torch.Tensor) -> list[torch.Tensor]:
-        if len(self.parts) == 1:
-            return [self.parts[0].unfold(x_fhm)]
-        shares = x_fhm.split([part.count for part in self.parts])
-        return [part.unfold(share) for part, share in zip(self.parts, shares, strict=True)]
-
-    def _wide(self, x: torch.Tensor) -> torch.Tensor:
-        """Short parts in at least float32 on a CPU: for half precision it makes a kernel for each
-        length, which takes longer than the attention."""
-        if _stands_alone(self.parts[0]) or x.device.type != "cpu":
-            return x
-        return x.to(torch.promote_types(x.dtype, torch.float32))
+        x_fhn = self.part.fold_keys(x)
+        return x_fhn.expand(-1, self.part.head_count, *x_fhn.shape[2:])
 
 
-def in_calls(parts: Iterable[Part]) -> tuple[Call, ...]:
-    """The calls that compute the parts; what is written first comes first."""
-    calls = []
-    alike: dict[tuple, list[Part]] = defaultdict(list)
-    for part in parts:
-        if _stands_alone(part):
-            calls.append(Call((part,)))
-        else:
-            alike[(part.first, part.rows, part.head_count, *part.shape)].append(part)
-    for members in alike.values():
-        calls += map(Call, _portions(members))
-    return tuple(sorted(calls, key=lambda call: not call.parts[0].first))
+def merge(out, lse, new_out, new_lse) -> None:
+    """Merge a partial softmax into the running one, in place.
 
-
-def _stands_alone(part: Part) -> bool:
-    return part.of_batch is None or part.count * part.rows >= LONG
-
-
-def _portions(parts: list[Part]) -> Iterator[tuple[Part, ...]]:
-    """As many at a time as may be copied."""
-    portion, size = [], 0
-    for part in parts:
-        rows = part.count * part.head_count * part.rows
-        if portion and size + rows > COPIED:
-            yield tuple(portion)
-            portion, size = [], 0
-        portion.append(part)
-        size += rows
-    yield tuple(portion)
-
-
-def _side_by_side(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    The weight of the new part is e^new / (e^old + e^new) = sigmoid(new - old): 1 where nothing
+    was there yet (old = -inf).
+    """
+    new_lse = new_lse.to(lse.dtype)
+    out.lerp_(new_out.to(out.dtype), torch.sigmoid(new_lse - lse)[..., None])
+    torch.logaddexp(lse, new_lse, out=lse)

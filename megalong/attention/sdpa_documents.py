@@ -1,8 +1,8 @@
 """Dilated attention within documents, on PyTorch's operators: the blocks of `sdpa_blocks`, cut
 where documents begin. No mask is built.
 
-Segments that lie in one document stay together as they were. The rows of the others are cut into
-pieces, each a dense attention of its own.
+Segments that lie in one document stay together as they were. The others are cut into pieces, each a
+dense attention of its own: long ones are computed where they are, short ones side by side.
 
 The host has to know where documents begin: it reads that once for a batch, and cuts the blocks of a
 pattern once for a batch.
@@ -10,27 +10,51 @@ pattern once for a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain, pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from megalong.attention.pattern import DilatedPattern
-from megalong.attention.sdpa_blocks import Block, blocks
-from megalong.attention.sdpa_calls import Call, in_calls
+from megalong.attention.sdpa_blocks import branch_blocks, branch_order, segment_blocks
+from megalong.attention.sdpa_calls import LONG, Call, InPlace
+from megalong.attention.sdpa_gathered import Pieces, gathered
 from megalong.attention.tensor_cache import kept_with_tensor
 
 
 @kept_with_tensor
 def calls_within(
-    start_bs: torch.Tensor, pattern: DilatedPattern, length: int, heads: int, kv_heads: int
-) -> tuple[Call, ...]:
+    start_bs: torch.Tensor, pattern: DilatedPattern, length: int, heads: int, kv_heads: int,
+    causal: bool,
+) -> tuple[Call, ...]:  # fmt: skip
     """The calls of a pattern on sequences in which documents begin as `Documents.start_bs` says."""
-    borders = borders_of(start_bs)
-    cut = (_cut(block, borders) for block in blocks(pattern, length, heads, kv_heads))
-    return in_calls(chain.from_iterable(cut))
+    borders, order = borders_of(start_bs), branch_order(pattern)
+    found: list[Call] = []
+    for branch in order:
+        width, rate = pattern.branches[branch]
+        first = branch == order[0]
+        if not any((row % width).any() for row in borders):  # each segment is of one document
+            found += (
+                InPlace(block, causal)
+                for block in branch_blocks(pattern, branch, length, heads, kv_heads, first)
+            )
+            continue
+        offsets = pattern.offsets(heads, kv_heads)[branch]
+        of_batch = [_runs(row, width, length) for row in borders]
+        for number, runs in enumerate(of_batch):
+            for run in zip(*runs.where(runs.is_long(rate)), strict=True):
+                found += (
+                    InPlace(replace(block, of_batch=number), causal)
+                    for block in _blocks(*map(int, run), width, offsets, rate, kv_heads, first)
+                )
+        short = [runs.where(~runs.is_long(rate)) for runs in of_batch]
+        pieces = _pieces(short, width, length, offsets, rate, kv_heads)
+        found += gathered(
+            pieces, heads=heads, one_head=len(set(offsets)) > 1, causal=causal, first=first,
+            device=start_bs.device,
+        )  # fmt: skip
+    return tuple(found)
 
 
 @kept_with_tensor
@@ -40,52 +64,61 @@ def borders_of(start_bs: torch.Tensor) -> tuple[np.ndarray, ...]:
     return tuple(np.flatnonzero(row[1:] != row[:-1]) + 1 for row in starts)
 
 
-def _cut(block: Block, borders: tuple[np.ndarray, ...]) -> Iterator[Block]:
-    """The pieces of a block; itself where no document begins inside of one of its segments."""
-    width = block.segment_length
-    inside = [_inside(block, row) for row in borders]
-    if not any(map(len, inside)):
-        yield block
-        return
-    for of_batch, cuts in enumerate(inside):
-        uncut = 0
-        segments = cuts // width
-        for segment in np.unique(segments).tolist():
-            yield from _run(block, of_batch, uncut, segment)
-            yield from _pieces(block, of_batch, segment, cuts[segments == segment] % width)
-            uncut = segment + 1
-        yield from _run(block, of_batch, uncut, block.segments)
+class Runs(NamedTuple):
+    """Positions of one document and one segment, or whole segments in a row, as arrays: where the
+    first begins, how many segments or parts of one, and the length of each."""
+
+    start: np.ndarray
+    count: np.ndarray
+    size: np.ndarray
+
+    def where(self, these: np.ndarray) -> Runs:
+        return Runs(*(x[these] for x in self))
+
+    def is_long(self, rate: int) -> np.ndarray:
+        return self.count * self.size >= LONG * rate
 
 
-def _inside(block: Block, borders: np.ndarray) -> np.ndarray:
-    """The borders inside of a block's segments, counted from the start of the first one."""
-    cuts = borders - block.start
-    cuts = cuts[(cuts > 0) & (cuts < block.segments * block.segment_length)]
-    return cuts[cuts % block.segment_length > 0]
+def _runs(borders: np.ndarray, width: int, length: int) -> Runs:
+    """All positions of a row of the batch."""
+    edges = np.unique(np.concatenate((np.arange(0, length, width), borders, [length])))
+    start, size = edges[:-1], np.diff(edges)
+    whole = size == np.minimum(width, length - start // width * width)
+    goes_on = whole[1:] & whole[:-1] & (size[1:] == size[:-1])
+    first = np.flatnonzero(np.append(True, ~goes_on))
+    return Runs(start[first], np.diff(first, append=len(start)), size[first])
 
 
-def _run(block: Block, of_batch: int, first: int, stop: int) -> Iterator[Block]:
-    """The segments [first, stop) in one row of the batch, if there are any."""
-    if first < stop:
-        start = block.start + first * block.segment_length
-        yield replace(block, start=start, segments=stop - first, whole=False, of_batch=of_batch)
+def _blocks(start: int, count: int, size: int, width: int, offsets, rate: int, kv_heads, first):
+    """The blocks of a run. Offsets count from where its segment begins."""
+    shifted = tuple((offset - start % width) % rate for offset in offsets)
+    return segment_blocks(start, count, size, shifted, rate, kv_heads, first)
 
 
-def _pieces(block: Block, of_batch: int, segment: int, cuts: np.ndarray) -> Iterator[Block]:
-    """A segment, cut at these of its positions."""
-    heads, rate = block.heads, block.rate
-    start = block.start + segment * block.segment_length
-    offsets = heads.offset + heads.offset_step * np.arange(heads.count)
-    # The first row of each head at or behind a cut: one more or less, as its offset is.
-    ends = np.clip(-((offsets - cuts[:, None]) // rate), 0, block.rows)
-    ends = np.pad(ends, ((1, 1), (0, 0)), constant_values=((0, block.rows), (0, 0)))
-    changes = (ends[:-1, 1:] != ends[:-1, :-1]) | (ends[1:, 1:] != ends[1:, :-1])
-    for (first, stop), change in zip(pairwise(ends), changes, strict=True):
-        alike = [0, *(np.flatnonzero(change) + 1).tolist(), heads.count]
-        for head, next_head in pairwise(alike):
-            row, rows = int(first[head]), int(stop[head] - first[head])
-            if rows:
-                yield Block(
-                    start + row * rate, 1, rows * rate, rate, rows, heads.cut(head, next_head),
-                    block.first, of_batch=of_batch,
-                )  # fmt: skip
+def _pieces(
+    of_batch: list[Runs], width: int, length: int, offsets: tuple[int, ...], rate: int,
+    kv_heads: int,
+) -> Pieces:  # fmt: skip
+    """The rows of the runs in each row of the batch: of all heads at once where these have one
+    offset, else of one after the other."""
+    starts, sizes = [], []
+    for number, (start, count, size) in enumerate(of_batch):
+        within = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
+        starts.append(number * length + np.repeat(start, count) + within * np.repeat(size, count))
+        sizes.append(np.repeat(size, count))
+    start, size = (np.concatenate(x)[:, None] for x in (starts, sizes))
+    before = start % length % width  # the places of its segment that lie before
+    heads = len(offsets)
+    shift = (np.array(offsets if len(set(offsets)) > 1 else offsets[:1]) - before) % rate
+    rows = np.maximum(-((shift - size) // rate), 0)
+    there = rows > 0
+    row, rows = (start + shift), rows[there]
+    if shift.shape[1] == 1:
+        row = row[there]
+        return Pieces(row, row, rows, rows, rate, rate)
+    head = np.arange(heads)
+    query, key = row * heads + head, row * kv_heads + head // (heads // kv_heads)
+    query, key = query[there], key[there]
+    return Pieces(
+        query, query if heads == kv_heads else key, rows, rows, rate * heads, rate * kv_heads
+    )

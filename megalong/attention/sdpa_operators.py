@@ -26,19 +26,24 @@ class Operator(NamedTuple):
     backward: Callable
 
 
-def attend(q_fhnd, k_fhnd, v_fhnd, causal: bool, scale: float):
+def attend(q_fhnd, k_fhnd, v_fhnd, causal: bool, scale: float, bias=None):
     """Dense attention: output like q, log-sum-exp (batch, heads, rows) in at least float32.
 
     q, k and v have equally many heads and may be any views whose last stride is 1. causal needs
-    as many queries as keys; without it their numbers may differ.
+    as many queries as keys; without it their numbers may differ. bias: added to the scores,
+    (batch, 1, 1, keys) in the dtype of q; not with causal, and on a CPU only.
     """
-    return operator_for(q_fhnd).forward(q_fhnd, k_fhnd, v_fhnd, causal, scale)
+    options = {} if bias is None else {"bias": bias}
+    operator = ONE_KEY if k_fhnd.shape[2] == 1 else operator_for(q_fhnd)
+    return operator.forward(q_fhnd, k_fhnd, v_fhnd, causal, scale, **options)
 
 
-def attend_backward(grad_fhnd, q_fhnd, k_fhnd, v_fhnd, out_fhnd, lse_fhn, causal, scale):
+def attend_backward(grad_fhnd, q_fhnd, k_fhnd, v_fhnd, out_fhnd, lse_fhn, causal, scale, bias=None):
     """Gradients (dq, dk, dv) of attend; out and lse may be those of a softmax over more keys."""
-    return operator_for(q_fhnd).backward(
-        grad_fhnd, q_fhnd, k_fhnd, v_fhnd, out_fhnd, lse_fhn, causal, scale
+    options = {} if bias is None else {"bias": bias}
+    operator = ONE_KEY if k_fhnd.shape[2] == 1 else operator_for(q_fhnd)
+    return operator.backward(
+        grad_fhnd, q_fhnd, k_fhnd, v_fhnd, out_fhnd, lse_fhn, causal, scale, **options
     )
 
 
@@ -57,13 +62,15 @@ def operator_for(q_fhnd) -> Operator:
     return BLOCKWISE
 
 
-def _cpu_forward(q, k, v, causal, scale):
-    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+def _cpu_forward(q, k, v, causal, scale, bias=None):
+    return aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=bias, scale=scale
+    )
 
 
-def _cpu_backward(grad, q, k, v, out, lse, causal, scale):
+def _cpu_backward(grad, q, k, v, out, lse, causal, scale, bias=None):
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, lse, 0.0, causal, scale=scale
+        grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
     )
 
 
@@ -106,8 +113,10 @@ def _tiles(f, h, rows, keys):
             yield slice(f0, f0 + f_step), slice(n0, min(n0 + row_step, rows))
 
 
-def _tile_scores(q, k, n, causal, scale):
+def _tile_scores(q, k, n, causal, scale, bias):
     scores = q @ k.mT * scale
+    if bias is not None:
+        scores += bias
     if causal:
         rows = torch.arange(n.start, n.stop, device=q.device)
         keys = torch.arange(k.shape[2], device=q.device)
@@ -115,7 +124,7 @@ def _tile_scores(q, k, n, causal, scale):
     return scores
 
 
-def _blockwise_forward(q, k, v, causal, scale):
+def _blockwise_forward(q, k, v, causal, scale, bias=None):
     dtype = torch.promote_types(q.dtype, torch.float32)
     f, h, rows, d = q.shape
     out = q.new_empty(f, rows, h, d).transpose(1, 2)
@@ -123,20 +132,23 @@ def _blockwise_forward(q, k, v, causal, scale):
     for b, n in _tiles(f, h, rows, k.shape[2]):
         keys = slice(0, n.stop if causal else k.shape[2])
         q_tile, k_tile, v_tile = (x.to(dtype) for x in (q[b, :, n], k[b, :, keys], v[b, :, keys]))
-        scores = _tile_scores(q_tile, k_tile, n, causal, scale)
+        of_keys = None if bias is None else bias[b]
+        scores = _tile_scores(q_tile, k_tile, n, causal, scale, of_keys)
         lse[b, :, n] = tile_lse = torch.logsumexp(scores, -1)
         out[b, :, n] = torch.exp(scores - tile_lse[..., None]) @ v_tile
     return out, lse
 
 
-def _blockwise_backward(grad, q, k, v, out, lse, causal, scale):
+def _blockwise_backward(grad, q, k, v, out, lse, causal, scale, bias=None):
     dtype = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
     for b, n in _tiles(*q.shape[:3], k.shape[2]):
         keys = slice(0, n.stop if causal else k.shape[2])
         q_tile, g_tile, o_tile = (x[b, :, n].to(dtype) for x in (q, grad, out))
         k_tile, v_tile = (x[b, :, keys].to(dtype) for x in (k, v))
-        p = torch.exp(_tile_scores(q_tile, k_tile, n, causal, scale) - lse[b, :, n, None])
+        of_keys = None if bias is None else bias[b]
+        scores = _tile_scores(q_tile, k_tile, n, causal, scale, of_keys)
+        p = torch.exp(scores - lse[b, :, n, None])
         delta = (g_tile * o_tile).sum(-1, keepdim=True)
         ds = p * (g_tile @ v_tile.mT - delta) * scale
         dq[b, :, n] = ds @ k_tile
@@ -145,7 +157,21 @@ def _blockwise_backward(grad, q, k, v, out, lse, causal, scale):
     return dq, dk, dv
 
 
+def _one_key_forward(q, k, v, causal, scale):
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return v.expand_as(q).clone(), (q.to(dtype) * k).sum(-1) * scale
+
+
+def _one_key_backward(grad, q, k, v, out, lse, causal, scale):
+    q, k, v, grad = (x.to(lse.dtype) for x in (q, k, v, grad))
+    p = torch.exp((q * k).sum(-1) * scale - lse)[..., None]
+    ds = p * (grad * (v - out)).sum(-1, keepdim=True) * scale
+    return ds * k, (ds * q).sum(2, keepdim=True), (p * grad).sum(2, keepdim=True)
+
+
 CPU = Operator(_cpu_forward, _cpu_backward)
 FLASH = Operator(_flash_forward, _flash_backward)
 EFFICIENT = Operator(_efficient_forward, _efficient_backward)
 BLOCKWISE = Operator(_blockwise_forward, _blockwise_backward)
+# A softmax over one key has nothing to weigh: of many tiny documents that is most of the work.
+ONE_KEY = Operator(_one_key_forward, _one_key_backward)

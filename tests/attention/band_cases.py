@@ -96,7 +96,7 @@ def run_band(
 
 def run_definition(case: BandCase, inputs, ranges: RowRanges | None = None) -> list[torch.Tensor]:
     """The same by autograd, from masked scores, in float64."""
-    *qkv, grad = (x.double() for x in inputs)
+    *qkv, grad = (x.detach().double() for x in inputs)
     q, k, v = (x.requires_grad_() for x in qkv)
     group = case.heads // case.kv_heads
     q_bhid, k_bhjd, v_bhjd = (

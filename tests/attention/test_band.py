@@ -6,7 +6,7 @@ from band_cases import random_case, run_band, run_definition
 
 from megalong.attention import reference, sdpa
 from megalong.attention.band import Band
-from megalong.attention.sdpa_bands import pieces
+from megalong.attention.sdpa_pieces import pieces
 
 CASES = [random_case(seed) for seed in range(100)]
 

@@ -14,7 +14,15 @@ from attention_cases import assert_agree, corners, random_case, run_backend, run
 from document_cases import bounds, random_ids, same_document
 from torch._subclasses import FakeTensorMode
 
-from megalong.attention import DilatedPattern, dilated_attention, reference, sdpa
+from megalong.attention import (
+    DilatedPattern,
+    dilated_attention,
+    reference,
+    sdpa,
+    sdpa_bands,
+    sdpa_documents,
+    sdpa_gathered,
+)
 from megalong.attention.documents import Documents, RowRanges
 from megalong.attention.reference import offered_keys, softmax_with_multiplicity
 from megalong.attention.sdpa_documents import calls_within
@@ -111,16 +119,20 @@ def test_no_document_changes_a_bit_of_another():
             assert torch.equal(one[~lost], other[~lost]), case
 
 
+def ranges_of_any_kind(seed: int) -> tuple[band_cases.BandCase, RowRanges]:
+    """A band, and ranges: heads with their own, one bound only, some empty."""
+    case = band_cases.random_case(seed)
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, case.batch, (1, case.heads)[seed % 2], case.queries)
+    draws = torch.randint(0, case.keys + 1, shape, generator=generator, dtype=torch.int32)
+    start, stop = (draws // (1 + seed % 4 * 5) * (1 + seed % 4 * 5)).sort(-1).values
+    return case, (RowRanges(start, stop), RowRanges(start), RowRanges(None, stop))[seed % 3]
+
+
 def test_rows_of_any_range():
     """What sharded sequences ask of `attend_rows`: heads with ranges of their own, one bound only,
     and queries that see nothing."""
-    for seed in range(150):
-        case = band_cases.random_case(seed)
-        generator = torch.Generator().manual_seed(seed)
-        shape = (2, case.batch, (1, case.heads)[seed % 2], case.queries)
-        draws = torch.randint(0, case.keys + 1, shape, generator=generator, dtype=torch.int32)
-        start, stop = (draws // (1 + seed % 4 * 5) * (1 + seed % 4 * 5)).sort(-1).values
-        ranges = (RowRanges(start, stop), RowRanges(start), RowRanges(None, stop))[seed % 3]
+    for case, ranges in map(ranges_of_any_kind, range(150)):
         inputs = case.inputs()
         expected = band_cases.run_definition(case, inputs, ranges)
         for backend in (sdpa, reference):
@@ -130,15 +142,40 @@ def test_rows_of_any_range():
 
 
 def test_calls_grow_with_the_lengths_and_not_with_the_documents():
-    """Documents of equal length are computed together, long ones where they are."""
-    start = torch.arange(2**15, dtype=torch.int32)[None] // 128 * 128
-    short = calls_within(start, DilatedPattern((2048,), (1,)), 2**15, 4, 4)
-    assert len({call.parts[0].rows for call in short}) == 1 and len(short) <= 4
-    one = calls_within(start * 0, DilatedPattern((2048,), (1,)), 2**15, 4, 4)
-    assert len(one) == 1 and one[0].parts[0].whole
-    border = (torch.arange(2**15, dtype=torch.int32)[None] >= 5000) * 5000
-    two = calls_within(border, DilatedPattern((2048,), (1,)), 2**15, 4, 4)
-    assert [call.parts[0].count for call in two] == [2, 1, 1, 13]
+    """Documents of about equal length are computed together, long ones where they are."""
+    position, pattern = torch.arange(2**15, dtype=torch.int32)[None], DilatedPattern((2048,), (1,))
+
+    def calls(start_bs):
+        return calls_within(start_bs, pattern, 2**15, 4, 4, True)
+
+    short = calls(position // 128 * 128)
+    assert {call.queries.rows_pm.shape[1] for call in short} == {128}
+    generator = torch.Generator().manual_seed(0)
+    random = (torch.rand(1, 2**15, generator=generator) < 0.05).int() * position
+    lengths = {call.queries.rows_pm.shape[1] for call in calls(random.cummax(1).values)}
+    assert len(lengths) < 32 and max(lengths) < 256
+    [one] = calls(position * 0)
+    assert one.part.whole
+    two = calls((position >= 5000) * 5000)
+    assert [call.part.segments for call in two] == [2, 1, 1, 13]
+
+
+@pytest.mark.parametrize("long", [1, 12])
+def test_long_pieces_equal_the_definition(long, monkeypatch):
+    """What is computed where it is, beside what is copied, a few rows at once."""
+    for module in (sdpa_documents, sdpa_bands):
+        monkeypatch.setattr(module, "LONG", long)
+    monkeypatch.setattr(sdpa_gathered, "COPIED", 50)
+    for case in CASES[::2]:
+        inputs = case.inputs()
+        assert_agree(run_backend(case, inputs, "sdpa"), run_definition(case, inputs), 1e-10)
+    for case, ranges in map(ranges_of_any_kind, range(60)):
+        inputs = case.inputs()
+        expected = band_cases.run_definition(case, inputs, ranges)
+        for mine, wanted in zip(
+            band_cases.run_band(case, sdpa, inputs, ranges), expected, strict=True
+        ):
+            torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-11, msg=str(case))
 
 
 def test_a_buffer_that_numpy_writes_to():
