@@ -117,10 +117,12 @@ def measure(args: argparse.Namespace, base: dict[str, Any] | None) -> None:
     import torch
     import torch.distributed as dist
 
+    from megalong.log_filters import filter_library_logs
     from megalong.planning.calibration.clock import Clock
     from megalong.planning.calibration.description import write
 
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of names of collectives
+    warnings.filterwarnings("ignore")  # of names of collectives, and of what is not installed
+    filter_library_logs()
     torch.set_num_threads(1)
     device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", "0")))
     if args.device == "cuda":
@@ -164,6 +166,7 @@ def measured_device(args, clock: Clock, values: dict[str, Any], is_all: bool, sa
 
     from megalong.planning.calibration import device as of_device
     from megalong.planning.calibration.description import best, rounded, shares
+    from megalong.planning.calibration.host import call_seconds
 
     tables, peaks = {}, dict(values["peak_flops"])
     for name in DTYPES[args.device]:
@@ -182,7 +185,7 @@ def measured_device(args, clock: Clock, values: dict[str, Any], is_all: bool, sa
         for i, kind in enumerate(("product", "attention_forward", "attention_backward"))
     }
     attainable["memory_bandwidth"] = shares(rows, bandwidth)
-    call, kernel = of_device.call_seconds(clock), 0.0
+    call, kernel = call_seconds(clock), 0.0
     if args.device == "cuda":
         kernel = of_device.kernel_seconds(clock)
     else:  # the host is the device

@@ -109,11 +109,12 @@ class WorkRecorder(TorchDispatchMode):
                 return
         nbytes = _bytes(operator, name, args, kwargs, inputs, results)
         formula = self._formulas.get(operator.overloadpacket)
-        if formula is None:
-            self._add(operator, "memory", 0, nbytes, 1, results or inputs)
-        elif self._attention is not None:  # its formula is that of the whole call
+        attends = formula is not None or "attention" in name  # the CPU's kernels have no formula
+        if self._attention is not None and attends:  # its formula is that of the whole call
             self._attention[0] += nbytes
             self._attention[1] += 1
+        elif formula is None:
+            self._add(operator, "memory", 0, nbytes, 1, results or inputs)
         else:
             flops = formula(*args, **kwargs, out_val=result)
             kind = "attention" if "attention" in name else "product"

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import itertools
 
 import torch
-from torch import nn
 
 from megalong.attention import operators
 from megalong.attention.pattern import DilatedPattern
 from megalong.planning.calibration.clock import Clock
-from megalong.torch_private import TorchDispatchMode
 
 # (size of the call, seconds of it)
 Rows = list[tuple[float, float]]
 
 PRODUCTS = {"cpu": (64, 128, 256, 512, 1024), "cuda": (512, 1024, 2048, 4096, 8192)}
 LENGTHS = {"cpu": (128, 512, 1024, 2048, 4096), "cuda": (512, 2048, 8192, 16384)}
+COLD = 2**27  # bytes that no cache holds
 HEADS = {"cpu": 2, "cuda": 16}
-MEMORY = {"cpu": (2**14, 2**17, 2**20, 2**23, 2**25), "cuda": (2**20, 2**24, 2**28)}  # numbers
+MEMORY = {
+    "cpu": (2**14, 2**16, 2**18, 2**20, 2**22, 2**24),
+    "cuda": (2**20, 2**24, 2**28),
+}  # numbers
 
 
 def products(clock: Clock, dtype: torch.dtype) -> Rows:
@@ -58,11 +59,14 @@ def attention(clock: Clock, dtype: torch.dtype) -> tuple[Rows, Rows]:
 
 
 def memory(clock: Clock) -> Rows:
-    """Sums of two float32 tensors into a new one: bytes read and written, seconds."""
+    """Sums of two float32 tensors into a new one: bytes read and written, seconds. The tensors are
+    others at each call, since a model comes back to one after it has been through all the others:
+    it is no longer in a cache."""
     rows = []
     for n in MEMORY[clock.device.type]:
-        a, b = (torch.ones(n, device=clock.device) for _ in range(2))
-        rows.append((12.0 * n, clock.seconds(lambda a=a, b=b: a + b)))
+        pool = [torch.ones(n, device=clock.device) for _ in range(max(2, COLD // (4 * n)))]
+        pairs = itertools.cycle(zip(pool, pool[1:] + pool[:1], strict=True))
+        rows.append((12.0 * n, clock.seconds(lambda pairs=pairs: torch.add(*next(pairs)))))
     return rows
 
 
@@ -81,56 +85,3 @@ def kernel_seconds(clock: Clock) -> float:
         for _ in range(count):
             x.add_(1)
     return clock.seconds(graph.replay) / count
-
-
-def call_seconds(clock: Clock) -> float:
-    """What calling an operator takes, with PyTorch's modules and autograd around it: of the passes
-    of a small layer whose tensors are tiny, for each of its operators that is not a view."""
-    layer = _Layer().to(clock.device)
-    x = torch.ones(1, 8, 16, device=clock.device, requires_grad=True)
-
-    def step() -> None:
-        layer(x).sum().backward()
-
-    with _CountCalls() as counting:
-        step()
-    calls = counting.calls
-    repeats = max(20, round(clock.budget / 0.002))
-    best = min(_host_seconds(step, clock, repeats) for _ in range(3))
-    return clock.slowest(best / repeats / calls)
-
-
-def _host_seconds(step: Callable[[], None], clock: Clock, repeats: int) -> float:
-    """Until the host has made the calls, whether the device is done or not: what its thread works
-    for it, and on a GPU what it waits."""
-    now = time.perf_counter if clock.device.type == "cuda" else time.thread_time
-    clock.wait()
-    start = now()
-    for _ in range(repeats):
-        step()
-    seconds = now() - start
-    clock.wait()
-    return seconds
-
-
-class _Layer(nn.Module):
-    """What layers are made of."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm, self.into, self.out = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
-
-    def forward(self, x):
-        return x + self.out(nn.functional.gelu(self.into(self.norm(x))))
-
-
-class _CountCalls(TorchDispatchMode):
-    """Counts operators that do work: those that give no view."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        self.calls += not operator.is_view
-        return operator(*args, **(kwargs or {}))
