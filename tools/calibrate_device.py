@@ -165,7 +165,12 @@ def measured_device(args, clock: Clock, values: dict[str, Any], is_all: bool, sa
     import torch
 
     from megalong.planning.calibration import device as of_device
-    from megalong.planning.calibration.description import best, rounded, shares
+    from megalong.planning.calibration.description import (
+        attention_shares,
+        best,
+        rounded,
+        shares,
+    )
     from megalong.planning.calibration.host import call_seconds
 
     tables, peaks = {}, dict(values["peak_flops"])
@@ -175,14 +180,18 @@ def measured_device(args, clock: Clock, values: dict[str, Any], is_all: bool, sa
         products = of_device.products(clock, dtype)
         forward, backward = of_device.attention(clock, dtype)
         if is_all:
-            peaks[name] = best(products, forward, backward)
-        tables[name] = products, forward, backward
+            peaks[name] = best([*products, *((c.flops, c.seconds) for c in forward + backward)])
+        tables[name] = {
+            "product": shares(products, peaks[name]),
+            "attention_forward": attention_shares(forward, peaks[name]),
+            "attention_backward": attention_shares(backward, peaks[name]),
+        }
     say("memory and calls")
     rows = of_device.memory(clock)
     bandwidth = best(rows) if is_all else values["memory_bandwidth"]
-    attainable = {
-        kind: {name: shares(found[i], peaks[name]) for name, found in tables.items()}
-        for i, kind in enumerate(("product", "attention_forward", "attention_backward"))
+    attainable: dict[str, Any] = {
+        kind: {name: found[kind] for name, found in tables.items()}
+        for kind in ("product", "attention_forward", "attention_backward")
     }
     attainable["memory_bandwidth"] = shares(rows, bandwidth)
     call, kernel = call_seconds(clock), 0.0

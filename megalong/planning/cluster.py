@@ -4,10 +4,12 @@ A cluster is a YAML file: one of clusters/ by its name, or the user's own (`--cl
 Its `device` is a file of devices/ by name, or stands in it as a section. Units are bytes, seconds,
 FLOP/s and dollars; of links and memory, in one direction. `attainable` are the shares of a figure
 that a program gets: a number, or a list of [size, share] between which it is interpolated, where
-the size is that of a call: FLOPs of a product or an attention, bytes of what is bound by memory or
-goes over a link. What has been measured on such a machine says so under `calibrated`
-(tools/calibrate_device.py writes such files); everything else is from data sheets and papers, named
-in the files, and an estimate.
+the size is that of a call: FLOPs of a product, FLOPs for each byte of an attention (they grow with
+the rows that a query attends to), bytes of what is bound by memory or goes over a link.
+
+What has been measured on such a machine says so under `calibrated` (tools/calibrate_device.py
+writes such files); everything else is from data sheets and papers, named in the files, or an
+estimate.
 """
 
 from __future__ import annotations
@@ -57,8 +59,9 @@ class Device:
 
     memory: bytes. peak_flops: FLOP/s of dense products by dtype, with sums in float32.
     memory_bandwidth: bytes/s, read and written together.
-    product, attention_forward, attention_backward: attainable shares of peak_flops by dtype, by the
-        FLOPs of a call. memory_share: that of memory_bandwidth, by the bytes of a call.
+    product, attention_forward, attention_backward: attainable shares of peak_flops by dtype; by the
+        FLOPs of a product, and by an attention's FLOPs for each of its bytes. memory_share: that of
+        memory_bandwidth, by the bytes of a call.
     kernel_seconds: what every kernel takes beside its work, on the device. On a CPU, which computes
         as it is told, this is what calling an operator takes.
     launch_seconds: of the host, for every kernel; the host runs ahead, so a step takes as long as

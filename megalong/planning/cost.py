@@ -20,7 +20,8 @@ factor is a number in the cluster's file. What is assumed:
 - The update comes after everybody's backward pass.
 - Copies to the host and back run on a stream of their own, beside everything else of the same
   direction, and hide behind it wholly; what is longer is exposed.
-- The attainable rate of an operation of several kernels is that of a call as large as one of them.
+- What is attainable of a product depends on its FLOPs (of one kernel, where there are several); of
+  attention on its FLOPs for each byte, which grow with the rows that a query attends to.
 
 | what                              | runs beside              | because                          |
 |-----------------------------------|--------------------------|----------------------------------|
@@ -213,13 +214,13 @@ def operation_seconds(operation: Operation, device: Device) -> float:
     rate = device.memory_bandwidth * device.memory_share.at(operation.bytes)
     seconds = operation.bytes / rate
     if operation.kind != "memory":
-        curves = device.product
+        curves, size = device.product, operation.flops / max(1, operation.kernels)
         if operation.kind == "attention":
             backward = operation.name.endswith("_backward")
             curves = device.attention_backward if backward else device.attention_forward
-        peak = device.peak(operation.dtype)
-        share = curves[operation.dtype].at(operation.flops / max(1, operation.kernels))
-        seconds = max(seconds, operation.flops / (peak * share))
+            size = operation.flops / max(1, operation.bytes)
+        rate = device.peak(operation.dtype) * curves[operation.dtype].at(size)
+        seconds = max(seconds, operation.flops / rate)
     return seconds + operation.kernels * device.kernel_seconds
 
 

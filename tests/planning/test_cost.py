@@ -99,6 +99,14 @@ def test_small_products_are_slower():
     assert operation_seconds(operation(), device(product=curve)) == pytest.approx(1 / 0.3)
 
 
+def test_attention_of_few_rows_is_slower():
+    curve = {"float32": Curve(((10.0, 0.1), (1000.0, 0.5)))}
+    few = operation("attention", 1000, 100, name="megalong.dilated_attention")
+    found = device(attention_forward=curve, memory_bandwidth=1e9)
+    assert operation_seconds(few, found) == pytest.approx(10.0)
+    assert operation_seconds(replace(few, flops=10_000), found) == pytest.approx(10 / 0.3)
+
+
 def test_a_dtype_that_the_device_has_no_peak_for():
     with pytest.raises(UserError, match=r"has no peak_flops\.float16"):
         operation_seconds(operation(dtype="float16"), device())

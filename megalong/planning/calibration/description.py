@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megalong.planning.calibration.device import Rows
+from megalong.planning.calibration.device import Attention, Rows
 from megalong.planning.cluster import CLUSTERS, DEVICES
 
 HEADER = """\
@@ -31,9 +31,17 @@ def shares(rows: Rows, peak: float) -> list[list[float]]:
     return [[float(f"{n:.4g}"), rounded(min(1.0, n / seconds / peak))] for n, seconds in rows]
 
 
-def best(*tables: Rows) -> float:
+def attention_shares(calls: Sequence[Attention], peak: float) -> list[list[float]]:
+    """[FLOPs for each byte, share of the peak]."""
+    return [
+        [rounded(call.flops / call.bytes), rounded(min(1.0, call.flops / call.seconds / peak))]
+        for call in calls
+    ]
+
+
+def best(rows: Rows) -> float:
     """The best rate of any call."""
-    return rounded(max(n / seconds for rows in tables for n, seconds in rows))
+    return rounded(max(n / seconds for n, seconds in rows))
 
 
 def link_shares(

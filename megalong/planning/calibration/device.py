@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -32,29 +34,32 @@ def products(clock: Clock, dtype: torch.dtype) -> Rows:
     return rows
 
 
-def attention(clock: Clock, dtype: torch.dtype) -> tuple[Rows, Rows]:
-    """Causal attention of one segment, head_dim 64, by the backend that training takes: FLOPs and
-    seconds of the forward pass, and of the backward pass."""
-    kind, forward, backward = clock.device.type, [], []
+@dataclass(frozen=True)
+class Attention:
+    """A timed call: its FLOPs, bytes read and written, and seconds."""
+
+    flops: float
+    bytes: float
+    seconds: float
+
+
+def attention(clock: Clock, dtype: torch.dtype) -> tuple[list[Attention], list[Attention]]:
+    """Causal attention of one segment, head_dim 64, by the backend that training takes: calls of
+    the forward pass, and of the backward pass."""
+    heads, forward, backward = HEADS[clock.device.type], [], []
     options = {"causal": True, "scale": 0.125, "backend": "auto"}
-    for n in LENGTHS[kind]:
+    for n in LENGTHS[clock.device.type]:
         q, k, v, grad = (
-            torch.randn(1, n, HEADS[kind], 64, device=clock.device).to(dtype) for _ in range(4)
+            torch.randn(1, n, heads, 64, device=clock.device).to(dtype) for _ in range(4)
         )
-        pattern = DilatedPattern((n,), (1,))
-        flops = 4.0 * 64 * HEADS[kind] * n * (n + 1) / 2
-        out, lse = operators.forward(q, k, v, pattern, **options)
-        forward.append(
-            (flops, clock.seconds(lambda: operators.forward(q, k, v, pattern, **options)))  # noqa: B023
+        here = partial(operators.forward, q, k, v, DilatedPattern((n,), (1,)), **options)
+        out, lse = here()
+        back = partial(
+            operators.backward, grad, q, k, v, out, lse, DilatedPattern((n,), (1,)), **options
         )
-        backward.append(
-            (
-                2.5 * flops,
-                clock.seconds(
-                    lambda: operators.backward(grad, q, k, v, out, lse, pattern, **options)  # noqa: B023
-                ),
-            )
-        )
+        flops = 4.0 * 64 * heads * n * (n + 1) / 2
+        forward.append(Attention(flops, 4 * q.nbytes + lse.nbytes, clock.seconds(here)))
+        backward.append(Attention(2.5 * flops, 8 * q.nbytes + lse.nbytes, clock.seconds(back)))
     return forward, backward
 
 
