@@ -8,6 +8,8 @@
 # The base brings PyTorch, CUDA, NCCL, Triton and Transformer Engine, built for each other. A
 # smaller one, without NVIDIA's extras, does as well:
 #     docker build --build-arg BASE=pytorch/pytorch:2.11.0-cuda12.8-cudnn9-devel -t megalong .
+# Of the extras in pyproject.toml all but `eval` are in it; --build-arg EXTRAS=hf,data,eval, or
+# EXTRAS= for none, makes another choice.
 ARG BASE=nvcr.io/nvidia/pytorch:26.05-py3
 FROM ${BASE}
 
@@ -18,9 +20,12 @@ RUN useradd --create-home megalong \
     && install --directory --owner=megalong /home/megalong/megalong
 WORKDIR /home/megalong/megalong
 
-# The dependencies, in a layer that a change of the code leaves alone. pip keeps the base's torch.
-COPY requirements.txt .
-RUN python3 -m pip install --requirement requirements.txt
+# The dependencies, in a layer that a change of the code leaves alone: those of a megalong without
+# code, in whose place the code comes below. pip keeps the base's torch.
+ARG EXTRAS=hf,data
+COPY requirements.txt pyproject.toml dependencies/
+RUN cd dependencies && touch README.md LICENSE \
+    && python3 -m pip install ".${EXTRAS:+[$EXTRAS]}" && rm -r ../dependencies
 
 COPY --chown=megalong . .
 RUN python3 -m pip install --no-deps --editable .

@@ -1,12 +1,14 @@
 """`python -m megalong.doctor`: says what there is and what is missing."""
 
 import sys
+import tomllib
 
 import pytest
+from packaging.requirements import Requirement
 
 from megalong.doctor import __main__ as doctor
 from megalong.doctor import checks
-from tests.launching import run
+from tests.launching import REPOSITORY, run
 
 
 def test_this_machine_can_train():
@@ -36,6 +38,27 @@ def test_what_is_missing(monkeypatch, capsys, lines, value, advice):
 def test_requirements_are_those_of_the_file():
     names = [line.partition(">")[0] for line in checks.requirement_lines()]
     assert {"torch", "deepspeed", "megatron-core", "numpy"} <= {*names}
+
+
+def test_optional_packages_are_those_of_the_extras(monkeypatch):
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    listed = {
+        (extra, Requirement(line).name)
+        for extra, lines in extras["optional-dependencies"].items()
+        for line in lines
+        if extra != "dev"
+    }
+    assert {(extra, name) for extra, name, _, _ in checks.OPTIONAL} == {
+        (extra, name) for extra, name in listed if name != "megalong"
+    }
+    findings = {finding.name: finding for finding in checks.optional_packages()}
+    assert findings["transformers"].mark == "ok"
+    assert findings["transformers"].advice == "Hugging Face tokenizers and models"
+    gone = [("data", "x", "no_such_package.module", "X")]
+    monkeypatch.setattr(checks, "OPTIONAL", gone)
+    missing = checks.optional_packages()[-1]
+    assert (missing.mark, missing.value) == ("--", "not installed")
+    assert missing.advice == "X; for it: python -m pip install -e '.[data]'"
 
 
 @pytest.mark.parametrize("module, mark", [("normalization", "ok"), ("models", "--")])

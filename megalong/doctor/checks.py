@@ -17,6 +17,17 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 GET_ALL = "python -m pip install -r requirements.txt"
 SELF_TEST_SECONDS = 120
+# Of the extras of pyproject.toml: the extra, the package, its module, and what it is for.
+OPTIONAL = (
+    ("hf", "transformers", "transformers", "Hugging Face tokenizers and models"),
+    ("hf", "safetensors", "safetensors", "weights of Hugging Face models"),
+    ("hf", "accelerate", "accelerate", "Transformers' Trainer"),
+    ("eval", "lm-eval", "lm_eval", "tasks of the Language Model Evaluation Harness"),
+    ("data", "pyarrow", "pyarrow", "text in Parquet"),
+    ("data", "backports.zstd", "backports.zstd", "text compressed with Zstandard"),
+    ("data", "tiktoken", "tiktoken", "--tokenizer-type TikTokenizer"),
+    ("data", "gigatoken", "gigatoken", "--tokenizer-backend fast"),
+)
 GIB = 2**30
 
 
@@ -95,18 +106,25 @@ def installed_version(name: str) -> str | None:
 
 
 def optional_packages() -> list[Finding]:
+    """NVIDIA's, and those of the extras."""
+    engine = "--no-build-isolation 'transformer_engine[pytorch]'"
+    packages = [("transformer_engine", "transformer_engine", "NVIDIA's layers", engine)]
+    packages += [(name, module, use, f"-e '.[{extra}]'") for extra, name, module, use in OPTIONAL]
     findings = [apex()]
-    for name, module, use in (
-        ("transformer_engine", "transformer_engine", "NVIDIA's layers, --transformer-impl; for it:"
-            " python -m pip install --no-build-isolation 'transformer_engine[pytorch]'"),
-        ("transformers", "transformers",
-            "Hugging Face tokenizers and models; for it: python -m pip install transformers"),
-    ):  # fmt: skip
-        if find_spec(module) is None:
-            findings.append(Finding("--", name, "not installed", use))
+    for name, module, use, get in packages:
+        if is_there(module):
+            findings.append(Finding("ok", name, installed_version(name) or "installed", use))
         else:
-            findings.append(Finding("ok", name, installed_version(name) or "installed"))
+            advice = f"{use}; for it: python -m pip install {get}"
+            findings.append(Finding("--", name, "not installed", advice))
     return findings
+
+
+def is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package above it is not
+        return False
 
 
 def apex() -> Finding:

@@ -56,7 +56,7 @@ class Image:
         """One instruction; raises where it cannot work."""
         if instruction == "ARG":
             name, _, default = rest.partition("=")
-            self.arguments[name] = default
+            self.arguments[name] = self.environment[name] = default
         elif instruction == "FROM":
             base = re.sub(r"\$\{(\w+)\}", lambda match: self.arguments[match[1]], rest)
             assert re.fullmatch(r"[a-z0-9./-]+:[\w.-]+", base), f"{base} is not IMAGE:TAG"
@@ -69,6 +69,8 @@ class Image:
             self.user = rest
         elif instruction == "COPY":
             *sources, target = (word for word in rest.split() if not word.startswith("--"))
+            if target.endswith("/"):
+                self.path(target).mkdir(parents=True)
             for source in sources:
                 copy(source, self.path(target))
         elif instruction == "RUN":
