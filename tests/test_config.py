@@ -330,6 +330,20 @@ def test_matched_costs_are_within_two_percent_and_stay_when_they_are_read_again(
     assert parse_arguments(["--config", str(file)]).resolve(1) == config
 
 
+@pytest.mark.parametrize("block, told", [(2048, False), (16384, True)])
+def test_a_block_that_matched_costs_change_is_told(block, told):
+    flags = ["--attention", "sparse", "--match-flops", "--seq-length", 32768]
+    config = resolve(*flags, "--sparse-block-size", block).attention
+    given = dataclasses.replace(config, sparse_block_size=block)
+    lines = given.changed_by_matching(config)
+    assert bool(lines) == told == (config.sparse_block_size != block)
+    for line in lines:
+        assert line.startswith(
+            f"--match-flops: sparse attention has blocks of {config.sparse_block_size}: "
+        )
+        assert f"with --sparse-block-size {block} no number of columns" in line
+
+
 def test_the_objective():
     assert resolve().training.causal and resolve().training.mask_rate is None
     masked = resolve("--objective", "mlm").training

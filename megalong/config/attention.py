@@ -204,6 +204,17 @@ class AttentionConfig:
                 )
         return changed
 
+    def changed_by_matching(self, resolved: AttentionConfig) -> list[str]:
+        """What `match_flops` has made of these settings that was given otherwise, in lines.
+        resolved: what became of them."""
+        given, block = self.sparse_block_size, resolved.sparse_block_size
+        if block == given:
+            return []
+        return [
+            f"--match-flops: sparse attention has blocks of {block}: with --sparse-block-size"
+            f" {given} no number of columns comes as near to the cost of the dilated branches"
+        ]
+
     def oddities(self, seq_length: int) -> list[str]:
         """What can be computed, and yet is hardly what was meant; a line each (after `resolve`)."""
         assert self.segment_lengths is not None

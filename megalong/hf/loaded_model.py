@@ -72,7 +72,8 @@ def load_model(
     if not checkpoint.config.training.causal:
         raise UserError(
             f"{path} is a masked-language model (--objective mlm), which does not continue texts:"
-            " convert_to_hf.py makes a folder of it for Transformers' AutoModelForMaskedLM"
+            " convert_to_hf.py makes a folder of it for Transformers' AutoModelForMaskedLM, which"
+            ' pipeline("fill-mask") uses'
         )
     data = checkpoint.config.data
     kept = checkpoint.tokenizer_model

@@ -316,7 +316,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
     def __init__(self, config: LongNetConfig):
         if not config.causal:
             raise ValueError(
-                "this LongNet is a masked-language model: load it with AutoModelForMaskedLM"
+                "this LongNet is a masked-language model: load it with AutoModelForMaskedLM, as"
+                ' pipeline("fill-mask") does'
             )
         super().__init__(config)
         self.model = LongNetModel(config)

@@ -84,8 +84,9 @@ class Trainer:
             self.best = BestCheckpoint(Path(config.run.save), self.saver, say, decides)
         self.reports = Reports(config, data, self.blend, mesh, self.saver, self.progress)
         self.profiler = Profiler(config, mesh, say, self.reports.meter.pause)
-        memory = [memory_path, *given.memory.unused(config.memory, config.parallel)]
-        self.reports.announce(checkpoint, self.progress, memory, news)
+        choices = [memory_path, *given.memory.unused(config.memory, config.parallel)]
+        choices += given.attention.changed_by_matching(config.attention)
+        self.reports.announce(checkpoint, self.progress, choices, news)
 
     def train(self) -> None:
         """Train from where the run stands to `--train-iters`, then evaluate.

@@ -84,10 +84,11 @@ class Reports:
         self.meter.restart()
 
     def announce(
-        self, checkpoint: Path | None, progress: Progress, memory: list[str], news: list[str]
+        self, checkpoint: Path | None, progress: Progress, choices: list[str], news: list[str]
     ) -> None:
-        """What is about to run. checkpoint: what the run goes on from, or None. memory: lines on
-        the memory path. news: on what is other about the training data than before the checkpoint.
+        """What is about to run. checkpoint: what the run goes on from, or None. choices: lines on
+        what was chosen by itself. news: on what is other about the training data than before the
+        checkpoint.
         """
         if not self.mesh.is_main:
             return
@@ -126,7 +127,7 @@ class Reports:
             f" {_human_flops(dense)}; peak of {counted(mesh.world_size, 'rank')}"
             f" {_human_flops(self.peak)}/s ({self.peak_source})"
         )
-        for line in memory:
+        for line in choices:
             say(line)
         if checkpoint is not None:
             say(f"{_how_it_begins(config)} {checkpoint}")
