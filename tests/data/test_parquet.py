@@ -100,3 +100,13 @@ def test_broken_files(tmp_path):
     found = read(path)
     assert 500 <= len(found) < 2000 and found[-2] == {"text": rows[len(found) - 2]}
     assert found[-1].startswith(f"{path}:{len(found)}: unreadable from here on")
+
+
+def test_pages_are_compared_with_their_checksums(tmp_path):
+    """Where the writer has left some: a changed letter is no error of the format."""
+    path, rows = tmp_path / "a.parquet", ["one", "two", "three"]
+    plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    parquet.write_table(pyarrow.table({"text": rows}), path, write_page_checksum=True, **plain)
+    path.write_bytes(path.read_bytes().replace(b"two", b"too"))
+    [message] = read(path)
+    assert message.startswith(f"{path}:1: unreadable from here on") and "CRC" in message

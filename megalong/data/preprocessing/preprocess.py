@@ -451,7 +451,8 @@ def _stream_sha256(path: str, reading: Reading) -> str:
 
 
 def _nothing_found(key: str, part: KeySummary, summary: Summary) -> str:
-    hint = "; --json-keys names the keys of the texts" if summary.skipped else ""
+    keys = any(problem["reason"].startswith(("no key", "no column")) for problem in part.listed)
+    hint = "; --json-keys names the keys of the texts" if keys else ""
     short = f", {part.short} shorter than --min-tokens" if part.short else ""
     return (
         f"--input: no document with text under the key {key!r} in"

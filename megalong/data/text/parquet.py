@@ -93,7 +93,9 @@ class _Share:
 def _open(path: str):
     from pyarrow.parquet import ParquetFile
 
-    return ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
+    return ParquetFile(
+        path, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
+    )
 
 
 def _columns(file, reading: Reading) -> list[str]:
