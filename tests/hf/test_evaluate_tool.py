@@ -11,7 +11,7 @@ import torch
 from megalong.hf.evaluation import evaluate_texts, passkey, token_losses
 from megalong.hf.loaded_model import LoadedModel
 from tests.hf.test_transformers import make_model
-from tests.launching import REPOSITORY, run
+from tests.launching import REPOSITORY, run_here
 
 TOOL = REPOSITORY / "tools" / "evaluate.py"
 
@@ -74,11 +74,10 @@ def test_a_passkey_is_found_by_a_model_that_copies(loaded):
 
 def test_an_earlier_evaluation_is_not_overwritten_unasked(tmp_path):
     (tmp_path / "evaluation.json").write_text("{}")
-    command = [sys.executable, str(TOOL), "--model", "none", "--passkey-lengths", "9"]
-    command += ["--output", str(tmp_path)]
-    refused = run(command, check=False)
+    command = [TOOL, "--model", "none", "--passkey-lengths", "9", "--output", tmp_path]
+    refused = run_here(*command, check=False)
     assert refused.returncode == 2 and "or --overwrite" in refused.stderr
-    asked = run([*command, "--overwrite"], check=False)
+    asked = run_here(*command, "--overwrite", check=False)
     assert "none is not a checkpoint" in asked.stderr
     assert (tmp_path / "evaluation.json").read_text() == "{}"
 

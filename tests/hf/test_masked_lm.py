@@ -2,8 +2,6 @@
 changes nothing."""
 
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -47,7 +45,7 @@ from tests.hf.models import (
     stored_tensors,
 )
 from tests.hf.test_transformers import batch_of, sequences
-from tests.launching import REPOSITORY
+from tests.launching import REPOSITORY, run_here
 
 USER_DEFINED, CONTROL = ModelProto.SentencePiece.USER_DEFINED, ModelProto.SentencePiece.CONTROL
 
@@ -206,9 +204,8 @@ def test_what_needs_a_causal_model_refuses_it(exported):
     for name in ("run", "hf"):
         with pytest.raises(UserError, match=said):
             load_model(exported / name, "cpu", torch.float32)
-    command = [sys.executable, str(REPOSITORY / "tools" / "generate.py"), "--prompt", "x"]
-    command += ["--model", str(exported / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    tool, model = REPOSITORY / "tools" / "generate.py", exported / "run"
+    done = run_here(tool, "--prompt", "x", "--model", model, check=False)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ")
     # Of Transformers, or, where it knows the causal model from another folder, of ours.
     with pytest.raises(ValueError, match=r"AutoModelFor(CausalLM|MaskedLM)"):
