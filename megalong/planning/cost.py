@@ -137,7 +137,7 @@ def step_cost(
     """The time of a training step.
 
     stages: the work of one rank of each pipeline stage, in order; of the busiest, where the ranks
-        of a stage differ.
+        of a stage differ. Stages that are alike may share one.
     config: resolved for `ranks` ranks.
     Raises UserError for more ranks than the cluster can have, or a dtype without a peak.
     """
@@ -146,12 +146,14 @@ def step_cost(
     if len(stages) != parallel.pipeline_model_parallel_size:
         raise ValueError(f"work of {len(stages)} pipeline stages, of which there are others")
     overlap = Overlap.of(config, ranks)
-    batches = [phase_cost(work, ("forward", "backward"), cluster, overlap) for work in stages]
-    updates = [phase_cost(work, ("update",), cluster, overlap) for work in stages]
-    slowest = max(batches, key=lambda cost: cost.total)
-    update = max(updates, key=lambda cost: cost.total)
+    batches, updates = (
+        {id(work): phase_cost(work, directions, cluster, overlap) for work in stages}
+        for directions in (("forward", "backward"), ("update",))
+    )
+    slowest = max(batches.values(), key=lambda cost: cost.total)
+    update = max(updates.values(), key=lambda cost: cost.total)
     bubble = pipeline_bubble(
-        [cost.total for cost in batches],
+        [batches[id(work)].total for work in stages],
         config.num_microbatches(parallel.data_parallel_size(ranks)),
         parallel.chunks_per_stage(config.model),
     )
