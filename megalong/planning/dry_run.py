@@ -1,4 +1,4 @@
-"""One rank of a launch, of any size, runs a training step on a GPU that is not there.
+"""One rank of a launch, of any size, runs a training step on a device that is not there.
 
     from megalong.planning import fake_device
     fake_device.load()
@@ -6,6 +6,10 @@
     fake_device.pretend()
     from megalong.planning.dry_run import dry_run
     result = dry_run(config, vocab_size, rank=5, ranks=8)
+
+That is a GPU. Without the fake device the rank is one of a launch on the CPU, as training itself
+takes the CPU where there is no GPU (or DS_ACCELERATOR is cpu): other attention, another optimizer,
+other temporaries, all as that launch has them (tools/benchmarks/predicted.py compares the two).
 
 The step is the training's own: TrainingEngine, Megatron-core's schedule, DeepSpeed's optimizer.
 Its collectives send nothing. So what it says of memory and traffic cannot differ from the code, and

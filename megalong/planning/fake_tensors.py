@@ -1,7 +1,8 @@
 """The host is real, the device is fake: what lives on the CPU is computed, what lives on the GPU
 has a shape, a dtype and a device, and no data; and so has what is large in pinned memory.
 
-Where the CPU itself is what a launch trains on, its numbers are fake, and its tables real."""
+Where the CPU itself is what a launch trains on, its numbers are fake, and its tables real.
+"""
 
 from __future__ import annotations
 

@@ -88,6 +88,11 @@ class DeviceMemory(TorchDispatchMode):
         self._updating = False
 
     @property
+    def now(self) -> int:
+        """Bytes of the device that are held."""
+        return sum(size for _, size in self._log)
+
+    @property
     def peak(self) -> Counter[str]:
         """Bytes of the device by kind, at the time when they are most in total."""
         now = most = 0
