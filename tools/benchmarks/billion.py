@@ -19,9 +19,10 @@ Several --tokens with one --shard-length are measured taking turns, each in a pr
 
     python tools/benchmarks/billion.py --tokens 2**20 2**25 2**30 --shard-length 2**16 --rank last
 
-Writes billion.json, billion.md and billion.png into --output. Memory on a CPU is resident memory at
-the peak, less what the process had when a small share had been through it; on a GPU what was
-allocated at the peak.
+Writes billion.json, billion.md and billion.png into --output. On a machine that others use, look at
+the processor's time: that of the process, with --threads 1 about what it would take alone. Memory
+on a CPU is resident memory at the peak, less what the process had when a small share had been
+through it; on a GPU what was allocated at the peak.
 """
 
 from __future__ import annotations
@@ -40,8 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not
 from megalong.command_line import needed_packages
 
 with needed_packages():
-    from billion_report import write_report
-    from billion_share import serve
+    from billion_report import total, write_report
 
     from megalong.attention.pattern import DilatedPattern
     from megalong.device import use_gpu
@@ -168,7 +168,7 @@ def measure(args: argparse.Namespace, part: str, cases: list[dict]) -> list[dict
     for case in cases:
         print(f"{part}: {words(case)} ...", flush=True)
         end, other = context.Pipe()
-        process = context.Process(target=serve, args=(other, part, case, settings), daemon=True)
+        process = context.Process(target=share, args=(other, part, case, settings), daemon=True)
         process.start()
         other.close()
         rows.append(received(end, part, case))
@@ -187,6 +187,13 @@ def measure(args: argparse.Namespace, part: str, cases: list[dict]) -> list[dict
     return rows
 
 
+def share(*arguments) -> None:
+    """What such a process does. It imports much that this one has no use for."""
+    from billion_share import serve
+
+    serve(*arguments)
+
+
 def received(end, part: str, case: dict) -> dict[str, Any]:
     try:
         return end.recv()
@@ -202,7 +209,7 @@ def described(row: dict) -> str:
     received = sum(count["bytes"] for count in row["per_layer"].values())
     return (
         f"{row['peak'] / 2**20:,.0f} MiB at the peak, {received:,} bytes a layer,"
-        f" first run {sum(row['first']['seconds'].values()):.1f} s"
+        f" first run {total(row['first']['seconds']):.1f} s"
     )
 
 

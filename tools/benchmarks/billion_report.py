@@ -8,6 +8,7 @@ from typing import Any
 
 TITLES = {"attention": "One attention layer", "step": "A training step"}
 MIB = 2**20
+PROCESSOR = "processor"  # what `billion_share` calls the seconds that a process had a processor
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
@@ -55,7 +56,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     header = ["tokens", "rank", *parts, *(name.replace("_", "-") for name in calls)]
     lines += [line(header), line(["---:"] * len(header))]
     for row in rows:
-        whole = sum(row["first"]["seconds"].values())
+        whole = total(row["first"]["seconds"])
         shares = [f"{row['first']['parts'].get(part, 0.0) / whole:.1%}" for part in parts]
         moved = (row["per_layer"].get(name, {"calls": 0, "bytes": 0}) for name in calls)
         texts = [f"{count['bytes']:,} in {count['calls']} calls" for count in moved]
@@ -64,15 +65,19 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def flatness(rows: list[dict[str, Any]]) -> str:
-    whole, peaks = [total(row) for row in rows], [row["peak"] for row in rows]
-    return (
-        f"Slowest beside fastest: {max(whole) / min(whole):.3f} in time,"
-        f" {max(peaks) / min(peaks):.3f} in memory."
+    columns = {
+        "in time": [total(row["seconds"]) for row in rows],
+        "in the processor's time": [row["seconds"].get(PROCESSOR) for row in rows],
+        "in memory": [row["peak"] for row in rows],
+    }
+    ratios = (
+        f"{max(values) / min(values):.3f} {name}" for name, values in columns.items() if all(values)
     )
+    return f"The most beside the least: {', '.join(ratios)}."
 
 
-def total(row: dict[str, Any]) -> float:
-    return sum(row["seconds"].values())
+def total(seconds: dict[str, float]) -> float:
+    return sum(spent for name, spent in seconds.items() if name != PROCESSOR)
 
 
 def received(row: dict[str, Any]) -> int:

@@ -47,6 +47,7 @@ PARTS = {
     "attend_rows_backward": "to other ranks' rows",
 }
 FILLED_IN = "filling in what others send"
+PROCESSOR = "processor"  # not a part of the time, but another measure of it
 SMALL = {"tokens": 2**15, "ranks": 2, "rank": 1, "branches": ((2048, 1), (2**15, 16))}
 # DeepSpeed's buffer for gradients is 2 GB, of which a narrow model touches little.
 DEEPSPEED = {"zero_optimization": {"reduce_bucket_size": 100_000}}
@@ -54,7 +55,8 @@ DEEPSPEED = {"zero_optimization": {"reduce_bucket_size": 100_000}}
 
 @dataclass(frozen=True)
 class Share:
-    """run: returns its seconds, by what they went to. sequence, layers: of what is run. facts: what
+    """run: returns its seconds, by what they went to, and PROCESSOR, those in which this process
+    had a processor, fewer where others want it too. sequence, layers: of what is run. facts: what
     is known of it without running. filled_in: seconds that the other ranks' part has taken."""
 
     run: Callable[[], dict[str, float]]
@@ -80,7 +82,8 @@ def serve(end, part: str, case: dict[str, Any], settings: dict[str, Any]) -> Non
         share.filled_in.waits = False
         peak = memory_peak() - before
         parts[FILLED_IN] = share.filled_in.seconds
-        parts["everything else"] = sum(seconds.values()) - sum(parts.values())
+        whole = sum(spent for name, spent in seconds.items() if name != PROCESSOR)
+        parts["everything else"] = whole - sum(parts.values())
         per_layer = {
             name: {what: count[what] // share.layers for what in ("calls", "bytes")}
             for name, count in traffic.counts.get("sequence", {}).items()
@@ -122,11 +125,12 @@ def attention(case: dict[str, Any], settings: dict[str, Any]) -> Iterator[Share]
         sequence = lone_sequence(subgroup_sizes(pattern, length, ranks))
 
         def run() -> dict[str, float]:
-            start = now()
+            start, busy = now(), time.process_time()
             out = sequence_parallel_attention(q, k, v, pattern, sequence)
             between = now()
             torch.autograd.grad(out, (q, k, v), grad)
-            return {"forward": between - start, "backward": now() - between}
+            seconds = {"forward": between - start, "backward": now() - between}
+            return {**seconds, PROCESSOR: time.process_time() - busy}
 
         with answered(sequence, SyntheticRows(), clock):
             yield Share(run, sequence, 1, facts, clock)
@@ -148,9 +152,9 @@ def training_step(case: dict[str, Any], settings: dict[str, Any]) -> Iterator[Sh
             facts = {"parameters": sum(x.numel() for x in engine.model.parameters())}
 
             def run() -> dict[str, float]:
-                start = now()
+                start, busy = now(), time.process_time()
                 engine.train_step(batches, 1e-4)
-                return {"step": now() - start}
+                return {"step": now() - start, PROCESSOR: time.process_time() - busy}
 
             try:
                 yield Share(run, mesh.sequence, layers, facts, clock)
