@@ -109,6 +109,8 @@ class _Server:
             bufsize=0,  # `select` knows nothing of what a buffer holds
         )
         self.under_way: Launch | None = None
+        # As `fake_device.pretend` has set it there, whatever these tests themselves run on.
+        self.settings = {"DS_ACCELERATOR": "cuda"} if options else {}
         # Below the ports that the system gives to connections, so that nothing else takes them.
         self.port = 20_000 + os.getpid() % 100 * 100
 
@@ -118,6 +120,7 @@ class _Server:
             "PYTHONPATH": str(REPOSITORY),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self._free_port()),
+            **self.settings,
         }
         assert self.under_way is None or self.under_way.code is not None, "one launch at a time"
         order = [ranks, script, arguments, str(output), environment]
