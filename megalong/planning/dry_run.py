@@ -47,6 +47,7 @@ from megalong.parallel.schedule import run_schedule
 from megalong.parallel.traffic import Counts
 from megalong.planning import fake_device
 from megalong.planning.fake_tensors import fake_device_tensors
+from megalong.planning.few_tiles import few_tiles
 from megalong.planning.host_syncs import HostSyncs, Wait
 from megalong.planning.kernels import NoKernels
 from megalong.planning.memory import DeviceMemory
@@ -138,8 +139,9 @@ def dry_run(
     config: resolved for as many ranks; data and tokenizer are not opened. `--memory-path auto` is
         what it is on such a device, with a host that has room for everything.
     prepare: is given the engine before its first step.
-    quick: no evaluation, nobody looks for waits, and one step where the second does the same (but
-        for ZeRO 3, which has to see what it will be asked for): the rest of the result is the same.
+    quick: no evaluation, nobody looks for waits, three tiles of many (`few_tiles`), and one step
+        where the second does the same (but for ZeRO 3, which has to see what it will be asked for):
+        the rest of the result is the same.
     Raises HostSync, WrongDevice, or PyTorch's FakeTensorDeviceMismatchError.
     """
     memory, parts = DeviceMemory(), Parts()
@@ -156,11 +158,12 @@ def dry_run(
             for number in range(steps):
                 syncs = HostSyncs(ALLOWED if number and not quick else None)
                 recorder = WorkRecorder(parts, mesh.groups_by_axis, memory)
-                with (
-                    syncs, recorder, NoKernels(recorder), _telling_when_updating(
-                        engine, memory, recorder
-                    ),
-                ):  # fmt: skip
+                with contextlib.ExitStack() as stack:
+                    for context in (syncs, recorder, NoKernels(recorder)):
+                        stack.enter_context(context)
+                    stack.enter_context(_telling_when_updating(engine, memory, recorder))
+                    if quick:
+                        stack.enter_context(few_tiles(memory, recorder))
                     engine.train_step(batches, config.training.lr)
                 memory.end_update()
         if not quick:

@@ -88,9 +88,17 @@ class DeviceMemory(TorchDispatchMode):
         self._updating = False
 
     @property
-    def now(self) -> int:
-        """Bytes of the device that are held."""
-        return sum(size for _, size in self._log)
+    def moment(self) -> int:
+        """A number for now, which grows."""
+        return len(self._log)
+
+    def repeat(self, start: int, stop: int, times: int) -> None:
+        """Say that what was between two moments happens so many times in succession: what was made
+        there and is still held is held as often, from the second moment on."""
+        blocks = [(b, size) for b, size in self._log[start:stop] if size > 0 and b.end is None]
+        for block, size in blocks:
+            block.others += size * (times - 1)
+        self._log[stop:stop] = [(block, size * (times - 1)) for block, size in blocks]
 
     @property
     def peak(self) -> Counter[str]:
@@ -136,7 +144,7 @@ class DeviceMemory(TorchDispatchMode):
 
     def _forget(self, block: _Block, size: int) -> None:
         block.end = self._passes, self._updates
-        self._log.append((block, -size))
+        self._log.append((block, -size - block.others))
 
     def _kind_of(self, block: _Block) -> str:
         if "data" in block.axes and block.kind in (None, "optimizer"):
@@ -171,7 +179,7 @@ class DeviceMemory(TorchDispatchMode):
 class _Block:
     """The life of a storage: of what kind somebody says that it is, in which pass it was born, how
     many backward passes and updates had begun by then, and by its end; the axes of the collectives
-    that used it."""
+    that used it; bytes of others that it stands for."""
 
     kind: str | None
     born: str
@@ -179,3 +187,4 @@ class _Block:
     updates: int
     end: tuple[int, int] | None = None
     axes: frozenset[str] = frozenset()
+    others: int = 0

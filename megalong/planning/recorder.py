@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -55,6 +57,7 @@ class WorkRecorder(TorchDispatchMode):
             group.group_name: axis for axis, groups in groups_by_axis.items() for group in groups
         }
         self._formulas = FlopCounterMode(display=False).flop_registry
+        self._times = 1
         self._attention: list[int] | None = None  # bytes and launches of the call that is running
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -67,6 +70,15 @@ class WorkRecorder(TorchDispatchMode):
         elif operator.namespace != "prim" and not operator.is_view:
             self._operation(operator, args, kwargs, result)
         return result
+
+    @contextlib.contextmanager
+    def repeating(self, times: int) -> Iterator[None]:
+        """Inside, everything is done so many times."""
+        self._times *= times
+        try:
+            yield
+        finally:
+            self._times //= times
 
     def attention(self, operator: Any, args: Any, kwargs: Any, compute: Any) -> Any:
         """An operator of `megalong.attention.operators`, computed by a function that may launch
@@ -132,7 +144,7 @@ class WorkRecorder(TorchDispatchMode):
             part = "attention"
         direction = self._direction()
         key = Operation(part, direction, kind, name, dtype, flops, nbytes, kernels)
-        self.work.operations[key] += 1
+        self.work.operations[key] += self._times
 
     def _direction(self) -> str:
         if self.updating:
@@ -158,7 +170,7 @@ class WorkRecorder(TorchDispatchMode):
             direction = "forward" if forward else "backward"
             ranks = sorted((me, peer))
         key = Collective(axis, direction, call.name, call.bytes, tuple(sorted(ranks)))
-        self.work.collectives[key] += 1
+        self.work.collectives[key] += self._times
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:
