@@ -15,11 +15,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import types
 import typing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -55,14 +55,20 @@ def parse_arguments(arguments: list[str], description: str | None = None) -> Con
     type, or one that contradicts a preset.
     """
     parser = build_parser(description)
-    given = vars(parser.parse_args(arguments))
-    values = read_yaml(given.pop("config")) if "config" in given else {}
-    preset = given.pop("preset", None)
-    given.pop("local_rank", None)
-    values.update(given)
-    if preset is not None:
-        values = over_preset(preset, read_yaml(str(preset_file(preset))), values)
-    return config_from_values(values)
+    return config_from_values(given_values(vars(parser.parse_args(arguments))))
+
+
+def given_values(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a command line gives, by field name, with those of its file and its preset.
+
+    given: what `build_parser`'s parser found; other flags than the configuration's are left out.
+    Raises UserError as `parse_arguments` does.
+    """
+    values = read_yaml(given["config"]) if "config" in given else {}
+    values.update({name: given[name] for name in _settings() if name in given})
+    if "preset" in given:
+        values = over_preset(given["preset"], read_yaml(str(preset_file(given["preset"]))), values)
+    return values
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
@@ -76,7 +82,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     presets = preset_names()
     parser.add_argument(
         "--preset",
-        type=partial(_one_of, tuple(presets)),
+        type=functools.partial(_one_of, tuple(presets)),
         metavar="NAME",
         help=f"a model, and what trains it; other settings win over its own: {', '.join(presets)}",
     )
@@ -98,7 +104,7 @@ def _add_flag(group: Any, setting: _Setting) -> None:
     elif setting.item is not None:
         options |= {"nargs": "+", "type": setting.item, "metavar": setting.item.__name__.upper()}
         if setting.choices is not None:
-            options |= {"type": partial(_one_of, setting.choices), "metavar": "KIND"}
+            options |= {"type": functools.partial(_one_of, setting.choices), "metavar": "KIND"}
             options["help"] += f": {', '.join(setting.choices)}"
     elif setting.is_json:
         options |= {"type": _json_or_word, "metavar": "RULE"}
@@ -209,6 +215,7 @@ def _sections() -> dict[str, Any]:
     return {section.name: section.default_factory for section in dataclasses.fields(Config)}
 
 
+@functools.cache
 def _settings() -> dict[str, _Setting]:
     settings = {}
     for section, section_type in _sections().items():

@@ -1,0 +1,204 @@
+"""A search in words: the table of the best layouts, one of them explained, what does not fit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from megalong.config import Config
+from megalong.planning.cluster import Cluster
+from megalong.planning.search import USABLE, PlannedLayout, Search
+from megalong.progress import human_bytes
+from megalong.wording import counted
+
+GIB = 2**30
+_HOURS_OF_A_DAY, _SECONDS_OF_AN_HOUR = 24, 3600
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is planned: tokens of the whole training, on so many devices of a cluster."""
+
+    tokens: int
+    ranks: int
+    cluster: Cluster
+
+    def days(self, layout: PlannedLayout) -> float:
+        """Of the training, without evaluations, checkpoints and failures."""
+        seconds = self.tokens / layout.cost.tokens_per_second
+        return seconds / _SECONDS_OF_AN_HOUR / _HOURS_OF_A_DAY
+
+    def dollars(self, layout: PlannedLayout) -> float:
+        """Of all devices for as long, at the cluster's price."""
+        return self.days(layout) * _HOURS_OF_A_DAY * self.ranks * self.cluster.price
+
+
+def layout_name(config: Config, ranks: int) -> str:
+    """ "TP 2 SP 8 PP 2 DP 4, micro batches 4 of 1, ZeRO 1, recompute full, memory path on"."""
+    parallel, training, memory = config.parallel, config.training, config.memory
+    replicas = parallel.data_parallel_size(ranks)
+    words = (
+        f"TP {parallel.tensor_model_parallel_size} SP {parallel.sequence_parallel_size}"
+        f" PP {parallel.pipeline_model_parallel_size} DP {replicas}"
+    )
+    if parallel.num_layers_per_virtual_pipeline_stage is not None:
+        words += f", chunks of {counted(parallel.num_layers_per_virtual_pipeline_stage, 'layer')}"
+    words += f", {config.num_microbatches(replicas)} x {training.micro_batch_size} sequences"
+    words += f", ZeRO {parallel.zero_stage}"
+    if parallel.recompute_granularity is not None:
+        words += f", recompute {parallel.recompute_granularity}"
+    words += f", memory path {memory.memory_path}"
+    if memory.memory_path == "on" and not memory.offload_activations:
+        words += " without offload"
+    return words
+
+
+def table(layouts: Sequence[PlannedLayout], training: Training) -> str:
+    """The layouts as lines of a table, numbered from 1."""
+    head = (
+        "step s", "tokens/s", "MFU", "GiB", "of it", "host GiB", "sent GB", "days", "cost $",
+        "layout",
+    )  # fmt: skip
+    rows = [("", *head)]
+    for number, layout in enumerate(layouts, 1):
+        cost = layout.cost
+        rows.append(
+            (
+                str(number),
+                f"{cost.total:.3g}",
+                f"{cost.tokens_per_second:,.0f}",
+                f"{cost.mfu:.1%}",
+                f"{sum(layout.memory.values()) / GIB:.1f}",
+                _shares(layout.memory),
+                f"{layout.host / GIB:.1f}",
+                f"{sum(_bytes_by_axis(layout).values()) / 1e9:.3g}",
+                f"{training.days(layout):,.3g}",
+                f"{training.dollars(layout):,.0f}",
+                layout_name(layout.config, training.ranks),
+            )
+        )
+    return _aligned(rows)
+
+
+def rejected(search: Search, training: Training, most: int = 5) -> str:
+    """What does not fit, and by how much; what the configuration refuses, and why."""
+    lines = []
+    usable = USABLE * training.cluster.device.memory
+    short = [layout for layout in search.planned if not layout.fits]
+    if short:
+        lines.append(
+            f"{counted(len(short), 'layout')} would not fit in {usable / GIB:.1f} GiB"
+            f" ({USABLE:.0%} of the device's memory); the nearest:"
+        )
+        short.sort(key=lambda layout: sum(layout.memory.values()))
+        for layout in short[:most]:
+            lines.append(f"    {_what_is_short(layout, training)}")
+    if search.not_run:
+        least = min(search.not_run, key=lambda layout: layout.estimate)
+        lines.append(
+            f"{counted(len(search.not_run), 'layout')} not run, as the estimate of --memory-path"
+            f" auto says that they need far more: {least.estimate / GIB:,.0f} GiB and up"
+        )
+    if search.refused:
+        lines.append(f"{counted(search.refused.total(), 'layout')} refused:")
+        for message, count in search.refused.most_common(most):
+            lines.append(f"    {count} x {message}")
+        if len(search.refused) > most:
+            lines.append(f"    and {len(search.refused) - most} other reasons")
+    return "\n".join(lines)
+
+
+def explained(layout: PlannedLayout, training: Training) -> str:
+    """Where the time, the memory and the traffic of a step go."""
+    cost, cluster = layout.cost, training.cluster
+    device = cluster.device
+    lines = [
+        layout_name(layout.config, training.ranks),
+        f"on {counted(training.ranks, 'GPU')} of {cluster.name}"
+        f" ({'calibrated ' + cluster.calibrated if cluster.calibrated else 'not calibrated'})",
+        "",
+        "seconds of a step, in the slowest stage:",
+    ]
+    seconds = {f"compute, {part}": value for part, value in cost.compute.items()}
+    seconds |= {f"waiting for the {axis} axis": v for axis, v in cost.communication.items()}
+    seconds |= {
+        "idle in the pipeline": cost.bubble,
+        "waiting for the host's memory": cost.offload,
+        "waiting for launches": cost.launches,
+        "optimizer": cost.update,
+    }
+    rows = [
+        (what, f"{value:.4g}", f"{value / cost.total:.1%}")
+        for what, value in sorted(seconds.items(), key=lambda item: -item[1])
+        if value
+    ]
+    rows.append(("total", f"{cost.total:.4g}", ""))
+    rows += [
+        (f"hidden behind computation: {axis} axis", f"{value:.4g}", "")
+        for axis, value in cost.hidden.items()
+        if value
+    ]
+    lines += [_indented(rows), "", "GiB of the fullest rank at its peak:"]
+    memory = [(kind, f"{value / GIB:.3f}") for kind, value in layout.memory.items() if value]
+    total = sum(layout.memory.values())
+    memory.append(("total", f"{total / GIB:.3f}"))
+    memory.append(("the device has", f"{device.memory / GIB:.3f}"))
+    memory.append(("pinned on the host", f"{layout.host / GIB:.3f}"))
+    lines += [_indented(memory), "", "sent and received in a step, of the busiest rank:"]
+    traffic = [
+        (axis, name, f"{count['calls']:,} calls", human_bytes(count["bytes"]))
+        for axis, of_axis in layout.traffic.items()
+        for name, count in of_axis.items()
+    ]
+    lines.append(_indented(traffic) if traffic else "    nothing")
+    flops = sum(layout.flops.values())
+    lines += [
+        "",
+        f"{flops:.4g} FLOPs and {layout.kernels:,} launches a rank; {cost.tokens_per_second:,.0f}"
+        f" tokens/s, {cost.mfu:.1%} MFU; {training.tokens:.4g} tokens in"
+        f" {training.days(layout):,.3g} days for ${training.dollars(layout):,.0f}",
+    ]
+    return "\n".join(lines)
+
+
+def _what_is_short(layout: PlannedLayout, training: Training) -> str:
+    total, cluster = sum(layout.memory.values()), training.cluster
+    name = layout_name(layout.config, training.ranks)
+    words = f"{total / GIB:.1f} GiB ({_shares(layout.memory)})"
+    on_node = layout.host * min(cluster.gpus_per_node, training.ranks)
+    if on_node > USABLE * cluster.host_memory:
+        words += (
+            f", and {on_node / GIB:.0f} GiB pinned on a node of {cluster.host_memory / GIB:.0f} GiB"
+        )
+    return f"{words}: {name}"
+
+
+def _shares(memory: Mapping[str, int], most: int = 2) -> str:
+    """The largest kinds and their shares: "62% activations, 21% weights"."""
+    total = sum(memory.values())
+    largest = sorted(memory.items(), key=lambda item: -item[1])[:most]
+    return ", ".join(f"{value / total:.0%} {kind}" for kind, value in largest)
+
+
+def _bytes_by_axis(layout: PlannedLayout) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for axis, of_axis in layout.traffic.items():
+        found[axis] += sum(count["bytes"] for count in of_axis.values())
+    return found
+
+
+def _indented(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"    {line}" for line in _aligned(rows).splitlines())
+
+
+def _aligned(rows: Iterable[Sequence[str]]) -> str:
+    """Columns as wide as their widest, numbers to the right, the last one to the left."""
+    rows = [tuple(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def cell(text: str, i: int) -> str:
+        words = i == len(widths) - 1 or (i == 0 and len(widths) < 6)
+        return text.ljust(widths[i]) if words else text.rjust(widths[i])
+
+    return "\n".join("  ".join(cell(x, i) for i, x in enumerate(row)).rstrip() for row in rows)

@@ -1,0 +1,133 @@
+"""A search in words, and the files that start a layout."""
+
+import subprocess
+from collections import Counter
+
+import pytest
+import yaml
+
+from megalong.config.arguments import config_from_values, parse_arguments
+from megalong.errors import UserError
+from megalong.planning.cluster import load_cluster
+from megalong.planning.cost import StepCost
+from megalong.planning.launch_files import write_launch_files
+from megalong.planning.plan_text import Training, explained, layout_name, rejected, table
+from megalong.planning.search import USABLE, NotRun, PlannedLayout, Search
+
+GIB = 2**30
+VALUES = {
+    "num_layers": 4,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "seq_length": 4096,
+    "global_batch_size": 8,
+    "data_path": ("unread",),
+    "tokenizer_type": "ByteTokenizer",
+}
+
+
+def layout(memory=(3, 5), host=0, fits=True, seconds=2.0, **values):
+    cost = StepCost(
+        compute={"attention": 0.5, "mlp": 0.5},
+        communication={"sequence": 0.25},
+        hidden={"sequence": 0.125},
+        bubble=0.25,
+        offload=0.0,
+        launches=0.25,
+        update=0.25,
+        total=seconds,
+        tokens_per_second=8 * 4096 / seconds,
+        mfu=0.25,
+    )
+    weights, activations = memory
+    return PlannedLayout(
+        config=config_from_values({**VALUES, **values}).resolve(8),
+        memory=Counter(weights=weights * GIB, activations=activations * GIB),
+        host=host,
+        traffic={"sequence": {"all_gather": {"calls": 8, "bytes": 3_000_000_000}}},
+        flops={("mlp", "forward"): 10**12},
+        kernels=1234,
+        cost=cost,
+        fits=fits,
+    )
+
+
+@pytest.fixture
+def training():
+    return Training(tokens=8 * 4096 * 43_200, ranks=8, cluster=load_cluster("h100"))
+
+
+def test_a_layout_is_named_by_its_degrees():
+    values = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    config = layout(num_layers_per_virtual_pipeline_stage=1, **values).config
+    name = "TP 2 SP 1 PP 2 DP 2, chunks of 1 layer, 4 x 1 sequences, ZeRO 1, memory path auto"
+    assert layout_name(config, 8) == name
+
+
+def test_the_table_has_days_and_costs(training):
+    head, row = table([layout()], training).splitlines()
+    assert head.split()[:2] == ["step", "s"]
+    # 43,200 steps of 2 s are a day; of 8 devices.
+    cells = row.split()
+    assert cells[:5] == ["1", "2", "16,384", "25.0%", "8.0"]
+    dollars = f"{24 * 8 * training.cluster.price:,.0f}"
+    assert ["1", dollars] == cells[cells.index("3") + 1 :][:2]
+    assert "62% activations, 38% weights" in row
+
+
+def test_an_explanation_adds_up(training):
+    text = explained(layout(), training)
+    block = text.split("slowest stage:\n")[1].split("\n\n")[0].splitlines()
+    seconds = {line.split("  ")[2]: float(line.split()[-2]) for line in block if "%" in line}
+    assert sum(seconds.values()) == 2.0
+    assert "hidden behind computation: sequence axis" in text
+    assert "8 calls  3.0 GB" in text and "not calibrated" in text
+
+
+def test_what_does_not_fit_says_by_how_much(training):
+    large = layout(memory=(30, 70), fits=False)
+    on_host = layout(host=400 * GIB, fits=False)
+    found = Search([layout(), large, on_host], [NotRun(large.config, 900 * GIB)])
+    found.refused["--zero-stage 2 cannot"] += 3
+    text = rejected(found, training)
+    usable = USABLE * training.cluster.device.memory / GIB
+    assert f"2 layouts would not fit in {usable:.1f} GiB" in text
+    assert "100.0 GiB (70% activations, 30% weights)" in text
+    assert "3200 GiB pinned on a node of" in text
+    assert "1 layout not run" in text and "900 GiB and up" in text
+    assert "3 x --zero-stage 2 cannot" in text
+
+
+@pytest.mark.parametrize(("ranks", "nodes"), [(4, 1), (32, 4)])
+def test_files_that_start_it(tmp_path, ranks, nodes):
+    values = {**VALUES, "data_path": ("some data",), "pipeline_model_parallel_size": 2}
+    config = config_from_values(values)
+    folder = tmp_path / "a plan"
+    paths = write_launch_files(folder, config, ranks, 8, "PP 2", overwrite=False)
+    settings, command, job = paths
+    assert parse_arguments(["--config", str(settings)]) == config
+    assert yaml.safe_load(settings.read_text())["parallel"] == {"pipeline_model_parallel_size": 2}
+    assert f"#SBATCH --nodes={nodes}\n" in job.read_text()
+    assert f"#SBATCH --gpus-per-node={ranks // nodes}\n" in job.read_text()
+    for script in (command, job):
+        subprocess.run(["bash", "-n", script], check=True)
+        subprocess.run(["shellcheck", script], check=True)
+    fake = tmp_path / "torchrun"
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "NODE_RANK": "1", "MASTER_ADDR": "first"}
+    done = subprocess.run(
+        ["bash", command, "--lr", "1"], env=environment, capture_output=True, text=True, check=True
+    )
+    words = done.stdout.splitlines()
+    assert f"--nproc-per-node={ranks // nodes}" in words
+    assert ("--node-rank=1" in words) == (nodes > 1)
+    assert words[-4:] == ["--config", str(settings), "--lr", "1"]
+    with pytest.raises(UserError, match=r"config\.yaml: is there already: set --overwrite"):
+        write_launch_files(folder, config, ranks, 8, "PP 2", overwrite=False)
+    write_launch_files(folder, config, ranks, 8, "PP 2", overwrite=True)
+
+
+def test_nodes_are_full(tmp_path):
+    with pytest.raises(UserError, match="12 ranks do not fill nodes of 8"):
+        write_launch_files(tmp_path, config_from_values(VALUES), 12, 8, "", overwrite=False)

@@ -1,0 +1,235 @@
+"""What a training needs, before it is started: layouts that fit, how fast they are, at what cost.
+
+    python tools/plan_run.py --preset longnet-llama-1.3b --cluster h100 --gpus 64
+    python tools/plan_run.py --config run.yaml --cluster my-cluster.yaml --gpus 1024 --explain
+    python tools/plan_run.py --config run.yaml --cluster h100 --gpus 64 --emit runs/planned
+
+Takes the flags of pretrain_longnet.py, and a cluster: a name (--list-clusters) or a YAML file of
+your own (megalong/planning/clusters has some to copy). Settings of the layout that are given stay
+(--tensor-model-parallel-size 8), the others are searched: tensor, sequence and pipeline degrees,
+micro batch, ZeRO stage, recomputation, memory path. Memory, traffic and FLOPs come from the
+training's own code, run on tensors that hold no data; the time is a model's, from the cluster's
+figures. Neither data nor tokenizer are needed. Wants a C++ compiler, and no GPU.
+Exit status: 0, 1 where no layout fits, 2 for a mistake.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
+
+from megalong.command_line import run
+from megalong.errors import UserError
+from megalong.wording import counted
+
+if TYPE_CHECKING:
+    from megalong.planning.cluster import Cluster
+    from megalong.planning.plan_text import Training
+    from megalong.planning.search import PlannedLayout, Search
+
+UNREAD = ("unread",), "ByteTokenizer"  # data and tokenizer, where none are given
+VOCABULARY = 32_000  # ids, where no tokenizer is given
+
+
+def main() -> int:
+    from megalong.config.arguments import build_parser, given_values
+    from megalong.planning.cluster import cluster_names, load_cluster
+
+    parser = build_parser(__doc__)
+    _add_flags(parser)
+    args = parser.parse_args()
+    if args.list_clusters:
+        for name in cluster_names():
+            print(f"{name:16}{load_cluster(name).name}")
+        return 0
+    _check(args)
+    cluster = load_cluster(args.cluster)
+    cluster.check_gpus(args.gpus)
+    return plan(_with_data(given_values(vars(args))), args, cluster)
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("plan", "what is planned for, and what comes of it")
+
+    def add(name: str, default: Any = None, **options: Any) -> None:
+        group.add_argument(name, default=default, **options)
+
+    add("--cluster", metavar="NAME|FILE", help="what it runs on")
+    add("--gpus", type=int, help="devices of the launch, a rank each")
+    add("--list-clusters", False, action="store_true", help="say which names there are")
+    add("--vocab-size", type=int, help="ids of the tokenizer (default: of the one given, or 32000)")
+    add("--train-tokens", type=float, help="for days and cost (default: those of --train-iters)")
+    add("--top", 8, type=int, help="layouts in the table")
+    add(
+        "--explain",
+        type=int,
+        nargs="?",
+        const=1,
+        metavar="N",
+        help="say where time, memory and traffic of the N-th layout go (default: the first)",
+    )
+    add(
+        "--emit",
+        type=Path,
+        metavar="FOLDER",
+        help="write config.yaml, launch.sh, job.sbatch of the best layout, or of the explained one",
+    )
+    add("--overwrite", False, action="store_true", help="with --emit: replace such files")
+    add("--json", type=Path, metavar="FILE", help="write all that was planned")
+    add("--processes", type=int, help="that plan (default: one a core)")
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("cluster", "gpus"):
+        if getattr(args, name) is None:
+            raise UserError(f"--{name} says what is planned for: set it (--help shows examples)")
+    for name in ("gpus", "vocab_size", "top", "processes", "train_tokens", "explain"):
+        value = getattr(args, name)
+        if value is not None and not value >= 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+
+
+def _with_data(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings, with something in the place of data and tokenizer where there are none."""
+    if not {"data_path", "train_data_path", "data_blend"} & set(values):
+        values = {**values, "data_path": UNREAD[0]}
+    if not {"tokenizer_type", "tokenizer_model"} & set(values):
+        values = {**values, "tokenizer_type": UNREAD[1]}
+    return values
+
+
+def plan(values: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> int:
+    """Search, print, and write what is asked for; the exit status."""
+    from megalong.planning.layouts import possible_layouts
+    from megalong.planning.plan_text import Training, explained, rejected, table
+    from megalong.planning.search import search
+    from megalong.progress import progress_bar
+
+    vocab_size = args.vocab_size or _vocabulary(values)
+    found = possible_layouts(values, args.gpus, cluster.gpus_per_node)
+    with progress_bar(len(found.divisions), "layout", "planning") as bar:
+        result = search(
+            found.divisions,
+            vocab_size,
+            cluster,
+            args.gpus,
+            processes=args.processes,
+            done=bar.update,
+        )
+    result.refused += found.refused
+    best = result.fitting[: args.top]
+    tokens = args.train_tokens or _tokens(values, args.gpus, result)
+    training = Training(tokens, args.gpus, cluster)
+    if best:
+        print(table(best, training))
+    words = rejected(result, training)
+    if words:
+        print("\n" + words)
+    if args.json is not None:
+        args.json.write_text(json.dumps(as_json(result, training, vocab_size), indent=1) + "\n")
+    if not best:
+        return 1
+    number = args.explain or 1
+    if number > len(best):
+        raise UserError(
+            f"--explain {number}: {counted(len(best), 'layout')} in the table: set a larger --top"
+        )
+    if args.explain is not None:
+        print("\n" + explained(best[number - 1], training))
+    if args.emit is not None:
+        emit(best[number - 1], values, args, training)
+    return 0
+
+
+def _vocabulary(values: dict[str, Any]) -> int:
+    """Ids of the tokenizer that is given."""
+    if "tokenizer_model" not in values:
+        return VOCABULARY
+    from megalong.config.arguments import config_from_values
+    from megalong.data.tokenizers.tokenizer import build_tokenizer
+
+    data = config_from_values(values).data.resolve()
+    return build_tokenizer(data.tokenizer_type, data.tokenizer_model).vocab_size
+
+
+def _tokens(values: dict[str, Any], ranks: int, found: Search) -> int:
+    """Of --train-iters steps; where the global batch was left open, of the first layout."""
+    if not found.planned:
+        return 1
+    config = found.planned[0].config
+    training = config.training
+    return training.train_iters * training.global_batch_size * config.model.seq_length
+
+
+def as_json(found: Search, training: Training, vocab_size: int) -> dict[str, Any]:
+    """All of a plan: sizes in bytes, times in seconds."""
+    from megalong.planning.layouts import searched_settings
+    from megalong.planning.plan_text import layout_name
+
+    def row(layout: PlannedLayout) -> dict[str, Any]:
+        return {
+            "layout": layout_name(layout.config, training.ranks),
+            "settings": searched_settings(layout.config),
+            "global_batch_size": layout.config.training.global_batch_size,
+            "fits": layout.fits,
+            "memory": dict(layout.memory),
+            "host": layout.host,
+            "traffic": layout.traffic,
+            "flops": {f"{part}, {way}": n for (part, way), n in layout.flops.items()},
+            "kernels": layout.kernels,
+            "cost": {
+                name: dict(value) if isinstance(value, Mapping) else value
+                for name, value in vars(layout.cost).items()
+            },
+            "days": training.days(layout),
+            "dollars": training.dollars(layout),
+        }
+
+    return {
+        "cluster": training.cluster.name,
+        "calibrated": training.cluster.calibrated,
+        "gpus": training.ranks,
+        "tokens": training.tokens,
+        "vocab_size": vocab_size,
+        "layouts": [row(layout) for layout in found.planned],
+        "not_run": [
+            {"layout": layout_name(each.config, training.ranks), "estimate": each.estimate}
+            for each in found.not_run
+        ],
+        "refused": dict(found.refused),
+    }
+
+
+def emit(
+    layout: PlannedLayout, values: dict[str, Any], args: argparse.Namespace, training: Training
+) -> None:
+    """Write what starts a layout, and say how."""
+    from megalong.config.arguments import config_from_values
+    from megalong.planning.launch_files import write_launch_files
+    from megalong.planning.layouts import searched_settings
+    from megalong.planning.plan_text import layout_name
+
+    settings = {k: v for k, v in searched_settings(layout.config).items() if v is not None}
+    if layout.config.memory.memory_path == "on":
+        settings["offload_activations"] = layout.config.memory.offload_activations
+    given = {name: v for name, v in values.items() if v not in UNREAD}
+    config = config_from_values({**given, **settings})
+    paths = write_launch_files(
+        args.emit,
+        config,
+        training.ranks,
+        training.cluster.gpus_per_node,
+        layout_name(layout.config, training.ranks),
+        overwrite=args.overwrite,
+    )
+    print(f"\nwrote {', '.join(path.name for path in paths)} into {args.emit}")
+
+
+if __name__ == "__main__":
+    run(main)
