@@ -14,7 +14,8 @@ that they are long), and then has these tokenize them, taking turns, --rounds ti
     megatron   Megatron-LM's tools/preprocess_data.py, of a clone that --megatron names
 
 Of each: seconds of the whole command (of `library` and `gigatoken`: of encoding alone), megabytes
-and tokens a second, and the peak memory of all its processes, shared pages counted once. Checked:
+and tokens a second, processor seconds of all its processes (which tell most on a machine with other
+work), and their peak memory, shared pages counted once. Checked:
 all make as many tokens, and those who write them the same ones. With --times N ours reads the text
 N times over, for the memory of a larger input. Writes preprocess.json and preprocess.md into
 --output; a run that was measured into the same folder, with the same tokenizer, is not measured
@@ -85,15 +86,15 @@ def main() -> None:
         for name in order:
             if len(runs.setdefault(name, [])) > round_number:
                 continue
-            seconds, peak = run(command_of(name, args, corpus), args, name)
-            tokens = tokens_of(name, args)
-            if name in _IN_MEMORY:
-                seconds = json.loads((args.work / f"{name}.json").read_text())["seconds"]
-            runs[name].append({"seconds": seconds, "peak_bytes": peak, "tokens": tokens})
+            measured = run(command_of(name, args, corpus), args, name)
+            measured |= made_by(name, args)
+            runs[name].append(measured)
+            seconds, tokens = measured["seconds"], measured["tokens"]
             rate = text_bytes * times_of(name, settings) / seconds / 1e6
             print(
                 f"{name:9} {seconds:8.1f} s {rate:7.2f} MB/s {tokens / seconds / 1e3:9.1f}"
-                f" Ktokens/s, peak {peak / 2**20:,.0f} MiB",
+                f" Ktokens/s, {measured['processor_seconds']:.1f} s of processors,"
+                f" peak {measured['peak_bytes'] / 2**20:,.0f} MiB",
                 flush=True,
             )
             write_results(args, runs, settings)
@@ -196,8 +197,9 @@ def command_of(name: str, args: argparse.Namespace, corpus: Path) -> list[str]:
     return [*command, "--tokenizer-backend", backend]
 
 
-def run(command: list[str], args: argparse.Namespace, name: str) -> tuple[float, int]:
-    """Seconds of a command, and the peak memory of its processes. Raises UserError if it fails."""
+def run(command: list[str], args: argparse.Namespace, name: str) -> dict[str, float]:
+    """Seconds of a command, processor seconds and peak memory of its processes. Raises UserError if
+    it fails."""
     path = os.pathsep.join([str(args.megatron)] if name == "megatron" else [])
     environment = {**os.environ, "PYTHONPATH": path or os.environ.get("PYTHONPATH", "")}
     if name == "gigatoken":  # as the workers of `fast` have it
@@ -206,12 +208,14 @@ def run(command: list[str], args: argparse.Namespace, name: str) -> tuple[float,
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         peak = PeakMemory(process.pid)
-        status = process.wait()
+        _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
         most = peak.stop()
-    if status:
-        raise UserError(f"{name} ended with status {status}: see {log.name}")
-    return seconds, most
+    if process.returncode:
+        raise UserError(f"{name} ended with status {process.returncode}: see {log.name}")
+    processor_seconds = usage.ru_utime + usage.ru_stime
+    return {"seconds": seconds, "processor_seconds": processor_seconds, "peak_bytes": most}
 
 
 class PeakMemory:
@@ -247,29 +251,32 @@ class PeakMemory:
 def encode_in_memory(args: argparse.Namespace) -> None:
     """Encode the corpus by a library alone; writes the seconds and tokens to NAME.json."""
     encode = encode_with_library if args.as_contender == "library" else encode_with_gigatoken
-    seconds, tokens = encode(args)
-    result = {"seconds": seconds, "tokens": tokens}
+    seconds, processor_seconds, tokens = encode(args)
+    result = {"seconds": seconds, "processor_seconds": processor_seconds, "tokens": tokens}
     (args.work / f"{args.as_contender}.json").write_text(json.dumps(result))
 
 
-def encode_with_library(args: argparse.Namespace) -> tuple[float, int]:
-    """Seconds of the tokenizer's own function for batches, and tokens."""
+def encode_with_library(args: argparse.Namespace) -> tuple[float, float, int]:
+    """Seconds and processor seconds of the tokenizer's own function for batches, and tokens."""
     texts = [json.loads(line)["text"] for line in args.corpus.open()]
     encode = library_batch(args)
-    seconds, tokens, batch, size = 0.0, len(texts), [], 0  # an end of each document
+    seconds, processor_seconds = 0.0, 0.0
+    tokens, batch, size = len(texts), [], 0  # an end of each document
     for i, text in enumerate(texts):
         batch.append(text)
         size += len(text)
         if size >= _SLICE_BYTES or i == len(texts) - 1:
-            start = time.perf_counter()
+            start, begin = time.perf_counter(), time.process_time()
             count = encode(batch)
             seconds += time.perf_counter() - start
+            processor_seconds += time.process_time() - begin
             tokens, batch, size = tokens + count, [], 0
-    return seconds, tokens
+    return seconds, processor_seconds, tokens
 
 
-def encode_with_gigatoken(args: argparse.Namespace) -> tuple[float, int]:
-    """Seconds until the last of args.workers processes is done with its share, and tokens."""
+def encode_with_gigatoken(args: argparse.Namespace) -> tuple[float, float, int]:
+    """Seconds until the last of args.workers processes is done with its share, their processor
+    seconds, and tokens."""
     encoder = build_tokenizer(args.tokenizer_type, args.tokenizer_model).fast_encoder()
     context = multiprocessing.get_context("spawn")
     ready, results = context.Barrier(args.workers + 1), context.Queue()
@@ -281,11 +288,11 @@ def encode_with_gigatoken(args: argparse.Namespace) -> tuple[float, int]:
         process.start()
     ready.wait()
     start = time.perf_counter()
-    tokens = sum(results.get() for _ in processes)
+    shares = [results.get() for _ in processes]
     seconds = time.perf_counter() - start
     for process in processes:
         process.join()
-    return seconds, tokens
+    return seconds, sum(share[0] for share in shares), sum(share[1] for share in shares)
 
 
 def encode_share(args: argparse.Namespace, number: int, encoder, ready, results) -> None:
@@ -294,7 +301,9 @@ def encode_share(args: argparse.Namespace, number: int, encoder, ready, results)
     texts = [json.loads(line)["text"] for line in lines]
     encoder(texts[0][:100])  # a copy loads the library at the first text
     ready.wait()
-    results.put(len(texts) + sum(len(encoder(text)) for text in texts))
+    start = time.process_time()
+    tokens = len(texts) + sum(len(encoder(text)) for text in texts)
+    results.put((time.process_time() - start, tokens))
 
 
 def library_batch(args: argparse.Namespace):
@@ -320,13 +329,14 @@ def library_batch(args: argparse.Namespace):
     raise UserError(f"--tokenizer-type {args.tokenizer_type} has no function for batches")
 
 
-def tokens_of(name: str, args: argparse.Namespace) -> int:
+def made_by(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """The tokens of a contender; of one in memory what it has measured itself too."""
     if name in _IN_MEMORY:
-        return json.loads((args.work / f"{name}.json").read_text())["tokens"]
+        return json.loads((args.work / f"{name}.json").read_text())
     prefix = f"{args.work / name}_text_document"
     with open(f"{prefix}.idx", "rb") as file:
         code = HEADER.unpack(file.read(HEADER.size))[2]
-    return os.path.getsize(f"{prefix}.bin") // DTYPES[code].itemsize
+    return {"tokens": os.path.getsize(f"{prefix}.bin") // DTYPES[code].itemsize}
 
 
 def check_same(args: argparse.Namespace, runs: dict[str, list[dict]], settings: dict) -> None:
@@ -351,16 +361,18 @@ def write_results(args: argparse.Namespace, runs: dict[str, list[dict]], setting
         f"{settings['documents']:,} documents, {text_bytes / 1e6:,.1f} MB of text,"
         f" {settings['tokenizer']}, {settings['workers']} workers; medians.",
         "",
-        "| | rounds | seconds | MB/s | tokens/s | peak memory |",
-        "|---|---|---|---|---|---|",
+        "| | rounds | seconds | MB/s | tokens/s | processor seconds | peak memory |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in filter(runs.get, CONTENDERS):
         seconds = statistics.median(run["seconds"] for run in runs[name])
+        processor_seconds = statistics.median(run["processor_seconds"] for run in runs[name])
         peak = max(run["peak_bytes"] for run in runs[name])
         rate = text_bytes * times_of(name, settings) / seconds / 1e6
         lines.append(
             f"| {name} | {len(runs[name])} | {seconds:.1f} | {rate:.2f} |"
-            f" {runs[name][0]['tokens'] / seconds:,.0f} | {peak / 2**20:,.0f} MiB |"
+            f" {runs[name][0]['tokens'] / seconds:,.0f} | {processor_seconds:.1f} |"
+            f" {peak / 2**20:,.0f} MiB |"
         )
     (args.output / "preprocess.md").write_text("\n".join(lines) + "\n")
     results = {"settings": settings, "runs": runs}
