@@ -5,8 +5,8 @@
 
 Writes a description for `--cluster my_cluster.yaml`: the rates of products by size and precision,
 of attention forward and backward by size, and of memory by size; what calling an operator takes;
-and with several ranks the latency and the bandwidth of each collective between them, and how much
-of a collective runs beside computation. All ranks measure at the same time, each on a GPU (NCCL),
+of a GPU the way to its host; and with several ranks the latency and the bandwidth of each
+collective between them, and how much of a collective runs beside computation. All ranks measure at the same time, each on a GPU (NCCL),
 or on one core (gloo): of a CPU that is the device, as training has it with OMP_NUM_THREADS=1.
 What one node cannot tell (the links between nodes; the figures of data sheets; the price) is taken
 from --cluster. Half a minute, in which nothing else should run.
@@ -145,6 +145,9 @@ def measure(args: argparse.Namespace, base: dict[str, Any] | None) -> None:
 
 def described(args: argparse.Namespace, clock: Clock, base: dict[str, Any] | None, say) -> dict:
     """The content of the file."""
+    from megalong.planning.calibration.description import rounded
+    from megalong.planning.calibration.device import host_bandwidth
+
     values = base or cpu_description(args)
     card = card_name(clock.device)
     say(f"{card}, {args.ranks} at the same time")
@@ -153,6 +156,9 @@ def described(args: argparse.Namespace, clock: Clock, base: dict[str, Any] | Non
     values["device"]["calibrated"] = f"{datetime.date.today()}, {card}, {ranks} at a time"
     if args.name:
         values["name"] = args.name
+    if args.device == "cuda":
+        rate = rounded(host_bandwidth(clock))
+        values["host"] = {**values["host"], "bandwidth": rate, "attainable": 1.0}
     if args.ranks > 1:
         say("collectives")
         values["device"]["overlap"], values["collective_seconds"], link = measured_links(clock)
