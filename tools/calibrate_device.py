@@ -6,10 +6,10 @@
 Writes a description for `--cluster my_cluster.yaml`: the rates of products by size and precision,
 of attention forward and backward by size, and of memory by size; what calling an operator takes;
 of a GPU the way to its host; and with several ranks the latency and the bandwidth of each
-collective between them, and how much of a collective runs beside computation. All ranks measure at the same time, each on a GPU (NCCL),
-or on one core (gloo): of a CPU that is the device, as training has it with OMP_NUM_THREADS=1.
-What one node cannot tell (the links between nodes; the figures of data sheets; the price) is taken
-from --cluster. Half a minute, in which nothing else should run.
+collective between them, and how much of a collective runs beside computation. All ranks measure at
+the same time, each on a GPU (NCCL), or on one core (gloo): of a CPU that is the device, as training
+has it with OMP_NUM_THREADS=1. What one node cannot tell (the links between nodes; the figures of
+data sheets; the price) is taken from --cluster. A minute, in which nothing else should run.
 """
 
 from __future__ import annotations
