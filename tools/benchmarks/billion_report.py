@@ -96,23 +96,43 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
     parts = [part for part in TITLES if part in report]
     figure, axes = plt.subplots(len(parts), 3, figsize=(13, 3.8 * len(parts)), squeeze=False)
-    for (left, middle, right), part in zip(axes, parts, strict=True):
-        rows = report[part]
-        by_rank = len({row["tokens"] for row in rows}) == 1
-        x = [row["rank"] if by_rank else row["tokens"] for row in rows]
-        for name in rows[0]["seconds"]:
-            left.plot(x, [row["seconds"][name] for row in rows], "o-", label=name)
-        left.set(title=TITLES[part], ylabel="seconds, medians")
-        left.legend()
-        middle.plot(x, [row["peak"] / MIB for row in rows], "o-")
-        middle.set(title="Memory at the peak", ylabel="MiB")
-        right.plot(x, [received(row) / MIB for row in rows], "o-")
-        right.set(title="Received by the rank", ylabel="MiB a layer, forward and backward")
-        for axis in (left, middle, right):
-            axis.set_ylim(bottom=0)
+    for row_of_axes, part in zip(axes, parts, strict=True):
+        draw = plot_one if len(report[part]) == 1 else plot_many
+        draw(report[part], *row_of_axes)
+        row_of_axes[0].set_title(TITLES[part])
+        for axis in row_of_axes:
             axis.grid(alpha=0.3)
-            axis.set_xlabel("rank" if by_rank else "tokens in the sequence; a rank's are the same")
-            if not by_rank:
-                axis.set_xscale("log", base=2)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def plot_one(rows: list[dict[str, Any]], left, middle, right) -> None:
+    """What the time of the first run went to, memory, and bytes by collective."""
+    [row] = rows
+    parts = row["first"]["parts"]
+    left.barh(list(parts), list(parts.values()))
+    left.set(xlabel=f"seconds, of {total(row['first']['seconds']):.0f}")
+    middle.bar([f"{row['tokens']:,} tokens"], [row["peak"] / MIB], width=0.4)
+    middle.set(title="Memory at the peak", ylabel="MiB", xlim=(-1, 1))
+    moved = {name.replace("_", "-"): count["bytes"] for name, count in row["per_layer"].items()}
+    right.bar(list(moved), [size / MIB for size in moved.values()], width=0.4)
+    right.set(title="Received by the rank", ylabel="MiB a layer")
+
+
+def plot_many(rows: list[dict[str, Any]], left, middle, right) -> None:
+    """Time, memory and bytes by length of the sequence; of one length, by rank."""
+    by_rank = len({row["tokens"] for row in rows}) == 1
+    x = [row["rank"] if by_rank else row["tokens"] for row in rows]
+    for name in rows[0]["seconds"]:
+        left.plot(x, [row["seconds"][name] for row in rows], "o-", label=name)
+    left.set(ylabel="seconds, medians")
+    left.legend()
+    middle.plot(x, [row["peak"] / MIB for row in rows], "o-")
+    middle.set(title="Memory at the peak", ylabel="MiB")
+    right.plot(x, [received(row) / MIB for row in rows], "o-")
+    right.set(title="Received by the rank", ylabel="MiB a layer, forward and backward")
+    for axis in (left, middle, right):
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("rank" if by_rank else "tokens in the sequence; a rank's are the same")
+        if not by_rank:
+            axis.set_xscale("log", base=2)
