@@ -134,6 +134,7 @@ def plan(values: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> 
     if args.json is not None:
         args.json.write_text(json.dumps(as_json(result, training, vocab_size), indent=1) + "\n")
     if not best:
+        print(_ways_out(values, vocab_size, cluster, args.gpus))
         return 1
     number = args.explain or 1
     if number > len(best):
@@ -145,6 +146,20 @@ def plan(values: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> 
     if args.emit is not None:
         emit(best[number - 1], values, args, training)
     return 0
+
+
+def _ways_out(values: dict[str, Any], vocab_size: int, cluster: Cluster, ranks: int) -> str:
+    """A line for each thing that would make the model fit."""
+    from megalong.planning.plan_text import layout_name
+    from megalong.planning.way_out import ways_out
+
+    found = ways_out(values, vocab_size, cluster, ranks)
+    if not found:
+        return "\nNo layout fits, nor with more GPUs or a shorter sequence: a smaller model would."
+    lines = [f"    {what}: {layout_name(config, more)}" for what, config, more in found]
+    return "\nNo layout fits. By the estimate of --memory-path auto these would:\n" + "\n".join(
+        lines
+    )
 
 
 def _vocabulary(values: dict[str, Any]) -> int:
