@@ -214,7 +214,7 @@ def test_standard_input_goes_on_where_it_begins_with_the_same(tmp_path, inputs, 
 
 @pytest.mark.parametrize("then", [[], ["plain.txt"]], ids=["alone", "and a file"])
 def test_standard_input_that_was_read_to_its_end_has_to_give_the_same(
-    tmp_path, inputs, monkeypatch, give, then
+    tmp_path, inputs, monkeypatch, give, then, capsys
 ):
     """Also where the run had noted all, so that nothing is left to be read."""
     lines, files = Path(inputs[0]).read_bytes(), ["-", *(f"{tmp_path}/in/{name}" for name in then)]
@@ -227,7 +227,9 @@ def test_standard_input_that_was_read_to_its_end_has_to_give_the_same(
         with pytest.raises(UserError, match="standard input gives something else than when it was"):
             preprocess(files, tmp_path / "out")
     give(lines)  # as it is unpacked
+    capsys.readouterr()
     assert preprocess(files, tmp_path / "out").resumed > 50
+    assert capsys.readouterr().err == "standard input: read to see that it gives the same again\n"
     give(lines)
     preprocess(files, tmp_path / "whole")
     assert content(tmp_path / "out") == content(tmp_path / "whole")

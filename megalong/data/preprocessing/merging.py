@@ -248,10 +248,10 @@ def _check_partitions(sources: list[Pair], progress: tqdm) -> None:
 
 def _share(source: Pair) -> str:
     share = source.description["partition"]
-    return (
-        f"--partition {share['number']}/{share['count']} of {counted(share['files'], 'file')},"
-        f" {share['bytes']:,} bytes"
-    )
+    words = f"--partition {share['number']}/{share['count']}"
+    if "files" in share:  # not from the first versions
+        words += f" of {counted(share['files'], 'file')}, {share['bytes']:,} bytes"
+    return words
 
 
 def _lines(source: Pair, name: str, suffix: str) -> Iterator[dict]:

@@ -123,7 +123,7 @@ def preprocess(
         raise UserError("--prepend-bos: this tokenizer has no beginning-of-text token")
     prefixes = [output_prefix(prefix, key) for key in task.json_keys]
     identity = _identity(files, task, tokenizer, partition)
-    changed = functools.partial(_changed_input, files, task.reading)
+    changed = functools.partial(_changed_input, files, task.reading, progress)
     anew = overwrite and any(map(is_stream, files))  # which are not read twice, to see if they are
     with Unfinished(prefix, identity, changed, overwrite=overwrite, anew=anew) as job:
         if job.naming:  # killed at the very end
@@ -424,7 +424,9 @@ def _file_state(path: str) -> dict:
     return {"path": path, "size": sum(stat.st_size for stat in stats), "modified": modified}
 
 
-def _changed_input(files: list[str], reading: Reading, folder: Path, progress: dict) -> str | None:
+def _changed_input(
+    files: list[str], reading: Reading, bar: tqdm, folder: Path, progress: dict
+) -> str | None:
     """Which of the files that have been read is no longer what it was."""
     done = progress["place"][0]
     try:
@@ -437,8 +439,10 @@ def _changed_input(files: list[str], reading: Reading, folder: Path, progress: d
         now = _file_state(path)
         if (now["size"], now["modified"]) != (then["size"], then["modified"]):
             return f"{path} has changed since it was read"
-        if number < done and is_stream(path) and _stream_sha256(path, reading) != then["sha256"]:
-            return f"{shown(path)} gives something else than when it was read"
+        if number < done and is_stream(path):
+            bar.write(f"{shown(path)}: read to see that it gives the same again", file=sys.stderr)
+            if _stream_sha256(path, reading) != then["sha256"]:
+                return f"{shown(path)} gives something else than when it was read"
     return None
 
 

@@ -10,6 +10,7 @@ import io
 import lzma
 import os
 import re
+import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -114,7 +115,11 @@ def is_stream(path: str) -> bool:
     """Whether it can be read only once: standard input, a named pipe, `<(command)` of a shell."""
     if path == STANDARD_INPUT:
         return True
-    return os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def shown(path: str) -> str:
