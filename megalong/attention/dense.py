@@ -17,8 +17,11 @@ A rank sends, of a shard of l positions, in rows of one head (head_dim numbers):
                 gradients, in float32, ranks 2 kv_heads l
 
 and nothing for the swap without a causal mask, or where it is its own mirror. Where documents are
-kept apart, the l / 2 integers are swapped too that say where those of the queries begin: once for a
-batch, not in each layer.
+kept apart, the l / 2 integers of each sequence are swapped too that say where those of the queries
+begin: 2 l bytes once for a batch, not in each layer, 1 / (heads + 2 kv_heads) / head_dim of the
+float32 numbers that one layer swaps forward. They stay on the sequence axis because a batch holds
+the bounds of its own shard only, which all other kinds need: for the mirror's, every loader, stage
+and layer would have to carry one more tensor that dense attention alone reads.
 
 Shape suffixes: b batch, s sequence (the shard's, where it is sharded), h query heads, g kv heads,
 d head_dim, n positions, of which a tensor that travels has them in front.

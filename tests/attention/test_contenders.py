@@ -14,6 +14,7 @@ from attention_cases import needs_inductor
 from megalong.attention import DilatedPattern, dilated_attention
 from megalong.attention.dense import DensePasses
 from megalong.attention.dense_pattern import DensePattern
+from megalong.attention.documents import Documents
 from megalong.attention.local import LocalPasses
 from megalong.attention.local_pattern import LocalPattern
 from megalong.attention.passes import attend
@@ -147,6 +148,28 @@ def test_pairs_in_documents(module, pattern):
     assert module.pairs_in_documents(pattern, 200, 8, 2, 9) == within.sum() < offered.sum()
 
 
+def test_pairs_in_documents_of_the_other_kinds(module):
+    """As many as an output of ones counts: each query's scores are 0, so that its log-sum-exp is
+    the logarithm of the number of its keys."""
+    q, k, _ = tensors(2, length=200)
+    start_bs, _ = module.document_bounds(200, 9)
+    documents = Documents(start_bs.repeat(2, 1))
+    for passes, pattern in KINDS.values():
+        _, lse, _ = passes(pattern, backend="sdpa", documents=documents).forward(q * 0, k, k)
+        assert module.pairs_in_documents(pattern, 200, 8, 2, 9) == lse[0].exp().sum().round()
+
+
+def test_benchmark_of_documents(tmp_path):
+    command = [sys.executable, TOOLS / "documents.py", "--length", "256", "--head-dim", "8"]
+    command += ["--first-segment-length", "32", "--documents", "1", "40", "--repeats", "1"]
+    subprocess.run([*command, "--both-ways", "--output", tmp_path], check=True, timeout=300)
+    rows = json.loads((tmp_path / "documents.json").read_text())["results"]
+    assert [row["documents"] for row in rows] == [0, 1, 40] * 2 * 4
+    assert all(row["seconds"]["backward"] > 0 for row in rows)
+    assert (tmp_path / "documents.md").read_text().count("| A both ways |") == 3
+    assert (tmp_path / "documents.png").stat().st_size > 1000
+
+
 def test_benchmark_measures_and_reports(tmp_path):
     command = [sys.executable, str(TOOLS / "attention.py"), "--quick", "--kv-heads", "2"]
     command += ["--patterns", "L", "local", "--contenders", "dilated (gather)", "dilated (sdpa)"]
@@ -157,7 +180,7 @@ def test_benchmark_measures_and_reports(tmp_path):
         env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     report = json.loads((tmp_path / "attention.json").read_text())
-    assert len(report["results"]) == 5
+    assert len(report["results"]) == 6
     for row in report["results"]:
         assert row["peak_memory_bytes"] > 0
         times = [row[kind] for kind in ("forward", "backward", "forward+backward")]
@@ -168,4 +191,5 @@ def test_benchmark_measures_and_reports(tmp_path):
     compared = [(row["pattern"], row["baseline"]) for row in report["comparisons"]]
     assert compared == 3 * [("L", "dilated (gather)")] + 3 * [("local", "local (masked)")]
     assert (tmp_path / "attention.png").stat().st_size > 10_000
-    assert " x  dilated (sdpa), documents: 5" in (tmp_path / "attention.txt").read_text()
+    text = (tmp_path / "attention.txt").read_text()
+    assert all(f" x  {kind} (sdpa), documents: 5" in text for kind in ("dilated", "local"))

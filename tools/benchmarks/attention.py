@@ -19,8 +19,9 @@ of the machine hits all of them. "forward" runs without autograd; "backward" is 
 alone; "forward+backward" both. Medians are reported, with the least and the largest time. On a GPU
 times lie between two events after its L2 cache was flushed.
 
-With --documents 1 16 256, ours in dilated attention run also with so many documents, of random
-lengths, that share each sequence and are kept apart.
+With --documents 1 16 256, ours run also with so many documents, of random lengths, that share each
+sequence and are kept apart. What the first call plans of a batch is left out, as all layers share
+it.
 
 TFLOP/s count useful work: 4 head_dim operations forward and 2.5 times as many backward for each
 pair of a query and a key that the pattern offers, in one document where these are kept apart (a

@@ -9,14 +9,15 @@ causal, its scale head_dim ** -0.5. A new backend or a rival implementation is o
 merged by log-sum-exp: nothing is copied, so on a GPU this is what the Triton kernels have to beat.
 
 The first word of a name is the kind of attention, and pattern is one of that kind; dense contenders
-take any, and see all pairs. "NAME, documents: 16" is dilated attention of ours where the sequence
-holds so many documents, of random lengths, that are kept apart.
+take any, and see all pairs. "NAME, documents: 16" is ours where the sequence holds so many
+documents, of random lengths, that are kept apart.
 """
 
 from __future__ import annotations
 
 import random
 import sys
+from collections import Counter
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -34,9 +35,12 @@ from megalong.attention import (
 )
 from megalong.attention.dense import DensePasses
 from megalong.attention.dense_pattern import DensePattern
+from megalong.attention.dilated_passes import DilatedPasses
+from megalong.attention.documents import Documents
 from megalong.attention.local import LocalPasses
 from megalong.attention.passes import attend
 from megalong.attention.sparse import SparsePasses
+from megalong.attention.sparse_pattern import SparsePattern
 
 
 def dense(backend: SDPBackend, pattern, q, k):
@@ -53,12 +57,18 @@ def ours(backend: str, pattern, q, k):
     return partial(dilated_attention, pattern=pattern, backend=backend)
 
 
-def kept_apart(backend: str, documents: int, pattern, q, k):
-    batch, length = q.shape[:2]
+def kept_apart(passes, backend: str, documents: int, pattern, q, k):
+    """The bounds are made once, as a batch has them: what is planned from them is kept."""
+    start_1s, _ = document_bounds(q.shape[1], documents)
+    apart = Documents(start_1s.to(q.device).repeat(len(q), 1))
+    return partial(attend, passes=passes(pattern, backend=backend, documents=apart))
+
+
+def document_bounds(length: int, documents: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """document_start and document_stop of `document_starts`, (1, length)."""
     starts = torch.tensor(document_starts(length, documents), dtype=torch.int32)
-    lengths = starts.diff(append=starts.new_tensor([length]))
-    start_bs = starts.repeat_interleave(lengths).to(q.device).repeat(batch, 1)
-    return partial(ours(backend, pattern, q, k), document_start=start_bs)
+    stops = torch.cat((starts[1:], starts.new_tensor([length])))
+    return tuple(x.repeat_interleave(stops - starts)[None] for x in (starts, stops))
 
 
 def document_starts(length: int, documents: int) -> list[int]:
@@ -67,8 +77,18 @@ def document_starts(length: int, documents: int) -> list[int]:
 
 
 def pairs_in_documents(pattern, length: int, heads: int, kv_heads: int, documents: int) -> int:
-    """The causal (query, key) pairs of dilated attention that lie in one document, of all heads."""
-    starts, pairs = document_starts(length, documents), 0
+    """The causal (query, key) pairs of an attention that lie in one document, of all heads."""
+    starts = document_starts(length, documents)
+    if isinstance(pattern, SparsePattern):
+        own_block = pairs_in_documents(pattern.own_block, length, heads, kv_heads, documents)
+        return own_block + column_pairs(pattern, length, heads, kv_heads, starts)
+    if not isinstance(pattern, DilatedPattern):  # the same wherever a document begins
+        sizes = Counter(stop - start for start, stop in pairwise([*starts, length]))
+        return sum(
+            times * pattern.attention_pairs(size, heads, kv_heads, causal=True)
+            for size, times in sizes.items()
+        )
+    pairs = 0
     for (width, rate), offsets in zip(
         pattern.branches, pattern.offsets(heads, kv_heads), strict=True
     ):
@@ -77,6 +97,18 @@ def pairs_in_documents(pattern, length: int, heads: int, kv_heads: int, document
             first = start // width * width + offset
             rows = len(range(first, stop, rate)) - len(range(first, start, rate))
             pairs += rows * (rows + 1) // 2
+    return pairs
+
+
+def column_pairs(pattern: SparsePattern, length: int, heads: int, kv_heads: int, starts) -> int:
+    """Those of queries and the columns of the blocks before theirs."""
+    start_i = torch.tensor(starts)
+    start_i = start_i.repeat_interleave(start_i.diff(append=torch.tensor([length])))
+    seen_i, pairs = torch.arange(length) // pattern.block * pattern.columns, 0
+    for first in pattern.first_columns(kv_heads):
+        of_block = (start_i % pattern.block - first).clamp(0, pattern.columns)
+        before_i = start_i // pattern.block * pattern.columns + of_block
+        pairs += heads // kv_heads * int((seen_i - before_i).clamp(min=0).sum())
     return pairs
 
 
@@ -295,8 +327,11 @@ def contenders(torchscale_folder: Path | None = None, documents: tuple[int, ...]
     found = dict(CONTENDERS)
     if torchscale_folder is not None:
         found[TORCHSCALE] = torchscale(torchscale_folder)
-    for count, backend in product(documents, ("sdpa", "triton")):
-        found[f"dilated ({backend}), documents: {count}"] = partial(kept_apart, backend, count)
+    kinds = {"dilated": DilatedPasses, "local": LocalPasses, "sparse": SparsePasses}
+    ours = {f"{kind} ({x})": (kinds[kind], x) for kind, x in product(kinds, ("sdpa", "triton"))}
+    ours["dense (ours)"] = DensePasses, "auto"
+    for count, (name, (passes, backend)) in product(documents, ours.items()):
+        found[f"{name}, documents: {count}"] = partial(kept_apart, passes, backend, count)
     return found
 
 
