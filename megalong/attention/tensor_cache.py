@@ -30,6 +30,7 @@ def tensor_cache(build: Callable) -> Callable:
         # asked of a new tensor, because that is what `build` would make
         return build_in(getattr(torch.empty(0), "fake_mode", None), *args)
 
+    cached.cache_clear = build_in.cache_clear
     return cached
 
 

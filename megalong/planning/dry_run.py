@@ -49,11 +49,11 @@ from megalong.planning import fake_device
 from megalong.planning.fake_tensors import fake_device_tensors
 from megalong.planning.few_tiles import few_tiles
 from megalong.planning.host_syncs import HostSyncs, Wait
-from megalong.planning.kernels import NoKernels
+from megalong.planning.kernels import NoKernels, forget_tables
 from megalong.planning.memory import DeviceMemory
 from megalong.planning.parts import Parts
 from megalong.planning.recorder import WorkRecorder
-from megalong.planning.work import Work
+from megalong.planning.work import Operation, Work
 from megalong.torch_private import FakeStore
 from megalong.training.engine import TrainingEngine, weights_divider
 
@@ -89,6 +89,17 @@ ALLOWED = (
     ),
 )
 
+# What the last stage does after the last micro batch for each of them.
+SUM_OF_LOSSES = Operation(
+    part="optimizer",
+    direction="update",
+    kind="memory",
+    name="aten.add",
+    dtype="float32",
+    flops=0,
+    bytes=12,
+)
+
 # Where DeepSpeed's ZeRO 3 compares what the ranks are about to do, in the first step: the others
 # are not there to be asked.
 COMPARISONS = tuple(
@@ -105,12 +116,16 @@ class DryRun:
     memory: bytes of the device at the peak, by kind (`megalong.planning.work.MEMORY`).
     host: bytes of pinned memory at the peak: activations that wait there, with
         --offload-activations.
+    another: what one more micro batch adds to the work, where there were enough to tell: three,
+        and in a pipeline one for each further stage (`first_steady_microbatch`); None else, and for
+        the interleaved schedule, which takes them in groups, without meaning.
     waits: how often the host waits for the device in a step, by the function that waits.
     """
 
     work: Work
     memory: Counter[str]
     host: int
+    another: Work | None = None
     waits: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -141,9 +156,11 @@ def dry_run(
     prepare: is given the engine before its first step.
     quick: no evaluation, nobody looks for waits, three tiles of many (`few_tiles`), and one step
         where the second does the same (but for ZeRO 3, which has to see what it will be asked for):
-        the rest of the result is the same.
+        the rest of the result is the same, with the small operations besides in which a first step
+        makes tables.
     Raises HostSync, WrongDevice, or PyTorch's FakeTensorDeviceMismatchError.
     """
+    forget_tables()
     memory, parts = DeviceMemory(), Parts()
     with fake_rank(config, rank, ranks) as mesh, memory:
         replicas = mesh.data_parallel_size * mesh.sequence.size
@@ -152,24 +169,45 @@ def dry_run(
         config, _ = choose_memory_path(config, vocab_size, room)
         engine = fake_engine(config, vocab_size, mesh, memory)
         prepare(engine)
-        batches = host_batches(config, mesh)
+        batches, begun = host_batches(config, mesh), []
         steps = 1 if quick and config.parallel.zero_stage < 3 else 2
         with parts.watch(engine.model):
             for number in range(steps):
                 syncs = HostSyncs(ALLOWED if number and not quick else None)
                 recorder = WorkRecorder(parts, mesh.groups_by_axis, memory)
+                begun.clear()
                 with contextlib.ExitStack() as stack:
                     for context in (syncs, recorder, NoKernels(recorder)):
                         stack.enter_context(context)
                     stack.enter_context(_telling_when_updating(engine, memory, recorder))
                     if quick:
                         stack.enter_context(few_tiles(memory, recorder))
-                    engine.train_step(batches, config.training.lr)
+                    engine.train_step(_noting(batches, recorder, begun), config.training.lr)
                 memory.end_update()
         if not quick:
             with HostSyncs(ALLOWED):
                 engine.token_losses([next(batches)])
-    return DryRun(recorder.work, memory.peak, memory.host_peak, syncs.counts)
+    steady = first_steady_microbatch(config, mesh.pipeline_parallel_rank)
+    another = None
+    if steady + 1 < len(begun):
+        another = begun[steady + 1].plus(begun[steady], -1)
+        if mesh.is_last_stage:
+            another.operations[SUM_OF_LOSSES] += 1
+    return DryRun(recorder.work, memory.peak, memory.host_peak, another, syncs.counts)
+
+
+def first_steady_microbatch(config: Config, stage: int) -> int:
+    """Number, from 0, of the first micro batch between whose beginning and that of the next one a
+    pipeline stage does what it does for every further one: the second that comes after those with
+    which the pipeline fills, since gradients are there to be added to from then on."""
+    return config.parallel.pipeline_model_parallel_size - stage
+
+
+def _noting(batches: Iterator[Batch], recorder: WorkRecorder, begun: list[Work]) -> Iterator[Batch]:
+    """The batches; and what had been done when each was asked for."""
+    for batch in batches:
+        begun.append(Work().plus(recorder.work))
+        yield batch
 
 
 @contextlib.contextmanager
@@ -207,7 +245,16 @@ def fake_rank(config: Config, rank: int, ranks: int) -> Iterator[Mesh]:
         skip_shared_memory_kernels()
     names = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": ranks}
     environment = {name: str(value) for name, value in names.items()}
+    new_group = dist.new_group
+
+    def new_group_of_mine(ranks: list[int] | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Of the groups of others, which every rank of a launch has to make too, nobody hears."""
+        if ranks is not None and rank not in ranks:
+            return dist.GroupMember.NON_GROUP_MEMBER
+        return new_group(ranks, *args, **kwargs)
+
     with mock.patch.dict(os.environ, environment), contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(dist, "new_group", new_group_of_mine))
         dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
         stack.callback(dist.destroy_process_group)
         mesh = stack.enter_context(build_mesh(config, device))

@@ -8,12 +8,23 @@ nothing.
 from __future__ import annotations
 
 import contextlib
+import sys
 from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
 from megalong.attention.operators import IMPLEMENTATIONS
 from megalong.torch_private import FakeTensor, TorchDispatchMode
+
+
+def forget_tables() -> None:
+    """Have attention make the tables on the device anew that it keeps for later calls, so that what
+    a run holds and does is not less for the runs that came before it in this process."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megalong.attention."):
+            for function in list(vars(module).values()):
+                if hasattr(function, "cache_clear"):
+                    function.cache_clear()
 
 
 class NoKernels(TorchDispatchMode):

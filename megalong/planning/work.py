@@ -71,6 +71,19 @@ class Work:
     operations: Counter[Operation] = field(default_factory=Counter)
     collectives: Counter[Collective] = field(default_factory=Counter)
 
+    def plus(self, other: Work, times: int = 1) -> Work:
+        """This and, so often, another; less, where that is negative."""
+        sums = []
+        for mine, more in (
+            (self.operations, other.operations),
+            (self.collectives, other.collectives),
+        ):
+            total = Counter(mine)
+            for call, count in more.items():
+                total[call] += times * count
+            sums.append(Counter({call: count for call, count in total.items() if count}))
+        return Work(*sums)
+
     def flops(self) -> Counter[tuple[str, str]]:
         """FLOPs by part and direction."""
         return self._total("flops")
