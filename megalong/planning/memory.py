@@ -72,12 +72,6 @@ class DeviceMemory(TorchDispatchMode):
             if block is not None:
                 block.axes |= {axis}
 
-    def follow(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Look at these: tables of an earlier run, which is where they were made, count too."""
-        for tensor in tensors:
-            if tensor.device.type == self._device:
-                self._follow(tensor.untyped_storage())
-
     def begin_update(self) -> None:
         """All backward passes of a step are over."""
         self._updating = True
@@ -120,7 +114,6 @@ class DeviceMemory(TorchDispatchMode):
             self._backward = not self._backward
             self._passes += self._backward
         self._look(result)
-        self.follow(x for x in args if isinstance(x, torch.Tensor))
         return result
 
     def _look(self, result: Any) -> None:

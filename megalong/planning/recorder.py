@@ -96,8 +96,6 @@ class WorkRecorder(TorchDispatchMode):
     def launched(self, tensors: Any) -> None:
         """A kernel of attention starts, which reads or writes each of these."""
         seen = {id(x): x for x in tensors if isinstance(x, torch.Tensor)}
-        if self._memory is not None:
-            self._memory.follow(seen.values())
         if self._attention is not None:
             self._attention[0] += sum(map(_size, seen.values()))
             self._attention[1] += 1

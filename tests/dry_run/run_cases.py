@@ -1,7 +1,7 @@
 """Dry runs on a fake GPU, one after the other in a process that has been given one.
 
-Writes {case: {"memory", "traffic", "waits", "error"}} as JSON to the file it is given; error is
-None or the exception's type and message. Under "attention": see `attention_memory`.
+Writes {case: {"memory", "traffic", "waits", "error", ...}} as JSON to the file it is given; error
+is None or the exception's type and message. Under "attention": see `attention_memory`.
 """
 
 import json
@@ -175,7 +175,10 @@ def dry_run_of(case: Case) -> dict[str, object]:
         words += [] if value is True else str(value).split()
     config = parse_arguments(words).resolve(case.ranks)
 
+    engines = []
+
     def plant(engine):
+        engines.append(engine)
         if case.plant is not None:
             layer = engine.model.chunks[0].decoder.layers[0]
             layer.register_forward_hook(PLANTS[case.plant])
@@ -190,6 +193,14 @@ def dry_run_of(case: Case) -> dict[str, object]:
         "error": None,
         "memory": result.memory,
         "traffic": result.traffic,
+        "counted": engines[0].traffic,  # by the engine itself
+        "flops": [[*key, flops] for key, flops in result.flops.items()],
+        "parts": sorted({operation.part for operation in result.work.operations}),
+        "launches": sum(
+            operation.kernels * calls
+            for operation, calls in result.work.operations.items()
+            if operation.name == "megalong.dilated_attention"
+        ),
         "waits": result.waits,
     }
 

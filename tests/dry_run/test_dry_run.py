@@ -8,6 +8,7 @@ import pytest
 
 from megalong.config.attention import AttentionConfig
 from megalong.planning import fake_device
+from megalong.planning.work import PARTS
 from tests.dry_run.run_cases import CASES, PLANTS
 from tests.forked import run_on_fake_gpu
 from tests.launching import made_once
@@ -31,6 +32,39 @@ def test_a_step_runs_on_the_device_alone(case, results):
     assert results[case]["memory"]["optimizer"] > 0
     axes = {"sequence", "tensor", "pipeline", "data"} if "tp2" in case else set()
     assert axes <= results[case]["traffic"].keys()
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if CASES[name].plant is None])
+def test_what_is_sent_is_what_the_engine_counts(case, results):
+    assert results[case]["traffic"] == (results[case]["counted"] or {})
+
+
+def test_every_operation_has_its_part(results):
+    """The numbers of "one": 2 micro batches, 2 layers, 1024 tokens; a product's gradient is two."""
+    flops = {(part, way): count for part, way, count in results["one"]["flops"]}
+    tokens, hidden = 2 * 1024, 128
+    projections = 2 * 2 * tokens * hidden * (128 + 2 * 64 + 128)
+    assert flops["projections", "forward"] == projections
+    assert flops["projections", "backward"] == 2 * projections
+    assert flops["logits", "forward"] == 2 * tokens * hidden * 256
+    assert flops["logits", "backward"] == 2 * flops["logits", "forward"]
+    assert flops["attention", "backward"] == 2.5 * flops["attention", "forward"]
+    assert flops["mlp", "backward"] == 2 * flops["mlp", "forward"] > 0
+    assert flops["mlp", "forward"] % (2 * 2 * 3 * tokens * hidden) == 0
+    assert set(results["one"]["parts"]) == set(PARTS)
+    assert results["one"]["launches"] == 2 * 2 * 2  # micro batches, layers, kernels
+
+
+def test_pieces_that_are_one_node_have_their_parts(results):
+    """The memory path computes the same, and more of it again."""
+    plain, tiled = (
+        {(part, way): count for part, way, count in results[case]["flops"]}
+        for case in ("one", "memory path")
+    )
+    assert plain.keys() == tiled.keys()
+    assert all(tiled[key] >= plain[key] for key in plain)
+    assert tiled["attention", "backward"] == plain["attention", "backward"]
+    assert tiled["mlp", "forward"] == plain["mlp", "forward"]
 
 
 def test_every_wait_that_is_allowed_happens(results):
