@@ -12,6 +12,6 @@
 
 `fake_device`: a GPU that is not there. `host_syncs`: who waits for it. `dry_run`: a training step
 of any rank of any launch on it, in one process: its work (`work`), its memory by kind, its traffic.
-`extension`: the same for a model of many layers and steps of many micro batches, in a moment.
+`extension`: the same for a step of many micro batches, from one of few.
 `ranks`: which ranks stand for all.
 """

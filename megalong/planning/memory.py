@@ -82,6 +82,11 @@ class DeviceMemory(TorchDispatchMode):
         self._updating = False
 
     @property
+    def now(self) -> int:
+        """Bytes of the device that are held."""
+        return sum(size for _, size in self._log)
+
+    @property
     def moment(self) -> int:
         """A number for now, which grows."""
         return len(self._log)
