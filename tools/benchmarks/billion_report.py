@@ -35,7 +35,8 @@ def markdown(report: dict[str, Any]) -> str:
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Lines of Markdown: one for each case, then what the first runs' time went to."""
-    times, parts = list(rows[0]["seconds"]), list(rows[0]["first"]["parts"])
+    times = list(rows[0]["seconds"])
+    parts = list(dict.fromkeys(part for row in rows for part in row["first"]["parts"]))
     work = ["pairs, beside the mean rank's"] if "pairs" in rows[0] else []
     header = [
         "tokens", "ranks", "rank", "branches", *(f"{name}, s" for name in times), "peak, MiB",
@@ -45,7 +46,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         numbers = [f"{row[name]:,}" for name in ("tokens", "ranks", "rank")]
         numbers += [str(len(row["branches"])), *(f"{row['seconds'][name]:.2f}" for name in times)]
-        numbers += [f"{row['peak'] / MIB:,.0f}", f"{received(row):,}"]
+        numbers += [f"{row['peak'] / MIB:,.0f}", f"{exchanged(row):,}"]
         if work:
             numbers.append(f"{row['pairs'] / row['mean_pairs']:.3f}")
         lines.append(line([*numbers, str(max(1, len(row["runs"])))]))
@@ -80,7 +81,8 @@ def total(seconds: dict[str, float]) -> float:
     return sum(spent for name, spent in seconds.items() if name != PROCESSOR)
 
 
-def received(row: dict[str, Any]) -> int:
+def exchanged(row: dict[str, Any]) -> int:
+    """Bytes of a layer; where a rank sends and receives different numbers of rows, the larger."""
     return sum(count["bytes"] for count in row["per_layer"].values())
 
 
@@ -116,7 +118,7 @@ def plot_one(rows: list[dict[str, Any]], left, middle, right) -> None:
     middle.set(title="Memory at the peak", ylabel="MiB", xlim=(-1, 1))
     moved = {name.replace("_", "-"): count["bytes"] for name, count in row["per_layer"].items()}
     right.bar(list(moved), [size / MIB for size in moved.values()], width=0.4)
-    right.set(title="Received by the rank", ylabel="MiB a layer")
+    right.set(title="Exchanged by the rank", ylabel="MiB a layer")
 
 
 def plot_many(rows: list[dict[str, Any]], left, middle, right) -> None:
@@ -129,8 +131,8 @@ def plot_many(rows: list[dict[str, Any]], left, middle, right) -> None:
     left.legend()
     middle.plot(x, [row["peak"] / MIB for row in rows], "o-")
     middle.set(title="Memory at the peak", ylabel="MiB")
-    right.plot(x, [received(row) / MIB for row in rows], "o-")
-    right.set(title="Received by the rank", ylabel="MiB a layer, forward and backward")
+    right.plot(x, [exchanged(row) / MIB for row in rows], "o-")
+    right.set(title="Exchanged by the rank", ylabel="MiB a layer, forward and backward")
     for axis in (left, middle, right):
         axis.set_ylim(bottom=0)
         axis.set_xlabel("rank" if by_rank else "tokens in the sequence; a rank's are the same")
