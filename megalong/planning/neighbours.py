@@ -45,7 +45,7 @@ class SyntheticRows:
         """The lists of some ranks, of so many rows each, one after the other."""
         size = own.float().square().mean().sqrt().nan_to_num(1.0)  # of none it is not a number
         table = self._table(own) * size.to(own.dtype)
-        return table[self._lines_of(tuple(ranks), tuple(counts)).to(own.device)]
+        return table[self._lines_of(tuple(ranks), tuple(counts), own.device)]
 
     def _table(self, like: torch.Tensor) -> torch.Tensor:
         shape = TABLE, *like.shape[1:]
@@ -55,14 +55,17 @@ class SyntheticRows:
             self._tables[key] = torch.randn(shape, generator=generator).to(like)
         return self._tables[key]
 
-    def _lines_of(self, ranks: Group, counts: tuple[int, ...]) -> torch.Tensor:
+    def _lines_of(
+        self, ranks: Group, counts: tuple[int, ...], device: torch.device
+    ) -> torch.Tensor:
         """Which line of the table each row is."""
-        if (ranks, counts) not in self._lines:
+        key = ranks, counts, device
+        if key not in self._lines:
             rows = torch.tensor(counts)
             places = torch.arange(sum(counts)) - (rows.cumsum(0) - rows).repeat_interleave(rows)
             numbers = torch.tensor(ranks).repeat_interleave(rows) * LIST + places
-            self._lines[ranks, counts] = (numbers * SPREADS >> 40) % TABLE
-        return self._lines[ranks, counts]
+            self._lines[key] = ((numbers * SPREADS >> 40) % TABLE).to(device)
+        return self._lines[key]
 
 
 class Rehearsal:

@@ -59,20 +59,22 @@ def lone_rank(rank: int, ranks: int) -> Iterator[None]:
 def share(
     config: Config, rank: int, ranks: int, neighbours: Neighbours, clock: Clock | None = None
 ) -> Iterator[Mesh]:
-    """The mesh of one rank of a launch, whose neighbours along the sequence are these. On the GPU
-    where there is one.
+    """The mesh of one rank of a launch, whose neighbours along the sequence are these.
 
     config: resolved for so many ranks.
     """
-    device = torch.device("cuda", torch.cuda.current_device()) if use_gpu() else torch.device("cpu")
+    with lone_mesh(config, rank, ranks) as mesh, answered(mesh.sequence, neighbours, clock):
+        yield mesh
+
+
+@contextlib.contextmanager
+def lone_mesh(config: Config, rank: int, ranks: int) -> Iterator[Mesh]:
+    """The mesh of the only rank there is (`lone_rank`), on the GPU where there is one."""
+    device = torch.device("cuda", 0) if use_gpu() else torch.device("cpu")
     if not use_gpu():
         enable_megatron_without_gpu()
         skip_shared_memory_kernels()
-    with (
-        lone_rank(rank, ranks),
-        build_mesh(config, device) as mesh,
-        answered(mesh.sequence, neighbours, clock),
-    ):
+    with lone_rank(rank, ranks), build_mesh(config, device) as mesh:
         yield mesh
 
 
