@@ -20,6 +20,9 @@ ATTENTION = "megalong/attention/sdpa_operators.py"  # of torch.ops.aten
 OFFLOAD = "megalong/tiling/offload.py"  # of torch.Tensor
 TENSOR_CACHE = "megalong/attention/tensor_cache.py"  # of torch.Tensor
 COMMANDS = "megalong/command_line.py"  # of argparse.ArgumentParser
+GIGATOKEN = (
+    "megalong/data/tokenizers/gigatoken_encoder.py"  # of a version's tokenizer, if it has it
+)
 FENCES = {
     "megalong/parallel/deepspeed_private.py",
     "megalong/parallel/megatron_private.py",
@@ -28,6 +31,7 @@ FENCES = {
     OFFLOAD,
     TENSOR_CACHE,
     COMMANDS,
+    GIGATOKEN,
 }
 SOURCES = [
     REPOSITORY / "pretrain_longnet.py",
