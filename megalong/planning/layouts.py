@@ -21,6 +21,7 @@ from typing import Any
 from megalong.config import Config
 from megalong.config.arguments import config_from_values
 from megalong.errors import UserError
+from megalong.wording import counted
 
 # Settings of a division, and of a rung.
 DIVISION = (
@@ -145,7 +146,10 @@ def _nothing(refused: Counter[str], ranks: int) -> str:
     message, _ = refused.most_common(1)[0]
     if len(refused) == 1:
         return message
-    return f"no layout of {ranks} ranks can be: {message} (and {len(refused) - 1} other reasons)"
+    return (
+        f"no layout of {ranks} ranks can be: {message} (and"
+        f" {counted(len(refused) - 1, 'other reason')})"
+    )
 
 
 def _divisors(value: int) -> list[int]:

@@ -1,0 +1,61 @@
+"""tools/plan_run.py, as it is typed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from megalong.config.arguments import parse_arguments
+from megalong.planning import fake_device
+from tests.launching import REPOSITORY
+
+MODEL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 1024"
+PATTERN = "--segment-lengths 256 1024 --dilation-rates 1 4"
+
+
+def plan_run(*words):
+    command = [sys.executable, REPOSITORY / "tools/plan_run.py", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(fake_device.compiler() is None, reason="needs a C++ compiler")
+def test_a_plan(tmp_path):
+    flags = f"{MODEL} {PATTERN} --precision bf16 --sequence-parallel-size 2 --cluster h100 --gpus 2"
+    output = tmp_path / "plan.json"
+    done = plan_run(
+        *flags.split(), "--explain", "--emit", tmp_path / "run", "--json", output,
+        "--train-tokens", "1e9",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "TP 1 SP 2 PP 1 DP 1, 1 x 1 sequences, ZeRO 1, memory path off" in done.stdout
+    assert "seconds of a step, in the slowest stage:" in done.stdout
+    plan = json.loads(output.read_text())
+    [layout] = plan["layouts"]
+    assert layout["fits"] and plan["gpus"] == 2 and plan["tokens"] == 1e9
+    assert layout["traffic"]["sequence"]["all_gather"]["bytes"] > 0
+    total = layout["cost"]["total"]
+    assert layout["days"] == pytest.approx(1e9 / (1024 / total) / 86_400)
+    emitted = parse_arguments(["--config", str(tmp_path / "run/config.yaml")])
+    assert emitted.parallel.sequence_parallel_size == 2
+    assert emitted.data.data_path is None and emitted.model.hidden_size == 64
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--gpus 8", "error: --cluster says what is planned for: set it"),
+        ("--cluster h100", "error: --gpus says what is planned for: set it"),
+        ("--cluster h1000 --gpus 8", "did you mean h100?"),
+        ("--cluster h100 --gpus 0", "error: --gpus 0 must be at least 1"),
+        ("--cluster h100 --gpus 8 --layrs 3", "error: unrecognized argument: --layrs"),
+        (
+            "--cluster h100 --gpus 8 --num-layers 6 --pipeline-model-parallel-size 4",
+            "can be: --num-layers 6 does not divide by --pipeline-model-parallel-size 4",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(words, message):
+    done = plan_run(*words.split())
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
