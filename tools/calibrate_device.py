@@ -245,7 +245,7 @@ def cpu_description(args: argparse.Namespace) -> dict[str, Any]:
 
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     card = card_name(torch.device("cpu"))
-    device = {"name": f"{card}, one core", "memory": memory / args.ranks}
+    device = {"name": f"{card}, one core", "kind": "cpu", "memory": memory / args.ranks}
     # Everything below is replaced, but for the link of a single rank to the host, which is itself.
     guess = {"bandwidth": 1.0e9, "attainable": 1.0, "latency": 1.0e-4}
     return {

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from megalong.planning.plan_text import Training
     from megalong.planning.search import PlannedLayout, Search
 
-UNREAD = ("unread",), "ByteTokenizer"  # data and tokenizer, where none are given
 VOCABULARY = 32_000  # ids, where no tokenizer is given
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def main() -> int:
@@ -51,7 +51,7 @@ def main() -> int:
     _check(args)
     cluster = load_cluster(args.cluster)
     cluster.check_gpus(args.gpus)
-    return plan(_with_data(given_values(vars(args))), args, cluster)
+    return plan(given_values(vars(args)), args, cluster)
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -95,24 +95,36 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
 
-def _with_data(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings, with something in the place of data and tokenizer where there are none."""
+def _data(values: dict[str, Any]) -> dict[str, Any]:
+    """What stands in the place of data and of a tokenizer, where none are given."""
+    unread: dict[str, Any] = {}
     if not {"data_path", "train_data_path", "data_blend"} & set(values):
-        values = {**values, "data_path": UNREAD[0]}
+        unread["data_path"] = ("unread",)
     if not {"tokenizer_type", "tokenizer_model"} & set(values):
-        values = {**values, "tokenizer_type": UNREAD[1]}
-    return values
+        unread["tokenizer_type"] = "ByteTokenizer"
+    return unread
 
 
-def plan(values: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> int:
-    """Search, print, and write what is asked for; the exit status."""
+def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> int:
+    """Search, print, and write what is asked for; the exit status. given: settings by name."""
+    from megalong.config.arguments import config_from_values
+    from megalong.planning import fake_device
+    from megalong.planning.launch_files import check_emit
     from megalong.planning.layouts import possible_layouts
     from megalong.planning.plan_text import Training, explained, rejected, table
     from megalong.planning.search import search
     from megalong.progress import progress_bar
 
-    vocab_size = args.vocab_size or _vocabulary(values)
-    found = possible_layouts(values, args.gpus, cluster.gpus_per_node)
+    values = given | _data(given)
+    cluster.device.peak(DTYPES[config_from_values(values).training.precision])
+    vocab_size = args.vocab_size or _vocabulary(given)
+    found = possible_layouts(values, args.gpus, cluster.gpus_per_node, cluster.device.on_gpu)
+    if cluster.device.on_gpu and fake_device.compiler() is None:
+        raise UserError("plans for GPUs need a C++ compiler: install g++, or set CXX")
+    if args.emit is not None:
+        check_emit(args.emit, args.gpus, cluster.gpus_per_node, overwrite=args.overwrite)
+    if args.json is not None:
+        args.json.touch()
     with progress_bar(len(found.divisions), "layout", "planning") as bar:
         result = search(
             found.divisions,
@@ -133,6 +145,9 @@ def plan(values: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> 
         print("\n" + words)
     if args.json is not None:
         args.json.write_text(json.dumps(as_json(result, training, vocab_size), indent=1) + "\n")
+    if not result.planned and not result.not_run:
+        print("\nNo layout could be run.")
+        return 1
     if not best:
         print(_ways_out(values, vocab_size, cluster, args.gpus))
         return 1
@@ -144,7 +159,7 @@ def plan(values: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> 
     if args.explain is not None:
         print("\n" + explained(best[number - 1], training))
     if args.emit is not None:
-        emit(best[number - 1], values, args, training)
+        emit(best[number - 1], given, args, training)
     return 0
 
 
@@ -163,8 +178,8 @@ def _ways_out(values: dict[str, Any], vocab_size: int, cluster: Cluster, ranks: 
 
 
 def _vocabulary(values: dict[str, Any]) -> int:
-    """Ids of the tokenizer that is given."""
-    if "tokenizer_model" not in values:
+    """Ids of the tokenizer that is given, or the usual number."""
+    if not {"tokenizer_type", "tokenizer_model"} & set(values):
         return VOCABULARY
     from megalong.config.arguments import config_from_values
     from megalong.data.tokenizers.tokenizer import build_tokenizer
@@ -222,9 +237,9 @@ def as_json(found: Search, training: Training, vocab_size: int) -> dict[str, Any
 
 
 def emit(
-    layout: PlannedLayout, values: dict[str, Any], args: argparse.Namespace, training: Training
+    layout: PlannedLayout, given: dict[str, Any], args: argparse.Namespace, training: Training
 ) -> None:
-    """Write what starts a layout, and say how."""
+    """Write what starts a layout, and say what it lacks. given: settings by name."""
     from megalong.config.arguments import config_from_values
     from megalong.planning.launch_files import write_launch_files
     from megalong.planning.layouts import searched_settings
@@ -233,7 +248,6 @@ def emit(
     settings = {k: v for k, v in searched_settings(layout.config).items() if v is not None}
     if layout.config.memory.memory_path == "on":
         settings["offload_activations"] = layout.config.memory.offload_activations
-    given = {name: v for name, v in values.items() if v not in UNREAD}
     config = config_from_values({**given, **settings})
     paths = write_launch_files(
         args.emit,
@@ -243,7 +257,9 @@ def emit(
         layout_name(layout.config, training.ranks),
         overwrite=args.overwrite,
     )
-    print(f"\nwrote {', '.join(path.name for path in paths)} into {args.emit}")
+    lacking = [f"--{name.replace('_', '-')}" for name in _data(given)]
+    more = f"; they start with {' and '.join(lacking)} behind them" if lacking else ""
+    print(f"\nwrote {', '.join(path.name for path in paths)} into {args.emit}{more}")
 
 
 if __name__ == "__main__":

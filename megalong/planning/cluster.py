@@ -69,6 +69,7 @@ class Device:
     overlap: the share of a collective's time that computation beside it hides. The rest is
         computation's loss of processors, caches and bandwidth to the collective.
     calibrated: when and on what this was measured; None if it was not.
+    on_gpu: whether it is a GPU.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Device:
     launch_seconds: float
     overlap: float
     calibrated: str | None = None
+    on_gpu: bool = True
 
     def peak(self, dtype: str) -> float:
         """FLOP/s of products in this dtype ("bfloat16"); UserError where that is not known."""
@@ -228,10 +230,18 @@ def _device(section: Section) -> Device:
         launch_seconds=section.number("launch_seconds", 0, 1, "seconds"),
         overlap=section.number("overlap", 0, 1, "as a share"),
         calibrated=section.text("calibrated") if "calibrated" in section else None,
+        on_gpu=_kind(section) == "gpu",
     )
     for part in (peaks, shares, section):
         part.done()
     return device
+
+
+def _kind(section: Section) -> str:
+    kind = section.text("kind") if "kind" in section else "gpu"
+    if kind not in ("gpu", "cpu"):
+        raise section.error("kind", f"is {kind!r}, and must be gpu or cpu")
+    return kind
 
 
 _SHARES = 1e-9, 1, "as a share"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from pathlib import Path
 
@@ -15,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 _JOB = """\
 #!/usr/bin/env bash
 # Pretrain as planned: {summary}
-#     RUN=runs/planned sbatch {name} [further flags of pretrain_longnet.py]
+#     sbatch {name} [further flags of pretrain_longnet.py]
 # Fill in the first two lines. MEGALONG is the folder of megalong, as all nodes see it; what the job
 # does at its end, and the variables that it knows: examples/slurm/README.md there.
 #SBATCH --account=ACCOUNT
@@ -32,7 +31,7 @@ _JOB = """\
 #SBATCH --signal=B:USR1@180
 
 trap early=true USR1 TERM # until examples/slurm/common.sh has a better one
-export MEGALONG=${{MEGALONG:-{repository}}}
+export MEGALONG=${{MEGALONG:-{repository}}} RUN=${{RUN:-{run}}}
 set -- --config {config} "$@"
 # shellcheck source=/dev/null
 source "$MEGALONG/examples/slurm/srun_torchrun.sbatch"
@@ -45,11 +44,26 @@ _COMMAND = """\
 {how}
 set -euo pipefail
 MEGALONG=${{MEGALONG:-{repository}}}
-exec {launcher} "$MEGALONG/pretrain_longnet.py" --config {config} "$@"
+if [[ -d $MEGALONG/.venv ]]; then PATH=$MEGALONG/.venv/bin:$PATH; fi
+exec {launcher} "$MEGALONG/pretrain_longnet.py" --config {config}{save} "$@"
 """
 
 _SEVERAL_NODES = """\
 # on every node, with NODE_RANK (0 is the first) and MASTER_ADDR, the first node's name, set"""
+
+
+FILES = "config.yaml", "launch.sh", "job.sbatch"
+
+
+def check_emit(folder: Path, ranks: int, ranks_per_node: int, *, overwrite: bool) -> None:
+    """Raise UserError where `write_launch_files` would."""
+    if ranks > ranks_per_node and ranks % ranks_per_node:
+        raise UserError(
+            f"--emit: {ranks} ranks do not fill nodes of {ranks_per_node}: set --gpus to a multiple"
+        )
+    for name in FILES:
+        if (folder / name).exists() and not overwrite:
+            raise UserError(f"--emit {folder / name}: is there already: set --overwrite")
 
 
 def write_launch_files(
@@ -60,12 +74,8 @@ def write_launch_files(
     config: as given, not resolved, with the layout's settings. summary: a line about the layout.
     Raises UserError where one of them is there already, unless `overwrite`.
     """
-    folder = folder.resolve()
-    per_node = min(ranks, ranks_per_node)
-    if ranks % per_node:
-        raise UserError(
-            f"--emit: {ranks} ranks do not fill nodes of {per_node}: set --gpus to a multiple"
-        )
+    check_emit(folder, ranks, ranks_per_node, overwrite=overwrite)
+    folder, per_node = folder.resolve(), min(ranks, ranks_per_node)
     nodes = ranks // per_node
     settings = folder / "config.yaml"
     words = {
@@ -73,6 +83,8 @@ def write_launch_files(
         "config": shlex.quote(str(settings)),
         "repository": shlex.quote(str(REPOSITORY)),
         "nodes": nodes,
+        "run": shlex.quote(config.run.save or str(folder / "run")),
+        "save": "" if config.run.save else f" --save {shlex.quote(str(folder / 'run'))}",
         "per_node": per_node,
     }
     torchrun = f"torchrun --standalone --nproc-per-node={per_node}"
@@ -84,20 +96,12 @@ def write_launch_files(
             ' --master-addr="$MASTER_ADDR" --master-port="${MASTER_PORT:-29500}"'
         )
     texts = {
-        "config.yaml": to_yaml(_open(config), leave_out="defaults"),
+        "config.yaml": to_yaml(config, leave_out="defaults"),
         "launch.sh": _COMMAND.format(name="launch.sh", how=how, launcher=torchrun, **words),
         "job.sbatch": _JOB.format(name="job.sbatch", **words),
     }
-    paths = [folder / name for name in texts]
-    for path in paths:
-        if path.exists() and not overwrite:
-            raise UserError(f"--emit {path}: is there already: set --overwrite to replace it")
+    paths = [folder / name for name in FILES]
     folder.mkdir(parents=True, exist_ok=True)
     for path, text in zip(paths, texts.values(), strict=True):
         path.write_text(text)
     return paths
-
-
-def _open(config: Config) -> Config:
-    """Without a run folder: the job scripts choose it."""
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, save=None, load=None))

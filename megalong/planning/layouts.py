@@ -1,13 +1,14 @@
 """The layouts that a launch may have: what was given stays, what was left open is tried.
 
 A *division* says how the ranks share the work: tensor, sequence and pipeline degrees, layers in a
-chunk of the interleaved schedule, the micro batch. Each can be had with several *rungs*: ZeRO
-stage, recomputation and memory path, from the one that computes least to the one that needs least
-memory, of which the first that fits is the fastest.
+chunk of the interleaved schedule, the micro batch. Each can be had with several *rungs*: a ZeRO
+stage, recomputation and the memory path.
 
 What is not tried: tensor parallelism over several nodes, degrees that do not divide the ranks,
-recomputation of the attention alone, of the first layers or of several together, single pieces of
-the memory path. Whoever gives one of these has it: the others are tried around it.
+interleaved chunks of several layers, micro batches that are no power of two, and where the global
+batch is open any but one sequence; recomputation of the attention alone, of the first layers or of
+several together, single pieces of the memory path. Whoever gives one of these has it: the others
+are tried around it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 from megalong.config import Config
 from megalong.config.arguments import config_from_values
+from megalong.config.flags import require_positive
 from megalong.errors import UserError
 from megalong.wording import counted
 
@@ -33,7 +35,7 @@ DIVISION = (
 )
 RUNG = ("zero_stage", "recompute_granularity", "memory_path")
 
-# What is computed again, and what is held: from the fastest to the smallest.
+# What is computed again, and what is held.
 _MEMORY = (
     {"recompute_granularity": None, "memory_path": "off"},
     {"recompute_granularity": None, "memory_path": "on", "offload_activations": False},
@@ -49,8 +51,7 @@ _LARGEST_MICRO_BATCH = 8
 class Division:
     """How the ranks share the work, and what else is to be decided.
 
-    settings: of `DIVISION`, by name. rungs: resolved configurations, the fastest first; none is
-    empty.
+    settings: of `DIVISION`, by name. rungs: resolved configurations, at least one.
     """
 
     settings: Mapping[str, Any]
@@ -66,17 +67,23 @@ class Layouts:
     refused: Counter[str]
 
 
-def possible_layouts(values: Mapping[str, Any], ranks: int, ranks_per_node: int) -> Layouts:
+def possible_layouts(
+    values: Mapping[str, Any], ranks: int, ranks_per_node: int, on_gpu: bool = True
+) -> Layouts:
     """All layouts of `ranks` ranks in which the given settings stand.
 
     values: settings by field name, as given: those of `DIVISION` and `RUNG` among them are not
-        varied. Raises UserError where no layout can be: the configuration's own message where there
-        is one for all.
+        varied, but for `--memory-path auto`, which leaves it open. Raises UserError where no layout
+        can be: the configuration's own message where there is one for all.
+    on_gpu: on CPUs nothing is offloaded, as the host's memory is the device's.
     """
+    if not on_gpu:
+        values = {"offload_activations": False, **values}
+    values = {name: v for name, v in values.items() if (name, v) != ("memory_path", "auto")}
     divisions, refused = [], Counter()
     for settings in _divisions(values, ranks, ranks_per_node):
         rungs = []
-        for rung in _rungs(values):
+        for rung in _rungs(values, settings, ranks):
             try:
                 rungs.append(config_from_values({**values, **settings, **rung}).resolve(ranks))
             except UserError as error:
@@ -91,7 +98,9 @@ def possible_layouts(values: Mapping[str, Any], ranks: int, ranks_per_node: int)
 def _divisions(
     values: Mapping[str, Any], ranks: int, ranks_per_node: int
 ) -> Iterator[dict[str, Any]]:
-    model = config_from_values(dict(values)).model.resolve()
+    given = config_from_values(dict(values))
+    model = given.model.resolve()
+    require_positive(given.parallel, *DIVISION[:3])
 
     def choices(name: str, otherwise: list[int]) -> list[int]:
         return [values[name]] if name in values else otherwise
@@ -128,11 +137,15 @@ def _chunks(layers: int, stages: int) -> list[int | None]:
     return [None, 1] if 1 < stages < layers else [None]
 
 
-def _rungs(values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """From the fastest to the smallest: what is computed again costs more than a ZeRO stage."""
+def _rungs(
+    values: Mapping[str, Any], settings: Mapping[str, Any], ranks: int
+) -> Iterator[dict[str, Any]]:
+    """ZeRO stages that can do something beside this division, with all of `_MEMORY`."""
+    model_ranks = settings[DIVISION[0]] * settings[DIVISION[2]]
+    divides = settings[DIVISION[2]] == 1 and ranks > model_ranks
     seen = []
     for memory in _MEMORY:
-        for stage in (1, 2, 3):
+        for stage in (1, 2, 3) if divides else (1,):
             rung = {"zero_stage": stage, **memory}
             rung = {name: value for name, value in rung.items() if name not in values}
             if rung not in seen:

@@ -57,7 +57,7 @@ def layout_name(config: Config, ranks: int) -> str:
 def table(layouts: Sequence[PlannedLayout], training: Training) -> str:
     """The layouts as lines of a table, numbered from 1."""
     head = (
-        "step s", "tokens/s", "MFU", "GiB", "of it", "host GiB", "sent GB", "days", "cost $",
+        "step s", "tokens/s", "MFU", "GiB", "of it", "host GiB", "traffic GB", "days", "cost $",
         "layout",
     )  # fmt: skip
     rows = [("", *head)]
@@ -89,7 +89,7 @@ def rejected(search: Search, training: Training, most: int = 5) -> str:
     if short:
         lines.append(
             f"{counted(len(short), 'layout')} would not fit in {usable / GIB:.1f} GiB"
-            f" ({USABLE:.0%} of the device's memory); the nearest:"
+            f" ({USABLE:.0%} of the device's memory), or in the host's; the nearest:"
         )
         short.sort(key=lambda layout: sum(layout.memory.values()))
         for layout in short[:most]:
@@ -145,7 +145,11 @@ def explained(layout: PlannedLayout, training: Training) -> str:
     memory.append(("total", f"{total / GIB:.3f}"))
     memory.append(("the device has", f"{device.memory / GIB:.3f}"))
     memory.append(("pinned on the host", f"{layout.host / GIB:.3f}"))
-    lines += [_indented(memory), "", "sent and received in a step, of the busiest rank:"]
+    lines += [
+        _indented(memory),
+        "",
+        "traffic of a step, of the slowest rank (a call counts its larger buffer):",
+    ]
     traffic = [
         (axis, name, f"{count['calls']:,} calls", human_bytes(count["bytes"]))
         for axis, of_axis in layout.traffic.items()

@@ -90,7 +90,7 @@ class WorkRecorder(TorchDispatchMode):
         finally:
             self._attention = before
         flops = self._formulas[operator.overloadpacket](*args, **kwargs, out_val=result)
-        self._add(operator, "attention", flops, nbytes, kernels, result)
+        self._add(operator, "attention", flops, nbytes, kernels, _factors(args))
         return result
 
     def launched(self, tensors: Any) -> None:
@@ -128,14 +128,14 @@ class WorkRecorder(TorchDispatchMode):
         else:
             flops = formula(*args, **kwargs, out_val=result)
             kind = "attention" if "attention" in name else "product"
-            self._add(operator, kind, flops, nbytes, 1, results)
+            self._add(operator, kind, flops, nbytes, 1, _factors(args))
 
     def _add(
-        self, operator: Any, kind: str, flops: int, nbytes: int, kernels: int, results: Any,
+        self, operator: Any, kind: str, flops: int, nbytes: int, kernels: int, typed: Any,
         name: str | None = None,
     ) -> None:  # fmt: skip
         name = name or f"{operator.namespace}.{operator.overloadpacket.__name__}"
-        [first, *_] = _tensors(results)
+        [first, *_] = _tensors(typed)
         dtype = str(first.dtype).removeprefix("torch.")
         part = "optimizer" if self.updating else self._parts.now()
         if kind == "attention" or self._attention is not None:
@@ -169,6 +169,12 @@ class WorkRecorder(TorchDispatchMode):
             ranks = sorted((me, peer))
         key = Collective(axis, direction, call.name, call.bytes, tuple(sorted(ranks)))
         self.work.collectives[key] += self._times
+
+
+def _factors(args: Any) -> torch.Tensor:
+    """What is multiplied: of a product that adds to a sum, or returns one, in float32, too."""
+    numbers = (x for x in _tensors(args) if x.is_floating_point())
+    return min(numbers, key=lambda x: x.dtype.itemsize)
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:

@@ -1,14 +1,15 @@
 """The best layouts of a launch, found by planning those that there may be.
 
-Each division of `megalong.planning.layouts` is planned from its fastest rung on, until one fits:
-the rungs after it compute more, or send more, and are left out.
-Whether a rung fits is seen on its fullest rank, how long it takes on the busiest of each pipeline
-stage. What the closed estimate of `megalong.model.memory_path` says needs far more than there is,
-is not run.
+Of each division of `megalong.planning.layouts` the rungs are planned from the one that computes
+least on, until one fits; of a higher ZeRO stage, which sends more, only those that compute less
+than the one that fits without it. Whether a rung fits is seen on its fullest rank, how long it
+takes on the slowest of each pipeline stage. What the closed estimate of
+`megalong.model.memory_path` says needs far more than there is, is not run.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from megalong.config import Config
 from megalong.errors import UserError
 from megalong.planning.cluster import Cluster
-from megalong.planning.layouts import Division
+from megalong.planning.layouts import Division, searched_settings
 
 if TYPE_CHECKING:
     from megalong.planning.cost import StepCost
@@ -39,7 +40,7 @@ class PlannedLayout:
     """A layout that was run.
 
     config: resolved. memory, host: bytes of the fullest rank, by kind, and pinned on its host.
-    traffic: of the busiest rank in a step, by axis and collective.
+    traffic, flops, kernels: of the slowest rank in a step.
     fits: whether memory and host are within what can be used of the cluster's.
     """
 
@@ -90,112 +91,112 @@ def search(
     Raises UserError where the cluster cannot be that of such a launch.
     """
     cluster.check_gpus(ranks)
-    groups = _alike(divisions)
-    result = Search()
-    count = min(len(groups), processes or len(os.sched_getaffinity(0)))
-    with ProcessPoolExecutor(count, get_context("spawn"), initializer=_start) as pool:
-        jobs = {
-            pool.submit(_plan_all, group, vocab_size, cluster, ranks): len(group)
-            for group in groups
-        }
+    divisions, result = list(divisions), Search()
+    count = min(len(divisions), processes or len(os.sched_getaffinity(0)))
+    start = (cluster.device.on_gpu,)
+    pool = ProcessPoolExecutor(count, get_context("spawn"), initializer=_start, initargs=start)
+    try:
+        jobs = [pool.submit(_plan, each, vocab_size, cluster, ranks) for each in divisions]
         for job in as_completed(jobs):
-            for planned, not_run, refused in job.result():
-                result.planned += planned
-                result.not_run += not_run
-                result.refused += refused
-                done()
-    result.planned.sort(
-        key=lambda layout: (
-            not layout.fits,
-            layout.cost.total / layout.config.training.global_batch_size,
-        )
-    )
+            planned, not_run, refused = job.result()
+            result.planned += planned
+            result.not_run += not_run
+            result.refused += refused
+            done()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    result.planned.sort(key=_rank)
     return result
 
 
-def _alike(divisions: Iterable[Division]) -> list[list[Division]]:
-    """Divisions whose ranks have layers of the same shapes, which share dry runs."""
-    groups: dict[tuple, list[Division]] = {}
-    for division in divisions:
-        shape = [value for name, value in division.settings.items() if "pipeline" not in name]
-        groups.setdefault(tuple(shape), []).append(division)
-    return sorted(groups.values(), key=len, reverse=True)
+def _rank(layout: PlannedLayout) -> tuple[Any, ...]:
+    """Those that fit first, by the time of a sequence, and by their settings where that is the
+    same."""
+    seconds = layout.cost.total / layout.config.training.global_batch_size
+    return not layout.fits, seconds, str(searched_settings(layout.config))
 
 
-def _start() -> None:
-    """A process that plans: with a fake device, on one core."""
-    from megalong.planning import fake_device
+def _start(on_gpu: bool) -> None:
+    """A process that plans, on one core: with a fake GPU, or for launches on the CPU."""
+    if on_gpu:
+        from megalong.planning import fake_device
 
-    fake_device.load()
+        fake_device.load()
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
     import torch
 
     torch.set_num_threads(1)
-    fake_device.pretend()
+    if on_gpu:
+        fake_device.pretend()
+    from megalong.log_filters import filter_library_logs
+
+    filter_library_logs()
 
 
 _Found = tuple[list[PlannedLayout], list[NotRun], Counter[str]]
 
 
-def _plan_all(
-    divisions: list[Division], vocab_size: int, cluster: Cluster, ranks: int
-) -> list[_Found]:
-    cache: dict = {}
-    return [_plan(division, vocab_size, cluster, ranks, cache) for division in divisions]
-
-
-def _plan(division: Division, vocab_size: int, cluster: Cluster, ranks: int, cache: dict) -> _Found:
+def _plan(division: Division, vocab_size: int, cluster: Cluster, ranks: int) -> _Found:
+    from megalong.model.flops import executed_flops
     from megalong.model.memory_path import needs
 
     planned, not_run, refused = [], [], Counter()
-    for config in division.rungs:
-        replicas = ranks // (
-            config.parallel.tensor_model_parallel_size
-            * config.parallel.pipeline_model_parallel_size
-        )
-        estimate = needs(config, vocab_size, replicas).device
-        if estimate > HOPELESS * USABLE * cluster.device.memory:
-            not_run.append(NotRun(config, estimate))
-            continue
-        try:
-            layout = planned_layout(config, vocab_size, cluster, ranks, cache)
-        except UserError as error:
-            refused[str(error)] += 1
-            continue
-        planned.append(layout)
-        if layout.fits:
-            break
+    rungs = sorted(division.rungs, key=lambda rung: sum(executed_flops(rung, vocab_size).values()))
+    fitting = math.inf  # FLOPs of the rung that fits with a lower ZeRO stage
+    for stage in sorted({rung.parallel.zero_stage for rung in rungs}):
+        for config in rungs:
+            flops = sum(executed_flops(config, vocab_size).values())
+            if config.parallel.zero_stage != stage or flops >= fitting:
+                continue
+            model_ranks = config.parallel.ranks_per_replica // (
+                config.parallel.sequence_parallel_size
+            )
+            estimate = needs(config, vocab_size, ranks // model_ranks).device
+            if estimate > HOPELESS * USABLE * cluster.device.memory:
+                not_run.append(NotRun(config, estimate))
+                continue
+            try:
+                layout = planned_layout(config, vocab_size, cluster, ranks)
+            except UserError as error:
+                refused[str(error)] += 1
+                continue
+            planned.append(layout)
+            if layout.fits:
+                fitting = flops
+                break
     return planned, not_run, refused
 
 
-def planned_layout(
-    config: Config, vocab_size: int, cluster: Cluster, ranks: int, cache: dict
-) -> PlannedLayout:
-    """Run the ranks of a layout that stand for the others, in a process with a fake device.
+def planned_layout(config: Config, vocab_size: int, cluster: Cluster, ranks: int) -> PlannedLayout:
+    """Run the ranks of a layout that stand for the others, in a process that `_start` began.
 
-    config: resolved. cache: dry runs of this process.
+    config: resolved.
     """
-    from megalong.planning.cost import step_cost
+    from megalong.planning.cost import Overlap, phase_cost, step_cost
     from megalong.planning.extension import planned_step
     from megalong.planning.ranks import ranks_to_plan
 
     stages = config.parallel.pipeline_model_parallel_size
     steps = {
-        place: planned_step(config, vocab_size, rank=place.rank, ranks=ranks, cache=cache)
+        place: planned_step(config, vocab_size, rank=place.rank, ranks=ranks)
         for place in ranks_to_plan(config, ranks)
     }
     fullest = max(steps.values(), key=lambda step: step.memory.total())
     host = max(step.host for step in steps.values())
     on_node = host * min(ranks, cluster.gpus_per_node)
 
-    def flops(step: DryRun) -> int:
-        return sum(step.work.flops().values())
+    overlap = Overlap.of(config, ranks)
+
+    def seconds(step: DryRun) -> float:
+        return phase_cost(step.work, ("forward", "backward"), cluster, overlap).total
 
     works = []
     for stage in sorted({place.stage for place in steps}):
         of_stage = {place: step for place, step in steps.items() if place.stage == stage}
         alike = sum(place.count for place in of_stage) // (ranks // stages)
-        works += [max(of_stage.values(), key=flops).work] * alike
-    slowest = max(steps.values(), key=flops)
+        works += [max(of_stage.values(), key=seconds).work] * alike
+    slowest = max(steps.values(), key=seconds)
     return PlannedLayout(
         config=config,
         memory=fullest.memory,

@@ -32,7 +32,8 @@ class Operation:
 
     part, direction, kind: of `PARTS`, `DIRECTIONS`, `KINDS`.
     name: the operator's, with its namespace ("aten.mm").
-    dtype: of its result, as PyTorch writes it without "torch." ("bfloat16").
+    dtype: as PyTorch writes it without "torch." ("bfloat16"): of what products and attention
+        multiply, whatever they add up in; of others' results.
     flops: of products and attention; 0 for others.
     bytes: read and written, each tensor once.
     kernels: launches on the device.

@@ -196,6 +196,9 @@ def dry_run_of(case: Case) -> dict[str, object]:
         "counted": engines[0].traffic,  # by the engine itself
         "flops": [[*key, flops] for key, flops in result.flops.items()],
         "parts": sorted({operation.part for operation in result.work.operations}),
+        "dtypes": sorted(
+            {operation.dtype for operation in result.work.operations if operation.kind != "memory"}
+        ),
         "launches": sum(
             operation.kernels * calls
             for operation, calls in result.work.operations.items()

@@ -67,6 +67,14 @@ def test_pieces_that_are_one_node_have_their_parts(results):
     assert tiled["mlp", "forward"] == plain["mlp", "forward"]
 
 
+@pytest.mark.parametrize("case", [name for name in CASES if CASES[name].plant is None])
+def test_what_is_multiplied_has_the_dtype_of_the_training(case, results):
+    """Whatever it is added up in: sums over tiles are float32."""
+    dtypes = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+    precision = CASES[case].flags.get("precision", "bf16")
+    assert results[case]["dtypes"] == [dtypes[precision]]
+
+
 def test_every_wait_that_is_allowed_happens(results):
     happened = {where for result in results.values() for where in result.get("waits", ())}
     assert happened == set(results["allowed"])

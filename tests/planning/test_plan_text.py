@@ -122,10 +122,19 @@ def test_files_that_start_it(tmp_path, ranks, nodes):
     words = done.stdout.splitlines()
     assert f"--nproc-per-node={ranks // nodes}" in words
     assert ("--node-rank=1" in words) == (nodes > 1)
-    assert words[-4:] == ["--config", str(settings), "--lr", "1"]
+    run = ["--save", str(folder / "run")]
+    assert words[-6:] == ["--config", str(settings), *run, "--lr", "1"]
     with pytest.raises(UserError, match=r"config\.yaml: is there already: set --overwrite"):
         write_launch_files(folder, config, ranks, 8, "PP 2", overwrite=False)
     write_launch_files(folder, config, ranks, 8, "PP 2", overwrite=True)
+
+
+def test_a_run_folder_that_was_given_stays(tmp_path):
+    config = config_from_values({**VALUES, "save": "runs/mine", "keep_last": 2})
+    settings, command, job = write_launch_files(tmp_path, config, 4, 8, "", overwrite=False)
+    assert parse_arguments(["--config", str(settings)]) == config
+    assert "--save" not in command.read_text()
+    assert "RUN=${RUN:-runs/mine}" in job.read_text()
 
 
 def test_nodes_are_full(tmp_path):

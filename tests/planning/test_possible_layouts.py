@@ -68,16 +68,30 @@ def test_tensor_ranks_are_those_of_a_node():
     assert {tensor for tensor, *_ in given} == {12}
 
 
-def test_rungs_go_from_what_computes_least_to_what_needs_least():
+def test_rungs_are_all_memory_settings_with_the_stages_that_can_do_something():
     [division] = possible_layouts(MODEL, 1, 8).divisions
-    ways = [
+    ways = {
         (c.memory.memory_path, c.parallel.recompute_granularity, c.memory.offload_activations)
         for c in division.rungs
-        if c.parallel.zero_stage == 1
-    ]
-    assert ways[0] == ("off", None, False) and ways[-1] == ("on", "full", True)
-    assert len(ways) == len(set(ways)) == 6
-    assert [c.parallel.zero_stage for c in division.rungs[:3]] == [1, 2, 3]
+    }
+    assert len(ways) == len(division.rungs) == 6
+    assert {rung.parallel.zero_stage for rung in division.rungs} == {1}  # nothing to divide by
+    for division in possible_layouts(MODEL, 4, 8).divisions:
+        stages = {rung.parallel.zero_stage for rung in division.rungs}
+        replicas = 4 // (division.settings[TENSOR] * division.settings[PIPELINE])
+        divides = division.settings[PIPELINE] == 1 and replicas > 1
+        assert stages == ({1, 2, 3} if divides else {1})
+    assert not any("--zero-stage" in words for words in possible_layouts(MODEL, 4, 8).refused)
+
+
+def test_what_auto_would_choose_is_searched():
+    [division] = possible_layouts({**MODEL, "memory_path": "auto"}, 1, 8).divisions
+    assert {rung.memory.memory_path for rung in division.rungs} == {"off", "on"}
+
+
+def test_nothing_is_offloaded_on_a_cpu():
+    for division in possible_layouts(MODEL, 4, 4, on_gpu=False).divisions:
+        assert not any(rung.memory.offload_activations for rung in division.rungs)
 
 
 def test_a_batch_left_open_is_one_sequence_a_replica():
@@ -97,6 +111,7 @@ def test_a_batch_left_open_is_one_sequence_a_replica():
     [
         ({TENSOR: 5}, "--num-attention-heads 12 does not divide by --tensor-model-parallel-size 5"),
         ({SEQUENCE: 3}, "cannot be shared by"),
+        ({TENSOR: 0}, "--tensor-model-parallel-size 0 must be positive"),
         ({PIPELINE: 4}, "--num-layers 6 does not divide by --pipeline-model-parallel-size 4"),
         ({"zero_stage": 3, PIPELINE: 2}, "--zero-stage 3 does not work with"),
         ({"dilation_rates": (1,)}, "--dilation-rates"),

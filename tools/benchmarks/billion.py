@@ -94,7 +94,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--ratio", type=int, default=4, help="of a segment, and a rate, to the one before")
     add("--spanning-rows", type=count, help="see above")
     add("--precision", default="fp32", choices=("fp32", "bf16"))
-    add("--memory-path", default="on", choices=("on", "off", "auto"))
+    add("--memory-path", default="on", choices=("on", "off"))
     add("--threads", type=int, default=1, help="of each process on a CPU")
     add("--output", type=Path, default=Path("runs/billion"))
     args = parser.parse_args(arguments)

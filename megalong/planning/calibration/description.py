@@ -66,6 +66,8 @@ def link_shares(
         name: [[float(size), rounded(min(1.0, rate / peak))] for size, rate in rows]
         for name, rows in rates.items()
     }
+    if "send" in table:
+        table["receive"] = [list(row) for row in table["send"]]
     slowest = min(table.values(), key=lambda rows: rows[-1][1])
     return peak, {**table, "others": [list(row) for row in slowest]}
 
