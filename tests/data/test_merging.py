@@ -147,6 +147,21 @@ def test_partitions_of_different_inputs_are_named(tmp_path):
     )
 
 
+def test_a_complete_corpus_is_not_blamed_for_what_another_lacks(tmp_path):
+    made = {}
+    for folder in "xy":
+        (tmp_path / folder).mkdir()
+        for name in "ab":
+            (tmp_path / folder / f"{name}.txt").write_text(name)
+        files = find_files([str(tmp_path / folder)])
+        for number in (1, 2):
+            options = {"partition": partition(files, f"{number}/2")[1]}
+            prefix = tmp_path / f"{folder}{number}"
+            made[prefix.name] = preprocess(files[number - 1 : number], prefix, **options)
+    with pytest.raises(UserError, match="--input: 1 partition of 2 missing: 2/2"):
+        merged([made["x1"], made["y1"], made["y2"]], tmp_path / "out")
+
+
 def test_a_merge_goes_on_where_it_was_killed(tmp_path, inputs, monkeypatch):
     whole = preprocess(inputs, tmp_path / "whole")
     parts = []

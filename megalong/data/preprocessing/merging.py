@@ -229,6 +229,7 @@ def _check_partitions(sources: list[Pair], progress: tqdm) -> None:
             others = [
                 source
                 for (other, parts), found in shares.items()
+                if len(found) < parts  # a complete one is not to blame
                 for number, source in found.items()
                 if other != of and parts == count and number in missing
             ]
