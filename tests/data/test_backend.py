@@ -1,12 +1,17 @@
 """The fast library is used where it gives the usual one's ids, and only there."""
 
+import dataclasses
 import json
 import pickle
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megalong.data.preprocessing.partition import partition
+from megalong.data.preprocessing.preprocess import preprocess
+from megalong.data.preprocessing.tokenizing import TokenizingTask
 from megalong.data.text.documents import Reading
 from megalong.data.text.sample import sample_texts
 from megalong.data.tokenizers import backend
@@ -14,6 +19,7 @@ from megalong.data.tokenizers.backend import FastTokenizer, perhaps_fast, proven
 from megalong.data.tokenizers.tokenizer import build_tokenizer
 from megalong.errors import UserError
 from megalong.host_memory import resident_bytes
+from megalong.progress import progress_bar
 from tests.data.test_tokenizer import TEXTS
 
 
@@ -61,6 +67,44 @@ def test_what_the_library_remembers_is_let_go(usual, monkeypatch):
         assert fast.encode("some words") == usual.encode("some words")
     assert len(loaded) == 2  # ten characters are not more than ten
     assert len(set(loaded)) == 1
+
+
+def test_a_large_vocabulary_is_loaded_once(monkeypatch):
+    """It takes more than what may be remembered, and is not that."""
+
+    class Large:
+        loaded, times = False, 0
+
+        def __call__(self, text: str) -> np.ndarray:
+            self.times += not self.loaded
+            self.loaded = True
+            return np.frombuffer(text.encode(), np.uint8)
+
+        def forget(self) -> None:
+            self.loaded = False
+
+    usual, encoder = build_tokenizer("ByteTokenizer"), Large()
+    monkeypatch.setattr(usual, "fast_encoder", lambda: encoder)
+    monkeypatch.setattr(backend, "resident_bytes", lambda: encoder.loaded * 8 * backend._REMEMBERED)
+    monkeypatch.setattr(backend, "_LOOKED_AT_AFTER", 10)
+    fast = FastTokenizer(usual)
+    for _ in range(5):
+        assert fast.encode("some text") == list(b"some text")
+    assert encoder.times == 1
+
+
+def test_an_empty_partition(tokenizer_model, tmp_path):
+    pytest.importorskip("gigatoken")
+    files = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
+    for file in files:
+        Path(file).write_text("text")
+    share, number = partition(files, "2/3", lambda line: None)
+    assert share == []
+    task = TokenizingTask("SentencePieceTokenizer", tokenizer_model, Reading(), append_eod=True)
+    task = dataclasses.replace(task, backend="fast")
+    bar = progress_bar(0, "B", "", enabled=False)
+    made = preprocess(share, str(tmp_path / "out"), task, partition=number, progress=bar)
+    assert made.keys["text"].documents == 0
 
 
 def test_memory_does_not_grow_with_the_input(usual, monkeypatch):
@@ -119,3 +163,4 @@ def test_the_sample_is_of_the_beginning_and_of_all_files(tmp_path):
     assert {text[0] for text in texts} == set("0123")
     assert len({text.split()[1] for text in texts if text[0] == "3"}) > 20
     assert texts == [text for _, text in sample_texts(files, Reading(), 400_000)]
+    assert list(sample_texts([], Reading(), 400_000)) == []

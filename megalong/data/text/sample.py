@@ -20,6 +20,8 @@ def sample_texts(files: list[str], reading: Reading, max_bytes: int) -> Iterator
     """Yields texts, each with the name of its place: about max_bytes / 2 from the beginning, and as
     much from places drawn evenly over the files' bytes; of a long text a stretch. The same ones
     whenever the files are the same. Documents that are broken are not in it."""
+    if not files:  # an empty partition
+        return
     draw = random.Random(0)
     begin = itertools.chain.from_iterable(_documents(file, reading) for file in files)
     yield from _stretches(begin, reading, max_bytes // 2, draw)

@@ -51,6 +51,7 @@ class FastTokenizer(Tokenizer):
 
     def encode_array(self, text: str) -> np.ndarray:
         if self._begun_with is None:
+            self._encoder("")  # loads the library's tables, which are not what it remembers
             self._begun_with = resident_bytes()
         ids = self._encoder(text)
         self._characters += len(text)
