@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import random
+import tarfile
 import threading
 
 import pytest
@@ -88,6 +89,16 @@ def test_find_files_refuses_what_names_nothing(tmp_path):
             find_files([str(tmp_path / name)])
 
 
+def test_a_pattern_matches_neither_pipes_nor_links_to_nothing(tmp_path):
+    (tmp_path / "a.txt").touch()
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink(tmp_path / "missing", tmp_path / "link")
+    assert find_files([str(tmp_path / "*")]) == [str(tmp_path / "a.txt")]
+    assert find_files([str(tmp_path / "pipe")]) == [str(tmp_path / "pipe")]
+    with pytest.raises(UserError, match=r"link: no such file, folder or match"):
+        find_files([str(tmp_path / "link")])
+
+
 @pytest.mark.parametrize(
     "suffix", [".jsonl", ".ndjson", ".jsonl.gz", ".JSON.GZ", ".jsonl.zst", ".jsonl.xz", ".json.bz2"]
 )
@@ -115,6 +126,26 @@ def test_compression_is_known_by_content(tmp_path, suffix, give):
     assert read(tmp_path / "empty") == [""]
     for pieces in ((), (1, 2, 4, 3), (12, 1)):
         assert read(give(compress(lines, suffix), pieces)) == ["x", "y"]
+
+
+def test_zstandard_that_begins_with_a_frame_to_be_skipped(tmp_path, give):
+    """As pzstd writes it."""
+    data = b"\x5e\x2a\x4d\x18\x04\0\0\0size" + compress(b'{"text": "x"}\n', ".zst")
+    (tmp_path / "a").write_bytes(data)
+    assert read(tmp_path / "a") == read(give(data)) == ["x"]
+
+
+def test_standard_input_that_does_not_wait_is_waited_for(monkeypatch):
+    """Whoever has opened it may share it with a program that has it so."""
+    source, target = os.pipe()
+    os.set_blocking(source, False)
+    with open(source) as pipe:
+        monkeypatch.setattr("sys.stdin", pipe)
+        os.write(target, b'{"text": ')
+        writer = threading.Timer(0.2, lambda: (os.write(target, b'"x"}'), os.close(target)))
+        writer.start()
+        assert read("-") == ["x"]
+        writer.join()
 
 
 def test_a_pipe_is_read_like_standard_input(tmp_path, give):
@@ -238,3 +269,11 @@ def test_undecodable_text_file(tmp_path):
     path = tmp_path / "latin1.txt"
     path.write_bytes("caf\u00e9".encode("latin-1"))
     assert read(path) == [f"{path}: not UTF-8 (byte 3)"]
+
+
+@pytest.mark.parametrize("kind", ["", "gz"])
+def test_an_archive_is_no_text(tmp_path, kind):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, f"w:{kind}") as archive:
+        archive.add(__file__, "a.py")
+    assert read(path) == [f"{path}: binary"]

@@ -15,6 +15,7 @@ from megalong.data.text.files import COMPRESSIONS, shown
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+_LOOKED_AT = 8000  # bytes
 NAMED_REMARKS = 100  # so many are said one by one
 
 # What is a document: "auto": a line of JSON lines, a row of Parquet, any other file; "file" and
@@ -106,6 +107,12 @@ class Remarks:
         """A document that is left out."""
         self.skipped += 1
         self.say(f"skipped {problem}")
+
+
+def is_binary(data: bytes) -> bool:
+    """Whether a file with this content is none of text: a NUL is near its beginning, as git has
+    it."""
+    return b"\0" in data[:_LOOKED_AT]
 
 
 def as_text(data: bytes, document: RawDocument) -> str:

@@ -59,7 +59,13 @@ class Compression(NamedTuple):
 
 COMPRESSIONS = (
     Compression("gzip", ".gz", rb"\x1f\x8b\x08", lambda file: gzip.GzipFile(fileobj=file)),
-    Compression("Zstandard", ".zst", rb"\x28\xb5\x2f\xfd", zstd and zstd.ZstdFile),
+    # The head of a frame, or of one that is to be skipped, which some tools begin with.
+    Compression(
+        "Zstandard",
+        ".zst",
+        rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",
+        zstd and zstd.ZstdFile,
+    ),
     Compression("xz", ".xz", rb"\xfd7zXZ\x00", lzma.LZMAFile),
     # The head of a block, or of the end of an empty file.
     Compression("bzip2", ".bz2", rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", bz2.BZ2File),
@@ -73,7 +79,7 @@ _TEXTS = (".jsonl", ".json", ".ndjson", ".txt")
 
 def find_files(inputs: list[str], documents: str = "auto") -> list[str]:
     """The files that files, folders (searched for files at any depth) and glob patterns name; "-"
-    is standard input. A pipe may be named like a file.
+    is standard input. A pipe may be named like a file; patterns leave pipes out.
 
     In the order of `inputs`, sorted inside a folder or pattern, each file once. Hidden files and
     folders inside a folder are left out. documents: as in `documents.Reading`; where it is
@@ -88,11 +94,7 @@ def find_files(inputs: list[str], documents: str = "auto") -> list[str]:
             files.append(name)
             continue
         exists = os.path.exists(name)
-        found = [
-            file
-            for match in ([name] if exists else sorted(glob.glob(name, recursive=True)))
-            for file in below(match)
-        ]
+        found = [file for match in ([name] if exists else _matches(name)) for file in below(match)]
         if not found:
             what = "an empty folder" if os.path.isdir(name) else "no such file, folder or match"
             if documents == "repository" and (exists or name == STANDARD_INPUT):
@@ -168,6 +170,7 @@ def open_file(path: str) -> io.BufferedReader:
         return open(path, "rb", _BUFFER_BYTES)
     standard = path == STANDARD_INPUT
     file = io.FileIO(sys.stdin.fileno() if standard else path, closefd=not standard)
+    os.set_blocking(file.fileno(), True)  # who has given it may have had it otherwise
     return io.BufferedReader(_Stream(file), _BUFFER_BYTES)
 
 
@@ -196,6 +199,12 @@ def decompressed(on_disk: io.BufferedReader, path: str) -> BinaryIO:
     if compression.open is None:
         raise OSError(compression.unsupported)
     return compression.open(on_disk)
+
+
+def _matches(pattern: str) -> list[str]:
+    """The files and folders of a pattern, sorted; neither streams nor links to nothing."""
+    found = glob.glob(pattern, recursive=True)
+    return sorted(path for path in found if os.path.isfile(path) or os.path.isdir(path))
 
 
 def _files_below(path: str) -> list[str]:

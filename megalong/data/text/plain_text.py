@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 
-from megalong.data.text.documents import BrokenDocument, RawDocument, Reading, as_text
+from megalong.data.text.documents import BrokenDocument, RawDocument, Reading, as_text, is_binary
 from megalong.data.text.files import UNREADABLE, decompressed, is_stream, open_file
 
 NAME = "plain text"
@@ -23,7 +23,7 @@ def raw_documents(path: str, reading: Reading) -> Iterator[RawDocument]:
 
 
 def texts(document: RawDocument, reading: Reading) -> dict[str, str | BrokenDocument]:
-    """The file's text, under the first key."""
+    """The file's text, under the first key. Raises BrokenDocument for a binary file."""
     data = document.data
     if data is None:
         try:
@@ -34,4 +34,7 @@ def texts(document: RawDocument, reading: Reading) -> dict[str, str | BrokenDocu
                 data = file.read()
         except UNREADABLE as error:
             raise BrokenDocument(f"{document.path}: unreadable ({error})") from None
-    return {reading.json_keys[0]: as_text(data, document)}
+    text = as_text(data, document)
+    if is_binary(data):  # as an archive of texts is
+        raise BrokenDocument(f"{document.place}: binary")
+    return {reading.json_keys[0]: text}

@@ -3,11 +3,17 @@
 import os
 from collections.abc import Iterator
 
-from megalong.data.text.documents import BrokenDocument, LeftOut, RawDocument, Reading, as_text
+from megalong.data.text.documents import (
+    BrokenDocument,
+    LeftOut,
+    RawDocument,
+    Reading,
+    as_text,
+    is_binary,
+)
 from megalong.data.text.files import UNREADABLE
 
 NAME = "source file"
-_LOOKED_AT = 8000  # bytes; a NUL among them makes a file binary, as git has it
 
 
 def raw_documents(path: str, reading: Reading) -> Iterator[RawDocument]:
@@ -30,6 +36,6 @@ def read(document: RawDocument, path: str, max_file_size: int) -> str:
             data = file.read()
     except UNREADABLE as error:
         raise BrokenDocument(f"{path}: unreadable ({error})") from None
-    if b"\0" in data[:_LOOKED_AT]:
+    if is_binary(data):
         raise LeftOut("binary file", f"{path}: binary")
     return as_text(data, document._replace(path=path))
