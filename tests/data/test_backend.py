@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megalong.data import formats
 from megalong.data.preprocessing.partition import partition
 from megalong.data.preprocessing.preprocess import preprocess
 from megalong.data.preprocessing.tokenizing import TokenizingTask
@@ -150,6 +151,19 @@ def test_without_the_library_the_usual_one_is_used_and_said(usual, corpus, monke
         "tokenizer backend: the usual library; a faster one is gigatoken: pip install gigatoken"
     ]
     assert with_backend(usual, "usual", [str(corpus)], Reading(), pytest.fail) is usual
+
+
+def test_what_else_is_wrong_is_not_taken_for_a_difference(usual, tmp_path, monkeypatch):
+    """Such as Parquet under another name, which cannot be read."""
+
+    def refuse(file: str) -> None:
+        raise UserError("Parquet needs pyarrow")
+
+    pytest.importorskip("gigatoken")
+    monkeypatch.setattr(formats, "check_pyarrow", refuse)
+    (tmp_path / "a").write_bytes(b"PAR1" + bytes(100) + b"PAR1")
+    with pytest.raises(UserError, match=r"^Parquet needs pyarrow"):
+        with_backend(usual, "auto", [str(tmp_path / "a")], Reading(), pytest.fail)
 
 
 def test_the_sample_is_of_the_beginning_and_of_all_files(tmp_path):

@@ -36,6 +36,10 @@ _REMEMBERED = 1 << 27  # bytes that this process may grow by
 _LOOKED_AT_AFTER = 1 << 22  # characters
 
 
+class NotProven(UserError):
+    """The fast library has other ids, or it cannot be seen that it has the same."""
+
+
 class FastTokenizer(Tokenizer):
     """A tokenizer whose texts another library cuts into the same ids."""
 
@@ -62,8 +66,13 @@ class FastTokenizer(Tokenizer):
         return ids
 
     def agrees(self, text: str) -> bool:
-        """Whether both libraries have the same ids for a text."""
-        return self.encode_array(text).tolist() == self.usual.encode_array(text).tolist()
+        """Whether both libraries have the same ids for a text, and neither fails."""
+        try:
+            return self.encode_array(text).tolist() == self.usual.encode_array(text).tolist()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # such as a panic of Rust, which is no Exception
+            return False
 
     def rest(self) -> None:
         """Gives back the library's memory, until it is needed again."""
@@ -106,7 +115,7 @@ def proven(
     alike; else the usual tokenizer.
 
     agree: `FastTokenizer.agrees` of texts, wherever it is done; None: here.
-    Raises UserError where "fast" cannot be had.
+    Raises UserError where "fast" cannot be had, and what `agree` and reading the files raise.
     """
     if not isinstance(tokenizer, FastTokenizer):
         return tokenizer
@@ -114,7 +123,7 @@ def proven(
         agree = functools.partial(map, tokenizer.agrees)
     try:
         documents, size = _prove_same(tokenizer.usual, files, reading, agree)
-    except UserError as error:
+    except NotProven as error:
         _refuse(error, backend, say)
         return tokenizer.usual
     say(
@@ -136,10 +145,10 @@ def _prove_same(
     reading: Reading,
     agree: Callable[[list[str]], Iterable[bool]],
 ) -> tuple[int, int]:
-    """Documents and bytes that both cut alike. Raises UserError for one that they do not."""
+    """Documents and bytes that both cut alike. Raises NotProven for one that they do not."""
     stream = next(filter(is_stream, files), None)
     if stream is not None:
-        raise UserError(
+        raise NotProven(
             f"{shown(stream)} cannot be read twice, to compare the ids of both libraries"
         )
     probes = [*_PROBES, *usual.special_names, *_random_texts()]
@@ -148,7 +157,7 @@ def _prove_same(
     texts = probes + [text for _, text in sample]
     for place, same in zip(places, agree(texts), strict=True):
         if not same:
-            raise UserError(f"gigatoken gives other ids than the usual library for {place}")
+            raise NotProven(f"gigatoken gives other ids than the usual library for {place}")
     return len(sample), sum(len(text.encode("utf-8")) for _, text in sample)
 
 
