@@ -1,17 +1,21 @@
 """Processes that prove the fast library, and make tokens with it or with the usual one."""
 
+import dataclasses
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megalong.data.preprocessing.tokenizing import TokenizingTask, Workers
+from megalong.data.preprocessing import preprocess as module
+from megalong.data.preprocessing.tokenizing import PICKLED, TokenizingTask, Workers
 from megalong.data.text import json_lines
 from megalong.data.text.documents import RawDocument, Reading
 from megalong.data.tokenizers.backend import FastTokenizer, proven
 from megalong.data.tokenizers.tokenizer import ByteTokenizer
 from megalong.errors import UserError
+from megalong.progress import progress_bar
 
 TASK = TokenizingTask("ByteTokenizer", None, Reading(), append_eod=True)
 TEXTS = ["one", "two", "three", "two and a half", "five"]
@@ -56,12 +60,14 @@ def test_what_differs_is_told_in_order_and_the_usual_tokens_are_made(number, tmp
     file.write_bytes(b"".join(documents[0].data for documents, _ in batches()))
     usual = Bytes(Shifted("two"))
     fast, said = FastTokenizer(usual), []
-    with Workers(TASK, fast, number) as workers:
+    with Workers(TASK, fast, number, tmp_path) as workers:
+        assert (tmp_path / PICKLED).exists() == (number > 1)
         assert list(workers.agree(TEXTS)) == [True, False, True, False, True]
         kept = proven(fast, "auto", [str(file)], Reading(), said.append, workers.agree)
         assert kept is usual
         results = list(workers.tokenized(batches(), kept))
         others = list(workers.tokenized(batches(), fast))
+    assert not (tmp_path / PICKLED).exists()
     assert said == [
         "tokenizer backend: the usual library; gigatoken gives other ids than the usual library for"
         f" {file}:2"
@@ -73,20 +79,54 @@ def test_what_differs_is_told_in_order_and_the_usual_tokens_are_made(number, tmp
         assert (other.keys["text"].tokens.tolist() == expected) == ("two" not in text)
 
 
-def test_a_worker_that_dies_of_the_proof_is_told():
-    with (
-        Workers(TASK, FastTokenizer(Bytes(Shifted("three", kill=True))), 2) as workers,
-        pytest.raises(UserError, match="a tokenizing worker died"),
-    ):
-        list(workers.agree(TEXTS))
+def test_a_worker_that_dies_of_the_proof_is_told_and_replaced(tmp_path, monkeypatch, capsys):
+    file, bar = tmp_path / "a.jsonl", progress_bar(1, "B", "", enabled=False)
+    file.write_bytes(b"".join(documents[0].data for documents, _ in batches()))
+    usual = Bytes(Shifted("three", kill=True))
+    monkeypatch.setattr(module, "build_tokenizer", lambda *_: usual)
+    monkeypatch.setattr(module, "perhaps_fast", lambda usual, *_: FastTokenizer(usual))
+
+    def tokens(backend: str) -> bytes:
+        task = dataclasses.replace(TASK, backend=backend)
+        prefix = tmp_path / backend
+        module.preprocess([str(file)], str(prefix), task, workers=2, progress=bar)
+        return Path(f"{prefix}_text_document.bin").read_bytes()
+
+    made = tokens("auto")
+    assert capsys.readouterr().err == (
+        "tokenizer backend: the usual library; comparing gigatoken's ids, a tokenizing worker died"
+        " (killed, or out of memory: try fewer --workers)\n"
+    )
+    expected = [[*text.encode(), usual.eod] for text in TEXTS]
+    assert made == np.concatenate(expected).astype(np.uint16).tobytes()
+    with pytest.raises(UserError, match=r"a tokenizing worker died.*nothing was written"):
+        tokens("fast")
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_text_that_the_fast_library_fails_of_is_one_that_differs():
+    class Panic(BaseException):
+        """As those of Rust are."""
+
+    def fails(text: str) -> np.ndarray:
+        raise Panic if text else ValueError
+
+    fast = FastTokenizer(Bytes(Shifted("two")))
+    fast._encoder = fails
+    assert not fast.agrees("") and not fast.agrees("text")
 
 
 @pytest.mark.parametrize("set_before", [None, "glibc.malloc.arena_max=2"])
-def test_workers_have_large_pages_and_this_process_keeps_its_settings(set_before, monkeypatch):
+def test_workers_have_large_pages_and_this_process_keeps_its_settings(
+    set_before, monkeypatch, tmp_path
+):
+    """Those of the fast library have."""
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     if set_before:
         monkeypatch.setenv("GLIBC_TUNABLES", set_before)
-    with Workers(TASK, ByteTokenizer(), 2) as workers:
-        assert os.environ.get("GLIBC_TUNABLES") == set_before
-        seen = {workers._pool.submit(os.getenv, "GLIBC_TUNABLES").result() for _ in range(4)}
-    assert seen == {set_before or "glibc.malloc.hugetlb=1"}
+    fast = FastTokenizer(Bytes(Shifted("two")))
+    for tokenizer, pages in [(fast, "glibc.malloc.hugetlb=1"), (fast.usual, None)]:
+        with Workers(TASK, tokenizer, 2, tmp_path) as workers:
+            assert os.environ.get("GLIBC_TUNABLES") == set_before
+            seen = {workers._pool.submit(os.getenv, "GLIBC_TUNABLES").result() for _ in range(4)}
+        assert seen == {set_before or pages}

@@ -31,7 +31,12 @@ from megalong.data.formats import raw_documents
 from megalong.data.preprocessing.input_hashes import InputHashes
 from megalong.data.preprocessing.output import KeySummary, Output
 from megalong.data.preprocessing.partition import Partition
-from megalong.data.preprocessing.tokenizing import BatchResult, TokenizingTask, Workers
+from megalong.data.preprocessing.tokenizing import (
+    BatchResult,
+    TokenizingTask,
+    WorkerDied,
+    Workers,
+)
 from megalong.data.preprocessing.unfinished import DiskFull, Unfinished
 from megalong.data.preprocessing.writer import refuse_existing, token_dtype
 from megalong.data.text.documents import RawDocument, Reading, Remarks
@@ -191,10 +196,17 @@ class _Run:
         tokenizer = perhaps_fast(self._tokenizer, backend, say)
         # The workers must be gone when an error is reported.
         with (
-            Workers(self._task, tokenizer, workers) as pool,
+            Workers(self._task, tokenizer, workers, self._job.folder) as pool,
             InputHashes(self._files, self._sizes, self._place.file) as hashes,
         ):
-            tokenizer = proven(tokenizer, backend, self._files, reading, say, pool.agree)
+            try:
+                tokenizer = proven(tokenizer, backend, self._files, reading, say, pool.agree)
+            except WorkerDied as died:  # of the fast library, perhaps
+                if backend == "fast":
+                    raise
+                say(f"tokenizer backend: the usual library; comparing gigatoken's ids, {died}")
+                tokenizer = self._tokenizer
+                pool.start_anew(tokenizer)
             results = pool.tokenized(self._batches(hashes), tokenizer)
             for (self._place, self._stream), result in results:
                 self._write(result, strict)

@@ -8,12 +8,12 @@ import multiprocessing
 import os
 import pickle
 import signal
-import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -21,12 +21,15 @@ import numpy as np
 from megalong.data.formats import texts
 from megalong.data.preprocessing.output import HASHED, KeyResult, Problem
 from megalong.data.preprocessing.repeats import text_hashes
+from megalong.data.preprocessing.unfinished import disk_errors
 from megalong.data.preprocessing.writer import token_dtype
 from megalong.data.text.documents import BrokenDocument, LeftOut, RawDocument, Reading
+from megalong.data.tokenizers.backend import FastTokenizer
 from megalong.data.tokenizers.tokenizer import Tokenizer
 from megalong.errors import UserError
 
 BATCHES_PER_WORKER = 3
+PICKLED = "tokenizer.pickle"  # in the folder of an unfinished run
 BYTES_UNDER_WAY = 64 << 20  # of text; one batch may have more
 _TEXTS_AT_ONCE = 4  # that a worker compares, of a sample
 End = TypeVar("End")
@@ -73,26 +76,37 @@ class _UnderWay(NamedTuple):
     future: Future
 
 
+class WorkerDied(UserError):
+    """A tokenizing process is gone."""
+
+
 class Workers:
     """Processes that make tokens; with a number of 1 it is this process. A context manager.
 
     tokenizer: of the workers. Where that is a FastTokenizer, its usual one may be used instead.
-    Raises UserError from any method where a worker dies.
+    folder: for a file that they are given the tokenizer by, until they end.
+    Raises WorkerDied from any method where a worker dies.
     """
 
-    def __init__(self, task: TokenizingTask, tokenizer: Tokenizer, number: int) -> None:
+    def __init__(
+        self, task: TokenizingTask, tokenizer: Tokenizer, number: int, folder: Path
+    ) -> None:
         self._task, self._tokenizer, self._number = task, tokenizer, number
+        self._pickled = folder / PICKLED
         self._pool: ProcessPoolExecutor | None = None
-        if number > 1:
-            self._start()
+        self._start()
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *exception) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            self._pickled.close()
+        self._end()
+
+    def start_anew(self, tokenizer: Tokenizer) -> None:
+        """Other processes, with another tokenizer, where these have died."""
+        self._end()
+        self._tokenizer = tokenizer
+        self._start()
 
     def agree(self, texts: list[str]) -> Iterator[bool]:
         """Yields for every text whether both libraries of the FastTokenizer have the same ids."""
@@ -132,20 +146,28 @@ class Workers:
                 yield first.end, first.future.result()
                 under_way.popleft()
 
+    def _end(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+            self._pickled.unlink(missing_ok=True)
+
     def _start(self) -> None:
+        if self._number == 1:
+            return
         # Spawned, not forked: the caller may have threads. A worker is given the tokenizer as it is
         # and imports neither Transformers nor torch, which would take hundreds of MB in each. It
         # comes by a file: a start with as much in its pipe would wait for the new process to read.
-        self._pickled = tempfile.NamedTemporaryFile()  # noqa: SIM115, closed by __exit__
-        pickle.dump(self._tokenizer, self._pickled)
-        self._pickled.flush()
+        with disk_errors(self._pickled), open(self._pickled, "wb") as file:
+            pickle.dump(self._tokenizer, file)
         self._pool = ProcessPoolExecutor(
             self._number,
             multiprocessing.get_context("spawn"),
             _start_worker,
-            (self._task, self._pickled.name),
+            (self._task, self._pickled),
         )
-        with _large_pages(), _death_told():
+        fast = isinstance(self._tokenizer, FastTokenizer)
+        with _large_pages() if fast else contextlib.nullcontext(), _death_told():
             for _ in range(self._number):
                 self._pool.submit(_ready)
 
@@ -156,7 +178,7 @@ def _death_told(under_way: collections.deque[_UnderWay] = ()) -> Iterator[None]:
         yield
     except BrokenProcessPool:
         near = f" near {under_way[0].place}" if under_way else ""
-        raise UserError(
+        raise WorkerDied(
             f"a tokenizing worker died{near} (killed, or out of memory: try fewer --workers)"
         ) from None
 
@@ -179,7 +201,7 @@ def _large_pages() -> Iterator[None]:
 _worker: tuple[TokenizingTask, Tokenizer] | None = None  # set once in every worker process
 
 
-def _start_worker(task: TokenizingTask, pickled: str) -> None:
+def _start_worker(task: TokenizingTask, pickled: Path) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
     threading.Thread(target=_exit_with_parent, daemon=True).start()
