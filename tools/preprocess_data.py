@@ -13,7 +13,8 @@ What is broken is named on standard error, skipped and counted; --strict makes i
 output has its final name only when it is complete. It does not depend on --workers, nor on
 --tokenizer-backend: a faster library is used where it gives the same ids.
 A run that was killed, or whose disk was full, goes on when the same command is given again, from
-the last finished part in PREFIX.unfinished; a stream has to give the same again. --partition k/n
+the last finished part in PREFIX.unfinished, with --overwrite too, which begins anew where something
+else is given; a stream has to give the same again, or PREFIX.unfinished be removed. --partition k/n
 takes one of n shares of the input, for an array job; shares are whole files. What all tasks have
 written tools/merge_datasets.py makes one output.
 Exit status: 0, or 2 after an error.
@@ -95,7 +96,11 @@ def parse_arguments() -> argparse.Namespace:
         help="note what is finished after so many bytes of input",
     )
     add("--workers", type=int, default=1, help="tokenizing processes")
-    add("--overwrite", action="store_true", help="replace existing output files")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace existing output files, and what is unfinished of another command",
+    )
     add("--strict", action="store_true", help="stop at the first broken document")
     args = parser.parse_args()
     if args.workers < 1:

@@ -193,28 +193,32 @@ def give(tmp_path, monkeypatch):
         yield give
 
 
-def test_standard_input_goes_on_where_it_begins_with_the_same(tmp_path, inputs, monkeypatch, give):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_standard_input_goes_on_where_it_begins_with_the_same(
+    tmp_path, inputs, monkeypatch, give, overwrite
+):
     lines = Path(inputs[0]).read_bytes()
     give(lines)
     part_of(["-"], tmp_path / "out", monkeypatch, call=3)
     give(b" " + lines)
-    with pytest.raises(UserError, match="standard input does not begin with"):
-        preprocess(["-"], tmp_path / "out")
+    with pytest.raises(UserError, match=r"does not begin with .*: remove .*unfinished to begin"):
+        preprocess(["-"], tmp_path / "out", overwrite=overwrite)
     for fewer in [b"", lines[: lines.index(b"\n") + 1]]:
         give(fewer)
         with pytest.raises(UserError, match=r"input: it gives [01] document.* had been"):
             preprocess(["-"], tmp_path / "out")
     give(lines + b"\n{}")
-    assert preprocess(["-"], tmp_path / "out").resumed > 10
+    assert preprocess(["-"], tmp_path / "out", overwrite=overwrite).resumed > 10
     sidecar = json.loads(Path(f"{tmp_path}/out_text_document.json").read_text())
     assert sidecar["inputs"][0]["sha256"] == hashlib.sha256(lines + b"\n{}").hexdigest()
     preprocess(inputs[:1], tmp_path / "whole")
     assert content(tmp_path / "out")[:2] == content(tmp_path / "whole")[:2]
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("then", [[], ["plain.txt"]], ids=["alone", "and a file"])
 def test_standard_input_that_was_read_to_its_end_has_to_give_the_same(
-    tmp_path, inputs, monkeypatch, give, then, capsys
+    tmp_path, inputs, monkeypatch, give, then, overwrite, capsys
 ):
     """Also where the run had noted all, so that nothing is left to be read."""
     lines, files = Path(inputs[0]).read_bytes(), ["-", *(f"{tmp_path}/in/{name}" for name in then)]
@@ -225,14 +229,28 @@ def test_standard_input_that_was_read_to_its_end_has_to_give_the_same(
     for other in [b"", lines + b'\n{"text": "new"}']:
         give(other)
         with pytest.raises(UserError, match="standard input gives something else than when it was"):
-            preprocess(files, tmp_path / "out")
+            preprocess(files, tmp_path / "out", overwrite=overwrite)
     give(lines)  # as it is unpacked
     capsys.readouterr()
-    assert preprocess(files, tmp_path / "out").resumed > 50
+    assert preprocess(files, tmp_path / "out", overwrite=overwrite).resumed > 50
     assert capsys.readouterr().err == "standard input: read to see that it gives the same again\n"
     give(lines)
     preprocess(files, tmp_path / "whole")
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_overwrite_begins_anew_before_a_stream_is_read(tmp_path, inputs, monkeypatch, give):
+    """Where a file behind it has changed."""
+    lines, files = Path(inputs[0]).read_bytes(), ["-", *inputs[1:]]
+    give(lines)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(unfinished.Unfinished, "give_names", lambda self: kill())
+        preprocess(files, tmp_path / "out")
+    Path(inputs[-1]).write_text("other text")
+    give(lines)
+    assert preprocess(files, tmp_path / "out", overwrite=True).resumed == 0
+    preprocess(inputs, tmp_path / "whole")
+    assert content(tmp_path / "out")[:2] == content(tmp_path / "whole")[:2]
 
 
 def kill():

@@ -37,7 +37,7 @@ from megalong.data.preprocessing.tokenizing import (
     WorkerDied,
     Workers,
 )
-from megalong.data.preprocessing.unfinished import DiskFull, Unfinished
+from megalong.data.preprocessing.unfinished import DiskFull, InputSpent, Unfinished
 from megalong.data.preprocessing.writer import refuse_existing, token_dtype
 from megalong.data.text.documents import RawDocument, Reading, Remarks
 from megalong.data.text.files import content_files, is_stream, shown, total_size
@@ -119,8 +119,8 @@ def preprocess(
     Raises UserError where nothing is left to write, where the output cannot be written, and where a
     worker dies (killed, or out of memory).
 
-    A stream, such as standard input, has to give the same again: what it gives is compared with
-    what had been read of it.
+    A stream, such as standard input, has to give the same again, with overwrite too: what it gives
+    is compared with what had been read of it, and then it cannot be read from its beginning.
     """
     start = time.monotonic()
     tokenizer = build_tokenizer(task.tokenizer_type, task.tokenizer_model)
@@ -129,8 +129,7 @@ def preprocess(
     prefixes = [output_prefix(prefix, key) for key in task.json_keys]
     identity = _identity(files, task, tokenizer, partition)
     changed = functools.partial(_changed_input, files, task.reading, progress)
-    anew = overwrite and any(map(is_stream, files))  # which are not read twice, to see if they are
-    with Unfinished(prefix, identity, changed, overwrite=overwrite, anew=anew) as job:
+    with Unfinished(prefix, identity, changed, overwrite=overwrite) as job:
         if job.naming:  # killed at the very end
             summary, _ = _read_progress(job.progress)
             _note_resumed(summary)
@@ -274,7 +273,8 @@ class _Run:
             if Place(number, count) < begin:
                 raise UserError(
                     f"{shown(path)}: it gives {counted(count, 'document')}, and"
-                    f" {begin.documents:,} had been read from it before"
+                    f" {begin.documents:,} had been read from it before:"
+                    f" {_removal(self._job.folder)}"
                 )
         if batch:
             yield batch, self._end(Place(len(self._files), 0))
@@ -286,8 +286,8 @@ class _Run:
     def _check_stream(self, path: str, digest: str) -> None:
         if digest != self._stream:
             raise UserError(
-                f"{shown(path)} does not begin with what has been read of it: --overwrite begins"
-                " anew"
+                f"{shown(path)} does not begin with what has been read of it:"
+                f" {_removal(self._job.folder)}"
             )
 
     def _write(self, result: BatchResult, strict: bool) -> None:
@@ -384,6 +384,10 @@ def _what_remains(job: Unfinished, run: _Run) -> Iterator[None]:
         raise UserError(f"{message}; nothing was written") from error
 
 
+def _removal(folder: Path) -> str:
+    return f"remove {folder} to begin anew"
+
+
 def goes_on(folder: Path) -> str:
     """What is said of an unfinished run."""
     return f"what was finished is kept in {folder}, and the same command goes on from there"
@@ -439,22 +443,27 @@ def _file_state(path: str) -> dict:
 def _changed_input(
     files: list[str], reading: Reading, bar: tqdm, folder: Path, progress: dict
 ) -> str | None:
-    """Which of the files that have been read is no longer what it was."""
+    """Which of the files that have been read is no longer what it was. Raises InputSpent for a
+    stream."""
     done = progress["place"][0]
     try:
         with open(folder / INPUTS, encoding="utf-8") as lines:
             states = [json.loads(line) for line in itertools.islice(lines, done)]
     except (OSError, ValueError) as error:
         return f"{INPUTS} is damaged ({error})"
-    for number, then in enumerate([*states, *progress["current"]]):
-        path = files[number]
+    for path, then in zip(files, [*states, *progress["current"]], strict=False):
         now = _file_state(path)
         if (now["size"], now["modified"]) != (then["size"], then["modified"]):
             return f"{path} has changed since it was read"
-        if number < done and is_stream(path):
+    # Last: once they are read, the job cannot begin anew.
+    for path, then in zip(files, states, strict=False):
+        if is_stream(path):
             bar.write(f"{shown(path)}: read to see that it gives the same again", file=sys.stderr)
             if _stream_sha256(path, reading) != then["sha256"]:
-                return f"{shown(path)} gives something else than when it was read"
+                raise InputSpent(
+                    f"{folder}: {shown(path)} gives something else than when it was read: give the"
+                    f" same as then to go on, or {_removal(folder)}"
+                )
     return None
 
 

@@ -34,6 +34,10 @@ class DiskFull(UserError):
     """There is no room for what was to be written."""
 
 
+class InputSpent(UserError):
+    """The input cannot be read another time, so that a job can neither go on nor begin anew."""
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Inside, an error of the operating system is a UserError that names the file, and for a disk
@@ -79,8 +83,8 @@ class Unfinished:
     prefix: how the names of its output begin. identity: what a job must have in common with the one
     that it goes on, by the flag or the words for it; JSON-able.
     changed: asked about the `progress` of a job that is there, answers what has changed since then
-        so that it cannot go on, or None.
-    overwrite: begin anew where the job that is there is another one.
+        so that it cannot go on, or None; may raise InputSpent.
+    overwrite: begin anew where the job that is there is another one, but for InputSpent.
     progress: what `finish_part` was given last; {} where nothing is finished.
     anew: never go on.
     naming: all is done but for names, so that only `give_names` remains.
@@ -111,8 +115,8 @@ class Unfinished:
         try:
             if not anew:
                 self._go_on(changed)
-        except UserError:
-            if not overwrite:
+        except UserError as error:
+            if not overwrite or isinstance(error, InputSpent):
                 self._lock.close()
                 raise
         if not self.progress:
