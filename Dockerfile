@@ -8,8 +8,8 @@
 # The base brings PyTorch, CUDA, NCCL, Triton and Transformer Engine, built for each other. A
 # smaller one, without NVIDIA's extras, does as well:
 #     docker build --build-arg BASE=pytorch/pytorch:2.11.0-cuda12.8-cudnn9-devel -t megalong .
-# Of the extras in pyproject.toml all but `eval` are in it; --build-arg EXTRAS=hf,data,eval, or
-# EXTRAS= for none, makes another choice.
+# Of the extras in pyproject.toml all but `eval` and `dev` are in it; --build-arg
+# EXTRAS=hf,data,eval, or EXTRAS= for none, makes another choice.
 ARG BASE=nvcr.io/nvidia/pytorch:26.05-py3
 FROM ${BASE}
 
