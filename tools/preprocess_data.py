@@ -5,10 +5,11 @@
 
 writes data/stdlib_text_document.bin, .idx, and .json (counts, inputs, tokenizer); train on it with
 --data-path data/stdlib_text_document. Inputs are files, folders and glob patterns: JSON lines
-(.jsonl, .json, .ndjson, and what holds them under another name), one document a line; Parquet, one
-document a row; anything else as plain text, one document a file. Standard input (-), <(command) and
-named pipes are JSON lines. All of them compressed or not (gzip, Zstandard, xz, bzip2), whatever
-their names. Of source code --documents makes one document a file or a repository.
+(.jsonl, .json, .ndjson, and under other names what holds them with a key of --json-keys), one
+document a line; Parquet, whatever its name, one document a row; anything else as plain text, one
+document a file. Standard input (-), <(command) and named pipes, which have to be named themselves,
+are JSON lines. All but Parquet may be compressed (gzip, Zstandard, xz, bzip2), whatever their
+names. Of source code --documents makes one document a file or a repository.
 What is broken is named on standard error, skipped and counted; --strict makes it an error. The
 output has its final name only when it is complete. It does not depend on --workers, nor on
 --tokenizer-backend: a faster library is used where it gives the same ids.
