@@ -23,6 +23,8 @@ COMMANDS = {
     "tools/inspect_dataset.py": "x",
     "tools/merge_datasets.py": "--input x --output-prefix y",
     "tools/plot_run.py": "x",
+    "tools/calibrate_device.py": "--output y",
+    "tools/plan_run.py": "--cluster h100 --gpus 8",
     "tools/preprocess_data.py": "--input {file} --output-prefix y",
     "tools/train_tokenizer.py": "--input {file} --output-prefix y --vocab-size 9",
     "examples/quickstart/report.py": "x",

@@ -6,6 +6,7 @@ the classes that such a list is made of. The tensors themselves are loaded as we
 
 from __future__ import annotations
 
+import enum
 import pickle
 from pathlib import Path
 from typing import IO, Any
@@ -63,8 +64,16 @@ class _FileReader(dcp.FileSystemReader):
         return torch.load(slice_of_file(self, file, piece), map_location="cpu", weights_only=True)
 
 
+def _member(kind: Any, name: str) -> enum.Enum:
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum)):
+        raise pickle.UnpicklingError(f"{kind}.{name} has no place in a list of tensors")
+    return kind[name]
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):  # as Python 3.11.0 to 3.11.3 write enums
+            return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in CHECKPOINT_CLASSES:
             return super().find_class(module, name)

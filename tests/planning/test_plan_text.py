@@ -1,7 +1,9 @@
 """A search in words, and the files that start a layout."""
 
 import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import yaml
@@ -111,7 +113,7 @@ def test_files_that_start_it(tmp_path, ranks, nodes):
     assert f"#SBATCH --gpus-per-node={ranks // nodes}\n" in job.read_text()
     for script in (command, job):
         subprocess.run(["bash", "-n", script], check=True)
-        subprocess.run(["shellcheck", script], check=True)
+        subprocess.run([Path(sys.executable).with_name("shellcheck"), script], check=True)
     fake = tmp_path / "torchrun"
     fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     fake.chmod(0o755)

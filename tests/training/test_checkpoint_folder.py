@@ -4,6 +4,7 @@ import os
 import pickle
 
 import pytest
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from megalong.checkpoint.folder import (
     being_read,
@@ -109,6 +110,27 @@ class Attack:
 def test_the_list_of_tensors_cannot_run_code(tmp_path):
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Attack()))
     with pytest.raises(DamagedCheckpoint, match=r"system has no place in a list of tensors"):
+        CheckpointReader(tmp_path)
+
+
+class AttributeOf:
+    """Pickled as Python 3.11.0 to 3.11.3 do enums."""
+
+    def __init__(self, *of):
+        self.of = of
+
+    def __reduce__(self):
+        return getattr, self.of
+
+
+def test_the_list_of_tensors_may_be_of_an_earlier_python(tmp_path):
+    metadata = Metadata({"x": AttributeOf(_MEM_FORMAT_ENCODING, "TORCH_CHANNELS_LAST")})
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    reader = CheckpointReader(tmp_path)
+    assert reader.tensors["x"] is _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+    metadata.state_dict_metadata["x"] = AttributeOf(Metadata, "__init__")
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(DamagedCheckpoint, match=r"__init__ has no place in a list of tensors"):
         CheckpointReader(tmp_path)
 
 
