@@ -25,6 +25,8 @@ from megalong.attention import (
 )
 from megalong.attention.documents import Documents, RowRanges
 from megalong.attention.reference import offered_keys, softmax_with_multiplicity
+from megalong.attention.sdpa_blocks import blocks
+from megalong.attention.sdpa_calls import InPlace
 from megalong.attention.sdpa_documents import calls_within
 from megalong.attention.tensor_cache import kept_with_tensor
 
@@ -71,6 +73,13 @@ def test_one_document_is_what_there_was(monkeypatch):
     options = {**case.options, "document_start": start}
     out = dilated_attention(*inputs[:3], case.pattern, backend="sdpa", **options)
     assert torch.equal(out, plain["out"])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_one_document_makes_the_same_calls(causal):
+    pattern = DilatedPattern((64, 128, 512), (1, 2, 6))
+    found = calls_within(torch.zeros(2, 500, dtype=torch.int32), pattern, 500, 4, 2, causal)
+    assert found == tuple(InPlace(block, causal) for block in blocks(pattern, 500, 4, 2))
 
 
 def test_few_bits_follow():
