@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -132,6 +133,7 @@ def _start(on_gpu: bool) -> None:
     from megalong.log_filters import filter_library_logs
 
     filter_library_logs()
+    warnings.simplefilter("ignore")  # of libraries, about tensors that have no data
 
 
 _Found = tuple[list[PlannedLayout], list[NotRun], Counter[str]]
