@@ -27,6 +27,8 @@ SIZES = {
 HEAD_GROUPS = 4  # of attention, if the heads divide
 TILE_NUMBERS = 2**26  # inner values of the MLP in a tile
 SMALLEST_TILE, LARGEST_TILE = 2**12, 2**14  # tokens
+# Of the device's memory and of the host's: the rest is for CUDA's context, NCCL, fragments, others.
+USABLE = 0.9
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megalong.config import Config
+from megalong.config.memory import USABLE
 from megalong.errors import UserError
 from megalong.host_memory import host_bytes_available
 from megalong.model.flops import executed_flops
@@ -30,7 +31,6 @@ from megalong.parallel.mesh import Mesh
 from megalong.wording import counted
 
 MARGIN = 1.05  # on what is estimated
-USABLE = 0.9  # of the device's memory and of the host's: the rest is for fragments and for others
 GIB = 2**30
 
 

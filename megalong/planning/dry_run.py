@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -35,14 +34,12 @@ from megalong.data.batches import Batch
 from megalong.device import use_gpu
 from megalong.model.build import build_model
 from megalong.model.memory_path import Room, choose_memory_path
-from megalong.parallel.cpu import enable_megatron_without_gpu
 from megalong.parallel.deepspeed_private import (
     held,
     held_gradients,
-    skip_shared_memory_kernels,
     stepping_optimizer,
 )
-from megalong.parallel.mesh import Mesh, build_mesh
+from megalong.parallel.mesh import Mesh
 from megalong.parallel.schedule import run_schedule
 from megalong.parallel.traffic import Counts
 from megalong.planning import fake_device
@@ -53,8 +50,8 @@ from megalong.planning.kernels import NoKernels, forget_tables
 from megalong.planning.memory import DeviceMemory
 from megalong.planning.parts import Parts
 from megalong.planning.recorder import WorkRecorder
+from megalong.planning.share import lone_mesh
 from megalong.planning.work import Operation, Work
-from megalong.torch_private import FakeStore
 from megalong.training.engine import TrainingEngine, weights_divider
 
 # Where a step waits for the device, and why: none of it is ours. Everything else is an error.
@@ -239,12 +236,6 @@ def _telling_when_updating(
 @contextlib.contextmanager
 def fake_rank(config: Config, rank: int, ranks: int) -> Iterator[Mesh]:
     """This process is one rank of so many, whose collectives send nothing, on a fake device."""
-    device = torch.device("cuda", 0) if use_gpu() else torch.device("cpu")
-    if not use_gpu():
-        enable_megatron_without_gpu()
-        skip_shared_memory_kernels()
-    names = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": ranks}
-    environment = {name: str(value) for name, value in names.items()}
     new_group = dist.new_group
 
     def new_group_of_mine(ranks: list[int] | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -253,11 +244,9 @@ def fake_rank(config: Config, rank: int, ranks: int) -> Iterator[Mesh]:
             return dist.GroupMember.NON_GROUP_MEMBER
         return new_group(ranks, *args, **kwargs)
 
-    with mock.patch.dict(os.environ, environment), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(dist, "new_group", new_group_of_mine))
-        dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
-        stack.callback(dist.destroy_process_group)
-        mesh = stack.enter_context(build_mesh(config, device))
+        mesh = stack.enter_context(lone_mesh(config, rank, ranks))
         stack.enter_context(fake_device_tensors())
         for name in COMPARISONS:
             stack.enter_context(mock.patch(name, lambda _: None))

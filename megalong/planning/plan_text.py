@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megalong.config import Config
+from megalong.config.memory import USABLE
 from megalong.planning.cluster import Cluster
-from megalong.planning.search import USABLE, PlannedLayout, Search
+from megalong.planning.search import PlannedLayout, Search
 from megalong.progress import human_bytes
 from megalong.wording import counted
 

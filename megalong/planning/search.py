@@ -20,6 +20,7 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 from megalong.config import Config
+from megalong.config.memory import USABLE
 from megalong.errors import UserError
 from megalong.planning.cluster import Cluster
 from megalong.planning.layouts import Division, searched_settings
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from megalong.planning.cost import StepCost
     from megalong.planning.dry_run import DryRun
 
-# Of the device's memory, and of the host's: the rest is for CUDA's context, NCCL's buffers and the
-# allocator's fragments. `--memory-path auto` leaves as much.
-USABLE = 0.9
 # A rung that needs so much more than there is, by the estimate, is not run. It is within a fifth of
 # the dry runs that tests compare it with.
 HOPELESS = 1.5

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megalong.config import Config
+from megalong.config.memory import USABLE
 from megalong.errors import UserError
 from megalong.planning.cluster import Cluster
 from megalong.planning.layouts import possible_layouts
-from megalong.planning.search import USABLE
 from megalong.wording import counted
 
 _DOUBLINGS = 10

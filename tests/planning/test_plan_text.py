@@ -9,12 +9,13 @@ import pytest
 import yaml
 
 from megalong.config.arguments import config_from_values, parse_arguments
+from megalong.config.memory import USABLE
 from megalong.errors import UserError
 from megalong.planning.cluster import load_cluster
 from megalong.planning.cost import StepCost
 from megalong.planning.launch_files import write_launch_files
 from megalong.planning.plan_text import Training, explained, layout_name, rejected, table
-from megalong.planning.search import USABLE, NotRun, PlannedLayout, Search
+from megalong.planning.search import NotRun, PlannedLayout, Search
 
 GIB = 2**30
 VALUES = {

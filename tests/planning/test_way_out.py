@@ -1,9 +1,9 @@
 """What would make a model fit that fits nowhere."""
 
 from megalong.config.arguments import config_from_values
+from megalong.config.memory import USABLE
 from megalong.model.memory_path import needs
 from megalong.planning.cluster import load_cluster
-from megalong.planning.search import USABLE
 from megalong.planning.way_out import ways_out
 
 VALUES = {

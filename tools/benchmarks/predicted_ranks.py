@@ -31,6 +31,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from memory_measured import resident
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))  # a clone need not be installed
 
@@ -181,14 +183,6 @@ def engine(config: Any, vocabulary: int, device: Any) -> Iterator[Any]:
             yield trainer
         finally:
             trainer.deepspeed.destroy()
-
-
-def resident(which: str) -> int:
-    """Bytes of this process: VmRSS is now, VmHWM the most there were since it was reset."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(which + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {which}")
 
 
 def write(file: Path, traffic: Any, work: Any, bytes_: dict[str, Any]) -> None:

@@ -14,9 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -31,16 +29,17 @@ from megalong.data.formats import raw_documents
 from megalong.data.preprocessing.input_hashes import InputHashes
 from megalong.data.preprocessing.output import KeySummary, Output
 from megalong.data.preprocessing.partition import Partition
+from megalong.data.preprocessing.read_inputs import INPUTS, changed_input, file_state, removal
 from megalong.data.preprocessing.tokenizing import (
     BatchResult,
     TokenizingTask,
     WorkerDied,
     Workers,
 )
-from megalong.data.preprocessing.unfinished import DiskFull, InputSpent, Unfinished
+from megalong.data.preprocessing.unfinished import DiskFull, Unfinished
 from megalong.data.preprocessing.writer import refuse_existing, token_dtype
-from megalong.data.text.documents import RawDocument, Reading, Remarks
-from megalong.data.text.files import content_files, is_stream, shown, total_size
+from megalong.data.text.documents import RawDocument, Remarks
+from megalong.data.text.files import is_stream, shown, total_size
 from megalong.data.tokenizers.backend import perhaps_fast, proven
 from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megalong.errors import UserError
@@ -51,7 +50,6 @@ BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 4096
 PART_BYTES = 256 << 20
 SIDECAR_VERSION = 2
-INPUTS = "inputs.jsonl"  # in the folder of an unfinished run
 
 
 class Place(NamedTuple):
@@ -128,7 +126,7 @@ def preprocess(
         raise UserError("--prepend-bos: this tokenizer has no beginning-of-text token")
     prefixes = [output_prefix(prefix, key) for key in task.json_keys]
     identity = _identity(files, task, tokenizer, partition)
-    changed = functools.partial(_changed_input, files, task.reading, progress)
+    changed = functools.partial(changed_input, files, task.reading, progress)
     with Unfinished(prefix, identity, changed, overwrite=overwrite) as job:
         if job.naming:  # killed at the very end
             summary, _ = _read_progress(job.progress)
@@ -274,7 +272,7 @@ class _Run:
                 raise UserError(
                     f"{shown(path)}: it gives {counted(count, 'document')}, and"
                     f" {begin.documents:,} had been read from it before:"
-                    f" {_removal(self._job.folder)}"
+                    f" {removal(self._job.folder)}"
                 )
         if batch:
             yield batch, self._end(Place(len(self._files), 0))
@@ -287,7 +285,7 @@ class _Run:
         if digest != self._stream:
             raise UserError(
                 f"{shown(path)} does not begin with what has been read of it:"
-                f" {_removal(self._job.folder)}"
+                f" {removal(self._job.folder)}"
             )
 
     def _write(self, result: BatchResult, strict: bool) -> None:
@@ -314,7 +312,7 @@ class _Run:
                 "summary": dataclasses.asdict(self.summary),
                 "place": self._place,
                 "stream": self._stream,
-                "current": [_file_state(file) for file in current],
+                "current": [file_state(file) for file in current],
             }
         )
 
@@ -325,7 +323,7 @@ class _Run:
             digest = hashes.take(number)
             if number in self._streamed:
                 digest = self._streamed[number].hexdigest()
-            lines.append(json.dumps(_file_state(self._files[number]) | {"sha256": digest}) + "\n")
+            lines.append(json.dumps(file_state(self._files[number]) | {"sha256": digest}) + "\n")
         self._inputs.write("".join(lines).encode())
         self._noted = self._place.file
 
@@ -384,10 +382,6 @@ def _what_remains(job: Unfinished, run: _Run) -> Iterator[None]:
         raise UserError(f"{message}; nothing was written") from error
 
 
-def _removal(folder: Path) -> str:
-    return f"remove {folder} to begin anew"
-
-
 def goes_on(folder: Path) -> str:
     """What is said of an unfinished run."""
     return f"what was finished is kept in {folder}, and the same command goes on from there"
@@ -426,53 +420,6 @@ def _read_progress(progress: dict) -> tuple[Summary, Place]:
 def _note_resumed(summary: Summary) -> None:
     summary.resumed = next(iter(summary.keys.values())).documents
     summary.resumed_bytes = sum(part.bytes for part in summary.keys.values())
-
-
-def _file_state(path: str) -> dict:
-    """What tells that a file, or a folder of files, has changed. Nothing is known of a stream."""
-    try:
-        stats = None if is_stream(path) else [os.stat(file) for file in content_files(path)]
-    except OSError:
-        stats = None
-    if stats is None:
-        return {"path": path, "size": None, "modified": None}
-    modified = max((stat.st_mtime_ns for stat in stats), default=None)
-    return {"path": path, "size": sum(stat.st_size for stat in stats), "modified": modified}
-
-
-def _changed_input(
-    files: list[str], reading: Reading, bar: tqdm, folder: Path, progress: dict
-) -> str | None:
-    """Which of the files that have been read is no longer what it was. Raises InputSpent for a
-    stream."""
-    done = progress["place"][0]
-    try:
-        with open(folder / INPUTS, encoding="utf-8") as lines:
-            states = [json.loads(line) for line in itertools.islice(lines, done)]
-    except (OSError, ValueError) as error:
-        return f"{INPUTS} is damaged ({error})"
-    for path, then in zip(files, [*states, *progress["current"]], strict=False):
-        now = _file_state(path)
-        if (now["size"], now["modified"]) != (then["size"], then["modified"]):
-            return f"{path} has changed since it was read"
-    # Last: once they are read, the job cannot begin anew.
-    for path, then in zip(files, states, strict=False):
-        if is_stream(path):
-            bar.write(f"{shown(path)}: read to see that it gives the same again", file=sys.stderr)
-            if _stream_sha256(path, reading) != then["sha256"]:
-                raise InputSpent(
-                    f"{folder}: {shown(path)} gives something else than when it was read: give the"
-                    f" same as then to go on, or {_removal(folder)}"
-                )
-    return None
-
-
-def _stream_sha256(path: str, reading: Reading) -> str:
-    """The hash of all that a stream gives, as `_Run` takes it."""
-    digest = hashlib.sha256()
-    for document in raw_documents(path, reading, lambda line: None):
-        digest.update(document.data or b"")
-    return digest.hexdigest()
 
 
 def _nothing_found(key: str, part: KeySummary, summary: Summary) -> str:
