@@ -115,10 +115,12 @@ def test_files_that_start_it(tmp_path, ranks, nodes):
     for script in (command, job):
         subprocess.run(["bash", "-n", script], check=True)
         subprocess.run([Path(sys.executable).with_name("shellcheck"), script], check=True)
-    fake = tmp_path / "torchrun"
+    fake = tmp_path / "checkout/.venv/bin/torchrun"  # that of megalong's folder goes first
+    fake.parent.mkdir(parents=True)
     fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     fake.chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "NODE_RANK": "1", "MASTER_ADDR": "first"}
+    environment = {"PATH": "/usr/bin:/bin", "MEGALONG": str(tmp_path / "checkout")}
+    environment |= {"NODE_RANK": "1", "MASTER_ADDR": "first"}
     done = subprocess.run(
         ["bash", command, "--lr", "1"], env=environment, capture_output=True, text=True, check=True
     )
