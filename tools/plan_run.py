@@ -125,14 +125,20 @@ def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> i
         check_emit(args.emit, args.gpus, cluster.gpus_per_node, overwrite=args.overwrite)
     if args.json is not None:
         args.json.touch()
-    with progress_bar(len(found.divisions), "layout", "planning") as bar:
+    with progress_bar(None, "run", "planning") as bar:
+
+        def progress(done: int, known: int) -> None:
+            bar.total = known
+            bar.update(done - bar.n)
+
         result = search(
             found.divisions,
             vocab_size,
             cluster,
             args.gpus,
+            wanted=args.top,
             processes=args.processes,
-            done=bar.update,
+            progress=progress,
         )
     result.refused += found.refused
     best = result.fitting[: args.top]
@@ -231,6 +237,10 @@ def as_json(found: Search, training: Training, vocab_size: int) -> dict[str, Any
         "not_run": [
             {"layout": layout_name(each.config, training.ranks), "estimate": each.estimate}
             for each in found.not_run
+        ],
+        "slower": [
+            {"layout": layout_name(each.config, training.ranks), "estimate": each.estimate}
+            for each in found.slower
         ],
         "refused": dict(found.refused),
     }

@@ -6,12 +6,11 @@
     fake_device.pretend()
     from megalong.planning.extension import planned_step
     from megalong.planning.ranks import ranks_to_plan
-    cache = {}  # of what layouts have in common
     for place in ranks_to_plan(config, ranks):
-        step = planned_step(config, vocab_size, rank=place.rank, ranks=ranks, cache=cache)
+        step = planned_step(config, vocab_size, rank=place.rank, ranks=ranks)
 
 `fake_device`: a GPU that is not there. `host_syncs`: who waits for it. `dry_run`: a training step
 of any rank of any launch on it, in one process: its work (`work`), its memory by kind, its traffic.
 `extension`: the same for a step of many micro batches, from one of few.
-`ranks`: which ranks stand for all.
+`ranks`: which ranks stand for all. `estimate`: roughly how long a step takes, from one layer.
 """

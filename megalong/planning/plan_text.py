@@ -101,6 +101,12 @@ def rejected(search: Search, training: Training, most: int = 5) -> str:
             f"{counted(len(search.not_run), 'layout')} not run, as the estimate of --memory-path"
             f" auto says that they need far more: {least.estimate / GIB:,.0f} GiB and up"
         )
+    if search.slower:
+        least = min(search.slower, key=lambda layout: layout.estimate)
+        lines.append(
+            f"{counted(len(search.slower), 'layout')} not run, as others are faster: estimated from"
+            f" one of their layers, they take {least.estimate:.3g} s a step and more"
+        )
     if search.refused:
         lines.append(f"{counted(search.refused.total(), 'layout')} refused:")
         for message, count in search.refused.most_common(most):

@@ -1,8 +1,8 @@
 """Steps that are planned beside steps that are run, in a process with a fake GPU.
 
 Writes {case: {"planned", "run"}} as JSON to the file it is given, of each its operations,
-collectives, memory and pinned memory; and under "ranks" of small launches, for every rank, what it
-does.
+collectives, memory and pinned memory; under "launches" of small ones, for every rank, what it does;
+and under "estimates" what a step is estimated from, and how long it takes.
 """
 
 import json
@@ -33,6 +33,7 @@ SHAPE = {
 ON = {"memory_path": "on", "tile_size": 256}
 HYBRID = {"attention": ("dilated", "dense", "local"), "window_size": 256}
 PIPELINE = {"pipeline_model_parallel_size": 4}
+INTERLEAVED = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
 FULL = {"recompute_granularity": "full"}
 
 # name -> flags, rank, ranks, micro batches
@@ -50,6 +51,11 @@ CASES = {
     "pp4, first stage, nine": (PIPELINE, 0, 4, 9),
     "pp4, second stage, eight": ({**PIPELINE, **FULL}, 1, 4, 8),
     "pp4, last stage, five": (PIPELINE, 3, 4, 5),
+    "pp2, interleaved, first stage, ten": (INTERLEAVED, 0, 2, 10),
+    "pp2, interleaved, last stage, eight": ({**INTERLEAVED, **FULL}, 1, 2, 8),
+    "pp4, interleaved, second stage, sixteen": (
+        {**PIPELINE, "num_layers_per_virtual_pipeline_stage": 1, "num_layers": 8}, 1, 4, 16,
+    ),
     **{f"{count} micro batches": ({"num_layers": 1}, 0, 1, count) for count in (1, 2, 3, 4)},
 }  # fmt: skip
 
@@ -60,6 +66,19 @@ LAUNCHES = {
     "pp4 sp2": ({**PIPELINE, "sequence_parallel_size": 2}, 8),
 }
 
+# What a step is estimated from, and the estimate: name -> flags, ranks, micro batches
+ESTIMATES = {
+    "one": ({}, 1, 4),
+    "hybrid, recomputed, two replicas": ({**HYBRID, **FULL}, 2, 4),
+    "tp2 sp2, memory path": (
+        {**ON, "tensor_model_parallel_size": 2, "sequence_parallel_size": 2}, 4, 2,
+    ),
+    "pp4 sp2, two sequences": (
+        {**PIPELINE, "sequence_parallel_size": 2, "num_layers": 8, "micro_batch_size": 2}, 8, 8,
+    ),
+    "sp2 dp2, ZeRO 3": ({"sequence_parallel_size": 2, "zero_stage": 3}, 4, 2),
+}  # fmt: skip
+
 
 def config_of(flags, ranks, microbatches):
     from megalong.config.arguments import config_from_values
@@ -68,19 +87,45 @@ def config_of(flags, ranks, microbatches):
     sizes = ("tensor_model_parallel_size", "sequence_parallel_size", "pipeline_model_parallel_size")
     for size in sizes:
         ranks //= values.get(size, 1)
-    values["global_batch_size"] = microbatches * ranks
+    values["global_batch_size"] = microbatches * ranks * values["micro_batch_size"]
     return config_from_values(values)
 
 
 def told(step) -> dict:
     """What is compared of a step."""
     return {
-        "operations": sorted([*vars(call).values(), n] for call, n in step.work.operations.items()),
-        "collectives": sorted(
-            [*vars(call).values(), n] for call, n in step.work.collectives.items()
-        ),
+        **of_work(step.work),
         "memory": dict(step.memory),
         "host": step.host,
+    }
+
+
+def of_work(work) -> dict:
+    return {
+        "operations": sorted([*vars(call).values(), n] for call, n in work.operations.items()),
+        "collectives": sorted([*vars(call).values(), n] for call, n in work.collectives.items()),
+    }
+
+
+def estimated(flags, ranks, microbatches) -> dict:
+    """What is compared of an estimate."""
+    from megalong.model.parameters import count_parameters
+    from megalong.planning.cluster import load_cluster
+    from megalong.planning.estimate import alike, estimated_seconds, model_work, shares
+    from megalong.planning.search import planned_layout
+
+    cluster = load_cluster("h100")
+    config = config_of(flags, ranks, microbatches).resolve(ranks)
+    one = alike(config)
+    of = shares(one, VOCABULARY)
+    names = (config.attention.attention * config.model.num_layers)[: config.model.num_layers]
+    kinds = {name: names.count(name) for name in set(names)}
+    count = count_parameters(config.model, VOCABULARY).used
+    return {
+        "shares": of_work(of.of_stage(kinds, (True, True))),
+        "run": of_work(model_work(one, VOCABULARY)),
+        "estimated": estimated_seconds(config, of, count, cluster, VOCABULARY, ranks),
+        "planned": planned_layout(config, VOCABULARY, cluster, ranks).cost.total,
     }
 
 
@@ -90,13 +135,13 @@ def main(output: str) -> None:
     from megalong.planning.extension import planned_step
     from megalong.planning.ranks import ranks_to_plan
 
-    results, cache = {}, {}
+    results = {}
     for name, (flags, rank, ranks, microbatches) in CASES.items():
         print(name, file=sys.stderr, flush=True)
         config = config_of(flags, ranks, microbatches).resolve(ranks)
         place = {"rank": rank, "ranks": ranks}
         results[name] = {
-            "planned": told(planned_step(config, VOCABULARY, **place, cache=cache)),
+            "planned": told(planned_step(config, VOCABULARY, **place)),
             "run": told(dry_run(config, VOCABULARY, **place, quick=True)),
         }
     launches = {}
@@ -109,7 +154,12 @@ def main(output: str) -> None:
             "memory": [step.memory.total() for step in steps],
             "planned": [vars(place) for place in ranks_to_plan(config, ranks)],
         }
-    Path(output).write_text(json.dumps({"steps": results, "launches": launches}))
+    estimates = {}
+    for name, (flags, ranks, microbatches) in ESTIMATES.items():
+        print(name, file=sys.stderr, flush=True)
+        estimates[name] = estimated(flags, ranks, microbatches)
+    everything = {"steps": results, "launches": launches, "estimates": estimates}
+    Path(output).write_text(json.dumps(everything))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megalong.planning import fake_device
-from tests.dry_run.extension_cases import CASES, LAUNCHES
+from tests.dry_run.extension_cases import CASES, ESTIMATES, LAUNCHES
 from tests.launching import made_once, run
 
 pytestmark = [
@@ -43,3 +43,11 @@ def test_the_slowest_and_the_fullest_rank_are_planned(launch, results):
     for measure in ("flops", "memory"):
         of_all = found[measure]
         assert max(of_all) == max(of_all[rank] for rank in planned)
+
+
+@pytest.mark.parametrize("case", ESTIMATES)
+def test_a_step_is_estimated_from_its_layers(case, results):
+    found = results["estimates"][case]
+    assert found["shares"] == found["run"]
+    # The kernels of so small a model are all launches and latencies.
+    assert found["estimated"] == pytest.approx(found["planned"], rel=0.15)

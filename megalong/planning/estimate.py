@@ -1,0 +1,203 @@
+"""Roughly how long a step takes, without running it: which layouts are worth a dry run.
+
+Layers are alike, so one of each kind of attention is run, with the embedding and the losses, on the
+ranks that share a sequence and its matrices, with one sequence. From this and the cost model comes
+a step of any number of layers, pipeline stages, micro batches and replicas. What ZeRO does is
+counted by parameters. Tests hold what the layers do to be exact, and the whole to be near the time
+that a dry run gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megalong.config import Config
+from megalong.planning.cluster import Cluster
+from megalong.planning.cost import step_cost
+from megalong.planning.ranks import ranks_to_plan
+from megalong.planning.work import Collective, Operation, Work
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+# Bytes of memory that ZeRO reads and writes for a parameter of the rank, as dry runs have them: in
+# the backward pass of a micro batch, and in the update, with a part that is divided by the ranks.
+_ACCUMULATION = {1: 12, 2: 8, 3: 4}
+_UPDATE, _DIVIDED_UPDATE = {1: 32, 2: 0, 3: 0}, {1: 96, 2: 74, 3: 74}
+_UPDATE_KERNELS = 150
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What a rank does, forward and backward, for one sequence: in a layer of each kind of
+    attention, and before and after all layers. Of the ranks that share a sequence the one that
+    attends to most."""
+
+    layers: dict[str, Work]
+    before: Work
+    after: Work
+
+    def of_stage(self, kinds: Mapping[str, int], ends: tuple[bool, bool]) -> Work:
+        """Of a pipeline stage with so many layers of each kind. ends: whether it is the first, and
+        the last."""
+        total = Work()
+        for kind, count in kinds.items():
+            total = total.plus(self.layers[kind], count)
+        for end, work in zip(ends, (self.before, self.after), strict=True):
+            total = total.plus(work) if end else total
+        return total
+
+
+def alike(config: Config) -> Config:
+    """The layout of one sequence in one pipeline stage, whose shares are this one's too."""
+    parallel = dataclasses.replace(
+        config.parallel,
+        pipeline_model_parallel_size=1,
+        num_layers_per_virtual_pipeline_stage=None,
+        zero_stage=1,
+        recompute_method="uniform",
+        recompute_num_layers=1,
+    )
+    training = dataclasses.replace(config.training, micro_batch_size=1, global_batch_size=1)
+    return dataclasses.replace(config, parallel=parallel, training=training)
+
+
+def shares(config: Config, vocab_size: int) -> Shares:
+    """Run what a layout is made of. config: of `alike`."""
+    layers = {}
+    for kind in config.attention.kinds:
+        one, two = (
+            model_work(
+                dataclasses.replace(
+                    config,
+                    model=dataclasses.replace(config.model, num_layers=count),
+                    attention=dataclasses.replace(config.attention, attention=(kind,)),
+                ),
+                vocab_size,
+            )
+            for count in (1, 2)
+        )
+        layers[kind] = two.plus(one, -1)
+    rest = one.plus(layers[kind], -1)
+    before = Work(Counter({c: n for c, n in rest.operations.items() if c.part == "embedding"}))
+    return Shares(layers, before, rest.plus(before, -1))
+
+
+def model_work(config: Config, vocab_size: int) -> Work:
+    """Run forward and backward of a layout of `alike`; without ZeRO's part."""
+    from megalong.planning.dry_run import dry_run
+
+    ranks = config.parallel.ranks_per_replica
+    place = ranks_to_plan(config, ranks)[-1]
+    work = dry_run(config, vocab_size, rank=place.rank, ranks=ranks, quick=True).work
+    return Work(
+        Counter({call: n for call, n in work.operations.items() if call.part != "optimizer"}),
+        Counter({c: n for c, n in work.collectives.items() if c.axis in ("sequence", "tensor")}),
+    )
+
+
+def estimated_seconds(
+    config: Config, of: Shares, parameters: int, cluster: Cluster, vocab_size: int, ranks: int
+) -> float:
+    """Of a step. config: resolved. of: the shares of `alike(config)`. parameters: of the model."""
+    parallel = config.parallel
+    stages = parallel.pipeline_model_parallel_size
+    micro_batches = config.num_microbatches(parallel.data_parallel_size(ranks))
+    local = parameters // (parallel.tensor_model_parallel_size * stages)
+    works: dict[object, Work] = {}
+    of_stages = []
+    for stage in range(stages):
+        names = config.attention.attention
+        kinds = Counter(names[layer % len(names)] for layer in _layers(config, stage))
+        ends = stage == 0, stage == stages - 1
+        key = tuple(sorted(kinds.items())), ends
+        if key not in works:
+            one = of.of_stage(kinds, ends).plus(_sent(config, ends, ranks))
+            batch = _of_sequences(one, config.training.micro_batch_size)
+            zero = _zero(config, local, micro_batches, ranks)
+            works[key] = zero.plus(batch, micro_batches)
+        of_stages.append(works[key])
+    return step_cost(of_stages, cluster, config, vocab_size, ranks).total
+
+
+def _layers(config: Config, stage: int) -> list[int]:
+    """Numbers of the layers of a pipeline stage."""
+    stages = config.parallel.pipeline_model_parallel_size
+    chunks = config.parallel.chunks_per_stage(config.model)
+    count = config.model.num_layers // (stages * chunks)
+    starts = ((chunk * stages + stage) * count for chunk in range(chunks))
+    return [layer for start in starts for layer in range(start, start + count)]
+
+
+def _of_sequences(work: Work, count: int) -> Work:
+    """The same for several sequences together. Weights count as often, which is too much."""
+    if count == 1:
+        return work
+    operations = Counter()
+    for call, n in work.operations.items():
+        more = dataclasses.replace(call, flops=call.flops * count, bytes=call.bytes * count)
+        operations[more] += n
+    collectives = Counter()
+    for call, n in work.collectives.items():
+        collectives[dataclasses.replace(call, bytes=call.bytes * count)] += n
+    return Work(operations, collectives)
+
+
+def _sent(config: Config, ends: tuple[bool, bool], ranks: int) -> Work:
+    """What a pipeline stage sends and receives for one sequence. ends: whether it is the first, and
+    the last."""
+    parallel, model = config.parallel, config.model
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.chunks_per_stage(model)
+    rows = model.seq_length // parallel.sequence_parallel_size
+    if parallel.divides_norms:
+        rows //= parallel.tensor_model_parallel_size
+    size = rows * model.hidden_size * BYTES[config.training.precision]
+    found: Counter[Collective] = Counter()
+    pair = (0, ranks // stages)
+    for end, (forward, backward) in zip(
+        ends, (("receive", "send"), ("send", "receive")), strict=True
+    ):
+        times = chunks - end  # the ring of an interleaved schedule is open at one place
+        if stages > 1 and times:
+            found[Collective("pipeline", "forward", forward, size, pair)] += times
+            found[Collective("pipeline", "backward", backward, size, pair)] += times
+    return Work(collectives=found)
+
+
+def _zero(config: Config, parameters: int, micro_batches: int, ranks: int) -> Work:
+    """Accumulation, reduction and update. parameters: of a rank."""
+    parallel = config.parallel
+    stage = parallel.zero_stage
+    group = ranks // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    members = tuple(
+        range(0, group * parallel.tensor_model_parallel_size, parallel.tensor_model_parallel_size)
+    )
+    size = BYTES[config.training.precision] * parameters
+
+    def moves(direction: str, nbytes: float, kernels: int) -> Operation:
+        return Operation(
+            "optimizer", direction, "memory", "estimate", "float32", 0, int(nbytes), kernels
+        )
+
+    update = parameters * (_UPDATE[stage] + _DIVIDED_UPDATE[stage] / group)
+    work = Work(Counter({moves("update", update, _UPDATE_KERNELS): 1}))
+    work.operations[moves("backward", parameters * _ACCUMULATION[stage], 1)] += micro_batches
+    if group == 1:
+        return work
+
+    def data(direction: str, name: str, times: int) -> None:
+        work.collectives[Collective("data", direction, name, size, members)] += times
+
+    if stage == 1:
+        data("update", "all_reduce", 1)
+    if stage == 2:
+        data("backward", "all_reduce", micro_batches)
+    if stage == 3:
+        data("forward", "all_gather", micro_batches)
+        data("backward", "all_gather", micro_batches)
+        data("backward", "reduce_scatter", micro_batches)
+    else:
+        data("update", "all_gather", 1)
+    return work
