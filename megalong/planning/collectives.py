@@ -3,22 +3,24 @@
 Ranks fill nodes one after the other: rank r is on node r // gpus_per_node, as torchrun and SLURM
 place them. All ranks do the same at the same time, so the groups that have members on a node share
 its adapters, each as much as it has members there. A link is paid for by `latency` at every step
-and for bytes at its rate; S bytes are those of the larger of the call's buffers, n the ranks of the
-group, m those of it that are on the node with fewest.
+and for bytes at its rate; S bytes are those of the larger of the call's buffers. `Placement` has n,
+the `ranks` of the group, its `nodes`, and how many of it are on the node with `most` and on the
+one with `fewest`.
 
 | collective                 | algorithm                     | steps    | bytes through a rank |
 |----------------------------|-------------------------------|----------|----------------------|
 | all_gather, reduce_scatter | ring                          | n - 1    | S (n - 1) / n        |
 | all_reduce                 | ring, or tree if that is less | 2(n - 1) | 2 S (n - 1) / n      |
-|                            | tree (a chain in a node)      | 2(m - 1 + log2 of nodes) | 2 S  |
+|                            | tree (a chain in a node)      | 2(most - 1 + log2 of nodes) | 2 S |
 | broadcast, reduce          | ring, in chunks               | n - 1    | S                    |
-| all_to_all                 | pairs                         | n - 1    | S (n - 1) / n        |
+| all_to_all                 | pairs, on the `fewest` node   | n - 1    | S (n - 1) / n        |
 | send, receive              |                               | 1        | S                    |
 
 The rings go through a node before they go on to the next: of their steps, nodes - 1 in n - 1 are
 between nodes. These are NCCL's own estimates (nccl, src/graph/tuning.cc), but for its corrections
-by size and protocol; gloo, too, has rings. A ring of several nodes is as fast as the slower of a
-rank inside its node and of the m shares of the adapters.
+by size and protocol; gloo, too, has rings. A ring of several nodes, and a tree, is as fast as the
+slower of a rank inside its node and of what `fewest` ranks have of their node's adapters. On that
+node a rank of an all_to_all has most to send to other nodes.
 """
 
 from __future__ import annotations
