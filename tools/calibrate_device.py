@@ -3,13 +3,19 @@
     python tools/calibrate_device.py --output my_cluster.yaml
     python tools/calibrate_device.py --output my_cluster.yaml --ranks 2
 
-Writes a description for `--cluster my_cluster.yaml`: the rates of products by size and precision,
-of attention forward and backward by size, and of memory by size; what calling an operator takes;
-of a GPU the way to its host; and with several ranks the latency and the bandwidth of each
-collective between them, and how much of a collective runs beside computation. All ranks measure at
-the same time, each on a GPU (NCCL), or on one core (gloo): of a CPU that is the device, as training
-has it with OMP_NUM_THREADS=1. What one node cannot tell (the links between nodes; the figures of
-data sheets; the price) is taken from --cluster. A minute, in which nothing else should run.
+Writes a description for `--cluster my_cluster.yaml`, and says in it, and at its end, what of it was
+measured:
+- the rates of products by size and precision, of attention forward and backward by size, and of
+  memory by size; what calling an operator takes;
+- of a GPU also what a kernel takes, and the way to its host;
+- with several ranks the latency and the bandwidth of each collective between them, and how much of
+  a collective runs beside computation.
+Everything else (peaks, links between nodes, memory, the price) stays as it is in --cluster: what is
+attainable is a share of the peaks there. Without it, a GPU's is the first cluster that has such a
+card; a CPU's peaks are the best rates measured, memory is what the machine has, and a few figures
+are assumed.
+All ranks measure at the same time, each on a GPU (NCCL), or on one core (gloo): of a CPU that is
+the device, as training has it with OMP_NUM_THREADS=1. A minute, in which nothing else should run.
 """
 
 from __future__ import annotations
@@ -50,7 +56,8 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--cluster",
         metavar="NAME|FILE",
-        help="the description of what is not measured (default: of the GPU's name; none on a CPU)",
+        help="the description of what is not measured (default: the first with this GPU; none on a"
+        " CPU)",
     )
     add("--name", help="of the described cluster (default: from the device)")
     add("--seconds", type=float, default=0.2, help="to repeat each call for")
@@ -70,6 +77,7 @@ def main() -> None:
     if not 1 <= args.ranks <= there:
         what = "GPUs" if args.device == "cuda" else "cores"
         raise UserError(f"--ranks {args.ranks}: this machine has {there} {what}")
+    args.cluster = args.cluster or cluster_with_this_card(args)
     base = description_beside(args)
     if "RANK" not in os.environ and args.ranks > 1:
         launch(args)
@@ -77,27 +85,36 @@ def main() -> None:
     measure(args, base)
 
 
-def description_beside(args: argparse.Namespace) -> dict[str, Any] | None:
-    """What is not measured; None on a CPU, where nothing more is needed."""
+def cluster_with_this_card(args: argparse.Namespace) -> str | None:
+    """The first that is known to have it; None on a CPU."""
     import torch
 
-    from megalong.planning.calibration.description import raw_description
     from megalong.planning.cluster import cluster_names, load_cluster
 
-    name = args.cluster
-    if name is None and args.device == "cuda":
-        card = torch.cuda.get_device_name()
-        known = [name for name in cluster_names() if load_cluster(name).device.name == card]
-        if not known:
-            raise UserError(
-                f"no cluster that we know has a {card}: give --cluster FILE, a description with its"
-                " data sheet's figures"
-            )
-        name = known[0]
-    if name is None:
+    if args.device != "cuda":
         return None
-    load_cluster(name)
-    return raw_description(name)
+    card = torch.cuda.get_device_name()
+    known = [name for name in cluster_names() if load_cluster(name).device.name == card]
+    if not known:
+        raise UserError(
+            f"no cluster that we know has a {card}: give --cluster FILE, a description with its"
+            " data sheet's figures"
+        )
+    return known[0]
+
+
+def description_beside(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What is not measured; None on a CPU without --cluster, where nothing more is needed."""
+    from megalong.planning.calibration.description import raw_description
+    from megalong.planning.cluster import load_cluster
+
+    if args.cluster is None:
+        return None
+    if load_cluster(args.cluster).device.on_gpu != (args.device == "cuda"):
+        raise UserError(
+            f"--cluster {args.cluster} is not of a {args.device} device, which is what is measured"
+        )
+    return raw_description(args.cluster)
 
 
 def launch(args: argparse.Namespace) -> None:
@@ -134,17 +151,20 @@ def measure(args: argparse.Namespace, base: dict[str, Any] | None) -> None:
     clock = Clock(device, args.seconds)
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     say = print if is_main else lambda *_, **__: None
-    values = described(args, clock, base, say)
+    values, measured = described(args, clock, base, say)
     if is_main:
+        lines = [f"Measured: {', '.join(measured)}.", *not_measured(args)]
         with system_errors_of("--output", args.output):
-            write(values, args.output, "as in " + args.cluster if args.cluster else "a guess")
-        say(f"wrote {args.output}: --cluster {args.output}")
+            write(values, args.output, lines)
+        say("\n".join([f"wrote {args.output}: --cluster {args.output}", *lines]))
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def described(args: argparse.Namespace, clock: Clock, base: dict[str, Any] | None, say) -> dict:
-    """The content of the file."""
+def described(
+    args: argparse.Namespace, clock: Clock, base: dict[str, Any] | None, say
+) -> tuple[dict[str, Any], list[str]]:
+    """The content of the file, and which of its keys were measured."""
     from megalong.planning.calibration.description import rounded
     from megalong.planning.calibration.device import host_bandwidth
 
@@ -154,16 +174,34 @@ def described(args: argparse.Namespace, clock: Clock, base: dict[str, Any] | Non
     values["device"] = measured_device(args, clock, values["device"], base is None, say)
     ranks = f"{args.ranks} rank{'s' if args.ranks > 1 else ''}"
     values["device"]["calibrated"] = f"{datetime.date.today()}, {card}, {ranks} at a time"
+    measured = ["device.attainable", "device.kernel_seconds"]
+    if base is None:
+        measured = ["device.peak_flops", "device.memory_bandwidth", *measured]
     if args.name:
         values["name"] = args.name
     if args.device == "cuda":
         rate = rounded(host_bandwidth(clock))
         values["host"] = {**values["host"], "bandwidth": rate, "attainable": 1.0}
+        measured += ["device.launch_seconds", "host.bandwidth"]
     if args.ranks > 1:
         say("collectives")
         values["device"]["overlap"], values["collective_seconds"], link = measured_links(clock)
         values["within_node"] = {"name": values["within_node"]["name"], **link}
-    return values
+        measured += ["device.overlap", "collective_seconds", "within_node"]
+    return values, measured
+
+
+def not_measured(args: argparse.Namespace) -> list[str]:
+    """Where everything else in the file is from, a line each."""
+    if args.cluster is not None:
+        return [f"As in --cluster {args.cluster}: everything else."]
+    assumed = ["host.bandwidth", "price_per_gpu_hour"]
+    if args.ranks == 1:
+        assumed = ["within_node", "collective_seconds", "device.overlap", *assumed]
+    return [
+        "As the machine says: device.memory (an even share of it), host.memory.",
+        f"Assumed, and yours to set: {', '.join(assumed)}.",
+    ]
 
 
 def measured_device(args, clock: Clock, values: dict[str, Any], is_all: bool, say) -> dict:
@@ -181,6 +219,8 @@ def measured_device(args, clock: Clock, values: dict[str, Any], is_all: bool, sa
 
     tables, peaks = {}, dict(values["peak_flops"])
     for name in DTYPES[args.device]:
+        if not is_all and name not in peaks:  # a share of what
+            continue
         say(f"products and attention in {name}")
         dtype = getattr(torch, name)
         products = of_device.products(clock, dtype)
@@ -246,13 +286,13 @@ def cpu_description(args: argparse.Namespace) -> dict[str, Any]:
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     card = card_name(torch.device("cpu"))
     device = {"name": f"{card}, one core", "kind": "cpu", "memory": memory / args.ranks}
-    # Everything below is replaced, but for the link of a single rank to the host, which is itself.
-    guess = {"bandwidth": 1.0e9, "attainable": 1.0, "latency": 1.0e-4}
+    # What is not measured of it is named in `not_measured`.
+    assumed = {"bandwidth": 1.0e9, "attainable": 1.0, "latency": 1.0e-4}
     return {
         "name": f"{card}, {args.ranks} x 1 core",
         "device": {**device, "peak_flops": {}, "memory_bandwidth": 0, "overlap": 0.0},
         "gpus_per_node": args.ranks,
-        "within_node": {"name": "gloo over the loopback device", **guess},
+        "within_node": {"name": "gloo over the loopback device", **assumed},
         "collective_seconds": 1.0e-4,
         "host": {"memory": memory, "bandwidth": 1.0e10, "attainable": 1.0},
         "price_per_gpu_hour": 0.05,

@@ -64,8 +64,9 @@ class Device:
         memory_bandwidth, by the bytes of a call.
     kernel_seconds: what every kernel takes beside its work, on the device. On a CPU, which computes
         as it is told, this is what calling an operator takes.
-    launch_seconds: of the host, for every kernel; the host runs ahead, so a step takes as long as
-        its launches at least. 0 on a CPU.
+    launch_seconds: of the host, for every kernel and collective (`Work.launches`), with all that it
+        does between two of them; the host runs ahead, so a step takes as long as its launches at
+        least. 0 on a CPU.
     overlap: the share of a collective's time that computation beside it hides. The rest is
         computation's loss of processors, caches and bandwidth to the collective.
     calibrated: when and on what this was measured; None if it was not.

@@ -6,8 +6,8 @@ factor is a number in the cluster's file. What is assumed:
 - An operation takes the longer of its FLOPs at the attainable rate of its kind and dtype and its
   bytes at the attainable bandwidth, and `kernel_seconds` for each kernel. Products and attention of
   a dtype that has no peak of its own are refused.
-- The host launches kernels ahead of the device. A step takes `launch_seconds` for each of its
-  kernels at least; what that is more than the device needs is "launches".
+- The host launches kernels and collectives ahead of the device. A step takes `launch_seconds` for
+  each of them at least; what that is more than the device needs is "launches".
 - Collectives: `megalong.planning.collectives`; nobody is late. Those of an axis run one after the
   other; what runs beside computation is in the table below, and of it the share `overlap` of the
   shorter of the two is hidden. The rest is exposed.
@@ -204,9 +204,7 @@ def phase_cost(
         compute += device
         communication += exposed
         hidden += hides
-    kernels = sum(n for (_, direction), n in work.kernels().items() if direction in directions)
-    calls = sum(n for call, n in work.collectives.items() if call.direction in directions)
-    host = (kernels + calls) * cluster.device.launch_seconds
+    host = work.launches(directions) * cluster.device.launch_seconds
     waiting = max(0.0, host - compute.total() - communication.total() - offload)
     return PhaseCost(compute, communication, hidden, offload, waiting)
 

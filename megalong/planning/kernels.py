@@ -1,17 +1,20 @@
-"""Attention on fake tensors with the memory that it takes on the way.
+"""What attention's operators do inside: their launches, and the memory that they take on the way.
 
-To fake tensors an operator is its results. What its launches hand to one another (the partial
-results of dilated branches) is made by the code that launches, so that code runs, and launches
-nothing.
+To other modes such an operator is one call, and to fake tensors its results alone. What its
+launches hand to one another (the partial results of dilated branches) is made by the code that
+launches, so that code runs in sight of them: on fake tensors it launches nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 from unittest import mock
+
+import torch
 
 from megalong.attention.operators import IMPLEMENTATIONS
 from megalong.torch_private import FakeTensor, TorchDispatchMode
@@ -27,9 +30,8 @@ def forget_tables() -> None:
                     function.cache_clear()
 
 
-class NoKernels(TorchDispatchMode):
-    """Runs what attention's operators are made of, without the kernels; modes that are entered
-    before see its tensors. To be entered inside a FakeTensorMode.
+class InsideAttention(TorchDispatchMode):
+    """Runs what attention's operators are made of, so that modes that are entered before see it.
 
     recorder: is told of each operator and of each launch (`megalong.planning.recorder`)."""
 
@@ -38,11 +40,12 @@ class NoKernels(TorchDispatchMode):
         self._recorder = recorder
         self._patches = contextlib.ExitStack()
 
-    def __enter__(self) -> NoKernels:
+    def __enter__(self) -> InsideAttention:
         if find_spec("triton") is not None:
             from megalong.attention.triton import launch
 
-            self._patches.enter_context(mock.patch.object(launch, "launch", self._launch))
+            start = partial(self._launch, launch.launch)
+            self._patches.enter_context(mock.patch.object(launch, "launch", start))
         return super().__enter__()
 
     def __exit__(self, *error) -> None:
@@ -52,7 +55,7 @@ class NoKernels(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         name = operator.overloadpacket.__name__
         ours = operator.namespace == "megalong" and name in IMPLEMENTATIONS
-        if not ours or not isinstance(args[0], FakeTensor):
+        if not ours or not self._opens(args[0]):
             return operator(*args, **(kwargs or {}))
         compute = IMPLEMENTATIONS[name]
         with _InParts():
@@ -60,9 +63,26 @@ class NoKernels(TorchDispatchMode):
                 return compute(*args, **(kwargs or {}))
             return self._recorder.attention(operator, args, kwargs or {}, compute)
 
-    def _launch(self, kernel: Any, programs: int, device: Any, *arguments: Any, **_: Any) -> None:
+    def _opens(self, tensor: torch.Tensor) -> bool:
+        return True
+
+    def _launch(self, start: Any, kernel: Any, programs: int, device: Any, *args: Any, **names):
         if programs and self._recorder is not None:
-            self._recorder.launched(arguments)
+            self._recorder.launched(args)
+        self._start(start, kernel, programs, device, *args, **names)
+
+    def _start(self, start: Any, *launch: Any, **names: Any) -> None:
+        start(*launch, **names)
+
+
+class NoKernels(InsideAttention):
+    """The same of fake tensors, without the kernels. To be entered inside a FakeTensorMode."""
+
+    def _opens(self, tensor: torch.Tensor) -> bool:
+        return isinstance(tensor, FakeTensor)
+
+    def _start(self, *_: Any, **__: Any) -> None:
+        """There is nothing to compute with."""
 
 
 class _InParts(TorchDispatchMode):

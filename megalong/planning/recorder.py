@@ -36,7 +36,7 @@ SCATTERING = {"index_put_", "index_add_", "index_copy_", "scatter_", "scatter_ad
 
 
 class WorkRecorder(TorchDispatchMode):
-    """A context that records a step, entered before `NoKernels`, which tells it of attention.
+    """A context that records a step, entered before `InsideAttention`, which tells it of attention.
 
     work: of the operators and collectives so far. updating: whether the backward passes are over.
     """

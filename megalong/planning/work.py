@@ -6,6 +6,7 @@ A dry run writes it down, the cost model makes seconds of it. Nothing in it depe
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 # What a part of the model does, and when. "update" is once a step: the reduction of gradients that
@@ -96,6 +97,11 @@ class Work:
     def kernels(self) -> Counter[tuple[str, str]]:
         """Launches, by part and direction."""
         return self._total("kernels")
+
+    def launches(self, directions: Iterable[str] = DIRECTIONS) -> int:
+        """What the host starts on the device in these directions: kernels and collectives."""
+        kernels = sum(n for (_, direction), n in self.kernels().items() if direction in directions)
+        return kernels + sum(n for c, n in self.collectives.items() if c.direction in directions)
 
     def traffic(self) -> dict[str, dict[str, dict[str, int]]]:
         """Axis -> collective -> {"calls", "bytes"}, as `megalong.parallel.traffic` counts."""

@@ -1,6 +1,7 @@
 """Descriptions that are measured: the arithmetic by hand, and the command on this machine's CPU."""
 
 import contextlib
+import json
 from unittest import mock
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 
 from megalong.errors import UserError
 from megalong.planning.calibration import clock, device, host, links
-from megalong.planning.calibration.description import link_shares, shares
+from megalong.planning.calibration.description import link_shares, raw_description, shares, write
 from megalong.planning.cluster import load_cluster
+from tests.forked import run_ranks
 from tests.launching import REPOSITORY, ranks_command, run, run_here
 
 TOOL = REPOSITORY / "tools" / "calibrate_device.py"
@@ -59,19 +61,29 @@ SMALL = (
 )
 
 
-def test_one_core_describes_itself(tmp_path):
+def calibrated(output, *flags):
+    """The command, on one core."""
     threads = torch.get_num_threads()
     try:
         with contextlib.ExitStack() as stack:
             for patch in SMALL:
                 stack.enter_context(patch)
-            output = tmp_path / "new" / "core.yaml"
-            done = run_here(
-                TOOL, "--output", output, "--device", "cpu", "--ranks", 1, "--seconds", 0.001
-            )
+            one = "--output", output, "--device", "cpu", "--ranks", 1, "--seconds", 0.001
+            return run_here(TOOL, *one, *flags)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_one_core_describes_itself(tmp_path):
+    output = tmp_path / "new" / "core.yaml"
+    done = calibrated(output)
     assert f"--cluster {output}" in done.stdout
+    says = " ".join(line.lstrip("# ") for line in output.read_text().splitlines() if line[0] == "#")
+    assert "Measured: device.peak_flops, device.memory_bandwidth, device.attainable," in says
+    assert says.endswith(
+        "Assumed, and yours to set: within_node, collective_seconds, device.overlap,"
+        " host.bandwidth, price_per_gpu_hour."
+    )
     cluster = load_cluster(str(output))
     assert cluster.gpus_per_node == 1 and cluster.between_nodes is None
     assert cluster.calibrated.endswith("1 rank at a time")
@@ -90,6 +102,14 @@ def test_one_core_describes_itself(tmp_path):
     assert best == pytest.approx(1, abs=0.01)
 
 
+def test_launches_are_counted_as_the_cost_model_uses_them(tmp_path):
+    """Views, and operators that launch nothing, are in neither; attention's launches in both."""
+    output = tmp_path / "launches.json"
+    run_ranks(1, __file__.replace("test_calibration", "launches_worker"), output)
+    found = json.loads(output.read_text())
+    assert found["counted"] == found["dry"] > 100
+
+
 @pytest.mark.long
 def test_two_ranks_describe_their_link(tmp_path):
     output = tmp_path / "ranks.yaml"
@@ -100,9 +120,26 @@ def test_two_ranks_describe_their_link(tmp_path):
     assert cluster.within_node.rate("all_reduce", 2**24) > 1e6
 
 
+def test_what_is_not_measured_stays_as_it_is_in_the_given_file(tmp_path):
+    given, output = tmp_path / "given.yaml", tmp_path / "measured.yaml"
+    values = raw_description("cpu")
+    values["price_per_gpu_hour"] = 7.0
+    values["device"]["peak_flops"] = {"float32": values["device"]["peak_flops"]["float32"]}
+    for curves in ("product", "attention_forward", "attention_backward"):
+        values["device"]["attainable"][curves] = 0.5
+    write(values, given, ["All of it made up."])
+    calibrated(output, "--cluster", given)
+    text, cluster = output.read_text(), load_cluster(str(output))
+    assert f"# As in --cluster {given}: everything else." in " ".join(text.split("\n#   "))
+    assert cluster.price == 7 and set(cluster.device.peak_flops) == {"float32"}
+    assert cluster.device.peak_flops["float32"] == values["device"]["peak_flops"]["float32"]
+    assert set(cluster.device.product) == {"float32"}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--cluster", "h100"], "--cluster h100 is not of a cpu device"),
         (["--ranks", "4096"], "--ranks 4096: this machine has"),
         (["--ranks", "-1"], "--ranks -1: this machine has"),
         (["--seconds", "0"], "--seconds 0 must be positive"),

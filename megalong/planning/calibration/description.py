@@ -1,7 +1,8 @@
-"""A cluster's file of what was measured, and for the rest of what another one says."""
+"""A cluster's file, of what was measured and of where the rest of it is from."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,7 @@ import yaml
 from megalong.planning.calibration.device import Attention, Rows
 from megalong.planning.cluster import CLUSTERS, DEVICES
 
-HEADER = """\
-# Written by tools/calibrate_device.py. What a device does here was measured; the rest is {rest}.
-"""
+HEADER = "Written by tools/calibrate_device.py."
 
 
 def raw_description(name_or_file: str) -> dict[str, Any]:
@@ -77,8 +76,16 @@ def rounded(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-def write(values: dict[str, Any], path: Path, rest: str) -> None:
-    """rest: where the rest is from."""
+def write(values: dict[str, Any], path: Path, says: Sequence[str]) -> None:
+    """says: lines at the top about where its figures are from."""
+    wrap = textwrap.TextWrapper(
+        98,
+        initial_indent="# ",
+        subsequent_indent="#   ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    comment = [line for said in (HEADER, *says) for line in wrap.wrap(said)]
     text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=100)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(HEADER.format(rest=rest) + text)
+    path.write_text("\n".join(comment) + "\n" + text)

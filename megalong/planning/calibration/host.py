@@ -10,14 +10,18 @@ from unittest import mock
 
 import torch.distributed as dist
 
+from megalong.config import Config
 from megalong.config.arguments import config_from_values
+from megalong.data.batches import Batch
 from megalong.model.build import build_model
 from megalong.parallel.cpu import enable_megatron_without_gpu
 from megalong.parallel.deepspeed_private import skip_shared_memory_kernels
 from megalong.parallel.mesh import build_mesh
 from megalong.planning.calibration.clock import Clock
 from megalong.planning.dry_run import host_batches
-from megalong.torch_private import TorchDispatchMode
+from megalong.planning.kernels import InsideAttention
+from megalong.planning.parts import Parts
+from megalong.planning.recorder import WorkRecorder
 from megalong.training.engine import TrainingEngine
 
 # So little to compute that what is around it is all there is.
@@ -39,18 +43,13 @@ STEPS = 10
 
 
 def call_seconds(clock: Clock) -> float:
-    """Seconds of the host for each operator that does work (a view does none), in a step of the
+    """Seconds of the host for each kernel and collective of `Work.launches`, in a step of the
     training's own engine whose tensors are tiny. To be called by all ranks."""
-    precision = "bf16" if clock.device.type == "cuda" else "fp32"
-    batches = {"micro_batch_size": 1, "global_batch_size": clock.ranks, "precision": precision}
-    config = config_from_values(MODEL | batches).resolve(clock.ranks)
-    with _group(clock), build_mesh(config, clock.device) as mesh:
-        engine = TrainingEngine(build_model(config, VOCABULARY, mesh), config, mesh)
-        batches = host_batches(config, mesh)
+    with small_engine(clock) as engine:
+        batches = host_batches(small_config(clock), engine.mesh)
         for _ in range(3):  # the second counts its traffic
             engine.train_step(batches, 0.0)
-        with _CountCalls() as counting:
-            engine.train_step(batches, 0.0)
+        launches = step_launches(engine, batches)
         now = time.perf_counter if clock.device.type == "cuda" else time.thread_time
         times = []
         for _ in range(STEPS):
@@ -58,8 +57,34 @@ def call_seconds(clock: Clock) -> float:
             engine.train_step(batches, 0.0)
             clock.wait()
             times.append(now() - start)
-        engine.deepspeed.destroy()
-        return clock.slowest(min(times) / counting.calls)
+        return clock.slowest(min(times) / launches)
+
+
+def step_launches(engine: TrainingEngine, batches: Iterator[Batch]) -> int:
+    """Kernels and collectives of a step, as a dry run of it counts them."""
+    recorder = WorkRecorder(Parts(), engine.mesh.groups_by_axis)
+    with recorder, InsideAttention(recorder):
+        engine.train_step(batches, 0.0)
+    return recorder.work.launches()
+
+
+def small_config(clock: Clock) -> Config:
+    """Of a launch of all ranks, in the precision that the device has most use for."""
+    precision = "bf16" if clock.device.type == "cuda" else "fp32"
+    batches = {"micro_batch_size": 1, "global_batch_size": clock.ranks, "precision": precision}
+    return config_from_values(MODEL | batches).resolve(clock.ranks)
+
+
+@contextlib.contextmanager
+def small_engine(clock: Clock) -> Iterator[TrainingEngine]:
+    """The training's engine of this rank, in the launch's process group or one of its own."""
+    config = small_config(clock)
+    with _group(clock), build_mesh(config, clock.device) as mesh:
+        engine = TrainingEngine(build_model(config, VOCABULARY, mesh), config, mesh)
+        try:
+            yield engine
+        finally:
+            engine.deepspeed.destroy()
 
 
 @contextlib.contextmanager
@@ -79,15 +104,3 @@ def _group(clock: Clock) -> Iterator[None]:
             yield
         finally:
             dist.destroy_process_group()
-
-
-class _CountCalls(TorchDispatchMode):
-    """Counts operators that do work."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        self.calls += not operator.is_view
-        return operator(*args, **(kwargs or {}))
