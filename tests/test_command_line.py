@@ -36,6 +36,7 @@ BENCHMARKS = {
     "decode_cache.py": "--output y",
     "dense_ring.py": "--output y",
     "memory.py": "ladder --output y",
+    "scaling.py": "weak --output y",
     "training.py": "--output y",
     "tune_attention.py": "--output y",
 }
