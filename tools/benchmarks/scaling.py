@@ -76,7 +76,7 @@ def parse_arguments() -> Namespace:
     lengths = [2**power for power in range(13, 21)]
     option("--lengths", type=int, nargs="+", default=lengths, help="tokens")
     option("--longest-dense", type=int, default=2**15, help="tokens of dense attention")
-    option("--repeats", type=int, default=3, help="of each, and fewer steps of long sequences")
+    option("--repeats", type=int, default=3, help="of each; fewer of long sequences")
     option = add(share)
     option("--tokens", type=int, nargs="+", default=[2**20, 2**25, 2**30], help="of the sequence")
     option("--shard-length", type=int, default=2**17, help="tokens of a rank")
@@ -89,7 +89,7 @@ def parse_arguments() -> Namespace:
     option("--shard-length", type=int, default=2048, help="tokens of a rank")
     option("--megabits", type=float, nargs="*", default=[1000, 300, 100], help="of limited links")
     option("--turns", type=int, default=2, help="of all bandwidths in a launch")
-    option("--steps", type=int, default=3, help="of each in a turn")
+    option("--steps", type=int, default=2, help="of each in a turn")
     option = add(weak)
     option("--cluster", default="h100", help="NAME or FILE of its description")
     ranks = [2**power for power in range(11)]
@@ -103,9 +103,10 @@ def length(arguments: Namespace) -> None:
     rows = []
     for tokens in arguments.lengths:
         folder = arguments.output / "length" / str(tokens)
-        attention = attention_of_length(arguments, tokens, folder / "attention")
-        # Medians of fewer steps where these would have more than half a million tokens together.
-        repeats = min(arguments.repeats, 2**19 // tokens)
+        # Medians of fewer where these would have very many tokens together.
+        repeats = min(arguments.repeats, max(1, 2**20 // tokens))
+        attention = attention_of_length(arguments, tokens, repeats, folder / "attention")
+        repeats = min(arguments.repeats, 2**17 // tokens)  # after a first step
         flags = f"--tokens {tokens} --ranks 1 --parts step --step-repeats {repeats}"
         step = billion(flags, folder / "step")["step"][0]
         seconds = step["runs"] or [step["first"]["seconds"]]
@@ -115,7 +116,9 @@ def length(arguments: Namespace) -> None:
     report_of("length", arguments.output, rows)
 
 
-def attention_of_length(arguments: Namespace, tokens: int, folder: Path) -> dict[str, Any]:
+def attention_of_length(
+    arguments: Namespace, tokens: int, repeats: int, folder: Path
+) -> dict[str, Any]:
     """By contender, what attention.py says of one length."""
     file = folder / "attention.json"
     if not file.exists():
@@ -123,7 +126,7 @@ def attention_of_length(arguments: Namespace, tokens: int, folder: Path) -> dict
         flags += (
             f" --first-segment-length {FIRST_SEGMENT} --longest-dense {arguments.longest_dense}"
         )
-        flags += f" --repeats {arguments.repeats}"
+        flags += f" --repeats {repeats}"
         script("attention.py", *flags.split(), "--contenders", OURS, DENSE, "--output", str(folder))
     found = json.loads(file.read_text())["results"]
     return {
@@ -132,6 +135,7 @@ def attention_of_length(arguments: Namespace, tokens: int, folder: Path) -> dict
             "least": row["forward+backward"]["least"],
             "largest": row["forward+backward"]["largest"],
             "peak": row["peak_memory_bytes"],
+            "runs": repeats,
         }
         for row in found
     }

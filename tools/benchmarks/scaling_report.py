@@ -34,12 +34,13 @@ def length_table(rows: list[dict[str, Any]]) -> str:
             per_token = 1e6 * found["seconds"] / row["tokens"]
             cells += [f"{found['seconds']:.3f}", f"{per_token:.1f}", f"{found['peak'] / MIB:,.0f}"]
         text.append(cells)
+    runs = ", ".join(str(next(iter(row["attention"].values()))["runs"]) for row in rows)
     steps = ", ".join(str(row["step"]["runs"]) for row in rows)
     notes = [
         "# One process, by length of the sequence",
         "",
-        "Attention of one layer forward and backward, and a training step of two layers; medians,"
-        f" of a step of {steps} runs.",
+        "Attention of one layer forward and backward, and a training step of two layers; medians"
+        f" of {runs} runs, of a step of {steps}.",
         "",
     ]
     return "\n".join([*notes, *table(header, text), ""])
