@@ -44,6 +44,7 @@ from megalong.parallel.schedule import run_schedule
 from megalong.parallel.traffic import Counts
 from megalong.planning import fake_device
 from megalong.planning.fake_tensors import fake_device_tensors
+from megalong.planning.few_layers import few_layers
 from megalong.planning.few_tiles import few_tiles
 from megalong.planning.host_syncs import HostSyncs, Wait
 from megalong.planning.kernels import NoKernels, forget_tables
@@ -179,6 +180,7 @@ def dry_run(
                     stack.enter_context(_telling_when_updating(engine, memory, recorder))
                     if quick:
                         stack.enter_context(few_tiles(memory, recorder))
+                        stack.enter_context(few_layers(config, engine.model, memory, recorder))
                     engine.train_step(_noting(batches, recorder, begun), config.training.lr)
                 memory.end_update()
         if not quick:

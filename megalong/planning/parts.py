@@ -122,6 +122,15 @@ def accumulates(node: Any) -> bool:
     return node.name().endswith("AccumulateGrad")
 
 
+def is_accumulating_weights() -> bool:
+    """Whether the gradient of a parameter is being added to what there is of it, and what hangs on
+    that done, such as DeepSpeed's hooks."""
+    node = current_node()
+    return (
+        node is not None and accumulates(node) and isinstance(node.variable, torch.nn.Parameter)
+    )
+
+
 def _modules(chunk: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str]]:
     for name, part in OF_CHUNK.items():
         module = getattr(chunk, name, None)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megalong.device import use_gpu
 from megalong.parallel.traffic import Call, call_of
 from megalong.planning.memory import DeviceMemory
-from megalong.planning.parts import Parts
+from megalong.planning.parts import Parts, is_accumulating_weights
 from megalong.planning.work import TO_DEVICE, TO_HOST, Collective, Operation, Work
 from megalong.torch_private import (
     TorchDispatchMode,
@@ -58,6 +58,7 @@ class WorkRecorder(TorchDispatchMode):
         }
         self._formulas = FlopCounterMode(display=False).flop_registry
         self._times = 1
+        self._besides: Work | None = None
         self._attention: list[int] | None = None  # bytes and launches of the call that is running
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -79,6 +80,16 @@ class WorkRecorder(TorchDispatchMode):
             yield
         finally:
             self._times //= times
+
+    def write_besides(self, work: Work | None) -> None:
+        """Write into this one too, from now on, but not what the accumulation of the weights'
+        gradients does; None: into no other."""
+        self._besides = work
+
+    def again(self, work: Work) -> None:
+        """This is done once more."""
+        self.work.operations.update(work.operations)
+        self.work.collectives.update(work.collectives)
 
     def attention(self, operator: Any, args: Any, kwargs: Any, compute: Any) -> Any:
         """An operator of `megalong.attention.operators`, computed by a function that may launch
@@ -143,6 +154,8 @@ class WorkRecorder(TorchDispatchMode):
         direction = self._direction()
         key = Operation(part, direction, kind, name, dtype, flops, nbytes, kernels)
         self.work.operations[key] += self._times
+        if self._besides is not None and not is_accumulating_weights():
+            self._besides.operations[key] += self._times
 
     def _direction(self) -> str:
         if self.updating:
@@ -169,6 +182,8 @@ class WorkRecorder(TorchDispatchMode):
             ranks = sorted((me, peer))
         key = Collective(axis, direction, call.name, call.bytes, tuple(sorted(ranks)))
         self.work.collectives[key] += self._times
+        if self._besides is not None and not is_accumulating_weights():
+            self._besides.collectives[key] += self._times
 
 
 def _factors(args: Any) -> torch.Tensor:

@@ -1,0 +1,305 @@
+"""Of the layers of a stage that are alike, a few: what memory and recorder saw of one of them is
+what happens in each of the others.
+
+A layer that is not run is *replayed*: its output is a new tensor, in the backward pass it hands the
+gradients of its weights to what waits for them, among that DeepSpeed's hooks, one after the other
+as a layer that runs does, and what memory and recorder saw in between is written down again.
+
+A layer begins where it is called, or where the gradient of its output is complete, and ends where
+the next one begins: what the loop over the layers and autograd do between two of them is in it.
+Who makes a tensor tells of its birth, and who consumes it of its end: a replayed layer of the birth
+of its output and of the end of its input, whoever made that; in the backward pass of the end of its
+output's gradient and of the birth of its input's. What the accumulation of a weight's gradient does
+is told by itself, since it happens for every layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+
+from megalong.config import Config
+from megalong.model.stage import PipelineStage
+from megalong.planning.memory import Block, Change, DeviceMemory
+from megalong.planning.recorder import WorkRecorder
+from megalong.planning.work import Work
+from megalong.torch_private import is_going_backward
+
+
+@contextlib.contextmanager
+def few_layers(
+    config: Config, model: PipelineStage, memory: DeviceMemory, recorder: WorkRecorder
+) -> Iterator[None]:
+    """Inside, of the layers of each chunk that are alike, some are replayed, as long as that tells
+    the same (`can_be_replayed`). For one training step of a model that was not run before."""
+    with contextlib.ExitStack() as stack:
+        if can_be_replayed(config):
+            for chunk in model.chunks:
+                layers = list(chunk.decoder.layers)
+                kinds = [_kind(config, layer, index) for index, layer in enumerate(layers)]
+                stack.enter_context(_Layers(layers, kinds, memory, recorder).in_place())
+        yield
+
+
+def can_be_replayed(config: Config) -> bool:
+    """Whether what a layer does is the same whatever layers are beside it. With ZeRO 3, and where
+    activations wait on the host, one fetches for another; and several that are recomputed together
+    (`--recompute-num-layers`) hold what one of them lets go."""
+    parallel = config.parallel
+    several = parallel.recompute_method == "uniform" and parallel.recompute_num_layers != 1
+    return (
+        parallel.zero_stage < 3
+        and not config.memory.offload_activations
+        and not (parallel.recompute_granularity == "full" and several)
+    )
+
+
+def _kind(config: Config, layer: torch.nn.Module, index: int) -> Hashable:
+    """Equal for layers of a chunk that are alike. index: in the chunk."""
+    attention = layer.self_attention.core_attention
+    recomputed = config.parallel.recompute_granularity == "full" and (
+        config.parallel.recompute_method == "uniform"
+        or index < config.parallel.recompute_num_layers
+    )
+    shapes = tuple((name, p.shape) for name, p in layer.named_parameters())
+    return attention.pattern, recomputed, shapes
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A tensor that a layer made, and its life."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: torch.device
+    held: int  # numbers behind it
+    block: Block
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, memory: DeviceMemory) -> _Made:
+        held = tensor.untyped_storage().nbytes() // tensor.itemsize
+        place = tensor.size(), tensor.stride(), tensor.storage_offset()
+        return cls(*place, tensor.dtype, tensor.device, held, memory.block_of(tensor))
+
+    def another(self, memory: DeviceMemory, *, ends: bool = True) -> torch.Tensor:
+        """One like it, the birth of which is not told, and its end if it `ends`."""
+        options = {"dtype": self.dtype, "device": self.device}
+        with memory.silent(ends=ends):
+            tensor = torch.empty_strided(self.size, self.stride, **options)
+            if tensor.untyped_storage().nbytes() == self.held * tensor.itemsize:
+                return tensor
+            whole = torch.empty(self.held, **options)
+            return whole.as_strided(self.size, self.stride, self.offset)
+
+
+@dataclass
+class _Forward:
+    """What was seen of a layer's forward pass."""
+
+    start: int
+    input: Block
+    work: Work = field(default_factory=Work)
+    changes: list[Change] = field(default_factory=list)
+    output: _Made | None = None
+
+
+@dataclass
+class _Backward:
+    """What was seen of a layer's backward pass: the gradients of its weights, by their names in the
+    layer, and the changes before each and after the last of them."""
+
+    start: int
+    input: Block  # of the forward pass
+    output_gradient: Block
+    work: Work = field(default_factory=Work)
+    pieces: list[list[Change]] = field(default_factory=list)
+    weights: list[tuple[str, _Made]] = field(default_factory=list)
+    input_gradient: _Made | None = None
+
+
+class _Layers:
+    """The layers of a chunk. Each micro batch runs the first and the last of all and of each kind,
+    for these may find something to make that the others then have; the first micro batch also the
+    second of each kind, and the last but one: those are seen."""
+
+    def __init__(
+        self,
+        layers: Sequence[torch.nn.Module],
+        kinds: Sequence[Hashable],
+        memory: DeviceMemory,
+        recorder: WorkRecorder,
+    ):
+        self.layers, self.kinds = layers, kinds
+        self.memory, self.recorder = memory, recorder
+        places = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in kinds}
+        self.run = {0, len(layers) - 1} | {p[end] for p in places.values() for end in (0, -1)}
+        several = [p for p in places.values() if len(p) > 2]
+        self.seen_forward = {p[1] for p in several}
+        self.seen_backward = {p[-2] for p in several}
+        self.forward: dict[Hashable, _Forward] = {}
+        self.backward: dict[Hashable, _Backward] = {}
+        self.inputs: dict[int, Block] = {}  # of the layers that are seen backward
+        self.going_forward: tuple[int, _Forward] | None = None
+        self.going_backward: tuple[int, _Backward] | None = None
+        self.microbatch = self.microbatch_back = -1  # that is under way, in each direction
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the layers are called through here."""
+        with contextlib.ExitStack() as stack:
+            for index, layer in enumerate(self.layers):
+                call = partial(self._call, index, layer.forward)
+                stack.enter_context(mock.patch.object(layer, "forward", call))
+            for index in self.seen_backward:
+                for name, parameter in self.layers[index].named_parameters():
+                    hook = parameter.register_hook(partial(self._weight, index, name))
+                    stack.callback(hook.remove)
+            yield
+
+    def _call(
+        self, index: int, run: Callable[..., Any], hidden_states: torch.Tensor, **kwargs: Any
+    ) -> Any:
+        """A layer's forward pass."""
+        if is_going_backward():  # a layer that is recomputed
+            if self._runs(index, self.microbatch_back):
+                return run(hidden_states, **kwargs)
+            return self._in_steps(index, hidden_states), None
+        self._ends_forward(hidden_states)
+        if index == 0:
+            self.microbatch += 1
+        elif hidden_states.requires_grad:
+            hidden_states.register_hook(partial(self._ends_backward, index, self.microbatch))
+        if not self._runs(index, self.microbatch):
+            return self._replayed(index, hidden_states), None
+        if self.microbatch == 0:
+            block = self.memory.block_of(hidden_states)
+            if index in self.seen_backward:
+                self.inputs[index] = block
+            if index in self.seen_forward:
+                self.going_forward = index, _Forward(self.memory.moment, block)
+                self.recorder.write_besides(self.going_forward[1].work)
+        return run(hidden_states, **kwargs)
+
+    def _runs(self, index: int, microbatch: int) -> bool:
+        seen = index in self.seen_forward or index in self.seen_backward
+        return index in self.run or (microbatch == 0 and seen)
+
+    # ------------------------------------------------------------------- seeing a layer
+
+    def _ends_forward(self, output: torch.Tensor) -> None:
+        """The next layer is given the output of the one that is seen, if one is."""
+        if self.going_forward is None:
+            return
+        (index, seen), self.going_forward = self.going_forward, None
+        self.recorder.write_besides(None)
+        seen.changes = self.memory.since(seen.start)
+        seen.output = _Made.of(output, self.memory)
+        self.forward[self.kinds[index]] = seen
+
+    def _ends_backward(self, index: int, microbatch: int, gradient: torch.Tensor) -> None:
+        """Layer `index` has gone backward, with this gradient of its input; the one before it
+        begins."""
+        self.microbatch_back = microbatch
+        if self.going_backward is not None:
+            (_, seen), self.going_backward = self.going_backward, None
+            self.recorder.write_besides(None)
+            seen.pieces.append(self.memory.since(seen.start))
+            seen.input_gradient = _Made.of(gradient, self.memory)
+            self.backward[self.kinds[index]] = seen
+        if microbatch == 0 and index - 1 in self.seen_backward:
+            block = self.memory.block_of(gradient)
+            seen = _Backward(self.memory.moment, self.inputs[index - 1], block)
+            self.going_backward = index - 1, seen
+            self.recorder.write_besides(seen.work)
+
+    def _weight(self, index: int, name: str, gradient: torch.Tensor) -> None:
+        """A gradient of a weight is there, and about to be accumulated."""
+        if self.going_backward is None or self.going_backward[0] != index:
+            return
+        seen = self.going_backward[1]
+        seen.pieces.append(self.memory.since(seen.start))
+        seen.weights.append((name, _Made.of(gradient, self.memory)))
+        seen.start = self.memory.moment
+
+    # ---------------------------------------------------------------- replaying a layer
+
+    def _replayed(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """The output of a layer that is not run, in the forward pass."""
+        seen = self.forward[self.kinds[index]]
+        taken = self.memory.hand_over(x)
+        y = seen.output.another(self.memory)
+        blocks = {seen.input: taken, seen.output.block: self.memory.block_of(y)}
+        self.memory.again(seen.changes, blocks)
+        self.recorder.again(seen.work)
+        if not torch.is_grad_enabled():  # it is recomputed, and then gets its steps
+            return y
+        like_x = _Made.of(x, self.memory)
+
+        def backward(gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+            with torch.enable_grad():
+                x = like_x.another(self.memory, ends=False).requires_grad_()
+                y = self._in_steps(index, x, taken)
+            torch.autograd.backward(y, gradient)
+            return x.grad, None
+
+        return _Step.apply(x, None, lambda: y, backward)
+
+    def _in_steps(self, index: int, x: torch.Tensor, taken: Block | None = None) -> torch.Tensor:
+        """Something of the shape of a layer's output, whose gradient goes through the layer's
+        backward pass, a step for each weight. taken: the life of the layer's input; None: that of
+        x."""
+        memory, seen = self.memory, self.backward[self.kinds[index]]
+        weights = dict(self.layers[index].named_parameters())
+        blocks = {seen.input: memory.block_of(x) if taken is None else taken}
+        like_x = _Made.of(x, memory)
+        made = [made for _, made in seen.weights] + [seen.input_gradient]
+        gradients: list[torch.Tensor | None] = []
+
+        def begin(gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+            blocks[seen.output_gradient] = memory.hand_over(gradient)
+            gradients.extend(one.another(memory) for one in made)
+            blocks.update(zip((x.block for x in made), map(memory.block_of, gradients)))
+            self.recorder.again(seen.work)
+            return nothing(), None
+
+        def step(number: int) -> torch.Tensor:
+            memory.again(seen.pieces[number], blocks)
+            gradient, gradients[number] = gradients[number], None
+            return gradient
+
+        def hand_over(number: int, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return token, step(number)
+
+        def end(_: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return step(len(seen.weights)), None
+
+        def nothing() -> torch.Tensor:
+            with memory.silent(ends=False):
+                return torch.empty((), device=like_x.device)
+
+        token = _Step.apply(x, None, nothing, end)
+        for number, (name, _) in reversed(list(enumerate(seen.weights))):
+            token = _Step.apply(token, weights[name], nothing, partial(hand_over, number))
+        return _Step.apply(token, None, partial(like_x.another, memory, ends=False), begin)
+
+
+class _Step(torch.autograd.Function):
+    """Makes something of anything; backward is a function of its gradient, which returns those of
+    the two inputs."""
+
+    @staticmethod
+    def forward(ctx, x, weight, make, backward):
+        ctx.of_inputs = backward
+        return make()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return *ctx.of_inputs(gradient), None, None
