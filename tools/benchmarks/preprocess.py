@@ -15,17 +15,17 @@ that they are long), and then has these tokenize them, taking turns, --rounds ti
 
 Of each: seconds of the whole command (of `library` and `gigatoken`: of encoding alone), megabytes
 and tokens a second, processor seconds of all its processes (which tell most on a machine with other
-work), and their peak memory, shared pages counted once. Checked:
-all make as many tokens, and those who write them the same ones. With --times N ours reads the text
-N times over, for the memory of a larger input. Writes preprocess.json and preprocess.md into
---output; a run that was measured into the same folder, with the same tokenizer, is not measured
-again, so that the contenders may come one by one.
+work), and their peak memory, shared pages counted once. Checked: all make as many tokens, and those
+who write them the same ones; with a SentencePiece model but for documents with a character that the
+library does not give back (`preprocess_same`). With --times N ours reads the text N times over, for
+the memory of a larger input. Writes preprocess.json and preprocess.md into --output; a run that was
+measured into the same folder, with the same tokenizer, is not measured again, so that the
+contenders may come one by one.
 """
 
 from __future__ import annotations
 
 import argparse
-import filecmp
 import itertools
 import json
 import multiprocessing
@@ -50,8 +50,9 @@ from megalong.errors import UserError
 with needed_packages():
     import numpy as np
     import psutil
+    from preprocess_same import check_same, counts, documents_apart
 
-    from megalong.data.preprocessing.writer import DTYPES, HEADER
+    from megalong.data.indexed import Pair
 
 CONTENDERS = ("ours", "fast", "library", "gigatoken", "megatron")
 _IN_MEMORY = ("library", "gigatoken")  # what they read and write is not part of the time
@@ -70,12 +71,19 @@ def main() -> None:
     if not corpus.exists():
         write_corpus(args.sources, corpus, args.max_bytes)
     text_bytes, documents = measure_corpus(corpus)
-    print(f"{corpus}: {documents:,} documents, {text_bytes:,} bytes of text", flush=True)
+    tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model)
+    apart = documents_apart(corpus, tokenizer)
+    print(
+        f"{corpus}: {documents:,} documents, {text_bytes:,} bytes of text"
+        + (f"; with U+2581 {len(apart):,}" if apart else ""),
+        flush=True,
+    )
     settings = {
         "text_bytes": text_bytes,
         "documents": documents,
+        "documents_apart": len(apart),
         "tokenizer": args.tokenizer_type,
-        "fingerprint": build_tokenizer(args.tokenizer_type, args.tokenizer_model).fingerprint,
+        "fingerprint": tokenizer.fingerprint,
         "workers": args.workers,
         "times": args.times,
     }
@@ -87,7 +95,7 @@ def main() -> None:
             if len(runs.setdefault(name, [])) > round_number:
                 continue
             measured = run(command_of(name, args, corpus), args, name)
-            measured |= made_by(name, args)
+            measured |= made_by(name, args, apart)
             runs[name].append(measured)
             seconds, tokens = measured["seconds"], measured["tokens"]
             rate = text_bytes * times_of(name, settings) / seconds / 1e6
@@ -98,7 +106,14 @@ def main() -> None:
                 flush=True,
             )
             write_results(args, runs, settings)
-    check_same(args, runs, settings)
+    # Of files, those of this call that have the text as often.
+    prefixes = {
+        name: prefix_of(name, args)
+        for name in args.contenders
+        if name not in _IN_MEMORY and times_of(name, settings) == args.times
+    }
+    for line in check_same(per_reading(runs, settings), prefixes, corpus, apart, tokenizer):
+        print(line)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -138,6 +153,14 @@ def runs_so_far(args: argparse.Namespace, settings: dict) -> dict[str, list[dict
 def times_of(name: str, settings: dict) -> int:
     """How often a contender reads the text."""
     return settings["times"] if name in ("ours", "fast") else 1
+
+
+def per_reading(runs: dict[str, list[dict]], settings: dict) -> dict[str, tuple[float, float]]:
+    """By contender its tokens, and those of the documents apart, of reading the text once."""
+    return {
+        name: tuple(rows[0][key] / times_of(name, settings) for key in ("tokens", "tokens_apart"))
+        for name, rows in runs.items()
+    }
 
 
 def write_corpus(sources: list[Path], corpus: Path, max_bytes: int) -> None:
@@ -249,34 +272,36 @@ class PeakMemory:
 
 
 def encode_in_memory(args: argparse.Namespace) -> None:
-    """Encode the corpus by a library alone; writes the seconds and tokens to NAME.json."""
+    """Encode the corpus by a library alone; writes the seconds, and the tokens of each document
+    with its end, to NAME.json."""
     encode = encode_with_library if args.as_contender == "library" else encode_with_gigatoken
-    seconds, processor_seconds, tokens = encode(args)
-    result = {"seconds": seconds, "processor_seconds": processor_seconds, "tokens": tokens}
+    seconds, processor_seconds, lengths = encode(args)
+    result = {"seconds": seconds, "processor_seconds": processor_seconds, "lengths": lengths}
     (args.work / f"{args.as_contender}.json").write_text(json.dumps(result))
 
 
-def encode_with_library(args: argparse.Namespace) -> tuple[float, float, int]:
-    """Seconds and processor seconds of the tokenizer's own function for batches, and tokens."""
+def encode_with_library(args: argparse.Namespace) -> tuple[float, float, list[int]]:
+    """Seconds and processor seconds of the tokenizer's own function for batches, and lengths."""
     texts = [json.loads(line)["text"] for line in args.corpus.open()]
     encode = library_batch(args)
     seconds, processor_seconds = 0.0, 0.0
-    tokens, batch, size = len(texts), [], 0  # an end of each document
+    lengths, batch, size = [], [], 0
     for i, text in enumerate(texts):
         batch.append(text)
         size += len(text)
         if size >= _SLICE_BYTES or i == len(texts) - 1:
             start, begin = time.perf_counter(), time.process_time()
-            count = encode(batch)
+            found = encode(batch)
             seconds += time.perf_counter() - start
             processor_seconds += time.process_time() - begin
-            tokens, batch, size = tokens + count, [], 0
-    return seconds, processor_seconds, tokens
+            lengths += [length + 1 for length in found]
+            batch, size = [], 0
+    return seconds, processor_seconds, lengths
 
 
-def encode_with_gigatoken(args: argparse.Namespace) -> tuple[float, float, int]:
+def encode_with_gigatoken(args: argparse.Namespace) -> tuple[float, float, list[int]]:
     """Seconds until the last of args.workers processes is done with its share, their processor
-    seconds, and tokens."""
+    seconds, and lengths."""
     encoder = build_tokenizer(args.tokenizer_type, args.tokenizer_model).fast_encoder()
     context = multiprocessing.get_context("spawn")
     ready, results = context.Barrier(args.workers + 1), context.Queue()
@@ -292,7 +317,8 @@ def encode_with_gigatoken(args: argparse.Namespace) -> tuple[float, float, int]:
     seconds = time.perf_counter() - start
     for process in processes:
         process.join()
-    return seconds, sum(share[0] for share in shares), sum(share[1] for share in shares)
+    lengths = dict(pair for _, share in shares for pair in share)
+    return seconds, sum(share[0] for share in shares), [lengths[i] for i in range(len(lengths))]
 
 
 def encode_share(args: argparse.Namespace, number: int, encoder, ready, results) -> None:
@@ -302,57 +328,47 @@ def encode_share(args: argparse.Namespace, number: int, encoder, ready, results)
     encoder(texts[0][:100])  # a copy loads the library at the first text
     ready.wait()
     start = time.process_time()
-    tokens = len(texts) + sum(len(encoder(text)) for text in texts)
-    results.put((time.process_time() - start, tokens))
+    lengths = [len(encoder(text)) + 1 for text in texts]
+    seconds = time.process_time() - start
+    results.put((seconds, list(zip(itertools.count(number, args.workers), lengths))))
 
 
 def library_batch(args: argparse.Namespace):
-    """A function that encodes texts by args.workers threads and counts the tokens."""
+    """A function that encodes texts by args.workers threads and counts the tokens of each."""
     os.environ["RAYON_NUM_THREADS"] = str(args.workers)
     tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model)
     if args.tokenizer_type == "SentencePieceTokenizer":
         import sentencepiece
 
         model = sentencepiece.SentencePieceProcessor(model_file=args.tokenizer_model)
-        return lambda texts: sum(map(len, model.encode(texts, num_threads=args.workers)))
+        return lambda texts: list(map(len, model.encode(texts, num_threads=args.workers)))
     if args.tokenizer_type == "HuggingFaceTokenizer":
         backend = tokenizer.library  # with its own settings, as it is loaded
-        return lambda texts: sum(
+        return lambda texts: [
             len(encoding.ids)
             for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)
-        )
+        ]
     if args.tokenizer_type == "TikTokenizer":
         encoding = tokenizer.library
-        return lambda texts: sum(
+        return lambda texts: list(
             map(len, encoding.encode_ordinary_batch(texts, num_threads=args.workers))
         )
     raise UserError(f"--tokenizer-type {args.tokenizer_type} has no function for batches")
 
 
-def made_by(name: str, args: argparse.Namespace) -> dict[str, float]:
+def made_by(name: str, args: argparse.Namespace, apart: list[int]) -> dict[str, float]:
     """The tokens of a contender; of one in memory what it has measured itself too."""
     if name in _IN_MEMORY:
-        return json.loads((args.work / f"{name}.json").read_text())
-    prefix = f"{args.work / name}_text_document"
-    with open(f"{prefix}.idx", "rb") as file:
-        code = HEADER.unpack(file.read(HEADER.size))[2]
-    return {"tokens": os.path.getsize(f"{prefix}.bin") // DTYPES[code].itemsize}
+        measured = json.loads((args.work / f"{name}.json").read_text())
+        return measured | counts(measured.pop("lengths"), apart, 1)
+    prefix = prefix_of(name, args)
+    times = 1 if name == "megatron" else args.times
+    return counts(Pair.open(prefix, prefix).index.document_lengths(), apart, times)
 
 
-def check_same(args: argparse.Namespace, runs: dict[str, list[dict]], settings: dict) -> None:
-    """Raises UserError where two contenders made other tokens. Of files, those of this call."""
-    counts = {name: rows[0]["tokens"] / times_of(name, settings) for name, rows in runs.items()}
-    if len(set(counts.values())) != 1:
-        raise UserError(f"not the same number of tokens: {counts}")
-    written = [name for name in args.contenders if name not in _IN_MEMORY]
-    if args.times > 1:
-        written = [name for name in written if name != "megatron"]
-    for name in written[1:]:
-        for suffix in (".bin", ".idx"):
-            files = [f"{args.work / n}_text_document{suffix}" for n in (written[0], name)]
-            if not filecmp.cmp(*files, shallow=False):
-                raise UserError(f"{files[0]} and {files[1]} differ")
-    print(f"identical files: {', '.join(written)}")
+def prefix_of(name: str, args: argparse.Namespace) -> str:
+    """The files that a contender writes."""
+    return f"{args.work / name}_text_document"
 
 
 def write_results(args: argparse.Namespace, runs: dict[str, list[dict]], settings: dict) -> None:
