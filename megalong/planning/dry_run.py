@@ -114,9 +114,8 @@ class DryRun:
     memory: bytes of the device at the peak, by kind (`megalong.planning.work.MEMORY`).
     host: bytes of pinned memory at the peak: activations that wait there, with
         --offload-activations.
-    another: what one more micro batch adds to the work, where there were enough to tell: three,
-        and in a pipeline one for each further stage (`first_steady_microbatch`); None else, and for
-        the interleaved schedule, which takes them in groups, without meaning.
+    another: what one more micro batch adds to the work, or of the interleaved schedule one more
+        group of them, where there were enough to tell (`steady_microbatches`); None else.
     waits: how often the host waits for the device in a step, by the function that waits.
     """
 
@@ -186,20 +185,28 @@ def dry_run(
         if not quick:
             with HostSyncs(ALLOWED):
                 engine.token_losses([next(batches)])
-    steady = first_steady_microbatch(config, mesh.pipeline_parallel_rank)
+    first, group = steady_microbatches(config, mesh.pipeline_parallel_rank)
     another = None
-    if steady + 1 < len(begun):
-        another = begun[steady + 1].plus(begun[steady], -1)
+    if first + group < len(begun):
+        another = begun[first + group].plus(begun[first], -1)
         if mesh.is_last_stage:
-            another.operations[SUM_OF_LOSSES] += 1
+            another.operations[SUM_OF_LOSSES] += group
     return DryRun(recorder.work, memory.peak, memory.host_peak, another, syncs.counts)
 
 
-def first_steady_microbatch(config: Config, stage: int) -> int:
-    """Number, from 0, of the first micro batch between whose beginning and that of the next one a
-    pipeline stage does what it does for every further one: the second that comes after those with
-    which the pipeline fills, since gradients are there to be added to from then on."""
-    return config.parallel.pipeline_model_parallel_size - stage
+def steady_microbatches(config: Config, stage: int) -> tuple[int, int]:
+    """Number, from 0, of a micro batch from whose beginning on a pipeline stage does the same over
+    and over, and for how many micro batches it does so: one, or with the interleaved schedule,
+    which takes them in groups, one for each stage.
+
+    The pipeline is filled by then, and gradients are there to be added to: by the second micro
+    batch after those that fill it; interleaved, where up to 2 (stages - 1) passes, and a group but
+    for its last chunk, come before the first backward pass, by the last of the third group.
+    """
+    stages = config.parallel.pipeline_model_parallel_size
+    if config.parallel.num_layers_per_virtual_pipeline_stage is None:
+        return stages - stage, 1
+    return 3 * stages - 1, stages
 
 
 def _noting(batches: Iterator[Batch], recorder: WorkRecorder, begun: list[Work]) -> Iterator[Batch]:

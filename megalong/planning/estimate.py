@@ -26,7 +26,8 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # the backward pass of a micro batch, and in the update, with a part that is divided by the ranks.
 _ACCUMULATION = {1: 12, 2: 8, 3: 4}
 _UPDATE, _DIVIDED_UPDATE = {1: 32, 2: 0, 3: 0}, {1: 96, 2: 74, 3: 74}
-_UPDATE_KERNELS = 150
+# Launches: of the update, of the update for a layer, of the accumulation for a layer.
+_UPDATE_KERNELS, _OF_LAYER, _ACCUMULATION_KERNELS = 120, 30, 15
 
 
 @dataclass(frozen=True)
@@ -181,9 +182,12 @@ def _zero(config: Config, parameters: int, micro_batches: int, ranks: int) -> Wo
             "optimizer", direction, "memory", "estimate", "float32", 0, int(nbytes), kernels
         )
 
+    layers = config.model.num_layers // parallel.pipeline_model_parallel_size
     update = parameters * (_UPDATE[stage] + _DIVIDED_UPDATE[stage] / group)
-    work = Work(Counter({moves("update", update, _UPDATE_KERNELS): 1}))
-    work.operations[moves("backward", parameters * _ACCUMULATION[stage], 1)] += micro_batches
+    work = Work(Counter({moves("update", update, _UPDATE_KERNELS + layers * _OF_LAYER): 1}))
+    accumulated = parameters * _ACCUMULATION[stage] / layers
+    accumulation = moves("backward", accumulated, _ACCUMULATION_KERNELS)
+    work.operations[accumulation] += micro_batches * layers
     if group == 1:
         return work
 

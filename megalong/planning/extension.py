@@ -1,11 +1,9 @@
 """A step of many micro batches, from one of few.
 
-Run is a step of as many micro batches as fill the pipeline, and three more than that; it is the
-training's own, with all layers of the stage and DeepSpeed's whole share, its buckets of gradients
-and what ZeRO 3 fetches when. Computed are the further micro batches: each does what one in the
-middle did (`DryRun.another`), and the peak of memory has come by then. The interleaved schedule
-takes micro batches in groups, one for each stage: of it two steps are run, one of a group more than
-the other. A test holds all to be equal to a step of all, which is run.
+Run is a step of as many micro batches as fill the pipeline, and a few more than that; it is the
+training's own, with DeepSpeed's whole share, its buckets of gradients and what ZeRO 3 fetches when.
+Computed are the further micro batches: each does what one in the middle did (`DryRun.another`), and
+the peak of memory has come by then. A test holds it to be equal to a step of all, which is run.
 """
 
 from __future__ import annotations
@@ -13,12 +11,8 @@ from __future__ import annotations
 import dataclasses
 
 from megalong.config import Config
-from megalong.planning.dry_run import DryRun, dry_run, first_steady_microbatch
+from megalong.planning.dry_run import DryRun, dry_run, steady_microbatches
 from megalong.planning.memory import BLOCK
-
-# Groups of micro batches of the interleaved schedule that are run: with these it is filled, and the
-# peak of memory has come.
-_GROUPS = 3
 
 
 def planned_step(config: Config, vocab_size: int, *, rank: int = 0, ranks: int = 1) -> DryRun:
@@ -30,25 +24,14 @@ def planned_step(config: Config, vocab_size: int, *, rank: int = 0, ranks: int =
     microbatches = config.num_microbatches(replicas)
     stages = config.parallel.pipeline_model_parallel_size
     stage = rank * stages // ranks
-
-    def run(count: int) -> DryRun:
-        short = _with_microbatches(config, count, replicas)
-        return dry_run(short, vocab_size, rank=rank, ranks=ranks, quick=True)
-
-    if config.parallel.num_layers_per_virtual_pipeline_stage is not None:
-        few, size = min(microbatches, stages * _GROUPS), stages
-        if microbatches <= few + size:
-            return run(microbatches)
-        step, longer = run(few), run(few + size)
-        another = longer.work.plus(step.work, -1)
-    else:
-        few, size = min(microbatches, first_steady_microbatch(config, stage) + 2), 1
-        step = run(few)
-        if few == microbatches:
-            return step
-        another = step.another
-        assert another is not None
-    work = step.work.plus(another, (microbatches - few) // size)
+    first, group = steady_microbatches(config, stage)
+    few = first + group + 1
+    if few >= microbatches:
+        return dry_run(config, vocab_size, rank=rank, ranks=ranks, quick=True)
+    short = _with_microbatches(config, few, replicas)
+    step = dry_run(short, vocab_size, rank=rank, ranks=ranks, quick=True)
+    assert step.another is not None
+    work = step.work.plus(step.another, (microbatches - few) // group)
     memory = step.memory.copy()
     if stage == stages - 1:
         memory["activations"] += BLOCK * (microbatches - few)  # the losses to report

@@ -107,6 +107,14 @@ def of_work(work) -> dict:
     }
 
 
+def without_tables(work):
+    """Without the index tables of a first step, which go to the device."""
+    from megalong.planning.work import TO_DEVICE, Work
+
+    operations = {call: n for call, n in work.operations.items() if call.name != TO_DEVICE}
+    return Work(operations, work.collectives)
+
+
 def estimated(flags, ranks, microbatches) -> dict:
     """What is compared of an estimate."""
     from megalong.model.parameters import count_parameters
@@ -122,8 +130,8 @@ def estimated(flags, ranks, microbatches) -> dict:
     kinds = {name: names.count(name) for name in set(names)}
     count = count_parameters(config.model, VOCABULARY).used
     return {
-        "shares": of_work(of.of_stage(kinds, (True, True))),
-        "run": of_work(model_work(one, VOCABULARY)),
+        "shares": of_work(without_tables(of.of_stage(kinds, (True, True)))),
+        "run": of_work(without_tables(model_work(one, VOCABULARY))),
         "estimated": estimated_seconds(config, of, count, cluster, VOCABULARY, ranks),
         "planned": planned_layout(config, VOCABULARY, cluster, ranks).cost.total,
     }
