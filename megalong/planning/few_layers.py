@@ -253,42 +253,61 @@ class _Layers:
         return _Step.apply(x, None, lambda: y, backward)
 
     def _in_steps(self, index: int, x: torch.Tensor, taken: Block | None = None) -> torch.Tensor:
-        """Something of the shape of a layer's output, whose gradient goes through the layer's
-        backward pass, a step for each weight. taken: the life of the layer's input; None: that of
-        x."""
-        memory, seen = self.memory, self.backward[self.kinds[index]]
-        weights = dict(self.layers[index].named_parameters())
-        blocks = {seen.input: memory.block_of(x) if taken is None else taken}
-        like_x = _Made.of(x, memory)
-        made = [made for _, made in seen.weights] + [seen.input_gradient]
-        gradients: list[torch.Tensor | None] = []
+        """Something like a layer's output, whose gradient goes the layer's way back to x and to its
+        weights. taken: the life of the layer's input; None: that of x."""
+        seen = self.backward[self.kinds[index]]
+        taken = self.memory.block_of(x) if taken is None else taken
+        steps = _Steps(seen, taken, _Made.of(x, self.memory), self.memory, self.recorder)
+        return steps.output(x, dict(self.layers[index].named_parameters()))
 
-        def begin(gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-            blocks[seen.output_gradient] = memory.hand_over(gradient)
-            gradients.extend(one.another(memory) for one in made)
-            blocks.update(zip((x.block for x in made), map(memory.block_of, gradients)))
-            self.recorder.again(seen.work)
-            return nothing(), None
 
-        def step(number: int) -> torch.Tensor:
-            memory.again(seen.pieces[number], blocks)
-            gradient, gradients[number] = gradients[number], None
-            return gradient
+class _Steps:
+    """The backward pass of a layer that is replayed. Between two steps autograd gives a weight the
+    gradient that the first of them has handed over."""
 
-        def hand_over(number: int, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return token, step(number)
+    def __init__(
+        self,
+        seen: _Backward,
+        taken: Block,
+        like_x: _Made,
+        memory: DeviceMemory,
+        recorder: WorkRecorder,
+    ):
+        """seen: the backward pass of a layer that is alike. taken: the life of this one's input."""
+        self.seen, self.like_x = seen, like_x
+        self.memory, self.recorder = memory, recorder
+        self.blocks = {seen.input: taken}
+        self.gradients: list[torch.Tensor | None] = []
 
-        def end(_: torch.Tensor) -> tuple[torch.Tensor, None]:
-            return step(len(seen.weights)), None
+    def output(self, x: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What depends on x, and on the weights in the order in which they get their gradients."""
+        last = len(self.seen.weights)
+        token = _Step.apply(x, None, self._nothing, lambda _: (self._step(last), None))
+        for number, (name, _) in reversed(list(enumerate(self.seen.weights))):
+            step = partial(self._hand_over, number)
+            token = _Step.apply(token, weights[name], self._nothing, step)
+        like_x = partial(self.like_x.another, self.memory, ends=False)
+        return _Step.apply(token, None, like_x, self._begin)
 
-        def nothing() -> torch.Tensor:
-            with memory.silent(ends=False):
-                return torch.empty((), device=like_x.device)
+    def _begin(self, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        self.blocks[self.seen.output_gradient] = self.memory.hand_over(gradient)
+        for made in (*(made for _, made in self.seen.weights), self.seen.input_gradient):
+            self.gradients.append(made.another(self.memory))
+            self.blocks[made.block] = self.memory.block_of(self.gradients[-1])
+        self.recorder.again(self.seen.work)
+        return self._nothing(), None
 
-        token = _Step.apply(x, None, nothing, end)
-        for number, (name, _) in reversed(list(enumerate(seen.weights))):
-            token = _Step.apply(token, weights[name], nothing, partial(hand_over, number))
-        return _Step.apply(token, None, partial(like_x.another, memory, ends=False), begin)
+    def _hand_over(self, number: int, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._nothing(), self._step(number)
+
+    def _step(self, number: int) -> torch.Tensor:
+        self.memory.again(self.seen.pieces[number], self.blocks)
+        gradient, self.gradients[number] = self.gradients[number], None
+        return gradient
+
+    def _nothing(self) -> torch.Tensor:
+        with self.memory.silent(ends=False):
+            return torch.empty((), device=self.like_x.device)
 
 
 class _Step(torch.autograd.Function):

@@ -126,9 +126,7 @@ def is_accumulating_weights() -> bool:
     """Whether the gradient of a parameter is being added to what there is of it, and what hangs on
     that done, such as DeepSpeed's hooks."""
     node = current_node()
-    return (
-        node is not None and accumulates(node) and isinstance(node.variable, torch.nn.Parameter)
-    )
+    return node is not None and accumulates(node) and isinstance(node.variable, torch.nn.Parameter)
 
 
 def _modules(chunk: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str]]:
