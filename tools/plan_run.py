@@ -65,7 +65,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     add("--list-clusters", False, action="store_true", help="say which names there are")
     add("--vocab-size", type=int, help="ids of the tokenizer (default: of the one given, or 32000)")
     add("--train-tokens", type=float, help="for days and cost (default: those of --train-iters)")
-    add("--top", 8, type=int, help="layouts in the table")
+    add("--top", 5, type=int, help="layouts in the table")
     add(
         "--explain",
         type=int,

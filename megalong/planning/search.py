@@ -110,7 +110,7 @@ def search(
     cluster: Cluster,
     ranks: int,
     *,
-    wanted: int = 8,
+    wanted: int = 5,
     processes: int | None = None,
     progress: Callable[[int, int], Any] = lambda done, known: None,
 ) -> Search:
