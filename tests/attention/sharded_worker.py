@@ -4,6 +4,7 @@ Every rank holds the whole sequence too and compares its slice with the definiti
 number of cases, first seed, backend, dtype. Prints the cases that fail and exits 1.
 """
 
+import contextlib
 import random
 import sys
 
@@ -19,6 +20,7 @@ from megalong.attention.sequence_parallel import sequence_parallel_attention
 from megalong.attention.sequence_plan import gathered_rows, subgroup_sizes
 from megalong.attention.shards import Shards
 from megalong.parallel.traffic import CountTraffic
+from tests.quick_interpreter import quick_interpreter
 
 
 def random_case(seed: int, ranks: int) -> dict:
@@ -196,9 +198,10 @@ def main(count: str, first_seed: str, backend: str, dtype: str = "float64") -> N
     failed = 0
     for seed in range(int(first_seed), int(first_seed) + int(count)):
         by_groups = backend != "triton" or seed % 6 == 0  # its interpreter is slow
-        forward, backward, case = check(
-            seed, dist.group.WORLD, backend, getattr(torch, dtype), by_groups
-        )
+        with quick_interpreter() if backend == "triton" else contextlib.nullcontext():
+            forward, backward, case = check(
+                seed, dist.group.WORLD, backend, getattr(torch, dtype), by_groups
+            )
         if not (forward < tolerance and backward < tolerance):
             failed += 1
             print(f"rank {dist.get_rank()} seed {seed}: {forward:.1e} {backward:.1e} {case}")

@@ -2,24 +2,10 @@
 
 import pytest
 
+from tests.quick_interpreter import quick_interpreter
+
 
 @pytest.fixture(scope="session")
-def quick_device_functions():
-    """Patch `triton.language` once per module, not once per call of a device function.
-
-    The interpreter repeats that at every call, which triples the time of small kernels.
-    """
-    from triton.runtime import interpreter
-
-    patched = set()
-
-    def call(function, *args, **kwargs):
-        module = id(function.fn.__globals__)
-        if module not in patched:
-            patched.add(module)
-            interpreter._patch_lang(function.fn)
-        return function.rewrite()(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+def quick():
+    with quick_interpreter():
         yield

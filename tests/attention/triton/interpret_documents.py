@@ -15,7 +15,7 @@ from megalong.attention import triton as triton_backend
 from megalong.attention.reference import offered_keys
 from megalong.attention.triton import launch, tile_sizes
 
-pytestmark = pytest.mark.usefixtures("quick_device_functions", "poisoned")
+pytestmark = pytest.mark.usefixtures("quick", "poisoned")
 BLOCKS = ((16, 16), (32, 16), (16, 32))  # of equal and of unequal sides
 P = DilatedPattern
 

@@ -26,9 +26,9 @@ from megalong.attention.band import ALL, Band
 from megalong.attention.dilated_passes import DilatedPasses
 from megalong.attention.triton import attend_rows, attend_rows_backward, launch, tile_sizes
 
-pytestmark = pytest.mark.usefixtures("quick_device_functions", "poisoned")
+pytestmark = pytest.mark.usefixtures("quick", "poisoned")
 CORNERS = {case.name: case for case in corners()}
-RANDOM = int(os.environ.get("RANDOM_CASES", 30))
+RANDOM = int(os.environ.get("RANDOM_CASES", 15))
 THINNED = {  # (heads, their keys' heads), and where that leaves no residue to speak of, offsets
     "grouped": (6, 3),
     "grouped-block": (6, 3),
