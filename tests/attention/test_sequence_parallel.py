@@ -29,11 +29,20 @@ from tests.launching import ranks_command, run
 WORKER = __file__.replace("test_sequence_parallel", "sharded_worker")
 
 
-@pytest.mark.parametrize("ranks, seed", [(2, 0), (3, 1000), (4, 2000), (8, 3000)])
-def test_random_cases_equal_the_definition(ranks, seed):
-    """60 a launch: any width and rate, GQA, causal and not; float64, 1e-10,
-    outputs, log-sum-exps and gradients."""
-    run_ranks(ranks, WORKER, 60, seed, "sdpa")
+FIRST_SEEDS = {2: 0, 3: 1000, 4: 2000, 8: 3000}
+
+
+@pytest.mark.parametrize("ranks, cases", [(2, 40), (3, 30), (4, 24), (8, 16)])
+def test_random_cases_equal_the_definition(ranks, cases):
+    """Any width and rate, GQA, causal and not; float64, 1e-10, outputs, log-sum-exps and
+    gradients."""
+    run_ranks(ranks, WORKER, cases, FIRST_SEEDS[ranks], "sdpa")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", FIRST_SEEDS)
+def test_many_random_cases_equal_the_definition(ranks):
+    run_ranks(ranks, WORKER, 100, FIRST_SEEDS[ranks], "sdpa")
 
 
 def test_the_reference_backend_is_sharded_as_well():

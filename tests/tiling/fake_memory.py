@@ -14,7 +14,7 @@ if __name__ == "__main__":
 import torch
 
 BATCH, HIDDEN, VOCABULARY, CHUNK = 2, 64, 32000, 128
-ROWS = (4096, 16384)
+ROWS = (1024, 4096)
 
 
 def tensor(*shape: int, dtype=torch.bfloat16, grad=True) -> torch.Tensor:

@@ -51,10 +51,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.glob("iter_*/*")}
 
 
+@pytest.mark.parametrize("kills", [15, pytest.param(50, marks=pytest.mark.long)])
 @pytest.mark.parametrize("mode", ["now", "background"])
-def test_fifty_kills(tmp_path, mode):
-    done = run([sys.executable, SAVING_LOOP, str(tmp_path / "run"), "50", mode])
-    assert int(done.stdout) >= 50
+def test_many_kills(tmp_path, mode, kills):
+    done = run([sys.executable, SAVING_LOOP, str(tmp_path / "run"), str(kills), mode])
+    assert int(done.stdout) >= kills
 
 
 @pytest.mark.parametrize(
