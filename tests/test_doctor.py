@@ -8,11 +8,11 @@ from packaging.requirements import Requirement
 
 from megalong.doctor import __main__ as doctor
 from megalong.doctor import checks
-from tests.launching import REPOSITORY, run
+from tests.launching import REPOSITORY, run_here
 
 
 def test_this_machine_can_train():
-    report = run([sys.executable, "-m", "megalong.doctor"]).stdout
+    report = run_here(REPOSITORY / "megalong/doctor/__main__.py").stdout
     for words in ("Python", "torch", "megatron-core", "apex", "torchrun", "CPU", "sdpa"):
         assert words in report
     assert "gloo sums" in report or "nccl sums" in report
