@@ -98,8 +98,8 @@ SUM_OF_LOSSES = Operation(
     bytes=12,
 )
 
-# Where DeepSpeed's ZeRO 3 compares what the ranks are about to do, in the first step: the others
-# are not there to be asked.
+# Where DeepSpeed's ZeRO 3 compares what the ranks are about to do, in its first two forward passes,
+# which are over before the step that is reported: the others are not there to be asked.
 COMPARISONS = tuple(
     f"deepspeed.runtime.zero.{module}.assert_ints_same_as_other_ranks"
     for module in ("partition_parameters", "partitioned_param_coordinator", "stage3")
@@ -145,16 +145,17 @@ def dry_run(
     prepare: Callable[[TrainingEngine], None] = lambda _: None,
     quick: bool = False,
 ) -> DryRun:
-    """Two training steps of rank `rank` of a launch of `ranks`, and the forward pass of an
-    evaluation; the second step, which is like all that follow, is reported.
+    """Training steps of rank `rank` of a launch of `ranks` up to the first that is like all that
+    follow (the second, with ZeRO 3 perhaps the third), which is reported; and the forward pass of
+    an evaluation.
 
     config: resolved for as many ranks; data and tokenizer are not opened. `--memory-path auto` is
         what it is on such a device, with a host that has room for everything.
     prepare: is given the engine before its first step.
     quick: no evaluation, nobody looks for waits, three tiles of many (`few_tiles`), and one step
-        where the second does the same (but for ZeRO 3, which has to see what it will be asked for):
-        the rest of the result is the same, with the small operations besides in which a first step
-        makes tables.
+        where the second does the same (two with ZeRO 3, which has to see what it will be asked
+        for): the rest of the result is the same, with the small operations besides in which a first
+        step makes tables.
     Raises HostSync, WrongDevice, or PyTorch's FakeTensorDeviceMismatchError.
     """
     forget_tables()
@@ -167,7 +168,9 @@ def dry_run(
         engine = fake_engine(config, vocab_size, mesh, memory)
         prepare(engine)
         batches, begun = host_batches(config, mesh), []
-        steps = 1 if quick and config.parallel.zero_stage < 3 else 2
+        steps = engine.counted_step
+        if quick:
+            steps = 1 if config.parallel.zero_stage < 3 else 2
         with parts.watch(engine.model):
             for number in range(steps):
                 syncs = HostSyncs(ALLOWED if number and not quick else None)

@@ -103,6 +103,7 @@ class TrainingEngine:
 
     sources: names of those of the training batches, whose losses are told apart where there are
         several.
+    counted_step: the number, from 1, of the step whose traffic is counted.
     """
 
     def __init__(
@@ -145,6 +146,10 @@ class TrainingEngine:
         _create_state(self.deepspeed, self.optimizer, fused)
         model.config.grad_scale_func = self.deepspeed.scale
         self.traffic: Counts | None = None  # of one step on this rank, until it is taken
+        # The first step that is like all that follow. ZeRO 3 finds its way in the first forward
+        # pass, and its ranks compare in the second what they found.
+        compares_late = config.parallel.zero_stage == 3 and self.num_microbatches == 1
+        self.counted_step = 3 if compares_late else 2
         self._steps = 0
         self._updates_before = 0  # those of the run that a checkpoint was written by
         self.modules = [
@@ -161,8 +166,7 @@ class TrainingEngine:
             group["lr"] = learning_rate
         self.deepspeed.train()
         self._steps += 1
-        # The second step is like all that follow; in the first, ZeRO 3 is still finding its way.
-        counting = self._steps == 2
+        counting = self._steps == self.counted_step
         groups = self.mesh.groups_by_axis
         with CountTraffic(groups) if counting else contextlib.nullcontext() as counter:
             result = self._train_step(batches)

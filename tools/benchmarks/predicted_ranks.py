@@ -8,12 +8,13 @@ A FOLDER has case.json, {"ranks", "values", "vocabulary"}, and takes real-RANK.j
 dry-RANK.json of each rank: collectives by axis and name, FLOPs by part and direction, and bytes at
 the peak.
 
-Memory of a real rank is resident memory at its peak, over two steps of the training's engine, less
+Memory of a real rank is resident memory at its peak, over some steps of the training's engine, less
 what the process has besides tensors: libraries, code, objects of Python. That is what was resident
-after two steps of a smaller model in the same layout, less its tensors. The C library gives freed
-memory back at once (MALLOC_MMAP_THRESHOLD_), as a device's allocator would give it to the next
-tensor. Beside it stands what the tensors of the real rank add up to, which is followed as in the
-dry run.
+before, with all that earlier engines have left behind (DeepSpeed's ZeRO 3 never lets go of its
+module), and what the steps of a smaller model in the same layout had added to it, less its tensors.
+The C library gives freed memory back at once (MALLOC_MMAP_THRESHOLD_), as a device's allocator
+would give it to the next tensor. Beside it stands what the tensors of the real rank add up to,
+which is followed as in the dry run.
 """
 
 from __future__ import annotations
@@ -74,22 +75,32 @@ def real_case(folder: Path, device: Any, ranks: int, values: dict, vocabulary: i
     from megalong.planning.memory import DeviceMemory
 
     smaller = config_from_values(values | SMALLER).resolve(ranks)
-    with DeviceMemory() as memory, engine(smaller, SMALL_VOCABULARY, device) as trainer:
-        two_steps(trainer, smaller)
-        give_back()
-        besides = resident("VmRSS") - memory.now
-    del trainer, memory
-    give_back()
+    besides = besides_tensors(smaller, device)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     config = config_from_values(values).resolve(ranks)
     with DeviceMemory() as memory, engine(config, vocabulary, device) as trainer:
-        work = two_steps(trainer, config)
+        work = some_steps(trainer, config)
         bytes_ = {
             "measured": resident("VmHWM") - besides,
             "followed": memory.peak.total(),
             "besides": besides,
         }
         write(folder / f"real-{trainer.mesh.rank}.json", trainer.traffic, work, bytes_)
+
+
+def besides_tensors(smaller: Any, device: Any) -> int:
+    """Resident bytes that this process will have besides the tensors of its next engine."""
+    from megalong.planning.memory import DeviceMemory
+
+    for _ in range(2):  # the first has libraries load what they keep
+        before = resident("VmRSS")
+        with DeviceMemory() as memory, engine(smaller, SMALL_VOCABULARY, device) as trainer:
+            some_steps(trainer, smaller)
+            give_back()
+            of_engine = resident("VmRSS") - memory.now - before
+        del trainer, memory
+        give_back()
+    return resident("VmRSS") + of_engine
 
 
 def give_back() -> None:
@@ -135,8 +146,8 @@ def timed(folders: list[Path]) -> None:
             config = config_from_values(case["values"]).resolve(case["ranks"])
             with engine(config, case["vocabulary"], device) as trainer:
                 batches = host_batches(config, trainer.mesh)
-                trainer.train_step(batches, config.training.lr)
-                trainer.train_step(batches, config.training.lr)  # counts its traffic
+                for _ in range(trainer.counted_step):
+                    trainer.train_step(batches, config.training.lr)
                 for _ in range(STEPS):
                     dist.barrier()
                     start = time.perf_counter()
@@ -155,14 +166,16 @@ def read(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "case.json").read_text())
 
 
-def two_steps(trainer: Any, config: Any) -> Any:
-    """Two steps; what the second did."""
+def some_steps(trainer: Any, config: Any) -> Any:
+    """Steps up to that whose traffic the engine counts, the first that is like all that follow;
+    what that one did."""
     from megalong.planning.dry_run import host_batches
     from megalong.planning.parts import Parts
     from megalong.planning.recorder import WorkRecorder
 
     batches, parts = host_batches(config, trainer.mesh), Parts()
-    trainer.train_step(batches, config.training.lr)
+    for _ in range(trainer.counted_step - 1):
+        trainer.train_step(batches, config.training.lr)
     recorder = WorkRecorder(parts, trainer.mesh.groups_by_axis)
     with parts.watch(trainer.model), recorder:
         trainer.train_step(batches, config.training.lr)
