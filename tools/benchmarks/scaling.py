@@ -110,7 +110,8 @@ def length(arguments: Namespace) -> None:
         flags = f"--tokens {tokens} --ranks 1 --parts step --step-repeats {repeats}"
         step = billion(flags, folder / "step")["step"][0]
         seconds = step["runs"] or [step["first"]["seconds"]]
-        found = {"seconds": step["seconds"]["step"], "peak": step["peak"], "runs": len(seconds)}
+        found = {"seconds": step["seconds"]["step"], "processor": step["seconds"]["processor"]}
+        found |= {"peak": step["peak"], "runs": len(seconds)}
         rows.append({"tokens": tokens, "attention": attention, "step": found})
         write(arguments.output / "length.json", rows)
     report_of("length", arguments.output, rows)

@@ -24,6 +24,7 @@ def length_table(rows: list[dict[str, Any]]) -> str:
     header = ["tokens"]
     for name in [*contenders, "step"]:
         header += [f"{name}, s", "us a token", "peak, MiB"]
+    header.append("processor of a step, s")
     text = []
     for row in rows:
         cells = [f"{row['tokens']:,}"]
@@ -33,7 +34,7 @@ def length_table(rows: list[dict[str, Any]]) -> str:
                 continue
             per_token = 1e6 * found["seconds"] / row["tokens"]
             cells += [f"{found['seconds']:.3f}", f"{per_token:.1f}", f"{found['peak'] / MIB:,.0f}"]
-        text.append(cells)
+        text.append([*cells, f"{row['step']['processor']:.3f}"])
     runs = ", ".join(str(next(iter(row["attention"].values()))["runs"]) for row in rows)
     steps = ", ".join(str(row["step"]["runs"]) for row in rows)
     notes = [
