@@ -49,8 +49,9 @@ def main() -> None:
     )
     if repeats["documents"]:
         print(
-            f"{counted(repeats['documents'], 'document')} with a text that has come before"
-            + (", left out" if made["deduplicate"] else "")
+            f"{counted(repeats['documents'], 'document')} with a text that has come before,"
+            f" {counted(repeats['tokens'], 'token')}: "
+            + ("left out" if made["deduplicate"] else "--deduplicate of each share leaves them out")
         )
 
 

@@ -120,7 +120,7 @@ def print_summary(summary: Summary, kind: str) -> None:
             f"{part.prefix}: {counted(part.documents, 'document')},"
             f" {counted(part.tokens, 'token')}, "
             f"{part.bytes:,} bytes, {part.bytes / max(part.tokens, 1):.3f} bytes per token, "
-            f"longest document {part.longest:,} tokens, {part.empty:,} empty ones left out"
+            f"longest document {part.longest:,} tokens, {counted(part.empty, 'empty one')} left out"
             + (f", {part.short:,} shorter than --min-tokens" if part.short else "")
         )
         if part.repeats:

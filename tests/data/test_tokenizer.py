@@ -136,6 +136,8 @@ def test_errors_name_the_flag(tmp_path):
         build_tokenizer("HuggingFaceTokenizer", str(garbage))
     with pytest.raises(ValueError, match=r"garbage\.model: not a SentencePiece model"):
         build_tokenizer("SentencePieceTokenizer", str(garbage))
+    with pytest.raises(UserError, match=r"a folder.*set --tokenizer-type HuggingFaceTokenizer"):
+        build_tokenizer("SentencePieceTokenizer", str(tmp_path))
 
 
 def test_a_model_that_is_not_lossless_is_pointed_out(tmp_path, tokenizer_model):

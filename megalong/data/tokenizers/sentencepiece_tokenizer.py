@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 
@@ -21,6 +22,11 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model_file: str) -> None:
         import sentencepiece
 
+        if os.path.isdir(model_file):
+            raise UserError(
+                f"--tokenizer-model {model_file}: a folder, and a SentencePiece model is a file:"
+                " for a tokenizer of Transformers set --tokenizer-type HuggingFaceTokenizer"
+            )
         try:
             model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
         except (OSError, RuntimeError) as error:
