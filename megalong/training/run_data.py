@@ -3,6 +3,7 @@ input ends the run at once."""
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ from megalong.data.batches import (
 )
 from megalong.data.blend import Blend, Source
 from megalong.data.document_samples import DocumentSamples
-from megalong.data.formats import open_documents
+from megalong.data.formats import SHARDS, open_documents, token_format
 from megalong.data.index_cache import IndexCache
 from megalong.data.masking import ADD_A_ROW, Masking
 from megalong.data.provenance import check_tokenizer
+from megalong.data.shards import pair_prefixes
 from megalong.data.sources import SourceSpec, shares_of
 from megalong.data.stream import Documents, TokenStream, split_documents
 from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
@@ -89,7 +91,7 @@ def open_run_data(config: Config) -> RunData:
         token_bytes=tokenizer.token_bytes(),
         train=train,
         held_out=held_out,
-        oddities=[*oddities, *_oddities(train, config, tokenizer)],
+        oddities=[*oddities, *_oddities(train, config, tokenizer), *_seen_in_training(config)],
         masking=masking,
         documents=DocumentRules(
             isolated=data.isolates_documents,
@@ -303,6 +305,33 @@ def _oddities(train: Blend, config: Config, tokenizer: Tokenizer) -> list[str]:
                 " model learns no end of a text: preprocess_data.py --append-eod"
             )
     return lines
+
+
+def _seen_in_training(config: Config) -> Iterator[str]:
+    """Which of the data to evaluate on is trained on, too."""
+    held_out = config.data.held_out_sources()
+    if not held_out:
+        return
+    trained_on = [spec for spec in config.data.training_sources() if spec.amount]
+    sources = {pair: spec for spec in trained_on for pair in _pairs_of(spec)}
+    for specs in held_out.values():
+        for spec in specs:
+            source = next(filter(None, map(sources.get, _pairs_of(spec))), None)
+            if source is not None:
+                yield (
+                    f"{spec.place}: is trained on, too, as source {source.name}: its loss is not"
+                    " that of new text"
+                )
+
+
+def _pairs_of(spec: SourceSpec) -> list[str]:
+    """The prefixes of a source's pairs, the same however their folders are named."""
+    if token_format(spec.path) == SHARDS:
+        prefixes = pair_prefixes(spec.path, spec.place)
+    else:
+        prefixes = [spec.path]
+    folders = {folder: os.path.realpath(folder) for folder in map(os.path.dirname, prefixes)}
+    return [os.path.join(folders[os.path.dirname(p)], os.path.basename(p)) for p in prefixes]
 
 
 def _ends_documents(stream: TokenStream | DocumentSamples, tokenizer: Tokenizer) -> bool:

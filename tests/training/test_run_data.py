@@ -162,8 +162,25 @@ def test_paths_by_purpose(three):
     data = opened(data_path=None, split=None, **paths, test_data_path=f"{three}/wiki")
     assert data.train.tokens_per_epoch == 2010
     assert list(data.held_out) == ["validation/a", "validation/wiki", "test"]
+    assert not data.oddities
     paths["valid_data_path"] = f"{three}/books"
     assert list(opened(data_path=None, split=None, **paths).held_out) == ["validation"]
+
+
+def test_what_is_evaluated_on_and_trained_on_is_told(three):
+    """Whatever its folder is called, and as one of the pairs of a folder too; not with weight 0."""
+    (three / "other").symlink_to(three)
+    whole = {"data_path": None, "split": None}
+    paths = {"train_data_path": f"1 {three}/code 0 {three}/wiki"}
+    held_out = f"{three}/books a={three}/other/code {three}/wiki"
+    told = opened(**whole, **paths, valid_data_path=held_out).oddities
+    assert told == [
+        f"--valid-data-path {three}/other/code: is trained on, too, as source code: its loss is not"
+        " that of new text"
+    ]
+    paths = {"train_data_path": f"all={three}", "test_data_path": f"{three}/wiki"}
+    (told,) = opened(**whole, **paths).oddities
+    assert told.startswith(f"--test-data-path {three}/wiki: is trained on, too, as source all")
 
 
 @pytest.mark.parametrize(
