@@ -160,7 +160,8 @@ def plant_collective_on_cpu(_, inputs, output):
 
 
 PLANTS = {name[6:]: plant for name, plant in list(vars().items()) if name.startswith("plant_")}
-CASES |= {f"planted {name}": Case(plant=name) for name in PLANTS}
+LITTLE = {"num_layers": 1, "global_batch_size": 1}
+CASES |= {f"planted {name}": Case(LITTLE, plant=name) for name in PLANTS}
 CASES["planted item in a pipeline"] = Case(LAYOUT, rank=4, ranks=8, plant="item")
 
 
