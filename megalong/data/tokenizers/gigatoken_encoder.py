@@ -135,5 +135,7 @@ def _loaded(load: Callable[[ModuleType], Any]) -> Any:
         raise UserError("a faster one is gigatoken: pip install gigatoken") from error
     try:
         return load(gigatoken)
-    except Exception as error:  # whatever it says of an encoding that it does not do
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # whatever it says of an encoding; its panics are no Exception
         raise UserError(f"gigatoken does not do this tokenizer ({error})") from error
