@@ -114,6 +114,7 @@ def test_a_piece_that_no_two_others_make_is_not_for_the_fast_library(description
     check_exact(usual, "a\1\2\3")
     assert perhaps_fast(usual, "auto", said.append) is usual
     assert said[0].startswith("tokenizer backend: the usual library; gigatoken does not do this")
+    assert "\n" not in said[0]
     with pytest.raises(UserError, match="--tokenizer-backend fast: gigatoken does not do this"):
         perhaps_fast(usual, "fast", said.append)
 

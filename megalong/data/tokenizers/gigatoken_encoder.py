@@ -138,4 +138,5 @@ def _loaded(load: Callable[[ModuleType], Any]) -> Any:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # whatever it says of an encoding; its panics are no Exception
-        raise UserError(f"gigatoken does not do this tokenizer ({error})") from error
+        reason = " ".join(str(error).split())  # in one line
+        raise UserError(f"gigatoken does not do this tokenizer ({reason})") from error
