@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megalong.config import Config
+from megalong.config.deepspeed_file import keeps_optimizer_on_host
 from megalong.config.memory import USABLE
 from megalong.errors import UserError
 from megalong.host_memory import host_bytes_available
@@ -36,7 +37,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that a rank needs at the peak: of its device, and of the host for what is offloaded."""
+    """Bytes that a rank needs at the peak: of its device, and of the host for activations."""
 
     device: float
     host: float
@@ -157,6 +158,8 @@ def _of_parameters(config: Config, vocab_size: int, replicas: int) -> float:
     parameters /= parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     weights = 4 if config.training.precision == "fp32" else 2
     optimizer, gradients = 12, 4  # two moments and float32 weights; in float32
+    if keeps_optimizer_on_host(config.training.deepspeed_config):
+        optimizer = 0
     sharded = (optimizer, gradients, weights)[: parallel.zero_stage]
     whole = (optimizer, gradients, weights)[parallel.zero_stage :]
     return parameters * (sum(whole) + sum(sharded) / replicas)

@@ -127,6 +127,8 @@ class Cluster:
     host_memory: bytes of a node. host_bandwidth: attainable bytes/s between a device and its host,
         in one direction.
     price: dollars for a device and hour, an assumption that users set.
+    host_memory_bandwidth: attainable bytes/s of a node's memory, read and written together, by the
+        processors of the host; None where that is not known.
     """
 
     name: str
@@ -138,11 +140,23 @@ class Cluster:
     host_memory: float
     host_bandwidth: float
     price: float
+    host_memory_bandwidth: float | None = None
 
     @property
     def calibrated(self) -> str | None:
         """When and on what the device was measured; None if it was not."""
         return self.device.calibrated
+
+    def host_seconds(self, nbytes: float) -> float:
+        """What a rank's part of the host takes to read and write so many bytes of its memory, while
+        all ranks of a node do; UserError where the description does not say."""
+        if self.host_memory_bandwidth is None:
+            raise UserError(
+                f"--cluster {self.name}: its description has no host.memory_bandwidth, which an"
+                " optimizer on the host is planned by: add it, or leave offload_optimizer out of"
+                " --deepspeed-config"
+            )
+        return nbytes * self.gpus_per_node / self.host_memory_bandwidth
 
     def check_gpus(self, gpus: int) -> None:
         """Raise UserError unless there can be so many."""
@@ -209,10 +223,18 @@ def _cluster(section: Section) -> Cluster:
         host_bandwidth=host.number("bandwidth", 1e6, 1e13, "bytes/s")
         * host.number("attainable", 0.01, 1),
         price=section.number("price_per_gpu_hour", 0, 1e4, "dollars"),
+        host_memory_bandwidth=_host_memory_bandwidth(host),
     )
     host.done()
     section.done()
     return cluster
+
+
+def _host_memory_bandwidth(host: Section) -> float | None:
+    if "memory_bandwidth" not in host:
+        return None
+    bandwidth = host.number("memory_bandwidth", 1e6, 1e15, "bytes/s")
+    return bandwidth * host.number("memory_attainable", 0.01, 1)
 
 
 def _device(section: Section) -> Device:

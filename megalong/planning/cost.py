@@ -19,7 +19,9 @@ factor is a number in the cluster's file. What is assumed:
   al., arXiv 2104.04473, section 2.2).
 - The update comes after everybody's backward pass.
 - Copies to the host and back run on a stream of their own, beside everything else of the same
-  direction, and hide behind it wholly; what is longer is exposed.
+  direction, and hide behind it wholly; what is longer is exposed. In the update nothing hides them:
+  an optimizer on the host (ZeRO-Offload) waits for the gradients, the device for the weights.
+- The host's own share of such an update is bound by the node's memory, which all ranks share.
 - What is attainable of a product depends on its FLOPs (of one kernel, where there are several); of
   attention on its FLOPs for each byte, which grow with the rows that a query attends to.
 
@@ -66,7 +68,8 @@ class StepCost:
     compute: by part of the model (`work.PARTS`), forward and backward.
     communication: exposed, by axis of the mesh. hidden: what computation hides, not in the total.
     bubble: idle time of the pipeline. offload: copies to the host and back, exposed.
-    launches: waiting for the host. update: the optimizer's own computation.
+    launches: waiting for the host. update: the optimizer's own computation, on the device or the
+        host.
     total: the sum of all but what is hidden. tokens_per_second: of all ranks.
     mfu: model FLOPs (`megalong.model.flops`) as a share of the peak of all ranks, as the training
         log has it.
@@ -188,7 +191,7 @@ def phase_cost(
     hidden: Counter[str] = Counter()
     offload = 0.0
     for direction in directions:
-        device = _compute_seconds(work, direction, cluster.device)
+        device = _compute_seconds(work, direction, cluster)
         exposed = _axis_seconds(work, direction, cluster)
         hides = _hidden(
             exposed,
@@ -200,7 +203,8 @@ def phase_cost(
         )
         exposed -= hides
         copies = _host_seconds(work, direction, cluster)
-        offload += max(0.0, copies - device.total() - exposed.total())
+        beside = 0.0 if direction == "update" else device.total() + exposed.total()
+        offload += max(0.0, copies - beside)
         compute += device
         communication += exposed
         hidden += hides
@@ -210,7 +214,8 @@ def phase_cost(
 
 
 def operation_seconds(operation: Operation, device: Device) -> float:
-    """Of one call, on a device that does nothing else; not of a copy to the host."""
+    """Of one call, on a device that does nothing else; not of a copy to the host, nor of what the
+    host computes."""
     rate = device.memory_bandwidth * device.memory_share.at(operation.bytes)
     seconds = operation.bytes / rate
     if operation.kind != "memory":
@@ -224,12 +229,17 @@ def operation_seconds(operation: Operation, device: Device) -> float:
     return seconds + operation.kernels * device.kernel_seconds
 
 
-def _compute_seconds(work: Work, direction: str, device: Device) -> Counter[str]:
+def _compute_seconds(work: Work, direction: str, cluster: Cluster) -> Counter[str]:
     """By part."""
     seconds: Counter[str] = Counter()
     for operation, calls in work.operations.items():
-        if operation.direction == direction and operation.name not in _COPIES:
-            seconds[operation.part] += calls * operation_seconds(operation, device)
+        if operation.direction != direction or operation.name in _COPIES:
+            continue
+        if operation.kind == "host":
+            one = cluster.host_seconds(operation.bytes)
+        else:
+            one = operation_seconds(operation, cluster.device)
+        seconds[operation.part] += calls * one
     return seconds
 
 

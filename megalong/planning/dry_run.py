@@ -53,6 +53,7 @@ from megalong.planning.parts import Parts
 from megalong.planning.recorder import WorkRecorder
 from megalong.planning.share import lone_mesh
 from megalong.planning.work import Operation, Work
+from megalong.planning.zero_offload import check_offload
 from megalong.training.engine import TrainingEngine, weights_divider
 
 # Where a step waits for the device, and why: none of it is ours. Everything else is an error.
@@ -80,6 +81,34 @@ ALLOWED = (
     Wait(
         "deepspeed/runtime/zero/stage3.py:get_grad_norm_direct",
         "DeepSpeed's ZeRO 3 makes numbers on the host to sum up the norms of its groups",
+    ),
+    *(
+        Wait(
+            f"deepspeed/runtime/zero/{where}",
+            f"DeepSpeed, with the optimizer on the host, {what}",
+        )
+        for where, what in (
+            (
+                "stage_1_and_2.py:update_offload_overflow_tracker",
+                "asks of each gradient whether it is finite",
+            ),
+            (
+                "stage_1_and_2.py:_wait_for_offload_copies",
+                "waits for a gradient that it copies there before it copies another",
+            ),
+            (
+                "stage_1_and_2.py:complete_grad_norm_calculation_for_cpu_offload",
+                "adds up the norms of gradients there",
+            ),
+            (
+                "stage3.py:complete_grad_norm_calculation_for_cpu_offload",
+                "adds up the norms of gradients there",
+            ),
+            (
+                "stage3.py:_reassign_or_swap_out_partitioned_parameters",
+                "copies the weights to the device after the update",
+            ),
+        )
     ),
     Wait(
         "deepspeed/accelerator/cuda_accelerator.py:synchronize",
@@ -112,8 +141,8 @@ class DryRun:
 
     work: its operations and collectives.
     memory: bytes of the device at the peak, by kind (`megalong.planning.work.MEMORY`).
-    host: bytes of pinned memory at the peak: activations that wait there, with
-        --offload-activations.
+    host: bytes of the host's memory at the peak of a step: activations that wait there, with
+        --offload-activations, and an optimizer that a DeepSpeed file has put there.
     another: what one more micro batch adds to the work, or of the interleaved schedule one more
         group of them, where there were enough to tell (`steady_microbatches`); None else.
     waits: how often the host waits for the device in a step, by the function that waits.
@@ -156,8 +185,10 @@ def dry_run(
         where the second does the same (two with ZeRO 3, which has to see what it will be asked
         for): the rest of the result is the same, with the small operations besides in which a first
         step makes tables.
-    Raises HostSync, WrongDevice, or PyTorch's FakeTensorDeviceMismatchError.
+    Raises HostSync, WrongDevice, or PyTorch's FakeTensorDeviceMismatchError; UserError where a
+    DeepSpeed file offloads what cannot be planned (`zero_offload`).
     """
+    check_offload(config)
     forget_tables()
     memory, parts = DeviceMemory(), Parts()
     with fake_rank(config, rank, ranks) as mesh, memory:
@@ -167,6 +198,7 @@ def dry_run(
         config, _ = choose_memory_path(config, vocab_size, room)
         engine = fake_engine(config, vocab_size, mesh, memory)
         prepare(engine)
+        memory.begin_steps()
         batches, begun = host_batches(config, mesh), []
         steps = engine.counted_step
         if quick:

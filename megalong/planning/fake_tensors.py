@@ -1,5 +1,6 @@
 """The host is real, the device is fake: what lives on the CPU is computed, what lives on the GPU
-has a shape, a dtype and a device, and no data; and so has what is large in pinned memory.
+has a shape, a dtype and a device, and no data; and so has what is large in pinned memory, and what
+is large and floating-point: an optimizer that lives on the host.
 
 Where the CPU itself is what a launch trains on, its numbers are fake, and its tables real.
 """
@@ -7,6 +8,7 @@ Where the CPU itself is what a launch trains on, its numbers are fake, and its t
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Iterator
 from functools import cache
@@ -20,12 +22,14 @@ from megalong.torch_private import (
     EFFICIENT_ATTENTION,
     FLASH_ATTENTION,
     READ_VALUE,
+    TO_COPY,
+    TO_PINNED,
     FakeTensor,
     FakeTensorMode,
     tree_leaves,
 )
 
-LARGE = 2**20  # bytes of pinned memory from which on it is fake: no table is that large
+LARGE = 2**20  # bytes of the host from which on it is fake: no table of that kind is that large
 RANGES = (torch.ops.aten.arange, torch.ops.aten.linspace)  # what tables are made of
 
 
@@ -33,7 +37,8 @@ class FakeDeviceMode(FakeTensorMode):
     """Makes tensors of device "cuda", and what is computed with them, fake; others stay real.
 
     So tables, plans and random states on the host have values, which their code may look at. Pinned
-    memory that is large has none: a run may need more of it than this machine has.
+    memory that is large has none, nor have large floating-point tensors that are made there: a run
+    may need more of both than this machine has.
 
     pinned: the storages that are in pinned memory.
     """
@@ -48,18 +53,47 @@ class FakeDeviceMode(FakeTensorMode):
         kwargs = kwargs or {}
         if kwargs.get("pin_memory"):
             return self._pinned(operator, types, args, {**kwargs, "pin_memory": False})
+        if operator is TO_PINNED:
+            return self._pinned_copy(args[0], types)
+        if operator is torch.ops.aten.is_pinned.default:
+            return args[0].untyped_storage() in self.pinned
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         device = torch.device(kwargs.get("device") or "cpu")
         if device.type == "cuda" or any(isinstance(x, FakeTensor) for x in tensors):
+            result = super().__torch_dispatch__(operator, types, args, kwargs)
+            if operator is TO_COPY and not isinstance(result, FakeTensor):  # on the host
+                return result if result.nbytes < LARGE else self._fake_like(result, types)
+            return result
+        on_host = device.type == "cpu" and not tensors
+        if on_host and _makes_large_numbers(operator, args, kwargs):
             return super().__torch_dispatch__(operator, types, args, kwargs)
-        return operator(*args, **kwargs)
+        return _empty_as_zero(operator, operator(*args, **kwargs))
 
     def _pinned(self, operator, types, args, kwargs) -> torch.Tensor:
         tensor = super().__torch_dispatch__(operator, types, args, kwargs)
         if tensor.nbytes < LARGE:
-            tensor = operator(*args, **kwargs)
+            tensor = _empty_as_zero(operator, operator(*args, **kwargs))
         self.pinned.add(tensor.untyped_storage())
         return tensor
+
+    def _pinned_copy(self, tensor: torch.Tensor, types: Any) -> torch.Tensor:
+        if isinstance(tensor, FakeTensor) or tensor.nbytes >= LARGE:
+            copy = self._fake_like(tensor, types)
+        else:
+            copy = tensor.clone()
+        self.pinned.add(copy.untyped_storage())
+        return copy
+
+    def _fake_like(self, tensor: torch.Tensor, types: Any) -> torch.Tensor:
+        return super().__torch_dispatch__(torch.ops.aten.empty_like.default, types, (tensor,))
+
+
+def _makes_large_numbers(operator: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call makes a large floating-point tensor of a shape that it is given."""
+    if operator.namespace != "aten" or not args or not isinstance(args[0], list | tuple):
+        return False
+    dtype = kwargs.get("dtype") or torch.get_default_dtype()
+    return dtype.is_floating_point and math.prod(args[0]) * dtype.itemsize >= LARGE
 
 
 class FakeCpuMode(FakeTensorMode):
@@ -91,9 +125,14 @@ class FakeCpuMode(FakeTensorMode):
         numbers = isinstance(result, torch.Tensor) and result.is_floating_point()
         if tensors or (numbers and result.dim()):
             return result
-        result = operator(*args, **kwargs)
-        # What nobody has written is read as zero, too, and not as what memory happens to hold.
-        return result.zero_() if "empty" in operator.overloadpacket.__name__ else result
+        return _empty_as_zero(operator, operator(*args, **kwargs))
+
+
+def _empty_as_zero(operator: Any, result: Any) -> Any:
+    """What a fake tensor would have been copied to is read as zero, as that is itself, and not as
+    what memory happens to hold."""
+    made = operator.namespace == "aten" and "empty" in operator.overloadpacket.__name__
+    return result.zero_() if made else result
 
 
 def zero(dtype: torch.dtype) -> bool | int | float:

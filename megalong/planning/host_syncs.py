@@ -25,7 +25,6 @@ from megalong.planning.fake_tensors import is_pinned, zero
 from megalong.torch_private import (
     READ_VALUE,
     TO_COPY,
-    TO_PINNED,
     DataDependentOutputException,
     DynamicOutputShapeException,
     TorchDispatchMode,
@@ -93,10 +92,6 @@ class HostSyncs(TorchDispatchMode):
         if operator is READ_VALUE and args[0].device.type == "cuda":
             self._wait("the host reads a value (as .item() does)")
             return zero(args[0].dtype)
-        if operator is TO_PINNED:
-            return args[0]
-        if operator is aten.is_pinned.default:
-            return True
         if operator.namespace == "c10d" and use_gpu():
             _check_collective(operator, args)
         elif operator in (TO_COPY, aten.copy_.default):

@@ -1,5 +1,5 @@
 """The memory that a run on fake tensors would hold at its peak: of the device, and of what kind,
-and pinned memory of the host."""
+and of the host."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ import torch
 from megalong.device import use_gpu
 from megalong.planning.fake_tensors import is_pinned
 from megalong.planning.parts import is_accumulating_weights
-from megalong.torch_private import TorchDispatchMode, is_going_backward, tree_leaves
+from megalong.torch_private import (
+    FakeTensor,
+    TorchDispatchMode,
+    is_going_backward,
+    tree_leaves,
+)
 
 BLOCK = 512  # bytes: PyTorch's allocator rounds up to multiples of that
 
 
 class DeviceMemory(TorchDispatchMode):
-    """Follows every storage on the device, and in pinned memory, from the operator that makes it to
-    its end.
+    """Follows every storage on the device, and of the host what is pinned or fake (activations and
+    an optimizer that wait there), from the operator that makes it to its end.
 
     What a storage is for (`megalong.planning.work.MEMORY`) is what somebody says (`during`, `are`),
     or else follows from its life:
@@ -35,8 +40,8 @@ class DeviceMemory(TorchDispatchMode):
     A training loop says when the update begins (`begin_update`) and ends (`end_update`).
     Not in it: the allocator's fragmentation, CUDA's context, what kernels and NCCL hold.
 
-    host_now, host_peak: bytes of pinned memory, which PyTorch rounds up to a power of two; their
-    peak may come at another time.
+    host_now, host_peak: bytes of the host, which PyTorch rounds up to a power of two where they are
+    pinned; their peak may come at another time.
     """
 
     def __init__(self) -> None:
@@ -73,6 +78,11 @@ class DeviceMemory(TorchDispatchMode):
             block = self._seen.get(tensor.untyped_storage())
             if block is not None:
                 block.axes |= {axis}
+
+    def begin_steps(self) -> None:
+        """The engine is built: of the host, what steps hold counts from now on. DeepSpeed lays out
+        weights there before."""
+        self.host_peak = self.host_now
 
     def begin_update(self) -> None:
         """All backward passes of a step are over."""
@@ -164,8 +174,8 @@ class DeviceMemory(TorchDispatchMode):
                 continue
             if tensor.device.type == self._device:
                 self._follow(tensor.untyped_storage())
-            elif is_pinned(tensor):
-                self._follow_on_host(tensor.untyped_storage())
+            elif is_pinned(tensor) or isinstance(tensor, FakeTensor):
+                self._follow_on_host(tensor.untyped_storage(), is_pinned(tensor))
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         if storage in self._seen:
@@ -199,10 +209,12 @@ class DeviceMemory(TorchDispatchMode):
             return "gradients"
         return "temporaries"
 
-    def _follow_on_host(self, storage: torch.UntypedStorage) -> None:
+    def _follow_on_host(self, storage: torch.UntypedStorage, pinned: bool) -> None:
         if storage in self._seen:
             return
-        size = 1 << max(0, storage.nbytes() - 1).bit_length()
+        size = storage.nbytes()
+        if pinned:
+            size = 1 << max(0, size - 1).bit_length()
         self._seen[storage] = Block("host", "", 0, 0)
         self.host_now += size
         self.host_peak = max(self.host_peak, self.host_now)

@@ -151,7 +151,7 @@ def explained(layout: PlannedLayout, training: Training) -> str:
     total = sum(layout.memory.values())
     memory.append(("total", f"{total / GIB:.3f}"))
     memory.append(("the device has", f"{device.memory / GIB:.3f}"))
-    memory.append(("pinned on the host", f"{layout.host / GIB:.3f}"))
+    memory.append(("of the host", f"{layout.host / GIB:.3f}"))
     lines += [
         _indented(memory),
         "",
@@ -180,7 +180,8 @@ def _what_is_short(layout: PlannedLayout, training: Training) -> str:
     on_node = layout.host * min(cluster.gpus_per_node, training.ranks)
     if on_node > USABLE * cluster.host_memory:
         words += (
-            f", and {on_node / GIB:.0f} GiB pinned on a node of {cluster.host_memory / GIB:.0f} GiB"
+            f", and {on_node / GIB:.0f} GiB on the host of a node, which has"
+            f" {cluster.host_memory / GIB:.0f} GiB"
         )
     return f"{words}: {name}"
 

@@ -16,6 +16,7 @@ from megalong.planning.memory import DeviceMemory
 from megalong.planning.parts import Parts, is_accumulating_weights
 from megalong.planning.work import TO_DEVICE, TO_HOST, Collective, Operation, Work
 from megalong.torch_private import (
+    FakeTensor,
     TorchDispatchMode,
     is_going_backward,
     tree_leaves,
@@ -120,6 +121,9 @@ class WorkRecorder(TorchDispatchMode):
         results = _tensors(result)
         inputs = _tensors((args, kwargs))
         if not any(x.device.type == self._device for x in (*results, *inputs)):
+            if any(isinstance(x, FakeTensor) for x in (*results, *inputs)):  # of a training's state
+                nbytes = _bytes(operator, name, args, kwargs, inputs, results)
+                self._add(operator, "host", 0, nbytes, 0, results or inputs)
             return
         if name in ("copy_", "_to_copy") and inputs:
             source = inputs[-1]

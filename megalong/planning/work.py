@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 PARTS = ("embedding", "attention", "projections", "mlp", "logits", "other", "optimizer")
 DIRECTIONS = ("forward", "backward", "update")
 
-# How an operation is bound: products of matrices, attention's kernels, or the memory alone.
-KINDS = ("product", "attention", "memory")
+# How an operation is bound: products of matrices, attention's kernels, the memory alone, or the
+# host's memory, where the host computes: an optimizer that lives there (ZeRO-Offload).
+KINDS = ("product", "attention", "memory", "host")
 
 # What memory of the device is for: see `megalong.planning.memory`.
 MEMORY = (
@@ -36,8 +37,8 @@ class Operation:
     dtype: as PyTorch writes it without "torch." ("bfloat16"): of what products and attention
         multiply, whatever they add up in; of others' results.
     flops: of products and attention; 0 for others.
-    bytes: read and written, each tensor once.
-    kernels: launches on the device.
+    bytes: read and written, each tensor once; of the host's memory where the host computes.
+    kernels: launches on the device, which of the host are none.
     """
 
     part: str
@@ -91,7 +92,7 @@ class Work:
         return self._total("flops")
 
     def bytes(self) -> Counter[tuple[str, str]]:
-        """Bytes of the device's memory that are read and written, by part and direction."""
+        """Bytes of memory that are read and written, by part and direction."""
         return self._total("bytes")
 
     def kernels(self) -> Counter[tuple[str, str]]:

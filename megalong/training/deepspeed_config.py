@@ -7,10 +7,10 @@ if DeepSpeed knows it.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from megalong.config import Config
+from megalong.config.deepspeed_file import read_deepspeed_file
 from megalong.errors import UserError
 from megalong.optimizers import optimizer_of
 from megalong.training.deepspeed_keys import check_keys
@@ -26,7 +26,7 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
     ours, file = _defaults(config), config.training.deepspeed_config
     if file is None:
         return _merge(ours, _settings_of_flags(config))
-    settings = _read(file)
+    settings = read_deepspeed_file(file)
     _refuse_contradictions(settings, config, data_parallel_size)
     merged = _merge(_merge(ours, settings), _settings_of_flags(config))
     check_keys(merged, f"--deepspeed-config {file}")
@@ -149,18 +149,6 @@ def _refuse_others(section: dict[str, Any], known: set[str], where: str, name: s
             raise UserError(
                 f"{where}: {name}.{key} is not a setting of megalong's{did_you_mean(key, known)}"
             )
-
-
-def _read(path: str) -> dict[str, Any]:
-    try:
-        settings = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"--deepspeed-config {path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--deepspeed-config {path}: not JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"--deepspeed-config {path}: expected a JSON object")
-    return settings
 
 
 def _get(settings: Any, path: tuple[str, ...]) -> Any:

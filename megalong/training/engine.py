@@ -59,7 +59,9 @@ class StepResult:
     ):
         """loss, grad_norm: scalars; by_source: sums of losses, and predictions, (2, sources); all
         copied to the host from now on, without waiting. sources: their names."""
-        numbers = torch.stack([loss.double(), torch.as_tensor(grad_norm).to(loss.device).double()])
+        # With the optimizer on the host, the norm is there.
+        norm = torch.as_tensor(grad_norm).to(loss.device, non_blocking=True)
+        numbers = torch.stack([loss.double(), norm.double()])
         if by_source is not None:
             numbers = torch.cat([numbers, by_source.flatten()])
         self.skipped, self._sources = skipped, sources

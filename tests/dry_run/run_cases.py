@@ -37,6 +37,7 @@ LAYOUT = {
 }
 
 
+OFFLOAD = str(Path(__file__).parents[1] / "training" / "offload.json")
 ALL_KINDS = {
     "num_layers": 4,
     "attention": "dilated dense local sparse",
@@ -82,6 +83,12 @@ CASES = {
     ),
     "dp2, ZeRO 2": Case({"zero_stage": 2}, rank=1, ranks=2),
     "dp2, ZeRO 3": Case({"zero_stage": 3}, rank=1, ranks=2),
+    **{
+        f"dp2, ZeRO {stage}, optimizer on the host": Case(
+            {"zero_stage": stage, "deepspeed_config": OFFLOAD, "hidden_size": 256}, rank=1, ranks=2
+        )
+        for stage in (2, 3)
+    },
     # Rank = tensor + 2 (sequence + 2 stage).
     "tp2 sp2 pp2, rank 3": Case(LAYOUT, rank=3, ranks=8),
     "tp2 sp2 pp2, rank 4": Case({**LAYOUT, **MAGNETO}, rank=4, ranks=8),
@@ -194,12 +201,18 @@ def dry_run_of(case: Case) -> dict[str, object]:
     return {
         "error": None,
         "memory": result.memory,
+        "host": result.host,
+        "update": [
+            [operation.kind, operation.name, operation.bytes * calls]
+            for operation, calls in result.work.operations.items()
+            if operation.direction == "update"
+        ],
         "traffic": result.traffic,
         "counted": engines[0].traffic,  # by the engine itself
         "flops": [[*key, flops] for key, flops in result.flops.items()],
         "parts": sorted({operation.part for operation in result.work.operations}),
         "dtypes": sorted(
-            {operation.dtype for operation in result.work.operations if operation.kind != "memory"}
+            {o.dtype for o in result.work.operations if o.kind in ("product", "attention")}
         ),
         "launches": sum(
             operation.kernels * calls

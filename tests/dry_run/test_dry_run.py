@@ -39,6 +39,22 @@ def test_what_is_sent_is_what_the_engine_counts(case, results):
     assert results[case]["traffic"] == (results[case]["counted"] or {})
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_optimizer_on_the_host_is_held_and_stepped_there(stage, results):
+    """Master weights, gradients and two moments are 16 bytes for each parameter of the rank; the
+    step reads them, and writes them, in one operator."""
+    result = results[f"dp2, ZeRO {stage}, optimizer on the host"]
+    steps = [(kind, n) for kind, name, n in result["update"] if name == "aten._fused_adamw_"]
+    [(kind, bytes_)] = steps  # that of norms is too small to be followed
+    assert kind == "host"
+    of_weights = 2 if stage == 3 else 4  # bytes in bf16 for each parameter of the rank, of two
+    assert bytes_ == pytest.approx(32 / of_weights * result["memory"]["weights"], rel=0.02)
+    assert bytes_ / 2 <= result["host"] < bytes_
+    assert {"megalong.to_host", "megalong.to_device"} <= {name for _, name, _ in result["update"]}
+    if stage == 2:  # of ZeRO 3 the bucket of gradients is with the optimizer
+        assert result["memory"]["optimizer"] < bytes_ / 8
+
+
 def test_every_operation_has_its_part(results):
     """The numbers of "one": 2 micro batches, 2 layers, 1024 tokens; a product's gradient is two."""
     flops = {(part, way): count for part, way, count in results["one"]["flops"]}

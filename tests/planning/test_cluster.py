@@ -94,6 +94,7 @@ def at(*keys, value=None):
         (at("device", "attainable", "product"), "device.attainable.product is missing"),
         (at("within_node"), "within_node is missing"),
         (at("host", "memory"), "host.memory is missing"),
+        (at("host", "memory_attainable"), "host.memory_attainable is missing"),
         (at("gpu_per_node", value=8), "gpu_per_node is not a key of it; did you mean gpus_per"),
         (at("device", "peak_flops", "bf16", value=1e12), "peak_flops.bf16 is not a key of it"),
         (at("within_node", "adapters", value=2), "within_node.adapters is not a key of it"),

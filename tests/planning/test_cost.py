@@ -213,6 +213,23 @@ def test_copies_to_the_host_hide_behind_everything():
     assert cost.offload == pytest.approx(1.0)  # of 3 and 1.5 seconds, beside 2 and 2
 
 
+def test_an_update_on_the_host_waits_for_the_copies():
+    """240 bytes, of which 8 ranks share 480 a second; 20 and 30 bytes over a link of 10."""
+    update = {"direction": "update", "part": "optimizer", "kernels": 0}
+    done = work(
+        [
+            operation("host", 0, 240, name="aten._fused_adamw_", **update),
+            operation("memory", 0, 20, name=TO_HOST, **update),
+            operation("memory", 0, 30, name=TO_DEVICE, **update),
+        ]
+    )
+    cost = phase_cost(done, ["update"], replace(cluster(), host_memory_bandwidth=480.0), Overlap())
+    assert cost.compute == {"optimizer": pytest.approx(240 / (480 / 8))}
+    assert cost.offload == pytest.approx(5.0)
+    with pytest.raises(UserError, match=r"has no host.memory_bandwidth, which an optimizer"):
+        phase_cost(done, ["update"], cluster(), Overlap())
+
+
 @pytest.mark.parametrize(
     ("stages", "micro_batches", "chunks", "expected"),
     [

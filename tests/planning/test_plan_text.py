@@ -96,7 +96,7 @@ def test_what_does_not_fit_says_by_how_much(training):
     usable = USABLE * training.cluster.device.memory / GIB
     assert f"2 layouts would not fit in {usable:.1f} GiB" in text
     assert "100.0 GiB (70% activations, 30% weights)" in text
-    assert "3200 GiB pinned on a node of" in text
+    assert "3200 GiB on the host of a node, which has" in text
     assert "1 layout not run" in text and "900 GiB and up" in text
     assert "3 x --zero-stage 2 cannot" in text
 
