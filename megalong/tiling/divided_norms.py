@@ -105,21 +105,22 @@ def divided_norm(
 class _DividedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_sbc, weight, bias, norm, ranks):
-        out_sbc = torch.empty_like(x_sbc)
-        ctx.ranks, ctx.moments = ranks, []
+        out_sbc, kept = torch.empty_like(x_sbc), []
         for rows in _tiles(x_sbc):
             moments = Moments.of(x_sbc[rows], norm, ranks)
             out_sbc[rows] = moments.normed(x_sbc[rows], weight, bias)
-            ctx.moments.append(moments)
-        ctx.save_for_backward(x_sbc, weight)
+            kept += moments
+        ctx.ranks = ranks
+        ctx.save_for_backward(x_sbc, weight, *kept)
         return out_sbc
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_sbc):
-        x_sbc, weight = ctx.saved_tensors
+        x_sbc, weight, *kept = ctx.saved_tensors
         grad_x_sbc, totals = torch.empty_like(x_sbc), None
-        for rows, moments in zip(_tiles(x_sbc), ctx.moments, strict=True):
+        for number, rows in enumerate(_tiles(x_sbc)):
+            moments = Moments(*kept[2 * number : 2 * number + 2])
             part = grad_sbc[rows], x_sbc[rows]
             back, shares = NormBackward.of(*part, moments, weight, ctx.ranks)
             grad_x_sbc[rows] = back.gradient(*part, weight)
