@@ -23,6 +23,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -44,7 +45,7 @@ from megalong.parallel.schedule import run_schedule
 from megalong.parallel.traffic import Counts
 from megalong.planning import fake_device
 from megalong.planning.fake_tensors import fake_device_tensors
-from megalong.planning.few_layers import few_layers
+from megalong.planning.few_layers import LeavesSomething, few_layers
 from megalong.planning.few_tiles import few_tiles
 from megalong.planning.host_syncs import HostSyncs, Wait
 from megalong.planning.kernels import NoKernels, forget_tables
@@ -181,14 +182,31 @@ def dry_run(
     config: resolved for as many ranks; data and tokenizer are not opened. `--memory-path auto` is
         what it is on such a device, with a host that has room for everything.
     prepare: is given the engine before its first step.
-    quick: no evaluation, nobody looks for waits, three tiles of many (`few_tiles`), and one step
-        where the second does the same (two with ZeRO 3, which has to see what it will be asked
-        for): the rest of the result is the same, with the small operations besides in which a first
-        step makes tables.
+    quick: no evaluation, nobody looks for waits, three tiles of many (`few_tiles`), of layers that
+        are alike a few (`few_layers`), and one step where the second does the same (two with ZeRO
+        3, which has to see what it will be asked for): the rest of the result is the same, with the
+        small operations besides in which a first step makes tables.
     Raises HostSync, WrongDevice, or PyTorch's FakeTensorDeviceMismatchError; UserError where a
     DeepSpeed file offloads what cannot be planned (`zero_offload`).
     """
     check_offload(config)
+    run = partial(_dry_run, config, vocab_size, rank, ranks, prepare, quick)
+    if quick:
+        with contextlib.suppress(LeavesSomething):
+            return run(few_layers)
+    return run(lambda *_: contextlib.nullcontext())
+
+
+def _dry_run(
+    config: Config,
+    vocab_size: int,
+    rank: int,
+    ranks: int,
+    prepare: Callable[[TrainingEngine], None],
+    quick: bool,
+    layers: Callable[..., contextlib.AbstractContextManager],
+) -> DryRun:
+    """`dry_run`; layers: `few_layers`, or another context in its place."""
     forget_tables()
     memory, parts = DeviceMemory(), Parts()
     with fake_rank(config, rank, ranks) as mesh, memory:
@@ -214,7 +232,7 @@ def dry_run(
                     stack.enter_context(_telling_when_updating(engine, memory, recorder))
                     if quick:
                         stack.enter_context(few_tiles(memory, recorder))
-                        stack.enter_context(few_layers(config, engine.model, memory, recorder))
+                        stack.enter_context(layers(config, engine.model, memory, recorder))
                     engine.train_step(_noting(batches, recorder, begun), config.training.lr)
                 memory.end_update()
         if not quick:

@@ -19,6 +19,7 @@ import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 from unittest import mock
 
@@ -26,10 +27,15 @@ import torch
 
 from megalong.config import Config
 from megalong.model.stage import PipelineStage
-from megalong.planning.memory import Block, Change, DeviceMemory
+from megalong.planning.memory import Block, Change, DeviceMemory, whole_blocks
 from megalong.planning.recorder import WorkRecorder
 from megalong.planning.work import Work
 from megalong.torch_private import is_going_backward
+
+
+class LeavesSomething(Exception):
+    """After its backward pass a layer leaves more behind than the gradients of its weights, which
+    is not told of those that are replayed."""
 
 
 @contextlib.contextmanager
@@ -37,14 +43,19 @@ def few_layers(
     config: Config, model: PipelineStage, memory: DeviceMemory, recorder: WorkRecorder
 ) -> Iterator[None]:
     """Inside, of the layers of each chunk that are alike, some are replayed, as long as that tells
-    the same (`can_be_replayed`). For one training step of a model that was not run before."""
+    the same (`can_be_replayed`). For one training step of a model that was not run before.
+
+    Raises LeavesSomething at the end, where what was told is not right for that reason."""
+    chunks = []
     with contextlib.ExitStack() as stack:
-        if can_be_replayed(config):
-            for chunk in model.chunks:
-                layers = list(chunk.decoder.layers)
-                kinds = [_kind(config, layer, index) for index, layer in enumerate(layers)]
-                stack.enter_context(_Layers(layers, kinds, memory, recorder).in_place())
+        for chunk in model.chunks if can_be_replayed(config) else ():
+            layers = list(chunk.decoder.layers)
+            kinds = [_kind(config, layer, index) for index, layer in enumerate(layers)]
+            chunks.append(_Layers(layers, kinds, memory, recorder))
+            stack.enter_context(chunks[-1].in_place())
         yield
+    if any(chunk.leaves_something for chunk in chunks):
+        raise LeavesSomething
 
 
 def can_be_replayed(config: Config) -> bool:
@@ -82,6 +93,11 @@ class _Made:
     device: torch.device
     held: int  # numbers behind it
     block: Block
+
+    @property
+    def bytes(self) -> int:
+        """As the device holds it."""
+        return whole_blocks(self.held * self.dtype.itemsize)
 
     @classmethod
     def of(cls, tensor: torch.Tensor, memory: DeviceMemory) -> _Made:
@@ -150,6 +166,7 @@ class _Layers:
         self.going_forward: tuple[int, _Forward] | None = None
         self.going_backward: tuple[int, _Backward] | None = None
         self.microbatch = self.microbatch_back = -1  # that is under way, in each direction
+        self.leaves_something = False
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -214,11 +231,19 @@ class _Layers:
             seen.pieces.append(self.memory.since(seen.start))
             seen.input_gradient = _Made.of(gradient, self.memory)
             self.backward[self.kinds[index]] = seen
+            self._check(self.forward[self.kinds[index]], seen)
         if microbatch == 0 and index - 1 in self.seen_backward:
             block = self.memory.block_of(gradient)
             seen = _Backward(self.memory.moment, self.inputs[index - 1], block)
             self.going_backward = index - 1, seen
             self.recorder.write_besides(seen.work)
+
+    def _check(self, forward: _Forward, backward: _Backward) -> None:
+        """Output and input, and their gradients, are of the same size, and everything else has
+        ended but the gradients of the weights, of whose ends others tell."""
+        changes = chain(forward.changes, *backward.pieces)
+        weights = sum(made.bytes for _, made in backward.weights)
+        self.leaves_something |= sum(change.size for change in changes) != weights
 
     def _weight(self, index: int, name: str, gradient: torch.Tensor) -> None:
         """A gradient of a weight is there, and about to be accumulated."""

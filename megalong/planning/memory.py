@@ -25,6 +25,11 @@ from megalong.torch_private import (
 BLOCK = 512  # bytes: PyTorch's allocator rounds up to multiples of that
 
 
+def whole_blocks(nbytes: int) -> int:
+    """What so many bytes take of the device's memory."""
+    return -(-nbytes // BLOCK) * BLOCK
+
+
 class DeviceMemory(TorchDispatchMode):
     """Follows every storage on the device, and of the host what is pinned or fake (activations and
     an optimizer that wait there), from the operator that makes it to its end.
@@ -180,7 +185,7 @@ class DeviceMemory(TorchDispatchMode):
     def _follow(self, storage: torch.UntypedStorage) -> None:
         if storage in self._seen:
             return
-        size = -(-storage.nbytes() // BLOCK) * BLOCK
+        size = whole_blocks(storage.nbytes())
         born = "update" if self._updating else "backward" if self._backward else "forward"
         block = Block(self._kind, born, self._passes, self._updates)
         self._seen[storage] = block
