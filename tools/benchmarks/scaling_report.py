@@ -112,12 +112,14 @@ def plot_length(known: dict[str, Any], path: Path) -> None:
         for axis in (seconds, memory):
             axis.set_xscale("log", base=2)
             axis.set(yscale="log", xlabel="tokens in the sequence")
+            least, most = axis.get_ylim()
+            axis.set_ylim(least / 2, 2 * most)  # what is flat looks it
     _save(figure, axes, path)
 
 
 def _curves(rows: list[dict[str, Any]], part: str) -> dict[str, list[dict[str, Any]]]:
     """By name, what was measured of one process."""
-    if part == "step":
+    if part == "step" and rows:
         return {"one process": [{"tokens": row["tokens"], **row["step"]} for row in rows]}
     curves: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
