@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 
 from megalong.config import Config
+from megalong.config.deepspeed_file import keeps_optimizer_on_host
 from megalong.data.batches import Batch
 from megalong.device import use_gpu
 from megalong.model.build import build_model
@@ -208,7 +209,8 @@ def _dry_run(
 ) -> DryRun:
     """`dry_run`; layers: `few_layers`, or another context in its place."""
     forget_tables()
-    memory, parts = DeviceMemory(), Parts()
+    memory = DeviceMemory(unpinned=keeps_optimizer_on_host(config.training.deepspeed_config))
+    parts = Parts()
     with fake_rank(config, rank, ranks) as mesh, memory:
         replicas = mesh.data_parallel_size * mesh.sequence.size
         device = fake_device.MEMORY if use_gpu() else math.inf

@@ -31,8 +31,8 @@ def whole_blocks(nbytes: int) -> int:
 
 
 class DeviceMemory(TorchDispatchMode):
-    """Follows every storage on the device, and of the host what is pinned or fake (activations and
-    an optimizer that wait there), from the operator that makes it to its end.
+    """Follows every storage on the device, and of the host what is pinned, or with `unpinned` fake
+    at all (an optimizer that lives there), from the operator that makes it to its end.
 
     What a storage is for (`megalong.planning.work.MEMORY`) is what somebody says (`during`, `are`),
     or else follows from its life:
@@ -49,8 +49,9 @@ class DeviceMemory(TorchDispatchMode):
     pinned; their peak may come at another time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unpinned: bool = False) -> None:
         super().__init__()
+        self._unpinned = unpinned
         self.host_now = self.host_peak = 0
         self._device = "cuda" if use_gpu() else "cpu"
         self._kind: str | None = None
@@ -179,7 +180,7 @@ class DeviceMemory(TorchDispatchMode):
                 continue
             if tensor.device.type == self._device:
                 self._follow(tensor.untyped_storage())
-            elif is_pinned(tensor) or isinstance(tensor, FakeTensor):
+            elif is_pinned(tensor) or (self._unpinned and isinstance(tensor, FakeTensor)):
                 self._follow_on_host(tensor.untyped_storage(), is_pinned(tensor))
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
