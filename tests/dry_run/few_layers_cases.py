@@ -1,0 +1,111 @@
+"""Steps with all layers and with few, in a process with a fake GPU.
+
+Writes {case: {"few", "whole", "calls"}} as JSON into the file that it is given, of the cases that
+are named after it: what is told of each step, and how many calls of layers each made.
+"""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+from tests.dry_run.extension_cases import HYBRID, VOCABULARY, config_of, told
+
+SEQUENCE, TENSOR = "sequence_parallel_size", "tensor_model_parallel_size"
+PIPELINE = "pipeline_model_parallel_size"
+ON = {"memory_path": "on", "tile_size": 256, "offload_activations": False}
+FULL = {"recompute_granularity": "full"}
+INTERLEAVED = {PIPELINE: 2, "num_layers_per_virtual_pipeline_stage": 5, "num_layers": 20}
+SMALL_BUCKETS = {"deepspeed_config": "buckets.json"}  # written into the current folder
+BUCKETS = {"zero_optimization": {"reduce_bucket_size": 100_000}}  # less than a layer's weights
+EVERYTHING = {  # that a layer may have
+    "normalization": "LayerNorm", "swiglu": False, "add_bias_linear": True, "add_qkv_bias": True,
+    "qk_layernorm": True, "sub_layer_norm": True, TENSOR: 2,
+}  # fmt: skip
+
+# name -> flags, rank, ranks, micro batches; those of `SHORT` are of every test run
+CASES = {
+    "tp2 sp2": ({TENSOR: 2, SEQUENCE: 2}, 3, 4, 2),
+    "ZeRO 2, small buckets, recomputed": ({**FULL, **SMALL_BUCKETS, "zero_stage": 2}, 1, 4, 2),
+    "one": ({"num_layers": 8}, 0, 1, 3),
+    "float32": ({"precision": "fp32"}, 1, 2, 2),
+    "fp16": ({"precision": "fp16"}, 1, 2, 2),
+    "ZeRO 1, small buckets": (SMALL_BUCKETS, 1, 4, 3),
+    "memory path": (ON, 0, 1, 2),
+    "memory path, tp2 sp2": ({**ON, TENSOR: 2, SEQUENCE: 2}, 3, 4, 2),
+    "memory path, tiles alike": ({**ON, "tile_size": 128}, 0, 1, 2),
+    "memory path, recomputed": ({**ON, **FULL}, 1, 2, 2),
+    "memory path without attention, recomputed": (
+        {**ON, **FULL, TENSOR: 2, "tiled_attention": False}, 1, 2, 2,
+    ),
+    "memory path without MLP, recomputed": ({**ON, **FULL, "tiled_mlp": False}, 1, 2, 2),
+    "some layers recomputed": (
+        {**FULL, "recompute_method": "block", "recompute_num_layers": 5, "num_layers": 10}, 0, 1, 2,
+    ),
+    "selective recomputation": ({"recompute_granularity": "selective"}, 0, 1, 2),
+    "hybrid": ({**HYBRID, "num_layers": 15}, 0, 1, 2),
+    "hybrid, documents apart": (
+        {**HYBRID, "num_layers": 15, "document_attention": "isolated"}, 0, 1, 2,
+    ),
+    "everything": (EVERYTHING, 1, 2, 2),
+    "everything, memory path": ({**EVERYTHING, **ON}, 1, 2, 2),
+    "pp2, first stage": ({PIPELINE: 2, "num_layers": 10}, 0, 2, 4),
+    "pp2, last stage, tied embedding": (
+        {PIPELINE: 2, "num_layers": 10, "untie_embeddings_and_output_weights": False}, 1, 2, 4,
+    ),
+    "pp3, between, small buckets": ({PIPELINE: 3, "num_layers": 15, **SMALL_BUCKETS}, 2, 6, 4),
+    "pp3, between, small buckets, recomputed": (
+        {PIPELINE: 3, "num_layers": 15, **SMALL_BUCKETS, **FULL}, 2, 6, 4,
+    ),
+    "interleaved": (INTERLEAVED, 1, 2, 4),
+    "interleaved, tp2, recomputed": ({**INTERLEAVED, TENSOR: 2, **FULL}, 1, 4, 4),
+}  # fmt: skip
+SHORT = list(CASES)[:2]
+
+
+@contextlib.contextmanager
+def counting_calls(*owners):
+    """Yields a list that has an entry for each call of these classes' forward passes."""
+    calls = []
+
+    def counting(forward):
+        def call(*args, **kwargs):
+            calls.append(forward)
+            return forward(*args, **kwargs)
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for owner in owners:
+            patch = mock.patch.object(owner, "forward", counting(owner.forward))
+            stack.enter_context(patch)
+        yield calls
+
+
+def main(output: str, *names: str) -> None:
+    from megatron.core.transformer import TransformerLayer
+
+    from megalong.model.tiled_layer import TiledTransformerLayer
+    from megalong.planning import dry_run as module
+
+    results = {}
+    Path("buckets.json").write_text(json.dumps(BUCKETS))
+    for name in names:
+        flags, rank, ranks, microbatches = CASES[name]
+        config = config_of({"num_layers": 6, **flags}, ranks, microbatches).resolve(ranks)
+
+        def step(config=config, rank=rank, ranks=ranks):
+            with counting_calls(TransformerLayer, TiledTransformerLayer) as calls:
+                result = module.dry_run(config, VOCABULARY, rank=rank, ranks=ranks, quick=True)
+            return told(result), len(calls)
+
+        with mock.patch.object(module, "few_layers", lambda *_: contextlib.nullcontext()):
+            whole, all_calls = step()
+        few, few_calls = step()
+        results[name] = {"few": few, "whole": whole, "calls": [few_calls, all_calls]}
+    Path(output).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
