@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 # By the estimate of its memory, in units of what there is: where a ladder is entered, and what is
 # not run. Tests hold the estimate to be within a fifth of dry runs of long sequences.
 LIKELY, HOPELESS = 1.1, 1.5
-# How much slower than what is known a layout may be estimated and still be run. For twelve layouts of
-# a model of four layers of the 1.3B one, on 8 ranks, the estimate was 0.92 to 1.004 of what a dry run
-# gave: what it says is slower, is.
+# How much slower than what is known a layout may be estimated and still be run. For twelve layouts
+# of four layers of the 1.3B model, on 8 ranks, the estimate was 0.92 to 1.004 of what dry runs gave:
+# what it says is slower, is.
 DOUBT = 1.03
 # Runs that are decided upon together, whatever the processes: the result does not hang on those.
 _TOGETHER = 4
