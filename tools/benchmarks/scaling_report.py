@@ -248,7 +248,7 @@ def plot_weak(rows: list[dict[str, Any]], path: Path) -> None:
     for row in axes:
         for axis in row:
             axis.set_xscale("log", base=2)
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
             axis.set_xlabel("ranks; the sequence grows with them")
     _save(figure, axes, path)
 
