@@ -8,6 +8,7 @@ come before torch. Tests of what a launcher does use the real ones (`tests.launc
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -150,6 +151,7 @@ def _server(fake_gpu: bool = False) -> _Server:
 
 def _serve(*options: str) -> None:
     """Fork ranks as told; answer with their process ids, and at their end with an exit code."""
+    _end_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     if options == ("fake-gpu",):
@@ -179,6 +181,14 @@ def _serve(*options: str) -> None:
         print(_first_failure(pids), file=answers, flush=True)
 
 
+def _end_with_parent() -> None:
+    """SIGKILL to this process when its parent has ended, however that was: ranks whose tests were
+    killed would wait for each other for ever, and take the time of what runs then."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def _share_gloo_device() -> None:
     """One gloo device for all process groups of a rank. Each has its own else, with a thread that
     wakes 100 times a second, and a mesh has some forty groups."""
@@ -199,6 +209,7 @@ def _share_gloo_device() -> None:
 
 
 def _become_rank(rank, ranks, script, arguments, output, environment) -> None:
+    _end_with_parent()
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)

@@ -170,6 +170,7 @@ def test_benchmark_of_documents(tmp_path):
     assert (tmp_path / "documents.png").stat().st_size > 1000
 
 
+@pytest.mark.long
 def test_benchmark_measures_and_reports(tmp_path):
     command = [sys.executable, str(TOOLS / "attention.py"), "--quick", "--kv-heads", "2"]
     command += ["--patterns", "L", "local", "--contenders", "dilated (gather)", "dilated (sdpa)"]

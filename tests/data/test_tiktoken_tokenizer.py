@@ -7,7 +7,7 @@ import pytest
 
 from megalong.checkpoint.tokenizer import kept_tokenizer, tokenizer_files
 from megalong.config import DataConfig
-from megalong.data.tokenizers.backend import FastTokenizer
+from megalong.data.tokenizers.backend import FastTokenizer, perhaps_fast
 from megalong.data.tokenizers.tokenizer import build_tokenizer
 from megalong.errors import UserError
 from tests.data.test_tokenizer import TEXTS, check_exact
@@ -103,6 +103,20 @@ def test_the_fast_library_gives_the_same_ids(description, corpus_texts):
     description.write_text(json.dumps(content))
     with pytest.raises(UserError, match="gigatoken does not know the pattern"):
         FastTokenizer(build_tokenizer("TikTokenizer", str(description)))
+
+
+def test_a_piece_that_no_two_others_make_is_not_for_the_fast_library(description, ranks):
+    """It panics, which is no Exception; the usual library goes on."""
+    pytest.importorskip("gigatoken")
+    with (description.parent / "my.tiktoken").open("a") as lines:
+        lines.write(f"{base64.b64encode(bytes([1, 2, 3])).decode()} {len(ranks) + 8}\n")
+    usual, said = build_tokenizer("TikTokenizer", str(description)), []
+    check_exact(usual, "a\1\2\3")
+    assert perhaps_fast(usual, "auto", said.append) is usual
+    assert said[0].startswith("tokenizer backend: the usual library; gigatoken does not do this")
+    assert "\n" not in said[0]
+    with pytest.raises(UserError, match="--tokenizer-backend fast: gigatoken does not do this"):
+        perhaps_fast(usual, "fast", said.append)
 
 
 def test_what_is_no_encoding_is_refused(description, tmp_path):

@@ -35,11 +35,8 @@ USUAL = {
     "off": {"memory_path": "off"},
     "off, full recomputation": {"memory_path": "off", **FULL},
     "on": ON,
-    "on, GELU": {**ON, "swiglu": False, "ffn_hidden_size": 2048},
-    "on, grouped queries": {**ON, "num_query_groups": 2},
     "on, six layers": {**ON, "num_layers": 6},
     "on, full recomputation": {**ON, **FULL},
-    "on, kept on the device": {**ON, "offload_activations": False},
     "on, five branches, norms of queries and keys": {
         **ON,
         "qk_layernorm": True,
@@ -47,10 +44,13 @@ USUAL = {
         "dilation_rates": (1, 2, 3, 4, 6),
     },
     "on, local and sparse": {**ON, "attention": ("local", "sparse")},
-    "on, norms of sub-layers": {**ON, "sub_layer_norm": True, "normalization": "LayerNorm"},
 }
 # Each a feature switched on or off by itself: `make test-long`.
 SELDOM = {
+    "on, GELU": {**ON, "swiglu": False, "ffn_hidden_size": 2048},
+    "on, grouped queries": {**ON, "num_query_groups": 2},
+    "on, kept on the device": {**ON, "offload_activations": False},
+    "on, norms of sub-layers": {**ON, "sub_layer_norm": True, "normalization": "LayerNorm"},
     "off, GELU": {"memory_path": "off", "swiglu": False, "ffn_hidden_size": 2048},
     "off, selective recomputation": {"memory_path": "off", "recompute_granularity": "selective"},
     "on, MLP as it is": {**ON, "tiled_mlp": False, **FULL},

@@ -23,12 +23,14 @@ TINY = {
 }
 CASES = {
     "sp2, all kinds": {
+        "global_batch_size": 2,
         "sequence_parallel_size": 2,
         "attention": ("dilated", "dense", "local", "sparse"),
         "window_size": 50,
         "sparse_block_size": 32,
     },
     "dp2, ZeRO 3, memory path": {
+        "num_layers": 2,
         "zero_stage": 3,
         "memory_path": "on",
         "offload_activations": False,

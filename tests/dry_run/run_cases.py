@@ -45,6 +45,7 @@ ALL_KINDS = {
     "sparse_block_size": 256,
 }
 APART = {"document_attention": "isolated", "eod_mask_loss": True}
+ONCE = {"global_batch_size": 1}
 MAGNETO = {"sub_layer_norm": True, "position_embedding_type": "xpos"}
 
 
@@ -60,8 +61,8 @@ class Case:
 
 CASES = {
     "one": Case(),
-    "dense": Case({"attention": "dense"}),
-    "dense, fp32": Case({"attention": "dense", "precision": "fp32"}),
+    "dense": Case({**ONCE, "attention": "dense"}),
+    "dense, fp32": Case({**ONCE, "attention": "dense", "precision": "fp32"}),
     "fp32, full recomputation, untied, norms of queries and keys": Case(
         {
             "precision": "fp32",
@@ -109,20 +110,20 @@ CASES = {
     },
     "memory path": Case({"memory_path": "on", "attention_head_groups": 2}),
     "sp4, memory path, documents apart": Case(
-        {"sequence_parallel_size": 4, "memory_path": "on", **APART}, rank=1, ranks=4
+        {**ONCE, "sequence_parallel_size": 4, "memory_path": "on", **APART}, rank=1, ranks=4
     ),
     "dp2, ZeRO 3, memory path": Case({"zero_stage": 3, "memory_path": "on"}, rank=1, ranks=2),
-    "sp4": Case({"sequence_parallel_size": 4}, rank=1, ranks=4),
+    "sp4": Case({**ONCE, "sequence_parallel_size": 4}, rank=1, ranks=4),
     "sp4, masked tokens, documents apart": Case(
-        {"sequence_parallel_size": 4, "objective": "mlm", "document_attention": "isolated"},
+        {**ONCE, "sequence_parallel_size": 4, "objective": "mlm", "document_attention": "isolated"},
         rank=1,
         ranks=4,
     ),
     "sp2, all kinds, documents apart": Case(
-        {"sequence_parallel_size": 2, **ALL_KINDS, **APART}, rank=1, ranks=2
+        {**ONCE, "sequence_parallel_size": 2, **ALL_KINDS, **APART}, rank=1, ranks=2
     ),
     "sp4, memory path": Case(
-        {"sequence_parallel_size": 4, "memory_path": "on", "recompute_granularity": "full"},
+        {**ONCE, "sequence_parallel_size": 4, "memory_path": "on", "recompute_granularity": "full"},
         rank=1,
         ranks=4,
     ),
@@ -167,7 +168,8 @@ def plant_collective_on_cpu(_, inputs, output):
 
 
 PLANTS = {name[6:]: plant for name, plant in list(vars().items()) if name.startswith("plant_")}
-CASES |= {f"planted {name}": Case(plant=name) for name in PLANTS}
+LITTLE = {**ONCE, "num_layers": 1}
+CASES |= {f"planted {name}": Case(LITTLE, plant=name) for name in PLANTS}
 CASES["planted item in a pipeline"] = Case(LAYOUT, rank=4, ranks=8, plant="item")
 
 

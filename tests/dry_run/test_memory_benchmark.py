@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(
 SCRIPT = str(REPOSITORY / "tools" / "benchmarks" / "memory.py")
 
 
+@pytest.mark.long
 def test_the_ladder_is_written(tmp_path):
     rung = "+ offload: all on, one tensor a layer"
     command = [sys.executable, SCRIPT, "ladder", "--tiny", "--output", str(tmp_path)]

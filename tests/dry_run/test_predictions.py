@@ -18,7 +18,7 @@ def results(tmp_path_factory) -> dict[str, dict[str, list]]:
     def make(path: Path) -> None:
         folders = written(path)
         run_ranks(2, RANKS_SCRIPT, "real", *folders)
-        run([sys.executable, RANKS_SCRIPT, "dry", *map(str, folders)])
+        run_ranks(1, RANKS_SCRIPT, "dry", *folders)
 
     path = made_once(tmp_path_factory, "predictions", make)
     return {

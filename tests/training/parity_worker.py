@@ -186,7 +186,21 @@ SELDOM = {
     *((layout, 1, "mlm") for layout in ("sp4", "sp8")),
     *((*where, f"{BOTH[0]}, memory path") for where in TILED_LAYOUTS[1::2]),
     *((*where, f"{BOTH[1]}, memory path, recomputed") for where in TILED_LAYOUTS[2::2]),
-}
+    # Axes, ZeRO stages and models that meet on fewer ranks, and on as many in another pair.
+    ("sp4 tp2", 3, "tied"), ("sp2 tp2 dp2", 1, "tied"), ("sp2 tp2 pp2", 1, BOTH[1]),
+    ("sp2 tp2 dp2", 3, "tied, memory path"), ("sp2 tp2 pp2", 1, "tied, memory path, recomputed"),
+    ("sp4", 3, "tied"), ("sp2 tp2", 3, "tied"), ("sp2 dp2", 1, "tied"),
+    ("sp2 pp2 vp1", 1, BOTH[1]), ("pp2 vp1 dp2", 1, BOTH[1]),
+    ("sp2 tp2", 1, "all kinds"), ("sp2 dp2", 3, "all kinds"), ("sp2 pp2 vp1", 1, "mlm"),
+    ("sp2 tp2", 1, "isolated"), ("sp2 pp2 vp1", 1, "tied, memory path"),
+    ("sp2", 2, "tied"), ("tp2", 2, "tied"), ("dp2", 1, "all kinds"), ("pp2", 1, "all kinds"),
+    *(("pp2", 1, model) for model in ("dense", "recompute selective", "fp16", "sgd")),
+    ("sp2", 1, "recompute selective"), ("pp2", 1, "offloaded optimizer"),
+    ("sp2", 2, "offloaded optimizer"), ("tp2", 1, "whole norms, memory path"),
+    ("tp2", 1, "fp16, memory path"), ("tp2", 1, "dense, memory path"),
+    ("tp2", 1, "mlm, memory path"), ("tp2", 1, "tied, without logits"),
+    ("pp2", 1, f"{BOTH[1]}, without logits"),
+}  # fmt: skip
 
 AXES = {
     "sp": "sequence_parallel_size",

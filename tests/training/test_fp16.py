@@ -14,7 +14,10 @@ def test_fp16_skips_overflows_lowers_the_scale_and_learns(corpus, tmp_path):
     with the scale of the one before."""
     import json
 
-    flags = small_run_flags(corpus, precision="fp16", initial_loss_scale=2**22, save_interval=4)
+    shorter = {"seq_length": 64, "segment_lengths": "16 32 64", "global_batch_size": 4}
+    flags = small_run_flags(
+        corpus, precision="fp16", initial_loss_scale=2**22, save_interval=4, **shorter
+    )
     flags += ["--save", str(tmp_path), "--load", str(tmp_path)]
     run_ranks(2, WORKER, *flags, "--train-iters", 8, "--lr-decay-iters", 30)
     state = json.loads((tmp_path / "iter_0000008" / "progress.json").read_text())

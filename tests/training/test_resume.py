@@ -91,7 +91,9 @@ def kill_soon_after(checkpoint: Path, delay: float, ranks: int, *flags: str) -> 
         # (point, count): see killed_run.py; behind it, the checkpoint that is in force after it.
         (2, {"zero_stage": 1}, [("step", 2, None), ("write", 2, 3), ("rename", 1, 3)]),
         (2, {"zero_stage": 3, "precision": "bf16"}, [("pointer", 2, 3), ("step", 4, 6)]),
-        (2, {"zero_stage": 1, "precision": "bf16"}, [("step", 5, 3)]),
+        pytest.param(
+            *(2, {"zero_stage": 1, "precision": "bf16"}, [("step", 5, 3)]), marks=pytest.mark.long
+        ),
         (
             1,
             {"zero_stage": 2, "precision": "bf16", "log_interval": 2, "async_save": True} | BLEND,

@@ -45,7 +45,7 @@ def test_four_ranks_go_on_bit_for_bit(corpus, tmp_path):
     """A run on sequence- and tensor-parallel ranks, stopped by SIGTERM to one and by SIGUSR1 to
     another, is the run that nobody stopped."""
     folder, whole = tmp_path / "run", tmp_path / "whole"
-    layout = {"sequence_parallel_size": 2, "tensor_model_parallel_size": 2, "train_iters": 30}
+    layout = {"sequence_parallel_size": 2, "tensor_model_parallel_size": 2, "train_iters": 20}
 
     def flags(save):
         return small_run_flags(corpus, **layout, save_interval=1000, save=save, load=save)

@@ -17,6 +17,7 @@ def results_of(folder, *parts: str) -> dict:
     return results
 
 
+@pytest.mark.long
 def test_the_benchmark_of_training_runs(tmp_path):
     results = results_of(tmp_path, "train", "rows")
     assert len(results["train"]["losses"]) == 2

@@ -135,5 +135,8 @@ def _loaded(load: Callable[[ModuleType], Any]) -> Any:
         raise UserError("a faster one is gigatoken: pip install gigatoken") from error
     try:
         return load(gigatoken)
-    except Exception as error:  # whatever it says of an encoding that it does not do
-        raise UserError(f"gigatoken does not do this tokenizer ({error})") from error
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # whatever it says of an encoding; its panics are no Exception
+        reason = " ".join(str(error).split())  # in one line
+        raise UserError(f"gigatoken does not do this tokenizer ({reason})") from error

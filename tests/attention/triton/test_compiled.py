@@ -64,10 +64,11 @@ def compiled(generation, dtype, items):
     ("generation", "dtype", "items"),
     [
         (80, "bfloat16", ITEMS[16]),
-        (80, "bfloat16", ITEMS[64] + ITEMS[128]),
+        (80, "bfloat16", ITEMS[64]),
         (90, "bfloat16", ITEMS[64] + ITEMS[128]),
         (90, "float16", ["forward:80"]),  # padded head_dim
         (90, "float32", ITEMS[64]),
+        pytest.param(80, "bfloat16", ITEMS[128], marks=pytest.mark.long),
         pytest.param(80, "bfloat16", ITEMS[256], marks=pytest.mark.long),
         pytest.param(90, "bfloat16", ITEMS[256], marks=pytest.mark.long),
         pytest.param(80, "float32", ITEMS[64] + ITEMS[128], marks=pytest.mark.long),
@@ -117,22 +118,32 @@ def test_documents_take_hardly_more():
         assert line["hgmma"] > 0, line
 
 
+@pytest.mark.long
 def test_rare_variants_compile():
     """The interpreter runs much that does not compile."""
     assert len(compiled(80, "bfloat16", ["rare:16"])) >= 30
+
+
+NEWER = [(100, 227 * 1024, 90), (120, 99 * 1024, 80)]
 
 
 def test_newer_gpus_take_lines_that_fit():
     """sm_100 has the shared memory of sm_90, sm_120 that of sm_89: neither has lines of its own."""
     assert newest_that_fits((8, 6), 99 * 1024) == 80
     assert newest_that_fits((9, 0), 227 * 1024) == 90
-    for generation, shared, lines in ((100, 227 * 1024, 90), (120, 99 * 1024, 80)):
+    for generation, shared, lines in NEWER:
         assert newest_that_fits(divmod(generation, 10), shared) == lines
+
+
+@pytest.mark.long
+def test_lines_compile_for_newer_gpus():
+    for generation, shared, lines in NEWER:
         for line in compiled(generation, "bfloat16", ["forward:128"]):
             assert line["tile"] == list(sizes_of("forward", 128, torch.bfloat16, lines))
             assert line["shared"] <= shared, line
 
 
+@pytest.mark.long
 def test_tuning_says_what_the_compiler_makes_of_candidates():
     """Without a GPU; the times need one."""
     options = ["--generation", "80", "--head-dim", "64", "--kernels", "dq", "--most", "2"]
