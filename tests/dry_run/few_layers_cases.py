@@ -6,6 +6,7 @@ are named after it: what is told of each step, and how many calls of layers each
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 from unittest import mock
@@ -17,7 +18,7 @@ PIPELINE = "pipeline_model_parallel_size"
 ON = {"memory_path": "on", "tile_size": 256, "offload_activations": False}
 FULL = {"recompute_granularity": "full"}
 INTERLEAVED = {PIPELINE: 2, "num_layers_per_virtual_pipeline_stage": 5, "num_layers": 20}
-SMALL_BUCKETS = {"deepspeed_config": "buckets.json"}  # written into the current folder
+SMALL_BUCKETS = {"deepspeed_config": "buckets.json"}  # beside the results
 BUCKETS = {"zero_optimization": {"reduce_bucket_size": 100_000}}  # less than a layer's weights
 EVERYTHING = {  # that a layer may have
     "normalization": "LayerNorm", "swiglu": False, "add_bias_linear": True, "add_qkv_bias": True,
@@ -90,6 +91,7 @@ def main(output: str, *names: str) -> None:
     from megalong.planning import dry_run as module
 
     results = {}
+    os.chdir(Path(output).parent)
     Path("buckets.json").write_text(json.dumps(BUCKETS))
     for name in names:
         flags, rank, ranks, microbatches = CASES[name]
