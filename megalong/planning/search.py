@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 # not run. Tests hold the estimate to be within a fifth of dry runs of long sequences.
 LIKELY, HOPELESS = 1.1, 1.5
 # How much slower than what is known a layout may be estimated and still be run. For twelve layouts
-# of four layers of the 1.3B model, on 8 ranks, the estimate was 0.92 to 1.004 of what dry runs gave:
+# of four layers of the 1.3B model, on 8 ranks, the estimate was 0.92 to 1.004 of a dry run's time:
 # what it says is slower, is.
 DOUBT = 1.03
 # Runs that are decided upon together, whatever the processes: the result does not hang on those.
