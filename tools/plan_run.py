@@ -113,10 +113,13 @@ def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> i
     from megalong.planning.layouts import possible_layouts
     from megalong.planning.plan_text import Training, explained, rejected, table
     from megalong.planning.search import search
+    from megalong.planning.zero_offload import check_offload
     from megalong.progress import progress_bar
 
     values = given | _data(given)
-    cluster.device.peak(DTYPES[config_from_values(values).training.precision])
+    config = config_from_values(values)
+    check_offload(config)
+    cluster.device.peak(DTYPES[config.training.precision])
     vocab_size = args.vocab_size or _vocabulary(given)
     found = possible_layouts(values, args.gpus, cluster.gpus_per_node, cluster.device.on_gpu)
     if cluster.device.on_gpu and fake_device.compiler() is None:
@@ -176,7 +179,10 @@ def _ways_out(values: dict[str, Any], vocab_size: int, cluster: Cluster, ranks: 
 
     found = ways_out(values, vocab_size, cluster, ranks)
     if not found:
-        return "\nNo layout fits, nor with more GPUs or a shorter sequence: a smaller model would."
+        return (
+            "\nNo layout fits, nor with other settings of it, more GPUs or a shorter sequence: a"
+            " smaller model would."
+        )
     lines = [f"    {what}: {layout_name(config, more)}" for what, config, more in found]
     return "\nNo layout fits. By the estimate of --memory-path auto these would:\n" + "\n".join(
         lines

@@ -52,7 +52,7 @@ _TOGETHER = 4
 class PlannedLayout:
     """A layout that was run.
 
-    config: resolved. memory, host: bytes of the fullest rank, by kind, and pinned on its host.
+    config: resolved. memory, host: bytes of the fullest rank, by kind, and of its host's memory.
     traffic, flops, kernels: of the slowest rank in a step.
     fits: whether memory and host are within what can be used of the cluster's.
     """
