@@ -5,9 +5,8 @@
 plans models of 125M and 1.3B parameters, for 2^20 tokens on 1, 8 and 64 H100s, for 2^30 on 1,024:
 one sequence a step, segments that grow eightfold from 2,048 tokens to the whole sequence. Writes
 the answer to each, with where the time, the memory and the traffic of the best layout go, to
-PLAN.txt and PLAN.json in --output, and plans.md: the best layout of each, the seconds that the
-planning took, and its command. A plan that is there is not made again. A quarter of an hour on two
-cores.
+PLAN.txt and PLAN.json in --output, and plans.md: the best layout of each, and its command. A plan
+that is there is not made again. Half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -98,8 +97,8 @@ def report(folder: Path) -> str:
     """The best layout of each plan that is there, as a table; the commands below it."""
     lines = [
         "| plan | GPUs | step s | tokens/s | MFU | GiB of a GPU | GiB of a host | GB sent by the"
-        " slowest rank | layout | planned in s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        " slowest rank | layout |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     commands = []
     for name, command in PLANS.items():
@@ -123,7 +122,6 @@ def report(folder: Path) -> str:
                 f"{sent / 1e9:.3g}",
                 best["layout"],
             ]
-        cells.append(f"{plan['seconds']:.0f}")
         lines.append(f"| {' | '.join(cells)} |")
         commands.append(f"    {shlex.join(command)}")
     return "\n".join([*lines, "", "Each by its command:", "", *commands]) + "\n"
