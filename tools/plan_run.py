@@ -82,7 +82,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--overwrite", False, action="store_true", help="with --emit: replace such files")
     add("--json", type=Path, metavar="FILE", help="write all that was planned")
-    add("--processes", type=int, help="that plan (default: one a core)")
+    add("--processes", type=int, help="that plan (default: one a core; of more than 4 few work)")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -108,6 +108,7 @@ def _data(values: dict[str, Any]) -> dict[str, Any]:
 def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> int:
     """Search, print, and write what is asked for; the exit status. given: settings by name."""
     from megalong.config.arguments import config_from_values
+    from megalong.config.deepspeed_file import keeps_optimizer_on_host
     from megalong.planning import fake_device
     from megalong.planning.launch_files import check_emit
     from megalong.planning.layouts import possible_layouts
@@ -119,6 +120,8 @@ def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> i
     values = given | _data(given)
     config = config_from_values(values)
     check_offload(config)
+    if cluster.device.on_gpu and keeps_optimizer_on_host(config.training.deepspeed_config):
+        cluster.host_seconds(0)  # its description has to say
     cluster.device.peak(DTYPES[config.training.precision])
     vocab_size = args.vocab_size or _vocabulary(given)
     found = possible_layouts(values, args.gpus, cluster.gpus_per_node, cluster.device.on_gpu)
@@ -214,6 +217,15 @@ def as_json(found: Search, training: Training, vocab_size: int) -> dict[str, Any
     from megalong.planning.layouts import searched_settings
     from megalong.planning.plan_text import layout_name
 
+    def cost_of(layout: PlannedLayout) -> dict[str, Any] | None:
+        if layout.cost is None:
+            return None
+        cost = {
+            name: dict(value) if isinstance(value, Mapping) else value
+            for name, value in vars(layout.cost).items()
+        }
+        return cost | {"days": training.days(layout), "dollars": training.dollars(layout)}
+
     def row(layout: PlannedLayout) -> dict[str, Any]:
         return {
             "layout": layout_name(layout.config, training.ranks),
@@ -225,18 +237,14 @@ def as_json(found: Search, training: Training, vocab_size: int) -> dict[str, Any
             "traffic": layout.traffic,
             "flops": {f"{part}, {way}": n for (part, way), n in layout.flops.items()},
             "kernels": layout.kernels,
-            "cost": {
-                name: dict(value) if isinstance(value, Mapping) else value
-                for name, value in vars(layout.cost).items()
-            },
-            "days": training.days(layout),
-            "dollars": training.dollars(layout),
+            "cost": cost_of(layout),
         }
 
     return {
         "cluster": training.cluster.name,
         "calibrated": training.cluster.calibrated,
         "gpus": training.ranks,
+        "gpus_per_node": training.cluster.gpus_per_node,
         "tokens": training.tokens,
         "vocab_size": vocab_size,
         "layouts": [row(layout) for layout in found.planned],

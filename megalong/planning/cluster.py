@@ -14,6 +14,7 @@ estimate.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from bisect import bisect_left
 from collections.abc import Mapping
@@ -157,6 +158,10 @@ class Cluster:
                 " --deepspeed-config"
             )
         return nbytes * self.gpus_per_node / self.host_memory_bandwidth
+
+    def used_by(self, gpus: int) -> Cluster:
+        """Its nodes with no more devices than so many, which is how many share a host."""
+        return dataclasses.replace(self, gpus_per_node=min(gpus, self.gpus_per_node))
 
     def check_gpus(self, gpus: int) -> None:
         """Raise UserError unless there can be so many."""

@@ -145,6 +145,7 @@ def step_cost(
     Raises UserError for more ranks than the cluster can have, or a dtype without a peak.
     """
     cluster.check_gpus(ranks)
+    cluster = cluster.used_by(ranks)
     parallel, training = config.parallel, config.training
     if len(stages) != parallel.pipeline_model_parallel_size:
         raise ValueError(f"work of {len(stages)} pipeline stages, of which there are others")

@@ -1,10 +1,10 @@
 """Roughly how long a step takes, without running it: which layouts are worth a dry run.
 
-Layers are alike, so one of each kind of attention is run, with the embedding and the losses, on the
-ranks that share a sequence and its matrices, with one sequence. From this and the cost model comes
-a step of any number of layers, pipeline stages, micro batches and replicas. What ZeRO does is
-counted by parameters. Tests hold what the layers do to be exact, and the whole to be near the time
-that a dry run gives.
+Layers are alike, so of each kind of attention models of one and of two are run, on the ranks that
+share a sequence and its matrices, with one sequence: what the second layer adds, and the rest.
+From this and the cost model comes a step of any number of layers, pipeline stages, micro batches
+and replicas. What ZeRO does is counted by parameters. Tests hold what the layers do to be exact,
+and the whole to be near the time that a dry run gives.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _UPDATE_KERNELS, _OF_LAYER, _ACCUMULATION_KERNELS = 120, 30, 15
 @dataclass(frozen=True)
 class Shares:
     """What a rank does, forward and backward, for one sequence: in a layer of each kind of
-    attention, and before and after all layers. Of the ranks that share a sequence the one that
-    attends to most."""
+    attention, and before and after all layers (collectives of the embedding count as after). Of the
+    ranks that share a sequence the one that attends to most."""
 
     layers: dict[str, Work]
     before: Work
@@ -51,22 +51,27 @@ class Shares:
         return total
 
 
-def alike(config: Config) -> Config:
-    """The layout of one sequence in one pipeline stage, whose shares are this one's too."""
+def one_stage(config: Config) -> Config | None:
+    """The layout of one sequence in one pipeline stage, which does in a layer what this one does;
+    None where layers are recomputed in groups, or some of them, so that they are not alike."""
+    if config.parallel.recompute_granularity == "full" and not (
+        config.parallel.recomputes_each_layer
+    ):
+        return None
     parallel = dataclasses.replace(
         config.parallel,
         pipeline_model_parallel_size=1,
         num_layers_per_virtual_pipeline_stage=None,
         zero_stage=1,
-        recompute_method="uniform",
-        recompute_num_layers=1,
     )
-    training = dataclasses.replace(config.training, micro_batch_size=1, global_batch_size=1)
+    training = dataclasses.replace(
+        config.training, micro_batch_size=1, global_batch_size=1, deepspeed_config=None
+    )
     return dataclasses.replace(config, parallel=parallel, training=training)
 
 
 def shares(config: Config, vocab_size: int) -> Shares:
-    """Run what a layout is made of. config: of `alike`."""
+    """Run what a layout is made of. config: of `one_stage`."""
     layers = {}
     for kind in config.attention.kinds:
         one, two = (
@@ -87,7 +92,7 @@ def shares(config: Config, vocab_size: int) -> Shares:
 
 
 def model_work(config: Config, vocab_size: int) -> Work:
-    """Run forward and backward of a layout of `alike`; without ZeRO's part."""
+    """Run forward and backward of a layout of `one_stage`; without ZeRO's part."""
     from megalong.planning.dry_run import dry_run
 
     ranks = config.parallel.ranks_per_replica
@@ -102,7 +107,8 @@ def model_work(config: Config, vocab_size: int) -> Work:
 def estimated_seconds(
     config: Config, of: Shares, parameters: int, cluster: Cluster, vocab_size: int, ranks: int
 ) -> float:
-    """Of a step. config: resolved. of: the shares of `alike(config)`. parameters: of the model."""
+    """Of a step. config: resolved. of: the shares of `one_stage(config)`. parameters: of the whole
+    model."""
     parallel = config.parallel
     stages = parallel.pipeline_model_parallel_size
     micro_batches = config.num_microbatches(parallel.data_parallel_size(ranks))

@@ -56,7 +56,7 @@ def _left_out(
         return _smallest(_without(values, without), vocab_size, cluster, ranks) is not None
 
     given = tuple(name for name in (*DIVISION, *RUNG, *PIECES) if name in values)
-    if not given or not fits(given):
+    if not given or fits(()) or not fits(given):  # or the estimate has no other reason
         return []
     alone = [(name,) for name in given if fits((name,))]
     if alone:

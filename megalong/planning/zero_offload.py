@@ -32,12 +32,15 @@ def check_offload(config: Config) -> None:
         given if isinstance(given := zero.get(key), dict) else {}
         for key in ("offload_param", "offload_optimizer")
     )
+    for old in ("cpu_offload", "cpu_offload_param"):
+        if zero.get(old):
+            refuse(old, "set offload_optimizer instead, which took its place")
     if weights.get("device", "none") != "none":
         refuse("offload_param", "leave it out; --zero-stage 3 divides the weights over the ranks")
     if optimizer.get("device") == "nvme":
         refuse("offload_optimizer.device nvme", "set it to cpu, or leave offload_optimizer out")
     for key, usual in _WHOLE.items():
-        if optimizer.get(key, usual) != usual:
+        if optimizer.get("device") == "cpu" and optimizer.get(key, usual) != usual:
             refuse(f"offload_optimizer.{key}", "leave it out")
     if "zenflow" in zero:
         refuse("zenflow", "leave it out")

@@ -119,12 +119,12 @@ def estimated(flags, ranks, microbatches) -> dict:
     """What is compared of an estimate."""
     from megalong.model.parameters import count_parameters
     from megalong.planning.cluster import load_cluster
-    from megalong.planning.estimate import alike, estimated_seconds, model_work, shares
+    from megalong.planning.estimate import estimated_seconds, model_work, one_stage, shares
     from megalong.planning.search import planned_layout
 
     cluster = load_cluster("h100")
     config = config_of(flags, ranks, microbatches).resolve(ranks)
-    one = alike(config)
+    one = one_stage(config)
     of = shares(one, VOCABULARY)
     names = (config.attention.attention * config.model.num_layers)[: config.model.num_layers]
     kinds = {name: names.count(name) for name in set(names)}

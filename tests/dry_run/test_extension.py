@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megalong.planning import fake_device
+from megalong.planning.search import DOUBT
 from tests.dry_run.extension_cases import CASES, ESTIMATES, LAUNCHES
 from tests.launching import made_once, run
 
@@ -50,4 +51,4 @@ def test_a_step_is_estimated_from_its_layers(case, results):
     found = results["estimates"][case]
     assert found["shares"] == found["run"]
     # The kernels of so small a model are all launches and latencies.
-    assert found["estimated"] == pytest.approx(found["planned"], rel=0.15)
+    assert 0.85 * found["planned"] <= found["estimated"] <= DOUBT * found["planned"]

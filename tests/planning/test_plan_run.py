@@ -35,7 +35,7 @@ def test_a_plan(tmp_path):
     assert layout["fits"] and plan["gpus"] == 2 and plan["tokens"] == 1e9
     assert layout["traffic"]["sequence"]["all_gather"]["bytes"] > 0
     total = layout["cost"]["total"]
-    assert layout["days"] == pytest.approx(1e9 / (1024 / total) / 86_400)
+    assert layout["cost"]["days"] == pytest.approx(1e9 / (1024 / total) / 86_400)
     emitted = parse_arguments(["--config", str(tmp_path / "run/config.yaml")])
     assert emitted.parallel.sequence_parallel_size == 2
     assert emitted.data.data_path is None and emitted.model.hidden_size == 64

@@ -50,8 +50,7 @@ def layout(memory=(3, 5), host=0, fits=True, seconds=2.0, **values):
         traffic={"sequence": {"all_gather": {"calls": 8, "bytes": 3_000_000_000}}},
         flops={("mlp", "forward"): 10**12},
         kernels=1234,
-        cost=cost,
-        fits=fits,
+        cost=cost if fits else None,
     )
 
 

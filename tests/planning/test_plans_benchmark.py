@@ -46,9 +46,15 @@ def test_the_table_has_the_best_that_fits(tmp_path):
             "traffic": {"sequence": {"all_gather": {"calls": 2, "bytes": 3 * 10**9}}},
         }
 
-    fitting = {"gpus": 64, "layouts": [layout(1.0, False), layout(2.0, True), layout(3.0, True)]}
+    fitting = {
+        "gpus": 64,
+        "gpus_per_node": 8,
+        "layouts": [layout(1.0, False), layout(2.0, True), layout(3.0, True)],
+    }
     (tmp_path / "125m_2e20_64.json").write_text(json.dumps(fitting))
-    (tmp_path / "125m_2e20_1.json").write_text(json.dumps({"gpus": 1, "layouts": []}))
+    (tmp_path / "125m_2e20_1.json").write_text(
+        json.dumps({"gpus": 1, "gpus_per_node": 8, "layouts": []})
+    )
     text = plans.report(tmp_path)
     assert "| 125m_2e20_64 | 64 | 2 | 524,288 | 25.0% | 6.0 | 16 | 3 | one of 2.0 s |" in text
     assert "| 125m_2e20_1 | 1 | none fits |" in text

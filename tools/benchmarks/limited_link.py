@@ -18,6 +18,8 @@ import contextlib
 import os
 import shutil
 import subprocess
+import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,27 +65,34 @@ class Network:
         end of what they printed where one fails; the others are ended then."""
         common = {"WORLD_SIZE": str(self.ranks), "MASTER_ADDR": _address(0)}
         common |= {"MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": LINK}
-        processes = []
-        try:
-            for rank in range(self.ranks):
-                mine = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                processes.append(
-                    subprocess.Popen(
-                        ["ip", "netns", "exec", self.namespace(rank), *command],
-                        env={**os.environ, **environment, **common, **mine},
-                        stdout=subprocess.DEVNULL,
-                        stderr=subprocess.PIPE,
-                        text=True,
+        processes: list[subprocess.Popen] = []
+        with contextlib.ExitStack() as stack:
+            errors = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(self.ranks)]
+            try:
+                for rank, file in enumerate(errors):
+                    mine = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                    processes.append(
+                        subprocess.Popen(
+                            ["ip", "netns", "exec", self.namespace(rank), *command],
+                            env={**os.environ, **environment, **common, **mine},
+                            stdout=subprocess.DEVNULL,
+                            stderr=file,
+                        )
                     )
-                )
-            for process in processes:
-                _, errors = process.communicate()
-                if process.returncode:
-                    raise RuntimeError(f"a rank of the launch failed: {errors[-6000:]}")
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+                while None in [process.poll() for process in processes]:
+                    if any(process.poll() for process in processes):
+                        break
+                    time.sleep(0.1)
+            finally:
+                status = [process.poll() for process in processes]
+                for process in processes:
+                    process.kill()
+                    process.wait()
+            for code, file in zip(status, errors, strict=True):
+                if code:
+                    file.seek(0)
+                    said = file.read()[-6000:].decode(errors="replace")
+                    raise RuntimeError(f"a rank of the launch failed: {said}")
 
 
 @contextlib.contextmanager

@@ -118,7 +118,7 @@ def report(folder: Path) -> str:
                 f"{cost['tokens_per_second']:,.0f}",
                 f"{cost['mfu']:.1%}",
                 f"{sum(best['memory'].values()) / 2**30:.1f}",
-                f"{best['host'] * min(plan['gpus'], 8) / 2**30:.0f}",
+                f"{best['host'] * min(plan['gpus'], plan['gpus_per_node']) / 2**30:.0f}",
                 f"{sent / 1e9:.3g}",
                 best["layout"],
             ]

@@ -10,6 +10,7 @@ from memory_ladder import configuration
 from shapes import SHAPES, VOCABULARY
 
 from megalong.attention import DilatedPattern
+from megalong.errors import UserError
 from megalong.planning.cluster import load_cluster
 from megalong.planning.search import planned_layout
 
@@ -53,6 +54,8 @@ def planned(
     )
     layout = planned_layout(config, VOCABULARY, cluster, ranks)
     cost = layout.cost
+    if cost is None:
+        raise UserError(f"{shard:,} tokens a rank do not fit on --cluster {cluster.name}")
     return {
         "pattern": kind,
         "ranks": ranks,
@@ -73,6 +76,5 @@ def planned(
         },
         "memory": sum(layout.memory.values()),
         "host": layout.host,
-        "fits": layout.fits,
         "cpu_seconds": round(time.process_time() - start, 1),
     }
