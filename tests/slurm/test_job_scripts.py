@@ -108,7 +108,11 @@ def test_what_would_start_where(slurm, tmp_path):
 
 def test_outside_of_a_job(tmp_path):
     environment = {name: value for name, value in os.environ.items() if "SLURM" not in name}
-    environment["SLURM_CONF"] = "/nowhere"
+    no_slurm = tmp_path / "bin" / "sinfo"  # a real one looks for its controller for minutes
+    no_slurm.parent.mkdir()
+    no_slurm.write_text("#!/bin/sh\nexit 1\n")
+    no_slurm.chmod(0o755)
+    environment["PATH"] = f"{no_slurm.parent}:{environment['PATH']}"
     deepspeed, preprocess = (
         str(SCRIPTS / name) for name in ("deepspeed.sbatch", "preprocess.sbatch")
     )
