@@ -14,7 +14,7 @@ MODEL = {
     "num_attention_heads": 4,
     "num_query_groups": 2,
     "ffn_hidden_size": 352,
-    "make_vocab_size_divisible_by": 1,
+    "make_vocab_size_divisible_by": 2,
     "seq_length": 2048,
     "segment_lengths": (256, 512, 2048),
     "dilation_rates": (1, 2, 4),
