@@ -150,13 +150,13 @@ def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> i
     best = result.fitting[: args.top]
     tokens = args.train_tokens or _tokens(values, args.gpus, result)
     training = Training(tokens, args.gpus, cluster)
+    if args.json is not None:
+        args.json.write_text(json.dumps(as_json(result, training, vocab_size), indent=1) + "\n")
     if best:
         print(table(best, training))
     words = rejected(result, training)
     if words:
         print("\n" + words)
-    if args.json is not None:
-        args.json.write_text(json.dumps(as_json(result, training, vocab_size), indent=1) + "\n")
     if not result.planned and not result.not_run:
         print("\nNo layout could be run.")
         return 1

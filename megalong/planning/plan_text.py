@@ -102,13 +102,13 @@ def rejected(search: Search, training: Training, most: int = 5) -> str:
             f" auto says that they need far more: {least.estimate / GIB:,.0f} GiB and up"
         )
     if search.slower:
-        most = max(
+        fastest = max(
             each.config.training.global_batch_size * each.config.model.seq_length / each.estimate
             for each in search.slower
         )
         lines.append(
             f"{counted(len(search.slower), 'other way')} to share the work not run: estimated from"
-            f" one of their layers, they make {most:,.0f} tokens/s at the most"
+            f" one of their layers, they make {fastest:,.0f} tokens/s at the most"
         )
     if search.refused:
         lines.append(f"{counted(search.refused.total(), 'layout')} refused:")

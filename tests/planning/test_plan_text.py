@@ -15,7 +15,7 @@ from megalong.planning.cluster import load_cluster
 from megalong.planning.cost import StepCost
 from megalong.planning.launch_files import write_launch_files
 from megalong.planning.plan_text import Training, explained, layout_name, rejected, table
-from megalong.planning.search import NotRun, PlannedLayout, Search
+from megalong.planning.search import NotRun, PlannedLayout, Search, Slower
 
 GIB = 2**30
 VALUES = {
@@ -89,7 +89,8 @@ def test_an_explanation_adds_up(training):
 def test_what_does_not_fit_says_by_how_much(training):
     large = layout(memory=(30, 70), fits=False)
     on_host = layout(host=400 * GIB, fits=False)
-    found = Search([layout(), large, on_host], [NotRun(large.config, 900 * GIB)])
+    slower = [Slower(large.config, 16.0), Slower(large.config, 32.0)]
+    found = Search([layout(), large, on_host], [NotRun(large.config, 900 * GIB)], slower)
     found.refused["--zero-stage 2 cannot"] += 3
     text = rejected(found, training)
     usable = USABLE * training.cluster.device.memory / GIB
@@ -98,6 +99,8 @@ def test_what_does_not_fit_says_by_how_much(training):
     assert "3200 GiB on the host of a node, which has" in text
     assert "1 layout not run" in text and "900 GiB and up" in text
     assert "3 x --zero-stage 2 cannot" in text
+    # 8 sequences of 4,096 tokens in 16 seconds.
+    assert "2 other ways to share the work not run" in text and "2,048 tokens/s at the most" in text
 
 
 @pytest.mark.parametrize(("ranks", "nodes"), [(4, 1), (32, 4)])

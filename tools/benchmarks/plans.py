@@ -43,7 +43,7 @@ def main() -> int:
         done = subprocess.run(
             [*command, "--json", str(partial)], stdout=subprocess.PIPE, text=True, check=False
         )
-        if done.returncode not in (0, 1):
+        if done.returncode not in (0, 1) or not partial.read_text():
             raise UserError(f"{name}: plan_run.py ended with status {done.returncode}")
         plan = json.loads(partial.read_text()) | {"seconds": time.perf_counter() - start}
         path.with_suffix(".txt").write_text(done.stdout)
