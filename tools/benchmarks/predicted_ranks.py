@@ -170,6 +170,7 @@ def some_steps(trainer: Any, config: Any) -> Any:
     """Steps up to that whose traffic the engine counts, the first that is like all that follow;
     what that one did."""
     from megalong.planning.dry_run import host_batches
+    from megalong.planning.kernels import InsideAttention
     from megalong.planning.parts import Parts
     from megalong.planning.recorder import WorkRecorder
 
@@ -177,7 +178,7 @@ def some_steps(trainer: Any, config: Any) -> Any:
     for _ in range(trainer.counted_step - 1):
         trainer.train_step(batches, config.training.lr)
     recorder = WorkRecorder(parts, trainer.mesh.groups_by_axis)
-    with parts.watch(trainer.model), recorder:
+    with parts.watch(trainer.model), recorder, InsideAttention(recorder):
         trainer.train_step(batches, config.training.lr)
     return recorder.work
 
