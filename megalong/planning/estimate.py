@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from megalong.config import Config
 from megalong.planning.cluster import Cluster
 from megalong.planning.cost import step_cost
-from megalong.planning.ranks import ranks_to_plan
+from megalong.planning.ranks import layers_of_stage, ranks_to_plan
 from megalong.planning.work import Collective, Operation, Work
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -117,7 +117,7 @@ def estimated_seconds(
     of_stages = []
     for stage in range(stages):
         names = config.attention.attention
-        kinds = Counter(names[layer % len(names)] for layer in _layers(config, stage))
+        kinds = Counter(names[layer % len(names)] for layer in layers_of_stage(config, stage))
         ends = stage == 0, stage == stages - 1
         key = tuple(sorted(kinds.items())), ends
         if key not in works:
@@ -127,15 +127,6 @@ def estimated_seconds(
             works[key] = zero.plus(batch, micro_batches)
         of_stages.append(works[key])
     return step_cost(of_stages, cluster, config, vocab_size, ranks).total
-
-
-def _layers(config: Config, stage: int) -> list[int]:
-    """Numbers of the layers of a pipeline stage."""
-    stages = config.parallel.pipeline_model_parallel_size
-    chunks = config.parallel.chunks_per_stage(config.model)
-    count = config.model.num_layers // (stages * chunks)
-    starts = ((chunk * stages + stage) * count for chunk in range(chunks))
-    return [layer for start in starts for layer in range(start, start + count)]
 
 
 def _of_sequences(work: Work, count: int) -> Work:

@@ -42,19 +42,21 @@ def ranks_to_plan(config: Config, ranks: int) -> list[PlannedRank]:
     ]
 
 
-def _stages(config: Config) -> dict[int, int]:
-    """Stage -> how many are like it."""
+def layers_of_stage(config: Config, stage: int) -> list[int]:
+    """Numbers of the layers of a pipeline stage, from 0, chunk after chunk."""
     model, parallel = config.model, config.parallel
     stages, chunks = parallel.pipeline_model_parallel_size, parallel.chunks_per_stage(model)
-    layers = model.num_layers // (stages * chunks)
+    count = model.num_layers // (stages * chunks)
+    starts = ((chunk * stages + stage) * count for chunk in range(chunks))
+    return [layer for start in starts for layer in range(start, start + count)]
+
+
+def _stages(config: Config) -> dict[int, int]:
+    """Stage -> how many are like it."""
+    stages = config.parallel.pipeline_model_parallel_size
     found: dict[object, list[int]] = {}
     for stage in range(stages):
-        starts = [(chunk * stages + stage) * layers for chunk in range(chunks)]
-        kinds = tuple(
-            config.attention.kind(layer)
-            for start in starts
-            for layer in range(start, start + layers)
-        )
+        kinds = tuple(config.attention.kind(layer) for layer in layers_of_stage(config, stage))
         found.setdefault((stage == 0, stage == stages - 1, kinds), []).append(stage)
     return {alike[0]: len(alike) for alike in found.values()}
 

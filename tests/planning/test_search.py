@@ -15,16 +15,8 @@ from megalong.planning import search as searching
 from megalong.planning.cluster import load_cluster
 from megalong.planning.layouts import Division
 from megalong.planning.search import PlannedLayout, search
+from tests.planning.test_plan_text import VALUES
 
-VALUES = {
-    "num_layers": 4,
-    "hidden_size": 128,
-    "num_attention_heads": 4,
-    "seq_length": 4096,
-    "global_batch_size": 8,
-    "data_path": ("unread",),
-    "tokenizer_type": "ByteTokenizer",
-}
 OFF = {"memory_path": "off"}
 ON = {"memory_path": "on", "offload_activations": False}
 FULL = {"memory_path": "on", "offload_activations": False, "recompute_granularity": "full"}
