@@ -112,6 +112,11 @@ run_step() {
     wait "$step"
     status=$?
     trap '' USR1 TERM
+    # A node's part that was not yet as far as its trap (a slow file system, a container, a long
+    # BASH_ENV) has died of SIGUSR1, and srun has then ended those of other nodes.
+    if ((status == 128 + 10)) || { ((status == 128 + 15)) && [[ -e $STOP_REQUEST ]]; }; then
+        echo "stopped by SIGUSR1 before the training began" >"$run/stopped"
+    fi
     rm -f "$STOP_REQUEST"
 
     # SLURM requeues a job that it has preempted however it ends, and once more if we do it too.

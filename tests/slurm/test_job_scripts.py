@@ -14,7 +14,7 @@ import pytest
 
 from tests.forked import run_ranks
 from tests.launching import PRETRAIN, REPOSITORY, small_run_flags
-from tests.slurm.cluster import HOW_TO_INSTALL, SlurmJob, cluster, missing
+from tests.slurm.cluster import HOW_TO_INSTALL, SlurmJob, cluster, missing, wait_until
 from tests.training.test_resume import assert_same_run
 
 SCRIPTS = REPOSITORY / "examples" / "slurm"
@@ -52,6 +52,29 @@ def test_stopped_requeued_and_finished(slurm, corpus, tmp_path):
     assert re.search(stopped, job.text(), re.MULTILINE), job.text()
     assert not job.shows_traceback(), job.text()
     assert_same_run(tmp_path / "run", whole)
+
+
+def test_stopped_while_the_nodes_still_start(slurm, tmp_path):
+    """SIGUSR1 ends the parts of nodes that have no trap yet, here as their BASH_ENV takes long: the
+    job is requeued all the same."""
+    slow = tmp_path / "slow.sh"
+    slow.write_text(
+        f'if [[ -n ${{SLURM_STEP_ID:-}} ]]; then >"{tmp_path}/$SLURM_NODEID"; sleep 60; fi\n'
+    )
+    job = slurm.submit(
+        SCRIPTS / "srun_torchrun.sbatch",
+        options="--nodes=2 --gpus-per-node=1 --cpus-per-task=1",
+        output=tmp_path / "out",
+        cwd=tmp_path,
+        RUN="run",
+        BASH_ENV=slow,
+    )
+    wait_until(lambda: all((tmp_path / node).exists() for node in "01"), 120, "no step", job.text)
+    job.signal("--batch", "--signal=USR1")
+    job.wait_for("\nrequeued: SLURM starts this job again")
+    assert re.search("^stopped by SIGUSR1 before the training began\n", job.text(), re.MULTILINE)
+    assert job.requeued == 1
+    job.signal()
 
 
 def test_what_torchrun_says_of_its_own_end_is_no_traceback_of_a_run(tmp_path):
