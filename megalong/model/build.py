@@ -82,13 +82,10 @@ def build_model(
         config = dataclasses.replace(config, memory=memory)
     megatron_config = transformer_config(config)
     chunks = config.parallel.chunks_per_stage(config.model)
-    tiled = None
-    if has_pieces(config):
-        offload = HostOffload(mesh.device) if config.memory.offload_activations else None
-        tiled = {"settings": config, "mesh": mesh, "offload": offload}
+    shared = _Shared.of(config, mesh)
     stage = PipelineStage(
         [
-            _chunk(config, megatron_config, vocab_size, mesh, chunk, chunks, tiled)
+            _chunk(config, megatron_config, vocab_size, mesh, chunk, chunks, shared)
             for chunk in range(chunks)
         ]
     )
@@ -104,6 +101,32 @@ def build_model(
             divide(parameter)
     assert not any(buffer.is_meta for buffer in stage.buffers()), "a buffer without values"
     return stage
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shared:
+    """What the chunks of a stage share: angles and scales of positions, each of which is one table;
+    and what layers in tiles are made of, None without them."""
+
+    rotary: LongRotaryEmbedding | None
+    xpos: XposScales | None
+    tiled: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, config: Config, mesh: Mesh) -> _Shared:
+        model, memory = config.model, config.memory
+        first_position = mesh.sequence_range(model.seq_length)[0]
+        rotary = xpos = tiled = None
+        if model.has_rotary_positions:
+            rotary = LongRotaryEmbedding(
+                model, first_position, one_per_pair=bool(memory.tiled_attention)
+            )
+        if model.position_embedding_type == "xpos":
+            xpos = XposScales(model, first_position)
+        if has_pieces(config):
+            offload = HostOffload(mesh.device) if memory.offload_activations else None
+            tiled = {"settings": config, "mesh": mesh, "offload": offload}
+        return cls(rotary, xpos, tiled)
 
 
 class _Model(GPTModel):
@@ -146,19 +169,17 @@ def _chunk(
     mesh: Mesh,
     chunk: int,
     chunks: int,
-    tiled: dict[str, Any] | None,
+    shared: _Shared,
 ) -> GPTModel:
     """Chunk number `chunk` of the `chunks` that this stage holds, its parameters shapes only."""
     model_config = config.model
-    first_position = mesh.sequence_range(model_config.seq_length)[0]
-    has_xpos = model_config.position_embedding_type == "xpos"
     core_attention = partial(
         CoreAttention,
         model=model_config,
         attention=config.attention,
         sequence=mesh.sequence,
         tensor_rank=mesh.tensor_parallel_rank,
-        xpos=XposScales(model_config, first_position) if has_xpos else None,
+        xpos=shared.xpos,
         causal=config.training.causal,
     )
     numbered = chunk if chunks > 1 else None  # None is Megatron-core's word for one chunk
@@ -171,7 +192,7 @@ def _chunk(
                 core_attention,
                 model_config.transformer_impl,
                 numbered,
-                tiled,
+                shared.tiled,
                 tensor_ranks(config, mesh) if model_config.sub_layer_norm else None,
             ),
             vocab_size=model_config.vocabulary_rows(vocab_size),
@@ -187,12 +208,8 @@ def _chunk(
         )
         if config.memory.linear_cross_entropy and model.post_process:
             avoid_logits(model, config, mesh)
-    if model_config.has_rotary_positions:
-        model.rotary_pos_emb = LongRotaryEmbedding(
-            model_config,
-            first_position,
-            one_per_pair=bool(config.memory.tiled_attention),
-        )
+    if shared.rotary is not None:
+        model.rotary_pos_emb = shared.rotary
     return model
 
 

@@ -43,7 +43,7 @@ class LongRotaryEmbedding(RotaryEmbedding):
         device = torch.cuda.current_device()  # the CPU where there is no GPU: see parallel/cpu.py
         return self._angles(length, device)
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019  one module per model, and both live equally long
+    @functools.lru_cache(maxsize=4)  # noqa: B019  one module per stage, as long-lived
     def _angles(self, length: int, device: Any) -> torch.Tensor:
         frequencies = self.frequencies.to(device, non_blocking=True)
         pairs, first = len(frequencies), self.first_position
@@ -70,7 +70,7 @@ class XposScales:
         self._decays = ((channels + XPOS_GAMMA) / (1 + XPOS_GAMMA)).log_() / model.xpos_scale_base
         self._first = first_position - model.seq_length // 2
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019  one object per chunk of a model, as above
+    @functools.lru_cache(maxsize=4)  # noqa: B019  one object per stage, as above
     def __call__(self, length: int, device: torch.device) -> torch.Tensor:
         """Those of queries, which decay with the position; keys are divided by them. (length,
         kv_channels / 2), float32."""

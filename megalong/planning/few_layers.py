@@ -9,14 +9,16 @@ A layer begins where it is called, or where the gradient of its output is comple
 the next one begins: what the loop over the layers and autograd do between two of them is in it.
 Who makes a tensor tells of its birth, and who consumes it of its end: a replayed layer of the birth
 of its output and of the end of its input, whoever made that; in the backward pass of the end of its
-output's gradient and of the birth of its input's. What the accumulation of a weight's gradient does
-is told by itself, since it happens for every layer.
+output's gradient and of the birth of its input's. Where the model or a pipeline's schedule holds
+a chunk's input or the gradient of its output for longer, its end is told as it comes. What the
+accumulation of a weight's gradient does is told by itself, since it happens for every layer.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -49,9 +51,9 @@ def few_layers(
     chunks = []
     with contextlib.ExitStack() as stack:
         for chunk in model.chunks if can_be_replayed(config) else ():
-            layers = list(chunk.decoder.layers)
-            kinds = [_kind(config, layer, index) for index, layer in enumerate(layers)]
-            chunks.append(_Layers(layers, kinds, memory, recorder))
+            kinds = [_kind(config, layer, i) for i, layer in enumerate(chunk.decoder.layers)]
+            always = config.data.isolates_documents  # of each batch they make tables
+            chunks.append(_Layers(chunk.decoder, kinds, memory, recorder, always))
             stack.enter_context(chunks[-1].in_place())
         yield
     if any(chunk.leaves_something for chunk in chunks):
@@ -122,6 +124,8 @@ class _Forward:
 
     start: int
     input: Block
+    is_leaf: bool  # the input: a pipeline's schedule holds it until the backward pass is over
+    held: bool | None = None  # the input, by others than the layer, for longer; None: not known yet
     work: Work = field(default_factory=Work)
     changes: list[Change] = field(default_factory=list)
     output: _Made | None = None
@@ -140,26 +144,40 @@ class _Backward:
     weights: list[tuple[str, _Made]] = field(default_factory=list)
     input_gradient: _Made | None = None
 
+    def ends(self, block: Block) -> bool:
+        """Whether the end of this is among what was seen."""
+        return _ends(chain(*self.pieces), block)
+
+
+def _ends(changes: Iterable[Change], block: Block) -> bool:
+    return any(change.block is block and change.size < 0 for change in changes)
+
 
 class _Layers:
-    """The layers of a chunk. Each micro batch runs the first and the last of all and of each kind,
-    for these may find something to make that the others then have; the first micro batch also the
-    second of each kind, and the last but one: those are seen."""
+    """The layers of a chunk. The first two micro batches, or `always` all, run the first and the
+    last of all and of each kind, for these may find something to make that the others then have:
+    how they go is seen in the second. Of the others one of a kind is seen in each direction, in the
+    first micro batch: the second, and going backward the last but one."""
 
     def __init__(
         self,
-        layers: Sequence[torch.nn.Module],
+        decoder: torch.nn.Module,
         kinds: Sequence[Hashable],
         memory: DeviceMemory,
         recorder: WorkRecorder,
+        always: bool,
     ):
-        self.layers, self.kinds = layers, kinds
+        self.decoder, self.layers, self.kinds = decoder, list(decoder.layers), list(kinds)
         self.memory, self.recorder = memory, recorder
         places = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in kinds}
-        self.run = {0, len(layers) - 1} | {p[end] for p in places.values() for end in (0, -1)}
+        ends = {0, len(kinds) - 1} | {p[end] for p in places.values() for end in (0, -1)}
         several = [p for p in places.values() if len(p) > 2]
-        self.seen_forward = {p[1] for p in several}
-        self.seen_backward = {p[-2] for p in several}
+        # Layer -> the micro batch in which it is seen, up to which it is run.
+        second = math.inf if always else 1
+        self.seen_forward = {p[1]: 0 for p in several} | dict.fromkeys(ends, second)
+        self.seen_backward = {p[-2]: 0 for p in several} | dict.fromkeys(ends, second)
+        for index in ends:  # like no other
+            self.kinds[index] = index
         self.forward: dict[Hashable, _Forward] = {}
         self.backward: dict[Hashable, _Backward] = {}
         self.inputs: dict[int, Block] = {}  # of the layers that are seen backward
@@ -175,6 +193,12 @@ class _Layers:
             for index, layer in enumerate(self.layers):
                 call = partial(self._call, index, layer.forward)
                 stack.enter_context(mock.patch.object(layer, "forward", call))
+            norm = self.decoder.final_layernorm
+            if norm is None:
+                hook = self.decoder.register_forward_hook(lambda _, __, output: self._over(output))
+            else:
+                hook = norm.register_forward_pre_hook(lambda _, args: self._over(args[0]))
+            stack.callback(hook.remove)
             for index in self.seen_backward:
                 for name, parameter in self.layers[index].named_parameters():
                     hook = parameter.register_hook(partial(self._weight, index, name))
@@ -192,22 +216,31 @@ class _Layers:
         self._ends_forward(hidden_states)
         if index == 0:
             self.microbatch += 1
-        elif hidden_states.requires_grad:
+        if hidden_states.requires_grad:
             hidden_states.register_hook(partial(self._ends_backward, index, self.microbatch))
         if not self._runs(index, self.microbatch):
             return self._replayed(index, hidden_states), None
-        if self.microbatch == 0:
-            block = self.memory.block_of(hidden_states)
-            if index in self.seen_backward:
-                self.inputs[index] = block
-            if index in self.seen_forward:
-                self.going_forward = index, _Forward(self.memory.moment, block)
-                self.recorder.write_besides(self.going_forward[1].work)
+        block = self.memory.block_of(hidden_states)
+        if self.seen_backward.get(index) == self.microbatch:
+            self.inputs[index] = block
+        if self.seen_forward.get(index) == self.microbatch:
+            self.going_forward = index, _Forward(self.memory.moment, block, hidden_states.is_leaf)
+            self.recorder.write_besides(self.going_forward[1].work)
         return run(hidden_states, **kwargs)
 
+    def _over(self, hidden_states: torch.Tensor) -> None:
+        """The forward pass of the last layer is over."""
+        self._ends_forward(hidden_states)
+        if hidden_states.grad_fn is None:
+            return
+        ends = partial(self._ends_backward, len(self.layers), self.microbatch)
+        number = hidden_states.output_nr
+        # After the hooks of the tensor: DeepSpeed has one that scales the gradient.
+        hidden_states.grad_fn.register_prehook(lambda gradients: ends(gradients[number]))
+
     def _runs(self, index: int, microbatch: int) -> bool:
-        seen = index in self.seen_forward or index in self.seen_backward
-        return index in self.run or (microbatch == 0 and seen)
+        seen = (self.seen_forward.get(index, -1), self.seen_backward.get(index, -1))
+        return microbatch <= max(seen)
 
     # ------------------------------------------------------------------- seeing a layer
 
@@ -226,24 +259,37 @@ class _Layers:
         begins."""
         self.microbatch_back = microbatch
         if self.going_backward is not None:
-            (_, seen), self.going_backward = self.going_backward, None
-            self.recorder.write_besides(None)
-            seen.pieces.append(self.memory.since(seen.start))
-            seen.input_gradient = _Made.of(gradient, self.memory)
-            self.backward[self.kinds[index]] = seen
-            self._check(self.forward[self.kinds[index]], seen)
-        if microbatch == 0 and index - 1 in self.seen_backward:
+            self.going_backward[1].input_gradient = _Made.of(gradient, self.memory)
+            self._may_be_over()
+        if self.seen_backward.get(index - 1) == microbatch:
             block = self.memory.block_of(gradient)
             seen = _Backward(self.memory.moment, self.inputs[index - 1], block)
             self.going_backward = index - 1, seen
             self.recorder.write_besides(seen.work)
 
+    def _may_be_over(self) -> None:
+        """Input and weights have their gradients, if they do: where the input is a leaf of
+        autograd's graph as the weights are, it may have its own before some of them."""
+        index, seen = self.going_backward
+        weights = sum(1 for _ in self.layers[index].parameters())
+        if seen.input_gradient is None or len(seen.weights) < weights:
+            return
+        self.going_backward = None
+        self.recorder.write_besides(None)
+        seen.pieces.append(self.memory.since(seen.start))
+        self.backward[self.kinds[index]] = seen
+        self._check(self.forward[self.kinds[index]], seen)
+
     def _check(self, forward: _Forward, backward: _Backward) -> None:
         """Output and input, and their gradients, are of the same size, and everything else has
-        ended but the gradients of the weights, of whose ends others tell."""
-        changes = chain(forward.changes, *backward.pieces)
-        weights = sum(made.bytes for _, made in backward.weights)
-        self.leaves_something |= sum(change.size for change in changes) != weights
+        ended but the gradients of the weights, of whose ends others tell, and what others hold."""
+        held = not (_ends(forward.changes, forward.input) or backward.ends(backward.input))
+        left = sum(change.size for change in chain(forward.changes, *backward.pieces))
+        left -= sum(made.bytes for _, made in backward.weights)
+        left -= backward.input_gradient.bytes * held
+        left -= backward.input_gradient.bytes * (not backward.ends(backward.output_gradient))
+        self.leaves_something |= left != 0 or forward.held not in (None, held)
+        forward.held = held
 
     def _weight(self, index: int, name: str, gradient: torch.Tensor) -> None:
         """A gradient of a weight is there, and about to be accumulated."""
@@ -253,13 +299,17 @@ class _Layers:
         seen.pieces.append(self.memory.since(seen.start))
         seen.weights.append((name, _Made.of(gradient, self.memory)))
         seen.start = self.memory.moment
+        self._may_be_over()
 
     # ---------------------------------------------------------------- replaying a layer
 
     def _replayed(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """The output of a layer that is not run, in the forward pass."""
         seen = self.forward[self.kinds[index]]
-        taken = self.memory.hand_over(x)
+        if seen.held is None:  # and its backward pass is still to come
+            gone = seen.input.end is not None and not _ends(seen.changes, seen.input)
+            seen.held = seen.is_leaf or gone
+        taken = self.memory.block_of(x) if seen.held else self.memory.hand_over(x)
         y = seen.output.another(self.memory)
         blocks = {seen.input: taken, seen.output.block: self.memory.block_of(y)}
         self.memory.again(seen.changes, blocks)
@@ -315,7 +365,8 @@ class _Steps:
         return _Step.apply(token, None, like_x, self._begin)
 
     def _begin(self, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        self.blocks[self.seen.output_gradient] = self.memory.hand_over(gradient)
+        if self.seen.ends(self.seen.output_gradient):
+            self.blocks[self.seen.output_gradient] = self.memory.hand_over(gradient)
         for made in (*(made for _, made in self.seen.weights), self.seen.input_gradient):
             self.gradients.append(made.another(self.memory))
             self.blocks[made.block] = self.memory.block_of(self.gradients[-1])

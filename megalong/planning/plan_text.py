@@ -98,8 +98,9 @@ def rejected(search: Search, training: Training, most: int = 5) -> str:
     if search.not_run:
         least = min(search.not_run, key=lambda layout: layout.estimate)
         lines.append(
-            f"{counted(len(search.not_run), 'layout')} not run, as the estimate of --memory-path"
-            f" auto says that they need far more: {least.estimate / GIB:,.0f} GiB and up"
+            f"{counted(len(search.not_run), 'layout')} not run, as they need more: by the estimate"
+            f" of --memory-path auto, or for activations alone, {least.estimate / GIB:,.0f} GiB and"
+            " up"
         )
     if search.slower:
         fastest = max(

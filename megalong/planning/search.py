@@ -2,7 +2,8 @@
 
 The rungs of a division of `megalong.planning.layouts` are tried from the one that computes least
 on, of those that compute the same from the lowest ZeRO stage on, which sends least, until one fits.
-What needs far too much by the closed estimate of `megalong.model.memory_path` is not run.
+What needs far too much by the closed estimate of `megalong.model.memory_path` is not run, nor with
+a higher ZeRO stage what does not fit for its activations.
 
 Which division comes next is what `megalong.planning.estimate` says of the time of its next rung,
 than which those behind it are hardly faster. The search is over when as many layouts fit as are
@@ -12,6 +13,7 @@ fits is seen on its fullest rank, how long it takes on the slowest of each pipel
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import itertools
 import math
@@ -79,7 +81,8 @@ class PlannedLayout:
 
 @dataclass(frozen=True)
 class NotRun:
-    """A layout that the estimate is sure about: bytes of the device that it says."""
+    """A layout that is known not to fit. estimate: bytes of the device that it needs: about, or at
+    least."""
 
     config: Config
     estimate: float
@@ -159,23 +162,28 @@ def _start(on_gpu: bool) -> None:
 
 
 class _Ladder:
-    """The rungs of a division that may fit, in the order in which they are tried.
+    """The rungs of a division that may fit and were not tried, in the order in which they are.
 
     seconds: of a step of the next one, as estimated; 0 where nobody knows.
     """
 
     def __init__(self, rungs: Sequence[Config]):
-        self.rungs, self.number, self.seconds = rungs, 0, 0.0
+        self.rungs, self.seconds = list(rungs), 0.0
 
     @property
     def config(self) -> Config:
         """The rung that comes next."""
-        return self.rungs[self.number]
+        return self.rungs[0]
 
-    def climb(self) -> bool:
-        """The next rung does not fit; whether there is another."""
-        self.number += 1
-        return self.number < len(self.rungs)
+    def with_other_zero_stages(self) -> list[Config]:
+        """Those that differ from the next one only in how much of the weights, gradients and
+        optimizer a rank holds."""
+
+        def rest(rung: Config) -> Config:
+            parallel = dataclasses.replace(rung.parallel, zero_stage=1)
+            return dataclasses.replace(rung, parallel=parallel)
+
+        return [rung for rung in self.rungs[1:] if rest(rung) == rest(self.config)]
 
 
 class _Searching:
@@ -267,9 +275,17 @@ class _Searching:
         """Note how a run ended, with a layout or a message; whether the next rung is tried."""
         if isinstance(outcome, str):
             self.result.refused[outcome] += 1
-            return ladder.climb()
-        self.result.planned.append(outcome)
-        return not outcome.fits and ladder.climb()
+        else:
+            self.result.planned.append(outcome)
+            if outcome.fits:
+                return False
+            held = outcome.memory.get("activations", 0)
+            if held > USABLE * self.cluster.device.memory:
+                for rung in ladder.with_other_zero_stages():
+                    self.result.not_run.append(NotRun(rung, held))
+                    ladder.rungs.remove(rung)
+        del ladder.rungs[0]
+        return bool(ladder.rungs)
 
     def submit(self, function: Callable[..., Any], config: Config) -> Future:
         self.known += 1

@@ -18,6 +18,7 @@ PIPELINE = "pipeline_model_parallel_size"
 ON = {"memory_path": "on", "tile_size": 256, "offload_activations": False}
 FULL = {"recompute_granularity": "full"}
 INTERLEAVED = {PIPELINE: 2, "num_layers_per_virtual_pipeline_stage": 5, "num_layers": 20}
+ONE_LAYER = {"num_layers_per_virtual_pipeline_stage": 1, "num_layers": 12}
 SMALL_BUCKETS = {"deepspeed_config": "buckets.json"}  # beside the results
 BUCKETS = {"zero_optimization": {"reduce_bucket_size": 100_000}}  # less than a layer's weights
 EVERYTHING = {  # that a layer may have
@@ -61,6 +62,12 @@ CASES = {
     ),
     "interleaved": (INTERLEAVED, 1, 2, 4),
     "interleaved, tp2, recomputed": ({**INTERLEAVED, TENSOR: 2, **FULL}, 1, 4, 4),
+    "chunks of one layer, first stage": ({**ONE_LAYER, PIPELINE: 2}, 0, 2, 6),
+    "chunks of one layer, between, sp2": ({**ONE_LAYER, PIPELINE: 3, SEQUENCE: 2}, 3, 6, 9),
+    "chunks of one layer, last stage, recomputed": ({**ONE_LAYER, PIPELINE: 3, **FULL}, 2, 3, 9),
+    "chunks of one layer, memory path, recomputed": (
+        {**ONE_LAYER, PIPELINE: 2, **ON, **FULL}, 1, 2, 6,
+    ),
 }  # fmt: skip
 SHORT = list(CASES)[:2]
 

@@ -55,11 +55,19 @@ class Here:
         pass
 
 
-def find(divisions, *, fits, seconds, wanted=1, needs=lambda config: 1.0):
+def find(
+    divisions,
+    *,
+    fits,
+    seconds,
+    wanted=1,
+    needs=lambda config: 1.0,
+    activations=lambda config: 0.0,
+):
     """What a search finds, and what it runs, in order: (sequence ranks, ZeRO stage, rung).
 
-    fits, seconds: of a configuration, when it is run; seconds what is estimated too. needs: what is
-    estimated of its memory, in units of what there is.
+    fits, seconds, activations: of a configuration, when it is run; seconds what is estimated too.
+    needs: what is estimated of its memory. Memory in units of what there is.
     """
     runs = []
 
@@ -71,7 +79,8 @@ def find(divisions, *, fits, seconds, wanted=1, needs=lambda config: 1.0):
         if isinstance(verdict, Exception):
             raise verdict
         cost = SimpleNamespace(total=seconds(config)) if verdict else None
-        return PlannedLayout(config, Counter(weights=1), 0, {}, {}, 1, cost)
+        memory = Counter(weights=1, activations=usable * activations(config))
+        return PlannedLayout(config, memory, 0, {}, {}, 1, cost)
 
     usable = USABLE * CLUSTER.device.memory
     with (
@@ -149,6 +158,21 @@ def test_a_higher_zero_stage_is_run_where_it_computes_less():
         **settings,
     )
     assert runs == [(1, 1, "off"), (1, 2, "off"), (1, 3, "off")]
+
+
+def test_a_higher_zero_stage_is_not_run_where_activations_alone_do_not_fit():
+    found, runs = find(
+        [division(stages=(1, 2, 3))],
+        fits=lambda config: kind(config) == "full" and config.parallel.zero_stage == 3,
+        seconds=by_sequence,
+        activations=lambda config: 1.5 if kind(config) == "off" else 0.9,
+    )
+    tried = [(1, zero, rung) for rung in ("on", "full") for zero in (1, 2, 3)]
+    assert runs == [(1, 1, "off"), *tried]
+    assert {(each.config.parallel.zero_stage, kind(each.config)) for each in found.not_run} == {
+        (2, "off"),
+        (3, "off"),
+    }
 
 
 @pytest.mark.parametrize("seed", range(20))
