@@ -1,10 +1,11 @@
-"""Roughly how long a step takes, without running it: which layouts are worth a dry run.
+"""Roughly how long a step takes and what activations it holds, without running it: which layouts
+are worth a dry run.
 
 Layers are alike, so of each kind of attention models of one and of two are run, on the ranks that
 share a sequence and its matrices, with one sequence: what the second layer adds, and the rest.
 From this and the cost model comes a step of any number of layers, pipeline stages, micro batches
 and replicas. What ZeRO does is counted by parameters. Tests hold what the layers do to be exact,
-and the whole to be near the time that a dry run gives.
+and the whole to be near what a dry run gives.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megalong.config import Config
 from megalong.planning.cluster import Cluster
 from megalong.planning.cost import step_cost
 from megalong.planning.ranks import layers_of_stage, ranks_to_plan
 from megalong.planning.work import Collective, Operation, Work
+
+if TYPE_CHECKING:
+    from megalong.planning.dry_run import DryRun
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -33,12 +38,14 @@ _UPDATE_KERNELS, _OF_LAYER, _ACCUMULATION_KERNELS = 120, 30, 15
 @dataclass(frozen=True)
 class Shares:
     """What a rank does, forward and backward, for one sequence: in a layer of each kind of
-    attention, and before and after all layers (collectives of the embedding count as after). Of the
-    ranks that share a sequence the one that attends to most."""
+    attention, and before and after all layers (collectives of the embedding count as after); and
+    the bytes of activations that a layer of each kind holds for it. Of the ranks that share
+    a sequence the one that attends to most."""
 
     layers: dict[str, Work]
     before: Work
     after: Work
+    activations: dict[str, int]
 
     def of_stage(self, kinds: Mapping[str, int], ends: tuple[bool, bool]) -> Work:
         """Of a pipeline stage with so many layers of each kind. ends: whether it is the first, and
@@ -72,10 +79,10 @@ def one_stage(config: Config) -> Config | None:
 
 def shares(config: Config, vocab_size: int) -> Shares:
     """Run what a layout is made of. config: of `one_stage`."""
-    layers = {}
+    layers, activations = {}, {}
     for kind in config.attention.kinds:
-        one, two = (
-            model_work(
+        runs = [
+            _run(
                 dataclasses.replace(
                     config,
                     model=dataclasses.replace(config.model, num_layers=count),
@@ -84,20 +91,30 @@ def shares(config: Config, vocab_size: int) -> Shares:
                 vocab_size,
             )
             for count in (1, 2)
-        )
+        ]
+        one, two = (_of_model(run.work) for run in runs)
         layers[kind] = two.plus(one, -1)
+        held_by_one, held_by_two = (run.memory["activations"] for run in runs)
+        activations[kind] = max(0, held_by_two - held_by_one)
     rest = one.plus(layers[kind], -1)
     before = Work(Counter({c: n for c, n in rest.operations.items() if c.part == "embedding"}))
-    return Shares(layers, before, rest.plus(before, -1))
+    return Shares(layers, before, rest.plus(before, -1), activations)
 
 
 def model_work(config: Config, vocab_size: int) -> Work:
     """Run forward and backward of a layout of `one_stage`; without ZeRO's part."""
+    return _of_model(_run(config, vocab_size).work)
+
+
+def _run(config: Config, vocab_size: int) -> DryRun:
     from megalong.planning.dry_run import dry_run
 
     ranks = config.parallel.ranks_per_replica
     place = ranks_to_plan(config, ranks)[-1]
-    work = dry_run(config, vocab_size, rank=place.rank, ranks=ranks, quick=True).work
+    return dry_run(config, vocab_size, rank=place.rank, ranks=ranks, quick=True)
+
+
+def _of_model(work: Work) -> Work:
     return Work(
         Counter({call: n for call, n in work.operations.items() if call.part != "optimizer"}),
         Counter({c: n for c, n in work.collectives.items() if c.axis in ("sequence", "tensor")}),
@@ -127,6 +144,24 @@ def estimated_seconds(
             works[key] = zero.plus(batch, micro_batches)
         of_stages.append(works[key])
     return step_cost(of_stages, cluster, config, vocab_size, ranks).total
+
+
+def estimated_activations(config: Config, of: Shares, ranks: int) -> float:
+    """Bytes that the first pipeline stage holds where it holds most: it has the most micro batches
+    under way. config: resolved. of: the shares of `one_stage(config)`."""
+    parallel = config.parallel
+    stages, chunks = (
+        parallel.pipeline_model_parallel_size,
+        parallel.chunks_per_stage(config.model),
+    )
+    micro_batches = config.num_microbatches(parallel.data_parallel_size(ranks))
+    passes = stages
+    if chunks > 1:  # of the interleaved schedule, before the first backward pass
+        passes = 2 * (stages - 1) + (chunks - 1) * stages + 1
+    names = config.attention.attention
+    layers = sum(of.activations[names[i % len(names)]] for i in layers_of_stage(config, 0))
+    at_once = min(passes / chunks, micro_batches)
+    return layers * at_once * config.training.micro_batch_size
 
 
 def _of_sequences(work: Work, count: int) -> Work:

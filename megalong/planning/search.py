@@ -2,8 +2,9 @@
 
 The rungs of a division of `megalong.planning.layouts` are tried from the one that computes least
 on, of those that compute the same from the lowest ZeRO stage on, which sends least, until one fits.
-What needs far too much by the closed estimate of `megalong.model.memory_path` is not run, nor with
-a higher ZeRO stage what does not fit for its activations.
+What needs far too much by the closed estimate of `megalong.model.memory_path` is not run, nor what
+does not fit for the activations alone that `megalong.planning.estimate` expects, or that a run with
+another ZeRO stage has held.
 
 Which division comes next is what `megalong.planning.estimate` says of the time of its next rung,
 than which those behind it are hardly faster. The search is over when as many layouts fit as are
@@ -40,9 +41,10 @@ if TYPE_CHECKING:
 # By the estimate of its memory, in units of what there is, what is not run. Tests hold the estimate
 # to be at most 1.7 times the peak of dry runs.
 HOPELESS = 1.75
-# How much slower than what is known a layout may be estimated and still be run. For twelve layouts
-# of four layers of the 1.3B model, on 8 ranks, the estimate was 0.92 to 1.004 of a dry run's time;
-# a test holds it to be at most so much of it for models that are all launches.
+# How much slower than what is known a layout may be estimated and still be run, and how many more
+# activations than there is room for it may be estimated to hold. For twelve layouts of four layers
+# of the 1.3B model, on 8 ranks, the estimate was 0.92 to 1.004 of a dry run's time; tests hold time
+# and activations to be at most so much of it for models that are all launches.
 DOUBT = 1.1
 # Runs that are decided upon together, whatever the processes: the result does not hang on those.
 _TOGETHER = 4
@@ -240,27 +242,49 @@ class _Searching:
         return _Ladder(rungs)
 
     def put(self, queue: list[tuple[float, int, _Ladder]], ladders: list[_Ladder]) -> None:
-        """Into the queue, by the time that a sequence takes in their next rungs."""
-        from megalong.model.parameters import count_parameters
-        from megalong.planning.estimate import estimated_seconds, one_stage
+        """Into the queue, by the time that a sequence takes in the first of their rungs that may
+        have room for its activations."""
+        from megalong.planning.estimate import estimated_activations, one_stage
 
-        keys = [one_stage(ladder.config) for ladder in ladders]
-        jobs = {
-            key: self.submit(_shares, key)
-            for key in dict.fromkeys(keys)
-            if key is not None and key not in self.shares
-        }
-        self.shares |= {key: self.wait(job) for key, job in jobs.items()}
-        for ladder, key in zip(ladders, keys, strict=True):
-            config, of = ladder.config, None if key is None else self.shares[key]
-            ladder.seconds = 0.0
-            if of is not None:
-                count = count_parameters(config.model, self.vocab_size)
-                ladder.seconds = estimated_seconds(
-                    config, of, count.used, self.cluster, self.vocab_size, self.ranks
-                )
-            seconds = ladder.seconds / config.training.global_batch_size
-            heapq.heappush(queue, (seconds, next(self.numbers), ladder))
+        while ladders:
+            keys = [one_stage(ladder.config) for ladder in ladders]
+            jobs = {
+                key: self.submit(_shares, key)
+                for key in dict.fromkeys(keys)
+                if key is not None and key not in self.shares
+            }
+            self.shares |= {key: self.wait(job) for key, job in jobs.items()}
+            shorter = []
+            for ladder, key in zip(ladders, keys, strict=True):
+                of = None if key is None else self.shares[key]
+                held = 0.0
+                if of is not None:
+                    held = estimated_activations(ladder.config, of, self.ranks)
+                if held > DOUBT * USABLE * self.cluster.device.memory:
+                    self.without_room(ladder, held, first=True)
+                    shorter.append(ladder)
+                else:
+                    ladder.seconds = self.seconds(ladder.config, of)
+                    seconds = ladder.seconds / ladder.config.training.global_batch_size
+                    heapq.heappush(queue, (seconds, next(self.numbers), ladder))
+            ladders = [ladder for ladder in shorter if ladder.rungs]
+
+    def seconds(self, config: Config, of: Shares | None) -> float:
+        """Of a step, as estimated; 0 where nobody knows."""
+        from megalong.model.parameters import count_parameters
+        from megalong.planning.estimate import estimated_seconds
+
+        if of is None:
+            return 0.0
+        count = count_parameters(config.model, self.vocab_size).used
+        return estimated_seconds(config, of, count, self.cluster, self.vocab_size, self.ranks)
+
+    def without_room(self, ladder: _Ladder, held: float, first: bool = False) -> None:
+        """Note that activations of so many bytes are held with any ZeRO stage, and do not fit, and
+        take those rungs away. first: the next one too, else it was run."""
+        for rung in [ladder.config] * first + ladder.with_other_zero_stages():
+            self.result.not_run.append(NotRun(rung, held))
+            ladder.rungs.remove(rung)
 
     def most_promising(self, queue: list[tuple[float, int, _Ladder]], wanted: int) -> list[_Ladder]:
         """Taken from the queue: some that may be among the wanted ones; none when all is known."""
@@ -281,9 +305,7 @@ class _Searching:
                 return False
             held = outcome.memory.get("activations", 0)
             if held > USABLE * self.cluster.device.memory:
-                for rung in ladder.with_other_zero_stages():
-                    self.result.not_run.append(NotRun(rung, held))
-                    ladder.rungs.remove(rung)
+                self.without_room(ladder, held)
         del ladder.rungs[0]
         return bool(ladder.rungs)
 

@@ -76,6 +76,10 @@ ESTIMATES = {
     "pp4 sp2, two sequences": (
         {**PIPELINE, "sequence_parallel_size": 2, "num_layers": 8, "micro_batch_size": 2}, 8, 8,
     ),
+    "pp2 sp2, chunks of one layer, recomputed": (
+        {**INTERLEAVED, **FULL, "sequence_parallel_size": 2, "num_layers": 12}, 4, 8,
+    ),
+    "pp2, chunks of one layer": ({**INTERLEAVED, "num_layers": 8}, 2, 4),
     "sp2 dp2, ZeRO 3": ({"sequence_parallel_size": 2, "zero_stage": 3}, 4, 2),
 }  # fmt: skip
 
@@ -119,7 +123,13 @@ def estimated(flags, ranks, microbatches) -> dict:
     """What is compared of an estimate."""
     from megalong.model.parameters import count_parameters
     from megalong.planning.cluster import load_cluster
-    from megalong.planning.estimate import estimated_seconds, model_work, one_stage, shares
+    from megalong.planning.estimate import (
+        estimated_activations,
+        estimated_seconds,
+        model_work,
+        one_stage,
+        shares,
+    )
     from megalong.planning.search import planned_layout
 
     cluster = load_cluster("h100")
@@ -129,11 +139,13 @@ def estimated(flags, ranks, microbatches) -> dict:
     names = (config.attention.attention * config.model.num_layers)[: config.model.num_layers]
     kinds = {name: names.count(name) for name in set(names)}
     count = count_parameters(config.model, VOCABULARY).used
+    planned = planned_layout(config, VOCABULARY, cluster, ranks)
     return {
         "shares": of_work(without_tables(of.of_stage(kinds, (True, True)))),
         "run": of_work(without_tables(model_work(one, VOCABULARY))),
         "estimated": estimated_seconds(config, of, count, cluster, VOCABULARY, ranks),
-        "planned": planned_layout(config, VOCABULARY, cluster, ranks).cost.total,
+        "planned": planned.cost.total,
+        "activations": [estimated_activations(config, of, ranks), planned.memory["activations"]],
     }
 
 

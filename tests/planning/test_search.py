@@ -63,11 +63,13 @@ def find(
     wanted=1,
     needs=lambda config: 1.0,
     activations=lambda config: 0.0,
+    expected=lambda config: 0.0,
 ):
     """What a search finds, and what it runs, in order: (sequence ranks, ZeRO stage, rung).
 
     fits, seconds, activations: of a configuration, when it is run; seconds what is estimated too.
-    needs: what is estimated of its memory. Memory in units of what there is.
+    needs, expected: what is estimated of its memory, and from its layers of its activations. Memory
+    in units of what there is.
     """
     runs = []
 
@@ -89,6 +91,10 @@ def find(
         mock.patch("megalong.planning.estimate.shares", lambda *_: object()),
         mock.patch(
             "megalong.planning.estimate.estimated_seconds", lambda config, *_: seconds(config)
+        ),
+        mock.patch(
+            "megalong.planning.estimate.estimated_activations",
+            lambda config, *_: usable * expected(config),
         ),
         mock.patch(
             "megalong.model.memory_path.needs",
@@ -173,6 +179,18 @@ def test_a_higher_zero_stage_is_not_run_where_activations_alone_do_not_fit():
         (2, "off"),
         (3, "off"),
     }
+
+
+def test_what_has_no_room_for_the_activations_that_are_expected_is_not_run():
+    found, runs = find(
+        [division(stages=(1, 2, 3)), division(2)],
+        fits=lambda _: True,
+        seconds=by_sequence,
+        wanted=9,
+        expected=lambda config: {"off": 1.2, "on": 1.05, "full": 0.5}[kind(config)],
+    )
+    assert sorted(runs) == [(1, 1, "on"), (2, 1, "on")]
+    assert [kind(each.config) for each in found.not_run] == ["off"] * 4
 
 
 @pytest.mark.parametrize("seed", range(20))
