@@ -12,6 +12,7 @@ from megalong.config.arguments import build_parser, config_from_values, parse_ar
 from megalong.config.model import longest_xpos
 from megalong.errors import UserError
 
+YARN = "--yarn-rotary-scaling-factor 4 --yarn-original-max-position-embeddings 4096"
 NEEDED = ["--data-path", "data", "--tokenizer-type", "ByteTokenizer"]
 
 
@@ -167,6 +168,41 @@ def test_a_missing_yaml_is_named():
         ("--log-interval 0", 1, "--log-interval 0"),
         ("--seed 99999999999", 1, "--seed 99999999999"),
         ("--rotary-base 0", 1, "--rotary-base 0"),
+        ("--rope-scaling-factor 0.5", 1, "--rope-scaling-factor 0.5 must be at least 1"),
+        (
+            "--rotary-ntk-factor 2 --position-embedding-type none",
+            1,
+            "--rotary-ntk-factor 2.0 is about rotary positions: set --position-embedding-type rope",
+        ),
+        (
+            "--rope-scaling-factor 2 --rotary-seq-len-interpolation-factor 2",
+            1,
+            "--rotary-seq-len-interpolation-factor and --rope-scaling-factor are different",
+        ),
+        (
+            "--rotary-ntk-factor 2 --kv-channels 2",
+            1,
+            "set a larger --kv-channels, or --rotary-seq-len-interpolation-factor",
+        ),
+        (
+            "--yarn-rotary-scaling-factor 4",
+            1,
+            "set --yarn-original-max-position-embeddings to that",
+        ),
+        (
+            "--yarn-original-max-position-embeddings 4096",
+            1,
+            "which --yarn-rotary-scaling-factor turns on",
+        ),
+        (f"{YARN} --yarn-beta-slow 40", 1, "must be more than --yarn-beta-slow 40.0"),
+        (f"{YARN} --yarn-mscale 1", 1, "--yarn-mscale-all-dim are two halves of a ratio"),
+        (
+            f"{YARN} --yarn-mscale 1 --yarn-mscale-all-dim 1 --yarn-attention-factor 1.2",
+            1,
+            "set it, or these two",
+        ),
+        (f"{YARN} --yarn-attention-factor 0", 1, "--yarn-attention-factor 0.0 must be positive"),
+        (f"{YARN} --rotary-base 1", 1, "--rotary-base 1.0 must be more than 1 with YaRN"),
         (
             "--position-embedding-type xpos --seq-length 65536",
             1,
@@ -247,6 +283,8 @@ def test_data_path_is_needed():
         (["--attention", "dilated", "locall"], ["--attention", "locall", "local"]),
         (["--attention", "dlated"], ["dlated", "did you mean dilated?"]),
         (["--reset-attention-mask"], ["set --document-attention isolated"]),
+        (["--use-rope-scaling"], ["--rope-scaling-factor alone turns that scaling on"]),
+        (["--rotary-scaling-factor", "4"], ["set --yarn-rotary-scaling-factor for YaRN, or"]),
         (["--reset-position-ids"], ["leave it out: positions count as distances here"]),
     ],
 )

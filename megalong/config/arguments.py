@@ -44,6 +44,10 @@ INSTEAD = MappingProxyType(
         "--reset-position-ids": "leave it out: positions count as distances here, and between"
         " tokens of one document these stay the same; --document-attention isolated keeps the"
         " others apart",
+        "--use-rope-scaling": "leave it out: --rope-scaling-factor alone turns that scaling on"
+        " (Megatron's factor is 8)",
+        "--rotary-scaling-factor": "set --yarn-rotary-scaling-factor for YaRN, or"
+        " --rope-scaling-factor for the scaling of Llama 3.1",
     }
 )
 

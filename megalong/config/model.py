@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from megalong.config.flags import (
     default,
@@ -12,6 +13,7 @@ from megalong.config.flags import (
     require_more_than_zero,
     require_positive,
 )
+from megalong.config.rope import check_rope, rope_parameters
 from megalong.errors import UserError
 
 
@@ -50,11 +52,47 @@ class ModelConfig:
         512, "with xpos: positions over which scores decay; a larger base has room for more"
     )
     rotary_base: float = flag(10000.0, "base of the rotary frequencies")
+    rotary_ntk_factor: float | None = flag(
+        None,
+        "the base becomes larger, so that the slowest rotary frequency is slower by this factor:"
+        " NTK-aware scaling (default: no)",
+    )
+    rotary_seq_len_interpolation_factor: float | None = flag(
+        None, "all rotary frequencies become slower by this factor: linear scaling (default: no)"
+    )
     rope_scaling_factor: float | None = flag(
         None, "slow rotary frequencies become slower by this factor, as in Llama 3.1 (default: no)"
     )
     rope_original_length: int = flag(
         8192, "with --rope-scaling-factor: tokens in a sequence before the scaling"
+    )
+    yarn_rotary_scaling_factor: float | None = flag(
+        None,
+        "slow rotary frequencies become slower by this factor, and scores sharper: YaRN (default:"
+        " no)",
+    )
+    yarn_original_max_position_embeddings: int | None = flag(
+        None, "YaRN: tokens in a sequence before the scaling"
+    )
+    yarn_beta_fast: float = flag(
+        32.0, "YaRN: what makes more turns in the original length keeps its frequency"
+    )
+    yarn_beta_slow: float = flag(
+        1.0, "YaRN: what makes fewer turns in the original length is slower by the whole factor"
+    )
+    yarn_attention_factor: float | None = flag(
+        None,
+        "YaRN: what cosines and sines are multiplied by, scores by its square (default:"
+        " 0.1 ln(factor) + 1)",
+    )
+    yarn_mscale: float | None = flag(
+        None, "YaRN: weight of the logarithm in the attention factor, with --yarn-mscale-all-dim"
+    )
+    yarn_mscale_all_dim: float | None = flag(
+        None, "YaRN: weight of the logarithm in what the attention factor is divided by"
+    )
+    yarn_correction_range_round_to_int: bool = flag(
+        True, "YaRN: the ramp from fast to slow frequencies begins and ends at whole pairs"
     )
     untie_embeddings_and_output_weights: bool = flag(
         False, "separate weights for the embedding and the output layer"
@@ -105,6 +143,11 @@ class ModelConfig:
         """Whether queries and keys are turned by their positions."""
         return self.position_embedding_type in ("rope", "xpos")
 
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """The rotary positions as Transformers writes them (after `resolve`)."""
+        return rope_parameters(self)
+
     def vocabulary_rows(self, ids: int) -> int:
         """Rows of the embedding for a tokenizer of `ids` ids. Raises UserError where they are too
         few."""
@@ -128,17 +171,10 @@ class ModelConfig:
             "kv_channels",
             "num_query_groups",
             "make_vocab_size_divisible_by",
-            "rope_original_length",
             "xpos_scale_base",
         )
-        require_more_than_zero(self, "norm_epsilon", "rotary_base", "init_method_std")
-        if self.rope_scaling_factor is not None and self.position_embedding_type != "rope":
-            raise UserError(
-                f"--rope-scaling-factor {self.rope_scaling_factor} is about rotary positions: set"
-                " --position-embedding-type rope, or leave it out"
-            )
-        if self.rope_scaling_factor is not None and not 1 <= self.rope_scaling_factor < math.inf:
-            raise UserError(f"--rope-scaling-factor {self.rope_scaling_factor} must be at least 1")
+        require_more_than_zero(self, "norm_epsilon", "init_method_std")
+        check_rope(self)
         if self.num_attention_heads % self.num_query_groups:
             raise UserError(
                 f"--num-attention-heads {self.num_attention_heads} does not divide by"

@@ -12,6 +12,7 @@ from typing import Any
 
 from megalong.config.flags import flag_name, shown
 from megalong.config.model import ModelConfig
+from megalong.config.rope import ROPE_FIELDS
 from megalong.errors import UserError
 
 FOLDER = Path(__file__).parent / "presets"
@@ -21,9 +22,7 @@ FOLDER = Path(__file__).parent / "presets"
 _FREE = {
     "seq_length",
     "xpos_scale_base",
-    "rotary_base",
-    "rope_scaling_factor",
-    "rope_original_length",
+    *ROPE_FIELDS,
     "init_method_std",
     "make_vocab_size_divisible_by",
     "padded_vocab_size",

@@ -8,6 +8,7 @@ from megalong.config import Config
 from megalong.config.attention import PATTERN_FIELDS
 from megalong.data.tokenizers.tokenizer import Tokenizer
 from megalong.errors import UserError
+from megalong.hf.rotary_configs import rotary_values
 
 # Transformers' and torch's names of number formats, and what training's --precision is of them.
 DTYPES = ("float32", "bfloat16", "float16")
@@ -26,9 +27,6 @@ _SETTINGS = {
     "sub_layer_norm": "sub_layer_norm",
     "position_embedding_type": "position_embedding_type",
     "xpos_scale_base": "xpos_scale_base",
-    "rotary_base": "rotary_base",
-    "rope_scaling_factor": "rope_scaling_factor",
-    "rope_original_length": "rope_original_length",
 }
 # Those that the folders of earlier versions have not.
 _ADDED = {
@@ -36,8 +34,6 @@ _ADDED = {
     "qk_norm": False,
     "sub_layer_norm": False,
     "xpos_scale_base": 512,
-    "rope_scaling_factor": None,
-    "rope_original_length": 8192,
 }
 
 
@@ -67,6 +63,7 @@ def longnet_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
         "num_key_value_heads": model.num_query_groups,
         "head_dim": model.kv_channels,
         "max_position_embeddings": model.seq_length,
+        "rope_parameters": model.rope_parameters,
         **{theirs: getattr(model, ours) for ours, theirs in _SETTINGS.items()},
         **{name: _as_json(getattr(config.attention, name)) for name in PATTERN_FIELDS},
         "attention": _kinds(config.attention.attention),
@@ -98,7 +95,7 @@ def megalong_values(config: dict[str, Any], where: str) -> dict[str, Any]:
     model_type = config.get("model_type")
     try:
         if model_type == "longnet":
-            return _from_longnet(_ADDED | config)
+            return _from_longnet(_ADDED | config, where)
         if model_type in LLAMA_FAMILY:
             return _from_llama(config, where)
     except KeyError as missing:
@@ -109,11 +106,12 @@ def megalong_values(config: dict[str, Any], where: str) -> dict[str, Any]:
     )
 
 
-def _from_longnet(config: dict[str, Any]) -> dict[str, Any]:
+def _from_longnet(config: dict[str, Any], where: str) -> dict[str, Any]:
     pattern = {name: config[name] for name in PATTERN_FIELDS if name in config}
     return {
         **_sizes(config),
         **{ours: config[theirs] for ours, theirs in _SETTINGS.items()},
+        **_longnet_positions(config, where),
         **pattern,
         "document_attention": config.get("document_attention", "mixed"),
         "objective": "causal" if config.get("causal", True) else "mlm",
@@ -158,7 +156,7 @@ def _from_llama(config: dict[str, Any], where: str) -> dict[str, Any]:
         "add_qkv_bias": config["model_type"] == "qwen2",
         "qk_layernorm": config["model_type"] == "qwen3",
         "position_embedding_type": "rope",
-        **_rope(config, where),
+        **rotary_values(config, where),
         "init_method_std": float(config.get("initializer_range", 0.02)),
     }
 
@@ -181,30 +179,9 @@ def _windows(config: dict[str, Any]) -> dict[str, Any]:
     return {"attention": names[:period], "window_size": window}
 
 
-def _rope(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Base and scaling of the rotary positions. Transformers 5 writes rope_parameters, earlier ones
-    rope_theta and rope_scaling."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise UserError(
-            f"{where}: rotary positions are scaled in the way {kind!r}, and megalong has those of"
-            " plain RoPE and of Llama 3.1. Without the scaling (take it out of the file) it is"
-            " another model, good up to its original length"
-        )
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        raise UserError(
-            f"{where}: partial_rotary_factor is {partial}; megalong's positions turn all channels"
-        )
-    turns = rope.get("low_freq_factor", 1), rope.get("high_freq_factor", 4)
-    if turns != (1, 4):
-        raise UserError(
-            f"{where}: low_freq_factor and high_freq_factor are {turns}, and megalong has Llama"
-            " 3.1's, 1 and 4"
-        )
-    values = {"rotary_base": float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))}
-    if kind == "llama3":
-        values["rope_scaling_factor"] = float(rope["factor"])
-        values["rope_original_length"] = rope["original_max_position_embeddings"]
-    return values
+def _longnet_positions(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Those of one of our exports. Earlier versions had our own names for them."""
+    if "rope_parameters" in config:
+        return rotary_values(config, where)
+    names = ("rotary_base", "rope_scaling_factor", "rope_original_length")
+    return {name: config[name] for name in names if name in config}

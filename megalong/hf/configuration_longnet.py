@@ -1,11 +1,12 @@
 """What a LongNet model is, for Transformers. Travels in the exported folder: needs only that, and
-the pattern beside it."""
+the pattern and the rotary frequencies beside it."""
 
 from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
 from .pattern import DilatedPattern
+from .rope_scaling import rope_frequencies
 
 KINDS = ("dilated", "dense", "local", "sparse")
 
@@ -26,7 +27,8 @@ class LongNetConfig(PreTrainedConfig):
     position_embedding_type: "rope", "xpos" (arXiv 2212.10554, scores that decay over
         `xpos_scale_base` positions; of about 35,000 tokens, in the middle of which the middle of
         `max_position_embeddings` is) or "none".
-    rope_scaling_factor, rope_original_length: RoPE stretched as in Llama 3.1; None: as it is.
+    rope_parameters: RoPE's base and scaling, as Transformers has them: `rope_theta`, `rope_type`
+        ("default", "linear", "llama3" or "yarn") and what that takes.
     swiglu: a gated SiLU MLP; else GELU. linear_bias: biases in all linear layers; qkv_bias: in the
         query, key and value projections. qk_norm: a norm of each head's queries and keys.
     document_attention: "isolated": the model was trained on documents that share a row without
@@ -55,9 +57,7 @@ class LongNetConfig(PreTrainedConfig):
     sub_layer_norm: bool = False
     position_embedding_type: str = "rope"
     xpos_scale_base: int = 512
-    rotary_base: float = 10000.0
-    rope_scaling_factor: float | None = None
-    rope_original_length: int = 8192
+    rope_parameters: dict | None = None
     attention: str | list[str] = "dilated"
     segment_lengths: list[int] | None = None
     dilation_rates: list[int] | None = None
@@ -83,6 +83,7 @@ class LongNetConfig(PreTrainedConfig):
             self.segment_lengths = [self.max_position_embeddings]
             self.dilation_rates = [1]
         super().__post_init__(**kwargs)
+        rope_frequencies(self.rope_parameters, self.head_dim)  # raises ValueError for other types
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of"

@@ -24,13 +24,16 @@ from megalong.errors import UserError
 from megalong.hf.configs import DTYPE_OF_PRECISION, longnet_config, model_classes
 from megalong.hf.model_card import model_card
 from megalong.hf.names import Entry, check_names, check_shape, check_vocabulary, entries
+from megalong.model import rope_scaling
 from megalong.model.parameters import count_parameters
 from megalong.progress import progress_bar
 
-# The code that travels with a model. Of the pattern there is one file only, that of the training.
+# The code that travels with a model. Of the pattern, and of the rotary frequencies, there is one
+# file only, that of the training.
 MODEL_FILES = (
     *sorted(Path(__file__).parent.glob("*_longnet.py")),
     Path(pattern.__file__),
+    Path(rope_scaling.__file__),
 )
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
 

@@ -8,31 +8,22 @@ import math
 import torch
 
 from .configuration_longnet import LongNetConfig
-
-
-def rotary_frequencies(config: LongNetConfig):
-    """Radians per position of each pair of channels, float64; scaled as in Llama 3.1, if at all:
-    what turns less than once in the original length is slower by the factor, what turns more than
-    four times is not, and between them it goes from one to the other."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    frequencies = config.rotary_base**-exponents
-    if config.rope_scaling_factor is None:
-        return frequencies
-    turns = config.rope_original_length * frequencies / (2 * math.pi)
-    stays = ((turns - 1) / (4 - 1)).clamp(0, 1)
-    return frequencies * (stays + (1 - stays) / config.rope_scaling_factor)
+from .rope_scaling import rope_frequencies
 
 
 def rotary_angles(config: LongNetConfig, starts: list[int], length: int, device):
-    """Cosines and sines, (b or 1, s, 1, head_dim) each, of the positions from each start on.
+    """Cosines and sines, (b or 1, s, 1, head_dim) each, of the positions from each start on; with
+    YaRN times its attention factor.
 
     The angle is computed in float64 and reduced to one turn, and only then becomes float32: a
     float32 position loses its fraction of a turn long before a million tokens.
     """
-    angles = positions_from(starts, length, device) * rotary_frequencies(config).to(device)
+    frequencies, factor = rope_frequencies(config.rope_parameters, config.head_dim)
+    frequencies = torch.tensor(frequencies, dtype=torch.float64, device=device)
+    angles = positions_from(starts, length, device) * frequencies
     angles = angles.remainder_(2 * math.pi).float()
     angles = torch.cat((angles, angles), -1)[:, :, None]
-    return angles.cos(), angles.sin()
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def positions_from(starts: list[int], length: int, device):

@@ -16,6 +16,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 
 from megalong.config import ModelConfig
 from megalong.config.model import XPOS_GAMMA
+from megalong.model.rope_scaling import rope_frequencies
 from megalong.tiling.rows import tiles
 
 PIECE = 2**16  # positions at a time in float64: temporaries that do not grow with the sequence
@@ -88,16 +89,17 @@ class XposScales:
 
 
 def rotary_frequencies(model: ModelConfig) -> torch.Tensor:
-    """Radians per position of each pair of channels, float64: (kv_channels / 2,).
+    """Radians per position of each pair of channels, float64: (kv_channels / 2,)."""
+    frequencies, _ = rope_frequencies(model.rope_parameters, model.kv_channels)
+    return torch.tensor(frequencies, dtype=torch.float64)
 
-    With a scaling factor as in Llama 3.1: what turns less than once in the original length is
-    slowed down by the factor, what turns more than four times stays, and between them it goes from
-    one to the other.
+
+def score_scale(model: ModelConfig) -> float | None:
+    """What scores are multiplied by, where positions change it; else None: 1 / sqrt(kv_channels).
+
+    YaRN multiplies cosines and sines of queries and keys alike: a score has the square of that.
     """
-    exponents = torch.arange(0, model.kv_channels, 2, dtype=torch.float64) / model.kv_channels
-    frequencies = model.rotary_base**-exponents
-    if model.rope_scaling_factor is None:
-        return frequencies
-    turns = model.rope_original_length * frequencies / (2 * math.pi)
-    stays = ((turns - 1) / (4 - 1)).clamp(0, 1)
-    return frequencies * (stays + (1 - stays) / model.rope_scaling_factor)
+    if not model.has_rotary_positions:
+        return None
+    _, factor = rope_frequencies(model.rope_parameters, model.kv_channels)
+    return None if factor == 1 else factor**2 / math.sqrt(model.kv_channels)

@@ -12,6 +12,7 @@ from megalong.config.arguments import config_from_values
 from megalong.config.attention import PATTERN_FIELDS
 from megalong.config.flags import shown
 from megalong.config.memory import PIECES
+from megalong.config.rope import ROPE_FIELDS
 from megalong.data.sources import sources_of_flag
 from megalong.training.learning_rate import learning_rate
 
@@ -51,7 +52,7 @@ def other_ways(checkpoint: Path, config: Config) -> list[str]:
     config: the run's, its memory path settled.
     """
     theirs, iteration = config_of(checkpoint), read_progress(checkpoint).iteration
-    names = ["objective", *PATTERN_FIELDS, "document_attention"]
+    names = ["objective", *PATTERN_FIELDS, *ROPE_FIELDS, "document_attention"]
     goes_on = iteration > 0 and not config.run.finetune  # an imported model has seen no data
     if goes_on:
         optimizer = f"{config.training.optimizer}_"

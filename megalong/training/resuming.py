@@ -27,6 +27,7 @@ from megalong.checkpoint.texts import read_progress
 from megalong.config import Config, ModelConfig, flag_name
 from megalong.config.attention import PATTERN_FIELDS
 from megalong.config.flags import shown
+from megalong.config.rope import ROPE_FIELDS
 from megalong.data.blend import History
 from megalong.errors import UserError, system_errors_of
 from megalong.training.changes import config_of, differences, with_schedule_of
@@ -203,6 +204,8 @@ _RUN_FIELDS = ["objective", "mask_rate", "seed", "split", *PATTERN_FIELDS]
 def _check_same_run(checkpoint: Path, config: Config) -> None:
     names = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in _FREE_MODEL_FIELDS]
     names += ["tokenizer_type", "tokenizer_model", "prepend_bos"]
+    if config.run.finetune:  # other positions have the same weights
+        names = [name for name in names if name not in ROPE_FIELDS]
     # An imported model has met no optimizer.
     if config.run.loads_optimizer and read_progress(checkpoint).iteration:
         names.append("optimizer")
@@ -215,6 +218,8 @@ def _check_same_run(checkpoint: Path, config: Config) -> None:
             way_out = "--save into another folder"
         if name == "optimizer":
             way_out = "set --no-load-optim"
+        if name in ROPE_FIELDS:
+            way_out = "set --finetune, to begin a new run with the same weights at other positions"
         if name in ("make_vocab_size_divisible_by", "padded_vocab_size"):
             way_out += ", or, for an imported model, import it with another one"
         raise UserError(

@@ -46,6 +46,15 @@ VARIANTS = [
         "rope_scaling_factor": 4.0,
         "sub_layer_norm": True,
     },
+    {
+        "yarn_rotary_scaling_factor": 4.0,
+        "yarn_original_max_position_embeddings": 40,
+        "yarn_mscale": 0.8,
+        "yarn_mscale_all_dim": 0.5,
+        "no_yarn_correction_range_round_to_int": True,
+        "yarn_beta_fast": 3.0,
+    },
+    {"rotary_seq_len_interpolation_factor": 4.0, "rotary_base": 500.0},
 ]
 
 
@@ -63,6 +72,7 @@ def test_there_and_back_every_tensor_is_the_same(changes, tmp_path):
     export(tmp_path / "imported", tmp_path / "again")
     assert_equal_tensors(stored_tensors(tmp_path / "hf"), stored_tensors(tmp_path / "again"))
     assert back.attention == config.attention
+    assert back.model.rope_parameters == config.model.rope_parameters
     assert back.model.make_vocab_size_divisible_by == 1  # 257 ids: none can be added
     if config.training.precision == "fp32":
         reader = StoredModel(tmp_path / "imported")
@@ -71,7 +81,7 @@ def test_there_and_back_every_tensor_is_the_same(changes, tmp_path):
             assert torch.equal(reader.read(name), weight[:height]), name
 
 
-@pytest.mark.parametrize("changes", VARIANTS[:2], ids=["tied", "untied"])
+@pytest.mark.parametrize("changes", [*VARIANTS[:2], VARIANTS[-2]], ids=["tied", "untied", "yarn"])
 def test_auto_classes_load_the_folder(changes, tmp_path):
     config, weights = random_checkpoint(tmp_path / "run", **changes)
     export(tmp_path / "run", tmp_path / "hf", dtype="float32", max_shard_size="60KB")

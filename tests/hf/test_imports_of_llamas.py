@@ -40,6 +40,26 @@ SMALL = {
 BYTES = {"tokenizer_type": "ByteTokenizer"}
 
 
+def rope(kind, **more):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **more}}
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+# Qwen2.5's way for long inputs, of an older file; then all that YaRN takes.
+SCALED = {
+    "linear": LlamaConfig(**SMALL, **rope("linear", factor=2.0)),
+    "yarn": LlamaConfig(**SMALL, **rope("yarn", **YARN)),
+    "yarn mscale": LlamaConfig(
+        **SMALL,
+        **rope("yarn", **YARN, mscale=2.0, mscale_all_dim=0.5, truncate=False, beta_fast=4.0),
+    ),
+    "yarn attention": LlamaConfig(
+        **SMALL, **rope("yarn", **YARN, attention_factor=1.5, beta_slow=0.5)
+    ),
+    "yarn qwen2": Qwen2Config(**SMALL, rope_theta=1e4, rope_scaling={"type": "yarn", **YARN}),
+}
+
+
 @pytest.mark.parametrize(
     "kind, fields",
     [
@@ -76,6 +96,10 @@ BYTES = {"tokenizer_type": "ByteTokenizer"}
             Qwen2ForCausalLM,
             Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=40, max_window_layers=1),
         ),
+        *(
+            (Qwen2ForCausalLM if "qwen2" in name else LlamaForCausalLM, fields)
+            for name, fields in SCALED.items()
+        ),
     ],
     ids=[
         "untied",
@@ -87,6 +111,7 @@ BYTES = {"tokenizer_type": "ByteTokenizer"}
         "qwen3",
         "window",
         "windows",
+        *SCALED,
     ],
 )
 def test_a_llama_computes_the_same_here(kind, fields, tmp_path):
@@ -124,14 +149,25 @@ def test_a_llama_computes_the_same_here(kind, fields, tmp_path):
         (LlamaForCausalLM, LlamaConfig(**SMALL, hidden_act="gelu"), "not silu"),
         (
             LlamaForCausalLM,
+            LlamaConfig(**SMALL, **rope("dynamic", factor=2.0)),
+            "in the way 'dynamic': .* takes --rotary-ntk-factor",
+        ),
+        (
+            LlamaForCausalLM,
             LlamaConfig(
                 **SMALL,
-                rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+                **rope(
+                    "longrope",
+                    factor=4.0,
+                    original_max_position_embeddings=32,
+                    short_factor=[1.0] * 8,
+                    long_factor=[2.0] * 8,
+                ),
             ),
-            "in the way 'linear'",
+            "in the way 'longrope': there are other frequencies",
         ),
     ],
-    ids=["qwen3 biases", "biases", "activation", "rope"],
+    ids=["qwen3 biases", "biases", "activation", "dynamic", "longrope"],
 )
 def test_what_our_model_has_not_is_refused(kind, fields, reason, tmp_path):
     kind(fields).save_pretrained(tmp_path / "model")

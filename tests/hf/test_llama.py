@@ -131,13 +131,13 @@ def test_training_goes_on_with_tensor_parallelism(dense, text_file, tmp_path):
 def test_a_config_of_an_earlier_version_and_one_that_is_not_complete(dense, tmp_path):
     export(dense, tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    for name in ("qkv_bias", "qk_norm", "sub_layer_norm", "rope_scaling_factor"):
+    for name in ("qkv_bias", "qk_norm", "sub_layer_norm", "xpos_scale_base", "rope_parameters"):
         del config[name]
-    del config["xpos_scale_base"]
-    del config["rope_original_length"]
+    config |= {"rotary_base": 300.0, "rope_scaling_factor": 4.0, "rope_original_length": 100}
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     _, imported = import_model(tmp_path / "hf", tmp_path / "again", {})
     assert not imported.model.qk_layernorm and imported.data.prepend_bos
+    assert imported.model.rotary_base == 300 and imported.model.rope_original_length == 100
     del config["hidden_size"]
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="has no hidden_size"):

@@ -19,6 +19,7 @@ def mesh():
 
 
 LADDERS = {"segment_lengths": "16 32 64", "dilation_rates": "1 2 3"}
+YARN = {"yarn_rotary_scaling_factor": 8.0, "yarn_original_max_position_embeddings": 50}
 CASES = [
     {},
     LADDERS,  # 128 tokens pass the last segment length too
@@ -34,6 +35,9 @@ CASES = [
     LADDERS | {"attention": "sparse dilated", "sparse_block_size": 20, "sparse_columns": 3},
     {"add_qkv_bias": True, "qk_layernorm": True},
     LADDERS | {"rope_scaling_factor": 8.0, "rope_original_length": 50, "rotary_base": 200.0},
+    LADDERS | YARN,
+    {"rotary_seq_len_interpolation_factor": 3.0, "rotary_base": 300.0},
+    {"rotary_ntk_factor": 3.0, "attention": "dense"},
     {"add_qkv_bias": True, "qk_layernorm": True, "normalization": "LayerNorm"},
     {"sub_layer_norm": True, "normalization": "LayerNorm", "no_swiglu": True, "kv_channels": 32},
     LADDERS | {"sub_layer_norm": True, "position_embedding_type": "xpos", "xpos_scale_base": 30},

@@ -59,6 +59,8 @@ MODELS = {
         "head_offsets": "layer",
         "add_qkv_bias": True,
         "qk_layernorm": True,
+        "yarn_rotary_scaling_factor": 4.0,
+        "yarn_original_max_position_embeddings": 32,
     },
     "untied gelu layernorm bias": {
         **BRANCHES,
@@ -79,6 +81,7 @@ MODELS = {
         **BRANCHES,
         "attention": "dilated local",
         "window_size": 50,
+        "rotary_seq_len_interpolation_factor": 4.0,
         "document_attention": "isolated",
         "eod_mask_loss": True,
     },

@@ -131,6 +131,7 @@ def finished_run(corpus, tmp_path_factory):
     "changes, names",
     [
         ({"num_layers": 3}, ["--num-layers is 3", "with 2"]),
+        ({"rotary_base": 5e5}, ["--rotary-base is 500000.0", "set --finetune, to begin a new"]),
         ({"seed": 7}, ["--seed is 7", "--save into another folder"]),
         ({"objective": "mlm"}, ["--objective is mlm", "with causal", "--save into another folder"]),
         ({"split": "50,40,10"}, ["--split is 50,40,10"]),
@@ -138,7 +139,7 @@ def finished_run(corpus, tmp_path_factory):
         ({"optimizer": "sgd"}, ["--optimizer is sgd", "with adam", "set --no-load-optim"]),
         ({"finetune": True}, ["--finetune begins a new run", "--save into another folder"]),
     ],
-    ids=["model", "seed", "objective", "split", "pattern", "optimizer", "finetune"],
+    ids=["model", "positions", "seed", "objective", "split", "pattern", "optimizer", "finetune"],
 )
 def test_resuming_another_run(corpus, finished_run, changes, names):
     line = refused(1, *small_run_flags(corpus, **changes, save=finished_run, load=finished_run))

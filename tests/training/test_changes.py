@@ -93,6 +93,19 @@ def test_a_finished_run_that_is_extended(checkpoint):
     assert other_ways(checkpoint, dataclasses.replace(longer, run=run)) == []
 
 
+def test_weights_may_begin_at_other_positions(tmp_path):
+    random_checkpoint(tmp_path / "run")
+    yarn = {"yarn_rotary_scaling_factor": 4, "yarn_original_max_position_embeddings": 128}
+    longer = {"rotary_base": 5e5, **yarn, "load": tmp_path / "run"}
+    with pytest.raises(UserError, match=r"--rotary-base is 500000.0, .* or set --finetune"):
+        open_checkpoint(resolved(**longer))
+    config = resolved(**longer, finetune=True)
+    assert other_ways(open_checkpoint(config), config)[:2] == [
+        "--rotary-base is 500000.0; the checkpoint was written with 10000.0",
+        "--yarn-rotary-scaling-factor is 4.0; the checkpoint was written without",
+    ]
+
+
 def test_the_share_of_masks_stays_in_a_folder(tmp_path):
     run = tmp_path / "run"
     random_checkpoint(run, objective="mlm")

@@ -1,0 +1,141 @@
+"""Rotary positions beyond the length of the first training: which scaling there is, and its check.
+
+The fields are ModelConfig's; `megalong.model.rope_scaling` computes what they say.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from megalong.config.flags import flag_name, require_more_than_zero, require_positive
+from megalong.errors import UserError
+
+if TYPE_CHECKING:
+    from megalong.config.model import ModelConfig
+
+# The factor that turns each scaling on: at most one of these.
+FACTORS = (
+    "rotary_ntk_factor",
+    "rotary_seq_len_interpolation_factor",
+    "rope_scaling_factor",
+    "yarn_rotary_scaling_factor",
+)
+# What YaRN has besides, and its values where there is none.
+YARN = {
+    "yarn_original_max_position_embeddings": None,
+    "yarn_beta_fast": 32.0,
+    "yarn_beta_slow": 1.0,
+    "yarn_attention_factor": None,
+    "yarn_mscale": None,
+    "yarn_mscale_all_dim": None,
+    "yarn_correction_range_round_to_int": True,
+}
+# All fields of rotary positions: none is about the shape of a weight.
+ROPE_FIELDS = ("rotary_base", *FACTORS, "rope_original_length", *YARN)
+
+
+def rope_parameters(model: ModelConfig) -> dict[str, Any]:
+    """The rotary positions as Transformers writes them, `rope_parameters`; model: resolved."""
+    base = model.rotary_base
+    if model.rotary_ntk_factor is not None:
+        # The slowest pair becomes slower by the factor, the fastest stays: another base does that.
+        base *= model.rotary_ntk_factor ** (model.kv_channels / (model.kv_channels - 2))
+    if model.rotary_seq_len_interpolation_factor is not None:
+        scaling = {"rope_type": "linear", "factor": model.rotary_seq_len_interpolation_factor}
+    elif model.rope_scaling_factor is not None:
+        scaling = {
+            "rope_type": "llama3",
+            "factor": model.rope_scaling_factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": model.rope_original_length,
+        }
+    elif model.yarn_rotary_scaling_factor is not None:
+        scaling = {
+            "rope_type": "yarn",
+            "factor": model.yarn_rotary_scaling_factor,
+            "original_max_position_embeddings": model.yarn_original_max_position_embeddings,
+            "beta_fast": model.yarn_beta_fast,
+            "beta_slow": model.yarn_beta_slow,
+            "attention_factor": model.yarn_attention_factor,
+            "mscale": model.yarn_mscale,
+            "mscale_all_dim": model.yarn_mscale_all_dim,
+            "truncate": model.yarn_correction_range_round_to_int,
+        }
+        scaling = {name: value for name, value in scaling.items() if value is not None}
+    else:
+        scaling = {"rope_type": "default"}
+    return {"rope_theta": base, **scaling}
+
+
+def check_rope(model: ModelConfig) -> None:
+    """Raise UserError where the rotary positions are none that there are; model: resolved."""
+    require_positive(model, "rope_original_length")
+    require_more_than_zero(model, "rotary_base")
+    given = [name for name in FACTORS if getattr(model, name) is not None]
+    for name in given:
+        value = getattr(model, name)
+        if model.position_embedding_type != "rope":
+            raise UserError(
+                f"{flag_name(name)} {value} is about rotary positions: set"
+                " --position-embedding-type rope, or leave it out"
+            )
+        if not 1 <= value < math.inf:
+            raise UserError(f"{flag_name(name)} {value} must be at least 1")
+    if len(given) > 1:
+        raise UserError(
+            f"{' and '.join(map(flag_name, given))} are different scalings of the rotary positions:"
+            " set one of them"
+        )
+    if model.rotary_ntk_factor is not None and model.kv_channels == 2:
+        raise UserError(
+            "--rotary-ntk-factor slows the pairs of channels but the first, and a head of 2"
+            " channels has no others: set a larger --kv-channels, or"
+            " --rotary-seq-len-interpolation-factor"
+        )
+    if model.yarn_rotary_scaling_factor is None:
+        _check_no_yarn(model)
+    else:
+        _check_yarn(model)
+
+
+def _check_no_yarn(model: ModelConfig) -> None:
+    for name, unset in YARN.items():
+        if getattr(model, name) != unset:
+            raise UserError(
+                f"{flag_name(name)} is about YaRN, which --yarn-rotary-scaling-factor turns on: set"
+                " that too, or leave it out"
+            )
+
+
+def _check_yarn(model: ModelConfig) -> None:
+    if model.yarn_original_max_position_embeddings is None:
+        raise UserError(
+            f"--yarn-rotary-scaling-factor {model.yarn_rotary_scaling_factor} scales positions from"
+            " the length of an earlier training: set --yarn-original-max-position-embeddings to"
+            " that"
+        )
+    require_positive(model, "yarn_original_max_position_embeddings")
+    require_more_than_zero(model, "yarn_beta_fast", "yarn_beta_slow")
+    for name in ("yarn_attention_factor", "yarn_mscale", "yarn_mscale_all_dim"):
+        if getattr(model, name) is not None:
+            require_more_than_zero(model, name)
+    if model.yarn_beta_fast <= model.yarn_beta_slow:
+        raise UserError(
+            f"--yarn-beta-fast {model.yarn_beta_fast} must be more than --yarn-beta-slow"
+            f" {model.yarn_beta_slow}: turns in the original length above which a pair of channels"
+            " stays, and below which it is slowed down"
+        )
+    if model.rotary_base <= 1:
+        raise UserError(f"--rotary-base {model.rotary_base} must be more than 1 with YaRN")
+    if (model.yarn_mscale is None) != (model.yarn_mscale_all_dim is None):
+        raise UserError(
+            "--yarn-mscale and --yarn-mscale-all-dim are two halves of a ratio: set both, or"
+            " neither"
+        )
+    if model.yarn_mscale is not None and model.yarn_attention_factor is not None:
+        raise UserError(
+            "--yarn-attention-factor says what --yarn-mscale and --yarn-mscale-all-dim would: set"
+            " it, or these two"
+        )

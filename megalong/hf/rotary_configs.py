@@ -1,0 +1,121 @@
+"""The rotary positions of a config.json of Transformers as fields of megalong's configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megalong.errors import UserError
+
+# What a scaling has in Transformers' file, besides what all have.
+_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_KEYS = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    },
+    "yarn": {
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    },
+}
+# Those whose frequencies change with what is read, so that no training has just them.
+_CHANGING = {
+    "dynamic": "the base grows with the length that is read: without it (take it out of the file)"
+    " it is the same model up to its max_position_embeddings, and training beyond them takes"
+    " --rotary-ntk-factor",
+    "longrope": "there are other frequencies for inputs up to the original length than beyond it."
+    " Without the scaling (take it out of the file) it is another model",
+}
+
+
+def rotary_values(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields of megalong's configuration, by name, for the rotary positions of a config.json.
+
+    Transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling; either is
+    read as Transformers 5 does. where: the file, for errors. Raises UserError for positions that
+    megalong has not, and KeyError where a scaling's own parameter is missing.
+    """
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    _check_kind(kind, rope, config, where)
+    values = {"rotary_base": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)}
+    if kind == "linear":
+        values["rotary_seq_len_interpolation_factor"] = float(rope["factor"])
+    if kind == "llama3":
+        turns = rope.get("low_freq_factor", 1), rope.get("high_freq_factor", 4)
+        if turns != (1, 4):
+            raise UserError(
+                f"{where}: low_freq_factor and high_freq_factor are {turns}, and megalong has Llama"
+                " 3.1's, 1 and 4"
+            )
+        values["rope_scaling_factor"] = float(rope["factor"])
+        values["rope_original_length"] = _original_length(rope, config)
+    if kind == "yarn":
+        values |= _yarn(rope, config)
+    return values
+
+
+def _check_kind(kind: Any, rope: dict[str, Any], config: dict[str, Any], where: str) -> None:
+    layers = [name for name, value in rope.items() if isinstance(value, dict)]
+    if layers:
+        raise UserError(
+            f"{where}: rotary positions are others in layers of the kinds {', '.join(layers)}, and"
+            " megalong has the same in all layers"
+        )
+    if kind not in _KEYS:
+        why = _CHANGING.get(
+            kind,
+            "megalong has those of plain RoPE, linear, llama3 and yarn. Without the scaling (take"
+            " it out of the file) it is another model, good up to its original length",
+        )
+        raise UserError(f"{where}: rotary positions are scaled in the way {kind!r}: {why}")
+    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise UserError(
+            f"{where}: partial_rotary_factor is {partial}; megalong's positions turn all channels"
+        )
+    unknown = rope.keys() - _COMMON - _KEYS[kind]
+    if unknown:
+        raise UserError(
+            f"{where}: rotary positions of the kind {kind} have {', '.join(sorted(unknown))}, which"
+            " megalong does not know"
+        )
+
+
+def _original_length(rope: dict[str, Any], config: dict[str, Any]) -> int:
+    """The length before the scaling, where Transformers looks for it."""
+    beside = config.get("original_max_position_embeddings")
+    return (
+        beside or rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    )
+
+
+def _yarn(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    original = _original_length(rope, config)
+    # DeepSeek's files have no factor, and Transformers makes one.
+    factor = rope["factor"] or config["max_position_embeddings"] / original
+    values = {
+        "yarn_rotary_scaling_factor": float(factor),
+        "yarn_original_max_position_embeddings": original,
+        "yarn_beta_fast": float(rope.get("beta_fast") or 32),
+        "yarn_beta_slow": float(rope.get("beta_slow") or 1),
+        "yarn_correction_range_round_to_int": rope.get("truncate", True),
+    }
+    mscales = rope.get("mscale"), rope.get("mscale_all_dim")
+    if rope.get("attention_factor") is not None:
+        values["yarn_attention_factor"] = float(rope["attention_factor"])
+    elif all(mscales):  # one alone has no effect
+        values |= dict(
+            zip(("yarn_mscale", "yarn_mscale_all_dim"), map(float, mscales), strict=True)
+        )
+    return values
