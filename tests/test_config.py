@@ -160,6 +160,18 @@ def test_a_missing_yaml_is_named():
             "--match-flops: sparse attention comes no nearer to the dilated branches than",
         ),
         ("--lr-warmup-iters 20 --train-iters 10", 1, "--lr-warmup-iters 20"),
+        ("--lr-decay-style WSD", 1, "set --lr-wsd-decay-iters to the iterations of that"),
+        (
+            "--lr-wsd-decay-iters 10",
+            1,
+            "--lr-wsd-decay-iters 10 is about WSD: set --lr-decay-style WSD",
+        ),
+        ("--lr-wsd-decay-style linear", 1, "--lr-wsd-decay-style linear is about WSD"),
+        (
+            "--lr-decay-style WSD --lr-wsd-decay-iters 96 --lr-warmup-iters 5 --train-iters 100",
+            1,
+            "--lr-wsd-decay-iters 96 must be at least 1, and at most 95",
+        ),
         ("--min-lr 1.0", 1, "--min-lr 1.0 must lie between"),
         ("--adam-beta1 1.0", 1, "--adam-beta1"),
         ("--clip-grad -1", 1, "--clip-grad must be a number"),

@@ -39,9 +39,19 @@ class TrainingConfig:
     lr: float = flag(6e-4, "peak learning rate")
     min_lr: float = flag(0.0, "learning rate after the decay")
     lr_decay_style: str = flag(
-        "polynomial", "shape of the decay", choices=("polynomial", "cosine", "constant")
+        "polynomial",
+        "shape of the decay; WSD: stable, then --lr-wsd-decay-iters of --lr-wsd-decay-style",
+        choices=("polynomial", "linear", "cosine", "inverse-square-root", "WSD", "constant"),
     )
     lr_decay_power: float = flag(1.0, "power of the polynomial decay; 1 is linear")
+    lr_wsd_decay_style: str = flag(
+        "exponential",
+        "shape of the decay at the end of WSD",
+        choices=("exponential", "linear", "cosine", "minus_sqrt"),
+    )
+    lr_wsd_decay_iters: int | None = flag(
+        None, "WSD: iterations of the decay, of which --lr-decay-iters is the last"
+    )
     lr_decay_iters: int | None = flag(
         None, "last iteration of the decay (default: that of the run)"
     )
@@ -103,6 +113,7 @@ class TrainingConfig:
                 f"--lr-warmup-iters {self.lr_warmup_iters} must lie between 0 and --lr-decay-iters"
                 f" {self.lr_decay_iters}"
             )
+        self._check_wsd()
         if not 0 <= self.min_lr <= self.lr:
             raise UserError(f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr}")
         for name in ("adam_beta1", "adam_beta2", "sgd_momentum"):
@@ -116,6 +127,26 @@ class TrainingConfig:
         if self.initial_loss_scale < 1 or math.log2(self.initial_loss_scale) % 1:
             raise UserError(
                 f"--initial-loss-scale {self.initial_loss_scale:g} must be a power of two"
+            )
+
+    def _check_wsd(self) -> None:
+        iterations, style = self.lr_wsd_decay_iters, self.lr_wsd_decay_style
+        if self.lr_decay_style != "WSD":
+            if iterations is not None or style != "exponential":
+                name = f"--lr-wsd-decay-style {style}"
+                name = name if iterations is None else f"--lr-wsd-decay-iters {iterations}"
+                raise UserError(f"{name} is about WSD: set --lr-decay-style WSD, or leave it out")
+            return
+        if iterations is None:
+            raise UserError(
+                "--lr-decay-style WSD is stable until its decay: set --lr-wsd-decay-iters to the"
+                " iterations of that"
+            )
+        room = self.lr_decay_iters - self.lr_warmup_iters
+        if not 0 < iterations <= room:
+            raise UserError(
+                f"--lr-wsd-decay-iters {iterations} must be at least 1, and at most {room}, the"
+                f" iterations from the warm-up to --lr-decay-iters {self.lr_decay_iters}"
             )
 
     def _check_objective(self) -> None:

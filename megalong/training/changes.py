@@ -19,6 +19,7 @@ from megalong.training.learning_rate import learning_rate
 # What the learning rate of an iteration hangs on.
 SCHEDULE = (
     "lr", "min_lr", "lr_decay_style", "lr_decay_power", "lr_decay_iters", "lr_warmup_iters",
+    "lr_wsd_decay_style", "lr_wsd_decay_iters",
 )  # fmt: skip
 _DATA = (
     "split", "valid_data_path", "test_data_path", "sample_mode", "length_upsampling",

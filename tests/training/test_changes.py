@@ -93,6 +93,33 @@ def test_a_finished_run_that_is_extended(checkpoint):
     assert other_ways(checkpoint, dataclasses.replace(longer, run=run)) == []
 
 
+def test_a_stable_schedule_is_extended_without_a_step(tmp_path):
+    """As long as its decay has not begun; after that the rate goes up, and the run says so."""
+    wsd = {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 4, "lr_wsd_decay_style": "linear"}
+    longer = "--train-iters is 20; the checkpoint was written with 10"
+    for iteration, told in (
+        (6, []),
+        (
+            8,
+            [
+                "the learning rate goes from 7.500e-01 at iteration 8 to 1.000e+00 at iteration 9;"
+                " with the checkpoint's schedule (--use-checkpoint-opt-param-scheduler) to"
+                " 5.000e-01"
+            ],
+        ),
+    ):
+        checkpoint = tmp_path / str(iteration)
+        checkpoint.mkdir()
+        for name, text in texts_of(Progress(iteration=iteration), resolved(**wsd)).items():
+            (checkpoint / name).write_bytes(text)
+        assert other_ways(checkpoint, resolved(**wsd)) == []
+        config = resolved(**wsd | {"train_iters": 20})
+        assert other_ways(checkpoint, config) == [longer, *told]
+        config = resolved(train_iters=20, lr_decay_style="cosine")
+        kept = with_schedule_of(checkpoint, config).training
+        assert [learning_rate(i, kept) for i in range(6, 12)] == [1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+
+
 def test_weights_may_begin_at_other_positions(tmp_path):
     random_checkpoint(tmp_path / "run")
     yarn = {"yarn_rotary_scaling_factor": 4, "yarn_original_max_position_embeddings": 128}
