@@ -174,6 +174,7 @@ def test_a_missing_yaml_is_named():
         ),
         ("--min-lr 1.0", 1, "--min-lr 1.0 must lie between"),
         ("--adam-beta1 1.0", 1, "--adam-beta1"),
+        ("--z-loss-coeff -1", 1, "--z-loss-coeff must be a number and not negative"),
         ("--clip-grad -1", 1, "--clip-grad must be a number"),
         ("--initial-loss-scale 3", 1, "power of two"),
         ("--eval-iters -1", 1, "--eval-iters -1"),

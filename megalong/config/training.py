@@ -61,6 +61,11 @@ class TrainingConfig:
     )
     optimizer: str = flag("adam", "AdamW, or SGD with momentum", choices=("adam", "sgd"))
     weight_decay: float = flag(0.01, "weight decay, on matrices only")
+    z_loss_coeff: float = flag(
+        0.0,
+        "add this times the mean square of the logits' logsumexp to the loss that is minimised"
+        " (z-loss; PaLM's is 1e-4)",
+    )
     clip_grad: float = flag(1.0, "clip the global gradient norm to this; 0 turns it off")
     adam_beta1: float = flag(0.9, "Adam's beta1")
     adam_beta2: float = flag(0.98, "Adam's beta2")
@@ -119,7 +124,7 @@ class TrainingConfig:
         for name in ("adam_beta1", "adam_beta2", "sgd_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{flag_name(name)} must lie in [0, 1)")
-        for name in ("clip_grad", "weight_decay", "adam_eps"):
+        for name in ("clip_grad", "weight_decay", "adam_eps", "z_loss_coeff"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{flag_name(name)} must be a number and not negative")
         if self.loss_scale is not None and self.loss_scale <= 0:

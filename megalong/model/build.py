@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
@@ -22,7 +23,7 @@ from megalong.errors import UserError
 from megalong.model.core_attention import CoreAttention
 from megalong.model.layer_spec import get_longnet_block_spec, use_transformer_engine
 from megalong.model.names import parameter_places
-from megalong.model.output import LossLayer, avoid_logits
+from megalong.model.output import LossLayer, avoid_logits, label_logits
 from megalong.model.parameters import (
     Initial,
     Packing,
@@ -132,7 +133,14 @@ class _Shared:
 class _Model(GPTModel):
     """Megatron-core's model without the collective, at its construction, that makes the copies of a
     tied embedding equal: they have the same initial weights here, and no values yet there. And with
-    an output layer that may make losses itself."""
+    an output layer that may make losses itself, and losses that may have the logits' logsumexp
+    beside them.
+
+    tensor_group: of the ranks that share the vocabulary.
+    """
+
+    with_logsumexp = False
+    tensor_group: dist.ProcessGroup
 
     def setup_embeddings_and_output_layer(self) -> None:
         pass
@@ -140,13 +148,21 @@ class _Model(GPTModel):
     def compute_language_model_loss(
         self, labels: torch.Tensor, logits: torch.Tensor
     ) -> torch.Tensor:
-        """Token losses (b, s) of labels (b, s) and what the output layer gave: logits, or a
-        LossLayer hidden states."""
-        if not isinstance(self.output_layer, LossLayer):
+        """Token losses (b, s), or with the logsumexp (2, b, s), of labels (b, s) and what the
+        output layer gave: logits, or a LossLayer hidden states."""
+        if isinstance(self.output_layer, LossLayer):
+            tied = self.share_embeddings_and_output_weights
+            weight = self.shared_embedding_or_output_weight() if tied else None
+            losses = self.output_layer(
+                logits, labels.T, weight=weight, with_logsumexp=self.with_logsumexp
+            )
+            return losses.transpose(-1, -2).contiguous()
+        if not self.with_logsumexp:
             return super().compute_language_model_loss(labels, logits)
-        tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else None
-        return self.output_layer(logits, labels.T, weight=weight).T.contiguous()
+        # Before the losses, which overwrite float32 logits. A loss is the logsumexp less this.
+        labelled = label_logits(logits, labels.T, self.tensor_group).T
+        losses = super().compute_language_model_loss(labels, logits)
+        return torch.stack((losses, losses + labelled))
 
 
 def _materialize(
@@ -206,6 +222,8 @@ def _chunk(
             ),
             vp_stage=numbered,
         )
+        model.with_logsumexp = config.training.z_loss_coeff > 0
+        model.tensor_group = mesh.tensor_group
         if config.memory.linear_cross_entropy and model.post_process:
             avoid_logits(model, config, mesh)
     if shared.rotary is not None:

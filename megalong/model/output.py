@@ -1,16 +1,20 @@
-"""The output layer that makes losses of hidden states, and never logits."""
+"""The output layer that makes losses of hidden states, and never logits; and what z-loss wants of
+logits where there are some."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 
 from megalong.config import Config
 from megalong.model.norms import LayerNorm, RMSNorm
 from megalong.model.tiled_layer import tensor_ranks
 from megalong.parallel.mesh import Mesh
+from megalong.tiling.cross_entropy import places
 from megalong.tiling.linear_cross_entropy import linear_cross_entropy
 from megalong.tiling.tensor_ranks import TensorRanks
 
@@ -68,12 +72,30 @@ class LossLayer(torch.nn.Module):
         hidden_sbh: torch.Tensor,
         labels_sb: torch.Tensor,
         weight: torch.Tensor | None = None,
+        with_logsumexp: bool = False,
     ) -> torch.Tensor:
-        """Token losses, (s, b): see `megalong.tiling.linear_cross_entropy`."""
+        """Token losses, (s, b), or (2, s, b) with_logsumexp: see
+        `megalong.tiling.linear_cross_entropy`."""
         return linear_cross_entropy(
             hidden_sbh,
             self.weight if weight is None else weight,
             labels_sb,
             chunk_size=self.chunk_size,
             ranks=self.ranks,
+            with_logsumexp=with_logsumexp,
         )
+
+
+def label_logits(
+    logits_sbv: torch.Tensor, labels_sb: torch.Tensor, group: dist.ProcessGroup
+) -> torch.Tensor:
+    """The logit of each token's label, (s, b), float32; differentiable.
+
+    logits: this tensor-parallel rank's slice of the vocabulary. group: of the ranks that have it.
+    """
+    size = logits_sbv.shape[-1]
+    place, here = places(labels_sb.flatten(), size, group.rank() * size)
+    rows = torch.arange(len(place), device=place.device)[:, None]
+    # Indexed, since gather would keep the logits for its gradient.
+    found = logits_sbv.flatten(0, 1)[rows, place].float() * here
+    return reduce_from_tensor_model_parallel_region(found, group).view_as(labels_sb)

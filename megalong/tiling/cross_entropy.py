@@ -60,6 +60,14 @@ def differentiate_logits_(
     return logits_nv if out_nv is None else out_nv
 
 
+def add_at_labels_(
+    x_nv: torch.Tensor, labels_n: torch.Tensor, value_n: torch.Tensor, first: int = 0
+) -> None:
+    """Add a value to the column of each row's label, in place, if the slice has that column."""
+    place_n1, here_n1 = places(labels_n, x_nv.shape[1], first)
+    x_nv.scatter_add_(1, place_n1, (value_n[:, None] * here_n1).to(x_nv.dtype))
+
+
 def require_dense_rows(logits_nv: torch.Tensor) -> None:
     if logits_nv.stride(1) != 1:
         raise ValueError("cross entropy takes rows with their logits side by side")

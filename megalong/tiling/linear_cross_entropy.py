@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from megalong.tiling.cross_entropy import differentiate_logits_, read_logits_
+from megalong.tiling.cross_entropy import add_at_labels_, differentiate_logits_, read_logits_
 from megalong.tiling.rows import add_weight_gradient, tiles, wide, wide_product
 from megalong.tiling.tensor_ranks import ALONE, TensorRanks
 
@@ -26,9 +26,11 @@ def linear_cross_entropy(
     *,
     chunk_size: int,
     ranks: TensorRanks = ALONE,
+    with_logsumexp: bool = False,
 ) -> torch.Tensor:
     """Cross entropy of softmax(hidden @ weight.T) with the labels, in nats: (s, b), float32, or
-    float64 for float64 inputs.
+    float64 for float64 inputs. with_logsumexp: (2, s, b), of which the second is the logsumexp of a
+    row's logits.
 
     hidden: (s, b, h), or this rank's share of it (l, b, h) where the ranks divide the rows.
     weight: (v, h), the slice of the vocabulary that begins at ranks.rank * v.
@@ -39,12 +41,13 @@ def linear_cross_entropy(
     """
     if chunk_size < 1:
         raise ValueError(f"a chunk must have at least one row, got {chunk_size}")
-    return _LinearCrossEntropy.apply(hidden_sbh, weight_vh, labels_sb, chunk_size, ranks)
+    apply = _LinearCrossEntropy.apply
+    return apply(hidden_sbh, weight_vh, labels_sb, chunk_size, ranks, with_logsumexp)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_lbh, weight_vh, labels_sb, chunk_size, ranks):
+    def forward(ctx, hidden_lbh, weight_vh, labels_sb, chunk_size, ranks, with_logsumexp):
         ctx.ranks, ctx.chunk = ranks, max(chunk_size // ranks.shares, 1)
         ctx.first = ranks.rank * len(weight_vh)  # the label of this rank's first logit
         lse_sb = hidden_lbh.new_empty(labels_sb.shape, dtype=wide(hidden_lbh.dtype))
@@ -58,11 +61,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ranks.size > 1:
             lse_sb, target_sb = _of_whole_vocabulary(lse_sb, target_sb, ranks)
         ctx.save_for_backward(hidden_lbh, weight_vh, labels_sb, lse_sb)
-        return lse_sb - target_sb
+        losses_sb = lse_sb - target_sb
+        return torch.stack((losses_sb, lse_sb)) if with_logsumexp else losses_sb
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_sb):
+    def backward(ctx, grad):
+        grad_sb, grad_lse_sb = grad if grad.dim() == 3 else (grad, None)
+        # Both are of the logsumexp; of the label's logit the loss's alone.
+        grad_both_sb = grad_sb if grad_lse_sb is None else grad_sb + grad_lse_sb
         hidden_lbh, weight_vh, labels_sb, lse_sb = ctx.saved_tensors
         ranks = ctx.ranks
         grad_hidden_lbh = torch.empty_like(hidden_lbh)
@@ -71,15 +78,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x_rbh = ranks.enter(hidden_lbh[rows])
             x_nh = x_rbh.flatten(0, 1)
             labels_n, lse_n, grad_n = (
-                ranks.tile(whole_sb, rows).flatten() for whole_sb in (labels_sb, lse_sb, grad_sb)
+                ranks.tile(whole_sb, rows).flatten()
+                for whole_sb in (labels_sb, lse_sb, grad_both_sb)
             )
             grad_nv = differentiate_logits_(
                 _logits(x_nh, weight_vh), labels_n, lse_n, grad_n, ctx.first, dtype=x_nh.dtype
             )
+            if grad_lse_sb is not None:
+                grad_lse_n = ranks.tile(grad_lse_sb, rows).flatten()
+                add_at_labels_(grad_nv, labels_n, grad_lse_n, ctx.first)
             add_weight_gradient(grad_weight_vh, grad_nv, x_nh)
             grad_hidden_lbh[rows] = ranks.leave((grad_nv @ weight_vh).view_as(x_rbh))
             del grad_nv  # before the next chunk's logits
-        return grad_hidden_lbh, grad_weight_vh.to(weight_vh.dtype), None, None, None
+        return grad_hidden_lbh, grad_weight_vh.to(weight_vh.dtype), None, None, None, None
 
 
 def _logits(x_nh: torch.Tensor, weight_vh: torch.Tensor) -> torch.Tensor:

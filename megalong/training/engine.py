@@ -39,64 +39,8 @@ from megalong.parallel.mesh import Mesh
 from megalong.parallel.schedule import ScheduleModule, run_schedule
 from megalong.parallel.traffic import Counts, CountTraffic
 from megalong.training.deepspeed_config import deepspeed_config
-
-
-class StepResult:
-    """What one optimizer step reports. Its numbers may be read while the next step runs: who reads
-    one waits until the device has come that far.
-
-    skipped: the gradients were not finite, and DeepSpeed left the weights alone: an overflow of
-        fp16, after which the loss scale is lowered, or with any other precision a run gone wrong.
-    """
-
-    def __init__(
-        self,
-        loss: torch.Tensor,
-        grad_norm: torch.Tensor | float,
-        skipped: bool,
-        sources: Sequence[str] = (),
-        by_source: torch.Tensor | None = None,
-    ):
-        """loss, grad_norm: scalars; by_source: sums of losses, and predictions, (2, sources); all
-        copied to the host from now on, without waiting. sources: their names."""
-        # With the optimizer on the host, the norm is there.
-        norm = torch.as_tensor(grad_norm).to(loss.device, non_blocking=True)
-        numbers = torch.stack([loss.double(), norm.double()])
-        if by_source is not None:
-            numbers = torch.cat([numbers, by_source.flatten()])
-        self.skipped, self._sources = skipped, sources
-        self._host, self._arrived = numbers, None
-        if numbers.is_cuda:
-            self._host = torch.empty_like(numbers, device="cpu", pin_memory=True)
-            self._host.copy_(numbers, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-
-    @property
-    def loss(self) -> float:
-        """The mean loss of a prediction over the global batch, in nats."""
-        return self._read()[0]
-
-    @property
-    def grad_norm(self) -> float | None:
-        """The L2 norm of the global gradient before clipping; None where the step was skipped."""
-        return None if self.skipped else self._read()[1]
-
-    @property
-    def by_source(self) -> dict[str, tuple[float, float]]:
-        """Of each source, by name, the sum of the losses of its predictions in the global batch, in
-        nats, and how many these were; empty where there is one source."""
-        numbers = self._read()[2:]
-        if not numbers:
-            return {}
-        count = len(self._sources)
-        sums = zip(numbers[:count], numbers[count:], strict=True)
-        return dict(zip(self._sources, sums, strict=True))
-
-    def _read(self) -> list[float]:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._host.tolist()
+from megalong.training.step_result import StepResult
+from megalong.training.training_loss import TrainingLoss, held_out_losses
 
 
 class TrainingEngine:
@@ -124,6 +68,7 @@ class TrainingEngine:
         self.loss_scale = mesh.data_parallel_size / shards  # see above
         self.tokens_per_step = training.global_batch_size * config.model.seq_length
         self.sources = sources
+        self.z_loss_coeff = training.z_loss_coeff
         self.model = model
         sum_divided_gradients(model, mesh.tensor_group)
         self.tied_embedding = TiedEmbedding(
@@ -193,17 +138,18 @@ class TrainingEngine:
     def _train_step(self, batches: Iterator[Batch]) -> StepResult:
         predictions, batches = self._predictions(batches)
         scale = self.loss_scale * self.num_microbatches / predictions
-        loss_function = partial(_training_loss, scale=scale, sources=len(self.sources))
+        loss_function = TrainingLoss(scale, len(self.sources), self.z_loss_coeff)
         results = self._run(batches, self.num_microbatches, loss_function)
         self.tied_embedding.sum_gradients()
         self.deepspeed.step()
-        nothing = _no_losses(len(self.sources), self.mesh.device)  # of a stage that sees none
+        nothing = loss_function.nothing(self.mesh.device)  # of a stage that sees no losses
         sums = self.mesh.sum_of_losses(sum(results, start=nothing))
-        loss_sum, by_source = (sums, None) if sums.dim() == 0 else (sums[0].sum(), sums)
+        loss_sum, by_source, z_sum = loss_function.parts(sums)
         return StepResult(
             loss_sum.double() / predictions,
             self.deepspeed.get_global_grad_norm(),
             was_skipped(self.deepspeed),
+            None if z_sum is None else self.z_loss_coeff * z_sum / predictions,
             self.sources,
             by_source,
         )
@@ -241,7 +187,7 @@ class TrainingEngine:
         if len(self.modules) > 1:  # the interleaved schedule takes them in groups of all stages
             filled = batches + batches[-1:] * (-len(batches) % self.mesh.pipeline_parallel_size)
         with torch.no_grad():
-            results = self._run(iter(filled), len(filled), _held_out_losses, forward_only=True)
+            results = self._run(iter(filled), len(filled), held_out_losses, forward_only=True)
         return results[: len(batches)]
 
     def _run(self, batches, num_microbatches, loss_function, forward_only=False) -> list[Any]:
@@ -270,37 +216,6 @@ def _forward_step(device, loss_function, batches: Iterator[Batch], module: torch
         document_stop=batch.get("document_stop"),
     )
     return losses, partial(loss_function, mask=mask, source=batch.get("source"))
-
-
-def _training_loss(
-    losses: torch.Tensor,
-    mask: torch.Tensor,
-    source: torch.Tensor | None,
-    scale: float,
-    sources: int = 1,
-):
-    """The loss to differentiate, and what to report: the sum of the losses; where there are several
-    sources, that of each and its predictions, (2, sources), which go the same way."""
-    kept = losses.float() * mask
-    loss_sum = kept.sum()
-    if sources == 1:
-        return loss_sum * scale, loss_sum.detach()
-    of_rows = torch.stack(
-        [kept.detach().sum(1, dtype=torch.float64), mask.sum(1, dtype=torch.float64)]
-    )
-    return loss_sum * scale, _no_losses(sources, losses.device).index_add_(1, source, of_rows)
-
-
-def _no_losses(sources: int, device: torch.device) -> torch.Tensor:
-    """What `_training_loss` reports of no losses."""
-    if sources == 1:
-        return torch.zeros((), device=device)
-    return torch.zeros(2, sources, dtype=torch.float64, device=device)
-
-
-def _held_out_losses(losses: torch.Tensor, mask: torch.Tensor, source: None):
-    losses = losses.float() * mask
-    return losses.sum(), (losses, mask)
 
 
 def weights_divider(config: Config, mesh: Mesh) -> Callable[[torch.nn.Parameter], None] | None:

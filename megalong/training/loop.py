@@ -26,7 +26,7 @@ from megalong.model.memory_path import settle_memory_path
 from megalong.parallel.mesh import Mesh
 from megalong.progress import progress_bar
 from megalong.training.best_checkpoint import BestCheckpoint
-from megalong.training.engine import StepResult, TrainingEngine, weights_divider
+from megalong.training.engine import TrainingEngine, weights_divider
 from megalong.training.engine_state import load_checkpoint, progress_to_save, tensors_to_save
 from megalong.training.evaluation import evaluate
 from megalong.training.learning_rate import learning_rate
@@ -36,6 +36,7 @@ from megalong.training.resuming import check_agreement, sound_checkpoint
 from megalong.training.run_blend import blend_from, next_sample
 from megalong.training.run_data import RunData, best_set, validation_sets
 from megalong.training.run_folder import leave_unfinished, open_run_folder, same_folder
+from megalong.training.step_result import StepResult
 from megalong.training.stopping import FAILED_SAVE, Stopped, StopRequest
 
 

@@ -17,6 +17,7 @@ from megalong.training.weights_and_biases import WandbBoard
 
 TRAINING_CURVES = (
     "loss",
+    "z_loss",
     "learning_rate",
     "grad_norm",
     "tokens_per_second",
@@ -37,6 +38,7 @@ class MetricsLog:
     One JSON object a line. Training records, the means of the iterations since the last, have
         iteration, consumed_samples, consumed_tokens, loss, learning_rate, grad_norm,
         tokens_per_second;
+        z_loss, with --z-loss-coeff: what that adds to the loss, in the last of these iterations;
         mfu, mfu_dense_equivalent: share of all ranks' peak FLOP/s that the model FLOPs of the
             executed attention are, and those of dense attention would be (`megalong.model.flops`);
         data_share: share of the time in which this process waited for data;

@@ -25,11 +25,11 @@ from megalong.parallel.mesh import Mesh
 from megalong.position_losses import FEW_TOKENS, position_edges
 from megalong.progress import clock, human_bytes
 from megalong.training.changes import other_ways
-from megalong.training.engine import StepResult
 from megalong.training.evaluation import Evaluation
 from megalong.training.meter import Meter
 from megalong.training.metrics import MetricsLog
 from megalong.training.run_data import RunData, describe_training
+from megalong.training.step_result import StepResult
 from megalong.wording import counted
 
 SOURCES_SHOWN = 6  # in a log line; all are in the metrics
@@ -171,6 +171,7 @@ class Reports:
             "consumed_samples": progress.consumed_samples,
             "consumed_tokens": progress.consumed_tokens,
             "loss": sum(progress.losses) / len(progress.losses),
+            **({} if result.z_loss is None else {"z_loss": result.z_loss}),
             "learning_rate": learning_rate,
             "grad_norm": result.grad_norm,
             "tokens_per_second": self.tokens_per_step / seconds,
@@ -221,6 +222,7 @@ class Reports:
         words = [
             f"iteration {iteration}/{train_iters}",
             f"loss {record['loss']:.4f}{_by_source(record.get('sources', {}))}",
+            *([f"z-loss {record['z_loss']:.2e}"] if "z_loss" in record else []),
             f"lr {record['learning_rate']:.3e}",
             f"grad norm {norm}",
             f"{record['tokens_per_second']:,.0f} tokens/s",

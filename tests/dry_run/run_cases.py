@@ -91,9 +91,15 @@ CASES = {
     },
     # Rank = tensor + 2 (sequence + 2 stage).
     "tp2 sp2 pp2, rank 3": Case(LAYOUT, rank=3, ranks=8),
-    "tp2 sp2 pp2, rank 4": Case({**LAYOUT, **MAGNETO}, rank=4, ranks=8),
+    "tp2 sp2 pp2, rank 4": Case({**LAYOUT, **MAGNETO, "z_loss_coeff": 1e-4}, rank=4, ranks=8),
     "tp2 sp2 pp2, rank 4, losses without logits": Case(
-        {**LAYOUT, "linear_cross_entropy": True, "loss_chunk_size": 200, "tile_size": 200},
+        {
+            **LAYOUT,
+            "linear_cross_entropy": True,
+            "loss_chunk_size": 200,
+            "tile_size": 200,
+            "z_loss_coeff": 1e-4,
+        },
         rank=4,
         ranks=8,
     ),

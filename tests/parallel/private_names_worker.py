@@ -3,7 +3,6 @@ them; and Megatron-core's private names, as they are before we replace them. Tak
 
 import importlib
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,8 +14,9 @@ from megalong.config.arguments import parse_arguments
 from megalong.data.batches import training_batches
 from megalong.model.build import build_model
 from megalong.parallel import deepspeed_private, megatron_private, process_group
-from megalong.training.engine import TrainingEngine, _training_loss
+from megalong.training.engine import TrainingEngine
 from megalong.training.run_data import open_run_data
+from megalong.training.training_loss import TrainingLoss
 from tests.launching import small_run_flags
 from tests.training.meshes import temporary_mesh
 
@@ -100,7 +100,7 @@ def check_functions(engine, data, config, stage: int, precision: str) -> None:
     )
     if stage == 1:
         engine.deepspeed.train()
-        engine._run(batches, engine.num_microbatches, partial(_training_loss, scale=1.0))
+        engine._run(batches, engine.num_microbatches, TrainingLoss(1.0, 1, 0.0))
         gradient = deepspeed_private.accumulated_gradient(parameter)
         assert gradient.dtype == torch.float32 and gradient.shape == parameter.shape
         assert gradient.abs().max() > 0

@@ -47,6 +47,18 @@ def test_chunks_compute_what_whole_logits_do(shape, chunk_size):
     assert_close(gradients(losses, [x, weight], grad), gradients(expected, [x, weight], grad))
 
 
+@pytest.mark.parametrize("chunk_size", [2, 100])
+def test_the_logsumexp_is_that_of_whole_logits(chunk_size):
+    torch.manual_seed(0)
+    x, weight, labels, grad = made(23, 2, 8, 50)
+    for of_losses in (grad, torch.zeros_like(grad)):
+        both = linear_cross_entropy(x, weight, labels, chunk_size=chunk_size, with_logsumexp=True)
+        expected = torch.stack((plain(x, weight, labels), F.linear(x, weight).logsumexp(-1)))
+        assert_close(both, expected)
+        slopes = torch.stack((of_losses, torch.randn_like(grad)))
+        assert_close(gradients(both, [x, weight], slopes), gradients(expected, [x, weight], slopes))
+
+
 def test_tokens_without_a_share_in_the_loss_have_no_gradient():
     torch.manual_seed(0)
     x, weight, labels, grad = made(9, 2, 4, 11)

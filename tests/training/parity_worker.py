@@ -71,6 +71,7 @@ MODELS = {
         "position_embedding_type": "xpos",
         "xpos_scale_base": 50,
         "untie_embeddings_and_output_weights": True,
+        "z_loss_coeff": 0.02,
     },
     "dense": {"attention": "dense"},
     "all kinds": ALL_KINDS,
@@ -359,6 +360,7 @@ def train(config, mesh):
         in_order = [parts[rank] for rank in sorted(parts)]
         weights[name] = join_slices(name, in_order, config.model)
     losses, norms = [step.loss for step in steps], [step.grad_norm for step in steps]
+    losses += [step.z_loss for step in steps if step.z_loss is not None]
     return losses, norms, weights, dataclasses.asdict(evaluation)
 
 
