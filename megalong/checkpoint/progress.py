@@ -17,7 +17,9 @@ class Progress:
         its predictions, and how many these were.
     blend: where each source stands, and what the blend was so far (`megalong.data.blend.History`);
         None: in the checkpoint of a run that knew one source only.
-    updates: steps of the optimizer; fewer than `iteration` where fp16 steps were skipped.
+    updates: steps of the optimizer; fewer than `iteration` where some were skipped.
+    skipped_spikes: those that were skipped for their loss.
+    recent_losses: what the next losses are measured by then (`megalong.training.loss_spikes`).
     loss_scaler: state of the fp16 dynamic loss scaler.
     """
 
@@ -28,6 +30,8 @@ class Progress:
     losses_by_source: dict[str, tuple[float, float]] = field(default_factory=dict)
     blend: dict[str, Any] | None = None
     updates: int = 0
+    skipped_spikes: int = 0
+    recent_losses: list[float] = field(default_factory=list)
     loss_scaler: dict[str, Any] | None = None
 
     @staticmethod

@@ -66,6 +66,12 @@ class TrainingConfig:
         "add this times the mean square of the logits' logsumexp to the loss that is minimised"
         " (z-loss; PaLM's is 1e-4)",
     )
+    skip_loss_spikes: float | None = flag(
+        None,
+        "leave out the update of a batch whose loss is above this times the median of the last"
+        " --loss-spike-window losses (default: never)",
+    )
+    loss_spike_window: int = flag(128, "losses that --skip-loss-spikes looks back on")
     clip_grad: float = flag(1.0, "clip the global gradient norm to this; 0 turns it off")
     adam_beta1: float = flag(0.9, "Adam's beta1")
     adam_beta2: float = flag(0.98, "Adam's beta2")
@@ -121,6 +127,7 @@ class TrainingConfig:
         self._check_wsd()
         if not 0 <= self.min_lr <= self.lr:
             raise UserError(f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr}")
+        self._check_loss_spikes()
         for name in ("adam_beta1", "adam_beta2", "sgd_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{flag_name(name)} must lie in [0, 1)")
@@ -132,6 +139,20 @@ class TrainingConfig:
         if self.initial_loss_scale < 1 or math.log2(self.initial_loss_scale) % 1:
             raise UserError(
                 f"--initial-loss-scale {self.initial_loss_scale:g} must be a power of two"
+            )
+
+    def _check_loss_spikes(self) -> None:
+        factor, window = self.skip_loss_spikes, self.loss_spike_window
+        require_positive(self, "loss_spike_window")
+        if factor is None and window != 128:
+            raise UserError(
+                f"--loss-spike-window {window} is about --skip-loss-spikes: set that, 2 say, or"
+                " leave it out"
+            )
+        if factor is not None and not 1 < factor < math.inf:
+            raise UserError(
+                f"--skip-loss-spikes {factor:g} must be more than 1: half of all losses are above"
+                " their median"
             )
 
     def _check_wsd(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -30,6 +31,9 @@ NAMES = {
         "update_lp_params": "rounds the master weights to the model's own",
         "overflow": "whether the last step was skipped",
         "loss_scaler": "fp16's loss scale and how long it has held",
+        "check_grad_overflow": "whether to look for overflows",
+        "check_overflow": "looks for them, and sets overflow",
+        "_update_scale": "tells the loss scaler of them",
     },
     "ZeRO 3": {
         "fp32_partitioned_groups_flat": "its partitions, which param_groups do not hold",
@@ -41,6 +45,8 @@ NAMES = {
         "persistent_parameters": "small weights, which every rank holds whole",
         "overflow": "as of ZeRO 1 and 2",
         "loss_scaler": "as of ZeRO 1 and 2",
+        "_overflow_check_and_loss_scale_update": "looks for overflows before the norm",
+        "_update_scale": "as of ZeRO 1 and 2",
     },
     "parameter of ZeRO 1 and 2": {
         "set_full_hp_param": "fills this rank's part of a master weight or moment from the whole",
@@ -86,6 +92,24 @@ def announce_backward(engine: Any) -> None:
     """
     engine.optimizer.clear_backward_seen_flag()
     engine._manual_backward_expected = True
+
+
+def step_without_update(engine: Any) -> None:
+    """What `engine.step()` does where gradients have overflowed: it forgets them, and leaves
+    weights and moments alone; but fp16's loss scale stays, too."""
+    optimizer = engine.optimizer
+
+    def overflows(*_: Any, **__: Any) -> bool:
+        optimizer.overflow = True
+        return True
+
+    replaced = {"_update_scale": lambda *_: None, "check_overflow": overflows}
+    if hasattr(optimizer, "check_grad_overflow"):  # ZeRO 1 and 2
+        replaced["check_grad_overflow"] = True
+    else:
+        replaced["_overflow_check_and_loss_scale_update"] = overflows
+    with mock.patch.multiple(optimizer, **replaced):
+        engine.step()
 
 
 def steps_made(engine: Any) -> int:

@@ -113,6 +113,11 @@ class Mesh:
         dist.all_reduce(tensor)
         return tensor
 
+    def of_main(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The `tensor` of the main process, on every rank; in place."""
+        dist.broadcast(tensor, src=0)
+        return tensor
+
 
 def check_precision(precision: str) -> None:
     """Raise UserError where this machine's device cannot train in "fp32", "bf16" or "fp16"."""

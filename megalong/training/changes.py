@@ -26,7 +26,7 @@ _DATA = (
 )  # fmt: skip
 _STEP = (
     "seq_length", "global_batch_size", "precision", "loss_scale", "clip_grad", "weight_decay",
-    "z_loss_coeff",
+    "z_loss_coeff", "skip_loss_spikes", "loss_spike_window",
 )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from megalong.parallel.deepspeed_private import (
     link_state,
     one_optimizer_for_zero_1,
     partitions,
+    step_without_update,
     stepping_optimizer,
     steps_made,
     was_skipped,
@@ -39,6 +40,7 @@ from megalong.parallel.mesh import Mesh
 from megalong.parallel.schedule import ScheduleModule, run_schedule
 from megalong.parallel.traffic import Counts, CountTraffic
 from megalong.training.deepspeed_config import deepspeed_config
+from megalong.training.loss_spikes import LossSpikes
 from megalong.training.step_result import StepResult
 from megalong.training.training_loss import TrainingLoss, held_out_losses
 
@@ -69,6 +71,9 @@ class TrainingEngine:
         self.tokens_per_step = training.global_batch_size * config.model.seq_length
         self.sources = sources
         self.z_loss_coeff = training.z_loss_coeff
+        self.spikes = None
+        if training.skip_loss_spikes is not None:
+            self.spikes = LossSpikes(training.skip_loss_spikes, training.loss_spike_window)
         self.model = model
         sum_divided_gradients(model, mesh.tensor_group)
         self.tied_embedding = TiedEmbedding(
@@ -140,19 +145,30 @@ class TrainingEngine:
         scale = self.loss_scale * self.num_microbatches / predictions
         loss_function = TrainingLoss(scale, len(self.sources), self.z_loss_coeff)
         results = self._run(batches, self.num_microbatches, loss_function)
-        self.tied_embedding.sum_gradients()
-        self.deepspeed.step()
         nothing = loss_function.nothing(self.mesh.device)  # of a stage that sees no losses
         sums = self.mesh.sum_of_losses(sum(results, start=nothing))
         loss_sum, by_source, z_sum = loss_function.parts(sums)
+        loss = loss_sum.double() / predictions
+        usual_loss = None if self.spikes is None else self._usual_loss(loss)
+        self.tied_embedding.sum_gradients()
+        if usual_loss is None:
+            self.deepspeed.step()
+        else:
+            step_without_update(self.deepspeed)
         return StepResult(
-            loss_sum.double() / predictions,
+            loss,
             self.deepspeed.get_global_grad_norm(),
             was_skipped(self.deepspeed),
             None if z_sum is None else self.z_loss_coeff * z_sum / predictions,
             self.sources,
             by_source,
+            usual_loss,
         )
+
+    def _usual_loss(self, loss: torch.Tensor) -> float | None:
+        """What this loss, of all ranks, is too far above, if it is: on all of them the same, to the
+        last bit. The host waits for it."""
+        return self.spikes.usual_loss(self.mesh.of_main(loss).item())
 
     def _predictions(self, batches: Iterator[Batch]) -> tuple[int | torch.Tensor, Iterator[Batch]]:
         """How many predictions the global batch has, at least 1, and its micro batches."""
@@ -165,8 +181,8 @@ class TrainingEngine:
 
     @property
     def updates(self) -> int:
-        """Steps of the optimizer since the run began: fewer than were asked for where fp16 steps
-        were skipped."""
+        """Steps of the optimizer since the run began: fewer than were asked for where some were
+        skipped."""
         return self._updates_before + steps_made(self.deepspeed)
 
     def resume_at(self, updates: int) -> None:

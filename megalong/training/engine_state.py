@@ -60,7 +60,10 @@ def tensors_to_save(engine: TrainingEngine, config: Config) -> dict[str, torch.T
 def progress_to_save(engine: TrainingEngine, progress: Progress) -> Progress:
     """The run's progress, with what the optimizer knows of it filled in."""
     return dataclasses.replace(
-        progress, updates=engine.updates, loss_scaler=loss_scaler_state(engine.deepspeed)
+        progress,
+        updates=engine.updates,
+        recent_losses=[] if engine.spikes is None else list(engine.spikes.losses),
+        loss_scaler=loss_scaler_state(engine.deepspeed),
     )
 
 
@@ -82,6 +85,8 @@ def load_checkpoint(reader: CheckpointReader, engine: TrainingEngine, config: Co
         _load_random_states(reader, engine.mesh)
     round_master_weights(engine.deepspeed)
     engine.resume_at(progress.updates)
+    if engine.spikes is not None:
+        engine.spikes.losses.extend(progress.recent_losses)
     if progress.loss_scaler is not None:
         set_loss_scaler_state(engine.deepspeed, progress.loss_scaler)
     return progress

@@ -188,15 +188,19 @@ class Trainer:
             # fp16 skips a step now and then, by design; anything else not finite is the end, which
             # DeepSpeed calls a norm of -1 where it did not look at the gradients themselves.
             norm, skips = result.grad_norm, self.config.training.precision == "fp16"
-            sound = skips if norm is None else 0 <= norm < math.inf
+            spike = result.usual_loss is not None
+            sound = skips or spike if norm is None else 0 <= norm < math.inf
             if not sound or not math.isfinite(result.loss):
                 what = f"loss is {result.loss}" if sound else "gradients are not finite"
                 raise UserError(
                     f"the {what} at iteration {iteration}: lower --lr or --clip-grad, and go on"
                     " from the last checkpoint with --load"
                 )
+            if spike:
+                self.reports.spike(iteration, result)
             self.progress = dataclasses.replace(
                 self.progress,
+                skipped_spikes=self.progress.skipped_spikes + spike,
                 losses=[*self.progress.losses, result.loss],
                 losses_by_source=_with_losses_of(result, self.progress.losses_by_source),
             )

@@ -20,6 +20,7 @@ TRAINING_CURVES = (
     "z_loss",
     "learning_rate",
     "grad_norm",
+    "skipped_spikes",
     "tokens_per_second",
     "mfu",
     "mfu_dense_equivalent",
@@ -39,6 +40,7 @@ class MetricsLog:
         iteration, consumed_samples, consumed_tokens, loss, learning_rate, grad_norm,
         tokens_per_second;
         z_loss, with --z-loss-coeff: what that adds to the loss, in the last of these iterations;
+        skipped_spikes, with --skip-loss-spikes: updates left out since the run began;
         mfu, mfu_dense_equivalent: share of all ranks' peak FLOP/s that the model FLOPs of the
             executed attention are, and those of dense attention would be (`megalong.model.flops`);
         data_share: share of the time in which this process waited for data;

@@ -181,6 +181,8 @@ class Reports:
             **self.meter.take_memory(),
             **self.meter.take_save(self.saver.durable_at),
         }
+        if self.config.training.skip_loss_spikes is not None:
+            record["skipped_spikes"] = progress.skipped_spikes
         if len(self.blend.sources) > 1:
             record["sources"] = self._sources(progress)
         if self._says_flops:
@@ -198,6 +200,15 @@ class Reports:
         if record["mfu"] > 1 and not self._said_peak:
             self._said_peak = True
             say(f"MFU above 100%: the peak ({self.peak_source}) is too low; --peak-tflops sets it")
+
+    def spike(self, iteration: int, result: StepResult) -> None:
+        """A step whose update was left out, for its loss."""
+        if self.mesh.is_main:
+            say(
+                f"iteration {iteration}: the loss is {result.loss:.4f}, more than"
+                f" {self.config.training.skip_loss_spikes:g} times the usual"
+                f" {result.usual_loss:.4f}: no update is made (--skip-loss-spikes)"
+            )
 
     def _sources(self, progress: Progress) -> dict[str, dict[str, float | None]]:
         """Of each source of the training data the mean loss since the last report (None: it had no

@@ -11,8 +11,11 @@ class StepResult:
     """What one optimizer step reports. Its numbers may be read while the next step runs: who reads
     one waits until the device has come that far.
 
-    skipped: the gradients were not finite, and DeepSpeed left the weights alone: an overflow of
-        fp16, after which the loss scale is lowered, or with any other precision a run gone wrong.
+    skipped: the weights were left alone. Where there is no `usual_loss`, DeepSpeed did so since the
+        gradients were not finite: an overflow of fp16, after which the loss scale is lowered, or
+        with any other precision a run gone wrong.
+    usual_loss: what the loss was too far above for an update (`megalong.training.loss_spikes`);
+        None: it was not.
     """
 
     def __init__(
@@ -23,6 +26,7 @@ class StepResult:
         z_loss: torch.Tensor | None = None,
         sources: Sequence[str] = (),
         by_source: torch.Tensor | None = None,
+        usual_loss: float | None = None,
     ):
         """loss, grad_norm, z_loss: scalars; by_source: sums of losses, and predictions, (2,
         sources); all copied to the host from now on, without waiting. sources: their names."""
@@ -33,7 +37,7 @@ class StepResult:
         numbers = torch.stack([loss.double(), norm.double(), z_loss.double()])
         if by_source is not None:
             numbers = torch.cat([numbers, by_source.flatten()])
-        self.skipped, self._sources = skipped, sources
+        self.skipped, self.usual_loss, self._sources = skipped, usual_loss, sources
         self._host, self._arrived = numbers, None
         if numbers.is_cuda:
             self._host = torch.empty_like(numbers, device="cpu", pin_memory=True)

@@ -15,6 +15,7 @@ from megalong.data.batches import training_batches
 from megalong.model.build import build_model
 from megalong.parallel import deepspeed_private, megatron_private, process_group
 from megalong.training.engine import TrainingEngine
+from megalong.training.loss_spikes import LossSpikes
 from megalong.training.run_data import open_run_data
 from megalong.training.training_loss import TrainingLoss
 from tests.launching import small_run_flags
@@ -109,6 +110,34 @@ def check_functions(engine, data, config, stage: int, precision: str) -> None:
         engine.train_step(batches, 1e-3)
     assert not deepspeed_private.was_skipped(engine.deepspeed)
     assert deepspeed_private.steps_made(engine.deepspeed) == 1
+    check_step_without_update(engine, batches, config)
+
+
+def check_step_without_update(engine, batches, config) -> None:
+    """It leaves no trace: the next step is as if it and its batch had not been."""
+
+    def state():
+        stepping = deepspeed_private.stepping_optimizer(engine.deepspeed)
+        parts = deepspeed_private.partitions(engine.deepspeed)
+        moments = [
+            stepping.state[part][name] for part in parts for name in engine.optimizer.moments
+        ]
+        return [tensor.clone() for tensor in (*parts, *moments, *engine.model.parameters())]
+
+    before, scaler = state(), deepspeed_private.loss_scaler_state(engine.deepspeed)
+    engine.spikes = LossSpikes(1e-3, 2, [1.0, 1.0])
+    result = engine.train_step(batches, 1e-3)
+    assert result.usual_loss == 1.0 and result.skipped and result.grad_norm is None
+    assert all(map(torch.equal, before, state()))
+    assert scaler == deepspeed_private.loss_scaler_state(engine.deepspeed)
+    assert deepspeed_private.steps_made(engine.deepspeed) == 1
+    engine.spikes = None
+    batch = [next(batches) for _ in range(engine.num_microbatches)]
+    # Of one batch twice, the first time without an update: the gradients are its own alone.
+    norms = [engine.train_step(iter(batch), rate).grad_norm for rate in (0.0, 1e-3)]
+    assert norms[0] == norms[1] > 0
+    assert not deepspeed_private.was_skipped(engine.deepspeed)
+    assert deepspeed_private.steps_made(engine.deepspeed) == 3
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ def test_gradients_that_are_not_finite(corpus, tmp_path):
 def test_a_norm_that_is_no_number_ends_the_run(norm):
     """DeepSpeed says -1 where it did not look at the gradients; None is a step that was skipped,
     which fp16 alone may do."""
-    result = SimpleNamespace(loss=1.0, grad_norm=norm, skipped=norm is None, by_source={})
+    result = SimpleNamespace(loss=1.0, grad_norm=norm, usual_loss=None, by_source={})
     for precision in ("fp32", "bf16", "fp16"):
         config = SimpleNamespace(training=SimpleNamespace(precision=precision))
         trainer = SimpleNamespace(_unread=deque([(7, result)]), config=config, progress=Progress())
