@@ -58,8 +58,13 @@ from megalong.planning.work import Operation, Work
 from megalong.planning.zero_offload import check_offload
 from megalong.training.engine import TrainingEngine, weights_divider
 
-# Where a step waits for the device, and why: none of it is ours. Everything else is an error.
+# Where a step waits for the device, and why: but for what a flag asks for, none of it is ours.
+# Everything else is an error.
 ALLOWED = (
+    Wait(
+        "megalong/training/engine.py:_usual_loss",
+        "--skip-loss-spikes has to know the loss before the update",
+    ),
     Wait(
         "deepspeed/runtime/utils.py:mask_nan_or_inf_with_val_inplace",
         "DeepSpeed copies the number -1, which stands for a norm that is not finite, to the device",
