@@ -245,6 +245,7 @@ def test_a_missing_yaml_is_named():
             "does not divide the 3 key/value heads of a tensor-parallel rank: set"
             " --attention-head-groups 3",
         ),
+        ("--new-data", 1, "--new-data is about a run that goes on: set --load"),
         (
             "--load run --finetune --use-checkpoint-opt-param-scheduler",
             1,

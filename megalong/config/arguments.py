@@ -34,7 +34,7 @@ from megalong.errors import UserError
 from megalong.wording import did_you_mean
 
 # Where one start of a run begins.
-ONE_START = ("load", "finetune", "pretrained_checkpoint", "load_optim", "load_rng")
+ONE_START = ("load", "finetune", "pretrained_checkpoint", "load_optim", "load_rng", "new_data")
 
 # Megatron's flags that we have not, and what to do instead.
 INSTEAD = MappingProxyType(

@@ -32,6 +32,9 @@ class RunConfig:
     load_rng: bool = flag(
         True, "load the states of the random generators (--no-load-rng: those of the seed)"
     )
+    new_data: bool = flag(
+        False, "with --load: go on in the same run folder on training data that is all other"
+    )
     load_fallback: bool = flag(
         False, "where the newest checkpoint is damaged, go on from the newest sound one before it"
     )
@@ -104,6 +107,8 @@ class RunConfig:
         ranks."""
         if self.finetune and self.load is None:
             raise UserError("--finetune begins with the weights of a checkpoint: set --load")
+        if self.new_data and self.load is None:
+            raise UserError("--new-data is about a run that goes on: set --load, or leave it out")
         if self.finetune and training.use_checkpoint_opt_param_scheduler:
             raise UserError(
                 "--finetune takes the checkpoint's weights and nothing else of it, and"

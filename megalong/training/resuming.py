@@ -211,7 +211,8 @@ def _check_same_run(checkpoint: Path, config: Config) -> None:
         names.append("optimizer")
     if same_folder(config.run.load, config.run.save):
         names += _RUN_FIELDS
-        _check_same_data(checkpoint, config)
+        if not config.run.new_data:
+            _check_same_data(checkpoint, config)
     for name, (ours, theirs) in differences(config, config_of(checkpoint), names).items():
         way_out = f"start a new run without {_flag(config)}"
         if name in _RUN_FIELDS:
@@ -242,6 +243,6 @@ def _check_same_data(checkpoint: Path, config: Config) -> None:
     if not set(known) & set(ours):
         raise UserError(
             f"the training data is {', '.join(ours)}, and the checkpoint {checkpoint} has seen"
-            f" {', '.join(known)}: keep one of these (NAME=PATH says what a path is), or --save"
-            " into another folder"
+            f" {', '.join(known)}: keep one of these (NAME=PATH says what a path is), or set"
+            " --new-data where all is to be new, or --save into another folder"
         )

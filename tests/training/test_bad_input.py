@@ -154,6 +154,7 @@ def test_resuming_without_any_source_of_the_run(corpus, finished_run):
     line = refused(1, *flags)
     assert f"the training data is other, and the checkpoint {finished_run}/iter_0000002" in line
     assert f"has seen {corpus.name}: keep one of these" in line
+    assert "or set --new-data where all is to be new" in line
 
 
 def test_saving_over_another_run(corpus, finished_run):

@@ -197,10 +197,20 @@ def test_more_iterations_continue_the_same_stream(corpus, tmp_path):
     tokens = [r["consumed_tokens"] for r in numbers(parts) if "split" not in r]
     assert tokens == [32 * 64 * i for i in range(1, 16)]
 
+    # All of the data may be new, if that is asked for; the optimizer goes on.
+    new = anew | {"train_iters": 16, "data_path": f"third={corpus}", "new_data": True}
+    del new["no_load_optim"]
+    said = run_ranks(2, PRETRAIN, *flags(corpus, parts, **new)).stdout
+    assert f"from sample {15 * 32} on the training data is third 1; before it was {now}" in said
+    progress = CheckpointReader(latest(parts)).progress()
+    assert progress.updates == 2
+    history = History.from_values(progress.blend)
+    assert history.phases[-1].began == {name: sample + 24, "other": 8, "third": 0}
+
     # Fewer are done already; and in another folder other data may follow, which is said.
     other = [*flags(corpus, parts, **constant | longer | {"train_iters": 3})]
     said = run_ranks(1, PRETRAIN, *other).stdout
-    assert "evaluating only" in said and "test at iteration 15" in said
+    assert "evaluating only" in said and "test at iteration 16" in said
     other = flags(corpus, parts, **constant | longer | {"split": "50,40,10", "train_iters": 15})
     other[other.index("--save") + 1] = str(tmp_path / "other")
     said = run_ranks(1, PRETRAIN, *other).stdout
