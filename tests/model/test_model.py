@@ -331,12 +331,21 @@ def test_rotary_angles_in_pieces_and_once_per_pair(monkeypatch):
     assert torch.equal(once, whole[:, None, None])
 
 
-def test_rotary_angles_stay_exact_at_a_billion():
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {},
+        {"rotary_seq_len_interpolation_factor": 7.0},
+        {"yarn_rotary_scaling_factor": 7.0, "yarn_original_max_position_embeddings": 8192},
+    ],
+    ids=["plain", "linear", "yarn"],
+)
+def test_rotary_angles_stay_exact_at_a_billion(scaling):
     """Integer arithmetic on the frequencies' own float64 values gives the turn exactly."""
     from fractions import Fraction
 
     first = 2**30 + 1
-    rotary = LongRotaryEmbedding(ModelConfig(kv_channels=64), first_position=first)
+    rotary = LongRotaryEmbedding(ModelConfig(kv_channels=64, **scaling), first_position=first)
     angles = rotary(2)[1, 0, 0, :32]
     turn = Fraction(2 * math.pi)
     for angle, frequency in zip(angles.tolist(), rotary.frequencies.tolist(), strict=True):
