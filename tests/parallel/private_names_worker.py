@@ -122,7 +122,9 @@ def check_step_without_update(engine, batches, config) -> None:
         moments = [
             stepping.state[part][name] for part in parts for name in engine.optimizer.moments
         ]
-        return [tensor.clone() for tensor in (*parts, *moments, *engine.model.parameters())]
+        # Of ZeRO 3's weights this rank's part: the whole is there until somebody lets go of it.
+        weights = [deepspeed_private.held(parameter)[-1] for parameter in engine.model.parameters()]
+        return [tensor.clone() for tensor in (*parts, *moments, *weights)]
 
     before, scaler = state(), deepspeed_private.loss_scaler_state(engine.deepspeed)
     engine.spikes = LossSpikes(1e-3, 2, [1.0, 1.0])

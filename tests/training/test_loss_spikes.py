@@ -8,8 +8,8 @@ from tests.forked import run_ranks
 from tests.launching import PRETRAIN, small_run_flags
 
 # So close to the median that some of these small batches are above it.
-CLOSE = {"skip_loss_spikes": 1.01, "loss_spike_window": 4}
-RUN = {"train_iters": 10, "lr_decay_iters": 10, "save_interval": 5, "lr": 1e-3, "split": "1,0,0"}
+CLOSE = {"skip_loss_spikes": 1.0005, "loss_spike_window": 4}
+RUN = {"train_iters": 16, "lr_decay_iters": 16, "save_interval": 8, "lr": 1e-5, "split": "1,0,0"}
 RUN |= {"micro_batch_size": 1, "global_batch_size": 2}
 
 
@@ -50,7 +50,7 @@ def uninterrupted(corpus, tmp_path_factory):
 def test_skipped_batches_are_told(uninterrupted):
     records, said = uninterrupted
     counts = [record["skipped_spikes"] for record in records]
-    assert 0 < counts[-1] < 9 and counts == sorted(counts)
+    assert 0 < counts[-1] < 14 and counts == sorted(counts)
     assert said.count("no update is made (--skip-loss-spikes)") == counts[-1]
     for before, record in zip([0, *counts], records, strict=False):
         assert (record["grad_norm"] is None) == (record["skipped_spikes"] > before)
