@@ -93,6 +93,8 @@ def test_masks_and_caches_of_another_kind_are_refused(model):
         make_model(head_offsets="modulo")
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0}
+YARN |= {"original_max_position_embeddings": 12}
 VARIANTS = [
     {},
     {"head_offsets": "block", "num_key_value_heads": 1},
@@ -101,6 +103,7 @@ VARIANTS = [
     {"segment_lengths": [7, 20], "dilation_rates": [2, 9]},  # a query may see nothing
     {"attention": "local", "window_size": 11, "sub_layer_norm": True},
     {"position_embedding_type": "xpos", "xpos_scale_base": 30, "sub_layer_norm": True},
+    {"rope_parameters": YARN, "qk_norm": True},
     {"attention": ["local", "sparse"], "sparse_block_size": 9, "sparse_columns": 2},
     {"attention": ["dense", "sparse"], "sparse_block_size": 6, "sparse_columns": 4},
 ]

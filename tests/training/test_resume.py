@@ -219,13 +219,15 @@ def test_more_iterations_continue_the_same_stream(corpus, tmp_path):
     # The weights alone begin a new run, which then goes on by the same command.
     tuned = tmp_path / "tuned"
     new = constant | longer | {"split": "50,40,10", "seed": 7, "pretrained_checkpoint": parts}
-    new |= {"lr_warmup_iters": 0, "keep_best": True, "save_interval": 100}
+    new |= {"lr_warmup_iters": 0, "keep_best": True, "save_interval": 100, "rotary_ntk_factor": 2}
     schedule = {"lr": 0.5, "use_checkpoint_opt_param_scheduler": True}  # there is none of it yet
     config, _ = starting_point(parse_arguments(flags(corpus, tuned, **new | schedule)).resolve(1))
     assert config.training.lr == 0.5 and config.run.finetune
+    positions = "--rotary-ntk-factor is 2.0; the checkpoint was written without"
     for train_iters, begins in ((1, f"with the weights of {latest(parts)}"), (2, "resuming from")):
         again = flags(corpus, tuned, **new | {"train_iters": train_iters})
-        assert begins in run_ranks(1, PRETRAIN, *again).stdout
+        said = run_ranks(1, PRETRAIN, *again).stdout
+        assert begins in said and (positions in said) == (train_iters == 1)
         validation = {
             r["loss"]: r["iteration"] for r in numbers(tuned) if r.get("split") == "validation"
         }
