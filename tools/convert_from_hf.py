@@ -6,10 +6,10 @@
 
 then, with the command that this prints, `pretrain_longnet.py --config runs/imported/flags.yaml
 --load runs/imported --save OTHER --data-path ...`. Accepted are the folders that
-tools/convert_to_hf.py writes, and Llama, Mistral, Qwen2 and Qwen3 models with RoPE as it is or as
-Llama 3.1 scales it, and no sliding window. Anything else is refused with the reason. Without a
-pattern, a model of the Llama family keeps its dense attention (--attention dilated takes the
-default ladder).
+tools/convert_to_hf.py writes, and Llama, Mistral, Qwen2 and Qwen3 models with RoPE as it is or
+scaled (linear, llama3 or yarn). Anything else is refused with the reason. Without a pattern, a
+model of the Llama family keeps its attention, dense or with a sliding window (--attention dilated
+takes the default ladder).
 Further flags are those of pretrain_longnet.py, for instance --tokenizer-type and --head-offsets
 (default: what the model's folder says, its tokenizer too).
 """

@@ -84,11 +84,12 @@ def _check_kind(kind: Any, rope: dict[str, Any], config: dict[str, Any], where: 
         raise UserError(
             f"{where}: partial_rotary_factor is {partial}; megalong's positions turn all channels"
         )
-    unknown = rope.keys() - _COMMON - _KEYS[kind]
+    given = {name for name, value in rope.items() if value is not None}
+    unknown = given - _COMMON - _KEYS[kind]
     if unknown:
         raise UserError(
             f"{where}: rotary positions of the kind {kind} have {', '.join(sorted(unknown))}, which"
-            " megalong does not know"
+            " megalong does not know: take out of the file what is not about frequencies"
         )
 
 

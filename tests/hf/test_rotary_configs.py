@@ -1,0 +1,111 @@
+"""Rotary positions of Transformers' files, of all versions, and those that are refused."""
+
+import pytest
+
+from megalong.config import ModelConfig
+from megalong.errors import UserError
+from megalong.hf.rotary_configs import rotary_values
+
+YARN = {"yarn_rotary_scaling_factor": 4.0, "yarn_original_max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"rotary_base": 5e5},
+        {"rotary_seq_len_interpolation_factor": 2.5},
+        {"rope_scaling_factor": 32.0, "rope_original_length": 4096},
+        YARN,
+        YARN | {"yarn_attention_factor": 1.2, "yarn_correction_range_round_to_int": False},
+        YARN | {"yarn_mscale": 0.7, "yarn_mscale_all_dim": 1.0, "yarn_beta_fast": 16.0},
+    ],
+    ids=lambda fields: " ".join(fields) or "plain",
+)
+def test_there_and_back(fields):
+    model = ModelConfig(kv_channels=64, **fields)
+    values = rotary_values({"rope_parameters": model.rope_parameters}, "file")
+    assert ModelConfig(kv_channels=64, **values) == model
+
+
+def test_a_stretched_base_comes_back_as_a_base():
+    model = ModelConfig(kv_channels=64, rotary_ntk_factor=4.0)
+    values = rotary_values({"rope_parameters": model.rope_parameters}, "file")
+    assert values == {"rotary_base": pytest.approx(10000 * 4 ** (64 / 62))}
+    assert ModelConfig(kv_channels=64, **values).rope_parameters == model.rope_parameters
+
+
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        ({"rope_theta": 5e5, "rope_scaling": None}, {"rotary_base": 5e5}),
+        ({"rope_theta": None}, {"rotary_base": 10000.0}),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2}},
+            {"rotary_base": 10000.0, "rotary_seq_len_interpolation_factor": 2.0},
+        ),
+        # No factor, but two lengths; and one mscale alone, which Transformers passes over.
+        (
+            {
+                "max_position_embeddings": 8192,
+                "rope_scaling": {
+                    "type": "yarn",
+                    "factor": None,
+                    "mscale": 0.7,
+                    "beta_fast": None,
+                    "original_max_position_embeddings": 4096,
+                },
+            },
+            {"yarn_rotary_scaling_factor": 2.0, "yarn_beta_fast": 32.0},
+        ),
+        # The length before the scaling: beside the scaling, or that of the model.
+        (
+            {
+                "max_position_embeddings": 8192,
+                "original_max_position_embeddings": 1024,
+                "rope_parameters": {"rope_type": "llama3", "factor": 2.0},
+            },
+            {"rope_scaling_factor": 2.0, "rope_original_length": 1024},
+        ),
+        (
+            {
+                "max_position_embeddings": 8192,
+                "rope_parameters": {"rope_type": "yarn", "factor": 2.0},
+            },
+            {"yarn_original_max_position_embeddings": 8192},
+        ),
+    ],
+)
+def test_files_of_all_versions(config, expected):
+    values = rotary_values(config, "file")
+    assert expected.items() <= values.items() and "yarn_mscale" not in values
+
+
+@pytest.mark.parametrize(
+    "rope, words",
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "training beyond them takes --rotary-ntk-factor"),
+        ({"rope_type": "longrope"}, "other frequencies for inputs up to the original length"),
+        (
+            {"rope_type": "proportional"},
+            "has those of plain RoPE, linear, llama3 and yarn",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"mrope_section": [8, 12, 12]}, "kind default have mrope_section"),
+        ({"sliding_attention": {"rope_type": "default"}}, "layers of the kinds sliding_attention"),
+        (
+            {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 2},
+            r"low_freq_factor and high_freq_factor are \(2, 4\)",
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_others_are_refused(rope, words):
+    with pytest.raises(UserError, match=words) as error:
+        rotary_values({"rope_parameters": rope, "max_position_embeddings": 64}, "the file")
+    assert str(error.value).startswith("the file: ") and "\n" not in str(error.value)
+
+
+def test_a_scaling_without_its_factor_is_an_error():
+    with pytest.raises(KeyError, match="factor"):
+        rotary_values({"rope_parameters": {"rope_type": "linear"}}, "file")
