@@ -30,14 +30,16 @@ ROOMS = {
     "attention": set(),
     "tiling": set(),
     "data": SMALL,
-    "config": SMALL | {"command_line", "attention", "data"},
+    "tasks": SMALL | {"data"},
+    "config": SMALL | {"command_line", "attention", "data", "tasks"},
     "optimizers": SMALL | {"config"},
     "checkpoint": SMALL | {"optimizers", "config"},
     "parallel": SMALL | {"config", "attention"},
     "model": SMALL | {"parallel", "config", "attention", "tiling"},
-    "training": SMALL | {"model", "checkpoint", "parallel", "optimizers", "config", "data"},
+    "training": SMALL
+    | {"model", "checkpoint", "parallel", "optimizers", "config", "data", "tasks"},
     "planning": SMALL | {"training", "model", "parallel", "config", "data", "attention", "tiling"},
-    "hf": SMALL | {"model", "checkpoint", "config", "data", "attention"},
+    "hf": SMALL | {"model", "checkpoint", "config", "data", "tasks", "attention"},
     "doctor": SMALL | {"command_line", "training", "attention"},
 }
 

@@ -1,0 +1,115 @@
+"""A sample of a task: facts in a haystack, a question at the end, and the answers to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+
+import numpy as np
+
+from megalong.tasks.language import Language, Phrase, Said
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Tokens [start, stop) of a sample are to be told; the same tokens stand at `place`, in the
+    fact that answers the question."""
+
+    start: int
+    stop: int
+    place: int
+
+    @property
+    def distance(self) -> int:
+        """How many tokens the model has to look back."""
+        return self.start - self.place
+
+
+@dataclass(frozen=True)
+class Sample:
+    """tokens: int64 (length,), question and answers included. answers: in their order."""
+
+    tokens: np.ndarray
+    answers: list[Answer]
+
+
+@dataclass
+class Draft:
+    """A sample without its haystack.
+
+    facts: in the order in which they are told, with their depths: where between the beginning (0)
+        and the end (1) of the haystack each stands; at equal depths the order is this one.
+    """
+
+    language: Language
+    facts: list[tuple[float, Said]] = field(default_factory=list)
+    question: list[int] = field(default_factory=list)
+    asked: list[tuple[int, int, int, int]] = field(default_factory=list)
+
+    def tell(self, depth: float, phrase: Phrase, *words: tuple[int, ...]) -> int:
+        """Adds a fact. Returns its number."""
+        self.facts.append((depth, self.language.say(phrase, *words)))
+        return len(self.facts) - 1
+
+    def ask(self, phrase: Phrase, *words: tuple[int, ...]) -> None:
+        """Adds to the question."""
+        self.question += self.language.say(phrase, *words).tokens
+
+    def answer(self, fact: int, words: slice) -> None:
+        """Adds to the question what is to be told: these words of a fact, one after the other."""
+        tokens, places = self.facts[fact][1]
+        places = places[words]
+        start, stop = places[0][0], places[-1][1]
+        self.asked.append((fact, start, len(self.question), len(self.question) + stop - start))
+        self.question += tokens[start:stop]
+
+    @property
+    def size(self) -> int:
+        """The fewest tokens of a sample."""
+        return 1 + sum(len(said.tokens) for _, said in self.facts) + len(self.question)
+
+    def answers(self, length: int) -> list[Answer]:
+        """Where they are in a sample of this length, at least `size`."""
+        begins = self._begins(length)
+        offset = length - len(self.question)
+        return [
+            Answer(offset + start, offset + stop, begins[fact] + place)
+            for fact, place, start, stop in self.asked
+        ]
+
+    def sample(self, length: int, draw: Random) -> Sample:
+        """The sample of exactly this length, at least `size`: the first token, haystack with the
+        facts in it, the question."""
+        unit, begins = self.language.haystack_size, self._begins(length)
+        pieces, rest = divmod(length - self.size, unit)
+        tokens = [self.language.first]
+        if rest:
+            tokens += self.language.haystack(1, draw)[-rest:]
+        told = 0
+        for fact in self._order():
+            tokens += self.language.haystack((begins[fact] - len(tokens)) // unit, draw)
+            tokens += self.facts[fact][1].tokens
+            told += len(self.facts[fact][1].tokens)
+        done = (len(tokens) - 1 - rest - told) // unit
+        tokens += self.language.haystack(pieces - done, draw)
+        tokens += self.question
+        return Sample(np.array(tokens, dtype=np.int64), self.answers(length))
+
+    def _order(self) -> list[int]:
+        return sorted(range(len(self.facts)), key=lambda fact: self.facts[fact][0])
+
+    def _begins(self, length: int) -> list[int]:
+        """Where each fact begins."""
+        pieces, rest = divmod(length - self.size, self.language.haystack_size)
+        begins, told = [0] * len(self.facts), 0
+        for fact in self._order():
+            depth, said = self.facts[fact]
+            hay = round(depth * pieces) * self.language.haystack_size
+            begins[fact] = 1 + rest + hay + told
+            told += len(said.tokens)
+        return begins
+
+
+# Language, length, depth of what is asked for, source of randomness.
+Task = Callable[[Language, int, float, Random], Draft]

@@ -1,0 +1,41 @@
+"""Variable tracking: which variables have a value, directly or by way of others."""
+
+from __future__ import annotations
+
+from random import Random
+
+from megalong.tasks.language import Language, Phrase
+from megalong.tasks.sample import Draft
+
+ASSIGN = Phrase("VAR{} ={}.\n", mark=5)
+COPY = Phrase("VAR{} = VAR{}.\n", mark=6)
+QUESTION = Phrase("In their order, the variables that have the value{} are", mark=7)
+AND_ONE_MORE = Phrase(",")
+END = Phrase(".\n")
+
+CHAINS, HOPS = 2, 4
+
+
+def variable_tracking(language: Language, length: int, depth: float, draw: Random) -> Draft:
+    """RULER's multi-hop tracing (arXiv 2404.06654, section 3): chains of assignments, X = 12345,
+    Y = X, ..., each with a value of its own. All variables of one chain, which begins at `depth`,
+    are asked for in the order of their assignments."""
+    draft = Draft(language)
+    names = language.keys(CHAINS * (HOPS + 1), draw)
+    values = language.values(CHAINS, draw)
+    for chain, value in enumerate(values):
+        variables = names[chain * (HOPS + 1) :][: HOPS + 1]
+        begin = draw.random() if chain else depth
+        depths = [begin, *sorted(draw.uniform(begin, 1) for _ in range(HOPS))]
+        facts = [draft.tell(begin, ASSIGN, variables[0], value)]
+        for where, name, other in zip(depths[1:], variables[1:], variables, strict=False):
+            facts.append(draft.tell(where, COPY, name, other))
+        if not chain:
+            asked = facts
+    draft.ask(QUESTION, values[0])
+    for number, fact in enumerate(asked):
+        if number:
+            draft.ask(AND_ONE_MORE)
+        draft.answer(fact, slice(0, 1))
+    draft.ask(END)
+    return draft
