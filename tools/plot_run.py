@@ -1,9 +1,9 @@
-"""Plot a run: the loss curve, and the loss against the position in the context.
+"""Plot a run: the loss curve, the loss against the position in the context, accuracy on tasks.
 
     python tools/plot_run.py RUN [--output FOLDER]
 
-reads RUN/metrics.jsonl and writes loss_curve.png and loss_by_position.png (into RUN by default),
-over those that it made earlier.
+reads RUN/metrics.jsonl and writes loss_curve.png, loss_by_position.png and, of a run with
+--eval-tasks, task_accuracy.png (into RUN by default), over those that it made earlier.
 """
 
 import sys
@@ -45,13 +45,19 @@ def main() -> None:
         print(f"{by_position}: the last held-out loss by position")
     else:
         print(f"no {by_position.name}: the run has not been evaluated yet")
+    tasks = [record for record in records if "task" in record]
+    if tasks:
+        plot_tasks(tasks, config, output / "task_accuracy.png")
+        print(f"{output / 'task_accuracy.png'}: tasks by tokens seen, and by distance")
 
 
 def plot_loss_curve(records: list[dict], path: Path) -> None:
     """Training loss against tokens seen, with the held-out losses as points."""
     from matplotlib.figure import Figure
 
-    training = [r for r in records if "split" not in r]
+    from megalong.training.metrics import training_records
+
+    training = training_records(records)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(
@@ -101,10 +107,7 @@ def plot_loss_by_position(records: list[dict], config: dict, path: Path) -> bool
             edges, baseline=None, color=colors[split], linewidth=1.5,
             label=f"{split}, iteration {record['iteration']}, {record['tokens']:,} tokens",
         )  # fmt: skip
-    if "dilated" in config["attention"]["attention"]:  # a list; earlier runs have a word
-        for length in set(config["attention"]["segment_lengths"]):
-            if length < edges[-1]:
-                axes.axvline(length, color="gray", linewidth=0.6, linestyle=":")
+    draw_segment_lengths(axes, config, edges[-1])
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(
@@ -116,6 +119,39 @@ def plot_loss_by_position(records: list[dict], config: dict, path: Path) -> bool
     axes.legend()
     figure.savefig(path, dpi=150)
     return True
+
+
+def plot_tasks(records: list[dict], config: dict, path: Path) -> None:
+    """Accuracy on each task against tokens seen, and of the last evaluation against distance."""
+    from matplotlib.figure import Figure
+
+    from megalong.tasks.plots import plot_by_distance
+
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    seen, distances = figure.subplots(1, 2)
+    curves = {}
+    for record in records:
+        curves.setdefault((record["task"], record["length"]), []).append(record)
+    for (task, length), points in curves.items():
+        x, y = zip(*((r["consumed_tokens"], r["accuracy"]) for r in points), strict=True)
+        seen.plot(x, y, "o-", markersize=3, label=f"{task} of {length:,} tokens")
+    seen.set(
+        xlabel="tokens", ylabel="share of answers that are right", ylim=(-0.02, 1.02), title="Tasks"
+    )
+    seen.grid(alpha=0.3)
+    seen.legend(fontsize="small")
+    last = [points[-1] for points in curves.values()]
+    plot_by_distance(distances, last)
+    draw_segment_lengths(distances, config, max(record["length"] for record in last))
+    figure.savefig(path, dpi=150)
+
+
+def draw_segment_lengths(axes, config: dict, end: int) -> None:
+    """Dotted lines at the segment lengths of dilated attention that are less than `end`."""
+    if "dilated" in config["attention"]["attention"]:  # a list; earlier runs have a word
+        for length in set(config["attention"]["segment_lengths"]):
+            if length < end:
+                axes.axvline(length, color="gray", linewidth=0.6, linestyle=":")
 
 
 if __name__ == "__main__":

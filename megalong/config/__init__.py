@@ -18,6 +18,7 @@ from megalong.config.memory import MemoryConfig
 from megalong.config.model import ModelConfig
 from megalong.config.parallel import ParallelConfig, world_size
 from megalong.config.run import RunConfig
+from megalong.config.tasks import TasksConfig
 from megalong.config.training import TrainingConfig
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "MemoryConfig",
     "ModelConfig",
     "ParallelConfig",
+    "TasksConfig",
     "TrainingConfig",
     "flag_name",
     "world_size",
@@ -43,6 +45,7 @@ class Config:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    tasks: TasksConfig = field(default_factory=TasksConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def resolve(self, world_size: int) -> Config:
@@ -58,6 +61,7 @@ class Config:
             parallel=self.parallel.resolve(),
             training=self.training.resolve(data_parallel_size),
             data=self.data.resolve(),
+            tasks=self.tasks.resolve(self.model.seq_length, self.run.eval_interval),
             run=self.run.resolve(),
         )
         model, training = resolved.model, resolved.training
@@ -78,6 +82,7 @@ class Config:
         )
         resolved.run.check(training, world_size)
         resolved.data.check(training.causal, model.seq_length)
+        resolved.tasks.check(model.seq_length, training.causal)
         return resolved
 
     def num_microbatches(self, data_parallel_size: int) -> int:

@@ -11,7 +11,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
@@ -39,7 +38,9 @@ from megalong.model.tensor_slices import cut_dimension, tensor_slice
 from megalong.model.tiled_layer import has_pieces, recomputes_by_itself, tensor_ranks
 from megalong.parallel.cpu import cuda_means_cpu
 from megalong.parallel.mesh import Mesh
+from megalong.tiling.likeliest import is_likeliest
 from megalong.tiling.offload import HostOffload
+from megalong.tiling.tensor_ranks import TensorRanks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -133,14 +134,12 @@ class _Shared:
 class _Model(GPTModel):
     """Megatron-core's model without the collective, at its construction, that makes the copies of a
     tied embedding equal: they have the same initial weights here, and no values yet there. And with
-    an output layer that may make losses itself, and losses that may have the logits' logsumexp
-    beside them.
+    an output layer that may make losses itself.
 
-    tensor_group: of the ranks that share the vocabulary.
+    beside: what the losses have beside them, of `PipelineStage.forward`.
     """
 
-    with_logsumexp = False
-    tensor_group: dist.ProcessGroup
+    beside: str | None = None
 
     def setup_embeddings_and_output_layer(self) -> None:
         pass
@@ -148,21 +147,29 @@ class _Model(GPTModel):
     def compute_language_model_loss(
         self, labels: torch.Tensor, logits: torch.Tensor
     ) -> torch.Tensor:
-        """Token losses (b, s), or with the logsumexp (2, b, s), of labels (b, s) and what the
-        output layer gave: logits, or a LossLayer hidden states."""
+        """Token losses (b, s) of labels (b, s) and what the output layer gave: logits, or a
+        LossLayer hidden states; (2, b, s) with what is wanted beside them."""
         if isinstance(self.output_layer, LossLayer):
             tied = self.share_embeddings_and_output_weights
             weight = self.shared_embedding_or_output_weight() if tied else None
-            losses = self.output_layer(
-                logits, labels.T, weight=weight, with_logsumexp=self.with_logsumexp
-            )
+            losses = self.output_layer(logits, labels.T, weight=weight, beside=self.beside)
             return losses.transpose(-1, -2).contiguous()
-        if not self.with_logsumexp:
-            return super().compute_language_model_loss(labels, logits)
-        # Before the losses, which overwrite float32 logits. A loss is the logsumexp less this.
-        labelled = label_logits(logits, labels.T, self.tensor_group).T
-        losses = super().compute_language_model_loss(labels, logits)
-        return torch.stack((losses, losses + labelled))
+        # What is beside them before the losses, which overwrite float32 logits.
+        if self.beside == "likeliest":
+            right_sb = is_likeliest(logits, labels.T, self._tensor_ranks)
+            losses_bs = super().compute_language_model_loss(labels, logits)
+            return torch.stack((losses_bs, right_sb.T.to(losses_bs.dtype)))
+        if self.beside == "logsumexp":  # of which a loss lacks the label's logit
+            labelled_sb = label_logits(logits, labels.T, self._tensor_ranks.group)
+            losses_bs = super().compute_language_model_loss(labels, logits)
+            return torch.stack((losses_bs, losses_bs + labelled_sb.T))
+        return super().compute_language_model_loss(labels, logits)
+
+    @property
+    def _tensor_ranks(self) -> TensorRanks:
+        """Those that share the vocabulary of the logits."""
+        group = self.pg_collection.tp
+        return TensorRanks(group.size(), group.rank(), group)
 
 
 def _materialize(
@@ -222,8 +229,6 @@ def _chunk(
             ),
             vp_stage=numbered,
         )
-        model.with_logsumexp = config.training.z_loss_coeff > 0
-        model.tensor_group = mesh.tensor_group
         if config.memory.linear_cross_entropy and model.post_process:
             avoid_logits(model, config, mesh)
     if shared.rotary is not None:

@@ -15,6 +15,7 @@ from megalong.model.norms import LayerNorm, RMSNorm
 from megalong.model.tiled_layer import tensor_ranks
 from megalong.parallel.mesh import Mesh
 from megalong.tiling.cross_entropy import places
+from megalong.tiling.likeliest import linear_is_likeliest
 from megalong.tiling.linear_cross_entropy import linear_cross_entropy
 from megalong.tiling.tensor_ranks import TensorRanks
 
@@ -72,18 +73,20 @@ class LossLayer(torch.nn.Module):
         hidden_sbh: torch.Tensor,
         labels_sb: torch.Tensor,
         weight: torch.Tensor | None = None,
-        with_logsumexp: bool = False,
+        beside: str | None = None,
     ) -> torch.Tensor:
-        """Token losses, (s, b), or (2, s, b) with_logsumexp: see
-        `megalong.tiling.linear_cross_entropy`."""
-        return linear_cross_entropy(
-            hidden_sbh,
-            self.weight if weight is None else weight,
-            labels_sb,
-            chunk_size=self.chunk_size,
-            ranks=self.ranks,
-            with_logsumexp=with_logsumexp,
+        """Token losses, (s, b): see `megalong.tiling.linear_cross_entropy`; (2, s, b) with what
+        `PipelineStage.forward` has beside them."""
+        weight = self.weight if weight is None else weight
+        chunks = {"chunk_size": self.chunk_size, "ranks": self.ranks}
+        with_logsumexp = beside == "logsumexp"
+        losses = linear_cross_entropy(
+            hidden_sbh, weight, labels_sb, **chunks, with_logsumexp=with_logsumexp
         )
+        if beside != "likeliest":
+            return losses
+        right_sb = linear_is_likeliest(hidden_sbh, weight, labels_sb, **chunks)
+        return torch.stack((losses, right_sb.to(losses.dtype)))
 
 
 def label_logits(

@@ -24,13 +24,18 @@ class PipelineStage(torch.nn.Module):
         chunk: int = 0,
         document_start: torch.Tensor | None = None,
         document_stop: torch.Tensor | None = None,
+        beside: str | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """The output of one chunk; the other arguments are those of GPTModel.
 
         document_start, document_stop: where documents are kept apart, those of this rank's
             positions (`megalong.data.batches`).
+        beside: what the last chunk gives beside the token losses, (2, b, s) in all: "logsumexp" of
+            the logits; or "likeliest", 1 where the label is the likeliest token and 0 elsewhere,
+            without gradient.
         """
+        self.chunks[chunk].beside = beside
         documents = documents_of(document_start, document_stop)
         if documents is not None:  # see CoreAttention.forward
             kwargs["extra_block_kwargs"] = {"attention_bias": documents}

@@ -144,7 +144,7 @@ class TrainingEngine:
         predictions, batches = self._predictions(batches)
         scale = self.loss_scale * self.num_microbatches / predictions
         loss_function = TrainingLoss(scale, len(self.sources), self.z_loss_coeff)
-        results = self._run(batches, self.num_microbatches, loss_function)
+        results = self._run(batches, self.num_microbatches, loss_function, loss_function.beside)
         nothing = loss_function.nothing(self.mesh.device)  # of a stage that sees no losses
         sums = self.mesh.sum_of_losses(sum(results, start=nothing))
         loss_sum, by_source, z_sum = loss_function.parts(sums)
@@ -198,17 +198,31 @@ class TrainingEngine:
         sequence), zero where the label is IGNORE_INDEX, and the mask of the labels that count,
         bool, same shape; nothing at all on pipeline stages before the last.
         """
+        return [(losses, mask) for losses, _, mask in self._held_out(batches)]
+
+    def token_scores(
+        self, batches: list[Batch]
+    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """The same, and which of the labels are the likeliest tokens, bool, same shape: losses,
+        likeliest, mask. Where logits exist in chunks, these are made twice."""
+        return self._held_out(batches, "likeliest")
+
+    def _held_out(self, batches: list[Batch], beside: str | None = None) -> list[Any]:
         self.deepspeed.eval()
         filled = batches
         if len(self.modules) > 1:  # the interleaved schedule takes them in groups of all stages
             filled = batches + batches[-1:] * (-len(batches) % self.mesh.pipeline_parallel_size)
         with torch.no_grad():
-            results = self._run(iter(filled), len(filled), held_out_losses, forward_only=True)
+            results = self._run(
+                iter(filled), len(filled), held_out_losses, beside, forward_only=True
+            )
         return results[: len(batches)]
 
-    def _run(self, batches, num_microbatches, loss_function, forward_only=False) -> list[Any]:
+    def _run(
+        self, batches, num_microbatches, loss_function, beside, forward_only=False
+    ) -> list[Any]:
         return run_schedule(
-            partial(_forward_step, self.mesh.device, loss_function),
+            partial(_forward_step, self.mesh.device, loss_function, beside),
             batches,
             self.modules,
             num_microbatches=num_microbatches,
@@ -218,8 +232,11 @@ class TrainingEngine:
         )
 
 
-def _forward_step(device, loss_function, batches: Iterator[Batch], module: torch.nn.Module):
-    """Megatron-core's forward step: the model's token losses, and how to make a loss of them."""
+def _forward_step(
+    device, loss_function, beside, batches: Iterator[Batch], module: torch.nn.Module
+):
+    """Megatron-core's forward step: the model's token losses, and what is wanted beside them, and
+    how to make a loss of them."""
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
     labels = batch["labels"]
     mask = labels != IGNORE_INDEX
@@ -230,6 +247,7 @@ def _forward_step(device, loss_function, batches: Iterator[Batch], module: torch
         labels=labels.clamp(min=0),
         document_start=batch.get("document_start"),
         document_stop=batch.get("document_stop"),
+        beside=beside,
     )
     return losses, partial(loss_function, mask=mask, source=batch.get("source"))
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megalong.checkpoint.progress import Progress
@@ -25,6 +25,7 @@ from megalong.model.build import build_model
 from megalong.model.memory_path import settle_memory_path
 from megalong.parallel.mesh import Mesh
 from megalong.progress import progress_bar
+from megalong.tasks.trials import Trials
 from megalong.training.best_checkpoint import BestCheckpoint
 from megalong.training.engine import TrainingEngine, weights_divider
 from megalong.training.engine_state import load_checkpoint, progress_to_save, tensors_to_save
@@ -38,6 +39,7 @@ from megalong.training.run_data import RunData, best_set, validation_sets
 from megalong.training.run_folder import leave_unfinished, open_run_folder, same_folder
 from megalong.training.step_result import StepResult
 from megalong.training.stopping import FAILED_SAVE, Stopped, StopRequest
+from megalong.training.task_evaluation import batches_of, evaluate_task
 
 
 class Trainer:
@@ -231,6 +233,9 @@ class Trainer:
         elif iteration % self.config.run.eval_interval == 0:
             for split in validation_sets(self.data.held_out):
                 self._evaluate(iteration, split, whole=False)
+        for trials in self.data.tasks:
+            if self._due(iteration, self.config.tasks.eval_task_interval):
+                self._evaluate_task(trials)
 
     def _evaluate(self, iteration: int, split: str, whole: bool) -> None:
         stream = self.data.held_out[split]
@@ -252,24 +257,32 @@ class Trainer:
         )
         with (
             made_ahead(batches, self.mesh.device) as ahead,
-            progress_bar(
-                num_evaluation_batches(stream, **size),
-                "batch",
-                f"evaluating on {split}",
-                interval=30.0,
-                enabled=self.mesh.is_main,
-            ) as bar,
+            self._evaluating(num_evaluation_batches(stream, **size), split) as on_batch,
         ):
+            result = evaluate(self.engine, ahead, self.data.token_bytes, self.mesh, on_batch)
+        self.reports.evaluation(self.progress, split, result)
+        if self.best is not None and iteration == self.saved_iteration:
+            self.best.evaluated(iteration, split, result)
+
+    def _evaluate_task(self, trials: Trials) -> None:
+        self._read_results()
+        batches = batches_of(self.engine, trials, self.mesh)
+        with self._evaluating(batches, f"{trials.task} of {trials.length}") as on_batch:
+            score = evaluate_task(self.engine, trials, self.mesh, on_batch)
+        self.reports.task(self.progress, score)
+
+    @contextlib.contextmanager
+    def _evaluating(self, batches: int, what: str) -> Iterator[Callable[[], None]]:
+        """Inside, the meter is paused; what is yielded is to be called after each batch."""
+        words, shows = f"evaluating on {what}", self.mesh.is_main
+        with progress_bar(batches, "batch", words, interval=30.0, enabled=shows) as bar:
 
             def on_batch() -> None:
                 bar.update()
                 self._check_stop()
 
             with self.reports.meter.pause():
-                result = evaluate(self.engine, ahead, self.data.token_bytes, self.mesh, on_batch)
-        self.reports.evaluation(self.progress, split, result)
-        if self.best is not None and iteration == self.saved_iteration:
-            self.best.evaluated(iteration, split, result)
+                yield on_batch
 
 
 def _with_losses_of(

@@ -31,6 +31,7 @@ TRAINING_CURVES = (
 SOURCE_CURVES = ("loss", "share", "epochs")
 SAVE_CURVES = ("save_seconds", "save_blocking_seconds")
 HELD_OUT_CURVES = ("loss", "perplexity", "bits_per_byte")
+TASK_CURVES = ("accuracy", "token_accuracy", "loss")
 
 
 class MetricsLog:
@@ -59,7 +60,10 @@ class MetricsLog:
     which these are, with --objective mlm the masked ones), position_edges, loss_by_position. A run
     that goes on at an iteration that was evaluated keeps that record; one of the same iteration, on
     the same tokens, takes its place.
-    The first record of either kind after a save has save_seconds, save_blocking_seconds: how long
+    Evaluations on tasks have iteration, consumed_tokens, style ("text" or "ids"), and what
+    `megalong.tasks.scores.TaskScore` has, task, length, accuracy and so on; in all else they are
+    like evaluations.
+    The first record of any kind after a save has save_seconds, save_blocking_seconds: how long
     it took until it was on the disk, and how long the training stood still for it.
     Only the main process has one.
     """
@@ -93,16 +97,14 @@ class MetricsLog:
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """One evaluation of one split."""
-        if self._file is not None and record["iteration"] == self._resumed_iteration:
-            with self._system_errors():
-                path = Path(self._file.name)
-                earlier = (r for r in read_metrics(path) if not _same_evaluation(r, record))
-                _replace(path, [*earlier, record])
-                self._file.close()
-                self._file = path.open("a")
-        else:
-            self._write(record)
+        self._write_evaluation(record)
         self._draw(record, record["split"], HELD_OUT_CURVES)
+        self._draw(record, "train", SAVE_CURVES)
+
+    def task(self, record: dict[str, Any]) -> None:
+        """One evaluation of one task at one length."""
+        self._write_evaluation(record)
+        self._draw(record, f"task/{record['task']}/{record['length']}", TASK_CURVES)
         self._draw(record, "train", SAVE_CURVES)
 
     def make_durable(self) -> None:
@@ -122,6 +124,17 @@ class MetricsLog:
                 closing.callback(self._file.close)
             for board in self._boards:
                 closing.callback(board.close, failed=kind is not None)
+
+    def _write_evaluation(self, record: dict[str, Any]) -> None:
+        if self._file is not None and record["iteration"] == self._resumed_iteration:
+            with self._system_errors():
+                path = Path(self._file.name)
+                earlier = (r for r in read_metrics(path) if not _same_evaluation(r, record))
+                _replace(path, [*earlier, record])
+                self._file.close()
+                self._file = path.open("a")
+        else:
+            self._write(record)
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._file is not None:
@@ -194,5 +207,12 @@ def _replace(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def _same_evaluation(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    what = ("iteration", "split", "tokens", "position_edges")
-    return "split" in one and all(one[name] == other[name] for name in what)
+    kind, what = "split", ("iteration", "split", "tokens", "position_edges")
+    if "task" in other:
+        kind, what = "task", ("iteration", "task", "style", "length", "samples")
+    return kind in one and all(one[name] == other[name] for name in what)
+
+
+def training_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of logged iterations."""
+    return [record for record in records if "split" not in record and "task" not in record]

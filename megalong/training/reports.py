@@ -24,6 +24,7 @@ from megalong.model.peak_flops import peak_flops
 from megalong.parallel.mesh import Mesh
 from megalong.position_losses import FEW_TOKENS, position_edges
 from megalong.progress import clock, human_bytes
+from megalong.tasks.scores import TaskScore
 from megalong.training.changes import other_ways
 from megalong.training.evaluation import Evaluation
 from megalong.training.meter import Meter
@@ -148,6 +149,8 @@ class Reports:
                     f"{divides} only {tokens:,} {self._predicted} for {split}: below"
                     f" {FEW_TOKENS:,} chance alone moves its perplexity by some percent"
                 )
+        if config.tasks.eval_tasks is not None:
+            say(config.tasks.description)
         if config.run.save is None:
             say("without --save nothing is kept")
         if progress.iteration >= training.train_iters:
@@ -274,6 +277,27 @@ class Reports:
             f"perplexity {result.perplexity:.2f}",
             f"{result.bits_per_byte:.3f} bits per byte",
             f"{result.tokens:,} {self._predicted}",
+        ]
+        say(" | ".join(words + self._words_on_save(saved)))
+
+    def task(self, progress: Progress, score: TaskScore) -> None:
+        """An evaluation of one task at one length."""
+        if not self.mesh.is_main:
+            return
+        self.metrics.task(
+            {
+                "iteration": progress.iteration,
+                "consumed_tokens": progress.consumed_tokens,
+                "style": self.config.tasks.eval_task_style,
+                **score.record(),
+                **(saved := self.meter.take_save(self.saver.durable_at)),
+            }
+        )
+        words = [
+            f"{score.task} of {score.length:,} tokens at iteration {progress.iteration}",
+            f"{score.accuracy:.1%} of {counted(score.answers, 'answer')} right",
+            f"{score.token_accuracy:.1%} of their tokens",
+            f"loss {score.loss:.4f}",
         ]
         say(" | ".join(words + self._words_on_save(saved)))
 

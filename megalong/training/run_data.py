@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,6 +30,8 @@ from megalong.data.sources import SourceSpec, shares_of
 from megalong.data.stream import Documents, TokenStream, split_documents
 from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megalong.errors import UserError, system_errors_of
+from megalong.tasks.trials import Trials
+from megalong.training.run_tasks import trials_of
 from megalong.wording import counted, did_you_mean
 
 FILES_OF_A_PAIR, OTHER_FILES = 4, 256  # open at a time, of a .bin/.idx pair and of all else
@@ -46,6 +48,7 @@ class RunData:
     token_bytes: UTF-8 bytes that each token id stands for, int32 (vocab size,).
     masking: how tokens are masked; None: the next ones are predicted.
     documents: what their borders mean.
+    tasks: what it is evaluated on besides.
     """
 
     tokenizer: Tokenizer
@@ -55,6 +58,7 @@ class RunData:
     oddities: list[str]
     masking: Masking | None = None
     documents: DocumentRules = NO_BORDERS
+    tasks: Sequence[Trials] = ()
 
 
 def open_run_data(config: Config) -> RunData:
@@ -97,6 +101,7 @@ def open_run_data(config: Config) -> RunData:
             isolated=data.isolates_documents,
             unpredicted_from=tokenizer.eod if data.eod_mask_loss else None,
         ),
+        tasks=trials_of(config, tokenizer),
     )
 
 

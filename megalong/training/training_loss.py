@@ -20,6 +20,11 @@ class TrainingLoss:
     sources: int
     z_loss_coeff: float
 
+    @property
+    def beside(self) -> str | None:
+        """What the losses have to have beside them, of `PipelineStage.forward`."""
+        return "logsumexp" if self.z_loss_coeff else None
+
     def __call__(
         self, losses: torch.Tensor, mask: torch.Tensor, source: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +70,8 @@ class TrainingLoss:
 
 
 def held_out_losses(losses: torch.Tensor, mask: torch.Tensor, source: None):
-    """The same of held-out batches: a loss, and the token losses with their mask."""
-    losses = losses[0] if losses.dim() == 3 else losses  # without the logsumexps of z-loss
+    """The same of held-out batches: a loss, and the token losses, whether the labels are the
+    likeliest tokens where that is beside the losses, and the mask."""
+    losses, likeliest = (losses, None) if losses.dim() == 2 else (losses[0], losses[1] > 0)
     losses = losses.float() * mask
-    return losses.sum(), (losses, mask)
+    return losses.sum(), (losses, likeliest, mask)

@@ -29,6 +29,7 @@ from megalong.training.engine import TrainingEngine, weights_divider
 from megalong.training.evaluation import evaluate
 from megalong.training.learning_rate import learning_rate
 from megalong.training.run_data import open_run_data
+from megalong.training.task_evaluation import evaluate_task
 from tests.launching import small_run_flags
 from tests.training.meshes import temporary_mesh
 
@@ -96,6 +97,15 @@ MODELS = {
 }
 
 BOTH = list(MODELS)[:2]
+
+# These two, and their copies, are evaluated on tasks too: one of many answers; one whose answer's
+# tokens lie on two shards, in samples that are shorter than the sequence.
+TASKS = {
+    "eval_tasks": "mqar copy",
+    "eval_task_style": "ids",
+    "eval_task_lengths": "128 104",
+    "eval_task_samples": 3,
+}
 LOW_PRECISION = ("bf16", "fp16")
 
 # Each in every layout of KINDS_LAYOUTS, in a launch of their own: `make test-long`.
@@ -276,6 +286,8 @@ def flags_of(layout: str, stage: int, model: str) -> dict[str, object]:
         flags |= {"tile_size": tokens * 3 // 8, "loss_chunk_size": tokens * 7 // 16}
     else:
         flags = (MODELS | MODELS_OF_KINDS)[model]
+    if COPIES.get(model, (model,))[0] in BOTH:
+        flags = {**flags, **TASKS}
     return {**OPTIMIZER, **sizes, **flags, **axes, "zero_stage": stage}
 
 
@@ -342,7 +354,11 @@ def train(config, mesh):
         masking=data.masking,
         documents=data.documents,
     )
-    evaluation = evaluate(engine, held_out, data.token_bytes, mesh)
+    evaluation = dataclasses.asdict(evaluate(engine, held_out, data.token_bytes, mesh))
+    if data.tasks:
+        scores = [evaluate_task(engine, trials, mesh) for trials in data.tasks]
+        evaluation["tasks"] = [score.record() for score in scores]
+        evaluation["echoed"] = tokens_echoed(engine, data, mesh)
     mine = {
         name: safe_get_full_fp32_param(parameter).cpu()
         for name, parameter in named_parameters(engine.model)
@@ -361,7 +377,28 @@ def train(config, mesh):
         weights[name] = join_slices(name, in_order, config.model)
     losses, norms = [step.loss for step in steps], [step.grad_norm for step in steps]
     losses += [step.z_loss for step in steps if step.z_loss is not None]
-    return losses, norms, weights, dataclasses.asdict(evaluation)
+    return losses, norms, weights, evaluation
+
+
+def tokens_echoed(engine, data, mesh):
+    """Which tokens of two held-out sequences are the likeliest ones to follow themselves, int64
+    (2, 128): with a tied embedding many are, and a model of two steps tells nothing of a task."""
+    start, stop = mesh.sequence_range(engine.seq_length)
+    sequences = torch.from_numpy(
+        np.stack([data.held_out["validation"].sample(number) for number in (0, 1)])
+    )
+    echoed = torch.zeros(2, engine.seq_length, dtype=torch.int64, device=mesh.device)
+    batches = [
+        {
+            "tokens": sequence[None, start:stop],
+            "labels": sequence[None, start:stop],
+            "positions": torch.arange(start, stop),
+        }
+        for sequence in sequences
+    ]
+    for row, (_, likeliest, _) in zip(echoed, engine.token_scores(batches), strict=False):
+        row[start:stop] = likeliest[0]
+    return (mesh.sum_of_losses(echoed) // mesh.data_parallel_size).tolist()
 
 
 if __name__ == "__main__":

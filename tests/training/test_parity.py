@@ -54,6 +54,11 @@ def assert_same(one, two, tolerance: float) -> None:
     for what in ("loss", "bits_per_byte", "loss_by_position"):
         torch.testing.assert_close(one[3][what], two[3][what], rtol=tolerance, atol=0, msg=what)
 
+    assert one[3].get("echoed") == two[3].get("echoed")
+    for task, same in zip(one[3].get("tasks", ()), two[3].get("tasks", ()), strict=True):
+        torch.testing.assert_close(task["loss"], same["loss"], rtol=tolerance, atol=0, msg="tasks")
+        assert {**task, "loss": None} == {**same, "loss": None}
+
     torch.testing.assert_close(one[0], two[0], rtol=tolerance, atol=0, msg="losses")
     torch.testing.assert_close(one[1], two[1], rtol=tolerance, atol=0, msg="grad norms")
     assert one[2].keys() == two[2].keys()

@@ -114,6 +114,11 @@ class Tokenizer(ABC):
         return len(self.pieces)
 
     @property
+    def text_ids(self) -> list[int]:
+        """The ids that stand for text, and not for something special."""
+        return [token for token, piece in enumerate(self.pieces) if piece]
+
+    @property
     def special_names(self) -> list[str]:
         """How special tokens are written, where they are known; in a text that is text."""
         return []

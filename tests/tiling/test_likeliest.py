@@ -1,0 +1,30 @@
+"""Whether a label is the likeliest token, against torch.argmax; over ranks the parity tests."""
+
+import pytest
+import torch
+
+from megalong.tiling.likeliest import is_likeliest, linear_is_likeliest
+
+S, B, H, V = 13, 2, 8, 11
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_argmax_ties_too(dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(-3, 3, (S, B, V), generator=generator).to(dtype)  # with many ties
+    likeliest = logits.argmax(-1)
+    assert is_likeliest(logits, likeliest).all()
+    for other in range(1, V):
+        assert not is_likeliest(logits, (likeliest + other) % V).any()
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 100])
+def test_in_chunks_without_all_logits(chunk_size):
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(S, B, H, generator=generator, requires_grad=True)
+    weight = torch.randn(V, H, generator=generator, requires_grad=True)
+    labels = (hidden @ weight.T).argmax(-1)
+    labels[::2] = torch.randint(0, V, labels[::2].shape, generator=generator)
+    right = linear_is_likeliest(hidden, weight, labels, chunk_size=chunk_size)
+    assert torch.equal(right, is_likeliest(hidden @ weight.T, labels)) and not right.requires_grad
+    assert right[1::2].all() and 0 < right[::2].sum() < right[::2].numel()
