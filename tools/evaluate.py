@@ -1,13 +1,14 @@
-"""How good is a model at each context length? Perplexity, bits per byte, loss by position, and
-passkey retrieval.
+"""How good is a model at each context length? Perplexity, bits per byte, loss by position, passkey
+retrieval, and other tasks that ask for what was said long before.
 
     python tools/evaluate.py --model runs/longnet --input book.txt --context-lengths 2048 8192 \\
-        --passkey-lengths 2048 8192 --output evaluation
+        --tasks niah_multikey mqar --task-lengths 2048 8192 --output evaluation
 
 --model is a run folder or a checkpoint of megalong, or a folder of Transformers, such as
-tools/convert_to_hf.py writes, or a Llama's. Writes evaluation.json and evaluation.png into
---output. Every token of the input is predicted once at each context length, so that the numbers of
-different lengths, tokenizers (bits per byte) and models can be compared.
+tools/convert_to_hf.py writes, or a Llama's. Writes evaluation.json, evaluation.md (tables) and
+evaluation.png into --output. The samples of a task are those of --eval-tasks in the training. Every
+token of the input is predicted once at each context length, so that the numbers of different
+lengths, tokenizers (bits per byte) and models can be compared.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ from megalong.data.text.files import find_files
 from megalong.disk import writable_folder
 from megalong.errors import UserError
 from megalong.hf.configs import DTYPES
-from megalong.wording import counted
+from megalong.tasks import STYLES, TASKS
+from megalong.wording import counted, did_you_mean
 
 if TYPE_CHECKING:
     from megalong.hf.loaded_model import LoadedModel
+    from megalong.tasks.trials import Trials
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -58,16 +61,30 @@ def parse_arguments() -> argparse.Namespace:
         help="where the passkey is said, as a share of the text",
     )
     add("--passkey-trials", type=int, default=5, help="trials of each length and depth")
-    add("--output", type=Path, required=True, help="folder for evaluation.json and .png")
+    add("--tasks", nargs="*", default=[], metavar="TASK", help=f"any of {', '.join(TASKS)}")
+    add("--task-lengths", type=int, nargs="+", default=[2048], help="tokens of a sample")
+    add("--task-style", choices=STYLES, default="text", help="made of text, or of bare token ids")
+    add("--task-samples", type=int, default=32, help="samples of each task and length")
+    add("--output", type=Path, required=True, help="folder for evaluation.json, .md and .png")
     add("--overwrite", action="store_true", help="replace an earlier evaluation in --output")
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights")
     add("--tokenizer-model", help="the model's tokenizer (default: the checkpoint's own)")
     args = parser.parse_args()
-    if not args.input and not args.passkey_lengths:
-        raise UserError("nothing to do: give --input, or --passkey-lengths, or both")
-    if min([*args.context_lengths, args.passkey_trials]) < 1:
-        raise UserError("--context-lengths and --passkey-trials must be at least 1")
+    if not args.input and not args.passkey_lengths and not args.tasks:
+        raise UserError("nothing to do: give --input, --passkey-lengths or --tasks")
+    at_least_one = {
+        "--context-lengths": args.context_lengths,
+        "--passkey-trials": [args.passkey_trials],
+        "--task-lengths": args.task_lengths,
+        "--task-samples": [args.task_samples],
+    }
+    for name, values in at_least_one.items():
+        if min(values) < 1:
+            raise UserError(f"{name} must be at least 1")
+    for task in args.tasks:
+        if task not in TASKS:
+            raise UserError(f"--tasks {task}: no such task{did_you_mean(task, TASKS)}")
     if not all(0 <= depth <= 1 for depth in args.passkey_depths):
         raise UserError("--passkey-depths must lie between 0 and 1")
     if (args.output / "evaluation.json").exists() and not args.overwrite:
@@ -94,8 +111,9 @@ def main() -> None:
     loaded = load_model(args.model, args.device, getattr(torch, args.dtype), args.tokenizer_model)
     results = evaluate(loaded, texts, args)
     (args.output / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
+    (args.output / "evaluation.md").write_text(tables(results))
     plot(results, args.output / "evaluation.png")
-    print(f"{args.output}: evaluation.json and evaluation.png")
+    print(f"{args.output}: evaluation.json, evaluation.md and evaluation.png")
 
 
 def _read(file: str, max_bytes: int | None) -> Iterator[str]:
@@ -120,11 +138,13 @@ def _read(file: str, max_bytes: int | None) -> Iterator[str]:
 
 def evaluate(loaded: LoadedModel, texts: list[str], args: argparse.Namespace) -> dict:
     """Every measurement that the flags ask for, printed as it is made."""
-    from megalong.hf.evaluation import evaluate_texts, passkey
+    trials_of_tasks = _trials(loaded, args)  # what cannot be made is refused before it takes time
+    from megalong.hf.evaluation import evaluate_texts, passkey, task_score
     from megalong.position_losses import FEW_TOKENS, position_edges
     from megalong.progress import progress_bar
 
-    results = {"model": str(args.model), "dtype": args.dtype, "texts": [], "passkey": []}
+    results = {"model": str(args.model), "dtype": args.dtype}
+    results |= {"texts": [], "passkey": [], "tasks": []}
     if texts:
         size = sum(len(text.encode()) for text in texts)
         for context in args.context_lengths:
@@ -162,18 +182,96 @@ def evaluate(loaded: LoadedModel, texts: list[str], args: argparse.Namespace) ->
                 f" loss {result['loss']:.3f}",
                 flush=True,
             )
+    for trials in trials_of_tasks:
+        tokens = trials.samples * (trials.length - 1)
+        with progress_bar(tokens, "token", f"{trials.task} of {trials.length}") as bar:
+            score = task_score(loaded, trials, bar.update)
+        results["tasks"].append({"style": args.task_style, **score.record()})
+        print(
+            f"{score.task} of {score.length}: {score.accuracy:.1%} of"
+            f" {counted(score.answers, 'answer')} right, {score.token_accuracy:.1%} of their"
+            f" tokens, loss {score.loss:.3f}",
+            flush=True,
+        )
     return results
 
 
+def _trials(loaded: LoadedModel, args: argparse.Namespace) -> list[Trials]:
+    from megalong.tasks.trials import Trials, language_of
+
+    if not args.tasks:
+        return []
+    try:
+        language = language_of(args.task_style, loaded.encode, loaded.ids, loaded.first)
+    except UserError as error:
+        raise UserError(f"--task-style {args.task_style}: {error}") from None
+    found = [
+        Trials(task, language, length, args.task_samples)
+        for task in dict.fromkeys(args.tasks)
+        for length in args.task_lengths
+    ]
+    for trials in found:
+        trials.check("--tasks", "--task-lengths")
+        loaded.check_length(trials.length - 1)
+    return found
+
+
+def tables(results: dict) -> str:
+    """The numbers as tables of Markdown."""
+    parts = [f"# Evaluation of {results['model']}, {results['dtype']}"]
+    if results["texts"]:
+        parts.append(
+            _table(
+                ["context", "tokens", "loss", "perplexity", "bits per byte"],
+                [
+                    f"{r['context']:,} | {r['tokens']:,} | {r['loss']:.4f} | {r['perplexity']:.3f}"
+                    f" | {r['bits_per_byte']:.4f}"
+                    for r in results["texts"]
+                ],
+            )
+        )
+    if results["passkey"]:
+        parts.append(
+            _table(
+                ["passkey in tokens", "depth", "found", "loss"],
+                [
+                    f"{r['length']:,} | {r['depth']:.0%} | {r['accuracy']:.0%} | {r['loss']:.3f}"
+                    for r in results["passkey"]
+                ],
+            )
+        )
+    if results["tasks"]:
+        parts.append(
+            _table(
+                ["task", "made of", "tokens", "answers", "right", "their tokens", "loss"],
+                [
+                    f"{r['task']} | {r['style']} | {r['length']:,} | {r['answers']:,} |"
+                    f" {r['accuracy']:.1%} | {r['token_accuracy']:.1%} | {r['loss']:.3f}"
+                    for r in results["tasks"]
+                ],
+            )
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(columns: list[str], rows: list[str]) -> str:
+    lines = [" | ".join(columns), "|".join(["---"] * len(columns)), *rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
 def plot(results: dict, path: Path) -> None:
-    """The loss by position at each context length, and the passkeys found, side by side."""
+    """The loss by position at each context length, the passkeys found, and the tasks by distance,
+    side by side."""
     from matplotlib.figure import Figure
 
-    panels = [name for name in ("texts", "passkey") if results[name]]
+    from megalong.tasks.plots import plot_by_distance
+
+    draw = {"texts": _plot_positions, "passkey": _plot_passkeys, "tasks": plot_by_distance}
+    panels = [name for name in draw if results[name]]
     figure = Figure(figsize=(7 * len(panels), 4.5), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)
     for name, axis in zip(panels, axes[0], strict=True):
-        {"texts": _plot_positions, "passkey": _plot_passkeys}[name](axis, results[name])
+        draw[name](axis, results[name])
     figure.savefig(path, dpi=120)
 
 

@@ -1,4 +1,4 @@
-"""How good a model is at each context length: perplexity, loss by position, passkey retrieval.
+"""How good a model is at each context length: perplexity, loss by position, tasks.
 
 Of anything that `megalong.hf.loaded_model` loads.
 """
@@ -17,6 +17,8 @@ from megalong.errors import UserError
 from megalong.hf.loaded_model import LoadedModel
 from megalong.hf.modeling_longnet import LongNetModel
 from megalong.position_losses import PositionLosses, perplexity
+from megalong.tasks.scores import AnswerSums, TaskScore
+from megalong.tasks.trials import Trials
 
 LOGIT_ROWS = 1024  # positions whose logits are held at once
 CHUNK = 8192  # tokens that a LongNet reads at once
@@ -98,6 +100,38 @@ def evaluate_texts(
         "position_edges": list(edges),
         "loss_by_position": losses.by_position,
     }
+
+
+@torch.no_grad()
+def task_score(
+    loaded: LoadedModel,
+    trials: Trials,
+    on_tokens: Callable[[int], object] = lambda count: None,
+) -> TaskScore:
+    """How well the model does on the samples of a task, by teacher forcing.
+
+    on_tokens: hears how many more tokens are read.
+    """
+    sums, head = AnswerSums(trials), loaded.model.get_output_embeddings()
+    for number in range(trials.samples):
+        ids = torch.from_numpy(trials.sample(number).tokens).to(loaded.model.device)[None]
+        done = 0
+        for hidden in hidden_states(loaded, ids[:, :-1]):
+            places, rows = sums.places(number, done, done + len(hidden))
+            for some, of_answers in zip(
+                torch.tensor(places).split(LOGIT_ROWS),
+                torch.tensor(rows).split(LOGIT_ROWS),
+                strict=True,
+            ):
+                if not len(some):
+                    continue
+                logits = head(hidden[(some - done).to(hidden.device)]).float()
+                labels = ids[0, (some + 1).to(ids.device)]
+                losses = F.cross_entropy(logits, labels, reduction="none")
+                sums.add(of_answers, (logits.argmax(-1) == labels).cpu(), losses.cpu())
+            done += len(hidden)
+            on_tokens(len(hidden))
+    return sums.score()
 
 
 _FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back.\n"

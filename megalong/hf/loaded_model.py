@@ -4,7 +4,7 @@ others'. Needs neither Megatron-core nor DeepSpeed."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,14 @@ class LoadedModel:
     """A causal model of Transformers, and how text becomes its tokens and tokens become text.
 
     first: the token that stands before a text.
+    ids: those that stand for text, and not for something special.
     """
 
     model: Any
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
     first: int
+    ids: Sequence[int] = ()
 
     def check_length(self, tokens: int) -> None:
         """Raise UserError where the model cannot read so many."""
@@ -91,7 +93,7 @@ def load_model(
     def decode(tokens: list[int]) -> str:
         return tokenizer.decode([token for token in tokens if token < tokenizer.vocab_size])
 
-    return LoadedModel(model, tokenizer.encode, decode, first)
+    return LoadedModel(model, tokenizer.encode, decode, first, tokenizer.text_ids)
 
 
 def _load_folder(path: Path, device: str, dtype: torch.dtype) -> LoadedModel:
@@ -118,7 +120,9 @@ def _load_folder(path: Path, device: str, dtype: torch.dtype) -> LoadedModel:
     def decode(tokens: list[int]) -> str:
         return tokenizer.decode(tokens, skip_special_tokens=True)
 
-    return LoadedModel(model.to(device).eval(), encode, decode, first)
+    special = {tokenizer.unk_token_id, *tokenizer.all_special_ids}
+    ids = [token for token in range(len(tokenizer)) if token not in special]
+    return LoadedModel(model.to(device).eval(), encode, decode, first, ids)
 
 
 def load_checkpoint(checkpoint: StoredModel, tokenizer: Tokenizer):

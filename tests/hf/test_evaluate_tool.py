@@ -8,8 +8,10 @@ import sys
 import pytest
 import torch
 
-from megalong.hf.evaluation import evaluate_texts, passkey, token_losses
+from megalong.errors import UserError
+from megalong.hf.evaluation import evaluate_texts, passkey, task_score, token_losses
 from megalong.hf.loaded_model import LoadedModel
+from megalong.tasks.trials import Trials, language_of
 from tests.hf.test_transformers import make_model
 from tests.launching import REPOSITORY, run_here
 
@@ -19,7 +21,15 @@ TOOL = REPOSITORY / "tools" / "evaluate.py"
 @pytest.fixture(scope="module")
 def loaded():
     model = make_model(vocab_size=257)
-    return LoadedModel(model, lambda text: list(text.encode()), bytes.decode, first=256)
+    return LoadedModel(model, lambda text: list(text.encode()), bytes.decode, 256, range(256))
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("evaluate", TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
 
 
 def test_token_losses_are_those_of_the_logits(loaded, monkeypatch):
@@ -83,10 +93,7 @@ def test_an_earlier_evaluation_is_not_overwritten_unasked(tmp_path):
 
 
 @pytest.mark.parametrize("length, hinted", [(300, True), (12_000, False)])
-def test_a_handful_of_tokens_is_worth_a_hint(loaded, length, hinted, capsys, monkeypatch):
-    spec = importlib.util.spec_from_file_location("evaluate", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+def test_a_handful_of_tokens_is_worth_a_hint(loaded, tool, length, hinted, capsys, monkeypatch):
     monkeypatch.setattr(
         sys, "argv", f"x --model y --input z --output {TOOL} --context-lengths 400".split()
     )
@@ -95,3 +102,81 @@ def test_a_handful_of_tokens_is_worth_a_hint(loaded, length, hinted, capsys, mon
     printed = capsys.readouterr().err
     assert ("hint: --input has only 300 tokens" in printed) == hinted
     assert ("the longest has 300 tokens, and is read as a whole" in printed) == (length < 400)
+
+
+@pytest.mark.parametrize("style", ["text", "ids"])
+@pytest.mark.parametrize("task", ["niah_multiquery", "copy", "mqar"])
+def test_a_task_is_scored_as_the_whole_logits_say(loaded, style, task, monkeypatch):
+    """In chunks of the sequence and of the answers, against the plain way."""
+    monkeypatch.setattr("megalong.hf.evaluation.LOGIT_ROWS", 7)
+    monkeypatch.setattr("megalong.hf.evaluation.CHUNK", 100)
+    language = language_of(style, loaded.encode, loaded.ids, loaded.first)
+    trials = Trials(task, language, 600, 3)
+    read = []
+    score = task_score(loaded, trials, read.append)
+    assert sum(read) == 3 * 599
+    losses, right, found = [], [], []
+    for number in range(3):
+        sample = trials.sample(number)
+        with torch.no_grad():
+            logits = loaded.model(torch.from_numpy(sample.tokens)[None]).logits[0].double()
+        for answer in sample.answers:
+            places = range(answer.start - 1, answer.stop - 1)
+            wanted = [int(sample.tokens[place + 1]) for place in places]
+            losses += [
+                -logits[place].log_softmax(-1)[token].item()
+                for place, token in zip(places, wanted, strict=True)
+            ]
+            told = [logits[p].argmax().item() == t for p, t in zip(places, wanted, strict=True)]
+            right += told
+            found.append(all(told))
+    assert score.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert score.token_accuracy == pytest.approx(sum(right) / len(right))
+    assert score.accuracy == sum(found) / len(found) and score.answers == len(found)
+
+
+def test_tasks_in_the_tool(loaded, tool, tmp_path, capsys, monkeypatch):
+    """Numbers, table and plot of tasks alone, for a model that says what stands in the sample."""
+    arguments = "x --model y --tasks mqar copy mqar --task-lengths 400 500 --task-samples 2"
+
+    def asked(more=""):
+        monkeypatch.setattr(sys, "argv", f"{arguments} --output {tmp_path} {more}".split())
+        return tool.parse_arguments()
+
+    class Repeats(torch.nn.Module):
+        """Says of every token but the last what comes next."""
+
+        device = torch.device("cpu")
+
+        def base_model(self, ids, use_cache):
+            said = torch.nn.functional.one_hot(self.tokens[1 : ids.shape[1] + 1], 257) * 50.0
+            return type("Outputs", (), {"last_hidden_state": said[None]})
+
+        def get_output_embeddings(self):
+            return torch.nn.Identity()
+
+    model, sample = Repeats(), Trials.sample
+
+    def shown(self, i):
+        found = sample(self, i)
+        model.tokens = torch.from_numpy(found.tokens)
+        return found
+
+    monkeypatch.setattr(Trials, "sample", shown)
+    results = tool.evaluate(dataclasses.replace(loaded, model=model), [], asked())
+    tasks = [(r["task"], r["length"], r["accuracy"], r["style"]) for r in results["tasks"]]
+    assert tasks == [(task, n, 1.0, "text") for task in ("mqar", "copy") for n in (400, 500)]
+    assert "copy of 500: 100.0% of 2 answers right" in capsys.readouterr().out
+    table = tool.tables(results)
+    assert "| copy | text | 500 | 2 | 100.0% | 100.0% | 0.000 |" in table
+    tool.plot(results, tmp_path / "evaluation.png")
+    assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+    with pytest.raises(UserError, match=r"--tasks mqra: no such task; did you mean mqar\?"):
+        asked("--tasks mqra")
+    with pytest.raises(UserError, match="--task-samples must be at least 1"):
+        asked("--task-samples 0")
+    with pytest.raises(UserError, match="--task-lengths 9: mqar needs at least"):
+        tool.evaluate(loaded, [], asked("--task-lengths 9"))
+    with pytest.raises(UserError, match="--task-style ids: a vocabulary of 0 ids is too small"):
+        tool.evaluate(dataclasses.replace(loaded, ids=()), [], asked("--task-style ids"))
