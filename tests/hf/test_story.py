@@ -130,11 +130,15 @@ def test_checkpoint_and_export_are_evaluated_alike(place, text_file, tmp_path):
     for name in ("quickstart", "quickstart-hf"):
         flags = ["--input", text_file, "--context-lengths", 128, 512, "--output", tmp_path]
         flags += ["--passkey-lengths", 200, "--passkey-depths", 0, 0.5, "--passkey-trials", 2]
+        flags += ["--tasks", "copy", "--task-style", "ids", "--task-lengths", 200]
+        flags += ["--task-samples", 4]
         run_here(TOOLS / "evaluate.py", "--model", place / "runs" / name, "--overwrite", *flags)
         results.append(json.loads((tmp_path / "evaluation.json").read_text()))
         assert (tmp_path / "evaluation.png").stat().st_size > 10_000
     ours, theirs = results
     assert ours["texts"] == theirs["texts"] and len(ours["passkey"]) == 2
+    [task] = ours["tasks"]  # over the same ids, which either tokenizer says are of text
+    assert ours["tasks"] == theirs["tasks"] and task["answers"] == 4 and task["loss"] > 3
     assert ours["texts"][1]["bytes"] == 3000 and 500 < ours["texts"][1]["tokens"] < 2000
     assert 1 < ours["texts"][1]["bits_per_byte"] < 6
 
