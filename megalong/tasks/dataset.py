@@ -1,0 +1,51 @@
+"""Datasets of samples of tasks, to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from megalong.data.preprocessing.writer import DocumentWriter, token_dtype
+from megalong.data.tokenizers.tokenizer import Tokenizer
+from megalong.tasks.trials import Trials
+
+_CHUNK = 256  # samples that are written at once
+
+
+def data_salt(seed: int) -> str:
+    """Of `Trials`: samples to train on, which no evaluation has."""
+    return f"data {seed}"
+
+
+def write_dataset(
+    prefix: str,
+    trials: Sequence[Trials],
+    tokenizer: Tokenizer,
+    description: dict,
+    *,
+    overwrite: bool = False,
+    on_samples: Callable[[int], object] = lambda count: None,
+) -> None:
+    """Writes PREFIX.bin, .idx and .json: the first sample of each of these trials, the second of
+    each, and so on, a document each.
+
+    description: what PREFIX.json says besides. on_samples: hears how many more are written.
+    Raises UserError where an output is there already and `overwrite` is not set.
+    """
+    dtype = token_dtype(tokenizer.vocab_size)
+    order = [(one, i) for i in range(max(t.samples for t in trials)) for one in trials]
+    order = [(one, i) for one, i in order if i < one.samples]
+    with DocumentWriter(prefix, dtype, overwrite=overwrite) as writer:
+        for start in range(0, len(order), _CHUNK):
+            samples = [one.sample(i).tokens for one, i in order[start : start + _CHUNK]]
+            writer.add(np.concatenate(samples).astype(dtype), [len(tokens) for tokens in samples])
+            on_samples(len(samples))
+        writer.commit(
+            {
+                "tokenizer_sha256": tokenizer.fingerprint,
+                "vocab_size": tokenizer.vocab_size,
+                "eod": tokenizer.eod,
+                **description,
+            }
+        )

@@ -1,0 +1,67 @@
+"""Datasets of tasks: what a training reads is the samples, one a sequence."""
+
+import json
+
+import numpy as np
+import pytest
+
+from megalong.config.arguments import parse_arguments
+from megalong.tasks.trials import Trials, language_of
+from megalong.training.run_data import open_run_data
+from tests.launching import REPOSITORY, run_here, small_run_flags
+
+TOOL = REPOSITORY / "tools" / "make_task_data.py"
+BYTES = ("--tokenizer-type", "ByteTokenizer")
+
+
+def make(prefix, *more, check=True):
+    flags = ["--tasks", "mqar", "copy", "--length", 128, "--samples", 9, "--task-style", "ids"]
+    return run_here(TOOL, *flags, *BYTES, "--output-prefix", prefix, *more, check=check)
+
+
+def test_every_sequence_of_the_training_is_a_sample(tmp_path):
+    assert "9 samples of mqar, copy, 128 tokens each" in make(tmp_path / "tasks").stdout
+    config = parse_arguments(small_run_flags(tmp_path / "tasks", split="1,0,0")).resolve(1)
+    data = open_run_data(config)
+    language = language_of("ids", data.tokenizer.encode, data.tokenizer.text_ids, 256)
+    written = {
+        trials.sample(i).tokens.tobytes()
+        for trials in (
+            Trials("mqar", language, 128, 5, "data 1234", spread=False),
+            Trials("copy", language, 128, 4, "data 1234", spread=False),
+        )
+        for i in range(trials.samples)
+    }
+    read = {data.train.sample(i, 0, 128).astype(np.int64).tobytes() for i in range(9)}
+    assert len(written) == 9 and read == written
+    made = json.loads((tmp_path / "tasks.json").read_text())
+    assert made["documents"] == 9 and made["tasks"] == ["mqar", "copy"] and made["seed"] == 1234
+
+
+def test_no_sample_of_an_evaluation_is_trained_on(tmp_path):
+    make(tmp_path / "tasks", "--seed", 0)
+    tokens = (tmp_path / "tasks.bin").read_bytes()
+    language = language_of("ids", lambda text: [], range(256), 256)
+    for task in ("mqar", "copy"):
+        trials = Trials(task, language, 128, 9)
+        for i in range(9):
+            assert trials.sample(i).tokens.astype(np.uint16).tobytes() not in tokens
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--tasks", "mqra"], "--tasks mqra: no such task; did you mean mqar?"),
+        (["--samples", 1], "--samples 1: must be at least 1 for each task"),
+        (["--length", 20], "--length 20: copy needs at least 35 tokens"),
+        (["--task-style", "text"], "--length 128: copy needs at least"),
+        (["--prepend-bos"], "--prepend-bos: the tokenizer has no token"),
+        ([], "tasks.bin is there already: choose another --output-prefix, or --overwrite"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(tmp_path, flags, message):
+    if not flags:
+        make(tmp_path / "tasks")
+    refused = make(tmp_path / "tasks", *flags, check=False)
+    assert refused.returncode == 2 and message in refused.stderr
+    assert (tmp_path / "tasks.bin").exists() == (not flags)
