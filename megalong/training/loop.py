@@ -227,14 +227,15 @@ class Trainer:
         self.saved_iteration = self.progress.iteration
 
     def _evaluate_if_due(self, iteration: int) -> None:
-        if iteration >= self.config.training.train_iters:
+        at_the_end = iteration >= self.config.training.train_iters
+        if at_the_end:
             for split in self.data.held_out:
                 self._evaluate(iteration, split, whole=self.config.run.full_validation)
         elif iteration % self.config.run.eval_interval == 0:
             for split in validation_sets(self.data.held_out):
                 self._evaluate(iteration, split, whole=False)
         for trials in self.data.tasks:
-            if self._due(iteration, self.config.tasks.eval_task_interval):
+            if at_the_end or iteration % self.config.tasks.eval_task_interval == 0:
                 self._evaluate_task(trials)
 
     def _evaluate(self, iteration: int, split: str, whole: bool) -> None:
