@@ -23,7 +23,8 @@ def mqar(language: Language, length: int, depth: float, draw: Random) -> Draft:
     the haystack, then every key once more in another order, each to be followed by its value.
 
     Pairs and questions take a half of the sample, or less where the keys do not suffice. There are
-    answers at every depth; `depth` says nothing.
+    answers at every depth; `depth` says nothing. Who only knows which values there are, and does
+    not tell one twice, is right in (1 + 1/2 + ... + 1/n) / n of n answers.
     """
     [key], [value] = language.keys(1, draw), language.values(1, draw)
     size = len(language.say(PAIR, key, value).tokens)
