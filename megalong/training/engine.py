@@ -232,9 +232,7 @@ class TrainingEngine:
         )
 
 
-def _forward_step(
-    device, loss_function, beside, batches: Iterator[Batch], module: torch.nn.Module
-):
+def _forward_step(device, loss_function, beside, batches: Iterator[Batch], module: torch.nn.Module):
     """Megatron-core's forward step: the model's token losses, and what is wanted beside them, and
     how to make a loss of them."""
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
