@@ -1,7 +1,8 @@
 """Steps with all layers and with few, in a process with a fake GPU.
 
-Writes {case: {"few", "whole", "calls"}} as JSON into the file that it is given, of the cases that
-are named after it: what is told of each step, and how many calls of layers each made.
+Writes {case: {"few", "whole", "fallen", "calls"}} as JSON into the file that it is given, of the
+cases that are named after it: what is told of each step, and how many calls of layers each made.
+`fallen`: of the first case, where a layer is said to leave something, so that all have to be run.
 """
 
 import contextlib
@@ -96,6 +97,13 @@ def main(output: str, *names: str) -> None:
 
     from megalong.model.tiled_layer import TiledTransformerLayer
     from megalong.planning import dry_run as module
+    from megalong.planning.few_layers import LeavesSomething, few_layers
+
+    @contextlib.contextmanager
+    def leaving_something(*args):
+        with few_layers(*args):
+            yield
+        raise LeavesSomething
 
     results = {}
     os.chdir(Path(output).parent)
@@ -113,6 +121,10 @@ def main(output: str, *names: str) -> None:
             whole, all_calls = step()
         few, few_calls = step()
         results[name] = {"few": few, "whole": whole, "calls": [few_calls, all_calls]}
+        if len(results) == 1:
+            with mock.patch.object(module, "few_layers", leaving_something):
+                results[name]["fallen"], calls = step()
+            results[name]["calls"].append(calls)
     Path(output).write_text(json.dumps(results))
 
 
