@@ -249,7 +249,11 @@ def as_json(found: Search, training: Training, vocab_size: int) -> dict[str, Any
         "vocab_size": vocab_size,
         "layouts": [row(layout) for layout in found.planned],
         "not_run": [
-            {"layout": layout_name(each.config, training.ranks), "estimate": each.estimate}
+            {
+                "layout": layout_name(each.config, training.ranks),
+                "estimate": each.estimate,
+                "activations": each.activations,
+            }
             for each in found.not_run
         ],
         "slower": [

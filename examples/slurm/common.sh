@@ -83,7 +83,9 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # has not started yet.
 export STOP_REQUEST=$run/.stop_request_$SLURM_JOB_ID
 step=
+asked=
 ask_to_stop() {
+    asked=yes
     touch "$STOP_REQUEST"
     # Not TERM, on which srun kills its step.
     if [[ -n $step ]]; then kill -USR1 "$step" 2>/dev/null; fi
@@ -113,9 +115,9 @@ run_step() {
     status=$?
     trap '' USR1 TERM
     # A node's part that was not yet as far as its trap (a slow file system, a container, a long
-    # BASH_ENV) has died of SIGUSR1, and srun has then ended those of other nodes.
-    if ((status == 128 + 10)) || { ((status == 128 + 15)) && [[ -e $STOP_REQUEST ]]; }; then
-        echo "stopped by SIGUSR1 before the training began" >"$run/stopped"
+    # BASH_ENV) has died of SIGUSR1, and srun may have ended those of other nodes by SIGTERM.
+    if ((status == 128 + 10)) || { ((status == 128 + 15)) && [[ -n $asked ]]; }; then
+        echo "stopped while the nodes' parts were starting" >"$run/stopped"
     fi
     rm -f "$STOP_REQUEST"
 

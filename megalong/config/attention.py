@@ -129,9 +129,13 @@ class AttentionConfig:
         if isinstance(self.attention, str):  # one for all layers
             object.__setattr__(self, "attention", (self.attention,))
 
+    def name(self, layer: int) -> str:
+        """That of the kind of a layer, from 0."""
+        return self.attention[layer % len(self.attention)]
+
     def kind(self, layer: int) -> AttentionKind:
         """That of a layer, from 0."""
-        return KINDS[self.attention[layer % len(self.attention)]]
+        return KINDS[self.name(layer)]
 
     def pattern(self, layer: int) -> Any:
         """Which positions attend to which in a layer, from 0 (after `resolve`)."""

@@ -148,6 +148,7 @@ class DryRun:
 
     work: its operations and collectives.
     memory: bytes of the device at the peak, by kind (`megalong.planning.work.MEMORY`).
+    activations: bytes of them, where there are most: the peak may be in the update.
     host: bytes of the host's memory at the peak of a step: activations that wait there, with
         --offload-activations, and an optimizer that a DeepSpeed file has put there.
     another: what one more micro batch adds to the work, or of the interleaved schedule one more
@@ -157,6 +158,7 @@ class DryRun:
 
     work: Work
     memory: Counter[str]
+    activations: int
     host: int
     another: Work | None = None
     waits: Counter[str] = field(default_factory=Counter)
@@ -251,7 +253,14 @@ def _dry_run(
         another = begun[first + group].plus(begun[first], -1)
         if mesh.is_last_stage:
             another.operations[SUM_OF_LOSSES] += group
-    return DryRun(recorder.work, memory.peak, memory.host_peak, another, syncs.counts)
+    return DryRun(
+        work=recorder.work,
+        memory=memory.peak,
+        activations=memory.most_activations,
+        host=memory.host_peak,
+        another=another,
+        waits=syncs.counts,
+    )
 
 
 def steady_microbatches(config: Config, stage: int) -> tuple[int, int]:

@@ -94,8 +94,8 @@ def shares(config: Config, vocab_size: int) -> Shares:
         ]
         one, two = (_of_model(run.work) for run in runs)
         layers[kind] = two.plus(one, -1)
-        held_by_one, held_by_two = (run.memory["activations"] for run in runs)
-        activations[kind] = max(0, held_by_two - held_by_one)
+        held_by_one, held_by_two = (run.activations for run in runs)
+        activations[kind] = held_by_two - held_by_one
     rest = one.plus(layers[kind], -1)
     before = Work(Counter({c: n for c, n in rest.operations.items() if c.part == "embedding"}))
     return Shares(layers, before, rest.plus(before, -1), activations)
@@ -133,8 +133,7 @@ def estimated_seconds(
     works: dict[object, Work] = {}
     of_stages = []
     for stage in range(stages):
-        names = config.attention.attention
-        kinds = Counter(names[layer % len(names)] for layer in layers_of_stage(config, stage))
+        kinds = Counter(config.attention.name(layer) for layer in layers_of_stage(config, stage))
         ends = stage == 0, stage == stages - 1
         key = tuple(sorted(kinds.items())), ends
         if key not in works:
@@ -158,8 +157,7 @@ def estimated_activations(config: Config, of: Shares, ranks: int) -> float:
     passes = stages
     if chunks > 1:  # of the interleaved schedule, before the first backward pass
         passes = 2 * (stages - 1) + (chunks - 1) * stages + 1
-    names = config.attention.attention
-    layers = sum(of.activations[names[i % len(names)]] for i in layers_of_stage(config, 0))
+    layers = sum(of.activations[config.attention.name(i)] for i in layers_of_stage(config, 0))
     at_once = min(passes / chunks, micro_batches)
     return layers * at_once * config.training.micro_batch_size
 

@@ -56,7 +56,7 @@ def few_layers(
             chunks.append(_Layers(chunk.decoder, kinds, memory, recorder, always))
             stack.enter_context(chunks[-1].in_place())
         yield
-    if any(chunk.leaves_something for chunk in chunks):
+    if any(chunk.leaving & chunk.replayed for chunk in chunks):
         raise LeavesSomething
 
 
@@ -124,11 +124,19 @@ class _Forward:
 
     start: int
     input: Block
-    is_leaf: bool  # the input: a pipeline's schedule holds it until the backward pass is over
-    held: bool | None = None  # the input, by others than the layer, for longer; None: not known yet
+    is_leaf: bool  # the input, of autograd's graph
     work: Work = field(default_factory=Work)
     changes: list[Change] = field(default_factory=list)
     output: _Made | None = None
+    held: bool | None = None  # the input, by others than the layer; None: nobody knows yet
+
+    @property
+    def seems_held(self) -> bool:
+        """The same, while the backward pass is still to come: a leaf is a tensor of a pipeline's
+        schedule, which holds it until that is over; and what has gone, and not within the layer,
+        the model held."""
+        gone = self.input.end is not None and not _ends(self.changes, self.input)
+        return self.is_leaf or gone
 
 
 @dataclass
@@ -138,6 +146,7 @@ class _Backward:
 
     start: int
     input: Block  # of the forward pass
+    is_leaf: bool  # the input, of autograd's graph
     output_gradient: Block
     work: Work = field(default_factory=Work)
     pieces: list[list[Change]] = field(default_factory=list)
@@ -180,11 +189,12 @@ class _Layers:
             self.kinds[index] = index
         self.forward: dict[Hashable, _Forward] = {}
         self.backward: dict[Hashable, _Backward] = {}
-        self.inputs: dict[int, Block] = {}  # of the layers that are seen backward
+        self.inputs: dict[int, tuple[Block, bool]] = {}  # of layers that are seen backward: is_leaf
         self.going_forward: tuple[int, _Forward] | None = None
         self.going_backward: tuple[int, _Backward] | None = None
         self.microbatch = self.microbatch_back = -1  # that is under way, in each direction
-        self.leaves_something = False
+        self.leaving: set[Hashable] = set()  # kinds of layers that leave something
+        self.replayed: set[Hashable] = set()
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -222,7 +232,7 @@ class _Layers:
             return self._replayed(index, hidden_states), None
         block = self.memory.block_of(hidden_states)
         if self.seen_backward.get(index) == self.microbatch:
-            self.inputs[index] = block
+            self.inputs[index] = block, hidden_states.is_leaf
         if self.seen_forward.get(index) == self.microbatch:
             self.going_forward = index, _Forward(self.memory.moment, block, hidden_states.is_leaf)
             self.recorder.write_besides(self.going_forward[1].work)
@@ -259,28 +269,32 @@ class _Layers:
         begins."""
         self.microbatch_back = microbatch
         if self.going_backward is not None:
-            self.going_backward[1].input_gradient = _Made.of(gradient, self.memory)
-            self._may_be_over()
+            seen = self.going_backward[1]
+            seen.input_gradient = _Made.of(gradient, self.memory)
+            if not seen.is_leaf or self._all_weights_seen():
+                self._is_over()
         if self.seen_backward.get(index - 1) == microbatch:
             block = self.memory.block_of(gradient)
-            seen = _Backward(self.memory.moment, self.inputs[index - 1], block)
+            seen = _Backward(self.memory.moment, *self.inputs[index - 1], block)
             self.going_backward = index - 1, seen
             self.recorder.write_besides(seen.work)
 
-    def _may_be_over(self) -> None:
-        """Input and weights have their gradients, if they do: where the input is a leaf of
-        autograd's graph as the weights are, it may have its own before some of them."""
+    def _all_weights_seen(self) -> bool:
+        """An input that is a leaf, as weights are, may have its gradient before some of them."""
         index, seen = self.going_backward
-        weights = sum(1 for _ in self.layers[index].parameters())
-        if seen.input_gradient is None or len(seen.weights) < weights:
-            return
-        self.going_backward = None
+        return len(seen.weights) == sum(1 for _ in self.layers[index].parameters())
+
+    def _is_over(self) -> None:
+        """The backward pass that is seen."""
+        (index, seen), self.going_backward = self.going_backward, None
         self.recorder.write_besides(None)
         seen.pieces.append(self.memory.since(seen.start))
         self.backward[self.kinds[index]] = seen
-        self._check(self.forward[self.kinds[index]], seen)
+        if not self._as_expected(self.forward[self.kinds[index]], seen):
+            self.leaving.add(self.kinds[index])
 
-    def _check(self, forward: _Forward, backward: _Backward) -> None:
+    @staticmethod
+    def _as_expected(forward: _Forward, backward: _Backward) -> bool:
         """Output and input, and their gradients, are of the same size, and everything else has
         ended but the gradients of the weights, of whose ends others tell, and what others hold."""
         held = not (_ends(forward.changes, forward.input) or backward.ends(backward.input))
@@ -288,8 +302,8 @@ class _Layers:
         left -= sum(made.bytes for _, made in backward.weights)
         left -= backward.input_gradient.bytes * held
         left -= backward.input_gradient.bytes * (not backward.ends(backward.output_gradient))
-        self.leaves_something |= left != 0 or forward.held not in (None, held)
-        forward.held = held
+        forward.held = held if forward.held is None else forward.held
+        return left == 0 and forward.held == held
 
     def _weight(self, index: int, name: str, gradient: torch.Tensor) -> None:
         """A gradient of a weight is there, and about to be accumulated."""
@@ -299,16 +313,16 @@ class _Layers:
         seen.pieces.append(self.memory.since(seen.start))
         seen.weights.append((name, _Made.of(gradient, self.memory)))
         seen.start = self.memory.moment
-        self._may_be_over()
+        if seen.input_gradient is not None and self._all_weights_seen():
+            self._is_over()
 
     # ---------------------------------------------------------------- replaying a layer
 
     def _replayed(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """The output of a layer that is not run, in the forward pass."""
         seen = self.forward[self.kinds[index]]
-        if seen.held is None:  # and its backward pass is still to come
-            gone = seen.input.end is not None and not _ends(seen.changes, seen.input)
-            seen.held = seen.is_leaf or gone
+        self.replayed.add(self.kinds[index])
+        seen.held = seen.seems_held if seen.held is None else seen.held
         taken = self.memory.block_of(x) if seen.held else self.memory.hand_over(x)
         y = seen.output.another(self.memory)
         blocks = {seen.input: taken, seen.output.block: self.memory.block_of(y)}
@@ -330,7 +344,9 @@ class _Layers:
     def _in_steps(self, index: int, x: torch.Tensor, taken: Block | None = None) -> torch.Tensor:
         """Something like a layer's output, whose gradient goes the layer's way back to x and to its
         weights. taken: the life of the layer's input; None: that of x."""
-        seen = self.backward[self.kinds[index]]
+        seen = self.backward.get(self.kinds[index])
+        if seen is None:  # it was not over when another began
+            raise LeavesSomething
         taken = self.memory.block_of(x) if taken is None else taken
         steps = _Steps(seen, taken, _Made.of(x, self.memory), self.memory, self.recorder)
         return steps.output(x, dict(self.layers[index].named_parameters()))

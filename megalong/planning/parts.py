@@ -70,10 +70,11 @@ class Parts:
                     for name in names:
                         function = self._scoped(getattr(owner, name), part)
                         stack.enter_context(mock.patch.object(owner, name, function))
+            modules = dict(pair for chunk in model.chunks for pair in _modules(chunk))
+            for module, part in modules.items():  # chunks share one for the angles of positions
+                for handle in self._hook(module, part):
+                    stack.callback(handle.remove)
             for chunk in model.chunks:
-                for module, part in _modules(chunk):
-                    for handle in self._hook(module, part):
-                        stack.callback(handle.remove)
                 loss = self._marking(chunk.compute_language_model_loss, "logits")
                 stack.enter_context(mock.patch.object(chunk, "compute_language_model_loss", loss))
             yield

@@ -95,13 +95,19 @@ def rejected(search: Search, training: Training, most: int = 5) -> str:
         short.sort(key=lambda layout: sum(layout.memory.values()))
         for layout in short[:most]:
             lines.append(f"    {_what_is_short(layout, training)}")
-    if search.not_run:
-        least = min(search.not_run, key=lambda layout: layout.estimate)
-        lines.append(
-            f"{counted(len(search.not_run), 'layout')} not run, as they need more: by the estimate"
-            f" of --memory-path auto, or for activations alone, {least.estimate / GIB:,.0f} GiB and"
-            " up"
-        )
+    for activations, why in (
+        (False, "by the estimate of --memory-path auto that says what is needed"),
+        (True, "by their activations, of which one layer or another ZeRO stage tells"),
+    ):
+        of_reason = [each for each in search.not_run if each.activations == activations]
+        if of_reason:
+            least = min(of_reason, key=lambda each: each.estimate)
+            lines.append(
+                f"{counted(len(of_reason), 'layout')} not run that would not fit in"
+                f" {usable / GIB:.1f} GiB {why}; the nearest:"
+            )
+            name = layout_name(least.config, training.ranks)
+            lines.append(f"    {least.estimate / GIB:,.1f} GiB: {name}")
     if search.slower:
         fastest = max(
             each.config.training.global_batch_size * each.config.model.seq_length / each.estimate

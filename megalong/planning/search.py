@@ -83,11 +83,12 @@ class PlannedLayout:
 
 @dataclass(frozen=True)
 class NotRun:
-    """A layout that is known not to fit. estimate: bytes of the device that it needs: about, or at
-    least."""
+    """A layout that is known not to fit. estimate: bytes of the device that it needs about, or of
+    its activations alone."""
 
     config: Config
     estimate: float
+    activations: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Slower:
 @dataclass
 class Search:
     """planned: layouts that were run, those that fit first, the fastest first. not_run: those that
-    need far too much. slower: divisions that others are faster than. refused: messages about
+    are known not to fit. slower: divisions that others are faster than. refused: messages about
     layouts that cannot be, by how many there were."""
 
     planned: list[PlannedLayout] = field(default_factory=list)
@@ -283,7 +284,7 @@ class _Searching:
         """Note that activations of so many bytes are held with any ZeRO stage, and do not fit, and
         take those rungs away. first: the next one too, else it was run."""
         for rung in [ladder.config] * first + ladder.with_other_zero_stages():
-            self.result.not_run.append(NotRun(rung, held))
+            self.result.not_run.append(NotRun(rung, held, activations=True))
             ladder.rungs.remove(rung)
 
     def most_promising(self, queue: list[tuple[float, int, _Ladder]], wanted: int) -> list[_Ladder]:

@@ -130,6 +130,8 @@ def estimated(flags, ranks, microbatches) -> dict:
         one_stage,
         shares,
     )
+    from megalong.planning.extension import planned_step
+    from megalong.planning.ranks import ranks_to_plan
     from megalong.planning.search import planned_layout
 
     cluster = load_cluster("h100")
@@ -139,13 +141,17 @@ def estimated(flags, ranks, microbatches) -> dict:
     names = (config.attention.attention * config.model.num_layers)[: config.model.num_layers]
     kinds = {name: names.count(name) for name in set(names)}
     count = count_parameters(config.model, VOCABULARY).used
-    planned = planned_layout(config, VOCABULARY, cluster, ranks)
+    places = [place for place in ranks_to_plan(config, ranks) if place.stage == 0]
+    steps = [planned_step(config, VOCABULARY, rank=p.rank, ranks=ranks) for p in places]
     return {
         "shares": of_work(without_tables(of.of_stage(kinds, (True, True)))),
         "run": of_work(without_tables(model_work(one, VOCABULARY))),
         "estimated": estimated_seconds(config, of, count, cluster, VOCABULARY, ranks),
-        "planned": planned.cost.total,
-        "activations": [estimated_activations(config, of, ranks), planned.memory["activations"]],
+        "planned": planned_layout(config, VOCABULARY, cluster, ranks).cost.total,
+        "activations": [
+            estimated_activations(config, of, ranks),
+            max(step.activations for step in steps),
+        ],
     }
 
 

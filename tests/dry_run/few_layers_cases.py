@@ -1,14 +1,16 @@
 """Steps with all layers and with few, in a process with a fake GPU.
 
-Writes {case: {"few", "whole", "fallen", "calls"}} as JSON into the file that it is given, of the
-cases that are named after it: what is told of each step, and how many calls of layers each made.
-`fallen`: of the first case, where a layer is said to leave something, so that all have to be run.
+Writes {case: {"few", "whole", "fallen", "calls", "rotary"}} as JSON into the file that it is given,
+of the cases that are named after it: what is told of each step, how many calls of layers each made,
+and how many modules of angles the chunks have. `fallen`: of the first case, where a layer is said
+to leave something, so that all have to be run.
 """
 
 import contextlib
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -29,30 +31,30 @@ EVERYTHING = {  # that a layer may have
 
 # name -> flags, rank, ranks, micro batches; those of `SHORT` are of every test run
 CASES = {
-    "tp2 sp2": ({TENSOR: 2, SEQUENCE: 2}, 3, 4, 2),
-    "ZeRO 2, small buckets, recomputed": ({**FULL, **SMALL_BUCKETS, "zero_stage": 2}, 1, 4, 2),
+    "tp2 sp2": ({TENSOR: 2, SEQUENCE: 2}, 3, 4, 3),
+    "ZeRO 2, small buckets, recomputed": ({**FULL, **SMALL_BUCKETS, "zero_stage": 2}, 1, 4, 3),
     "one": ({"num_layers": 8}, 0, 1, 3),
-    "float32": ({"precision": "fp32"}, 1, 2, 2),
-    "fp16": ({"precision": "fp16"}, 1, 2, 2),
+    "float32": ({"precision": "fp32"}, 1, 2, 3),
+    "fp16": ({"precision": "fp16"}, 1, 2, 3),
     "ZeRO 1, small buckets": (SMALL_BUCKETS, 1, 4, 3),
-    "memory path": (ON, 0, 1, 2),
-    "memory path, tp2 sp2": ({**ON, TENSOR: 2, SEQUENCE: 2}, 3, 4, 2),
-    "memory path, tiles alike": ({**ON, "tile_size": 128}, 0, 1, 2),
-    "memory path, recomputed": ({**ON, **FULL}, 1, 2, 2),
+    "memory path": (ON, 0, 1, 3),
+    "memory path, tp2 sp2": ({**ON, TENSOR: 2, SEQUENCE: 2}, 3, 4, 3),
+    "memory path, tiles alike": ({**ON, "tile_size": 128}, 0, 1, 3),
+    "memory path, recomputed": ({**ON, **FULL}, 1, 2, 3),
     "memory path without attention, recomputed": (
-        {**ON, **FULL, TENSOR: 2, "tiled_attention": False}, 1, 2, 2,
+        {**ON, **FULL, TENSOR: 2, "tiled_attention": False}, 1, 2, 3,
     ),
-    "memory path without MLP, recomputed": ({**ON, **FULL, "tiled_mlp": False}, 1, 2, 2),
+    "memory path without MLP, recomputed": ({**ON, **FULL, "tiled_mlp": False}, 1, 2, 3),
     "some layers recomputed": (
-        {**FULL, "recompute_method": "block", "recompute_num_layers": 5, "num_layers": 10}, 0, 1, 2,
+        {**FULL, "recompute_method": "block", "recompute_num_layers": 5, "num_layers": 10}, 0, 1, 3,
     ),
-    "selective recomputation": ({"recompute_granularity": "selective"}, 0, 1, 2),
-    "hybrid": ({**HYBRID, "num_layers": 15}, 0, 1, 2),
+    "selective recomputation": ({"recompute_granularity": "selective"}, 0, 1, 3),
+    "hybrid": ({**HYBRID, "num_layers": 15}, 0, 1, 3),
     "hybrid, documents apart": (
-        {**HYBRID, "num_layers": 15, "document_attention": "isolated"}, 0, 1, 2,
+        {**HYBRID, "num_layers": 15, "document_attention": "isolated"}, 0, 1, 3,
     ),
-    "everything": (EVERYTHING, 1, 2, 2),
-    "everything, memory path": ({**EVERYTHING, **ON}, 1, 2, 2),
+    "everything": (EVERYTHING, 1, 2, 3),
+    "everything, memory path": ({**EVERYTHING, **ON}, 1, 2, 3),
     "pp2, first stage": ({PIPELINE: 2, "num_layers": 10}, 0, 2, 4),
     "pp2, last stage, tied embedding": (
         {PIPELINE: 2, "num_layers": 10, "untie_embeddings_and_output_weights": False}, 1, 2, 4,
@@ -112,15 +114,23 @@ def main(output: str, *names: str) -> None:
         flags, rank, ranks, microbatches = CASES[name]
         config = config_of({"num_layers": 6, **flags}, ranks, microbatches).resolve(ranks)
 
-        def step(config=config, rank=rank, ranks=ranks):
+        rotary = set()
+
+        def look(engine, rotary=rotary):
+            rotary |= {id(chunk.rotary_pos_emb) for chunk in engine.model.chunks}
+
+        def step(config=config, look=lambda _: None, **place):
             with counting_calls(TransformerLayer, TiledTransformerLayer) as calls:
-                result = module.dry_run(config, VOCABULARY, rank=rank, ranks=ranks, quick=True)
+                result = module.dry_run(config, VOCABULARY, prepare=look, quick=True, **place)
             return told(result), len(calls)
 
+        step = partial(step, rank=rank, ranks=ranks)
+
         with mock.patch.object(module, "few_layers", lambda *_: contextlib.nullcontext()):
-            whole, all_calls = step()
+            whole, all_calls = step(look=look)
         few, few_calls = step()
         results[name] = {"few": few, "whole": whole, "calls": [few_calls, all_calls]}
+        results[name]["rotary"] = len(rotary)
         if len(results) == 1:
             with mock.patch.object(module, "few_layers", leaving_something):
                 results[name]["fallen"], calls = step()

@@ -53,6 +53,4 @@ def test_a_step_is_estimated_from_its_layers(case, results):
     # The kernels of so small a model are all launches and latencies.
     assert 0.85 * found["planned"] <= found["estimated"] <= DOUBT * found["planned"]
     expected, held = found["activations"]
-    assert expected <= DOUBT * held
-    # Where little is held, so small a model needs most memory in the update.
-    assert expected == 0 or expected >= 0.9 * held
+    assert 0.9 * held <= expected <= DOUBT * held

@@ -34,6 +34,7 @@ def test_few_layers_tell_of_all(names, tmp_path):
         few, all_calls = found["calls"][:2]
         assert few < all_calls, name
         assert len(found["whole"]["memory"]) > 4, name
+        assert found["rotary"] == 1, name
     first = results[names[0]]
     assert first["fallen"] == first["whole"]
     assert first["calls"][2] == first["calls"][0] + first["calls"][1]

@@ -1,5 +1,6 @@
 """A search in words, and the files that start a layout."""
 
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -90,14 +91,18 @@ def test_what_does_not_fit_says_by_how_much(training):
     large = layout(memory=(30, 70), fits=False)
     on_host = layout(host=400 * GIB, fits=False)
     slower = [Slower(large.config, 16.0), Slower(large.config, 32.0)]
-    found = Search([layout(), large, on_host], [NotRun(large.config, 900 * GIB)], slower)
+    not_run = [NotRun(large.config, 900 * GIB), NotRun(large.config, 800 * GIB, activations=True)]
+    found = Search([layout(), large, on_host], not_run, slower)
     found.refused["--zero-stage 2 cannot"] += 3
     text = rejected(found, training)
     usable = USABLE * training.cluster.device.memory / GIB
     assert f"2 layouts would not fit in {usable:.1f} GiB" in text
     assert "100.0 GiB (70% activations, 30% weights)" in text
     assert "3200 GiB on the host of a node, which has" in text
-    assert "1 layout not run" in text and "900 GiB and up" in text
+    name = layout_name(large.config, training.ranks)
+    for reason, needed in (("estimate of --memory-path auto", 900), ("activations, of", 800)):
+        line = rf"1 layout not run that would not fit in {usable:.1f} GiB by .*{reason}.*:\n"
+        assert re.search(rf"{line}    {needed}\.0 GiB: {re.escape(name)}$", text, re.MULTILINE)
     assert "3 x --zero-stage 2 cannot" in text
     # 8 sequences of 4,096 tokens in 16 seconds.
     assert "2 other ways to share the work not run" in text and "2,048 tokens/s at the most" in text

@@ -198,7 +198,7 @@ def test_the_best_are_those_of_a_search_that_runs_all(seed):
     """Where what computes more, or has a higher ZeRO stage, takes longer in the same division."""
     draw = np.random.default_rng(seed)
     divisions = [division(size, stages=(1, 2, 3)) for size in (1, 2, 4, 8)]
-    times, needs, fitting = {}, {}, {}
+    times, needs, fitting, activations, expected = {}, {}, {}, {}, {}
     for each in divisions:
         computes = ["off", "on", "full"]  # from the one that does least
         order = sorted(
@@ -208,8 +208,22 @@ def test_the_best_are_those_of_a_search_that_runs_all(seed):
         for rung, time in zip(order, seconds, strict=True):
             times[rung] = float(time)
             needs[rung] = draw.uniform(0.5, 2.5)
-            fitting[rung] = needs[rung] / draw.uniform(1, 1.7) <= 1
-    found, runs = find(divisions, fits=fitting.get, seconds=times.get, wanted=3, needs=needs.get)
+            needed = needs[rung] / draw.uniform(1, 1.7)
+            fitting[rung] = needed <= 1
+        for rung in order:  # what ZeRO does not divide is as much with every stage
+            least = min(needs[r] for r in order if kind(r) == kind(rung)) / 1.7
+            activations[rung] = least
+            expected[rung] = least * searching.DOUBT
+    found, runs = find(
+        divisions,
+        fits=fitting.get,
+        seconds=times.get,
+        wanted=3,
+        needs=needs.get,
+        activations=activations.get,
+        expected=expected.get,
+    )
+    assert not any(fitting[each.config] for each in found.not_run)
     best = [
         min(times[rung] for rung in each.rungs if fitting[rung])
         for each in divisions

@@ -48,7 +48,10 @@ def test_stopped_requeued_and_finished(slurm, corpus, tmp_path):
 
     assert job.wait() == "0:0", job.text()
     assert job.requeued == 1
-    stopped = r"^stopped by SIGUSR1 (before the training began|after iteration 1)\nrequeued: SLURM"
+    stopped = (
+        r"^stopped (by SIGUSR1 (before the training began|after iteration 1)|while the nodes' parts"
+        r" were starting)\nrequeued: SLURM"
+    )
     assert re.search(stopped, job.text(), re.MULTILINE), job.text()
     assert not job.shows_traceback(), job.text()
     assert_same_run(tmp_path / "run", whole)
@@ -72,9 +75,50 @@ def test_stopped_while_the_nodes_still_start(slurm, tmp_path):
     wait_until(lambda: all((tmp_path / node).exists() for node in "01"), 120, "no step", job.text)
     job.signal("--batch", "--signal=USR1")
     job.wait_for("\nrequeued: SLURM starts this job again")
-    assert re.search("^stopped by SIGUSR1 before the training began\n", job.text(), re.MULTILINE)
+    assert re.search("^stopped while the nodes' parts were starting\n", job.text(), re.MULTILINE)
     assert job.requeued == 1
     job.signal()
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_step_that_ended_by_sigterm_is_requeued_only_where_the_script_was_asked(asked, tmp_path):
+    """srun ends the parts of the other nodes by SIGTERM where one has failed, too: they then make
+    the file that asks to stop."""
+    stands_in = {
+        "srun": f"""
+            if [[ -n {"yes" if asked else ""!r} ]]; then kill -USR1 $PPID; sleep 1; fi
+            touch "$STOP_REQUEST"
+            exit 143
+        """,
+        "scontrol": f"""
+            echo "$*" >>"{tmp_path}/said"
+            if [[ $2 == hostnames ]]; then echo here; fi
+            echo "JobState=RUNNING Restarts=0 "
+        """,
+    }
+    for name, text in stands_in.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{text}")
+        path.chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "MEGALONG": str(REPOSITORY),
+        "RUN": str(tmp_path / "run"),
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NUM_NODES": "3",
+        "SLURM_JOB_NODELIST": "here",
+    }
+    script = str(SCRIPTS / "srun_torchrun.sbatch")
+    done = subprocess.run(
+        ["bash", script], env=environment, capture_output=True, text=True, check=False
+    )
+    requeued = "requeue 1\n" in (tmp_path / "said").read_text()
+    stopped = (tmp_path / "run" / "stopped").exists()
+    assert (done.returncode, requeued, stopped) == (
+        (0, True, True) if asked else (143, False, False)
+    )
 
 
 def test_what_torchrun_says_of_its_own_end_is_no_traceback_of_a_run(tmp_path):
