@@ -39,13 +39,14 @@ _UPDATE_KERNELS, _OF_LAYER, _ACCUMULATION_KERNELS = 120, 30, 15
 class Shares:
     """What a rank does, forward and backward, for one sequence: in a layer of each kind of
     attention, and before and after all layers (collectives of the embedding count as after); and
-    the bytes of activations that a layer of each kind holds for it. Of the ranks that share
-    a sequence the one that attends to most."""
+    the bytes of activations that it holds for that, in a layer of each kind and outside of them. Of
+    the ranks that share a sequence the one that attends to most."""
 
     layers: dict[str, Work]
     before: Work
     after: Work
     activations: dict[str, int]
+    other_activations: int
 
     def of_stage(self, kinds: Mapping[str, int], ends: tuple[bool, bool]) -> Work:
         """Of a pipeline stage with so many layers of each kind. ends: whether it is the first, and
@@ -98,7 +99,8 @@ def shares(config: Config, vocab_size: int) -> Shares:
         activations[kind] = held_by_two - held_by_one
     rest = one.plus(layers[kind], -1)
     before = Work(Counter({c: n for c, n in rest.operations.items() if c.part == "embedding"}))
-    return Shares(layers, before, rest.plus(before, -1), activations)
+    other = held_by_one - activations[kind]
+    return Shares(layers, before, rest.plus(before, -1), activations, other)
 
 
 def model_work(config: Config, vocab_size: int) -> Work:
@@ -158,8 +160,10 @@ def estimated_activations(config: Config, of: Shares, ranks: int) -> float:
     if chunks > 1:  # of the interleaved schedule, before the first backward pass
         passes = 2 * (stages - 1) + (chunks - 1) * stages + 1
     layers = sum(of.activations[config.attention.name(i)] for i in layers_of_stage(config, 0))
-    at_once = min(passes / chunks, micro_batches)
-    return layers * at_once * config.training.micro_batch_size
+    held = layers * min(passes / chunks, micro_batches)
+    if stages == 1:
+        held += of.other_activations
+    return held * config.training.micro_batch_size
 
 
 def _of_sequences(work: Work, count: int) -> Work:

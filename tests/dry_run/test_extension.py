@@ -53,4 +53,6 @@ def test_a_step_is_estimated_from_its_layers(case, results):
     # The kernels of so small a model are all launches and latencies.
     assert 0.85 * found["planned"] <= found["estimated"] <= DOUBT * found["planned"]
     expected, held = found["activations"]
-    assert 0.9 * held <= expected <= DOUBT * held
+    # A stage of chunks that are recomputed holds as much again between them.
+    least = 0.4 if "chunks of one layer, recomputed" in case else 0.9
+    assert least * held <= expected <= DOUBT * held
