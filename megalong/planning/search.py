@@ -46,7 +46,8 @@ HOPELESS = 1.75
 # of the 1.3B model, on 8 ranks, the estimate was 0.92 to 1.004 of a dry run's time; tests hold time
 # and activations to be at most so much of it for models that are all launches.
 DOUBT = 1.1
-# Runs that are decided upon together, whatever the processes: the result does not hang on those.
+# Runs that are decided upon together at most, whatever the processes: the result does not hang on
+# those.
 _TOGETHER = 4
 
 
@@ -290,9 +291,11 @@ class _Searching:
     def most_promising(self, queue: list[tuple[float, int, _Ladder]], wanted: int) -> list[_Ladder]:
         """Taken from the queue: some that may be among the wanted ones; none when all is known."""
         seconds = sorted(layout.seconds for layout in self.result.fitting)
-        limit = DOUBT * seconds[wanted - 1] if len(seconds) >= wanted else math.inf
+        limit, most = math.inf, min(_TOGETHER, wanted - len(seconds))
+        if most <= 0:
+            limit, most = DOUBT * seconds[wanted - 1], _TOGETHER
         chosen: list[_Ladder] = []
-        while queue and len(chosen) < _TOGETHER and queue[0][0] <= limit:
+        while queue and len(chosen) < most and queue[0][0] <= limit:
             chosen.append(heapq.heappop(queue)[2])
         return chosen
 
