@@ -13,6 +13,7 @@ import torch
 
 from megalong.checkpoint.folder import is_checkpoint_or_run
 from megalong.checkpoint.stored_model import StoredModel
+from megalong.data.tokenizers.huggingface_tokenizer import text_ids
 from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megalong.errors import UserError
 from megalong.hf.configs import longnet_config
@@ -25,7 +26,7 @@ class LoadedModel:
     """A causal model of Transformers, and how text becomes its tokens and tokens become text.
 
     first: the token that stands before a text.
-    ids: those that stand for text, and not for something special.
+    ids: those that stand for text, and not for something special, in order.
     """
 
     model: Any
@@ -120,9 +121,7 @@ def _load_folder(path: Path, device: str, dtype: torch.dtype) -> LoadedModel:
     def decode(tokens: list[int]) -> str:
         return tokenizer.decode(tokens, skip_special_tokens=True)
 
-    special = {tokenizer.unk_token_id, *tokenizer.all_special_ids}
-    ids = [token for token in range(len(tokenizer)) if token not in special]
-    return LoadedModel(model.to(device).eval(), encode, decode, first, ids)
+    return LoadedModel(model.to(device).eval(), encode, decode, first, text_ids(tokenizer))
 
 
 def load_checkpoint(checkpoint: StoredModel, tokenizer: Tokenizer):

@@ -93,6 +93,25 @@ def test_export_gives_the_same_ids(description, corpus_texts, tmp_path):
         assert theirs.decode(ours.encode(text)) == text
 
 
+def test_an_export_has_the_same_ids_that_stand_for_text(description, ranks, tmp_path):
+    """Though there are gaps between the special tokens, one of which no setting names."""
+    torch, _ = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from megalong.hf.loaded_model import load_model
+    from megalong.hf.tokenizer_files import export_tokenizer
+    from tests.hf.test_transformers import make_model
+
+    content = json.loads(description.read_text())
+    content["special_tokens"]["<|unnamed|>"] = len(ranks) + 4
+    description.write_text(json.dumps(content))
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    ours = export_tokenizer("TikTokenizer", str(description), folder, 128)
+    make_model(vocab_size=ours.vocab_size).save_pretrained(folder)
+    loaded = load_model(folder, "cpu", torch.float32)
+    assert loaded.ids == ours.text_ids == [*range(len(ranks))]
+    assert build_tokenizer("HuggingFaceTokenizer", str(folder)).text_ids == ours.text_ids
+
+
 def test_the_fast_library_gives_the_same_ids(description, corpus_texts):
     pytest.importorskip("gigatoken")
     usual = build_tokenizer("TikTokenizer", str(description))

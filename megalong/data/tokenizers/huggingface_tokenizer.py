@@ -68,7 +68,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.library.no_truncation()
         self.library.no_padding()
         self._may_cut = _may_cut(json.loads(self.library.to_str()))
-        pieces = _huggingface_pieces(self.library, set(tokenizer.all_special_ids), folder)
+        pieces = _huggingface_pieces(self.library, text_ids(tokenizer), folder)
         ids = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.mask_token_id
         super().__init__(pieces, *ids)
         self._folder = str(folder)
@@ -158,10 +158,18 @@ def _may_cut(described: dict) -> bool:
     )
 
 
-def _huggingface_pieces(backend, special_ids: set[int], folder: str) -> list[bytes]:
+def text_ids(tokenizer) -> list[int]:
+    """The ids of any tokenizer of Transformers that stand for text, in order: ids that it leaves
+    out are none, nor those that it calls special, or that its settings name."""
+    added = tokenizer.added_tokens_decoder.items()
+    special = {i for i, token in added if token.special} | {*tokenizer.all_special_ids}
+    return sorted({i for piece, i in tokenizer.get_vocab().items() if piece} - special)
+
+
+def _huggingface_pieces(backend, text: list[int], folder: str) -> list[bytes]:
     """The bytes of every id of a fast tokenizer, from the two ways such vocabularies spell bytes:
     GPT-2's alphabet of 256 printable characters, or SentencePiece's "<0x0A>", with or without its
-    "\u2581" for a space."""
+    "\u2581" for a space. text: the ids that stand for some."""
     decoder = str(json.loads(backend.to_str())["decoder"])
     if "ByteLevel" in decoder:
         spell = _byte_level_bytes
@@ -176,12 +184,10 @@ def _huggingface_pieces(backend, special_ids: set[int], folder: str) -> list[byt
         )
     vocabulary = backend.get_vocab(with_added_tokens=True)
     added = backend.get_added_tokens_decoder()
-    pieces = [b""] * (max(vocabulary.values()) + 1)
+    pieces, of_text = [b""] * (max(vocabulary.values()) + 1), {*text}
     for piece, i in vocabulary.items():
-        if i in added:  # stored as plain text, whatever the alphabet of the others
-            pieces[i] = b"" if added[i].special or i in special_ids else piece.encode("utf-8")
-        elif i not in special_ids:
-            pieces[i] = spell(piece)
+        if i in of_text:  # an added one is plain text, whatever the alphabet of the others
+            pieces[i] = piece.encode("utf-8") if i in added else spell(piece)
     return pieces
 
 
