@@ -304,7 +304,7 @@ def _oddities(train: Blend, config: Config, tokenizer: Tokenizer) -> list[str]:
                 f"{spec.place}: its training part is {counted(stream.tokens_per_epoch, 'token')},"
                 f" so that every sequence of --seq-length {config.model.seq_length} repeats them"
             )
-        if config.training.causal and not _ends_documents(stream, tokenizer):
+        if config.training.causal and not _marks_ends(stream, tokenizer):
             lines.append(
                 f"{spec.place}: its documents end without the end-of-document token, so that the"
                 " model learns no end of a text: preprocess_data.py --append-eod"
@@ -339,9 +339,13 @@ def _pairs_of(spec: SourceSpec) -> list[str]:
     return [os.path.join(folders[os.path.dirname(p)], os.path.basename(p)) for p in prefixes]
 
 
-def _ends_documents(stream: TokenStream | DocumentSamples, tokenizer: Tokenizer) -> bool:
-    """Whether some of the first documents end with the token for that."""
+def _marks_ends(stream: TokenStream | DocumentSamples, tokenizer: Tokenizer) -> bool:
+    """Whether some of the first documents end with the token for that, or begin with it, so that it
+    follows on the document before."""
     documents, lengths = stream.documents, stream.documents.lengths
     looked_at = [i for i in stream.document_range[:100] if lengths[i]][:10]
-    ends = {int(documents.read(i, int(lengths[i]) - 1)[0]) for i in looked_at}
-    return tokenizer.eod in ends
+    return any(
+        int(documents.read(i, place, place + 1)[0]) == tokenizer.eod
+        for i in looked_at
+        for place in (0, int(lengths[i]) - 1)
+    )

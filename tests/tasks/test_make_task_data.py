@@ -23,6 +23,7 @@ def test_every_sequence_of_the_training_is_a_sample(tmp_path):
     assert "9 samples of mqar, copy, 128 tokens each" in make(tmp_path / "tasks").stdout
     config = parse_arguments(small_run_flags(tmp_path / "tasks", split="1,0,0")).resolve(1)
     data = open_run_data(config)
+    assert not data.oddities
     language = language_of("ids", data.tokenizer.encode, data.tokenizer.text_ids, 256)
     written = {
         trials.sample(i).tokens.tobytes()

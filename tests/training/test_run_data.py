@@ -26,10 +26,11 @@ def write(prefix, *documents):
     "document, told",
     [
         ([65] * 199 + [256], []),
+        ([256] + [65] * 199, []),
         ([65] * 200, ["its documents end without the end-of-document token, so"]),
         ([65, 256], ["its training part is 2 tokens, so that every sequence of --seq-length 128"]),
     ],
-    ids=["in order", "without ends", "two tokens"],
+    ids=["in order", "an end before each", "without ends", "two tokens"],
 )
 def test_what_is_told(tmp_path, document, told):
     write(tmp_path / "data", document)
