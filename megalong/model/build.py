@@ -31,6 +31,7 @@ from megalong.model.parameters import (
     gradient_is_summed,
     row_of,
     sizes,
+    used_rows,
 )
 from megalong.model.rotary import LongRotaryEmbedding, XposScales
 from megalong.model.stage import PipelineStage
@@ -136,10 +137,12 @@ class _Model(GPTModel):
     tied embedding equal: they have the same initial weights here, and no values yet there. And with
     an output layer that may make losses itself.
 
-    beside: what the losses have beside them, of `PipelineStage.forward`.
+    beside: what the losses have beside them, of `PipelineStage.forward`. used_rows: of the
+        vocabulary, those from there on only fill it up.
     """
 
     beside: str | None = None
+    used_rows: int
 
     def setup_embeddings_and_output_layer(self) -> None:
         pass
@@ -156,7 +159,7 @@ class _Model(GPTModel):
             return losses.transpose(-1, -2).contiguous()
         # What is beside them before the losses, which overwrite float32 logits.
         if self.beside == "likeliest":
-            right_sb = is_likeliest(logits, labels.T, self._tensor_ranks)
+            right_sb = is_likeliest(logits, labels.T, self._tensor_ranks, self.used_rows)
             losses_bs = super().compute_language_model_loss(labels, logits)
             return torch.stack((losses_bs, right_sb.T.to(losses_bs.dtype)))
         if self.beside == "logsumexp":  # of which a loss lacks the label's logit
@@ -229,8 +232,9 @@ def _chunk(
             ),
             vp_stage=numbered,
         )
+        model.used_rows = used_rows(model_config, vocab_size)
         if config.memory.linear_cross_entropy and model.post_process:
-            avoid_logits(model, config, mesh)
+            avoid_logits(model, config, mesh, model.used_rows)
     if shared.rotary is not None:
         model.rotary_pos_emb = shared.rotary
     return model

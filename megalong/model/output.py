@@ -24,13 +24,13 @@ from megalong.tiling.tensor_ranks import TensorRanks
 LOGITS, ROWS = 2**28, 4096
 
 
-def avoid_logits(model: GPTModel, config: Config, mesh: Mesh) -> None:
+def avoid_logits(model: GPTModel, config: Config, mesh: Mesh, used_rows: int) -> None:
     """Have the model of the last stage make losses in chunks of rows, and its final norm, if that
-    is ours, work in tiles of rows."""
+    is ours, work in tiles of rows. used_rows: see LossLayer."""
     ranks = tensor_ranks(config, mesh)
     batch = config.training.micro_batch_size
     chunk_size = max(tokens_of_a_chunk(config, model.vocab_size) // batch, 1)
-    model.output_layer = LossLayer(model.output_layer.weight, chunk_size, ranks)
+    model.output_layer = LossLayer(model.output_layer.weight, chunk_size, ranks, used_rows)
     if isinstance(model.decoder.final_layernorm, LayerNorm | RMSNorm):
         model.decoder.final_layernorm.tile_size = max(config.memory.tile_size // batch, 1)
 
@@ -48,14 +48,21 @@ class LossLayer(torch.nn.Module):
     (`compute_language_model_loss`). This one gives the hidden states for logits, and makes losses
     of them where it is called with labels.
 
-    chunk_size: rows of the sequence whose logits exist at a time.
+    chunk_size: rows of the sequence whose logits exist at a time. used_rows: of the vocabulary,
+        those from there on only fill it up.
     """
 
-    def __init__(self, weight: torch.nn.Parameter | None, chunk_size: int, ranks: TensorRanks):
+    def __init__(
+        self,
+        weight: torch.nn.Parameter | None,
+        chunk_size: int,
+        ranks: TensorRanks,
+        used_rows: int,
+    ):
         """weight: None where it is the embedding's, and comes with every call."""
         super().__init__()
         self.register_parameter("weight", weight)
-        self.chunk_size, self.ranks = chunk_size, ranks
+        self.chunk_size, self.ranks, self.used_rows = chunk_size, ranks, used_rows
 
     def __call__(
         self, hidden_sbh: torch.Tensor, labels_sb: torch.Tensor | None = None, **others: Any
@@ -85,7 +92,9 @@ class LossLayer(torch.nn.Module):
         )
         if beside != "likeliest":
             return losses
-        right_sb = linear_is_likeliest(hidden_sbh, weight, labels_sb, **chunks)
+        right_sb = linear_is_likeliest(
+            hidden_sbh, weight, labels_sb, **chunks, used_rows=self.used_rows
+        )
         return torch.stack((losses, right_sb.to(losses.dtype)))
 
 

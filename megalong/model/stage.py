@@ -33,7 +33,7 @@ class PipelineStage(torch.nn.Module):
             positions (`megalong.data.batches`).
         beside: what the last chunk gives beside the token losses, (2, b, s) in all: "logsumexp" of
             the logits; or "likeliest", 1 where the label is the likeliest token and 0 elsewhere,
-            without gradient.
+            without gradient, nor rows that only fill up the vocabulary among the tokens.
         """
         self.chunks[chunk].beside = beside
         documents = documents_of(document_start, document_stop)

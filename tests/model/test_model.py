@@ -66,6 +66,33 @@ def test_one_full_branch_is_the_vanilla_transformer(tokens, build):
     torch.testing.assert_close(logits(dilated, tokens), logits(dense, tokens), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"untie_embeddings_and_output_weights": True},
+        {"linear_cross_entropy": True, "loss_chunk_size": 50},
+        {"linear_cross_entropy": True, "untie_embeddings_and_output_weights": True},
+    ],
+    ids=lambda changes: " ".join(changes) or "tied",
+)
+def test_rows_that_fill_up_the_vocabulary_are_never_the_likeliest(changes, tokens, build):
+    plain, _ = build(**{name: changes[name] for name in changes if name.startswith("untie")})
+    labels = logits(plain, tokens)[..., :VOCAB_SIZE].argmax(-1)
+    inputs = {"input_ids": tokens, "position_ids": torch.arange(LENGTH), "attention_mask": None}
+    own = {"padded_vocab_size": 384}  # as many rows, which an export has too
+    for more, right in (({}, True), (own, False)):
+        model, _ = build(**changes, **more)
+        weights = dict(named_parameters(model))
+        weight = weights.get("output_layer.weight", weights["embedding.word_embeddings.weight"])
+        with torch.no_grad():  # one of them is likelier than all others
+            weight[300].fill_(1e4)[::2] = 7e4
+            weight[301] = -weight[300]
+            losses, likeliest = model(**inputs, labels=labels, beside="likeliest")
+        assert losses.shape == likeliest.shape == labels.shape
+        assert (likeliest == right).all()
+
+
 def test_every_norm_can_norm_in_pieces(build):
     for normalization, kind in (("RMSNorm", norms.RMSNorm), ("LayerNorm", norms.LayerNorm)):
         model, _ = build(normalization=normalization, qk_layernorm=True)

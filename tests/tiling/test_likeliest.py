@@ -1,4 +1,5 @@
-"""Whether a label is the likeliest token, against torch.argmax; over ranks the parity tests."""
+"""Whether a label is the likeliest token, against torch.argmax; over ranks
+linear_cross_entropy_worker.py."""
 
 import pytest
 import torch
@@ -28,3 +29,17 @@ def test_in_chunks_without_all_logits(chunk_size):
     right = linear_is_likeliest(hidden, weight, labels, chunk_size=chunk_size)
     assert torch.equal(right, is_likeliest(hidden @ weight.T, labels)) and not right.requires_grad
     assert right[1::2].all() and 0 < right[::2].sum() < right[::2].numel()
+
+
+def test_rows_that_fill_up_the_vocabulary_are_never_the_likeliest():
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.rand(S, B, H, generator=generator)  # positive
+    weight = torch.randn(V, H, generator=generator)
+    weight[7:] = 10.0
+    logits = hidden @ weight.T
+    assert (logits.argmax(-1) == 7).all()
+    labels = logits[..., :7].argmax(-1)
+    for used_rows, right in ((7, True), (8, False), (None, False)):
+        assert (is_likeliest(logits, labels, used_rows=used_rows) == right).all()
+        found = linear_is_likeliest(hidden, weight, labels, chunk_size=5, used_rows=used_rows)
+        assert (found == right).all()
