@@ -3,11 +3,15 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megalong.config import Config
 from megalong.config.arguments import parse_arguments
 from megalong.config.run import RunConfig
 from megalong.errors import UserError
+from megalong.hf.evaluation import task_score
+from megalong.hf.loaded_model import load_model
+from megalong.tasks.trials import Trials, language_of
 from megalong.training.metrics import MetricsLog, read_metrics, training_records
 from megalong.training.run_data import open_run_data
 from tests.forked import run_ranks
@@ -43,6 +47,33 @@ def test_a_run_and_its_continuation(corpus, tmp_path):
     done = run_here(REPOSITORY / "tools" / "plot_run.py", folder)
     assert f"{folder / 'task_accuracy.png'}: tasks" in done.stdout
     assert (folder / "task_accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluations_leave_the_training_as_it_is_and_score_the_checkpoint(corpus, tmp_path):
+    """A run with tasks trains as one without; its last scores are those of its checkpoint."""
+    kept = {}
+    # An export has no rows that fill up the vocabulary, which losses depend on.
+    like = {"train_iters": 4, "make_vocab_size_divisible_by": 1}
+    for name, tasks in (("with", TASKS | {"eval_task_interval": 1}), ("without", {})):
+        run_ranks(1, PRETRAIN, *small_run_flags(corpus, **like, **tasks, save=tmp_path / name))
+        kept[name] = read_metrics(tmp_path / name / "metrics.jsonl")
+    steps = {
+        name: [
+            {what: record[what] for what in ("iteration", "loss", "grad_norm", "learning_rate")}
+            for record in training_records(records)
+        ]
+        for name, records in kept.items()
+    }
+    assert len(steps["with"]) == 4 and steps["with"] == steps["without"]
+
+    loaded = load_model(tmp_path / "with", "cpu", torch.float32)
+    language = language_of("ids", loaded.encode, loaded.ids, loaded.first)
+    last = [record for record in kept["with"] if "task" in record][-2:]
+    assert [record["task"] for record in last] == TASKS["eval_tasks"].split()
+    for record in last:
+        score = task_score(loaded, Trials(record["task"], language, 128, 3)).record()
+        assert record["iteration"] == 4 and record["loss"] == pytest.approx(score["loss"], rel=1e-5)
+        assert {name: record[name] for name in score} == score | {"loss": record["loss"]}
 
 
 def test_a_task_has_its_curves_and_takes_the_place_of_the_same_one_only(tmp_path):
