@@ -144,14 +144,15 @@ def losses(records: list[dict]) -> list[float]:
 
 def training_run(arguments: Namespace, scratch: Path, name: str, words: str) -> list[dict]:
     """Train in a process of its own, as a user does; the training records of its metrics.jsonl."""
+    from megalong.training.metrics import read_metrics, training_records
+
     folder = scratch / name
     command = [sys.executable, str(REPOSITORY / "pretrain_longnet.py"), *words.split()]
     command += ["--data-path", str(corpus(scratch, arguments.tiny)), "--split", "100,0,0"]
     command += ["--tokenizer-type", "ByteTokenizer", "--save", str(folder)]
     command += ["--save-interval", "1000000"]
     call(command, DS_ACCELERATOR=arguments.device)
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if "split" not in record]
+    return training_records(read_metrics(folder / "metrics.jsonl"))
 
 
 def corpus(scratch: Path, tiny: bool) -> Path:
