@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from megalong.attention import DilatedPattern
-from megalong.config import ModelConfig, world_size
+from megalong.config import ModelConfig, TasksConfig, world_size
 from megalong.config.arguments import build_parser, config_from_values, parse_arguments, to_yaml
 from megalong.config.model import longest_xpos
 from megalong.errors import UserError
@@ -101,6 +101,16 @@ def test_bad_yaml_names_file_and_key(tmp_path, text, message):
     assert str(file) in str(error.value) and message in str(error.value)
 
 
+def test_no_task_at_all_is_none(tmp_path):
+    """An empty list in a file, say; otherwise defaults are filled in."""
+    file = tmp_path / "run.yaml"
+    file.write_text("eval_tasks: []")
+    assert parse_arguments(["--config", str(file), *NEEDED]).resolve(1) == resolve()
+    assert resolve("--eval-tasks", "copy").tasks == TasksConfig(
+        ("copy",), "text", (8192,), 32, 1000
+    )
+
+
 def test_a_missing_yaml_is_named():
     with pytest.raises(UserError, match=r"--config no.yaml: No such file"):
         parse_arguments(["--config", "no.yaml"])
@@ -116,6 +126,8 @@ def test_a_missing_yaml_is_named():
         ("--micro-batch-size 0", 1, "--micro-batch-size 0 must be positive"),
         ("--eval-task-interval 5", 1, "--eval-task-interval is about tasks: set --eval-tasks"),
         ("--eval-task-lengths 64", 1, "--eval-task-lengths is about tasks: set --eval-tasks"),
+        ("--eval-task-samples 8", 1, "--eval-task-samples is about tasks: set --eval-tasks"),
+        ("--eval-task-style ids", 1, "--eval-task-style is about tasks: set --eval-tasks"),
         ("--eval-tasks copy --eval-task-samples 0", 1, "--eval-task-samples 0 must be positive"),
         ("--eval-tasks copy --eval-task-interval 0", 1, "--eval-task-interval 0 must be positive"),
         (

@@ -21,16 +21,16 @@ class TasksConfig:
         item=str,
         choices=tuple(TASKS),
     )
-    eval_task_style: str = flag(
-        "text",
-        "what they are made of: text of the tokenizer, or bare token ids, for a model that is"
-        " trained on such",
+    eval_task_style: str | None = flag(
+        None,
+        "what they are made of: text of the tokenizer (the default), or bare token ids, for a model"
+        " that is trained on such",
         choices=STYLES,
     )
     eval_task_lengths: tuple[int, ...] | None = flag(
         None, "tokens of their samples (default: --seq-length)", item=int
     )
-    eval_task_samples: int = flag(32, "samples of each task and length")
+    eval_task_samples: int | None = flag(None, "samples of each task and length (default: 32)")
     eval_task_interval: int | None = flag(
         None, "iterations between their evaluations (default: --eval-interval)"
     )
@@ -48,20 +48,24 @@ class TasksConfig:
         )
 
     def resolve(self, seq_length: int, eval_interval: int) -> TasksConfig:
-        """These settings, where there are tasks with length and interval filled in."""
-        if self.eval_tasks is None:
-            return self
+        """These settings, where there are tasks with all that is not given filled in; none is the
+        same as an empty list of them."""
+        if not self.eval_tasks:
+            return dataclasses.replace(self, eval_tasks=None)
         return dataclasses.replace(
             self,
             eval_tasks=tuple(dict.fromkeys(self.eval_tasks)),
+            eval_task_style=default(self.eval_task_style, "text"),
             eval_task_lengths=tuple(dict.fromkeys(default(self.eval_task_lengths, (seq_length,)))),
+            eval_task_samples=default(self.eval_task_samples, 32),
             eval_task_interval=default(self.eval_task_interval, eval_interval),
         )
 
     def check(self, seq_length: int, causal: bool) -> None:
         """Raise UserError where these settings are not for such a run (after `resolve`)."""
         if self.eval_tasks is None:
-            for name in ("eval_task_lengths", "eval_task_interval"):
+            for field in dataclasses.fields(self):
+                name = field.name
                 if getattr(self, name) is not None:
                     raise UserError(
                         f"{flag_name(name)} is about tasks: set --eval-tasks, or leave it out"
