@@ -35,16 +35,18 @@ class TasksConfig:
         None, "iterations between their evaluations (default: --eval-interval)"
     )
 
-    @property
-    def description(self) -> str:
-        """What is evaluated on, in words (after `resolve`)."""
+    def description(self, seq_length: int) -> str:
+        """What is evaluated on, and how much there is to read, in words (after `resolve`)."""
         assert self.eval_tasks is not None and self.eval_task_lengths is not None
         lengths = ", ".join(f"{length:,}" for length in self.eval_task_lengths)
         made_of = "text" if self.eval_task_style == "text" else "bare ids"
+        sequences = len(self.eval_tasks) * len(self.eval_task_lengths) * self.eval_task_samples
         return (
             f"tasks: {', '.join(self.eval_tasks)}, of {made_of}, {lengths} tokens,"
             f" {counted(self.eval_task_samples, 'sample')} of each, every"
-            f" {counted(self.eval_task_interval, 'iteration')}"
+            f" {counted(self.eval_task_interval, 'iteration')}: an evaluation reads"
+            f" {counted(sequences, 'sequence')} of {seq_length:,},"
+            f" {counted(sequences * seq_length, 'token')}"
         )
 
     def resolve(self, seq_length: int, eval_interval: int) -> TasksConfig:

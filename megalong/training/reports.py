@@ -150,7 +150,7 @@ class Reports:
                     f" {FEW_TOKENS:,} chance alone moves its perplexity by some percent"
                 )
         if config.tasks.eval_tasks is not None:
-            say(config.tasks.description)
+            say(config.tasks.description(config.model.seq_length))
         if config.run.save is None:
             say("without --save nothing is kept")
         if progress.iteration >= training.train_iters:

@@ -25,7 +25,10 @@ def test_a_run_and_its_continuation(corpus, tmp_path):
     folder = tmp_path / "run"
     run = TASKS | {"eval_task_interval": 2, "eval_task_lengths": "128 64", "save": folder}
     first = run_ranks(1, PRETRAIN, *small_run_flags(corpus, **run, train_iters=4)).stdout
-    assert "tasks: mqar, passkey, of bare ids, 128, 64 tokens, 3 samples of each, every 2" in first
+    assert (
+        "tasks: mqar, passkey, of bare ids, 128, 64 tokens, 3 samples of each, every 2 iterations:"
+        " an evaluation reads 12 sequences of 128, 1,536 tokens"
+    ) in first
     before = read_metrics(folder / "metrics.jsonl")
     flags = small_run_flags(corpus, **run, load=folder, train_iters=5)
     text = run_ranks(1, PRETRAIN, *flags).stdout
