@@ -6,8 +6,8 @@
         --eval-tasks mqar --eval-task-style ids ...
 
 Every document is one sample of exactly --length tokens, so that with as long a --seq-length every
-sequence of the training is one. The loss counts all of its tokens. The samples are other ones than
-those of evaluations, whatever the seed.
+sequence of the training is one. The loss counts all of its tokens. The samples are drawn apart from
+those of evaluations, whatever the seed; only where a task is very short can two be the same.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ _CHUNK = 256  # samples that are written at once
 
 
 def data_salt(seed: int) -> str:
-    """Of `Trials`: samples to train on, which no evaluation has."""
+    """Of `Trials`: samples to train on, drawn apart from those of evaluations."""
     return f"data {seed}"
 
 

@@ -39,7 +39,7 @@ def test_every_sequence_of_the_training_is_a_sample(tmp_path):
     assert made["documents"] == 9 and made["tasks"] == ["mqar", "copy"] and made["seed"] == 1234
 
 
-def test_no_sample_of_an_evaluation_is_trained_on(tmp_path):
+def test_samples_are_drawn_apart_from_those_of_evaluations(tmp_path):
     make(tmp_path / "tasks", "--seed", 0)
     tokens = (tmp_path / "tasks.bin").read_bytes()
     language = language_of("ids", lambda text: [], range(256), 256)
