@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from random import Random
 
-from megalong.tasks.language import Language, Phrase, Word
+from megalong.tasks.language import Language, Mark, Phrase, Word
 from megalong.tasks.sample import Draft
 
 LIST = Phrase("{}")
 COMMON = Phrase(
-    "\nThe ten most common words, in the order in which they stand first in the list, are", mark=8
+    "\nThe ten most common words, in the order in which they stand first in the list, are",
+    mark=Mark.COMMON_QUESTION,
 )
-FREQUENT = Phrase("\nThe three most frequent words, the most frequent first, are", mark=9)
+FREQUENT = Phrase(
+    "\nThe three most frequent words, the most frequent first, are", mark=Mark.FREQUENT_QUESTION
+)
 AND_ONE_MORE = Phrase(",")
 END = Phrase(".\n")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum, unique
 from functools import cache
 from random import Random
 from typing import NamedTuple, Protocol
@@ -20,20 +21,37 @@ STYLES = ("text", "ids")
 
 Word = tuple[int, ...]
 
-MARKS = 12  # ids that stand for phrases
+MARKS = 12  # ids that stand for phrases, two of them for phrases to come
 HAYSTACK = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 )
 
 
+@unique
+class Mark(IntEnum):
+    """Which of these ids stands for which phrase. None changes, so that samples stay what they are
+    for models that are trained on them."""
+
+    NEEDLE = 0
+    NEEDLE_QUESTION = 1
+    NEEDLES_QUESTION = 2
+    ROW = 3
+    ROW_QUESTION = 4
+    ASSIGNMENT = 5
+    ASSIGNMENT_OF_VARIABLE = 6
+    VARIABLES_QUESTION = 7
+    COMMON_QUESTION = 8
+    FREQUENT_QUESTION = 9
+
+
 @dataclass(frozen=True)
 class Phrase:
     """Something to say. text: has {} for each word, the last of which takes all that are left;
-    words bring the space before them. mark: which id stands for the text, before the words, where
-    there is no text; None: nothing does."""
+    words bring the space before them. mark: what stands for the text, before the words, where there
+    is no text; None: nothing does."""
 
     text: str
-    mark: int | None = None
+    mark: Mark | None = None
 
 
 class Said(NamedTuple):

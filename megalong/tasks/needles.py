@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from random import Random
 
-from megalong.tasks.language import Language, Phrase
+from megalong.tasks.language import Language, Mark, Phrase
 from megalong.tasks.sample import Draft
 
-NEEDLE = Phrase("The magic number of{} is{}.\n", mark=0)
-QUESTION = Phrase("What is the magic number of{}? The magic number of{} is", mark=1)
-QUESTION_OF_SEVERAL = Phrase("In their order, the magic numbers of{} are", mark=2)
+NEEDLE = Phrase("The magic number of{} is{}.\n", mark=Mark.NEEDLE)
+QUESTION = Phrase(
+    "What is the magic number of{}? The magic number of{} is", mark=Mark.NEEDLE_QUESTION
+)
+QUESTION_OF_SEVERAL = Phrase(
+    "In their order, the magic numbers of{} are", mark=Mark.NEEDLES_QUESTION
+)
 AND_ONE_MORE = Phrase(",")
 END = Phrase(".\n")
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from random import Random
 
-from megalong.tasks.language import Language, Phrase
+from megalong.tasks.language import Language, Mark, Phrase
 from megalong.tasks.sample import Draft
 
 PAIR = Phrase("{}:{}\n")
 KEY = Phrase("{}:")
 AFTER_VALUE = Phrase("\n")
-ROW = Phrase("Remember these numbers:{}.\n", mark=3)
-REPEAT = Phrase("The numbers were:", mark=4)
+ROW = Phrase("Remember these numbers:{}.\n", mark=Mark.ROW)
+REPEAT = Phrase("The numbers were:", mark=Mark.ROW_QUESTION)
 AFTER_ROW = Phrase(".\n")
 
 ROW_LENGTH = 16  # words

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from random import Random
 
-from megalong.tasks.language import Language, Phrase
+from megalong.tasks.language import Language, Mark, Phrase
 from megalong.tasks.sample import Draft
 
-ASSIGN = Phrase("VAR{} ={}.\n", mark=5)
-COPY = Phrase("VAR{} = VAR{}.\n", mark=6)
-QUESTION = Phrase("In their order, the variables that have the value{} are", mark=7)
+ASSIGN = Phrase("VAR{} ={}.\n", mark=Mark.ASSIGNMENT)
+COPY = Phrase("VAR{} = VAR{}.\n", mark=Mark.ASSIGNMENT_OF_VARIABLE)
+QUESTION = Phrase(
+    "In their order, the variables that have the value{} are", mark=Mark.VARIABLES_QUESTION
+)
 AND_ONE_MORE = Phrase(",")
 END = Phrase(".\n")
 

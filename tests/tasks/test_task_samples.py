@@ -8,7 +8,8 @@ import pytest
 
 from megalong.errors import UserError
 from megalong.tasks import STYLES, TASKS
-from megalong.tasks.language import MARKS, Ids
+from megalong.tasks.language import MARKS, Ids, Mark
+from megalong.tasks.needles import NEEDLE
 from megalong.tasks.trials import Trials, language_of
 
 IDS = range(1000)
@@ -184,6 +185,12 @@ def test_of_ids_every_sort_is_apart_and_a_key_is_told_once():
     assert Counter(sample.tokens.tolist()) >= Counter({int(key): 2 for key, _ in pairs})
     counts = Counter(sample.tokens.tolist())
     assert all(counts[int(token)] == 2 for pair in pairs for token in pair)
+
+
+def test_every_phrase_has_an_id():
+    assert all(mark < MARKS for mark in Mark)
+    said = language("ids").say(NEEDLE, (500,), (700,))
+    assert said == ([Mark.NEEDLE, 500, 700], [(1, 2), (2, 3)])
 
 
 def test_too_small_a_vocabulary_is_refused():
