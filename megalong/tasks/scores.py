@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -57,9 +58,12 @@ class AnswerSums:
     def places(self, sample: int, start: int, stop: int) -> tuple[list[int], list[int]]:
         """Of the tokens that are answers of this sample: where each is predicted from, as far as
         that lies in [start, stop) of the sequence; and of which answer, a row of `sums`, it is."""
+        answers = self._answers[sample]  # in their order
+        first = bisect_right(answers, start, key=lambda answer: answer.stop - 1)
+        last = bisect_left(answers, stop, key=lambda answer: answer.start - 1)
         found = [
             (place, self._first[sample] + number)
-            for number, answer in enumerate(self._answers[sample])
+            for number, answer in enumerate(answers[first:last], first)
             for place in range(max(answer.start - 1, start), min(answer.stop - 1, stop))
         ]
         places, rows = zip(*found, strict=True) if found else ((), ())

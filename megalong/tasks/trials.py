@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from random import Random
 
 from megalong.errors import UserError
@@ -61,7 +62,12 @@ class Trials:
 
     def answers(self, i: int) -> list[Answer]:
         """Those of sample i, without its tokens."""
-        return self._draft(i)[0].answers(self.length)
+        return self._answers[i]
+
+    @cached_property
+    def _answers(self) -> list[list[Answer]]:
+        """Those of all samples, drafted once for all evaluations."""
+        return [self._draft(i)[0].answers(self.length) for i in range(self.samples)]
 
     def _draft(self, i: int) -> tuple[Draft, Random]:
         draw = Random(f"{self.salt} {self.task} {i}")  # so that a length long enough stays so
