@@ -22,6 +22,7 @@ from megalong.checkpoint.stored_model import StoredModel
 from megalong.errors import UserError
 from megalong.hf.exporting import export, parse_size
 from megalong.hf.importing import import_model
+from megalong.hf.loaded_model import load_model
 from megalong.hf.names import check_names, check_vocabulary, entries
 from megalong.model.parameters import count_parameters
 from tests.hf.models import (
@@ -111,6 +112,32 @@ def test_auto_classes_load_the_folder(changes, tmp_path):
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, expected)
     import_model(tmp_path / "saved", tmp_path / "imported", {"tokenizer_type": "ByteTokenizer"})
+
+
+@pytest.mark.parametrize(
+    "earlier",
+    [
+        {"rotary_base": 500.0, "rope_scaling_factor": None, "rope_original_length": 8192},
+        {"rotary_base": 300.0, "rope_scaling_factor": 8.0, "rope_original_length": 50},
+    ],
+    ids=["plain", "llama3"],
+)
+def test_positions_of_an_earlier_export_are_read(earlier, tmp_path):
+    """Their names were our own once, and today's classes read such a folder, too."""
+    config, weights = random_checkpoint(
+        tmp_path / "run", **{name: value for name, value in earlier.items() if value is not None}
+    )
+    export(tmp_path / "run", tmp_path / "hf")
+    file = tmp_path / "hf" / "config.json"
+    fields = json.loads(file.read_text())
+    assert fields.pop("rope_parameters") == config.model.rope_parameters
+    file.write_text(json.dumps(fields | earlier))
+    model = load_model(tmp_path / "hf", "cpu", torch.float32).model
+    assert model.config.rope_parameters == config.model.rope_parameters
+    assert not earlier.keys() & model.config.to_dict().keys()
+    tokens = random_tokens(1, 150)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, huggingface_model(config, weights)(tokens).logits)
 
 
 def test_pipeline_and_the_model_card(tmp_path):
