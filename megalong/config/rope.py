@@ -5,6 +5,7 @@ The fields are ModelConfig's; `megalong.model.rope_scaling` computes what they s
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,30 @@ YARN = {
 }
 # All fields of rotary positions: none is about the shape of a weight.
 ROPE_FIELDS = ("rotary_base", *FACTORS, "rope_original_length", *YARN)
+
+
+def fields_of_scaling(factor: str) -> tuple[str, ...]:
+    """The factor of a scaling, one of `FACTORS`, and what has an effect together with it alone."""
+    others = {"rope_scaling_factor": ("rope_original_length",), "yarn_rotary_scaling_factor": YARN}
+    return factor, *others.get(factor, ())
+
+
+def lost_fields(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
+    """The fields of rotary positions that are the default's here, have another value there, and are
+    missing: those of a scaling are not where another scaling is set in its place."""
+    default = {field.name: field.default for field in dataclasses.fields(ours)}
+    scaled = any(getattr(ours, factor) is not None for factor in FACTORS)
+    free = {
+        name
+        for factor in FACTORS
+        if getattr(theirs, factor) is None or (scaled and getattr(ours, factor) is None)
+        for name in fields_of_scaling(factor)
+    }
+    return [
+        name
+        for name in ROPE_FIELDS
+        if name not in free and getattr(ours, name) == default[name] != getattr(theirs, name)
+    ]
 
 
 def rope_parameters(model: ModelConfig) -> dict[str, Any]:

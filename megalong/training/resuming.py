@@ -27,7 +27,7 @@ from megalong.checkpoint.texts import read_progress
 from megalong.config import Config, ModelConfig, flag_name
 from megalong.config.attention import PATTERN_FIELDS
 from megalong.config.flags import shown
-from megalong.config.rope import ROPE_FIELDS
+from megalong.config.rope import ROPE_FIELDS, lost_fields
 from megalong.data.blend import History
 from megalong.errors import UserError, system_errors_of
 from megalong.training.changes import config_of, differences, with_schedule_of
@@ -204,8 +204,11 @@ _RUN_FIELDS = ["objective", "mask_rate", "seed", "split", *PATTERN_FIELDS]
 def _check_same_run(checkpoint: Path, config: Config) -> None:
     names = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in _FREE_MODEL_FIELDS]
     names += ["tokenizer_type", "tokenizer_model", "prepend_bos"]
-    if config.run.finetune:  # other positions have the same weights
-        names = [name for name in names if name not in ROPE_FIELDS]
+    theirs = config_of(checkpoint)
+    if config.run.finetune:
+        # Other positions have the same weights: what is set is meant, what is not set is forgotten.
+        lost = lost_fields(config.model, theirs.model)
+        names = [name for name in names if name not in ROPE_FIELDS or name in lost]
     # An imported model has met no optimizer.
     if config.run.loads_optimizer and read_progress(checkpoint).iteration:
         names.append("optimizer")
@@ -213,7 +216,7 @@ def _check_same_run(checkpoint: Path, config: Config) -> None:
         names += _RUN_FIELDS
         if not config.run.new_data:
             _check_same_data(checkpoint, config)
-    for name, (ours, theirs) in differences(config, config_of(checkpoint), names).items():
+    for name, (here, there) in differences(config, theirs, names).items():
         way_out = f"start a new run without {_flag(config)}"
         if name in _RUN_FIELDS:
             way_out = "--save into another folder"
@@ -221,11 +224,13 @@ def _check_same_run(checkpoint: Path, config: Config) -> None:
             way_out = "set --no-load-optim"
         if name in ROPE_FIELDS:
             way_out = "set --finetune, to begin a new run with the same weights at other positions"
+            if config.run.finetune:
+                way_out = "to another value than the default, which looks like a forgotten flag"
         if name in ("make_vocab_size_divisible_by", "padded_vocab_size"):
             way_out += ", or, for an imported model, import it with another one"
         raise UserError(
-            f"{flag_name(name)} is {shown(ours)}, but the checkpoint {checkpoint} was written with"
-            f" {shown(theirs)}: set it to that, or {way_out}"
+            f"{flag_name(name)} is {shown(here)}, but the checkpoint {checkpoint} was written with"
+            f" {shown(there)}: set it to that, or {way_out}"
         )
 
 

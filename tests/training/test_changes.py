@@ -10,7 +10,7 @@ from megalong.config.arguments import parse_arguments
 from megalong.errors import UserError
 from megalong.training.changes import other_ways, with_schedule_of
 from megalong.training.learning_rate import learning_rate
-from megalong.training.resuming import open_checkpoint
+from megalong.training.resuming import open_checkpoint, starting_point
 from tests.hf.models import random_checkpoint
 from tests.launching import small_run_flags
 
@@ -131,6 +131,43 @@ def test_weights_may_begin_at_other_positions(tmp_path):
         "--rotary-base is 500000.0; the checkpoint was written with 10000.0",
         "--yarn-rotary-scaling-factor is 4.0; the checkpoint was written without",
     ]
+
+
+YARN = {"yarn_rotary_scaling_factor": 4, "yarn_original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("begins", [{"finetune": True}, {}], ids=["finetune", "pretrained"])
+@pytest.mark.parametrize(
+    "before, now, refused",
+    [
+        ({"rotary_base": 5e5}, {}, "--rotary-base is 10000.0, .* with 500000.0: set it to that"),
+        ({"rotary_base": 5e5}, {"rotary_base": 2e5}, None),
+        ({"rotary_base": 5e5}, YARN, "--rotary-base is 10000.0, .* with 500000.0"),
+        ({}, YARN, None),
+        (YARN, {}, "--yarn-rotary-scaling-factor is not set, .* with 4.0: set it to that, or to"),
+        (YARN, YARN | {"yarn_rotary_scaling_factor": 8}, None),
+        (YARN | {"yarn_beta_fast": 16}, YARN, "--yarn-beta-fast is 32.0, .* with 16.0"),
+        (YARN | {"yarn_beta_fast": 16}, {"rotary_ntk_factor": 2}, None),
+        (
+            {"rope_scaling_factor": 2, "rope_original_length": 64},
+            {"rope_scaling_factor": 4},
+            "--rope-original-length is 8192, .* with 64",
+        ),
+        ({"rope_scaling_factor": 2, "rope_original_length": 64}, YARN, None),
+    ],
+    ids=str,
+)
+def test_weights_do_not_lose_their_positions_by_a_forgotten_flag(
+    before, now, refused, begins, tmp_path
+):
+    random_checkpoint(tmp_path / "run", **before)
+    load = "load" if begins else "pretrained_checkpoint"
+    config = resolved(**now, **begins, **{load: tmp_path / "run"})
+    if refused is None:
+        assert starting_point(config)[1] is not None
+    else:
+        with pytest.raises(UserError, match=refused):
+            starting_point(config)
 
 
 def test_the_share_of_masks_stays_in_a_folder(tmp_path):
