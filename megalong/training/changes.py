@@ -28,6 +28,11 @@ _STEP = (
     "seq_length", "global_batch_size", "precision", "loss_scale", "clip_grad", "weight_decay",
     "z_loss_coeff", "skip_loss_spikes", "loss_spike_window",
 )  # fmt: skip
+# What moves the loss of a batch from one step to the next; and so do other sources.
+_MOVES_THE_LOSS = (
+    "objective", "mask_rate", "eod_mask_loss", "document_attention", "seq_length", "split",
+    "sample_mode", "length_upsampling", *PATTERN_FIELDS,
+)  # fmt: skip
 
 
 def config_of(checkpoint: Path) -> Config:
@@ -73,6 +78,13 @@ def other_ways(checkpoint: Path, config: Config) -> list[str]:
         lines += _learning_rate_change(iteration, config.training, theirs.training)
         lines += _memory_path_change(config, theirs)
     return lines
+
+
+def moves_the_loss(checkpoint: Path, config: Config) -> bool:
+    """Whether a run that goes on from the checkpoint has other losses from its first step on: the
+    weights are as they were, but not what they are asked. Of its sources `Blend.continued` tells.
+    """
+    return bool(differences(config, config_of(checkpoint), [*_MOVES_THE_LOSS]))
 
 
 def with_schedule_of(checkpoint: Path, config: Config) -> Config:

@@ -27,6 +27,7 @@ from megalong.parallel.mesh import Mesh
 from megalong.progress import progress_bar
 from megalong.tasks.trials import Trials
 from megalong.training.best_checkpoint import BestCheckpoint
+from megalong.training.changes import moves_the_loss
 from megalong.training.engine import TrainingEngine, weights_divider
 from megalong.training.engine_state import load_checkpoint, progress_to_save, tensors_to_save
 from megalong.training.evaluation import evaluate
@@ -78,6 +79,8 @@ class Trainer:
                 reader = CheckpointReader(checkpoint)
                 self.progress = load_checkpoint(reader, self.engine, config)
             self.blend, news = blend_from(data.train, self.progress, checkpoint, config)
+            if checkpoint is not None and (news or moves_the_loss(checkpoint, config)):
+                news += self._forget_usual_losses()
         nothing_new = checkpoint is None or same_folder(config.run.load, config.run.save)
         self.saved_iteration = self.progress.iteration if nothing_new else None
         self.saver = Saver(config, say)
@@ -90,6 +93,17 @@ class Trainer:
         choices = [memory_path, *given.memory.unused(config.memory, config.parallel)]
         choices += given.attention.changed_by_matching(config.attention)
         self.reports.announce(checkpoint, self.progress, choices, news)
+
+    def _forget_usual_losses(self) -> list[str]:
+        """Measure spikes by the losses from here on alone. Returns what is to be told of that."""
+        spikes = self.engine.spikes
+        if spikes is None or not spikes.losses:
+            return []
+        spikes.losses.clear()
+        return [
+            "--skip-loss-spikes looks back on losses from here on: those before are of other data"
+            " or other settings"
+        ]
 
     def train(self) -> None:
         """Train from where the run stands to `--train-iters`, then evaluate.

@@ -8,7 +8,7 @@ from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.texts import texts_of
 from megalong.config.arguments import parse_arguments
 from megalong.errors import UserError
-from megalong.training.changes import other_ways, with_schedule_of
+from megalong.training.changes import moves_the_loss, other_ways, with_schedule_of
 from megalong.training.learning_rate import learning_rate
 from megalong.training.resuming import open_checkpoint, starting_point
 from tests.hf.models import random_checkpoint
@@ -75,6 +75,22 @@ def test_another_optimizer_is_asked_for_its_own_settings(checkpoint):
 def test_what_changed_is_a_line_each(checkpoint, changes, told):
     expected = told if isinstance(told, list) else [told] if told else []
     assert other_ways(checkpoint, resolved(**changes)) == expected
+
+
+@pytest.mark.parametrize(
+    "changes, moves",
+    [
+        ({"lr": 0.5, "train_iters": 20, "global_batch_size": 16, "zero_stage": 2}, False),
+        ({"seed": 7, "precision": "bf16", "valid_data_path": "other"}, False),
+        ({"seq_length": 256}, True),
+        ({"document_attention": "isolated"}, True),
+        ({"dilation_rates": "1 2 4"}, True),
+        ({"split": "80,10,10"}, True),
+    ],
+    ids=str,
+)
+def test_what_moves_the_loss_of_a_batch(checkpoint, changes, moves):
+    assert moves_the_loss(checkpoint, resolved(**changes)) is moves
 
 
 def test_a_finished_run_that_is_extended(checkpoint):

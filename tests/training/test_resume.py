@@ -180,7 +180,7 @@ def test_more_iterations_continue_the_same_stream(corpus, tmp_path):
 
     # And on two ranks instead of one, with moments that begin anew, and another source.
     anew = constant | longer | {"train_iters": 15, "no_load_optim": True}
-    anew |= {"data_path": f"0.75 {corpus} 0.25 other={corpus}"}
+    anew |= {"data_path": f"0.75 {corpus} 0.25 other={corpus}", "skip_loss_spikes": 100.0}
     said = run_ranks(2, PRETRAIN, *flags(corpus, parts, **anew)).stdout
     assert "resuming (--no-load-optim) from" in said
     name, sample = corpus.name, 14 * 32
@@ -193,17 +193,20 @@ def test_more_iterations_continue_the_same_stream(corpus, tmp_path):
     history = History.from_values(CheckpointReader(latest(parts)).progress().blend)
     assert history.phases[-1].began == {name: sample, "other": 0}
     assert history.taken == {name: 24, "other": 8}
-    assert CheckpointReader(latest(parts)).progress().updates == 1
+    progress = CheckpointReader(latest(parts)).progress()
+    assert progress.updates == 1 and len(progress.recent_losses) == 1
     tokens = [r["consumed_tokens"] for r in numbers(parts) if "split" not in r]
     assert tokens == [32 * 64 * i for i in range(1, 16)]
 
-    # All of the data may be new, if that is asked for; the optimizer goes on.
+    # All of the data may be new, if that is asked for; the optimizer goes on. Its losses are not
+    # measured by those of the data before.
     new = anew | {"train_iters": 16, "data_path": f"third={corpus}", "new_data": True}
     del new["no_load_optim"]
     said = run_ranks(2, PRETRAIN, *flags(corpus, parts, **new)).stdout
     assert f"from sample {15 * 32} on the training data is third 1; before it was {now}" in said
+    assert "--skip-loss-spikes looks back on losses from here on" in said
     progress = CheckpointReader(latest(parts)).progress()
-    assert progress.updates == 2
+    assert progress.updates == 2 and len(progress.recent_losses) == 1
     history = History.from_values(progress.blend)
     assert history.phases[-1].began == {name: sample + 24, "other": 8, "third": 0}
 
