@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -46,6 +45,7 @@ NAMES = {
         "overflow": "as of ZeRO 1 and 2",
         "loss_scaler": "as of ZeRO 1 and 2",
         "_overflow_check_and_loss_scale_update": "looks for overflows before the norm",
+        "_loss_scale_update_and_overflow_cleanup": "goes by what that found, and forgets gradients",
         "_update_scale": "as of ZeRO 1 and 2",
     },
     "parameter of ZeRO 1 and 2": {
@@ -103,13 +103,27 @@ def step_without_update(engine: Any) -> None:
         optimizer.overflow = True
         return True
 
-    replaced = {"_update_scale": lambda *_: None, "check_overflow": overflows}
+    replaced: dict[str, Any] = {"_update_scale": lambda *_: None}
     if hasattr(optimizer, "check_grad_overflow"):  # ZeRO 1 and 2
-        replaced["check_grad_overflow"] = True
+        replaced |= {"check_grad_overflow": True, "check_overflow": overflows}
     else:
-        replaced["_overflow_check_and_loss_scale_update"] = overflows
-    with mock.patch.multiple(optimizer, **replaced):
+        replaced |= {"_overflow_check_and_loss_scale_update": overflows}
+    with _attributes(optimizer, replaced):
         engine.step()
+
+
+@contextlib.contextmanager
+def _attributes(owner: Any, values: dict[str, Any]) -> Iterator[None]:
+    """Inside, an object has attributes of its own with these values; afterwards those of before."""
+    own = vars(owner)
+    before = {name: own[name] for name in values if name in own}
+    own.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            del own[name]
+        own.update(before)
 
 
 def steps_made(engine: Any) -> int:
