@@ -33,7 +33,7 @@ from megalong.model.parameters import (
     sizes,
     used_rows,
 )
-from megalong.model.rotary import LongRotaryEmbedding, XposScales
+from megalong.model.rotary import LongRotaryEmbedding, XposScales, score_scale
 from megalong.model.stage import PipelineStage
 from megalong.model.tensor_slices import cut_dimension, tensor_slice
 from megalong.model.tiled_layer import has_pieces, recomputes_by_itself, tensor_ranks
@@ -261,6 +261,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
         kv_channels=model.kv_channels,
+        softmax_scale=score_scale(model),
         normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=model.swiglu,

@@ -16,7 +16,7 @@ from megalong.attention.documents import Documents
 from megalong.attention.exchange import SequenceGroup
 from megalong.attention.passes import Passes, attend
 from megalong.config import AttentionConfig, ModelConfig
-from megalong.model.rotary import XposScales, score_scale
+from megalong.model.rotary import XposScales
 from megalong.tiling.xpos import scaled
 
 
@@ -61,7 +61,7 @@ class CoreAttention(MegatronModule):
         self._passes = partial(
             attention.kind(layer).passes_class(),
             sequence=sequence,
-            scale=score_scale(model),
+            scale=softmax_scale,
             backend=attention.attention_backend,
             causal=causal,
         )

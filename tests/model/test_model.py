@@ -159,6 +159,20 @@ def test_passes_of_groups_of_heads_compute_the_attention_of_a_layer(build):
         torch.testing.assert_close(together, whole, rtol=0, atol=1e-6)
 
 
+def test_attention_takes_the_scale_of_scores_that_megatron_gives_it(build):
+    yarn = {"yarn_rotary_scaling_factor": 4.0, "yarn_original_max_position_embeddings": 32}
+    plain, sharper = (
+        build(num_query_groups=4, **changes)[0].chunks[0].decoder.layers[0].self_attention
+        for changes in ({}, yarn)
+    )
+    assert plain.config.softmax_scale is None
+    factor = sharper.config.softmax_scale * math.sqrt(16)
+    assert factor == pytest.approx((0.1 * math.log(4) + 1) ** 2)
+    q, k, v = torch.randn(3, LENGTH, 1, 4, 16)  # (s, b, heads, d)
+    expected = plain.core_attention(factor * q, k, v, None)
+    torch.testing.assert_close(sharper.core_attention(q, k, v, None), expected, rtol=0, atol=1e-5)
+
+
 def test_an_initial_weight_depends_on_seed_and_name_only(build, mesh):
     model, config = build()
     other, _ = build(num_layers=4)  # the first layers of a deeper model, but for the depth's scale
