@@ -111,7 +111,8 @@ def check_rope(model: ModelConfig) -> None:
     if len(given) > 1:
         raise UserError(
             f"{' and '.join(map(flag_name, given))} are different scalings of the rotary positions:"
-            " set one of them"
+            " set one of them (what is not among the flags stands in the file of --config: take it"
+            " out there)"
         )
     if model.rotary_ntk_factor is not None and model.kv_channels == 2:
         raise UserError(

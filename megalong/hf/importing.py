@@ -18,6 +18,7 @@ from megalong.checkpoint.first import write_first_checkpoint
 from megalong.checkpoint.tokenizer import HUGGINGFACE_FILES, SENTENCEPIECE_FILE
 from megalong.config import Config
 from megalong.config.arguments import config_from_values, to_yaml
+from megalong.config.rope import FACTORS, fields_of_scaling
 from megalong.data.tokenizers.tokenizer import build_tokenizer
 from megalong.errors import UserError
 from megalong.hf.configs import DTYPE_OF_PRECISION, megalong_values
@@ -83,8 +84,8 @@ def import_model(source: Path, run_folder: Path, changes: dict[str, Any]) -> tup
     if run_folder.exists() and any(run_folder.iterdir()):
         raise UserError(f"--output {run_folder} is not empty: choose another folder")
     theirs = read_config(source)
-    values = megalong_values(theirs, str(source / "config.json"))
-    values, ids = _with_tokenizer(values | changes, source, run_folder)
+    values = _with_changes(megalong_values(theirs, str(source / "config.json")), changes)
+    values, ids = _with_tokenizer(values, source, run_folder)
     if "tokenizer_type" not in changes:
         values = {"prepend_bos": begins_with_bos(open_tokenizer(source))} | values
     given, config = _configuration(theirs, values, ids)
@@ -105,6 +106,15 @@ def import_model(source: Path, run_folder: Path, changes: dict[str, Any]) -> tup
         checkpoint = write_first_checkpoint(run_folder, config, shapes, read)
     (run_folder / "flags.yaml").write_text(to_yaml(given, leave_out="open"))
     return checkpoint, config
+
+
+def _with_changes(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The model's values and over them the changes; a scaling of rotary positions in the place of
+    the model's own, with all that belongs to that."""
+    given = [name for name in FACTORS if changes.get(name) is not None]
+    theirs = [name for name in FACTORS if given and name in values and name not in given]
+    gone = {name for factor in theirs for name in fields_of_scaling(factor)}
+    return {name: value for name, value in values.items() if name not in gone} | changes
 
 
 def _with_tokenizer(

@@ -141,6 +141,20 @@ def test_a_llama_computes_the_same_here(kind, fields, tmp_path):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
+def test_a_scaling_that_is_given_takes_the_place_of_the_models_own(tmp_path):
+    LlamaForCausalLM(SCALED["yarn mscale"]).save_pretrained(tmp_path / "llama")
+    changes = BYTES | {"attention": "dense", "rotary_seq_len_interpolation_factor": 2.0}
+    _, config = import_model(tmp_path / "llama", tmp_path / "run", changes)
+    assert config.model.rope_parameters == {"rope_type": "linear", "rope_theta": 500.0, "factor": 2}
+    # Of the same kind, what is not given stays the model's.
+    changes = BYTES | {"attention": "dense", "yarn_rotary_scaling_factor": 8.0}
+    _, config = import_model(tmp_path / "llama", tmp_path / "more", changes)
+    assert config.model.yarn_rotary_scaling_factor == 8 and config.model.yarn_mscale == 2
+    two = {"rotary_ntk_factor": 2.0, "rope_scaling_factor": 2.0}
+    with pytest.raises(UserError, match=r"different scalings .* the file of --config"):
+        import_model(tmp_path / "llama", tmp_path / "two", BYTES | two)
+
+
 @pytest.mark.parametrize(
     "kind, fields, reason",
     [
