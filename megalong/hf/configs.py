@@ -63,7 +63,7 @@ def longnet_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
         "num_key_value_heads": model.num_query_groups,
         "head_dim": model.kv_channels,
         "max_position_embeddings": model.seq_length,
-        "rope_parameters": model.rope_parameters,
+        **({"rope_parameters": model.rope_parameters} if model.has_rotary_positions else {}),
         **{theirs: getattr(model, ours) for ours, theirs in _SETTINGS.items()},
         **{name: _as_json(getattr(config.attention, name)) for name in PATTERN_FIELDS},
         "attention": _kinds(config.attention.attention),

@@ -28,7 +28,7 @@ class LongNetConfig(PreTrainedConfig):
         `xpos_scale_base` positions; of about 35,000 tokens, in the middle of which the middle of
         `max_position_embeddings` is) or "none".
     rope_parameters: RoPE's base and scaling, as Transformers has them: `rope_theta`, `rope_type`
-        ("default", "linear", "llama3" or "yarn") and what that takes.
+        ("default", "linear", "llama3" or "yarn") and what that takes; None without positions.
     swiglu: a gated SiLU MLP; else GELU. linear_bias: biases in all linear layers; qkv_bias: in the
         query, key and value projections. qk_norm: a norm of each head's queries and keys.
     document_attention: "isolated": the model was trained on documents that share a row without
@@ -85,7 +85,10 @@ class LongNetConfig(PreTrainedConfig):
         if self.rope_parameters is None:
             self.rope_parameters = _rope_of_earlier_versions(kwargs)
         super().__post_init__(**kwargs)
-        rope_frequencies(self.rope_parameters, self.head_dim)  # raises ValueError for other types
+        if self.position_embedding_type == "none":
+            self.rope_parameters = None  # Transformers' default, which it checks against head_dim
+        else:
+            rope_frequencies(self.rope_parameters, self.head_dim)  # raises ValueError for others
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of"

@@ -82,7 +82,14 @@ def test_there_and_back_every_tensor_is_the_same(changes, tmp_path):
             assert torch.equal(reader.read(name), weight[:height]), name
 
 
-@pytest.mark.parametrize("changes", [*VARIANTS[:2], VARIANTS[-2]], ids=["tied", "untied", "yarn"])
+NO_POSITIONS = {"position_embedding_type": "none", "kv_channels": 15}  # no pairs to be turned
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [*VARIANTS[:2], VARIANTS[-2], NO_POSITIONS],
+    ids=["tied", "untied", "yarn", "no positions"],
+)
 def test_auto_classes_load_the_folder(changes, tmp_path):
     config, weights = random_checkpoint(tmp_path / "run", **changes)
     export(tmp_path / "run", tmp_path / "hf", dtype="float32", max_shard_size="60KB")
@@ -103,6 +110,7 @@ def test_auto_classes_load_the_folder(changes, tmp_path):
     with torch.no_grad():
         expected = huggingface_model(config, weights)(tokens).logits
         assert torch.equal(model(tokens).logits, expected)
+    assert (model.config.rope_parameters is None) == (changes is NO_POSITIONS)
     model.save_pretrained(tmp_path / "saved")  # as after fine-tuning
     with pytest.raises(UserError, match="is no earlier export"):
         export(tmp_path / "run", tmp_path / "saved", overwrite=True)
