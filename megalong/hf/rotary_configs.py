@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from megalong.errors import UserError
@@ -48,9 +49,11 @@ def rotary_values(config: dict[str, Any], where: str) -> dict[str, Any]:
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     _check_kind(kind, rope, config, where)
-    values = {"rotary_base": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)}
+    base = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+    values = {"rotary_base": _number(base, "rope_theta", where)}
     if kind == "linear":
-        values["rotary_seq_len_interpolation_factor"] = float(rope["factor"])
+        factor = _number(rope["factor"], "factor", where, least=1.0)
+        values["rotary_seq_len_interpolation_factor"] = factor
     if kind == "llama3":
         turns = rope.get("low_freq_factor", 1), rope.get("high_freq_factor", 4)
         if turns != (1, 4):
@@ -58,11 +61,22 @@ def rotary_values(config: dict[str, Any], where: str) -> dict[str, Any]:
                 f"{where}: low_freq_factor and high_freq_factor are {turns}, and megalong has Llama"
                 " 3.1's, 1 and 4"
             )
-        values["rope_scaling_factor"] = float(rope["factor"])
-        values["rope_original_length"] = _original_length(rope, config)
+        values["rope_scaling_factor"] = _number(rope["factor"], "factor", where, least=1.0)
+        values["rope_original_length"] = _original_length(rope, config, where)
     if kind == "yarn":
-        values |= _yarn(rope, config)
+        values |= _yarn(rope, config, where)
     return values
+
+
+def _number(value: Any, name: str, where: str, least: float = 0.0) -> float:
+    """A number of the file. Raises UserError where it is none, not positive or below the least."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and 0 < value < math.inf and value >= least):
+        raise UserError(
+            f"{where}: {name} is {value!r}, and has to be a number"
+            f" {f'of at least {least:g}' if least else 'above 0'}"
+        )
+    return float(value)
 
 
 def _check_kind(kind: Any, rope: dict[str, Any], config: dict[str, Any], where: str) -> None:
@@ -93,30 +107,34 @@ def _check_kind(kind: Any, rope: dict[str, Any], config: dict[str, Any], where: 
         )
 
 
-def _original_length(rope: dict[str, Any], config: dict[str, Any]) -> int:
+def _original_length(rope: dict[str, Any], config: dict[str, Any], where: str) -> int:
     """The length before the scaling, where Transformers looks for it."""
-    beside = config.get("original_max_position_embeddings")
-    return (
-        beside or rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
-    )
+    name = "original_max_position_embeddings"
+    length = config.get(name) or rope.get(name) or config["max_position_embeddings"]
+    return int(_number(length, name, where, least=1.0))
 
 
-def _yarn(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    original = _original_length(rope, config)
-    # DeepSeek's files have no factor, and Transformers makes one.
-    factor = rope["factor"] or config["max_position_embeddings"] / original
-    values = {
-        "yarn_rotary_scaling_factor": float(factor),
-        "yarn_original_max_position_embeddings": original,
-        "yarn_beta_fast": float(rope.get("beta_fast") or 32),
-        "yarn_beta_slow": float(rope.get("beta_slow") or 1),
-        "yarn_correction_range_round_to_int": rope.get("truncate", True),
-    }
-    mscales = rope.get("mscale"), rope.get("mscale_all_dim")
-    if rope.get("attention_factor") is not None:
-        values["yarn_attention_factor"] = float(rope["attention_factor"])
-    elif all(mscales):  # one alone has no effect
-        values |= dict(
-            zip(("yarn_mscale", "yarn_mscale_all_dim"), map(float, mscales), strict=True)
+def _yarn(rope: dict[str, Any], config: dict[str, Any], where: str) -> dict[str, Any]:
+    original, factor = _original_length(rope, config, where), rope["factor"]
+    if factor is None:  # as Transformers
+        factor = config["max_position_embeddings"] / original
+    fast = _number(rope.get("beta_fast") or 32, "beta_fast", where)
+    slow = _number(rope.get("beta_slow") or 1, "beta_slow", where)
+    if fast <= slow:
+        raise UserError(
+            f"{where}: beta_fast is {fast:g}, and has to be more than beta_slow, {slow:g}"
         )
+    values = {
+        "yarn_rotary_scaling_factor": _number(factor, "factor", where, least=1.0),
+        "yarn_original_max_position_embeddings": original,
+        "yarn_beta_fast": fast,
+        "yarn_beta_slow": slow,
+        "yarn_correction_range_round_to_int": bool(rope.get("truncate", True)),
+    }
+    mscales = {name: rope.get(name) for name in ("mscale", "mscale_all_dim")}
+    if rope.get("attention_factor") is not None:
+        own = _number(rope["attention_factor"], "attention_factor", where)
+        values["yarn_attention_factor"] = own
+    elif all(mscales.values()):  # one alone has no effect
+        values |= {f"yarn_{name}": _number(x, name, where) for name, x in mscales.items()}
     return values

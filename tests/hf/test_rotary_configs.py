@@ -6,6 +6,8 @@ from megalong.config import ModelConfig
 from megalong.errors import UserError
 from megalong.hf.rotary_configs import rotary_values
 
+LENGTH = {"max_position_embeddings": 64}
+FOUR = {"rope_type": "yarn", "factor": 4.0}
 YARN = {"yarn_rotary_scaling_factor": 4.0, "yarn_original_max_position_embeddings": 4096}
 
 
@@ -97,13 +99,30 @@ def test_files_of_all_versions(config, expected):
             {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 2},
             r"low_freq_factor and high_freq_factor are \(2, 4\)",
         ),
+        # Numbers that are none, or wrong, in the words of the file.
+        ({"rope_theta": "1e4"}, "rope_theta is '1e4', and has to be a number above 0$"),
+        ({"rope_theta": -1}, "rope_theta is -1, and has to be a number above 0$"),
+        ({"rope_type": "linear", "factor": 0.5}, "factor is 0.5, .* a number of at least 1$"),
+        ({"rope_type": "llama3", "factor": None}, "factor is None, .* a number of at least 1$"),
+        ({"rope_type": "llama3", "factor": float("inf")}, "factor is inf, .* of at least 1$"),
+        (FOUR | {"factor": True}, "factor is True, and has to be a number of at least 1$"),
+        (FOUR | {"original_max_position_embeddings": -4}, "original_max_position_embeddings is -4"),
+        (FOUR | {"beta_fast": 1}, "beta_fast is 1, and has to be more than beta_slow, 1$"),
+        (FOUR | {"attention_factor": 0}, "attention_factor is 0, and has to be a number above 0$"),
+        (FOUR | {"mscale": 1, "mscale_all_dim": "x"}, "mscale_all_dim is 'x', and has to be"),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_others_are_refused(rope, words):
     with pytest.raises(UserError, match=words) as error:
-        rotary_values({"rope_parameters": rope, "max_position_embeddings": 64}, "the file")
+        rotary_values({"rope_parameters": rope, **LENGTH}, "the file")
     assert str(error.value).startswith("the file: ") and "\n" not in str(error.value)
+
+
+def test_a_ramp_that_is_not_truncated_may_be_said_by_null():
+    """Transformers asks whether it is true."""
+    values = rotary_values({"rope_parameters": FOUR | {"truncate": None}, **LENGTH}, "file")
+    assert values["yarn_correction_range_round_to_int"] is False
 
 
 def test_a_scaling_without_its_factor_is_an_error():
