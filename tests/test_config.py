@@ -268,6 +268,7 @@ def test_a_missing_yaml_is_named():
             " --attention-head-groups 3",
         ),
         ("--new-data", 1, "--new-data is about a run that goes on: set --load"),
+        ("--load run --finetune --new-data", 1, "begins a new one, on any data: leave --new-data"),
         (
             "--load run --finetune --use-checkpoint-opt-param-scheduler",
             1,

@@ -33,7 +33,9 @@ class RunConfig:
         True, "load the states of the random generators (--no-load-rng: those of the seed)"
     )
     new_data: bool = flag(
-        False, "with --load: go on in the same run folder on training data that is all other"
+        False,
+        "with --load: go on in the same run folder on training data that is all other; to be taken"
+        " out after the first checkpoint on them",
     )
     load_fallback: bool = flag(
         False, "where the newest checkpoint is damaged, go on from the newest sound one before it"
@@ -109,6 +111,11 @@ class RunConfig:
             raise UserError("--finetune begins with the weights of a checkpoint: set --load")
         if self.new_data and self.load is None:
             raise UserError("--new-data is about a run that goes on: set --load, or leave it out")
+        if self.new_data and self.finetune:
+            raise UserError(
+                "--new-data is about a run that goes on, and --finetune begins a new one, on any"
+                " data: leave --new-data out"
+            )
         if self.finetune and training.use_checkpoint_opt_param_scheduler:
             raise UserError(
                 "--finetune takes the checkpoint's weights and nothing else of it, and"

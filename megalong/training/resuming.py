@@ -64,13 +64,19 @@ def open_checkpoint(config: Config) -> Path | None:
     if load is None:
         return None
     with system_errors_of(_flag(config), load):
-        if config.run.finetune and same_folder(load, config.run.save):
+        in_its_folder = same_folder(load, config.run.save)
+        if config.run.finetune and in_its_folder:
             raise UserError(
                 f"--finetune begins a new run, and --save {load} is where that of the checkpoint"
                 " is: --save into another folder"
             )
+        if config.run.new_data and not config.run.finetune and not in_its_folder:
+            raise UserError(
+                f"--new-data is about a run that goes on in its folder, and --load {load} is not"
+                " the folder of --save: leave it out"
+            )
         if not is_checkpoint_or_run(Path(load)):
-            if same_folder(load, config.run.save):
+            if in_its_folder:
                 return None
             raise UserError(f"{_flag(config)} {load}: no checkpoint there (no file `latest`)")
         checkpoint, _ = _first_sound(_candidates(config), check_files, config)

@@ -186,6 +186,15 @@ def test_weights_do_not_lose_their_positions_by_a_forgotten_flag(
             starting_point(config)
 
 
+def test_new_data_is_said_where_it_matters_alone(tmp_path):
+    random_checkpoint(tmp_path / "run")
+    config = resolved(load=tmp_path / "run", save=tmp_path / "other", new_data=True)
+    with pytest.raises(UserError, match=r"--load \S+run is not the folder of --save: leave it out"):
+        open_checkpoint(config)
+    config = resolved(load=tmp_path / "run", save=tmp_path / "run", new_data=True)
+    assert open_checkpoint(config) is not None
+
+
 def test_the_share_of_masks_stays_in_a_folder(tmp_path):
     run = tmp_path / "run"
     random_checkpoint(run, objective="mlm")
