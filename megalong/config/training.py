@@ -40,7 +40,9 @@ class TrainingConfig:
     min_lr: float = flag(0.0, "learning rate after the decay")
     lr_decay_style: str = flag(
         "polynomial",
-        "shape of the decay; WSD: stable, then --lr-wsd-decay-iters of --lr-wsd-decay-style",
+        "shape of the decay; inverse-square-root: --lr x sqrt(warm-up / iterations done), which"
+        " falls fast without a warm-up; WSD: stable, then --lr-wsd-decay-iters of"
+        " --lr-wsd-decay-style",
         choices=("polynomial", "linear", "cosine", "inverse-square-root", "WSD", "constant"),
     )
     lr_decay_power: float = flag(1.0, "power of the polynomial decay; 1 is linear")

@@ -33,6 +33,8 @@ WSD = {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 20}
         ({"lr_decay_style": "inverse-square-root"}, 41, 0.5),
         ({"lr_decay_style": "inverse-square-root"}, 111, (10 / 110) ** 0.5),
         ({"lr_decay_style": "inverse-square-root"}, 112, 0.2),
+        ({"lr_decay_style": "inverse-square-root", "min_lr": 0.9}, 110, 0.9),  # before the end
+        ({"lr_decay_style": "inverse-square-root", "lr_warmup_iters": 0}, 5, 0.5),
         (WSD, 91, 1.0),
         (WSD | {"lr_wsd_decay_style": "linear"}, 101, 0.6),
         (WSD | {"lr_wsd_decay_style": "minus_sqrt"}, 96, 0.6),
