@@ -1,5 +1,7 @@
 """A batch with a far higher loss than usual leaves no trace but in the log."""
 
+import statistics
+
 import pytest
 
 from megalong.training.loss_spikes import LossSpikes
@@ -54,6 +56,17 @@ def test_skipped_batches_are_told(uninterrupted):
     assert said.count("no update is made (--skip-loss-spikes)") == counts[-1]
     for before, record in zip([0, *counts], records, strict=False):
         assert (record["grad_norm"] is None) == (record["skipped_spikes"] > before)
+
+
+def test_rounding_does_not_decide_which_batches_are_skipped(uninterrupted):
+    """Losses of other layouts differ by less, or the next test would be a matter of luck."""
+    records, _ = uninterrupted
+    factor, window = CLOSE.values()
+    losses, counts = ([record[name] for record in records] for name in ("loss", "skipped_spikes"))
+    for i in range(window // 2, len(losses)):
+        threshold = factor * statistics.median(losses[max(0, i - window) : i])
+        assert abs(losses[i] - threshold) > 1e-5 * threshold
+        assert (losses[i] > threshold) == (counts[i] > counts[i - 1])
 
 
 @pytest.mark.parametrize(
