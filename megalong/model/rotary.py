@@ -90,7 +90,13 @@ class XposScales:
 
 def rotary_frequencies(model: ModelConfig) -> torch.Tensor:
     """Radians per position of each pair of channels, float64: (kv_channels / 2,)."""
-    frequencies, _ = rope_frequencies(model.rope_parameters, model.kv_channels)
+    rope = model.rope_parameters
+    if rope["rope_type"] == "default":
+        # By torch's power, whose last bit may be another than Python's: so runs go on bit for bit
+        # that began before there were scalings.
+        exponents = torch.arange(0, model.kv_channels, 2, dtype=torch.float64) / model.kv_channels
+        return rope["rope_theta"] ** -exponents
+    frequencies, _ = rope_frequencies(rope, model.kv_channels)
     return torch.tensor(frequencies, dtype=torch.float64)
 
 

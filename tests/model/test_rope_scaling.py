@@ -9,7 +9,7 @@ from transformers import LlamaConfig, modeling_rope_utils
 from megalong.config import ModelConfig
 from megalong.device import use_gpu
 from megalong.model.rope_scaling import rope_frequencies
-from megalong.model.rotary import LongRotaryEmbedding, score_scale
+from megalong.model.rotary import LongRotaryEmbedding, rotary_frequencies, score_scale
 from megalong.parallel.cpu import enable_megatron_without_gpu
 
 
@@ -67,6 +67,18 @@ def test_frequencies_are_those_of_transformers(changes, head_dim, monkeypatch):
         exact = torch.outer(torch.arange(first, first + 4, dtype=torch.float64), expected)
         torch.testing.assert_close(angles.cos(), exact.cos().float(), rtol=0, atol=1e-6)
         torch.testing.assert_close(angles.sin(), exact.sin().float(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
+@pytest.mark.parametrize("base", [1e4, 5e5, 1e6])
+def test_plain_frequencies_are_to_the_last_bit_those_of_the_first_runs(head_dim, base):
+    model = model_of({"kv_channels": head_dim, "rotary_base": base})
+    frequencies = rotary_frequencies(model)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    assert torch.equal(frequencies, torch.pow(base, -exponents))
+    exported, _ = rope_frequencies(model.rope_parameters, head_dim)
+    exported = torch.tensor(exported, dtype=torch.float64)
+    torch.testing.assert_close(exported, frequencies, rtol=1e-15, atol=0)
 
 
 @pytest.mark.parametrize("mscales", [{}, {"yarn_mscale": 0.707, "yarn_mscale_all_dim": 0.5}])
