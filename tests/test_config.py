@@ -232,11 +232,6 @@ def test_a_missing_yaml_is_named():
             1,
             "which --yarn-rotary-scaling-factor turns on",
         ),
-        (
-            "--rope-original-length 4096",
-            1,
-            "--rope-original-length is about the scaling of Llama 3.1, which --rope-scaling-factor",
-        ),
         (f"{YARN} --yarn-beta-slow 40", 1, "must be more than --yarn-beta-slow 40.0"),
         (f"{YARN} --yarn-mscale 1", 1, "--yarn-mscale-all-dim are two halves of a ratio"),
         (

@@ -22,16 +22,16 @@ FACTORS = (
     "rope_scaling_factor",
     "yarn_rotary_scaling_factor",
 )
-# What YaRN has besides.
-YARN = (
-    "yarn_original_max_position_embeddings",
-    "yarn_beta_fast",
-    "yarn_beta_slow",
-    "yarn_attention_factor",
-    "yarn_mscale",
-    "yarn_mscale_all_dim",
-    "yarn_correction_range_round_to_int",
-)
+# What YaRN has besides, and its values where there is none.
+YARN = {
+    "yarn_original_max_position_embeddings": None,
+    "yarn_beta_fast": 32.0,
+    "yarn_beta_slow": 1.0,
+    "yarn_attention_factor": None,
+    "yarn_mscale": None,
+    "yarn_mscale_all_dim": None,
+    "yarn_correction_range_round_to_int": True,
+}
 # All fields of rotary positions: none is about the shape of a weight.
 ROPE_FIELDS = ("rotary_base", *FACTORS, "rope_original_length", *YARN)
 
@@ -42,26 +42,17 @@ def fields_of_scaling(factor: str) -> tuple[str, ...]:
     return factor, *others.get(factor, ())
 
 
-def fields_without_effect(*models: ModelConfig) -> set[str]:
-    """The fields of the scalings that none of these models has."""
-    return {
-        name
-        for factor in FACTORS
-        if all(getattr(model, factor) is None for model in models)
-        for name in fields_of_scaling(factor)
-    }
-
-
-def _defaults(model: ModelConfig) -> dict[str, Any]:
-    return {field.name: field.default for field in dataclasses.fields(model)}
-
-
 def lost_fields(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
     """The fields of rotary positions that are the default's here, have another value there, and are
     missing: those of a scaling are not where another scaling is set in its place."""
-    free, default = fields_without_effect(theirs), _defaults(ours)
-    if any(getattr(ours, factor) is not None for factor in FACTORS):
-        free |= fields_without_effect(ours)
+    default = {field.name: field.default for field in dataclasses.fields(ours)}
+    scaled = any(getattr(ours, factor) is not None for factor in FACTORS)
+    free = {
+        name
+        for factor in FACTORS
+        if getattr(theirs, factor) is None or (scaled and getattr(ours, factor) is None)
+        for name in fields_of_scaling(factor)
+    }
     return [
         name
         for name in ROPE_FIELDS
@@ -129,24 +120,19 @@ def check_rope(model: ModelConfig) -> None:
             " channels has no others: set a larger --kv-channels, or"
             " --rotary-seq-len-interpolation-factor"
         )
-    _check_no_other(model)
-    if model.yarn_rotary_scaling_factor is not None:
+    if model.yarn_rotary_scaling_factor is None:
+        _check_no_yarn(model)
+    else:
         _check_yarn(model)
 
 
-def _check_no_other(model: ModelConfig) -> None:
-    """Raise UserError where something is set of a scaling that is not."""
-    default = _defaults(model)
-    for factor, what in (
-        ("rope_scaling_factor", "the scaling of Llama 3.1"),
-        ("yarn_rotary_scaling_factor", "YaRN"),
-    ):
-        for name in fields_of_scaling(factor):
-            if getattr(model, factor) is None and getattr(model, name) != default[name]:
-                raise UserError(
-                    f"{flag_name(name)} is about {what}, which {flag_name(factor)} turns on: set"
-                    " that too, or leave it out"
-                )
+def _check_no_yarn(model: ModelConfig) -> None:
+    for name, unset in YARN.items():
+        if getattr(model, name) != unset:
+            raise UserError(
+                f"{flag_name(name)} is about YaRN, which --yarn-rotary-scaling-factor turns on: set"
+                " that too, or leave it out"
+            )
 
 
 def _check_yarn(model: ModelConfig) -> None:

@@ -183,7 +183,5 @@ def _longnet_positions(config: dict[str, Any], where: str) -> dict[str, Any]:
     """Those of one of our exports. Earlier versions had our own names for them."""
     if "rope_parameters" in config:
         return rotary_values(config, where)
-    names = ["rotary_base"]
-    if config.get("rope_scaling_factor") is not None:
-        names += ["rope_scaling_factor", "rope_original_length"]
+    names = ("rotary_base", "rope_scaling_factor", "rope_original_length")
     return {name: config[name] for name in names if name in config}

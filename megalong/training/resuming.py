@@ -27,7 +27,7 @@ from megalong.checkpoint.texts import read_progress
 from megalong.config import Config, ModelConfig, flag_name
 from megalong.config.attention import PATTERN_FIELDS
 from megalong.config.flags import shown
-from megalong.config.rope import ROPE_FIELDS, fields_without_effect, lost_fields
+from megalong.config.rope import ROPE_FIELDS, lost_fields
 from megalong.data.blend import History
 from megalong.errors import UserError, system_errors_of
 from megalong.training.changes import config_of, differences, with_schedule_of
@@ -211,8 +211,6 @@ def _check_same_run(checkpoint: Path, config: Config) -> None:
     names = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in _FREE_MODEL_FIELDS]
     names += ["tokenizer_type", "tokenizer_model", "prepend_bos"]
     theirs = config_of(checkpoint)
-    without_effect = fields_without_effect(config.model, theirs.model)
-    names = [name for name in names if name not in without_effect]
     if config.run.finetune:
         # Other positions have the same weights: what is set is meant, what is not set is forgotten.
         lost = lost_fields(config.model, theirs.model)

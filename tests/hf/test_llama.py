@@ -138,10 +138,6 @@ def test_a_config_of_an_earlier_version_and_one_that_is_not_complete(dense, tmp_
     _, imported = import_model(tmp_path / "hf", tmp_path / "again", {})
     assert not imported.model.qk_layernorm and imported.data.prepend_bos
     assert imported.model.rotary_base == 300 and imported.model.rope_original_length == 100
-    config["rope_scaling_factor"] = None  # without which the length has no effect
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
-    _, imported = import_model(tmp_path / "hf", tmp_path / "plain", {})
-    assert imported.model.rope_parameters == {"rope_type": "default", "rope_theta": 300}
     del config["hidden_size"]
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="has no hidden_size"):

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 
-from megalong.checkpoint.manifest import Manifest, record_of
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.texts import texts_of
 from megalong.config.arguments import parse_arguments
@@ -185,18 +184,6 @@ def test_weights_do_not_lose_their_positions_by_a_forgotten_flag(
     else:
         with pytest.raises(UserError, match=refused):
             starting_point(config)
-
-
-def test_a_length_before_no_scaling_is_no_difference(tmp_path):
-    """Earlier versions took it without the factor that it belongs to."""
-    model = dataclasses.replace(resolved().model, rope_original_length=300)
-    written = dataclasses.replace(resolved(), model=model)
-    for name, text in texts_of(Progress(iteration=10), written).items():
-        (tmp_path / name).write_bytes(text)
-    Manifest(1, {file.name: record_of(file) for file in tmp_path.iterdir()}).write(tmp_path)
-    for finetune in (False, True):
-        config = resolved(load=tmp_path, finetune=finetune)
-        assert open_checkpoint(config) == tmp_path.resolve()
 
 
 def test_new_data_is_said_where_it_matters_alone(tmp_path):
