@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,6 +12,8 @@ from megalong.config import ModelConfig, TasksConfig, world_size
 from megalong.config.arguments import build_parser, config_from_values, parse_arguments, to_yaml
 from megalong.config.model import longest_xpos
 from megalong.errors import UserError
+
+OFFLOAD = Path(__file__).parent / "training" / "offload.json"
 
 YARN = "--yarn-rotary-scaling-factor 4 --yarn-original-max-position-embeddings 4096"
 NEEDED = ["--data-path", "data", "--tokenizer-type", "ByteTokenizer"]
@@ -197,6 +200,11 @@ def test_a_missing_yaml_is_named():
         ("--min-lr 1.0", 1, "--min-lr 1.0 must lie between"),
         ("--adam-beta1 1.0", 1, "--adam-beta1"),
         ("--skip-loss-spikes 1", 1, "--skip-loss-spikes 1 must be more than 1"),
+        (
+            f"--skip-loss-spikes 2 --deepspeed-config {OFFLOAD}",
+            1,
+            "--skip-loss-spikes leaves out no update of an optimizer on the host",
+        ),
         ("--loss-spike-window 9", 1, "--loss-spike-window 9 is about --skip-loss-spikes"),
         ("--skip-loss-spikes 2 --loss-spike-window 0", 1, "--loss-spike-window 0 must be positive"),
         ("--z-loss-coeff -1", 1, "--z-loss-coeff must be a number and not negative"),

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from megalong.config.deepspeed_file import keeps_optimizer_on_host
 from megalong.config.flags import (
     default,
     flag,
@@ -155,6 +156,11 @@ class TrainingConfig:
             raise UserError(
                 f"--skip-loss-spikes {factor:g} must be more than 1: half of all losses are above"
                 " their median"
+            )
+        if factor is not None and keeps_optimizer_on_host(self.deepspeed_config):
+            raise UserError(
+                f"--skip-loss-spikes leaves out no update of an optimizer on the host, where"
+                f" --deepspeed-config {self.deepspeed_config} has it: leave out one of the two"
             )
 
     def _check_wsd(self) -> None:
