@@ -381,8 +381,9 @@ class _Steps:
         return _Step.apply(token, None, like_x, self._begin)
 
     def _begin(self, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        if self.seen.ends(self.seen.output_gradient):
-            self.blocks[self.seen.output_gradient] = self.memory.hand_over(gradient)
+        ends = self.seen.ends(self.seen.output_gradient)
+        taken = self.memory.hand_over(gradient) if ends else self.memory.block_of(gradient)
+        self.blocks[self.seen.output_gradient] = taken
         for made in (*(made for _, made in self.seen.weights), self.seen.input_gradient):
             self.gradients.append(made.another(self.memory))
             self.blocks[made.block] = self.memory.block_of(self.gradients[-1])

@@ -123,7 +123,10 @@ class DeviceMemory(TorchDispatchMode):
         return [change for change in self._log[moment:] if not change.accumulating]
 
     def again(self, changes: Iterable[Change], blocks: dict[Block, Block]) -> None:
-        """These happen once more, now. blocks: those that have others in their place this time."""
+        """These happen once more, now. blocks: those that have others in their place this time, in
+        the same collectives."""
+        for block, mine in blocks.items():
+            mine.axes |= block.axes
         for block, size, accumulating in changes:
             if block in blocks:
                 block = blocks[block]
