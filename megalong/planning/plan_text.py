@@ -96,7 +96,7 @@ def rejected(search: Search, training: Training, most: int = 5) -> str:
         for layout in short[:most]:
             lines.append(f"    {_what_is_short(layout, training)}")
     for activations, why in (
-        (False, "by the estimate of --memory-path auto that says what is needed"),
+        (False, "by the estimate of --memory-path auto"),
         (True, "by their activations, of which one layer or another ZeRO stage tells"),
     ):
         of_reason = [each for each in search.not_run if each.activations == activations]
@@ -148,7 +148,7 @@ def explained(layout: PlannedLayout, training: Training) -> str:
     rows = [
         (what, f"{value:.4g}", f"{value / cost.total:.1%}")
         for what, value in sorted(seconds.items(), key=lambda item: -item[1])
-        if value
+        if value > 1e-6 * cost.total
     ]
     rows.append(("total", f"{cost.total:.4g}", ""))
     rows += [
