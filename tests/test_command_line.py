@@ -21,6 +21,7 @@ COMMANDS = {
     "tools/generate.py": "--model x --prompt a",
     "tools/inspect_checkpoint.py": "x",
     "tools/inspect_dataset.py": "x",
+    "tools/make_task_data.py": "--tasks mqar --length 99 --samples 2 --output-prefix y",
     "tools/merge_datasets.py": "--input x --output-prefix y",
     "tools/plot_run.py": "x",
     "tools/calibrate_device.py": "--output y",

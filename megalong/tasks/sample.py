@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from megalong.tasks.language import Language, Phrase, Said
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class Draft:
         done = (len(tokens) - 1 - rest - told) // unit
         tokens += self.language.haystack(pieces - done, draw)
         tokens += self.question
+        import numpy as np  # the configuration needs the names of tasks alone
+
         return Sample(np.array(tokens, dtype=np.int64), self.answers(length))
 
     def _order(self) -> list[int]:

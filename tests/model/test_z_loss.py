@@ -47,9 +47,10 @@ def test_what_is_minimised_is_that_of_whole_logits(changes, mesh):
     mask = torch.rand(2, 128, generator=generator) < 0.8
     inputs = {"input_ids": tokens, "position_ids": torch.arange(128), "attention_mask": None}
 
-    losses = model(**inputs, labels=labels)
+    training_loss = TrainingLoss(0.1, 1, COEFFICIENT)
+    losses = model(**inputs, labels=labels, beside=training_loss.beside)
     assert losses.shape == (2, 2, 128)
-    loss, sums = TrainingLoss(0.1, 1, COEFFICIENT)(losses, mask, None)
+    loss, sums = training_loss(losses, mask, None)
     found = torch.autograd.grad(loss, list(model.parameters()))
 
     hidden = []
