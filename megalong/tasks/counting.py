@@ -20,8 +20,6 @@ COMMON = Phrase(
 FREQUENT = Phrase(
     "\nThe three most frequent words, the most frequent first, are", mark=Mark.FREQUENT_QUESTION
 )
-AND_ONE_MORE = Phrase(",")
-END = Phrase(".\n")
 
 MOST_KINDS = 110
 NUM_COMMON = 10
@@ -75,9 +73,5 @@ def _draft(language: Language, words: list[Word], question: Phrase, asked: list[
     draft = Draft(language)
     fact = draft.tell(1.0, LIST, *words)
     draft.ask(question)
-    for number, word in enumerate(asked):
-        if number:
-            draft.ask(AND_ONE_MORE)
-        draft.answer(fact, slice(word, word + 1))
-    draft.ask(END)
+    draft.answer_all((fact, slice(word, word + 1)) for word in asked)
     return draft

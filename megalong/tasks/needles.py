@@ -18,8 +18,6 @@ QUESTION = Phrase(
 QUESTION_OF_SEVERAL = Phrase(
     "In their order, the magic numbers of{} are", mark=Mark.NEEDLES_QUESTION
 )
-AND_ONE_MORE = Phrase(",")
-END = Phrase(".\n")
 
 OTHERS = 3  # needles beside the one that is asked for, as in RULER
 
@@ -62,11 +60,7 @@ def niah_multivalue(language: Language, length: int, depth: float, draw: Random)
         draft.tell(where, NEEDLE, key, value) for where, value in zip(depths, values, strict=True)
     ]
     draft.ask(QUESTION_OF_SEVERAL, key)
-    for number, fact in enumerate(facts):
-        if number:
-            draft.ask(AND_ONE_MORE)
-        draft.answer(fact, slice(1, 2))
-    draft.ask(END)
+    draft.answer_all((fact, slice(1, 2)) for fact in facts)
     return draft
 
 
@@ -86,5 +80,4 @@ def niah_multiquery(language: Language, length: int, depth: float, draw: Random)
 
 def _ask(draft: Draft, question: Phrase, key: tuple[int, ...], fact: int) -> None:
     draft.ask(question, key, key)
-    draft.answer(fact, slice(1, 2))
-    draft.ask(END)
+    draft.answer_all([(fact, slice(1, 2))])

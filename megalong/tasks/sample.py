@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING
@@ -11,6 +11,9 @@ from megalong.tasks.language import Language, Phrase, Said
 
 if TYPE_CHECKING:
     import numpy as np
+
+AND_ONE_MORE = Phrase(",")
+END = Phrase(".\n")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,14 @@ class Draft:
         start, stop = places[0][0], places[-1][1]
         self.asked.append((fact, start, len(self.question), len(self.question) + stop - start))
         self.question += tokens[start:stop]
+
+    def answer_all(self, answers: Iterable[tuple[int, slice]]) -> None:
+        """The same of several (fact, words): a list, and its end."""
+        for number, (fact, words) in enumerate(answers):
+            if number:
+                self.ask(AND_ONE_MORE)
+            self.answer(fact, words)
+        self.ask(END)
 
     @property
     def size(self) -> int:

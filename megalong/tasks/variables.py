@@ -12,8 +12,6 @@ COPY = Phrase("VAR{} = VAR{}.\n", mark=Mark.ASSIGNMENT_OF_VARIABLE)
 QUESTION = Phrase(
     "In their order, the variables that have the value{} are", mark=Mark.VARIABLES_QUESTION
 )
-AND_ONE_MORE = Phrase(",")
-END = Phrase(".\n")
 
 CHAINS, HOPS = 2, 4
 
@@ -35,9 +33,5 @@ def variable_tracking(language: Language, length: int, depth: float, draw: Rando
         if not chain:
             asked = facts
     draft.ask(QUESTION, values[0])
-    for number, fact in enumerate(asked):
-        if number:
-            draft.ask(AND_ONE_MORE)
-        draft.answer(fact, slice(0, 1))
-    draft.ask(END)
+    draft.answer_all((fact, slice(0, 1)) for fact in asked)
     return draft
