@@ -171,6 +171,7 @@ class Long:
     """Documents of 2^33 tokens and a few, each token made of its place in the file."""
 
     prefix, max_token_id, vocab_size, prepend_bos, made_with = "long", None, None, None, {}
+    masks_loss = False
 
     def __init__(self, *lengths: int):
         self.lengths = np.array(lengths, np.int64)

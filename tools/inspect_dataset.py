@@ -8,8 +8,8 @@ Each is a prefix, or a folder or pattern of many, as for training. Says counts, 
 documents, and what made them. With --seq-length also what training would make of them: sequences in
 an epoch, and how much of their own document tokens have before them, with either --sample-mode and
 with --length-upsampling. --decode shows documents, or with --seq-length samples of the training, as
-text. --output writes a plot of the lengths. The index is checked in any case; --verify reads all
-tokens too.
+text, with what a loss mask makes context only in white square brackets. --output writes a plot of
+the lengths. The index is checked in any case; --verify reads all tokens, and loss masks, too.
 Exit status: 0, or 2 where the data is damaged (one line says what is wrong, in which file).
 """
 
@@ -158,6 +158,7 @@ def verified(documents: Documents, pairs: list[Pair], args: argparse.Namespace) 
         tokenizer = tokenizer_of(documents, pairs, args)
         vocab_size, eod = tokenizer.vocab_size, tokenizer.eod
     size = sum(pair.bytes for pair in pairs)
+    size += sum(os.path.getsize(pair.mask_path) for pair in pairs if pair.masks_loss)
     with progress_bar(size, "B", f"reading {documents.prefix}") as progress:
         return verify(pairs, vocab_size, eod, progress)
 
@@ -178,11 +179,13 @@ def decoded(
                 count = counted(documents.num_documents, "document")
                 raise UserError(f"--decode {i}: {documents.prefix} has {count}, numbered from 0")
             what, ids, starts = "document", documents.read(i), np.zeros(1, np.int64)
+            counts = documents.loss_mask(i)
         else:
             if i < 0:
                 raise UserError(f"--decode {i}: samples are numbered from 0")
             samples = training_samples(documents, args, args.sample_mode or "stream")
             ids = samples.sample(i, 0, args.seq_length)
+            counts = samples.loss_mask(i, 0, args.seq_length)
             what, starts = "sample", np.unique(samples.document_bounds(i)[0])
         if len(ids) and int(ids.max()) >= tokenizer.vocab_size:
             raise UserError(
@@ -191,7 +194,7 @@ def decoded(
             )
         parts = [
             {"token": place, "text": text}
-            for place, text in in_text(tokenizer, ids, starts, args.decode_tokens)
+            for place, text in in_text(tokenizer, ids, starts, args.decode_tokens, counts)
         ]
         found.append({what: i, "tokens": len(ids), "parts": parts})
     return found
@@ -230,6 +233,13 @@ def in_words(content: dict[str, Any]) -> Iterator[str]:
         f" {counted(content['tokens'], 'token')}, {content['dtype']},"
         f" {human_bytes(content['bytes'])}"
     )
+    if content["loss_mask"] is not None:
+        tokens = content["loss_mask"]["tokens"]
+        masks = counted(content["loss_mask"]["pairs"], "loss mask")
+        yield (
+            f"{counted(tokens, 'token')} ({tokens / content['tokens']:.1%}) count in the loss, by"
+            f" {masks}; the others are context"
+        )
     yield from _provenance_words(content["sidecar"] or {})
     yield from _length_words(content)
     yield from (f"note: {remark}" for remark in content["remarks"])
@@ -325,6 +335,8 @@ def _verified_words(verified: dict[str, Any], content: dict[str, Any]) -> Iterat
             f"{verified['documents_ending_with_eod']:,} of {counted(with_text, 'document')} end"
             " with the end-of-document token"
         )
+    if verified["loss_masks"]:
+        yield f"{counted(verified['loss_masks'], 'loss mask')} read, and sound"
 
 
 def _plot_files(prefixes: list[str], folder: Path, overwrite: bool) -> list[Path]:

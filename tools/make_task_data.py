@@ -6,8 +6,10 @@
         --eval-tasks mqar --eval-task-style ids ...
 
 Every document is one sample of exactly --length tokens, so that with as long a --seq-length every
-sequence of the training is one. The loss counts all of its tokens. The samples are drawn apart from
-those of evaluations, whatever the seed; only where a task is very short can two be the same.
+sequence of the training is one. The loss counts all of its tokens, or with --loss answers those of
+the answers alone: a PREFIX.loss beside the data says which, and the training heeds it. The samples
+are drawn apart from those of evaluations, whatever the seed; only where a task is very short can
+two be the same.
 """
 
 from __future__ import annotations
@@ -33,11 +35,19 @@ def parse_arguments() -> argparse.Namespace:
     add("--length", type=int, required=True, help="tokens of a sample")
     add("--samples", type=int, required=True, help="how many, of all tasks together")
     add("--task-style", choices=STYLES, default="text", help="made of text, or of bare token ids")
+    add(
+        "--loss",
+        choices=("answers", "all"),
+        default="all",
+        help="what is to be predicted: the answers alone (written to PREFIX.loss), or all tokens",
+    )
     add("--seed", type=int, default=1234, help="others make other samples")
     add("--tokenizer-type", choices=TOKENIZERS, default="SentencePieceTokenizer", help="tokenizer")
     add("--tokenizer-model", help="file (or folder) of the tokenizer")
     add("--prepend-bos", action="store_true", help="begin samples as in a training that has it")
-    add("--output-prefix", required=True, help="writes PREFIX.bin, .idx and .json")
+    add(
+        "--output-prefix", required=True, help="writes PREFIX.bin, .idx and .json, or .loss besides"
+    )
     add("--overwrite", action="store_true", help="replace existing output files")
     args = parser.parse_args()
     args.tasks = list(dict.fromkeys(args.tasks))
@@ -85,6 +95,7 @@ def main() -> None:
             trials,
             tokenizer,
             description,
+            answers_only=args.loss == "answers",
             overwrite=args.overwrite,
             on_samples=bar.update,
         )

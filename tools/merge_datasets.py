@@ -5,7 +5,8 @@
 writes corpus.bin, .idx and .json: the documents of the inputs, one input after the other. Merged
 partitions are, byte for byte, what one run of tools/preprocess_data.py would have written, with
 --deduplicate too. Inputs must be of one tokenizer and made with the same flags, and no partition
-may be missing. When the command was killed, the same command goes on.
+may be missing. Loss masks (.loss) are merged too; all tokens of an input without one count. When
+the command was killed, the same command goes on.
 Exit status: 0, or 2 after an error.
 """
 

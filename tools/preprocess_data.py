@@ -10,6 +10,8 @@ document a line; Parquet, whatever its name, one document a row; anything else a
 document a file. Standard input (-), <(command) and named pipes, which have to be named themselves,
 are JSON lines. All but Parquet may be compressed (gzip, Zstandard, xz, bzip2), whatever their
 names. Of source code --documents makes one document a file or a repository.
+With --prompt-key a document is a prompt and the text behind it, and a PREFIX_KEY_document.loss says
+that the loss counts the text alone, and the eod token.
 What is broken is named on standard error, skipped and counted; --strict makes it an error. The
 output has its final name only when it is complete. It does not depend on --workers, nor on
 --tokenizer-backend: a faster library is used where it gives the same ids.
@@ -24,6 +26,7 @@ Exit status: 0, or 2 after an error.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import signal
 import sys
 from functools import partial
@@ -81,6 +84,14 @@ def parse_arguments() -> argparse.Namespace:
         help="leave out documents of fewer tokens, those counted that --append-eod and"
         " --prepend-bos add",
     )
+    add(
+        "--prompt-key",
+        metavar="KEY",
+        help="key of JSON lines, or column of Parquet, with a prompt: a document is that and then"
+        " the text of --json-keys, which are made tokens apart, so that no token is of both. The"
+        " prompt is context only (and so is what --prepend-bos adds): the training predicts the"
+        " text, and the eod token. A prompt may be empty; plain text has none",
+    )
     add("--deduplicate", action="store_true", help="leave out texts that have come before")
     add(
         "--partition",
@@ -109,6 +120,13 @@ def parse_arguments() -> argparse.Namespace:
     for flag in ("--min-tokens", "--part-bytes"):
         if getattr(args, flag[2:].replace("-", "_")) < 1:
             raise UserError(f"{flag} must be at least 1")
+    if args.prompt_key in args.json_keys:
+        raise UserError(f"--prompt-key {args.prompt_key}: is one of --json-keys: name another")
+    if args.prompt_key is not None and args.documents != "auto":
+        raise UserError(
+            f"--prompt-key {args.prompt_key} is of JSON lines and Parquet, and --documents"
+            f" {args.documents} reads neither: leave one of them out"
+        )
     return args
 
 
@@ -154,7 +172,7 @@ def main() -> int | None:
     task = TokenizingTask(
         args.tokenizer_type,
         args.tokenizer_model,
-        reading_of(args),
+        dataclasses.replace(reading_of(args), prompt_key=args.prompt_key),
         append_eod=args.append_eod,
         prepend_bos=args.prepend_bos,
         min_tokens=args.min_tokens,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megalong.config.flags import default, flag, flag_name
 from megalong.data.length_upsampling import LengthUpsampling
+from megalong.data.loss_mask import may_mask_loss
 from megalong.data.sources import SourceSpec, sources_of_file, sources_of_flag
 from megalong.data.tokenizers.tokenizer import TOKENIZERS
 from megalong.errors import UserError
@@ -89,6 +90,12 @@ class DataConfig:
     def isolates_documents(self) -> bool:
         """Whether documents are kept apart."""
         return self.document_attention == "isolated"
+
+    @property
+    def masks_loss(self) -> bool:
+        """Whether some tokens of the training data may not count in the loss, as far as the names
+        of its files tell."""
+        return any(may_mask_loss(source.path) for source in self.training_sources())
 
     @property
     def upsampling(self) -> LengthUpsampling | None:

@@ -2,13 +2,14 @@
 
 A micro batch is a dict of CPU tensors: tokens and labels, int64 (micro_batch, slice), labels[t]
 being the token that follows tokens[t]; and positions, int64 (slice,), places in the whole
-sequence. labels are IGNORE_INDEX where there is nothing to predict. Of several sources there is
+sequence. labels are IGNORE_INDEX where there is nothing to predict: where the next token does not
+count in the loss (`megalong.data.loss_mask`), say. Of several sources there is
 source too, int64 (micro_batch,): which of them each row is from.
 
 With masks (`megalong.data.masking`) labels[t] is what stood in the place of tokens[t], where that
-is to be told. How many that are hangs on the tokens, as it does where nothing is predicted from the
-end of a document: micro batches of the training have "predicted" too, int64 (), how many this
-rank's micro batches of the whole step have.
+is to be told. How many that are hangs on the tokens, as it does where not all of them count, or
+where nothing is predicted from the end of a document: micro batches of the training have
+"predicted" too, int64 (), how many this rank's micro batches of the whole step have.
 
 Where documents are kept apart there are document_start and, where attention looks both ways,
 document_stop, int32 (micro_batch, slice): the places in the whole sequence of the first token of
@@ -83,10 +84,13 @@ def training_batches(
         )
     if consumed_samples < 0:
         raise ValueError(f"consumed_samples {consumed_samples} is negative")
+    masks_loss = samples.masks_loss
 
     def read(i: int) -> Row:
         if masking is None:
-            return _next_tokens(samples.sample(i, start, stop + 1), stop - start, documents)
+            tokens = samples.sample(i, start, stop + 1)
+            counts = samples.loss_mask(i, start, stop + 1) if masks_loss else None
+            return _next_tokens(tokens, counts, stop - start, documents)
         begin = i * samples.sequence_length + start
         return masking.masked(samples.sample(i, start, stop), begin, samples.seed)
 
@@ -106,7 +110,7 @@ def training_batches(
                 batch["source"] = torch.tensor([samples.source(i) for i in numbers])
             yield batch
 
-    if masking is None and documents.unpredicted_from is None:
+    if masking is None and documents.unpredicted_from is None and not masks_loss:
         return batches()
     predictions = (
         sum(int((read(i)[1] != IGNORE_INDEX).sum()) for i in numbers) for numbers in micro_batches()
@@ -142,6 +146,7 @@ def evaluation_batches(
 
     num_samples: stop after so many samples; None or more than there are: every token but the
     first is predicted exactly once, in the last sample (shorter than N, the rest padded) too.
+    What does not count in the loss is not predicted.
     Every rank yields num_evaluation_batches() micro batches; rows without a sample, and padding,
     have labels IGNORE_INDEX (and token 0, which causal attention keeps from the others).
     masking: how tokens are masked, always at the same places. The last sample is filled up with the
@@ -164,8 +169,9 @@ def evaluation_batches(
         if i >= total:
             return np.zeros(0, int), np.zeros(0, int)
         if masking is None:
-            tokens = _without_wrapping(stream, i, start, stop + 1)
-            return _next_tokens(tokens, stop - start, documents)
+            begin, end = _without_wrapping(stream, i, start, stop + 1)
+            counts = stream.masks(begin, end) if stream.masks_loss else None
+            return _next_tokens(stream.tokens(begin, end), counts, stop - start, documents)
         begin = i * stream.sequence_length + start
         tokens, labels = _first_epoch_masked(stream, masking, begin, begin + stop - start)
         labels[max(stream.tokens_per_epoch - begin, 0) :] = IGNORE_INDEX
@@ -214,11 +220,11 @@ def _evaluation_samples(
     return available if num_samples is None else min(num_samples, available)
 
 
-def _without_wrapping(stream: TokenStream, i: int, start: int, stop: int) -> np.ndarray:
-    """stream.sample(i, start, stop), cut where the first epoch ends."""
+def _without_wrapping(stream: TokenStream, i: int, start: int, stop: int) -> tuple[int, int]:
+    """Where tokens [start, stop) of sample i are in the stream, cut where the first epoch ends."""
     position = i * stream.sequence_length
     end = min(position + stop, stream.tokens_per_epoch)
-    return stream.tokens(min(position + start, end), end)
+    return min(position + start, end), end
 
 
 def _first_epoch_masked(stream: TokenStream, masking: Masking, begin: int, end: int) -> Row:
@@ -233,9 +239,14 @@ def _first_epoch_masked(stream: TokenStream, masking: Masking, begin: int, end: 
     return np.concatenate(tokens), np.concatenate(labels)
 
 
-def _next_tokens(tokens: np.ndarray, length: int, documents: DocumentRules) -> Row:
-    """tokens: length + 1 of them, or fewer where the stream ended."""
+def _next_tokens(
+    tokens: np.ndarray, counts: np.ndarray | None, length: int, documents: DocumentRules
+) -> Row:
+    """tokens: length + 1 of them, or fewer where the stream ended. counts: which of them count in
+    the loss, bool of the same shape; None: all."""
     labels = tokens[1:]
+    if counts is not None:
+        labels = np.where(counts[1:], labels, IGNORE_INDEX)
     if documents.unpredicted_from is not None:
         labels = np.where(tokens[:-1] == documents.unpredicted_from, IGNORE_INDEX, labels)
     return tokens[:length], labels

@@ -57,12 +57,14 @@ class History:
 
     phases: at least one, the last is in force. taken: samples of each of its sources since then.
     salts, epoch_tokens: by source, of the order of its documents, and tokens in an epoch.
+    masked: sources of the last phase some tokens of which may not count in the loss.
     """
 
     phases: tuple[Phase, ...]
     taken: dict[str, int]
     salts: dict[str, int]
     epoch_tokens: dict[str, int]
+    masked: tuple[str, ...] = ()
 
     @classmethod
     def of_one(cls, name: str, consumed_tokens: int, sequence_length: int) -> History:
@@ -77,7 +79,8 @@ class History:
             Phase(**phase | {"shares": {n: Fraction(s) for n, s in phase["shares"].items()}})
             for phase in values["phases"]
         )
-        return cls(**values | {"phases": phases})
+        masked = tuple(values.get("masked", ()))  # not in older checkpoints
+        return cls(**values | {"phases": phases, "masked": masked})
 
     def values(self) -> dict[str, Any]:
         """This as what JSON has: an exact share is "7/10"."""
@@ -170,6 +173,23 @@ class Blend:
         part, its = self._locate(i)
         return part.sample(its, start, stop)
 
+    @property
+    def masked(self) -> list[str]:
+        """The sources some tokens of which may not count in the loss."""
+        parts = zip(self.sources, self.parts, strict=True)
+        return [name for name, part in parts if part.masks_loss]
+
+    @property
+    def masks_loss(self) -> bool:
+        """Whether some tokens of any source may not count in the loss."""
+        return bool(self.masked)
+
+    def loss_mask(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Which of these tokens count in the loss, as of `Samples`: all of a source without a
+        mask."""
+        part, its = self._locate(i)
+        return part.loss_mask(its, start, stop)
+
     def document_bounds(
         self, i: int, start: int = 0, stop: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -197,7 +217,8 @@ class Blend:
 
     def history(self, i: int) -> History:
         """Where the blend stands before sample i."""
-        return History(self._phases, self._taken(i), self._all_salts, self._all_epoch_tokens)
+        taken, masked = self._taken(i), tuple(self.masked)
+        return History(self._phases, taken, self._all_salts, self._all_epoch_tokens, masked)
 
     def realised(self, i: int) -> dict[str, tuple[float, float]]:
         """By source, before sample i: its share of the samples since the blend is as it is, and how
@@ -244,6 +265,10 @@ class Blend:
                 f"from sample {self._phase.first:,} on the training data is"
                 f" {shown_shares(self.shares)}; before it was {shown_shares(before)}"
             )
+        for name in before:
+            if name in self.sources and (name in self.masked) != (name in history.masked):
+                now = "a loss mask now, and had none" if name in self.masked else "no loss mask now"
+                lines.append(f"source {name} has {now}: other tokens are predicted")
         for name, tokens in self.epoch_tokens.items():
             known = history.epoch_tokens.get(name, tokens)
             if known != tokens:

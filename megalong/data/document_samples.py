@@ -23,7 +23,7 @@ which place of the rests, a sample begins with.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -33,6 +33,9 @@ from megalong.data.context import ContextReport, runs_of
 from megalong.data.document_order import find_epoch
 from megalong.data.samples import place_type
 from megalong.data.stream import TokenStream
+
+# What is had for tokens [start, stop) of a document.
+_Read = Callable[[int, int, int], np.ndarray]
 
 
 class _Epoch(NamedTuple):
@@ -82,19 +85,16 @@ class DocumentSamples:
 
         Returns int64 (stop - start,). Reads only these tokens.
         """
-        length = self.sequence_length
-        stop = length + 1 if stop is None else stop
-        if i < 0 or not 0 <= start <= stop <= length + 1:
-            raise IndexError(f"tokens [{start}, {stop}) of sample {i}")
-        document, begin = self._locate(i)
-        if document is None:
-            return self._read_rests(begin + start, begin + stop)
-        end = min(begin + stop, int(self._stream.lengths[document]))
-        # Only of the token after a document's last one there may be nothing but that one.
-        tokens = [self._stream.read(document, min(begin + start, end), end)]
-        if begin + stop > end and stop > start:
-            tokens.append(self.sample(i + 1, 0, 1))
-        return np.concatenate(tokens)
+        return self._gathered(self._stream.read, i, start, stop)
+
+    @property
+    def masks_loss(self) -> bool:
+        """Whether some tokens may not count in the loss."""
+        return self._stream.masks_loss
+
+    def loss_mask(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Which of these tokens count in the loss, as of `Samples`."""
+        return self._gathered(self._stream.read_mask, i, start, stop)
 
     def source(self, i: int) -> int:
         """Which of `sources` sample i is from: there is one."""
@@ -148,12 +148,23 @@ class DocumentSamples:
         filled = (epoch.first_rest + int(epoch.rests[rank])) // self.sequence_length
         return None, (filled - 1) * self.sequence_length
 
-    def _read_rests(self, begin: int, end: int) -> np.ndarray:
-        parts = [
-            self._stream.read(part.document, part.start, part.stop)
-            for part in self._rest_parts(begin, end)
-        ]
-        return np.concatenate([np.zeros(0, np.int64), *parts])
+    def _gathered(self, read: _Read, i: int, start: int, stop: int | None) -> np.ndarray:
+        """What read(document, start, stop) has for tokens [start, stop) of sample i."""
+        length = self.sequence_length
+        stop = length + 1 if stop is None else stop
+        if i < 0 or not 0 <= start <= stop <= length + 1:
+            raise IndexError(f"tokens [{start}, {stop}) of sample {i}")
+        document, begin = self._locate(i)
+        if document is None:
+            rests = self._rest_parts(begin + start, begin + stop)
+            parts = [read(part.document, part.start, part.stop) for part in rests]
+            return np.concatenate(parts or [read(0, 0, 0)])
+        end = min(begin + stop, int(self._stream.lengths[document]))
+        # Only of the token after a document's last one there may be nothing but that one.
+        parts = [read(document, min(begin + start, end), end)]
+        if begin + stop > end and stop > start:
+            parts.append(self._gathered(read, i + 1, 0, 1))
+        return np.concatenate(parts)
 
     def _rest_parts(self, begin: int, end: int) -> Iterator[_Part]:
         """Places [begin, end) of the rests, document by document."""

@@ -60,8 +60,8 @@ def raw_documents_from(path: str, reading: Reading, share: float) -> Iterator[Ra
 def texts(document: RawDocument, reading: Reading) -> dict[str, str | BrokenDocument]:
     """The text of a document under each key, or the reason why there is none.
 
-    A format without keys has one text, under the first key. An empty record gives {}. What else is
-    wrong in a document stands under other keys.
+    A format without keys has one text, under the first key, and no prompt. An empty record gives
+    {}. What else is wrong in a document stands under other keys.
     Raises BrokenDocument where the document is unusable under every key.
     """
     if document.error:

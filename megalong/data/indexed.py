@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megalong.data import loss_mask
 from megalong.data.preprocessing.writer import DTYPES, HEADER, MAGIC, VERSION
 from megalong.errors import UserError
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 
 class IndexedDocuments:
-    """The documents of PREFIX.bin and PREFIX.idx, written by megalong or by Megatron.
+    """The documents of PREFIX.bin and PREFIX.idx, written by megalong or by Megatron, and of
+    PREFIX.loss where there is one (`megalong.data.loss_mask`).
 
     lengths: int64 (num_documents,), tokens in each document.
     max_token_id, vocab_size, prepend_bos: the largest id, the number of ids of the tokenizer, and
@@ -30,6 +32,7 @@ class IndexedDocuments:
         such file.
     made_with: of the same file, what it says of the tokenizer: "tokenizer_sha256" (of its content,
         `Tokenizer.fingerprint`) and "tokenizer_model"; empty where it says nothing.
+    masks_loss: whether some tokens may not count in the loss.
     place: the flag, or the file, that the prefix is from, and the prefix; None: --data-path's.
     Raises UserError that names the file and what is wrong with it.
     """
@@ -51,6 +54,11 @@ class IndexedDocuments:
         if not self.num_tokens:
             raise UserError(f"{place}: {self.prefix}.bin holds no tokens")
         self._dataset = _open_with_megatron_core(self.prefix)
+        self.masks_loss = pair.masks_loss
+        if self.masks_loss:
+            self._loss_mask = np.memmap(self.prefix + loss_mask.SUFFIX, np.uint8, mode="r")
+            # Documents lie one behind the other, whatever sequences they are made of.
+            self._starts = np.cumsum(self.lengths) - self.lengths
 
     @property
     def num_documents(self) -> int:
@@ -70,12 +78,7 @@ class IndexedDocuments:
         Returns (stop - start,) in the data type of the file, a copy.
         Raises IndexError for a range outside the document.
         """
-        if not 0 <= document < self.num_documents:
-            raise IndexError(f"document {document} of {self.num_documents}")
-        length = int(self.lengths[document])
-        stop = length if stop is None else stop
-        if not 0 <= start <= stop <= length:
-            raise IndexError(f"tokens [{start}, {stop}) of document {document}, {length} long")
+        stop = checked_stop(self.lengths, document, start, stop)
         parts = [np.zeros(0, dtype=self._dataset.index.dtype)]
         begin = 0  # where the sequence begins in the document
         for sequence in range(self._first_sequence[document], self._first_sequence[document + 1]):
@@ -86,6 +89,27 @@ class IndexedDocuments:
             begin += size
         # A copy, since the dataset closes its mapping under views when it is collected.
         return np.concatenate(parts)
+
+    def loss_mask(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Which of the tokens [start, stop) of a document count in the loss, bool (stop - start,),
+        a copy; stop None: to its end. Raises IndexError for a range outside the document."""
+        stop = checked_stop(self.lengths, document, start, stop)
+        if not self.masks_loss:
+            return np.ones(stop - start, bool)
+        begin = int(self._starts[document])
+        return self._loss_mask[begin + start : begin + stop] != 0
+
+
+def checked_stop(lengths: np.ndarray, document: int, start: int, stop: int | None) -> int:
+    """`stop`, or where that is None the end of the document. lengths: of all documents. Raises
+    IndexError where there is no such document, or [start, stop) is not inside it."""
+    if not 0 <= document < len(lengths):
+        raise IndexError(f"document {document} of {len(lengths)}")
+    length = int(lengths[document])
+    stop = length if stop is None else stop
+    if not 0 <= start <= stop <= length:
+        raise IndexError(f"tokens [{start}, {stop}) of document {document}, {length} long")
+    return stop
 
 
 @dataclass(frozen=True)
@@ -115,11 +139,13 @@ class Index:
 
 @dataclass(frozen=True)
 class Pair:
-    """One .bin/.idx pair: what its index says, and the content of its .json, or {}."""
+    """One .bin/.idx pair: what its index says, the content of its .json, or {}, and whether there
+    is a loss mask beside it."""
 
     prefix: str
     index: Index
     description: dict[str, Any]
+    masks_loss: bool
 
     @classmethod
     def open(cls, prefix: str, place: str) -> Pair:
@@ -128,12 +154,19 @@ class Pair:
         check_files_exist(prefix, place)
         index = read_index(prefix)
         tokens = int(index.sequence_lengths.sum(dtype=np.int64))
-        return cls(prefix, index, read_description(prefix, len(index.first_sequence) - 1, tokens))
+        described = read_description(prefix, len(index.first_sequence) - 1, tokens)
+        masks_loss = loss_mask.has_loss_mask(prefix, tokens, described)
+        return cls(prefix, index, described, masks_loss)
 
     @property
     def bytes(self) -> int:
         """Of the .bin."""
         return os.path.getsize(self.prefix + ".bin")
+
+    @property
+    def mask_path(self) -> str:
+        """Of the loss mask, if there is one."""
+        return self.prefix + loss_mask.SUFFIX
 
 
 def check_megatron_core(prefix: str, index: Index) -> str:

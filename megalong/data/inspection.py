@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import numpy as np
 from tqdm import tqdm
 
+from megalong.data import loss_mask
 from megalong.data.context import BOUNDS, short
 from megalong.data.formats import SHARDS, token_format
 from megalong.data.indexed import Pair, check_megatron_core
@@ -21,6 +23,7 @@ from megalong.errors import UserError
 from megalong.wording import counted
 
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
+CONTEXT = "\u27e6{}\u27e7"  # in white square brackets: what does not count in the loss
 _SCANNED = 1 << 24  # tokens at a time
 
 
@@ -31,7 +34,8 @@ def open_pairs(path: str) -> list[Pair]:
 
 
 def describe(documents: Documents, pairs: list[Pair]) -> dict[str, Any]:
-    """Counts, lengths and provenance; reads no tokens. documents: those of the pairs."""
+    """Counts, lengths and provenance; reads no tokens, and of loss masks those that no .json
+    describes. documents: those of the pairs."""
     lengths, tokens = documents.lengths, int(documents.lengths.sum())
     quantiles = np.quantile(lengths, QUANTILES, method="lower")
     found = {
@@ -53,10 +57,27 @@ def describe(documents: Documents, pairs: list[Pair]) -> dict[str, Any]:
         "share_of_tokens_in_documents_of_at_least": {
             short(bound): float(lengths[lengths >= bound].sum()) / tokens for bound in BOUNDS
         },
+        "loss_mask": counted_tokens(pairs),
         "sidecar": pairs[0].description or None if len(pairs) == 1 else None,
     }
     found["remarks"] = list(_remarks(found, pairs))
     return found
+
+
+def counted_tokens(pairs: list[Pair]) -> dict[str, int] | None:
+    """How many pairs have a loss mask, and how many tokens of all pairs count in the loss; None:
+    all tokens do, for there is no mask."""
+    masked = [pair for pair in pairs if pair.masks_loss]
+    if not masked:
+        return None
+    tokens = 0
+    for pair in pairs:
+        if not pair.masks_loss:
+            tokens += int(pair.index.sequence_lengths.sum(dtype=np.int64))
+        else:
+            made = pair.description.get(loss_mask.KEY) or loss_mask.description(pair.mask_path)
+            tokens += made["tokens"]
+    return {"pairs": len(masked), "tokens": tokens}
 
 
 def histogram(lengths: np.ndarray) -> list[dict[str, int]]:
@@ -100,7 +121,7 @@ def _remarks(found: dict[str, Any], pairs: list[Pair]) -> Iterator[str]:
 def verify(
     pairs: list[Pair], vocab_size: int | None, eod: int | None, progress: tqdm
 ) -> dict[str, Any]:
-    """Read all tokens. progress: is told of the bytes.
+    """Read all tokens, and loss masks. progress: is told of the bytes.
 
     vocab_size: ids beyond it are an error; None: that of the sidecars. eod: the token that ends
     documents, whose ends are counted; None: that of the sidecars, where they say it.
@@ -113,7 +134,23 @@ def verify(
         "largest_id": max(one["largest_id"] for one in found),
         "documents_ending_with_eod": None if None in ends else sum(ends),
         "megatron_core": found[0]["megatron_core"],
+        "loss_masks": sum(_verify_mask(pair, progress) for pair in pairs),
     }
+
+
+def _verify_mask(pair: Pair, progress: tqdm) -> bool:
+    """Whether there is a loss mask of a pair, and then a sound one."""
+    if not pair.masks_loss:
+        return False
+    made = loss_mask.description(pair.mask_path, progress.update)
+    told = pair.description.get(loss_mask.KEY, made)
+    for what in ("tokens", "sha256"):
+        if told.get(what) != made[what]:
+            raise UserError(
+                f"{pair.mask_path}: {what} {made[what]}, and {pair.prefix}.json says"
+                f" {told.get(what)}: the files are not of one run, or it was changed"
+            )
+    return True
 
 
 def _verify(pair: Pair, vocab_size: int | None, eod: int | None, progress: tqdm) -> dict[str, Any]:
@@ -169,31 +206,35 @@ def _name_wrong_id(pair: Pair, tokens: np.ndarray, begin: int, vocab_size: int |
 
 
 def in_text(
-    tokenizer: Tokenizer, ids: np.ndarray, starts: np.ndarray, limit: int
+    tokenizer: Tokenizer, ids: np.ndarray, starts: np.ndarray, limit: int, counts: np.ndarray
 ) -> Iterator[tuple[int, str]]:
     """Tokens as text, document by document: the place of the first token, and the text, of which
     the middle is left out where it is more than `limit` tokens.
 
-    starts: where documents begin among the ids, ascending from 0.
+    starts: where documents begin among the ids, ascending from 0. counts: which of the tokens count
+    in the loss, bool (ids,); the others are shown as `CONTEXT`.
     """
     for begin, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-        part = ids[begin:end]
+        part, kept = ids[begin:end], counts[begin:end]
         if len(part) <= limit:
-            yield int(begin), _text(tokenizer, part)
+            yield int(begin), _text(tokenizer, part, kept)
             continue
         half = max(limit // 2, 1)
         left_out = f"\n[... {len(part) - 2 * half:,} tokens ...]\n"
-        yield (
-            int(begin),
-            _text(tokenizer, part[:half]) + left_out + _text(tokenizer, part[-half:]),
-        )
+        head = _text(tokenizer, part[:half], kept[:half])
+        yield int(begin), head + left_out + _text(tokenizer, part[-half:], kept[-half:])
 
 
-def _text(tokenizer: Tokenizer, ids: np.ndarray) -> str:
+def _text(tokenizer: Tokenizer, ids: np.ndarray, counts: np.ndarray) -> str:
     """Special tokens stand for nothing, and so are named."""
     special = {tokenizer.eod: "<eod>", tokenizer.bos: "<bos>"}
     pieces = [
         special.get(i, f"<{i}>").encode() if not tokenizer.pieces[i] else tokenizer.pieces[i]
         for i in ids.tolist()
     ]
-    return b"".join(pieces).decode("utf-8", errors="replace")
+    borders = [0, *(np.flatnonzero(np.diff(counts)) + 1).tolist(), len(pieces)]
+    text = ""
+    for begin, end in pairwise(borders):
+        run = b"".join(pieces[begin:end]).decode("utf-8", errors="replace")
+        text += run if end == begin or counts[begin] else CONTEXT.format(run)
+    return text

@@ -21,6 +21,7 @@ class Samples(Protocol):
     tokens_per_epoch, samples_per_epoch: those that come before any is repeated; of several sources
         the sums over them.
     sources: their names; those of a blend are several.
+    masks_loss: whether some tokens may not count in the loss.
     """
 
     sequence_length: int
@@ -31,11 +32,19 @@ class Samples(Protocol):
     @property
     def samples_per_epoch(self) -> int: ...
 
+    @property
+    def masks_loss(self) -> bool: ...
+
     def sample(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start, stop) of sample i, in [0, N + 1); stop None: N + 1.
 
         Returns int64 (stop - start,). Reads only these tokens.
         """
+        ...
+
+    def loss_mask(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Which of these tokens count in the loss, that is, are to be predicted, bool
+        (stop - start,). Reads only what it says of them."""
         ...
 
     def source(self, i: int) -> int:

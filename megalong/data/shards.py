@@ -1,8 +1,9 @@
 """Many .bin/.idx pairs as the documents of one source: those of a folder, or of a pattern.
 
 The pairs stand one behind the other, in the order of their names. What is kept of them is where
-each document lies; a .bin is opened when something is read from it, and at most OPEN_FILES are open
-at a time, so that ten thousand pairs need no more file handles, or memory maps, than a few.
+each document lies; a .bin, or a loss mask, is opened when something is read from it, and at most
+OPEN_FILES are open at a time, so that ten thousand pairs need no more file handles, or memory maps,
+than a few.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from megalong.data.indexed import Pair
+from megalong.data import loss_mask
+from megalong.data.indexed import Pair, checked_stop
 from megalong.errors import UserError, system_errors_of
 
 OPEN_FILES = 128
@@ -46,13 +48,10 @@ class ShardedDocuments:
             raise UserError(f"{place}: the {len(pairs)} pairs of .bin and .idx hold no tokens")
         self._prefixes = prefixes
         self._dtypes = [pair.index.dtype for pair in pairs]
-        # The first byte of each document in its .bin, where they lie one behind the other.
-        self._starts = np.concatenate(
-            [
-                (np.cumsum(of_pair) - of_pair) * dtype.itemsize
-                for of_pair, dtype in zip(lengths, self._dtypes, strict=True)
-            ]
-        )
+        self._masked = [pair.masks_loss for pair in pairs]
+        self.masks_loss = any(self._masked)
+        # The first token of each document in its .bin, where they lie one behind the other.
+        self._starts = np.concatenate([np.cumsum(of_pair) - of_pair for of_pair in lengths])
         # The first document of each pair, and the number of documents.
         self._first = np.cumsum([0, *map(len, lengths)], dtype=np.int64)
         ids = [pair.description.get("max_token_id") for pair in pairs]
@@ -60,7 +59,7 @@ class ShardedDocuments:
         self.vocab_size: int | None = _agreed(pairs, "vocab_size", place)
         self.prepend_bos: bool | None = _agreed(pairs, "prepend_bos", place)
         self.made_with = _made_with(pairs, place)
-        self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, newest last
+        self._files: OrderedDict[str, int] = OrderedDict()  # path -> file descriptor, newest last
         self._lock = threading.Lock()
 
     @property
@@ -82,36 +81,45 @@ class ShardedDocuments:
         Returns (stop - start,) in the data type of its file, a copy. Safe among threads.
         Raises IndexError for a range outside the document, UserError where its file has gone.
         """
-        if not 0 <= document < self.num_documents:
-            raise IndexError(f"document {document} of {self.num_documents}")
-        length = int(self.lengths[document])
-        stop = length if stop is None else stop
-        if not 0 <= start <= stop <= length:
-            raise IndexError(f"tokens [{start}, {stop}) of document {document}, {length} long")
+        stop = checked_stop(self.lengths, document, start, stop)
         shard = self._shard(document)
-        tokens = np.empty(stop - start, self._dtypes[shard])
-        into, offset = memoryview(tokens).cast("B"), int(self._starts[document])
-        offset += start * tokens.itemsize
         path = f"{self._prefixes[shard]}.bin"
+        return self._read(path, self._dtypes[shard], document, start, stop)
+
+    def loss_mask(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Which of the tokens [start, stop) of a document count in the loss, bool (stop - start,);
+        stop None: to its end. All do of a pair without a mask. Raises as `read`."""
+        stop = checked_stop(self.lengths, document, start, stop)
+        shard = self._shard(document)
+        if not self._masked[shard]:
+            return np.ones(stop - start, bool)
+        path = self._prefixes[shard] + loss_mask.SUFFIX
+        return self._read(path, np.dtype(np.uint8), document, start, stop) != 0
+
+    def _read(self, path: str, dtype: np.dtype, document: int, start: int, stop: int) -> np.ndarray:
+        """What a file that has one element a token has of these tokens."""
+        found = np.empty(stop - start, dtype)
+        into = memoryview(found).cast("B")
+        offset = (int(self._starts[document]) + start) * dtype.itemsize
         with self._lock, system_errors_of(f"{self._place}:", path):
-            file = self._file(shard, path)
+            file = self._file(path)
             while into:  # the system reads 2 GiB at most at a time
                 count = os.preadv(file, [into], offset)
                 if not count:
                     raise UserError(f"{path}: has become shorter since it was opened")
                 into, offset = into[count:], offset + count
-        return tokens
+        return found
 
     def _shard(self, document: int) -> int:
         return int(np.searchsorted(self._first, document, side="right")) - 1
 
-    def _file(self, shard: int, path: str) -> int:
-        """The descriptor of a shard's .bin; the one that was not used for longest is closed."""
-        if shard in self._files:
-            self._files.move_to_end(shard)
-            return self._files[shard]
+    def _file(self, path: str) -> int:
+        """The descriptor of a file; the one that was not used for longest is closed."""
+        if path in self._files:
+            self._files.move_to_end(path)
+            return self._files[path]
         file = os.open(path, os.O_RDONLY)
-        self._files[shard] = file
+        self._files[path] = file
         if len(self._files) > OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
         return file

@@ -29,6 +29,7 @@ class Documents(Protocol):
     max_token_id, vocab_size, prepend_bos: the largest id, the number of ids of the tokenizer, and
         whether the documents begin with a token for that; None where that is not known.
     made_with: their tokenizer, as far as it is known: "tokenizer_sha256", "tokenizer_model".
+    masks_loss: whether some tokens may not count in the loss (`megalong.data.loss_mask`).
     """
 
     prefix: str
@@ -37,12 +38,17 @@ class Documents(Protocol):
     vocab_size: int | None
     prepend_bos: bool | None
     made_with: dict[str, str]
+    masks_loss: bool
 
     @property
     def num_documents(self) -> int: ...
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start, stop) of a document, a copy; stop None: to its end."""
+        ...
+
+    def loss_mask(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Which of these tokens count in the loss, bool (stop - start,), a copy."""
         ...
 
     def place(self, document: int) -> str:
@@ -164,22 +170,31 @@ class TokenStream:
         position = i * self.sequence_length
         return self.tokens(position + start, position + stop)
 
+    @property
+    def masks_loss(self) -> bool:
+        """Whether some tokens may not count in the loss."""
+        return self.documents.masks_loss
+
+    def loss_mask(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Which of these tokens count in the loss, as of `Samples`."""
+        stop = self.sequence_length + 1 if stop is None else stop
+        position = i * self.sequence_length
+        return self.masks(position + start, position + stop)
+
     def source(self, i: int) -> int:
         """Which of `sources` sample i is from: there is one."""
         return 0
 
     def tokens(self, begin: int, end: int) -> np.ndarray:
         """Tokens [begin, end) of the endless stream, int64 (end - begin,)."""
-        tokens = np.empty(end - begin, dtype=np.int64)
-        filled = 0
-        while filled < len(tokens):
-            document, start, length = self._locate(begin + filled)
-            stop = min(start + len(tokens) - filled, length)
-            tokens[filled : filled + stop - start] = self.documents.read(document, start, stop)
-            filled += stop - start
+        tokens = self._gathered(self.documents.read, begin, end, np.int64)
         if self.vocab_size is not None and len(tokens):
             self._check_ids(tokens, lambda where: self._locate(begin + where)[:2])
         return tokens
+
+    def masks(self, begin: int, end: int) -> np.ndarray:
+        """Which of the tokens [begin, end) of the endless stream count in the loss, bool."""
+        return self._gathered(self.documents.loss_mask, begin, end, bool)
 
     def document_bounds(
         self, i: int, start: int = 0, stop: int | None = None
@@ -228,12 +243,28 @@ class TokenStream:
             self._check_ids(tokens, lambda where: (document, start + where))
         return tokens
 
+    def read_mask(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Which of the tokens [start, stop) of a document of the range count in the loss, bool."""
+        return self.documents.loss_mask(document + self.document_range.start, start, stop)
+
     def context_report(self) -> ContextReport:
         """How much real context the tokens of the first epoch have."""
         epoch = self._epoch_at(0)  # which the training begins with
         lengths = self.lengths[epoch.documents]
         runs = runs_of(epoch.ends - lengths, lengths, self.sequence_length)
         return ContextReport.of(runs, lengths, self.sequence_length)
+
+    def _gathered(
+        self, read: Callable[[int, int, int], np.ndarray], begin: int, end: int, dtype: type
+    ) -> np.ndarray:
+        """What read(document, start, stop) has for tokens [begin, end) of the stream."""
+        found, filled = np.empty(end - begin, dtype), 0
+        while filled < len(found):
+            document, start, length = self._locate(begin + filled)
+            stop = min(start + len(found) - filled, length)
+            found[filled : filled + stop - start] = read(document, start, stop)
+            filled += stop - start
+        return found
 
     def _locate(self, position: int) -> tuple[int, int, int]:
         """The document at a position of the stream, the token inside it, and its length."""

@@ -354,7 +354,7 @@ def host_batches(config: Config, mesh: Mesh) -> Iterator[Batch]:
         batch["document_start"] = tokens.int()
         if not causal:
             batch["document_stop"] = torch.full_like(tokens, config.model.seq_length).int()
-    if config.data.eod_mask_loss or not causal:
+    if config.data.eod_mask_loss or not causal or config.data.masks_loss:
         batch["predicted"] = torch.ones((), dtype=torch.int64)
     while True:
         yield {**batch, "positions": torch.arange(start, stop)}

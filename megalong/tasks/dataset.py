@@ -8,6 +8,7 @@ import numpy as np
 
 from megalong.data.preprocessing.writer import DocumentWriter, token_dtype
 from megalong.data.tokenizers.tokenizer import Tokenizer
+from megalong.tasks.sample import Sample
 from megalong.tasks.trials import Trials
 
 _CHUNK = 256  # samples that are written at once
@@ -24,22 +25,27 @@ def write_dataset(
     tokenizer: Tokenizer,
     description: dict,
     *,
+    answers_only: bool = False,
     overwrite: bool = False,
     on_samples: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Writes PREFIX.bin, .idx and .json: the first sample of each of these trials, the second of
     each, and so on, a document each.
 
-    description: what PREFIX.json says besides. on_samples: hears how many more are written.
+    answers_only: with PREFIX.loss (`megalong.data.loss_mask`), by which the tokens of the answers
+    alone count in the loss. description: what PREFIX.json says besides. on_samples: hears how many
+    more are written.
     Raises UserError where an output is there already and `overwrite` is not set.
     """
     dtype = token_dtype(tokenizer.vocab_size)
     order = [(one, i) for i in range(max(t.samples for t in trials)) for one in trials]
     order = [(one, i) for one, i in order if i < one.samples]
-    with DocumentWriter(prefix, dtype, overwrite=overwrite) as writer:
+    with DocumentWriter(prefix, dtype, overwrite=overwrite, masks_loss=answers_only) as writer:
         for start in range(0, len(order), _CHUNK):
-            samples = [one.sample(i).tokens for one, i in order[start : start + _CHUNK]]
-            writer.add(np.concatenate(samples).astype(dtype), [len(tokens) for tokens in samples])
+            samples = [one.sample(i) for one, i in order[start : start + _CHUNK]]
+            tokens = np.concatenate([sample.tokens for sample in samples]).astype(dtype)
+            counts = np.concatenate(list(map(in_answers, samples))) if answers_only else None
+            writer.add(tokens, [len(sample.tokens) for sample in samples], counts)
             on_samples(len(samples))
         writer.commit(
             {
@@ -49,3 +55,11 @@ def write_dataset(
                 **description,
             }
         )
+
+
+def in_answers(sample: Sample) -> np.ndarray:
+    """Which tokens of a sample are of its answers, bool (length,)."""
+    found = np.zeros(len(sample.tokens), bool)
+    for answer in sample.answers:
+        found[answer.start : answer.stop] = True
+    return found

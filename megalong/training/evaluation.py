@@ -23,7 +23,7 @@ class Evaluation:
     tokens: predictions that counted.
     bits_per_byte: total bits of all predictions / bytes of text that the predicted tokens stand
         for, so that tokenizers can be compared; end-of-document tokens cost bits and stand for
-        no byte.
+        no byte. None where no predicted token stands for any.
     loss_by_position: mean loss in each bucket of `position_edges`, so that one can see whether the
         model uses its context; None where a bucket held no prediction. Positions count from the
         beginning of the sequence, or of the document where these are kept apart.
@@ -31,7 +31,7 @@ class Evaluation:
 
     loss: float
     tokens: int
-    bits_per_byte: float
+    bits_per_byte: float | None
     loss_by_position: list[float | None]
 
     @property
@@ -70,9 +70,10 @@ def evaluate(
             on_batch()
     for tensor in (losses_by_position.sums, losses_by_position.counts, total_bytes):
         mesh.sum_of_losses(tensor)
+    bits, size = losses_by_position.total / math.log(2), total_bytes.item()
     return Evaluation(
         loss=losses_by_position.mean,
         tokens=losses_by_position.tokens,
-        bits_per_byte=losses_by_position.total / math.log(2) / total_bytes.item(),
+        bits_per_byte=bits / size if size else None,
         loss_by_position=losses_by_position.by_position,
     )

@@ -214,6 +214,8 @@ class Trainer:
                 )
             if spike:
                 self.reports.spike(iteration, result)
+            if result.loss == 0 and self.blend.masks_loss:
+                self.reports.nothing_predicted(iteration)
             self.progress = dataclasses.replace(
                 self.progress,
                 skipped_spikes=self.progress.skipped_spikes + spike,

@@ -14,7 +14,7 @@ class LossSpikes:
 
     The losses of spikes are among them, so that a loss that stays high is the usual one after half
     a window. Until half a window is full, none is a spike. One that is not finite never is: that is
-    a run gone wrong.
+    a run gone wrong. One of 0, of a step with nothing to predict, says nothing of the usual one.
     """
 
     def __init__(self, factor: float, window: int, losses: Iterable[float] = ()):
@@ -26,5 +26,6 @@ class LossSpikes:
         """Take the loss of a step in, in nats. Returns the median that it is too far above, or None
         where it is no spike."""
         median = statistics.median(self.losses) if 2 * len(self.losses) >= self.window else math.inf
-        self.losses.append(loss)
+        if loss:
+            self.losses.append(loss)
         return median if math.isfinite(loss) and loss > self.factor * median else None

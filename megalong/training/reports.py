@@ -204,6 +204,14 @@ class Reports:
             self._said_peak = True
             say(f"MFU above 100%: the peak ({self.peak_source}) is too low; --peak-tflops sets it")
 
+    def nothing_predicted(self, iteration: int) -> None:
+        """A step of whose tokens none counts in the loss."""
+        if self.mesh.is_main:
+            say(
+                f"iteration {iteration}: no token of its batch counts in the loss, by the loss"
+                " masks of the data: the loss and its gradients are 0"
+            )
+
     def spike(self, iteration: int, result: StepResult) -> None:
         """A step whose update was left out, for its loss."""
         if self.mesh.is_main:
@@ -275,9 +283,10 @@ class Reports:
             f"{split} at iteration {progress.iteration}",
             f"loss {result.loss:.4f}",
             f"perplexity {result.perplexity:.2f}",
-            f"{result.bits_per_byte:.3f} bits per byte",
             f"{result.tokens:,} {self._predicted}",
         ]
+        if result.bits_per_byte is not None:
+            words.insert(-1, f"{result.bits_per_byte:.3f} bits per byte")
         say(" | ".join(words + self._words_on_save(saved)))
 
     def task(self, progress: Progress, score: TaskScore) -> None:

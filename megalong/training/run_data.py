@@ -84,11 +84,15 @@ def open_run_data(config: Config) -> RunData:
             documents = opened.documents(spec)
             label = f"{part}/{spec.name}" if spec.named or len(specs) > 1 else part
             held_out[label] = opened.stream(documents, range(documents.num_documents), label, False)
+    rules = DocumentRules(
+        isolated=data.isolates_documents,
+        unpredicted_from=tokenizer.eod if data.eod_mask_loss else None,
+    )
     for label, part in held_out.items():  # too small to evaluate on: found now, not at the end
         if masking is None:
             num_evaluation_batches(part, micro_batch_size=1, data_parallel_size=1)
-        else:
-            _check_masks(label, part, masking, config)
+        if masking is not None or part.masks_loss:
+            _check_predictions(label, part, masking, rules, config)
     _check_best(held_out, config)
     return RunData(
         tokenizer=tokenizer,
@@ -97,10 +101,7 @@ def open_run_data(config: Config) -> RunData:
         held_out=held_out,
         oddities=[*oddities, *_oddities(train, config, tokenizer), *_seen_in_training(config)],
         masking=masking,
-        documents=DocumentRules(
-            isolated=data.isolates_documents,
-            unpredicted_from=tokenizer.eod if data.eod_mask_loss else None,
-        ),
+        documents=rules,
         tasks=trials_of(config, tokenizer),
     )
 
@@ -112,6 +113,11 @@ def describe_training(blend: Blend, config: Config) -> Iterator[str]:
         for name, part in zip(blend.sources, blend.parts, strict=True):
             of = f"source {name}: " if len(blend.parts) > 1 else ""
             yield of + upsampling.describe(part.lengths)
+    if blend.masks_loss:
+        yield (
+            f"loss masks: only some tokens of {', '.join(blend.masked)} are predicted"
+            " (tools/inspect_dataset.py says how many)"
+        )
     yield f"--sample-mode {mode}: {blend.context_report().in_words()}"
 
 
@@ -155,6 +161,12 @@ class _Opened:
             raise UserError(
                 f"{spec.place} was made {made} --prepend-bos: set --{flag}prepend-bos, or"
                 " preprocess the text again"
+            )
+        if documents.masks_loss and not self._config.training.causal:
+            raise UserError(
+                f"{spec.place}: its loss mask says which next tokens are predicted, and --objective"
+                " mlm draws what is: give data without one, made without --prompt-key or --loss"
+                " answers"
             )
         return documents
 
@@ -281,18 +293,32 @@ def _check_best(held_out: dict[str, TokenStream], config: Config) -> None:
         )
 
 
-def _check_masks(label: str, part: TokenStream, masking: Masking, config: Config) -> None:
-    """Raise UserError where an evaluation would have no masked token."""
+def _check_predictions(
+    label: str,
+    part: TokenStream,
+    masking: Masking | None,
+    rules: DocumentRules,
+    config: Config,
+) -> None:
+    """Raise UserError where an evaluation would have nothing to predict."""
     size = config.run.eval_iters * config.training.global_batch_size
     rank = {"micro_batch_size": 1, "data_parallel_rank": 0, "data_parallel_size": 1}
-    batches = evaluation_batches(part, num_samples=size or None, masking=masking, **rank)
-    if not any((batch["labels"] != IGNORE_INDEX).any() for batch in batches):
-        split = f" of --split {config.data.split}" if config.data.divided else ""
+    batches = evaluation_batches(
+        part, num_samples=size or None, masking=masking, documents=rules, **rank
+    )
+    if any((batch["labels"] != IGNORE_INDEX).any() for batch in batches):
+        return
+    split = f" of --split {config.data.split}" if config.data.divided else ""
+    of = f"of the {part.tokens_per_epoch:,} tokens{split} for {label} none would be"
+    if masking is None:
         raise UserError(
-            f"--mask-rate {config.training.mask_rate:g}: of the {part.tokens_per_epoch:,} tokens"
-            f"{split} for {label} none would be masked in an evaluation: give it more, or raise"
-            " --mask-rate or --eval-iters"
+            f"{part.documents.prefix}: {of} predicted in an evaluation, by its loss mask: give it"
+            " more, or raise --eval-iters"
         )
+    raise UserError(
+        f"--mask-rate {config.training.mask_rate:g}: {of} masked in an evaluation: give it more, or"
+        " raise --mask-rate or --eval-iters"
+    )
 
 
 def _oddities(train: Blend, config: Config, tokenizer: Tokenizer) -> list[str]:

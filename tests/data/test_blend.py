@@ -20,6 +20,7 @@ class Numbered:
     """Documents of 0 to 8 tokens, each of which says whose it is, and where it stands."""
 
     max_token_id = vocab_size = prepend_bos = None
+    masks_loss = False
 
     def __init__(self, number: int, documents: int):
         self.prefix, self.base = f"source{number}", number * 1_000_000

@@ -128,6 +128,25 @@ def test_reading_all_of_it(inspect, prefix):
         inspect(prefix, "--verify")
 
 
+def test_a_loss_mask(inspect, tmp_path):
+    tokens = [*b"what? this", 256, *b"and that", 256]
+    prefix = str(tmp_path / "masked")
+    counts = np.ones(20, bool)
+    counts[:6] = counts[13:15] = False
+    with DocumentWriter(prefix, np.uint16, masks_loss=True) as writer:
+        writer.add(np.array(tokens, np.uint16), [11, 9], counts)
+        writer.commit({"tokenizer_type": "ByteTokenizer", "max_token_id": 256})
+    text = inspect(prefix, "--verify", "--decode", 0, 1)
+    assert "12 tokens (60.0%) count in the loss, by 1 loss mask; the others are context" in text
+    assert "1 loss mask read, and sound" in text
+    assert "\n\u27e6what? \u27e7this<eod>\n" in text and "\nan\u27e6d \u27e7that<eod>\n" in text
+    Path(prefix + ".loss").write_bytes(bytes(20))
+    with pytest.raises(UserError, match=r"masked\.loss: tokens 0, and .*json says 12: the files"):
+        inspect(prefix, "--verify")
+    Path(prefix + ".json").unlink()
+    assert "0 tokens (0.0%) count in the loss" in inspect(prefix)
+
+
 def test_a_folder_of_pairs(inspect, prefix, tmp_path):
     for name in ("one", "two"):
         for suffix in (".bin", ".idx", ".json"):

@@ -18,6 +18,7 @@ class Ramps:
 
     prefix = "ramps"
     max_token_id = vocab_size = prepend_bos = None
+    masks_loss = False
 
     def __init__(self, lengths):
         self.lengths = np.asarray(lengths, dtype=np.int64)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from megalong.config.arguments import parse_arguments
+from megalong.data.batches import IGNORE_INDEX, training_batches
+from megalong.tasks.scores import AnswerSums
 from megalong.tasks.trials import Trials, language_of
 from megalong.training.run_data import open_run_data
 from tests.launching import REPOSITORY, run_here, small_run_flags
@@ -47,6 +49,40 @@ def test_samples_are_drawn_apart_from_those_of_evaluations(tmp_path):
         trials = Trials(task, language, 128, 9)
         for i in range(9):
             assert trials.sample(i).tokens.astype(np.uint16).tobytes() not in tokens
+
+
+def test_the_loss_of_the_answers_alone(tmp_path):
+    """The data is the same, and what the training predicts is what an evaluation scores."""
+    make(tmp_path / "all")
+    make(tmp_path / "tasks", "--loss", "answers")
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"tasks{suffix}").read_bytes() == (
+            tmp_path / f"all{suffix}"
+        ).read_bytes()
+    assert not (tmp_path / "all.loss").exists()
+    config = parse_arguments(small_run_flags(tmp_path / "tasks", split="1,0,0")).resolve(1)
+    data = open_run_data(config)
+    language = language_of("ids", data.tokenizer.encode, data.tokenizer.text_ids, 256)
+    predicted = {}
+    for task, samples in (("mqar", 5), ("copy", 4)):
+        trials = Trials(task, language, 128, samples, "data 1234", spread=False)
+        sums = AnswerSums(trials)
+        for i in range(samples):
+            places, _ = sums.places(i, 0, 128)
+            predicted[trials.sample(i).tokens.tobytes()] = places
+    batches = training_batches(
+        data.train, consumed_samples=0, global_batch_size=9, micro_batch_size=9,
+        data_parallel_rank=0, data_parallel_size=1,
+    )  # fmt: skip
+    batch = next(batches)
+    for tokens, labels in zip(batch["tokens"].numpy(), batch["labels"].numpy(), strict=True):
+        places = predicted.pop(tokens.tobytes())
+        assert np.flatnonzero(labels != IGNORE_INDEX).tolist() == places
+        assert np.array_equal(labels[places], tokens[np.array(places) + 1])
+    assert not predicted
+    assert batch["predicted"] == (batch["labels"] != IGNORE_INDEX).sum()
+    made = json.loads((tmp_path / "tasks.json").read_text())["loss_mask"]
+    assert made["tokens"] == batch["predicted"] and made["bytes"] == 9 * 128
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,15 @@ MODELS = {
         "document_attention": "isolated",
         "eod_mask_loss": True,
     },
+    # Data with a loss mask (`write_masked_documents`), by which a sequence has two predictions, or
+    # none; `trained_by_hand` is what it has to come to.
+    "masked": {
+        **BRANCHES,
+        **SGD,
+        "sample_mode": "document",
+        "weight_decay": 0,
+        "clip_grad": 0,
+    },
     "bf16": {"precision": "bf16", "qk_layernorm": True},
     "fp16": {"precision": "fp16", "initial_loss_scale": 1024, "qk_layernorm": True},
     "recompute selective": {"recompute_granularity": "selective", "qk_layernorm": True},
@@ -171,6 +180,7 @@ WITHOUT = {
     "recompute full": ("dp2",),
     "whole norms": ("dp2", "sp2", "pp2"),
     "isolated": ("tp2", "pp2"),
+    "masked": ("tp2",),
 }
 # Each with ZeRO 2 and 3, each of these on every axis.
 DIVIDED_OPTIMIZERS = [
@@ -301,6 +311,18 @@ def write_short_documents(prefix: Path) -> Path:
     return prefix
 
 
+def write_masked_documents(prefix: Path) -> Path:
+    """The same documents, with a mask by which some tokens count: those of `counts`."""
+    tokens = np.fromfile(f"{write_short_documents(prefix)}.bin", np.uint16)
+    counts(tokens).astype(np.uint8).tofile(f"{prefix}.loss")
+    return prefix
+
+
+def counts(tokens):
+    """Two of a sequence on average, and of some sequences none."""
+    return tokens % 64 == 3
+
+
 def main(data_path: str, output: str, which: str = "usual") -> None:
     # DeepSpeed offers fp16 only to processors that compute in it; PyTorch does, on any.
     accelerator = get_accelerator()
@@ -310,6 +332,7 @@ def main(data_path: str, output: str, which: str = "usual") -> None:
     results = {}
     with process_group() as device:
         short = write_short_documents(Path(f"{output}-documents-{dist.get_rank()}"))
+        masked = write_masked_documents(Path(f"{output}-masked-{dist.get_rank()}"))
         for case in cases_of_kinds() if which == "kinds" else cases(which):
             layout, stage, model = case
             if LAYOUTS[layout] != world_size():
@@ -317,10 +340,13 @@ def main(data_path: str, output: str, which: str = "usual") -> None:
             print(f"{time.monotonic():.0f}: {case}", flush=True)  # shown if a case fails or hangs
             flags = flags_of(layout, stage, model)
             data = short if "document_attention" in flags else Path(data_path)
+            data = masked if model == "masked" else data
             flags = small_run_flags(data, **flags)
             config = parse_arguments(flags).resolve(world_size())
             with temporary_mesh(config, device) as mesh:
                 results[case] = train(config, mesh)
+                if case == ("one", 1, "masked"):
+                    results["one", 1, "masked by hand"] = trained_by_hand(config, mesh)
         if mesh.is_main:
             torch.save(results, output)
 
@@ -378,6 +404,40 @@ def train(config, mesh):
     losses, norms = [step.loss for step in steps], [step.grad_norm for step in steps]
     losses += [step.z_loss for step in steps if step.z_loss is not None]
     return losses, norms, weights, evaluation
+
+
+def trained_by_hand(config, mesh):
+    """Losses, grad norms and weights of the same steps on masked data: the mean over what counts of
+    the token losses of all sequences of a step at once, its gradient, and SGD with momentum."""
+    data, training = open_run_data(config), config.training
+    model = build_model(config, data.tokenizer.vocab_size, mesh)
+    weights = dict(named_parameters(model))
+    velocities = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    losses, norms = [], []
+    for step in range(STEPS):
+        first = step * training.global_batch_size
+        samples = [data.train.sample(first + i) for i in range(training.global_batch_size)]
+        tokens = torch.from_numpy(np.stack(samples))
+        labels = tokens[:, 1:]
+        counted = counts(labels)
+        assert step or not counted.any(1).all()  # so that a micro batch has nothing to predict
+        token_losses = model(
+            input_ids=tokens[:, :-1],
+            position_ids=torch.arange(labels.shape[1]),
+            attention_mask=None,
+            labels=labels,
+        )
+        loss = token_losses[counted].mean()
+        gradients = torch.autograd.grad(loss, list(weights.values()))
+        losses.append(loss.item())
+        norms.append(
+            torch.cat([gradient.flatten() for gradient in gradients]).double().norm().item()
+        )
+        with torch.no_grad():
+            for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+                velocities[name] = training.sgd_momentum * velocities[name] + gradient
+                weight -= learning_rate(step + 1, training) * velocities[name]
+    return losses, norms, {name: weight.detach().clone() for name, weight in weights.items()}
 
 
 def tokens_echoed(engine, data, mesh):

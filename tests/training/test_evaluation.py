@@ -79,6 +79,11 @@ def test_positions_of_documents_apart_count_from_their_beginnings():
     assert result.loss == (48 + 8 + 4) / 48
 
 
+def test_without_a_byte_of_text_there_are_no_bits_per_byte():
+    batch = {"labels": torch.ones(1, 24, dtype=torch.long), "positions": torch.arange(24)}
+    assert evaluate(KnownLosses(), [batch], np.zeros(9), OneRank()).bits_per_byte is None
+
+
 def test_a_bucket_without_predictions_has_no_loss():
     labels = torch.full((1, 24), IGNORE_INDEX)
     labels[0, :5] = 1

@@ -26,6 +26,12 @@ def test_a_spike_is_measured_by_the_median_of_the_window():
         assert spikes.usual_loss(loss) is None
 
 
+def test_a_step_with_nothing_to_predict_says_nothing_of_the_usual_loss():
+    spikes = LossSpikes(2.0, 4, [1.0, 1.0])
+    assert [spikes.usual_loss(loss) for loss in (0.0, 0.0, 0.0, 1.1)] == [None] * 4
+    assert spikes.usual_loss(3.0) == 1.0
+
+
 def test_a_loss_that_stays_high_is_the_usual_one_soon():
     spikes = LossSpikes(2.0, 5, [1.0] * 5)
     found = [spikes.usual_loss(3.0) for _ in range(6)]

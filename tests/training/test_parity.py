@@ -3,6 +3,7 @@ held-out loss at every position."""
 
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,7 +53,8 @@ def result_of(corpus, tmp_path_factory):
 def assert_same(one, two, tolerance: float) -> None:
     assert one[3]["tokens"] == two[3]["tokens"]
     for what in ("loss", "bits_per_byte", "loss_by_position"):
-        torch.testing.assert_close(one[3][what], two[3][what], rtol=tolerance, atol=0, msg=what)
+        values = [np.array(evaluation[3][what], float) for evaluation in (one, two)]  # None: NaN
+        np.testing.assert_allclose(*values, rtol=tolerance, atol=0, err_msg=what)
 
     assert one[3].get("echoed") == two[3].get("echoed")
     tasks = [dict(evaluation.get("task", {"loss": 0.0})) for evaluation in (one[3], two[3])]
@@ -60,6 +62,10 @@ def assert_same(one, two, tolerance: float) -> None:
     torch.testing.assert_close(*losses, rtol=tolerance, atol=0, msg="loss of a task")
     assert tasks[0] == tasks[1]
 
+    assert_same_steps(one, two, tolerance)
+
+
+def assert_same_steps(one, two, tolerance: float) -> None:
     torch.testing.assert_close(one[0], two[0], rtol=tolerance, atol=0, msg="losses")
     torch.testing.assert_close(one[1], two[1], rtol=tolerance, atol=0, msg="grad norms")
     assert one[2].keys() == two[2].keys()
@@ -85,6 +91,11 @@ def test_layout_equals_one_process(result_of, case):
         echoed = expected[3]["echoed"]
         assert 0 < sum(echoed) < len(echoed)
     assert_same(expected, result_of(case), tolerance=1e-5)
+
+
+def test_a_loss_mask_means_what_is_done_by_hand(result_of):
+    by_hand, one = (result_of(("one", 1, model)) for model in ("masked by hand", "masked"))
+    assert_same_steps(by_hand, one, tolerance=1e-5)
 
 
 @pytest.mark.long

@@ -89,6 +89,32 @@ def test_an_evaluation_without_a_masked_token_is_refused(tmp_path):
         open_run_data(parse_arguments(flags).resolve(1))
 
 
+def test_a_loss_mask(tmp_path):
+    """That it is heeded is said; what leaves nothing to predict, or has no meaning, is refused."""
+    write(tmp_path / "data", [65] * 300, [65] * 400)
+    mask = np.zeros(700, np.uint8)
+    mask[100:200] = 1
+
+    def opened(split, **changes):
+        mask.tofile(tmp_path / "data.loss")
+        config = parse_arguments(small_run_flags(tmp_path / "data", split=split, **changes))
+        config = config.resolve(1)
+        return open_run_data(config), config
+
+    data, config = opened("1,0,0")
+    assert config.data.masks_loss
+    assert next(describe_training(data.train, config)) == (
+        "loss masks: only some tokens of data are predicted"
+        " (tools/inspect_dataset.py says how many)"
+    )
+    with pytest.raises(UserError, match=r"data: of the 400 tokens of --split 1,1,0 for validation"):
+        opened("1,1,0")
+    with pytest.raises(UserError, match=r"its loss mask .* and --objective mlm draws what is"):
+        opened("1,0,0", objective="mlm")
+    mask[500] = 1  # of the 101st token of the second document
+    assert opened("1,1,0", eval_iters=1)[0].held_out["validation"].masks_loss
+
+
 def opened(**changes):
     """The data of a run with these flags; `data_path` and `split` None leave them out."""
     flags = small_run_flags("", **changes)

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megalong import __version__
+from megalong.data import loss_mask
 from megalong.data.indexed import Pair
 from megalong.data.preprocessing.output import (
     HASHED,
@@ -39,8 +40,8 @@ _COMMON = (
 )  # fmt: skip
 # All that they say of that, in their order.
 _MADE = (
-    "json_key", "tokenizer_type", "tokenizer_model", *_COMMON[1:], "partition", "files_cut_short",
-    "files_left_out", "megalong", "version",
+    "json_key", "prompt_key", "tokenizer_type", "tokenizer_model", *_COMMON[1:], "partition",
+    "files_cut_short", "files_left_out", "megalong", "version",
 )  # fmt: skip
 
 
@@ -67,6 +68,7 @@ def find_prefixes(inputs: list[str]) -> list[str]:
 def merge(prefixes: list[str], prefix: str, *, overwrite: bool = False, progress: tqdm) -> dict:
     """Writes the documents of outputs, one output after the other, as PREFIX.bin, .idx and .json.
 
+    Where one of them has a loss mask the outcome has one, by which all tokens of the others count.
     Repeated texts are known where all inputs have the .hashes of partitions; they are left out if
     that was done in each. Goes on where it was killed. progress: counts bytes.
     Returns the new description. Raises UserError for inputs that are damaged, or not made in the
@@ -95,7 +97,8 @@ def _copy(sources: list[Pair], prefix: str, common: dict, job: Unfinished, progr
     else:
         summary, first, begin = KeySummary(prefix), 0, 0
         summary.deduplicate = bool(common["deduplicate"] and hashed)
-    output = Output(job, summary, sources[0].index.dtype, keep_hashes=False)
+    masks_loss = any(source.masks_loss for source in sources)
+    output = Output(job, summary, sources[0].index.dtype, keep_hashes=False, masks_loss=masks_loss)
     inputs = job.file("inputs.jsonl")
     unnoted = 0
     progress.update(output.size)
@@ -159,13 +162,17 @@ def _chunks(source: Pair, begin: int, hashed: bool) -> Iterator[tuple[KeyResult,
     size = os.path.getsize(source.prefix + ".bin")
     tokens = np.memmap(source.prefix + ".bin", source.index.dtype, "r") if size else np.zeros(0)
     hashes = np.memmap(source.prefix + HASHES, HASHED, "r") if hashed else None
+    masks = None
+    if source.masks_loss and size:
+        masks = np.memmap(source.prefix + loss_mask.SUFFIX, np.uint8, "r")
     while begin < len(lengths):
         ends = np.cumsum(lengths[begin : begin + _CHUNK_DOCUMENTS], dtype=np.int64)
         count = max(int(np.searchsorted(ends, _CHUNK_TOKENS, side="right")), 1)
         end, stop = begin + count, token + int(ends[count - 1])
         texts = None if hashes is None else np.array(hashes[begin:end])
         chunk = np.array(lengths[begin:end], np.int64)
-        yield KeyResult(tokens[token:stop], chunk, texts), end
+        counts = None if masks is None else masks[token:stop] != 0
+        yield KeyResult(tokens[token:stop], chunk, texts, counts), end
         begin, token = end, stop
 
 
@@ -267,7 +274,8 @@ def _lines(source: Pair, name: str, suffix: str) -> Iterator[dict]:
 
 def _state(prefix: str) -> str:
     """A prefix, and what tells that its files are others."""
-    stats = [os.stat(prefix + suffix) for suffix in SUFFIXES]
+    masks = [loss_mask.SUFFIX] if os.path.isfile(prefix + loss_mask.SUFFIX) else []
+    stats = [os.stat(prefix + suffix) for suffix in (*SUFFIXES, *masks)]
     return " ".join([prefix, *(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)])
 
 

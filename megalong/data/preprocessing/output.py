@@ -41,11 +41,12 @@ class Problem(NamedTuple):
 class KeyResult:
     """The documents of one key in a batch: tokens back to back, and for each the number of its
     tokens, and the hash and the bytes of its text (HASHED; None: not known, and taken for new).
-    empty, short: left out."""
+    counts: which of the tokens count in the loss, bool; None: all. empty, short: left out."""
 
     tokens: np.ndarray
     lengths: np.ndarray
     texts: np.ndarray | None
+    counts: np.ndarray | None = None
     empty: int = 0
     short: int = 0
 
@@ -87,15 +88,22 @@ class Output:
     """The files of one key in the folder of an unfinished job; goes on with what is there. The
     hashes of all texts are in memory where repeated ones are left out, and else on the disk alone.
 
-    summary: of what is there. keep_hashes: with the file PREFIX.hashes, for a merge.
+    summary: of what is there. keep_hashes: with the file PREFIX.hashes, for a merge. masks_loss:
+    with a loss mask.
     """
 
     def __init__(
-        self, job: Unfinished, summary: KeySummary, dtype: np.dtype, *, keep_hashes: bool
+        self,
+        job: Unfinished,
+        summary: KeySummary,
+        dtype: np.dtype,
+        *,
+        keep_hashes: bool,
+        masks_loss: bool,
     ) -> None:
         self.summary, self._job, self._keep_hashes = summary, job, keep_hashes
         self._name = os.path.basename(summary.prefix)
-        self._documents = GrowingDocuments(job, self._name, dtype)
+        self._documents = GrowingDocuments(job, self._name, dtype, masks_loss=masks_loss)
         self._hashes = job.file(self._name + HASHES)
         self._skipped = job.file(self._name + SKIPPED)
         self._seen = SeenTexts() if summary.deduplicate else None
@@ -111,13 +119,16 @@ class Output:
     def add(self, part: KeyResult) -> None:
         """Appends documents, but for those whose text has come before where these are left out."""
         summary, tokens, lengths, texts = self.summary, part.tokens, part.lengths, part.texts
+        counts = part.counts
         if texts is not None and self._seen is not None:
             new = self._seen.add(texts["hash"])
             if not new.all():
                 summary.repeats += int((~new).sum())
                 summary.repeated_tokens += int(lengths[~new].sum())
-                tokens, lengths, texts = tokens[np.repeat(new, lengths)], lengths[new], texts[new]
-        self._documents.add(tokens, lengths)
+                kept = np.repeat(new, lengths)
+                tokens, lengths, texts = tokens[kept], lengths[new], texts[new]
+                counts = None if counts is None else counts[kept]
+        self._documents.add(tokens, lengths, counts)
         summary.documents += len(lengths)
         summary.tokens += len(tokens)
         if texts is not None:
@@ -193,7 +204,9 @@ class Output:
                 "skipped": summary.listed,
             }
         )
-        return moves + self._documents.moves(summary.prefix), obsolete
+        prefix = summary.prefix
+        obsolete += self._documents.obsolete(prefix)
+        return moves + self._documents.moves(prefix), obsolete
 
 
 def _records(path: Path, dtype: np.dtype) -> Iterator[np.ndarray]:

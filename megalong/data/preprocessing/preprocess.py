@@ -174,7 +174,9 @@ class _Run:
         self._noted = self._place.file  # files before this one are in INPUTS
         dtype = token_dtype(tokenizer.vocab_size)
         self._outputs = {
-            key: Output(job, part, dtype, keep_hashes=partition is not None)
+            key: Output(
+                job, part, dtype, keep_hashes=partition is not None, masks_loss=task.masks_loss
+            )
             for key, part in self.summary.keys.items()
         }
 
@@ -343,6 +345,7 @@ class _Run:
         partition = dataclasses.asdict(self._partition) if self._partition else None
         return {
             "json_key": key,
+            "prompt_key": task.reading.prompt_key,
             "tokenizer_type": task.tokenizer_type,
             "tokenizer_model": task.tokenizer_model,
             "tokenizer_sha256": tokenizer.fingerprint,

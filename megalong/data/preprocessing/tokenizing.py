@@ -39,6 +39,9 @@ End = TypeVar("End")
 class TokenizingTask:
     """What is made of the texts.
 
+    A document is a text, or of a reading with a prompt key the prompt and then the text, tokenized
+    apart; then there is a loss mask, by which what stands before the text does not count.
+
     min_tokens: documents with fewer, all that is added to them counted, are left out.
     deduplicate: leave out documents whose text has come before. backend: which library makes the
         tokens (`megalong.data.tokenizers.backend`); they are the same.
@@ -56,6 +59,11 @@ class TokenizingTask:
     @property
     def json_keys(self) -> tuple[str, ...]:
         return self.reading.json_keys
+
+    @property
+    def masks_loss(self) -> bool:
+        """Whether some tokens may not count in the loss."""
+        return self.reading.prompt_key is not None
 
 
 @dataclass
@@ -241,13 +249,16 @@ def tokenize_batch(
             values = texts(document, task.reading)
         except BrokenDocument as error:
             values = {None: error}
+        prompt = values.pop(task.reading.prompt_key, "") if task.masks_loss else ""
+        if isinstance(prompt, BrokenDocument):
+            values = {None: prompt}
         for key, text in values.items():
             if isinstance(text, LeftOut):
                 left_out[text.kind] += 1
             elif isinstance(text, BrokenDocument):
                 problems.append(_problem(document, text, key, task.json_keys))
             else:
-                made[key].add(text)
+                made[key].add(text, prompt)
     size = sum(document.size for document in batch)
     results = {key: texts_of_key.result() for key, texts_of_key in made.items()}
     return BatchResult(results, problems, left_out, cut_short, size)
@@ -272,26 +283,35 @@ class _Texts:
         self._begin = np.array([tokenizer.bos] if task.prepend_bos else [], self._dtype)
         self._end = np.array([tokenizer.eod] if task.append_eod else [], self._dtype)
         self._tokens: list[np.ndarray] = [np.zeros(0, self._dtype)]
+        self._context: list[int] = []  # tokens of each before its text
         self._encoded: list[bytes] = []
+        self._bytes: list[int] = []
         self._empty = self._short = 0
 
-    def add(self, text: str) -> None:
+    def add(self, text: str, prompt: str) -> None:
         ids = self._tokenizer.encode_array(text)
         if not ids.size:
             self._empty += 1
             return
-        parts = [self._begin, ids, self._end]
+        before = [self._begin, *([self._tokenizer.encode_array(prompt)] if prompt else [])]
+        parts = [*before, ids, self._end]
         ids = np.concatenate(parts, dtype=self._dtype, casting="unsafe")  # the ids fit
         if ids.size < self._task.min_tokens:
             self._short += 1
             return
         self._tokens.append(ids)
-        self._encoded.append(text.encode("utf-8"))
+        self._context.append(sum(map(len, before)))
+        encoded = [part.encode("utf-8") for part in (prompt, text) if part]
+        self._encoded.append(b"\xff".join(encoded))  # a byte that is in no text
+        self._bytes.append(sum(map(len, encoded)))
 
     def result(self) -> KeyResult:
         lengths = np.array([len(ids) for ids in self._tokens[1:]], dtype=np.int64)
         hashed = np.empty(len(lengths), HASHED)
         hashed["hash"] = text_hashes(self._encoded)
-        hashed["bytes"] = [len(text) for text in self._encoded]
-        tokens = np.concatenate(self._tokens)
-        return KeyResult(tokens, lengths, hashed, self._empty, self._short)
+        hashed["bytes"] = self._bytes
+        tokens, counts = np.concatenate(self._tokens), None
+        if self._task.masks_loss:
+            firsts = np.cumsum(lengths) - lengths + np.array(self._context, np.int64)
+            counts = np.arange(len(tokens)) >= np.repeat(firsts, lengths)
+        return KeyResult(tokens, lengths, hashed, counts, self._empty, self._short)

@@ -6,6 +6,7 @@
     int64 (documents + 1,) the first sequence of each document, and S at the end.
 The same bytes as megatron.core's IndexedDatasetBuilder writes (a test compares them); but this
 module needs numpy only, and holds the lengths in a file, not in a list of Python integers.
+Where not all tokens count in the loss there is PREFIX.loss too (`megalong.data.loss_mask`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from megalong.data import loss_mask
 from megalong.data.preprocessing.unfinished import Unfinished, disk_errors, write_durably
 from megalong.errors import UserError
 
@@ -47,13 +49,17 @@ class GrowingDocuments:
     """Documents that are added to files of an unfinished job: tokens, and int32 lengths.
 
     name: of these files, and of those that `finish` makes, without suffix.
+    masks_loss: with a loss mask.
     """
 
-    def __init__(self, job: Unfinished, name: str, dtype: np.dtype) -> None:
+    def __init__(
+        self, job: Unfinished, name: str, dtype: np.dtype, *, masks_loss: bool = False
+    ) -> None:
         self.dtype = np.dtype(dtype)
         self._folder, self._name = job.folder, name
         self._tokens = job.file(name + ".bin")
         self._lengths = job.file(name + ".lengths")
+        self._loss_mask = job.file(name + loss_mask.SUFFIX) if masks_loss else None
 
     @property
     def lengths_path(self) -> Path:
@@ -71,12 +77,16 @@ class GrowingDocuments:
     @property
     def size(self) -> int:
         """Bytes written."""
-        return self._tokens.size + self._lengths.size
+        masks = 0 if self._loss_mask is None else self._loss_mask.size
+        return self._tokens.size + self._lengths.size + masks
 
-    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+    def add(
+        self, tokens: np.ndarray, lengths: np.ndarray, counts: np.ndarray | None = None
+    ) -> None:
         """Appends documents of one sequence each.
 
-        tokens: (sum(lengths),) of this dtype. lengths: integers, tokens per document.
+        tokens: (sum(lengths),) of this dtype. lengths: integers, tokens per document. counts: which
+        of the tokens count in the loss, bool (sum(lengths),), for the loss mask; None: all.
         """
         lengths = np.asarray(lengths, dtype=np.int64)
         if lengths.size and lengths.max() > np.iinfo(np.int32).max:
@@ -84,6 +94,10 @@ class GrowingDocuments:
         assert tokens.dtype == self.dtype and tokens.size == lengths.sum()
         self._tokens.write(np.ascontiguousarray(tokens))
         self._lengths.write(lengths.astype(np.int32))
+        if self._loss_mask is not None:
+            counts = np.ones(tokens.size, bool) if counts is None else counts
+            assert counts.dtype == bool and counts.size == tokens.size
+            self._loss_mask.write(np.ascontiguousarray(counts).view(np.uint8))
 
     def finish(self, description: dict) -> None:
         """Writes the index, and a description with the counts of documents and tokens, the longest
@@ -109,13 +123,21 @@ class GrowingDocuments:
                 if histogram[digits]
             },
         }
+        if self._loss_mask is not None:
+            counts[loss_mask.KEY] = loss_mask.description(self._loss_mask.path)
         path = self._folder / (self._name + ".json")
         with disk_errors(path):
             write_durably(path, counts | description)
 
     def moves(self, prefix: str) -> list[tuple[str, str]]:
-        """What `Unfinished.give_names` is to do, for the files to be PREFIX.bin, .json and .idx."""
-        return [(self._name + suffix, prefix + suffix) for suffix in SUFFIXES]
+        """What `Unfinished.give_names` is to do, for the files to be PREFIX.bin, .json and .idx,
+        and .loss before them."""
+        masks = [loss_mask.SUFFIX] if self._loss_mask is not None else []
+        return [(self._name + suffix, prefix + suffix) for suffix in (*masks, *SUFFIXES)]
+
+    def obsolete(self, prefix: str) -> list[str]:
+        """Files of an earlier output of that prefix that have no successor."""
+        return [prefix + loss_mask.SUFFIX] if self._loss_mask is None else []
 
     def _read_lengths(self) -> Iterator[np.ndarray]:
         with open(self._lengths.path, "rb") as file:
@@ -142,15 +164,17 @@ class DocumentWriter(GrowingDocuments):
     """Writes documents to PREFIX.bin, PREFIX.idx and PREFIX.json (a description), in one go.
 
     Everything is written aside and gets its name in commit(). Use as a context manager: without a
-    commit nothing remains. Raises UserError where an output exists and `overwrite` is not set, or
-    where another process is writing the same output.
+    commit nothing remains. masks_loss: with PREFIX.loss. Raises UserError where an output exists
+    and `overwrite` is not set, or where another process is writing the same output.
     """
 
-    def __init__(self, prefix: str, dtype: np.dtype, *, overwrite: bool = False) -> None:
+    def __init__(
+        self, prefix: str, dtype: np.dtype, *, overwrite: bool = False, masks_loss: bool = False
+    ) -> None:
         refuse_existing([prefix], overwrite)
         self.prefix = prefix
         self._job = Unfinished(prefix, {"a job": "in one go"}, overwrite=overwrite, anew=True)
-        super().__init__(self._job, os.path.basename(prefix), dtype)
+        super().__init__(self._job, os.path.basename(prefix), dtype, masks_loss=masks_loss)
 
     def __enter__(self) -> DocumentWriter:
         return self
@@ -163,13 +187,14 @@ class DocumentWriter(GrowingDocuments):
         PREFIX.json together with what `finish` adds."""
         self._job.make_durable()
         self.finish(description)
-        self._job.plan_names(self.moves(self.prefix))
+        self._job.plan_names(self.moves(self.prefix), self.obsolete(self.prefix))
         self._job.give_names()
 
 
 def refuse_existing(prefixes: list[str], overwrite: bool) -> None:
     """Raises UserError where an output is there already that is not to be replaced."""
-    paths = [prefix + suffix for prefix in prefixes for suffix in SUFFIXES]
+    suffixes = (*SUFFIXES, loss_mask.SUFFIX)
+    paths = [prefix + suffix for prefix in prefixes for suffix in suffixes]
     existing = [path for path in paths if os.path.exists(path)]
     if existing and not overwrite:
         raise UserError(

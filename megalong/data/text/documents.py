@@ -28,12 +28,19 @@ class Reading:
     """How documents are read.
 
     json_keys: keys of JSON lines and columns of Parquet with text; any other text has the first.
+    prompt_key: the one of a prompt, which such a text is the answer to; any other text has none.
     documents: one of DOCUMENTS. max_file_size: bytes; larger files of source code are left out.
     """
 
     json_keys: tuple[str, ...] = ("text",)
     documents: str = "auto"
     max_file_size: int = 1 << 20
+    prompt_key: str | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys that are read."""
+        return self.json_keys if self.prompt_key is None else (*self.json_keys, self.prompt_key)
 
 
 class BrokenDocument(ValueError):

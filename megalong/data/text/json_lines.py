@@ -90,7 +90,7 @@ def texts(document: RawDocument, reading: Reading) -> dict[str, str | BrokenDocu
         raise BrokenDocument(
             f"{document.place}: a JSON object is expected, not {_KINDS[type(record)]}"
         )
-    return {key: _value(record, key, document) for key in reading.json_keys}
+    return {key: _value(record, key, document) for key in reading.keys}
 
 
 def _value(record: dict, key: str, document: RawDocument) -> str | BrokenDocument:

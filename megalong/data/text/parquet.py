@@ -32,10 +32,11 @@ def raw_documents(path: str, reading: Reading) -> Iterator[RawDocument]:
     row = 0
     try:
         with _open(path) as file:
-            if not set(reading.json_keys) & set(file.schema_arrow.names):
-                missing = " or ".join(map(repr, reading.json_keys))
-                have = ", ".join(file.schema_arrow.names)
-                yield _cut_short(path, 1, f"no column {missing} (there are: {have})")
+            names = file.schema_arrow.names
+            missing = _missing(names, reading)
+            if missing is not None:
+                there = ", ".join(names)
+                yield _cut_short(path, 1, f"no column {missing} (there are: {there})")
                 return
             columns = _columns(file, reading)
             size_of_row = _Share(os.path.getsize(path), file.metadata.num_rows)
@@ -64,7 +65,7 @@ def raw_documents_from(path: str, reading: Reading, share: float) -> Iterator[Ra
 
 def texts(document: RawDocument, reading: Reading) -> dict[str, str | BrokenDocument]:
     """The texts of a row."""
-    return {key: _text(document, key) for key in reading.json_keys}
+    return {key: _text(document, key) for key in reading.keys}
 
 
 def _text(document: RawDocument, key: str) -> str | BrokenDocument:
@@ -98,12 +99,17 @@ def _open(path: str):
     )
 
 
+def _missing(names: list[str], reading: Reading) -> str | None:
+    """The columns without which no row has a text, in words; None: it may have."""
+    if not set(reading.json_keys) & set(names):
+        return " or ".join(map(repr, reading.json_keys))
+    return None if {*reading.keys} - {*reading.json_keys} <= {*names} else repr(reading.prompt_key)
+
+
 def _columns(file, reading: Reading) -> list[str]:
     """The keys that are columns of strings."""
     schema = file.schema_arrow
-    return [
-        key for key in reading.json_keys if key in schema.names and _is_text(schema.field(key).type)
-    ]
+    return [key for key in reading.keys if key in schema.names and _is_text(schema.field(key).type)]
 
 
 def _batches(file, columns: list[str], groups: Iterable[int]) -> Iterator:
