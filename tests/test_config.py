@@ -288,6 +288,9 @@ def test_a_missing_yaml_is_named():
             "--eod-mask-loss is about predicting the next token: with --objective mlm leave it out",
         ),
         ("--exit-duration-in-mins 0", 1, "--exit-duration-in-mins 0.0 must be positive"),
+        ("--optimizer muon --zero-stage 3", 2, "a part alone: set --zero-stage 2"),
+        ("--muon-num-ns-steps 0", 1, "--muon-num-ns-steps 0 must be positive"),
+        ("--muon-momentum 1", 1, "--muon-momentum must lie in [0, 1)"),
     ],
 )
 def test_what_cannot_work_is_refused(flags, ranks, message):

@@ -76,6 +76,7 @@ class Config:
         resolved.parallel.check(
             model, training.global_batch_size, resolved.num_microbatches(data_parallel_size)
         )
+        training.check_optimizer(resolved.parallel.zero_stage)
         resolved.memory.check(model, resolved.parallel)
         resolved = dataclasses.replace(
             resolved, memory=resolved.memory.resolve(model, resolved.parallel)

@@ -62,7 +62,11 @@ class TrainingConfig:
     use_checkpoint_opt_param_scheduler: bool = flag(
         False, "with --load: the schedule of the learning rate is that of the checkpoint's run"
     )
-    optimizer: str = flag("adam", "AdamW, or SGD with momentum", choices=("adam", "sgd"))
+    optimizer: str = flag(
+        "adam",
+        "AdamW; SGD with momentum; or Muon for the matrices of the layers, and AdamW for the rest",
+        choices=("adam", "sgd", "muon"),
+    )
     weight_decay: float = flag(0.01, "weight decay, on matrices only")
     z_loss_coeff: float = flag(
         0.0,
@@ -80,6 +84,21 @@ class TrainingConfig:
     adam_beta2: float = flag(0.98, "Adam's beta2")
     adam_eps: float = flag(1e-8, "Adam's epsilon")
     sgd_momentum: float = flag(0.9, "momentum of SGD")
+    muon_momentum: float = flag(0.95, "Muon's momentum")
+    muon_use_nesterov: bool = flag(True, "Muon: Nesterov's momentum")
+    muon_num_ns_steps: int = flag(5, "Muon: steps of the Newton-Schulz iteration")
+    muon_scale_mode: str = flag(
+        "spectral",
+        "Muon: what the update of a matrix is multiplied by: sqrt(max(rows, columns));"
+        " sqrt(max(1, rows / columns)); or sqrt(rows / columns)",
+        choices=("spectral", "shape_scaling", "unit_rms_norm"),
+    )
+    muon_extra_scale_factor: float = flag(
+        0.2, "Muon: and by this; 0.2 makes spectral updates as large as AdamW's"
+    )
+    muon_split_qkv: bool = flag(
+        True, "Muon: queries, keys and values are three matrices, in spite of one product for all"
+    )
     precision: str = flag("bf16", "number format of the model", choices=("fp32", "bf16", "fp16"))
     loss_scale: float | None = flag(None, "static loss scale for fp16 (default: dynamic)")
     initial_loss_scale: float = flag(2.0**16, "first dynamic loss scale for fp16, a power of two")
@@ -131,7 +150,9 @@ class TrainingConfig:
         if not 0 <= self.min_lr <= self.lr:
             raise UserError(f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr}")
         self._check_loss_spikes()
-        for name in ("adam_beta1", "adam_beta2", "sgd_momentum"):
+        require_positive(self, "muon_num_ns_steps")
+        require_more_than_zero(self, "muon_extra_scale_factor")
+        for name in ("adam_beta1", "adam_beta2", "sgd_momentum", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{flag_name(name)} must lie in [0, 1)")
         for name in ("clip_grad", "weight_decay", "adam_eps", "z_loss_coeff"):
@@ -142,6 +163,22 @@ class TrainingConfig:
         if self.initial_loss_scale < 1 or math.log2(self.initial_loss_scale) % 1:
             raise UserError(
                 f"--initial-loss-scale {self.initial_loss_scale:g} must be a power of two"
+            )
+
+    def check_optimizer(self, zero_stage: int) -> None:
+        """Raise UserError where the optimizer cannot work as ZeRO divides what it steps."""
+        if self.optimizer != "muon":
+            return
+        if zero_stage == 3:
+            raise UserError(
+                "--optimizer muon needs whole matrices, of which --zero-stage 3 leaves each rank a"
+                " part alone: set --zero-stage 2 (1 with pipeline stages), or --optimizer adam"
+            )
+        if keeps_optimizer_on_host(self.deepspeed_config):
+            raise UserError(
+                "--optimizer muon multiplies matrices, for which a host is too slow: leave"
+                f" offload_optimizer out of --deepspeed-config {self.deepspeed_config}, or set"
+                " --optimizer adam"
             )
 
     def _check_loss_spikes(self) -> None:

@@ -273,6 +273,12 @@ def decays(name: str) -> bool:
     return row_of(name).decays
 
 
+def is_layer_matrix(name: str) -> bool:
+    """Whether a parameter is a matrix of a layer, or several in one; not so of the vocabulary's."""
+    row = row_of(name)
+    return "{}" in row.name and len(row.parts[0].shape.split()) == 2
+
+
 def gradient_is_summed(name: str, divides_norms: bool) -> bool:
     """Whether each tensor-parallel rank has a part of a parameter's gradient, and the gradient is
     their sum. divides_norms: whether Megatron's sequence parallelism is on."""

@@ -11,12 +11,13 @@ from types import MappingProxyType
 
 from megalong.config.training import TrainingConfig
 from megalong.optimizers.adam import AdamW
+from megalong.optimizers.muon import Muon
 from megalong.optimizers.optimizer import Optimizer
 from megalong.optimizers.sgd import SGDMomentum
 
 __all__ = ["OPTIMIZERS", "Optimizer", "optimizer_of"]
 
-OPTIMIZERS = MappingProxyType({"adam": AdamW, "sgd": SGDMomentum})
+OPTIMIZERS = MappingProxyType({"adam": AdamW, "sgd": SGDMomentum, "muon": Muon})
 
 
 def optimizer_of(training: TrainingConfig) -> Optimizer:

@@ -13,6 +13,7 @@ class AdamW(Optimizer):
 
     moments = ("exp_avg", "exp_avg_sq")
     deepspeed_types = ("AdamW", "Adam")
+    flags = ("adam_",)
 
     def build(self, groups, fused):
         """torch.optim.AdamW; each group has its own weight decay."""
@@ -25,7 +26,7 @@ class AdamW(Optimizer):
             fused=fused,
         )
 
-    def first_state(self, partition, fused):
+    def first_state(self, partition, fused, of_layer_matrices=False):
         """Both moments and the count of steps, all zero."""
         # The fused AdamW wants its step counter on the device, the other on the CPU.
         device = partition.device if fused else "cpu"

@@ -15,6 +15,7 @@ class SGDMomentum(Optimizer):
 
     moments = ("momentum_buffer",)
     deepspeed_types = ("SGD",)
+    flags = ("sgd_",)
 
     def build(self, groups, fused):
         """torch.optim.SGD; each group has its own weight decay."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,7 +51,12 @@ NAMES = {
     },
     "parameter of ZeRO 1 and 2": {
         "set_full_hp_param": "fills this rank's part of a master weight or moment from the whole",
+        "_hp_mapping": "its piece in the partition of this rank, if it has one",
         "grad_accum": "the float32 gradient of a bf16 or fp16 parameter",
+    },
+    "piece of ZeRO 1 and 2": {
+        "lp_fragment_address": "which elements of the parameter it is",
+        "hp_fragment_address": "where they are in the partition",
     },
     "parameter of ZeRO 3": {
         "ds_id": "marks it",
@@ -149,6 +155,25 @@ def partitions(engine: Any) -> list[torch.Tensor]:
         return flat
     groups = stepping_optimizer(engine).param_groups
     return [partition for group in groups for partition in group["params"]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of a parameter that is in this rank's partition: `size` elements, which begin at
+    `start` in the partition, and at `first` in the parameter, both flat."""
+
+    start: int
+    first: int
+    size: int
+
+
+def piece_of(parameter: torch.nn.Parameter) -> Piece | None:
+    """The piece that ZeRO 1 or 2 has given this rank, if it has."""
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    there, here = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return Piece(here.start, there.start, here.numel)
 
 
 def link_state(engine: Any) -> None:

@@ -14,6 +14,7 @@ from megalong.config.flags import shown
 from megalong.config.memory import PIECES
 from megalong.config.rope import ROPE_FIELDS
 from megalong.data.sources import sources_of_flag
+from megalong.optimizers import optimizer_of
 from megalong.training.learning_rate import learning_rate
 
 # What the learning rate of an iteration hangs on.
@@ -62,9 +63,9 @@ def other_ways(checkpoint: Path, config: Config) -> list[str]:
     names = ["objective", *PATTERN_FIELDS, *ROPE_FIELDS, "document_attention"]
     goes_on = iteration > 0 and not config.run.finetune  # an imported model has seen no data
     if goes_on:
-        optimizer = f"{config.training.optimizer}_"
+        of_optimizer = optimizer_of(config.training).flags
         names += ["mask_rate", "eod_mask_loss", "seed", *_DATA, *_STEP]
-        names += [name for name in vars(config.training) if name.startswith(optimizer)]
+        names += [name for name in vars(config.training) if name.startswith(of_optimizer)]
         names += ["train_iters", *SCHEDULE]
     found = differences(config, theirs, names)
     if found.get("train_iters") == found.get("lr_decay_iters"):

@@ -22,14 +22,10 @@ import torch
 from megalong.config import Config
 from megalong.data.batches import IGNORE_INDEX, Batch
 from megalong.errors import UserError
-from megalong.model.names import named_parameters
-from megalong.model.parameters import decays
 from megalong.model.stage import PipelineStage
-from megalong.optimizers import Optimizer, optimizer_of
+from megalong.optimizers import optimizer_of
 from megalong.parallel.deepspeed_private import (
-    link_state,
     one_optimizer_for_zero_1,
-    partitions,
     step_without_update,
     stepping_optimizer,
     steps_made,
@@ -41,6 +37,11 @@ from megalong.parallel.schedule import ScheduleModule, run_schedule
 from megalong.parallel.traffic import Counts, CountTraffic
 from megalong.training.deepspeed_config import deepspeed_config
 from megalong.training.loss_spikes import LossSpikes
+from megalong.training.parameter_groups import (
+    create_state,
+    parameter_groups,
+    show_whole_matrices,
+)
 from megalong.training.step_result import StepResult
 from megalong.training.training_loss import TrainingLoss, held_out_losses
 
@@ -81,7 +82,7 @@ class TrainingEngine:
         )
         settings = deepspeed_config(config, mesh.data_parallel_size)
         self.optimizer = optimizer_of(training)
-        groups = _weight_decay_groups(model, training.weight_decay)
+        groups = parameter_groups(model, self.optimizer, training.weight_decay)
         fused = mesh.device.type == "cuda"
         optimizer = self.optimizer.build(groups, fused)
         with _refusals(config):
@@ -95,7 +96,9 @@ class TrainingEngine:
                     config=settings,
                     mpu=DeepSpeedMPU(mesh),
                 )
-        _create_state(self.deepspeed, self.optimizer, fused)
+        create_state(self.deepspeed, self.optimizer, fused)
+        if self.optimizer.layer_matrices_apart:
+            show_whole_matrices(self.deepspeed, model, config, mesh)
         model.config.grad_scale_func = self.deepspeed.scale
         self.traffic: Counts | None = None  # of one step on this rank, until it is taken
         # The first step that is like all that follow. ZeRO 3 finds its way in the first forward
@@ -302,27 +305,3 @@ def _refusals(config: Config) -> Iterator[None]:
         raise UserError(
             f"DeepSpeed refuses --deepspeed-config {config.training.deepspeed_config}: {error}"
         ) from error
-
-
-def _weight_decay_groups(model: PipelineStage, weight_decay: float) -> list[dict[str, Any]]:
-    """The optimizer's parameter groups: weight decay on matrices only, not on norms and biases."""
-    named = list(named_parameters(model))
-    matrices = [parameter for name, parameter in named if decays(name)]
-    vectors = [parameter for name, parameter in named if not decays(name)]
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-
-
-def _create_state(engine: Any, optimizer: Optimizer, fused: bool) -> None:
-    """Give every partition its optimizer state now.
-
-    PyTorch's optimizer would do so at its first step, but ZeRO 1 and 2 tell each parameter where
-    its piece of the state is after the step of the first parameter group, when the other groups
-    have none yet.
-    """
-    stepping = stepping_optimizer(engine)
-    for partition in partitions(engine):
-        stepping.state[partition] = optimizer.first_state(partition, fused)
-    link_state(engine)

@@ -22,8 +22,9 @@ from megalong.checkpoint.reading import CheckpointReader
 from megalong.config import Config, ModelConfig
 from megalong.data.masking import ADD_A_ROW
 from megalong.model.names import named_parameters
-from megalong.model.parameters import EMBEDDING
+from megalong.model.parameters import EMBEDDING, is_layer_matrix
 from megalong.model.tensor_slices import cut_dimension, join_slices, tensor_slice
+from megalong.optimizers import Optimizer
 from megalong.parallel.deepspeed_private import (
     fill,
     full_shape,
@@ -47,7 +48,7 @@ def tensors_to_save(engine: TrainingEngine, config: Config) -> dict[str, torch.T
             continue  # the last stage's copy of a tied embedding
         # DeepSpeed puts these together anew: the next step does not change them.
         parts = {WEIGHTS: safe_get_full_fp32_param(parameter)}
-        for moment in engine.optimizer.moments:
+        for moment in kinds_of(name, engine.optimizer)[1:]:
             parts[moment] = safe_get_full_optimizer_state(parameter, moment)
         for kind, part in parts.items():
             whole = _join_over_tensor_ranks(name, part, config.model, mesh)
@@ -78,8 +79,8 @@ def load_checkpoint(reader: CheckpointReader, engine: TrainingEngine, config: Co
     if not config.run.loads_optimizer:
         progress = dataclasses.replace(progress, updates=0, loss_scaler=None)
     # Before the first update all moments are zero, as they are here: any optimizer may go on.
-    kinds = (WEIGHTS, *engine.optimizer.moments) if progress.updates else (WEIGHTS,)
-    for parameter, kind, value in _slices(reader, engine, config, kinds):
+    with_moments = progress.updates > 0
+    for parameter, kind, value in _slices(reader, engine, config, with_moments):
         fill(engine.deepspeed, parameter, None if kind == WEIGHTS else kind, value)
     if config.run.load_rng and not config.run.finetune:
         _load_random_states(reader, engine.mesh)
@@ -93,7 +94,7 @@ def load_checkpoint(reader: CheckpointReader, engine: TrainingEngine, config: Co
 
 
 def _slices(
-    reader: CheckpointReader, engine: TrainingEngine, config: Config, kinds: tuple[str, ...]
+    reader: CheckpointReader, engine: TrainingEngine, config: Config, with_moments: bool
 ) -> Iterator[tuple[torch.nn.Parameter, str, torch.Tensor]]:
     """This tensor-parallel rank's parts of the tensors of its pipeline stage: the parameter, the
     kind, and the values, float32, on the device.
@@ -102,7 +103,11 @@ def _slices(
     system that they share is not asked for everything by everyone.
     """
     mesh = engine.mesh
-    wanted = [(*named, kind) for named in named_parameters(engine.model) for kind in kinds]
+    wanted = [
+        (name, parameter, kind)
+        for name, parameter in named_parameters(engine.model)
+        for kind in kinds_of(name, engine.optimizer, with_moments)
+    ]
     for name, parameter, kind in wanted:
         _check_shape(reader, name, parameter, kind, config, mesh)
 
@@ -122,6 +127,12 @@ def _slices(
                 part = torch.empty(full_shape(parameter), dtype=torch.float32, device=mesh.device)
             dist.broadcast(part, group=group, group_src=source)
             yield parameter, kind, part
+
+
+def kinds_of(name: str, optimizer: Optimizer, with_moments: bool = True) -> tuple[str, ...]:
+    """The kinds of tensors that a checkpoint holds of a parameter."""
+    moments = optimizer.moments_of(is_layer_matrix(name)) if with_moments else ()
+    return (WEIGHTS, *moments)
 
 
 def _check_shape(

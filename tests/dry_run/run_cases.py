@@ -89,6 +89,11 @@ CASES = {
         )
         for stage in (2, 3)
     },
+    "Muon, ZeRO 2": Case(
+        {**LAYOUT, "pipeline_model_parallel_size": 1, "zero_stage": 2, "optimizer": "muon"},
+        rank=1,
+        ranks=4,
+    ),
     # Rank = tensor + 2 (sequence + 2 stage).
     "tp2 sp2 pp2, rank 3": Case(LAYOUT, rank=3, ranks=8),
     "tp2 sp2 pp2, rank 4": Case({**LAYOUT, **MAGNETO, "z_loss_coeff": 1e-4}, rank=4, ranks=8),

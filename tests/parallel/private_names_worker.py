@@ -58,12 +58,16 @@ def main(corpus: str) -> None:
 def check_names(engine, kinds) -> None:
     optimizer_kind, parameter_kind = kinds
     parameter = next(engine.model.parameters())
+    pieces = []
+    if optimizer_kind == "ZeRO 1 and 2":
+        pieces.append((parameter._hp_mapping, "piece of ZeRO 1 and 2"))
     for owner, kind in (
         (engine.deepspeed, "engine"),
         (engine.deepspeed, "DeepSpeedEngine"),
         (engine.deepspeed.optimizer, "any ZeRO optimizer"),
         (engine.deepspeed.optimizer, optimizer_kind),
         (parameter, parameter_kind),
+        *pieces,
     ):
         for name in deepspeed_private.NAMES[kind]:
             assert hasattr(owner, name), f"{kind}: {name}"
@@ -82,6 +86,9 @@ def check_functions(engine, data, config, stage: int, precision: str) -> None:
     deepspeed_private.round_master_weights(engine.deepspeed)
     # ZeRO 3 keeps small weights whole.
     assert torch.equal(parameter.detach(), (value + 1).to(parameter.dtype))
+
+    if stage < 3:
+        assert deepspeed_private.piece_of(parameter).size == parameter.numel()
 
     scaler = deepspeed_private.loss_scaler_state(engine.deepspeed)
     assert (scaler is not None) == (precision == "fp16")

@@ -43,6 +43,10 @@ OPTIMIZER = {"adam_eps": 1e-3, "lr": 1e-2}
 # No adaptive step: weights move by the gradients, summed up.
 SGD = {"optimizer": "sgd", "sgd_momentum": 0.8, "lr": 0.3}
 
+# As large a step for matrices as Adam's here: an orthogonalized matrix forgets scales, too.
+MUON = {"optimizer": "muon"}
+MUON_STEPS = 5
+
 # What is trained. The lengths fit 128 tokens on up to four sequence ranks: local branches, one over
 # two ranks, one over all, and a rate that divides neither shard nor segment.
 BRANCHES = {"segment_lengths": "16 32 64 128", "dilation_rates": "1 2 3 5"}
@@ -102,6 +106,7 @@ MODELS = {
     "recompute full": {"recompute_granularity": "full"},
     "whole norms": {"no_sequence_parallel": True, "qk_layernorm": True, "sub_layer_norm": True},
     "sgd": {**BRANCHES, **SGD},
+    "muon": {**BRANCHES, **MUON, "num_layers": 4, "qk_layernorm": True, "add_qkv_bias": True},
     "offloaded optimizer": {"deepspeed_config": Path(__file__).parent / "offload.json"},
 }
 
@@ -189,6 +194,13 @@ DIVIDED_OPTIMIZERS = [
     ("tp2", 2, "offloaded optimizer"),
 ]  # fmt: skip
 
+# Matrices that are cut by the axes together, over four partitions, and a stage that has neither
+# embedding nor output layer.
+MUON_CASES = [
+    *((layout, 2, "muon") for layout in ("dp2", "sp2", "tp2")),
+    ("pp4", 1, "muon"), ("sp2 tp2 pp2", 1, "muon"), ("sp2 tp2 dp2", 2, "muon"),
+]  # fmt: skip
+
 # Beside those on two ranks.
 KINDS_LAYOUTS = (
     ("one vp", 1), ("sp4", 1), ("sp8", 1), ("sp2 tp2", 1), ("sp2 pp2", 1), ("sp2 pp2 vp1", 1),
@@ -224,6 +236,7 @@ SELDOM = {
     ("tp2", 1, "fp16, memory path"), ("tp2", 1, "dense, memory path"),
     ("tp2", 1, "mlm, memory path"), ("tp2", 1, "tied, without logits"),
     ("pp2", 1, f"{BOTH[1]}, without logits"),
+    ("dp2", 1, "muon"), ("sp2", 2, "muon"), ("tp2", 1, "muon"), ("sp2 tp2 pp2", 1, "muon"),
 }  # fmt: skip
 
 AXES = {
@@ -249,6 +262,7 @@ LAYOUTS = {
     "sp2 pp2 vp1": 4,
     "sp2 dp2": 4,
     "pp2 dp2": 4,
+    "pp4": 4,
     "pp2 vp1 dp2": 4,
     "sp4 tp2": 8,
     "sp2 tp2 pp2": 8,
@@ -264,14 +278,14 @@ def cases(which: str = "usual") -> list[tuple[str, int, str]]:
     found = []
     for layout, ranks in LAYOUTS.items():
         models = list(MODELS) if ranks <= 2 and "vp" not in layout else BOTH
-        if layout == "sp8":  # the kinds' only
+        if layout in ("sp8", "pp4"):  # the kinds' and Muon's only
             continue
         stages = (1,) if "pp" in layout or "vp" in layout else (1, 2, 3)
         found += [(layout, 1, model) for model in models if layout not in WITHOUT.get(model, ())]
         found += [(layout, stage, "tied") for stage in stages[1:]]
         if ranks == 2:
             found += [(layout, stage, "bf16") for stage in stages[1:]]
-    found += [*DIVIDED_OPTIMIZERS, *KINDS_CASES, *COPY_CASES]
+    found += [*DIVIDED_OPTIMIZERS, *MUON_CASES, *KINDS_CASES, *COPY_CASES]
     return [case for case in found if (case in SELDOM) == (which == "seldom")]
 
 
@@ -367,8 +381,9 @@ def train(config, mesh):
         masking=data.masking,
         documents=data.documents,
     )
+    last = MUON_STEPS if config.training.optimizer == "muon" else STEPS
     steps = [
-        engine.train_step(batches, learning_rate(i, config.training)) for i in range(1, STEPS + 1)
+        engine.train_step(batches, learning_rate(i, config.training)) for i in range(1, last + 1)
     ]
     held_out = evaluation_batches(
         data.held_out["validation"],

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megalong.checkpoint.names import WEIGHTS, tensor_name
+from megalong.checkpoint.names import tensor_name
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.config import world_size
 from megalong.config.arguments import parse_arguments
 from megalong.model.names import named_parameters
 from megalong.parallel import process_group
+from megalong.training.engine_state import kinds_of
 from megalong.training.loop import Trainer
 from megalong.training.resuming import open_checkpoint
 from megalong.training.run_data import open_run_data
@@ -27,7 +28,7 @@ from megalong.training.run_folder import prepare_run_folder
 from megalong.training.stopping import StopRequest
 from tests.launching import small_run_flags
 from tests.training.meshes import temporary_mesh
-from tests.training.parity_worker import ALL_KINDS, AXES, BRANCHES, OPTIMIZER, SGD
+from tests.training.parity_worker import ALL_KINDS, AXES, BRANCHES, MUON, OPTIMIZER, SGD
 
 # Layout -> ranks; dp is what the rest leaves, and z the ZeRO stage.
 LAYOUTS = {
@@ -50,21 +51,31 @@ BATCH = {"micro_batch_size": 1, "global_batch_size": 4, "split": "1,0,0"}
 
 
 # The second with all kinds of attention.
-OPTIMIZERS = {"adam": OPTIMIZER, "sgd": SGD | ALL_KINDS}
+OPTIMIZERS = {"adam": OPTIMIZER, "sgd": SGD | ALL_KINDS, "muon": OPTIMIZER | MUON}
+
+# Muon's layouts: those that it accepts, of what is alike one.
+MUON_LAYOUTS = ("one", "tp2", "dp2-z2", "tp2-pp2-sp2")
+
+
+def layouts_of(optimizer: str) -> list[str]:
+    """Those in which it saves."""
+    return list(MUON_LAYOUTS if optimizer == "muon" else LAYOUTS)
 
 
 def pairs(which: str = "load") -> list[tuple[str, str, str]]:
     """(the optimizer, the layout that loads, the one that saved): a way around through all layouts
     for each optimizer, and of "seldom" another one for Adam; that all save the same is a test of
     its own."""
-    layouts = list(LAYOUTS)
 
-    def around(step: int) -> list[tuple[str, str]]:
-        return [(to, layouts[number - step]) for number, to in enumerate(layouts)]
+    def around(optimizer: str, step: int) -> list[tuple[str, str, str]]:
+        layouts = layouts_of(optimizer)
+        return [(optimizer, to, layouts[number - step]) for number, to in enumerate(layouts)]
 
     if which == "seldom":
-        return [("adam", *pair) for pair in around(3)]
-    return [(optimizer, *pair) for optimizer in OPTIMIZERS for pair in [*around(1), UNEVEN]]
+        return around("adam", 3)
+    uneven = [(optimizer, *UNEVEN) for optimizer in OPTIMIZERS if optimizer != "muon"]
+    uneven.append(("muon", "sp2-dp4-z2", "tp2"))
+    return [pair for optimizer in OPTIMIZERS for pair in around(optimizer, 1)] + uneven
 
 
 def flags_of(layout: str) -> dict[str, int]:
@@ -95,9 +106,10 @@ def assert_nothing_is_read_twice(names, engine, mesh):
     """The ranks that need the same tensors share the reading of them."""
     of_ranks = [None] * dist.get_world_size(mesh.replica_group)
     dist.all_gather_object(of_ranks, names, group=mesh.replica_group)
-    kinds = (WEIGHTS, *engine.optimizer.moments)
     needed = [
-        tensor_name(kind, name) for name, _ in named_parameters(engine.model) for kind in kinds
+        tensor_name(kind, name)
+        for name, _ in named_parameters(engine.model)
+        for kind in kinds_of(name, engine.optimizer)
     ]
     assert sorted(name for read in of_ranks for name in read) == sorted(needed)
     assert max(map(len, of_ranks)) - min(map(len, of_ranks)) <= 1
@@ -124,8 +136,8 @@ def main(corpus: str, folder: Path, *what: str) -> None:
             for optimizer in OPTIMIZERS:
                 if world_size() == 1:
                     run(optimizer, "one", save=folder / optimizer / "whole")
-                for layout, ranks in LAYOUTS.items():
-                    if ranks == world_size():
+                for layout in layouts_of(optimizer):
+                    if LAYOUTS[layout] == world_size():
                         save = folder / optimizer / "saved" / layout
                         run(optimizer, layout, train_iters=2, save=save)
         for which in ("load", "seldom"):

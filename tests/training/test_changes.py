@@ -35,10 +35,15 @@ def test_nothing_is_told_where_nothing_changed(checkpoint):
 
 
 def test_another_optimizer_is_asked_for_its_own_settings(checkpoint):
-    """Those that begin with its name; here there are none."""
-    config = resolved(adam_beta2=0.9, sgd_momentum=0.5)
-    training = dataclasses.replace(config.training, optimizer="third")
-    assert other_ways(checkpoint, dataclasses.replace(config, training=training)) == []
+    config = resolved(adam_beta2=0.9, sgd_momentum=0.5, muon_momentum=0.5)
+    for optimizer, flags in (
+        ("adam", ["--adam-beta2"]),
+        ("sgd", ["--sgd-momentum"]),
+        ("muon", ["--adam-beta2", "--muon-momentum"]),  # AdamW is what it has for vectors
+    ):
+        training = dataclasses.replace(config.training, optimizer=optimizer)
+        told = other_ways(checkpoint, dataclasses.replace(config, training=training))
+        assert [line.split()[0] for line in told] == flags
 
 
 @pytest.mark.parametrize(

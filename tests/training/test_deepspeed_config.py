@@ -138,6 +138,18 @@ def test_the_optimizer_of_the_flags_is_the_files(tmp_path, monkeypatch):
         assert all(name in str(error.value) for name in names)
 
 
+def test_muon_of_the_flags_is_the_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.FLAGS", [*FLAGS, "--optimizer", "muon"])
+    same = {"type": "Muon", "params": {"lr": 1e-3, "momentum": 0.95, "betas": [0.9, 0.98]}}
+    assert "optimizer" not in merged(tmp_path, {"optimizer": same})
+    with pytest.raises(UserError, match=r"optimizer.params.momentum to 0.9, but --muon-momentum"):
+        merged(tmp_path, {"optimizer": {"params": {"momentum": 0.9}}})
+    with pytest.raises(UserError, match=r"optimizer.params.ns_method is not a setting"):
+        merged(tmp_path, {"optimizer": {"params": {"ns_method": "gram"}}})
+    with pytest.raises(UserError, match=r"leave offload_optimizer out of --deepspeed-config"):
+        merged(tmp_path, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+
+
 def test_a_missing_file_is_named():
     flags = [*FLAGS, "--deepspeed-config", "no.json"]
     with pytest.raises(UserError, match=r"--deepspeed-config no.json: No such file"):
