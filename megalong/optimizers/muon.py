@@ -24,7 +24,9 @@ class Muon(Optimizer):
 
     Weight decay is decoupled, lr x weight decay, in both. With the defaults an update's root mean
     square is about that of AdamW's, 0.2 to 0.4 (Moonlight, section 2.2), so that one learning rate
-    fits both.
+    fits both; Megatron's own are --muon-extra-scale-factor 1 and no Nesterov momentum. Gate and up
+    projection of a gated MLP are two matrices, unlike Megatron's. In bf16 runs the iteration is in
+    bf16, as PyTorch's, else in float32.
     """
 
     moments = ("momentum_buffer", *AdamW.moments)
