@@ -18,7 +18,6 @@ from megalong.checkpoint.tokenizer import tokenizer_files
 from megalong.checkpoint.writing import HashingWriter
 from megalong.config import Config
 from megalong.disk import written_aside
-from megalong.optimizers import optimizer_of
 
 
 def write_first_checkpoint(
@@ -27,7 +26,8 @@ def write_first_checkpoint(
     shapes: dict[str, tuple[int, ...]],
     read: Callable[[str], torch.Tensor],
 ) -> Path:
-    """Write the checkpoint that a run begins with: iteration 0, the optimizer's moments zero.
+    """Write the checkpoint that a run begins with: iteration 0, weights alone. Before the first
+    update any optimizer's moments are zero, and nobody reads them.
 
     run_folder: has to be there. shapes: of all weights, by canonical name; read: makes one of them
     when its turn comes. Returns the checkpoint's folder; `pretrain_longnet.py --load` takes
@@ -36,9 +36,8 @@ def write_first_checkpoint(
     folder = checkpoint_folder(run_folder, 0)
     with written_aside(folder) as aside:
         state = {
-            tensor_name(kind, name): torch.empty(shape, device="meta")
+            tensor_name(WEIGHTS, name): torch.empty(shape, device="meta")
             for name, shape in shapes.items()
-            for kind in (WEIGHTS, *optimizer_of(config.training).moments)
         }
         writer, planner = HashingWriter(aside), _MakeWhenWritten(read)
         dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
@@ -63,10 +62,6 @@ class _MakeWhenWritten(dcp.DefaultSavePlanner):
         # PyTorch's writer holds on to all that it has written until the file is closed: what the
         # tensor before took is given back here.
         self._written.untyped_storage().resize_(0)
-        parameter = parameter_of(write_item.index.fqn, WEIGHTS)
-        if parameter is None:
-            self._written = torch.zeros(self.lookup_object(write_item.index).shape)
-        else:
-            made = self.read(parameter)
-            self._written = torch.empty(made.shape).copy_(made)  # its own, and contiguous
+        made = self.read(parameter_of(write_item.index.fqn, WEIGHTS))
+        self._written = torch.empty(made.shape).copy_(made)  # its own, and contiguous
         return self._written
