@@ -96,6 +96,8 @@ def _refuse_contradictions(
         ),
         (("zero_optimization", "reduce_scatter"), True, "megalong's gradient scale"),
         (("zero_optimization", "compute_grad_norm"), True, "megalong's log of gradient norms"),
+        # With it DeepSpeed puts parameters elsewhere in the partitions than it says.
+        (("zero_optimization", "round_robin_gradients"), False, "megalong's access to partitions"),
         (("bf16", "check_grad_overflow"), True, "megalong's end of a run gone wrong"),
         (("zero_force_ds_cpu_optimizer",), False, "megalong's optimizer, which is PyTorch's,"),
         (("data_types", "grad_accum_dtype"), "fp32", "megalong's gradient accumulation"),

@@ -66,6 +66,10 @@ def test_what_no_flag_owns_is_passed_on(tmp_path):
             ["zero_optimization.compute_grad_norm", "false", "true"],
         ),
         (
+            {"zero_optimization": {"round_robin_gradients": True}},
+            ["zero_optimization.round_robin_gradients", "true", "false"],
+        ),
+        (
             {"zero_optimisation": {"overlap_comm": False}},
             ["knows no zero_optimisation; did you mean zero_optimization?"],
         ),
