@@ -29,5 +29,8 @@ def keeps_optimizer_on_host(path: str | None) -> bool:
     """Whether the file asks for ZeRO-Offload: master weights and moments in the host's memory, or
     on its disks, and the update on its processors. None is no file."""
     zero = read_deepspeed_file(path).get("zero_optimization") if path is not None else None
-    offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
-    return isinstance(offload, dict) and offload.get("device", "none") != "none"
+    if not isinstance(zero, dict):
+        return False
+    offload = zero.get("offload_optimizer")
+    here = isinstance(offload, dict) and offload.get("device", "none") != "none"
+    return here or bool(zero.get("cpu_offload"))  # its name of old, which DeepSpeed still takes
