@@ -337,6 +337,9 @@ def test_data_path_is_needed():
         (["--use-rope-scaling"], ["--rope-scaling-factor alone turns that scaling on"]),
         (["--rotary-scaling-factor", "4"], ["set --yarn-rotary-scaling-factor for YaRN, or"]),
         (["--reset-position-ids"], ["leave it out: positions count as distances here"]),
+        (["--muon-no-split-qkv"], ["set --no-muon-split-qkv"]),
+        (["--muon-use-nesterov"], ["--no-muon-nesterov turns it off"]),
+        (["--muon-tp-mode", "blockwise"], ["orthogonalized whole"]),
     ],
 )
 def test_a_bad_flag_is_one_line(flags, names):

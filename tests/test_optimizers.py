@@ -68,7 +68,7 @@ def test_muon_is_that_of_pytorch(shape, mode, theirs, nesterov):
     training = TrainingConfig(
         optimizer="muon",
         muon_scale_mode=mode,
-        muon_use_nesterov=nesterov,
+        muon_nesterov=nesterov,
         muon_extra_scale_factor=0.2 if theirs else 1.0,
         precision="bf16",
     )

@@ -48,6 +48,10 @@ INSTEAD = MappingProxyType(
         " (Megatron's factor is 8)",
         "--rotary-scaling-factor": "set --yarn-rotary-scaling-factor for YaRN, or"
         " --rope-scaling-factor for the scaling of Llama 3.1",
+        "--muon-no-split-qkv": "set --no-muon-split-qkv",
+        "--muon-use-nesterov": "leave it out: it is on, and --no-muon-nesterov turns it off",
+        "--muon-tp-mode": "leave it out: a matrix that ranks have slices of is orthogonalized whole"
+        " by each of them (Megatron's duplicated)",
     }
 )
 

@@ -85,7 +85,7 @@ class TrainingConfig:
     adam_eps: float = flag(1e-8, "Adam's epsilon")
     sgd_momentum: float = flag(0.9, "momentum of SGD")
     muon_momentum: float = flag(0.95, "Muon's momentum")
-    muon_use_nesterov: bool = flag(True, "Muon: Nesterov's momentum")
+    muon_nesterov: bool = flag(True, "Muon: Nesterov's momentum")
     muon_num_ns_steps: int = flag(5, "Muon: steps of the Newton-Schulz iteration")
     muon_scale_mode: str = flag(
         "spectral",
@@ -177,8 +177,8 @@ class TrainingConfig:
         if keeps_optimizer_on_host(self.deepspeed_config):
             raise UserError(
                 "--optimizer muon multiplies matrices, for which a host is too slow: leave"
-                f" offload_optimizer out of --deepspeed-config {self.deepspeed_config}, or set"
-                " --optimizer adam"
+                " offload_optimizer (cpu_offload of old) out of --deepspeed-config"
+                f" {self.deepspeed_config}, or set --optimizer adam"
             )
 
     def _check_loss_spikes(self) -> None:

@@ -43,6 +43,12 @@ class Muon(Optimizer):
         """A momentum, or Adam's two moments."""
         return ("momentum_buffer",) if is_layer_matrix else AdamW.moments
 
+    def matrix_products(self, rows, columns):
+        """Those of `orthogonalized`."""
+        small, large = sorted((rows, columns))
+        once = 2 * small * small * large, 2 * small**3, 2 * small * small * large
+        return once * self.training.muon_num_ns_steps
+
     def first_state(self, partition, fused, of_layer_matrices=False):
         """Of matrices a momentum of zero, else Adam's state."""
         if of_layer_matrices:
@@ -98,7 +104,7 @@ class _MuonAndAdamW(torch.optim.AdamW):
 
         def direction(start: int, stop: int) -> torch.Tensor:
             part = momentum[start:stop]
-            if training.muon_use_nesterov:
+            if training.muon_nesterov:
                 part = gradient[start:stop].lerp(part, training.muon_momentum)
             return part.to(dtype, copy=True)
 

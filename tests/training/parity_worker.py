@@ -107,6 +107,13 @@ MODELS = {
     "whole norms": {"no_sequence_parallel": True, "qk_layernorm": True, "sub_layer_norm": True},
     "sgd": {**BRANCHES, **SGD},
     "muon": {**BRANCHES, **MUON, "num_layers": 4, "qk_layernorm": True, "add_qkv_bias": True},
+    "muon, other settings": {
+        **BRANCHES,
+        **MUON,
+        "no_muon_split_qkv": True,
+        "no_muon_nesterov": True,
+        "muon_scale_mode": "unit_rms_norm",
+    },
     "offloaded optimizer": {"deepspeed_config": Path(__file__).parent / "offload.json"},
 }
 
@@ -186,6 +193,7 @@ WITHOUT = {
     "whole norms": ("dp2", "sp2", "pp2"),
     "isolated": ("tp2", "pp2"),
     "masked": ("tp2",),
+    "muon, other settings": ("dp2", "sp2", "pp2"),
 }
 # Each with ZeRO 2 and 3, each of these on every axis.
 DIVIDED_OPTIMIZERS = [

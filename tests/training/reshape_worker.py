@@ -53,13 +53,13 @@ BATCH = {"micro_batch_size": 1, "global_batch_size": 4, "split": "1,0,0"}
 # The second with all kinds of attention.
 OPTIMIZERS = {"adam": OPTIMIZER, "sgd": SGD | ALL_KINDS, "muon": OPTIMIZER | MUON}
 
-# Muon's layouts: those that it accepts, of what is alike one.
-MUON_LAYOUTS = ("one", "tp2", "dp2-z2", "tp2-pp2-sp2")
+# Those that Muon accepts, but of such as are alike for it one.
+MUON_LAYOUTS = {"one": 1, "dp2-z2": 2, "tp2-pp2-sp2": 8, "tp2-dp4-z2": 8}
 
 
-def layouts_of(optimizer: str) -> list[str]:
-    """Those in which it saves."""
-    return list(MUON_LAYOUTS if optimizer == "muon" else LAYOUTS)
+def layouts_of(optimizer: str) -> dict[str, int]:
+    """Those in which it saves -> ranks."""
+    return MUON_LAYOUTS if optimizer == "muon" else LAYOUTS
 
 
 def pairs(which: str = "load") -> list[tuple[str, str, str]]:
@@ -68,14 +68,13 @@ def pairs(which: str = "load") -> list[tuple[str, str, str]]:
     its own."""
 
     def around(optimizer: str, step: int) -> list[tuple[str, str, str]]:
-        layouts = layouts_of(optimizer)
+        layouts = list(layouts_of(optimizer))
         return [(optimizer, to, layouts[number - step]) for number, to in enumerate(layouts)]
 
     if which == "seldom":
         return around("adam", 3)
-    uneven = [(optimizer, *UNEVEN) for optimizer in OPTIMIZERS if optimizer != "muon"]
-    uneven.append(("muon", "sp2-dp4-z2", "tp2"))
-    return [pair for optimizer in OPTIMIZERS for pair in around(optimizer, 1)] + uneven
+    found = [pair for optimizer in OPTIMIZERS for pair in around(optimizer, 1)]
+    return [*found, ("muon", "tp2-dp4-z2", "one"), ("adam", *UNEVEN), ("sgd", *UNEVEN)]
 
 
 def flags_of(layout: str) -> dict[str, int]:
@@ -136,8 +135,8 @@ def main(corpus: str, folder: Path, *what: str) -> None:
             for optimizer in OPTIMIZERS:
                 if world_size() == 1:
                     run(optimizer, "one", save=folder / optimizer / "whole")
-                for layout in layouts_of(optimizer):
-                    if LAYOUTS[layout] == world_size():
+                for layout, ranks in layouts_of(optimizer).items():
+                    if ranks == world_size():
                         save = folder / optimizer / "saved" / layout
                         run(optimizer, layout, train_iters=2, save=save)
         for which in ("load", "seldom"):

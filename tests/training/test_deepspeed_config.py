@@ -150,8 +150,10 @@ def test_muon_of_the_flags_is_the_files(tmp_path, monkeypatch):
         merged(tmp_path, {"optimizer": {"params": {"momentum": 0.9}}})
     with pytest.raises(UserError, match=r"optimizer.params.ns_method is not a setting"):
         merged(tmp_path, {"optimizer": {"params": {"ns_method": "gram"}}})
-    with pytest.raises(UserError, match=r"leave offload_optimizer out of --deepspeed-config"):
-        merged(tmp_path, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+    for offload in ({"offload_optimizer": {"device": "cpu"}}, {"cpu_offload": True}):
+        with pytest.raises(UserError, match=r"leave offload_optimizer .* out of --deepspeed-conf"):
+            merged(tmp_path, {"zero_optimization": offload})
+    merged(tmp_path, {"zero_optimization": {"cpu_offload": False}})
 
 
 def test_a_missing_file_is_named():
