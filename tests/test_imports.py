@@ -33,12 +33,13 @@ ROOMS = {
     "tasks": SMALL | {"data"},
     "config": SMALL | {"command_line", "attention", "data", "tasks"},
     "optimizers": SMALL | {"config"},
-    "checkpoint": SMALL | {"optimizers", "config"},
+    "checkpoint": SMALL | {"config"},
     "parallel": SMALL | {"config", "attention"},
-    "model": SMALL | {"parallel", "config", "attention", "tiling"},
+    "model": SMALL | {"parallel", "optimizers", "config", "attention", "tiling"},
     "training": SMALL
     | {"model", "checkpoint", "parallel", "optimizers", "config", "data", "tasks"},
-    "planning": SMALL | {"training", "model", "parallel", "config", "data", "attention", "tiling"},
+    "planning": SMALL
+    | {"training", "model", "parallel", "optimizers", "config", "data", "attention", "tiling"},
     "hf": SMALL | {"model", "checkpoint", "config", "data", "tasks", "attention"},
     "doctor": SMALL | {"command_line", "training", "attention"},
 }

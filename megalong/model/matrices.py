@@ -11,6 +11,17 @@ from megalong.config import ModelConfig
 from megalong.model.parameters import Packing, row_of, sizes
 
 
+def matrix_shapes(
+    name: str, model: ModelConfig, split_queries: bool = True
+) -> list[tuple[int, ...]]:
+    """(rows, columns) of the matrices in a parameter of a layer. model: resolved. split_queries:
+    whether queries, keys and values are three."""
+    shapes = [part.size(sizes(model, 0)) for part in row_of(name).parts_of(model)]
+    if split_queries or not holds_queries(name):
+        return shapes
+    return [(sum(rows for rows, _ in shapes), shapes[0][1])]
+
+
 def split_matrices(name: str, whole: torch.Tensor, model: ModelConfig) -> list[torch.Tensor]:
     """The matrices in a whole parameter, (rows, columns) each. model: resolved."""
     row, words = row_of(name), sizes(model, 0)

@@ -13,6 +13,7 @@ the estimates against dry runs. Exact numbers: tools/benchmarks/memory.py.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ from megalong.errors import UserError
 from megalong.host_memory import host_bytes_available
 from megalong.model.flops import executed_flops
 from megalong.model.output import tokens_of_a_chunk
-from megalong.model.parameters import count_parameters
+from megalong.model.parameters import is_layer_matrix, parameters
+from megalong.optimizers import optimizer_of
 from megalong.parallel.mesh import Mesh
 from megalong.wording import counted
 
@@ -152,17 +154,20 @@ def _layers_under_way(config: Config, replicas: int) -> int:
 
 def _of_parameters(config: Config, vocab_size: int, replicas: int) -> float:
     """Bytes of weights, gradients and optimizer, of which ZeRO divides some over the replicas."""
-    parallel = config.parallel
-    count = count_parameters(config.model, vocab_size)
-    parameters = count.used + count.padding
-    parameters /= parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    weights = 4 if config.training.precision == "fp32" else 2
-    optimizer, gradients = 12, 4  # two moments and float32 weights; in float32
+    parallel, component = config.parallel, optimizer_of(config.training)
+    count = moments = 0
+    for parameter in parameters(config.model, config.model.vocabulary_rows(vocab_size)):
+        size = math.prod(parameter.shape)
+        count += size
+        moments += size * len(component.moments_of(is_layer_matrix(parameter.name)))
+    weights = (4 if config.training.precision == "fp32" else 2) * count
+    optimizer, gradients = 4 * (count + moments), 4 * count  # with float32 weights; in float32
     if keeps_optimizer_on_host(config.training.deepspeed_config):
         optimizer = 0
     sharded = (optimizer, gradients, weights)[: parallel.zero_stage]
     whole = (optimizer, gradients, weights)[parallel.zero_stage :]
-    return parameters * (sum(whole) + sum(sharded) / replicas)
+    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    return (sum(whole) + sum(sharded) / replicas) / ranks
 
 
 def _rungs(config: Config, room: Room) -> Iterator[Config]:

@@ -61,6 +61,10 @@ class Optimizer(ABC):
         """Those of its `moments` that it keeps of such a parameter."""
         return self.moments
 
+    def matrix_products(self, rows: int, columns: int) -> tuple[int, ...]:
+        """FLOPs of each product in the update of a whole matrix of a layer."""
+        return ()
+
     def first_state(
         self, partition: torch.Tensor, fused: bool, of_layer_matrices: bool = False
     ) -> dict[str, torch.Tensor]:

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megalong.config import Config
+from megalong.model.matrices import matrix_shapes
+from megalong.model.parameters import TABLE, is_layer_matrix
+from megalong.optimizers import optimizer_of
 from megalong.planning.cluster import Cluster
 from megalong.planning.cost import step_cost
 from megalong.planning.ranks import layers_of_stage, ranks_to_plan
@@ -33,6 +36,8 @@ _ACCUMULATION = {1: 12, 2: 8, 3: 4}
 _UPDATE, _DIVIDED_UPDATE = {1: 32, 2: 0, 3: 0}, {1: 96, 2: 74, 3: 74}
 # Launches: of the update, of the update for a layer, of the accumulation for a layer.
 _UPDATE_KERNELS, _OF_LAYER, _ACCUMULATION_KERNELS = 120, 30, 15
+# Of a matrix that the update sees whole, beside its products: bytes for an element, and launches.
+_OF_ELEMENT, _OF_MATRIX = 30, 12
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,11 @@ def one_stage(config: Config) -> Config | None:
         zero_stage=1,
     )
     training = dataclasses.replace(
-        config.training, micro_batch_size=1, global_batch_size=1, deepspeed_config=None
+        config.training,
+        micro_batch_size=1,
+        global_batch_size=1,
+        deepspeed_config=None,
+        optimizer="adam",  # whose update nobody looks at here
     )
     return dataclasses.replace(config, parallel=parallel, training=training)
 
@@ -211,16 +220,12 @@ def _zero(config: Config, parameters: int, micro_batches: int, ranks: int) -> Wo
     )
     size = BYTES[config.training.precision] * parameters
 
-    def moves(direction: str, nbytes: float, kernels: int) -> Operation:
-        return Operation(
-            "optimizer", direction, "memory", "estimate", "float32", 0, int(nbytes), kernels
-        )
-
     layers = config.model.num_layers // parallel.pipeline_model_parallel_size
     update = parameters * (_UPDATE[stage] + _DIVIDED_UPDATE[stage] / group)
-    work = Work(Counter({moves("update", update, _UPDATE_KERNELS + layers * _OF_LAYER): 1}))
+    work = Work(Counter({_moves("update", update, _UPDATE_KERNELS + layers * _OF_LAYER): 1}))
+    work = work.plus(_whole_matrices(config, layers, members))
     accumulated = parameters * _ACCUMULATION[stage] / layers
-    accumulation = moves("backward", accumulated, _ACCUMULATION_KERNELS)
+    accumulation = _moves("backward", accumulated, _ACCUMULATION_KERNELS)
     work.operations[accumulation] += micro_batches * layers
     if group == 1:
         return work
@@ -239,3 +244,39 @@ def _zero(config: Config, parameters: int, micro_batches: int, ranks: int) -> Wo
     else:
         data("update", "all_gather", 1)
     return work
+
+
+def _whole_matrices(config: Config, layers: int, members: tuple[int, ...]) -> Work:
+    """What an optimizer does besides that sees the matrices of layers whole. layers: of a stage,
+    whose matrices the members share; the busiest has a piece of another one, too."""
+    training, tensor = config.training, config.parallel.tensor_model_parallel_size
+    optimizer = optimizer_of(training)
+    if not optimizer.layer_matrices_apart:
+        return Work()
+    dtype, size = ("bfloat16", 2) if training.precision == "bf16" else ("float32", 4)
+    parameters = []
+    for name in (row.name for row in TABLE if is_layer_matrix(row.name)):
+        work, elements = Work(), 0
+        for rows, columns in matrix_shapes(name, config.model, training.muon_split_qkv):
+            elements += rows * columns
+            moved = 3 * size * rows * columns
+            for flops in optimizer.matrix_products(rows, columns):
+                product = ("optimizer", "update", "product", "estimate", dtype, flops, moved)
+                work.operations[Operation(*product)] += 1
+            work.operations[_moves("update", _OF_ELEMENT * rows * columns, _OF_MATRIX)] += 1
+        if tensor > 1:
+            gather = "tensor", "update", "all_gather", size * elements, tuple(range(tensor))
+            work.collectives[Collective(*gather)] += 1
+        parameters.append(work)
+    total = Work()
+    for work in parameters:
+        total = total.plus(work, layers / len(members))
+    if len(members) > 1:
+        total = total.plus(max(parameters, key=lambda work: work.flops().total()))
+    return total
+
+
+def _moves(direction: str, nbytes: float, kernels: int) -> Operation:
+    return Operation(
+        "optimizer", direction, "memory", "estimate", "float32", 0, int(nbytes), kernels
+    )

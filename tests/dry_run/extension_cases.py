@@ -44,6 +44,7 @@ CASES = {
     "dense, selective recomputation, ZeRO 2, five": (
         {"attention": "dense", "zero_stage": 2, "recompute_granularity": "selective"}, 1, 2, 5,
     ),
+    "Muon, ZeRO 2, five": ({"zero_stage": 2, "optimizer": "muon"}, 1, 2, 5),
     "ZeRO 3, five": ({"zero_stage": 3, "num_layers": 2}, 1, 2, 5),
     "tp2 sp2, memory path, four": (
         {**ON, "tensor_model_parallel_size": 2, "sequence_parallel_size": 2}, 3, 4, 4,
@@ -81,6 +82,9 @@ ESTIMATES = {
     ),
     "pp2, chunks of one layer": ({**INTERLEAVED, "num_layers": 8}, 2, 4),
     "sp2 dp2, ZeRO 3": ({"sequence_parallel_size": 2, "zero_stage": 3}, 4, 2),
+    "Muon, tp2 dp2, ZeRO 2": (
+        {"tensor_model_parallel_size": 2, "zero_stage": 2, "optimizer": "muon"}, 4, 2,
+    ),
 }  # fmt: skip
 
 

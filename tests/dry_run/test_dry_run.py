@@ -56,6 +56,15 @@ def test_an_optimizer_on_the_host_is_held_and_stepped_there(stage, results):
         assert result["memory"]["optimizer"] < bytes_ / 8
 
 
+def test_muon_keeps_one_moment_of_the_matrices_of_layers(results):
+    """Beside master weights, in float32: 8 bytes for each of their parameters, 12 for the others,
+    over two tensor ranks and two replicas; norms are whole on each tensor rank."""
+    matrices = 2 * 128 * (128 + 2 * 64 + 128 + 3 * 384)
+    others = 256 * 128 + 5 * 128
+    held = results["Muon, ZeRO 2"]["memory"]["optimizer"]
+    assert held == pytest.approx((8 * matrices + 12 * others) / 4, rel=0.01)
+
+
 def test_every_operation_has_its_part(results):
     """The numbers of "one": 2 micro batches, 2 layers, 1024 tokens; a product's gradient is two."""
     flops = {(part, way): count for part, way, count in results["one"]["flops"]}

@@ -109,3 +109,18 @@ def test_tensor_and_sequence_ranks_share_what_is_needed():
 def settled_on(given):
     memory = given.memory.with_pieces(True, given.model, given.parallel)
     return dataclasses.replace(given, memory=memory)
+
+
+def test_what_an_optimizer_keeps_is_counted():
+    """4 bytes for a moment: Adam's two of each parameter, SGD's one, Muon's one of the matrices of
+    layers; divided over the ranks that hold the same weights."""
+
+    def needed(optimizer):
+        given = config(2**15, 4, optimizer=optimizer, memory_path="off", global_batch_size=4)
+        return needs(given, VOCABULARY, replicas=4).device
+
+    matrices = 12 * (4 * 768**2 + 3 * 768 * 2048)
+    vectors = 12 * 2 * 768 + 768
+    assert needed("adam") - needed("muon") == pytest.approx(4 * matrices / 4)
+    everything = matrices + vectors + 32000 * 768
+    assert needed("adam") - needed("sgd") == pytest.approx(4 * everything / 4, rel=0.01)
