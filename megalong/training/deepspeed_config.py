@@ -16,14 +16,23 @@ from megalong.optimizers import optimizer_of
 from megalong.training.deepspeed_keys import check_keys
 from megalong.wording import did_you_mean
 
+# Gradients that are reduced together at most, out of a buffer of so many numbers: DeepSpeed's
+# default; and of ZeRO 1, whose buffer is float32 beside 16-bit weights, 200 MB instead of 2 GB.
+_BUCKET, _BUCKET_OF_ZERO_1 = 500_000_000, 50_000_000
 
-def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
+
+def deepspeed_config(
+    config: Config, data_parallel_size: int, parameters: int | None = None
+) -> dict[str, Any]:
     """The dict for `deepspeed.initialize(config=...)`.
 
+    parameters: numbers that the engine of this rank trains, all of them where ZeRO 3 divides them:
+        unless the file says otherwise, buckets of gradients are made for no more. None where nobody
+        makes buckets.
     Raises UserError naming both values where `--deepspeed-config` contradicts a flag, and naming
     the key where it has one that DeepSpeed does not know, or a value that it refuses.
     """
-    ours, file = _defaults(config), config.training.deepspeed_config
+    ours, file = _defaults(config, parameters), config.training.deepspeed_config
     if file is None:
         return _merge(ours, _settings_of_flags(config))
     settings = read_deepspeed_file(file)
@@ -33,14 +42,18 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
     return merged
 
 
-def _defaults(config: Config) -> dict[str, Any]:
+def _defaults(config: Config, parameters: int | None) -> dict[str, Any]:
     """What we set otherwise than DeepSpeed and no flag owns; the file may set it again."""
-    # It waits for the device in every forward pass, to measure what the run's log says anyway.
-    settings: dict[str, Any] = {"timers": {"throughput": {"enabled": False}}}
+    bucket = _BUCKET
     if config.parallel.zero_stage == 1 and config.training.precision != "fp32":
-        # Gradients are reduced out of a float32 buffer of so many: 200 MB instead of 2 GB.
-        settings["zero_optimization"] = {"reduce_bucket_size": 50_000_000}
-    return settings
+        bucket = _BUCKET_OF_ZERO_1
+    if parameters is not None:  # the buffer is made at once, and more than all never comes into it
+        bucket = max(1, min(bucket, parameters))
+    return {
+        # It waits for the device in every forward pass, to measure what the run's log says anyway.
+        "timers": {"throughput": {"enabled": False}},
+        "zero_optimization": {"reduce_bucket_size": bucket},
+    }
 
 
 def _settings_of_flags(config: Config) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from megalong.errors import UserError
 from megalong.model.stage import PipelineStage
 from megalong.optimizers import optimizer_of
 from megalong.parallel.deepspeed_private import (
+    full_shape,
     one_optimizer_for_zero_1,
     step_without_update,
     stepping_optimizer,
@@ -80,7 +81,8 @@ class TrainingEngine:
         self.tied_embedding = TiedEmbedding(
             model.copied_embedding, is_copy=model.is_last, group=mesh.embedding_group
         )
-        settings = deepspeed_config(config, mesh.data_parallel_size)
+        parameters = sum(full_shape(parameter).numel() for parameter in model.parameters())
+        settings = deepspeed_config(config, mesh.data_parallel_size, parameters)
         self.optimizer = optimizer_of(training)
         groups = parameter_groups(model, self.optimizer, training.weight_decay)
         fused = mesh.device.type == "cuda"

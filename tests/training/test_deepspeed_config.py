@@ -40,6 +40,23 @@ def test_what_no_flag_owns_is_passed_on(tmp_path):
     assert "optimizer" not in result and "train_batch_size" not in result
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_buckets_are_no_larger_than_what_is_trained(stage, precision, tmp_path):
+    flags = [*FLAGS[:-1], str(stage), "--precision", precision]
+
+    def bucket(parameters, *more):
+        config = parse_arguments([*flags, *more]).resolve(2)
+        return deepspeed_config(config, 2, parameters)["zero_optimization"]["reduce_bucket_size"]
+
+    most = 50_000_000 if (stage, precision) == (1, "bf16") else 500_000_000
+    assert bucket(None) == most
+    assert [bucket(count) for count in (1234, most, most + 1)] == [1234, most, most]
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"reduce_bucket_size": 4321}}')
+    assert bucket(1234, "--deepspeed-config", str(file)) == 4321
+
+
 @pytest.mark.parametrize(
     "settings, names",
     [
