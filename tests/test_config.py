@@ -62,6 +62,15 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     assert config.attention.segment_lengths == (16, 64)
 
 
+def test_whole_numbers_may_be_powers(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("seq_length: 2**20\nsegment_lengths: [2048, 2**20]\ndilation_rates: [1, 512]\n")
+    flags = ["--seq-length", "2**20", "--segment-lengths", "2Ki", "2**20"]
+    typed = resolve(*flags, "--dilation-rates", 1, 512)
+    assert typed.model.seq_length == 2**20 and typed.attention.segment_lengths == (2048, 2**20)
+    assert resolve("--config", file) == typed
+
+
 def test_the_resolved_configuration_reads_back(tmp_path):
     config = resolve("--head-offsets", "[[0,0],[0,1]]", "--num-attention-heads", 2,
                      "--segment-lengths", 8, 32, "--dilation-rates", 1, 2)  # fmt: skip
@@ -329,6 +338,7 @@ def test_data_path_is_needed():
         (["--num_layers=3"], ["--num_layers; did you mean --num-layers?"]),
         (["--no-swiglo"], ["did you mean --no-swiglu?"]),
         (["--num-layers", "three"], ["--num-layers", "three"]),
+        (["--seq-length", "2**"], ["--seq-length: '2**' is no whole number, such as 1048576"]),
         (["--precision", "fp8"], ["--precision", "fp8", "bf16"]),
         (["--head-offsets", "[[0,"], ["--head-offsets"]),
         (["--attention", "dilated", "locall"], ["--attention", "locall", "local"]),

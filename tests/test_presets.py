@@ -93,7 +93,10 @@ def test_a_preset_is_below_the_file_and_the_flags(tmp_path):
         ),
         (["--no-sub-layer-norm"], "--sub-layer-norm is off, and of --preset longnet-125m on: "),
         (["--position-embedding-type", "rope"], "is rope, and of --preset longnet-125m xpos: "),
-        (["--seq-length", 65536], "set --seq-length 35694, or --xpos-scale-base 941,"),
+        (
+            ["--seq-length", 65536],
+            "set --seq-length 35694, or --xpos-scale-base 941, or take a preset with RoPE, longnet",
+        ),
         (["--objective", "mlm"], "125m has xPos, which is for causal attention: with --objective"),
         (["--objective", "mlm", "--position-embedding-type", "rope"], "xPos, which is for causal"),
         (

@@ -55,15 +55,21 @@ def main() -> int:
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
+    from megalong.config.flags import whole_number
+
     group = parser.add_argument_group("plan", "what is planned for, and what comes of it")
 
     def add(name: str, default: Any = None, **options: Any) -> None:
         group.add_argument(name, default=default, **options)
 
     add("--cluster", metavar="NAME|FILE", help="what it runs on")
-    add("--gpus", type=int, help="devices of the launch, a rank each")
+    add("--gpus", type=whole_number, help="devices of the launch, a rank each")
     add("--list-clusters", False, action="store_true", help="say which names there are")
-    add("--vocab-size", type=int, help="ids of the tokenizer (default: of the one given, or 32000)")
+    add(
+        "--vocab-size",
+        type=whole_number,
+        help="ids of the tokenizer (default: of the one given, or 32000)",
+    )
     add("--train-tokens", type=float, help="for days and cost (default: those of --train-iters)")
     add("--top", 5, type=int, help="layouts in the table")
     add(

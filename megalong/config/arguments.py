@@ -28,7 +28,7 @@ import yaml
 
 from megalong.command_line import ArgumentParser
 from megalong.config import Config, flag_name
-from megalong.config.flags import shown
+from megalong.config.flags import shown, whole_number
 from megalong.config.preset import over_preset, preset_file, preset_names
 from megalong.errors import UserError
 from megalong.wording import did_you_mean
@@ -110,15 +110,21 @@ def _add_flag(group: Any, setting: _Setting) -> None:
     if setting.kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif setting.item is not None:
-        options |= {"nargs": "+", "type": setting.item, "metavar": setting.item.__name__.upper()}
+        options |= {"nargs": "+", "type": _parser(setting.item)}
+        options["metavar"] = setting.item.__name__.upper()
         if setting.choices is not None:
             options |= {"type": functools.partial(_one_of, setting.choices), "metavar": "KIND"}
             options["help"] += f": {', '.join(setting.choices)}"
     elif setting.is_json:
         options |= {"type": _json_or_word, "metavar": "RULE"}
     else:
-        options |= {"type": setting.kind, "choices": setting.choices}
+        options |= {"type": _parser(setting.kind), "choices": setting.choices}
     group.add_argument(flag_name(setting.name), **options)
+
+
+def _parser(kind: Any) -> Any:
+    """What makes a value of this type of a word of the command line."""
+    return whole_number if kind is int else kind
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -263,6 +269,8 @@ def _checked(value: Any, setting: _Setting, where: str) -> Any:
         if setting.item is str:  # also a number, such as a weight
             words = value if isinstance(value, list) else [value]
             value = [str(word) if type(word) in (int, float) else word for word in words]
+        if setting.item is int and isinstance(value, list):
+            value = [_as_whole(item) for item in value]
         if not isinstance(value, list) or any(type(item) is not setting.item for item in value):
             raise UserError(f"{where}: expected a list of {setting.item.__name__}, found {value!r}")
         for item in value:
@@ -271,9 +279,19 @@ def _checked(value: Any, setting: _Setting, where: str) -> Any:
     if setting.kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
             value = float(value)  # YAML takes 6e-4, without a point, for text
+    if setting.kind is int:
+        value = _as_whole(value)
     if type(value) is not setting.kind:
         raise UserError(f"{where}: expected {setting.kind.__name__}, found {value!r}")
     _check_choice(value, setting, where)
+    return value
+
+
+def _as_whole(value: Any) -> Any:
+    """A power such as 2**20, which YAML takes for text, as a number; anything else as it is."""
+    if isinstance(value, str) and "**" in value:
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            return whole_number(value)
     return value
 
 

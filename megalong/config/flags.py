@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import re
 from dataclasses import field
 from typing import Any
 
@@ -18,6 +20,23 @@ def flag(default: Any, help: str, **options: Any) -> Any:
 def flag_name(field_name: str) -> str:
     """The command-line flag of a field: `num_layers` is `--num-layers`."""
     return "--" + field_name.replace("_", "-")
+
+
+_UNITS = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def whole_number(text: str) -> int:
+    """A whole number as people write it: 1048576, 1_048_576, 2**20, 1Mi.
+
+    The `type` of a flag: raises argparse.ArgumentTypeError for anything else.
+    """
+    match = re.fullmatch(r"([+-]?\d[\d_]*)(?:\*\*(\d{1,3})|(Ki|Mi|Gi|Ti))?", text.strip())
+    try:
+        return int(match[1]) ** int(match[2] or 1) * _UNITS[match[3] or ""]
+    except (TypeError, ValueError):  # no match, or 1__0
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no whole number, such as 1048576, 2**20 or 1Mi"
+        ) from None
 
 
 def shown(value: Any) -> str:

@@ -187,9 +187,12 @@ class ModelConfig:
                 f" {self.kv_channels}: set an even --kv-channels, or --position-embedding-type none"
             )
 
-    def check_positions(self, precision: str, causal: bool) -> None:
+    def check_positions(
+        self, precision: str, causal: bool, other: str = "--position-embedding-type rope"
+    ) -> None:
         """Raise UserError where the scales of xPos leave the numbers of such a training too little
-        room, or scores would grow with the distance (after `check`)."""
+        room, or scores would grow with the distance (after `check`). other: what to set for a model
+        without xPos."""
         if self.position_embedding_type != "xpos":
             return
         if not causal:
@@ -203,7 +206,7 @@ class ModelConfig:
             raise UserError(
                 f"--seq-length {self.seq_length} is beyond what xPos can scale in {precision}, of"
                 f" whose exponents it would take more than half: set --seq-length {longest}, or"
-                f" --xpos-scale-base {base}, or --position-embedding-type rope"
+                f" --xpos-scale-base {base}, or {other}"
             )
 
 

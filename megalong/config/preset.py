@@ -13,6 +13,7 @@ from typing import Any
 from megalong.config.flags import flag_name, shown
 from megalong.config.model import ModelConfig
 from megalong.config.rope import ROPE_FIELDS
+from megalong.config.training import TrainingConfig
 from megalong.errors import UserError
 
 FOLDER = Path(__file__).parent / "presets"
@@ -31,6 +32,8 @@ _FREE = {
 ARCHITECTURE = tuple(
     field.name for field in dataclasses.fields(ModelConfig) if field.name not in _FREE
 )
+
+_WITH_ROPE = "a preset with RoPE, longnet-llama-125m say"
 
 # One setting in two lists.
 _BRANCHES = ("segment_lengths", "dilation_rates")
@@ -55,9 +58,8 @@ def over_preset(name: str, preset: dict[str, Any], given: dict[str, Any]) -> dic
     """
     if given.get("objective") == "mlm" and preset["position_embedding_type"] == "xpos":
         raise UserError(
-            f"--preset {name} has xPos, which is for causal attention: with --objective mlm take a"
-            f" preset with RoPE, longnet-llama-125m say, or"
-            f" {_copy(name, 'set position_embedding_type: rope')}"
+            f"--preset {name} has xPos, which is for causal attention: with --objective mlm take"
+            f" {_WITH_ROPE}, or {_copy(name, 'set position_embedding_type: rope')}"
         )
     for field in ARCHITECTURE:
         if field in given and given[field] != preset[field]:
@@ -72,6 +74,12 @@ def over_preset(name: str, preset: dict[str, Any], given: dict[str, Any]) -> dic
             f"{flag_name(halves[0])} is given without {flag_name(other)}, and the branches of"
             f" --preset {name} are pairs, {_shown_branches(preset)}: give both, or neither"
         )
+    values = preset | given
+    if preset["position_embedding_type"] == "xpos":
+        scaled = ("position_embedding_type", "seq_length", "xpos_scale_base")
+        model = ModelConfig(**{field: values[field] for field in scaled})
+        precision = values.get("precision", TrainingConfig.precision)
+        model.check_positions(precision, True, f"take {_WITH_ROPE}")
     if given.get("seq_length", 0) > max(preset["segment_lengths"]):
         preset = {field: value for field, value in preset.items() if field not in _BRANCHES}
     return preset | given

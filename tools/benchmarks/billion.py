@@ -30,7 +30,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import re
 import statistics
 import sys
 from pathlib import Path
@@ -44,6 +43,7 @@ with needed_packages():
     from billion_report import total, write_report
 
     from megalong.attention.pattern import DilatedPattern
+    from megalong.config.flags import whole_number
     from megalong.device import use_gpu
 
 PLACES = ("first", "middle", "last")
@@ -55,7 +55,6 @@ CPU_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
 }
-SUFFIXES = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 def main() -> None:
@@ -117,13 +116,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def count(text: str) -> int:
-    """A whole number as people write it: 1048576, 1_048_576, 2**20, 1Mi."""
-    match = re.fullmatch(r"(\d[\d_]*)(?:\*\*(\d{1,3})|(Ki|Mi|Gi|Ti))?", text.strip())
-    if match is None or (value := int(match[1]) ** int(match[2] or 1)) < 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no number of tokens or ranks: such as 1048576, 2**20 or 1Mi is expected"
-        )
-    return value * SUFFIXES[match[3] or ""]
+    """Of tokens or ranks, as `whole_number` reads them; at least one."""
+    if (value := whole_number(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is none, such as 1048576, 2**20 or 1Mi")
+    return value
 
 
 def place_of(parser: argparse.ArgumentParser, rank: str, ranks: int) -> int:
