@@ -101,6 +101,14 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
 
+def _check_explain(number: int, layouts: int, at_most: str = "") -> None:
+    if number > layouts:
+        raise UserError(
+            f"--explain {number}: the table has {at_most}{counted(layouts, 'layout')}: set a larger"
+            " --top, or a smaller number"
+        )
+
+
 def _data(values: dict[str, Any]) -> dict[str, Any]:
     """What stands in the place of data and of a tokenizer, where none are given."""
     unread: dict[str, Any] = {}
@@ -131,6 +139,9 @@ def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> i
     cluster.device.peak(DTYPES[config.training.precision])
     vocab_size = args.vocab_size or _vocabulary(given)
     found = possible_layouts(values, args.gpus, cluster.gpus_per_node, cluster.device.on_gpu)
+    if args.explain is not None:
+        most = min(args.top, len(found.divisions))
+        _check_explain(args.explain, most, "at most ")
     if cluster.device.on_gpu and fake_device.compiler() is None:
         raise UserError("plans for GPUs need a C++ compiler: install g++, or set CXX")
     if args.emit is not None:
@@ -170,10 +181,7 @@ def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> i
         print(_ways_out(values, vocab_size, cluster, args.gpus))
         return 1
     number = args.explain or 1
-    if number > len(best):
-        raise UserError(
-            f"--explain {number}: {counted(len(best), 'layout')} in the table: set a larger --top"
-        )
+    _check_explain(number, len(best))
     if args.explain is not None:
         print("\n" + explained(best[number - 1], training))
     if args.emit is not None:

@@ -8,6 +8,7 @@ launched, and says which layout would.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 
@@ -133,10 +134,11 @@ class ParallelConfig:
             rows,
         ):
             if value % size:
+                fitting = math.gcd(value, size)  # any divisor of the size divides the ranks
                 raise UserError(
                     f"{flag_} {value} does not divide by --tensor-model-parallel-size {size}, whose"
-                    f" ranks share it: set --tensor-model-parallel-size"
-                    f" {largest_divisor(value, size)}, or {flag_} {_next_multiple(value, size)}"
+                    f" ranks share it: set --tensor-model-parallel-size {fitting}, or {flag_}"
+                    f" {_next_multiple(value, size)}"
                 )
 
     def _check_sequence(self, model: ModelConfig) -> None:

@@ -2,10 +2,11 @@
 
 A cluster is a YAML file: one of clusters/ by its name, or the user's own (`--cluster NAME|FILE`).
 Its `device` is a file of devices/ by name, or stands in it as a section. Units are bytes, seconds,
-FLOP/s and dollars; of links and memory, in one direction. `attainable` are the shares of a figure
-that a program gets: a number, or a list of [size, share] between which it is interpolated, where
-the size is that of a call: FLOPs of a product, FLOPs for each byte of an attention (they grow with
-the rows that a query attends to), bytes of what is bound by memory or goes over a link.
+FLOP/s and dollars; of links and memory, in one direction. `between_nodes.bandwidth` is that of one
+of a node's `adapters`: 8 of 50 GB/s are 400 GB/s for a node. `attainable` are the shares of a
+figure that a program gets: a number, or a list of [size, share] between which it is interpolated,
+where the size is that of a call: FLOPs of a product, FLOPs for each byte of an attention (they grow
+with the rows that a query attends to), bytes of what is bound by memory or goes over a link.
 
 What has been measured on such a machine says so under `calibrated` (tools/calibrate_device.py
 writes such files); everything else is from data sheets and papers, named in the files, or an
@@ -206,6 +207,10 @@ def load_device(name: str) -> Device:
 
 
 def _cluster(section: Section) -> Cluster:
+    section.only(
+        "name", "device", "gpus_per_node", "within_node", "between_nodes", "collective_seconds",
+        "host", "price_per_gpu_hour",
+    )  # fmt: skip
     if isinstance(section.raw("device"), str):
         try:
             device = load_device(section.text("device"))
@@ -217,7 +222,8 @@ def _cluster(section: Section) -> Cluster:
     if "between_nodes" in section:
         between = _link(section.section("between_nodes"), adapters=True)
     host = section.section("host")
-    cluster = Cluster(
+    host.only("memory", "bandwidth", "attainable", "memory_bandwidth", "memory_attainable")
+    return Cluster(
         name=section.text("name"),
         device=device,
         gpus_per_node=section.whole("gpus_per_node", 1, 1024),
@@ -230,9 +236,6 @@ def _cluster(section: Section) -> Cluster:
         price=section.number("price_per_gpu_hour", 0, 1e4, "dollars"),
         host_memory_bandwidth=_host_memory_bandwidth(host),
     )
-    host.done()
-    section.done()
-    return cluster
 
 
 def _host_memory_bandwidth(host: Section) -> float | None:
@@ -243,9 +246,15 @@ def _host_memory_bandwidth(host: Section) -> float | None:
 
 
 def _device(section: Section) -> Device:
+    section.only(
+        "name", "kind", "memory", "peak_flops", "memory_bandwidth", "attainable", "kernel_seconds",
+        "launch_seconds", "overlap", "calibrated",
+    )  # fmt: skip
     peaks, shares = section.section("peak_flops"), section.section("attainable")
+    peaks.only(*DTYPES)
+    shares.only("product", "attention_forward", "attention_backward", "memory_bandwidth")
     dtypes = [dtype for dtype in DTYPES if dtype in peaks]
-    device = Device(
+    return Device(
         name=section.text("name"),
         memory=section.number("memory", 1e8, 1e14, "bytes"),
         peak_flops=peaks.numbers(DTYPES, 1e6, 1e18, "FLOP/s"),
@@ -260,9 +269,6 @@ def _device(section: Section) -> Device:
         calibrated=section.text("calibrated") if "calibrated" in section else None,
         on_gpu=_kind(section) == "gpu",
     )
-    for part in (peaks, shares, section):
-        part.done()
-    return device
 
 
 def _kind(section: Section) -> str:
@@ -283,22 +289,20 @@ def _curves(section: Section, key: str, names: list[str], others: bool = False):
     if not isinstance(section.raw(key), dict):
         return dict.fromkeys(names, Curve(section.table(key, *_SHARES)))
     given = section.section(key)
+    given.only(*names, *[_OTHERS] * others)
     rest = Curve(given.table(_OTHERS, *_SHARES)) if others and _OTHERS in given else None
-    curves = {
+    return {
         name: Curve(given.table(name, *_SHARES)) if name in given or rest is None else rest
         for name in names
     }
-    given.done()
-    return curves
 
 
 def _link(section: Section, adapters: bool) -> Link:
-    link = Link(
+    section.only("name", "bandwidth", "latency", "attainable", *["adapters"] * adapters)
+    return Link(
         name=section.text("name"),
         bandwidth=section.number("bandwidth", 1e4, 1e14, "bytes/s"),
         latency=section.number("latency", 0, 1, "seconds"),
         attainable=_curves(section, "attainable", list(COLLECTIVES), others=True),
         adapters=section.whole("adapters", 1, 1024) if adapters else 1,
     )
-    section.done()
-    return link

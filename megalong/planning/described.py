@@ -14,21 +14,26 @@ from megalong.wording import did_you_mean
 
 
 class Section:
-    """A mapping of a file. What has been read is known; `done` refuses what has not."""
+    """A mapping of a file."""
 
     def __init__(self, values: dict[str, Any], where: str, name: str = "", line: int = 1):
         """where: the flag and the file, as messages begin. name: of the section, "" for the file.
         line: on which it begins."""
         self._values, self._where, self.name, self._line = values, where, name, line
-        self._known: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
-        self._known.add(key)
         return self._values.get(key) is not None
 
     def keys(self) -> list[str]:
         """Those that there are."""
         return list(self._values)
+
+    def only(self, *known: str) -> None:
+        """Refuse other keys: to be called first, so that a misspelt one is not said to be
+        missing."""
+        for key in self._values:
+            if key not in known:
+                raise self.error(key, f"is not a key of it{did_you_mean(str(key), known)}")
 
     def error(self, key: str, message: str) -> UserError:
         """To be raised: `message` is said of the key."""
@@ -94,12 +99,6 @@ class Section:
             raise self.error(next(iter(keys)), "is missing")
         return found
 
-    def done(self) -> None:
-        """Refuse keys that nobody has asked for."""
-        for key in self._values:
-            if key not in self._known:
-                raise self.error(key, f"is not a key of it{did_you_mean(str(key), self._known)}")
-
     def _checked(self, key: str, value: Any, low: float, high: float, unit: str) -> float:
         try:
             number = math.nan if isinstance(value, bool) else float(value)
@@ -120,10 +119,19 @@ def read_section(path: Path, where: str) -> Section:
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not text: {error.reason}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{where}{_what_is_wrong(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{where}: expected keys with values, one a line")
     return Section(content, where)
+
+
+def _what_is_wrong(error: yaml.YAMLError) -> str:
+    """In words, to stand after the name of the file: the line, if it is known, and the mistake."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if problem == "could not find expected ':'":  # is found behind the key that has none
+        problem, mark = "a colon is missing", error.context_mark
+    where = "" if mark is None else f", line {mark.line + 1}"
+    return f"{where}: not YAML: {problem or error}"
 
 
 class _Mapping(dict):

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megalong.config import Config
+from megalong.config import Config, flag_name
 from megalong.config.arguments import config_from_values
 from megalong.config.flags import require_positive
 from megalong.errors import UserError
@@ -91,7 +91,7 @@ def possible_layouts(
         if rungs:
             divisions.append(Division(settings, tuple(dict.fromkeys(rungs))))
     if not divisions:
-        raise UserError(_nothing(refused, ranks))
+        raise UserError(_nothing(values, refused, ranks))
     return Layouts(tuple(divisions), refused)
 
 
@@ -153,9 +153,12 @@ def _rungs(
                 yield rung
 
 
-def _nothing(refused: Counter[str], ranks: int) -> str:
-    if not refused:
-        return f"--gpus {ranks}: no layout has as many ranks with what is given"
+def _nothing(values: Mapping[str, Any], refused: Counter[str], ranks: int) -> str:
+    if not refused:  # the given degrees have no layout of so many ranks
+        given = {name: values[name] for name in DIVISION[:3] if name in values}
+        words = " x ".join(f"{flag_name(name)} {size}" for name, size in given.items())
+        sizes = ", ".join(map(str, _divisors(ranks)))
+        return f"--gpus {ranks} does not divide by {words}: set a divisor of it, one of {sizes}"
     message, _ = refused.most_common(1)[0]
     if len(refused) == 1:
         return message

@@ -95,6 +95,10 @@ def at(*keys, value=None):
         (at("within_node"), "within_node is missing"),
         (at("host", "memory"), "host.memory is missing"),
         (at("host", "memory_attainable"), "host.memory_attainable is missing"),
+        (
+            lambda values: values.update(gpus_per_nodes=values.pop("gpus_per_node")),
+            "gpus_per_nodes is not a key of it; did you mean gpus_per_node",
+        ),
         (at("gpu_per_node", value=8), "gpu_per_node is not a key of it; did you mean gpus_per"),
         (at("device", "peak_flops", "bf16", value=1e12), "peak_flops.bf16 is not a key of it"),
         (at("within_node", "adapters", value=2), "within_node.adapters is not a key of it"),
@@ -148,7 +152,8 @@ def test_the_line_is_that_of_the_key(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a: [1", "not YAML"),
+        ("a: [1", "line 1: not YAML: expected ',' or ']'"),
+        ("name: a\ngpus_per_node 8\nhost: {}\n", "line 2: not YAML: a colon is missing"),
         ("- a\n- b\n", "expected keys with values"),
         ("name: a\nname: b\n", "a key stands twice"),
         ("name: a\ndevice: {memory: 1}\n", r"line 2: device.peak_flops is missing"),

@@ -48,6 +48,17 @@ def test_a_plan(tmp_path):
         ("--cluster h100", "error: --gpus says what is planned for: set it"),
         ("--cluster h1000 --gpus 8", "did you mean h100?"),
         ("--cluster h100 --gpus 0", "error: --gpus 0 must be at least 1"),
+        (
+            "--cluster h100 --gpus 8 --tensor-model-parallel-size 16",
+            "error: --gpus 8 does not divide by --tensor-model-parallel-size 16: set a divisor",
+        ),
+        (
+            "--cluster h100 --gpus 8 --tensor-model-parallel-size 8 --num-attention-heads 12"
+            " --hidden-size 768",
+            "does not divide by --tensor-model-parallel-size 8, whose ranks share it: set"
+            " --tensor-model-parallel-size 4, or",
+        ),
+        ("--cluster h100 --gpus 1 --explain 99", "error: --explain 99: the table has at most"),
         ("--cluster h100 --gpus 8 --layrs 3", "error: unrecognized argument: --layrs"),
         (
             "--cluster h100 --gpus 8 --num-layers 6 --pipeline-model-parallel-size 4",
