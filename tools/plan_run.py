@@ -285,12 +285,16 @@ def emit(
     from megalong.config.arguments import config_from_values
     from megalong.planning.launch_files import write_launch_files
     from megalong.planning.layouts import searched_settings
-    from megalong.planning.plan_text import layout_name
+    from megalong.planning.plan_text import duration, layout_name
 
     settings = {k: v for k, v in searched_settings(layout.config).items() if v is not None}
     if layout.config.memory.memory_path == "on":
         settings["offload_activations"] = layout.config.memory.offload_activations
     config = config_from_values({**given, **settings})
+    predicted = ""
+    if "train_iters" in given:
+        seconds = given["train_iters"] * layout.cost.total
+        predicted = f"Planned are {duration(seconds)}, without saving and evaluations."
     paths = write_launch_files(
         args.emit,
         config,
@@ -298,6 +302,8 @@ def emit(
         training.cluster.gpus_per_node,
         layout_name(layout.config, training.ranks),
         overwrite=args.overwrite,
+        on_gpu=training.cluster.device.on_gpu,
+        predicted=predicted,
     )
     lacking = [f"--{name.replace('_', '-')}" for name in _data(given)]
     more = f"; they start with {' and '.join(lacking)} behind them" if lacking else ""

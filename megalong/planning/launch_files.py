@@ -22,8 +22,9 @@ _JOB = """\
 #SBATCH --job-name=longnet
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node=1
-#SBATCH --gpus-per-node={per_node}
-#SBATCH --exclusive
+{gpus}#SBATCH --exclusive
+# Set it to what the partition allows: a job whose time is up is started again, and goes on.
+# {predicted}
 #SBATCH --time=24:00:00
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
@@ -31,7 +32,7 @@ _JOB = """\
 #SBATCH --signal=B:USR1@180
 
 trap early=true USR1 TERM # until examples/slurm/common.sh has a better one
-export MEGALONG=${{MEGALONG:-{repository}}} RUN=${{RUN:-{run}}}
+export MEGALONG=${{MEGALONG:-{repository}}} RUN=${{RUN:-{run}}}{ranks}
 set -- --config {config} "$@"
 # shellcheck source=/dev/null
 source "$MEGALONG/examples/slurm/srun_torchrun.sbatch"
@@ -67,11 +68,21 @@ def check_emit(folder: Path, ranks: int, ranks_per_node: int, *, overwrite: bool
 
 
 def write_launch_files(
-    folder: Path, config: Config, ranks: int, ranks_per_node: int, summary: str, *, overwrite: bool
+    folder: Path,
+    config: Config,
+    ranks: int,
+    ranks_per_node: int,
+    summary: str,
+    *,
+    overwrite: bool,
+    on_gpu: bool = True,
+    predicted: str = "",
 ) -> list[Path]:
     """Write config.yaml, launch.sh and job.sbatch into a folder, and return their paths.
 
     config: as given, not resolved, with the layout's settings. summary: a line about the layout.
+    on_gpu: a job on CPUs asks for no GPUs, and says how many ranks a node has instead. predicted:
+        what is known of the time that the training takes, a sentence.
     Raises UserError where one of them is there already, unless `overwrite`.
     """
     check_emit(folder, ranks, ranks_per_node, overwrite=overwrite)
@@ -83,9 +94,11 @@ def write_launch_files(
         "config": shlex.quote(str(settings)),
         "repository": shlex.quote(str(REPOSITORY)),
         "nodes": nodes,
-        "run": shlex.quote(config.run.save or str(folder / "run")),
+        "run": shlex.quote(str(Path(config.run.save or folder / "run").resolve())),
         "save": "" if config.run.save else f" --save {shlex.quote(str(folder / 'run'))}",
-        "per_node": per_node,
+        "gpus": f"#SBATCH --gpus-per-node={per_node}\n" if on_gpu else "",
+        "ranks": "" if on_gpu else f" RANKS_PER_NODE={per_node}",
+        "predicted": predicted or "How long the training takes was not planned.",
     }
     torchrun = f"torchrun --standalone --nproc-per-node={per_node}"
     how = "# on the node"

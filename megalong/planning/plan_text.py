@@ -14,7 +14,7 @@ from megalong.progress import human_bytes
 from megalong.wording import counted
 
 GIB = 2**30
-_HOURS_OF_A_DAY, _SECONDS_OF_AN_HOUR = 24, 3600
+_SECONDS = {"days": 86_400, "hours": 3_600, "min": 60, "s": 1}
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,33 @@ class Training:
     ranks: int
     cluster: Cluster
 
-    def days(self, layout: PlannedLayout) -> float:
+    def seconds(self, layout: PlannedLayout) -> float:
         """Of the training, without evaluations, checkpoints and failures."""
-        seconds = self.tokens / layout.cost.tokens_per_second
-        return seconds / _SECONDS_OF_AN_HOUR / _HOURS_OF_A_DAY
+        return self.tokens / layout.cost.tokens_per_second
+
+    def days(self, layout: PlannedLayout) -> float:
+        """The same in days."""
+        return self.seconds(layout) / _SECONDS["days"]
 
     def dollars(self, layout: PlannedLayout) -> float:
         """Of all devices for as long, at the cluster's price."""
-        return self.days(layout) * _HOURS_OF_A_DAY * self.ranks * self.cluster.price
+        hours = self.seconds(layout) / _SECONDS["hours"]
+        return hours * self.ranks * self.cluster.price
+
+
+def duration(seconds: float) -> str:
+    """ "5.33 s", "1 hour", "1,234 days"."""
+    unit = next((unit for unit, size in _SECONDS.items() if seconds >= size), "s")
+    value = seconds / _SECONDS[unit]
+    number = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{number} {unit.removesuffix('s') if number == '1' and unit != 's' else unit}"
+
+
+def _dollars(value: float) -> str:
+    """ "1,234", "0.56", and what is below a cent as such."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if value >= 0.01 else "<0.01"
 
 
 def layout_name(config: Config, ranks: int) -> str:
@@ -58,7 +77,7 @@ def layout_name(config: Config, ranks: int) -> str:
 def table(layouts: Sequence[PlannedLayout], training: Training) -> str:
     """The layouts as lines of a table, numbered from 1."""
     head = (
-        "step s", "tokens/s", "MFU", "GiB", "of it", "host GiB", "traffic GB", "days", "cost $",
+        "step s", "tokens/s", "MFU", "GiB", "of it", "host GiB", "traffic GB", "time", "cost $",
         "layout",
     )  # fmt: skip
     rows = [("", *head)]
@@ -74,8 +93,8 @@ def table(layouts: Sequence[PlannedLayout], training: Training) -> str:
                 _shares(layout.memory),
                 f"{layout.host / GIB:.1f}",
                 f"{sum(_bytes_by_axis(layout).values()) / 1e9:.3g}",
-                f"{training.days(layout):,.3g}",
-                f"{training.dollars(layout):,.0f}",
+                duration(training.seconds(layout)),
+                _dollars(training.dollars(layout)),
                 layout_name(layout.config, training.ranks),
             )
         )
@@ -178,7 +197,7 @@ def explained(layout: PlannedLayout, training: Training) -> str:
         "",
         f"{flops:.4g} FLOPs and {layout.kernels:,} launches a rank; {cost.tokens_per_second:,.0f}"
         f" tokens/s, {cost.mfu:.1%} MFU; {training.tokens:.4g} tokens in"
-        f" {training.days(layout):,.3g} days for ${training.dollars(layout):,.0f}",
+        f" {duration(training.seconds(layout))} for ${_dollars(training.dollars(layout))}",
     ]
     return "\n".join(lines)
 

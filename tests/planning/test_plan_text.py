@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from megalong.errors import UserError
 from megalong.planning.cluster import load_cluster
 from megalong.planning.cost import StepCost
 from megalong.planning.launch_files import write_launch_files
-from megalong.planning.plan_text import Training, explained, layout_name, rejected, table
+from megalong.planning.plan_text import Training, duration, explained, layout_name, rejected, table
 from megalong.planning.search import NotRun, PlannedLayout, Search, Slower
 
 GIB = 2**30
@@ -74,8 +75,25 @@ def test_the_table_has_days_and_costs(training):
     cells = row.split()
     assert cells[:5] == ["1", "2", "16,384", "25.0%", "8.0"]
     dollars = f"{24 * 8 * training.cluster.price:,.0f}"
-    assert ["1", dollars] == cells[cells.index("3") + 1 :][:2]
+    assert ["1", "day", dollars] == cells[cells.index("3") + 1 :][:3]
     assert "62% activations, 38% weights" in row
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words", "dollars"),
+    [
+        (5.3333, "5.33 s", "0.04"),
+        (0.5, "0.5 s", "<0.01"),
+        (90, "1.5 min", "0.60"),
+        (5_400, "1.5 hours", "36.00"),
+        (86_400 * 2, "2 days", "1,152"),
+        (86_400 * 12_345, "12,345 days", "7,110,720"),
+    ],
+)
+def test_times_and_costs_have_units_of_their_size(seconds, words, dollars, training):
+    short = replace(training, tokens=seconds * 8 * 4096 / 2)
+    assert duration(seconds) == words
+    assert f" tokens in {words} for ${dollars}" in explained(layout(), short)
 
 
 def test_an_explanation_adds_up(training):
@@ -146,7 +164,19 @@ def test_a_run_folder_that_was_given_stays(tmp_path):
     settings, command, job = write_launch_files(tmp_path, config, 4, 8, "", overwrite=False)
     assert parse_arguments(["--config", str(settings)]) == config
     assert "--save" not in command.read_text()
-    assert "RUN=${RUN:-runs/mine}" in job.read_text()
+    assert f"RUN=${{RUN:-{Path('runs/mine').resolve()}}}\n" in job.read_text()
+
+
+def test_a_job_on_cpus_asks_for_no_gpus(tmp_path):
+    config = config_from_values(VALUES)
+    options = {"overwrite": False, "on_gpu": False, "predicted": "Planned are 3 days."}
+    *_, job = write_launch_files(tmp_path, config, 16, 8, "DP 16", **options)
+    text = job.read_text()
+    assert "gpus" not in text and " RANKS_PER_NODE=8\n" in text
+    assert "#SBATCH --ntasks-per-node=1\n#SBATCH --exclusive\n# Set it" in text
+    assert "# Planned are 3 days.\n#SBATCH --time=24:00:00\n" in text
+    subprocess.run(["bash", "-n", job], check=True)
+    subprocess.run([Path(sys.executable).with_name("shellcheck"), job], check=True)
 
 
 def test_nodes_are_full(tmp_path):
