@@ -10,13 +10,14 @@ your own (megalong/planning/clusters has some to copy). Settings of the layout t
 micro batch, ZeRO stage, recomputation, memory path. Memory, traffic and FLOPs come from the
 training's own code, run on tensors that hold no data; the time is a model's, from the cluster's
 figures. Neither data nor tokenizer are needed. Wants a C++ compiler, and no GPU.
-Exit status: 0, 1 where no layout fits, 2 for a mistake.
+Exit status: 0, 1 where no layout fits, 2 for a mistake. Ctrl-C shows what has been found so far.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,10 +49,16 @@ def main() -> int:
         for name in cluster_names():
             print(f"{name:16}{load_cluster(name).name}")
         return 0
+    signal.signal(signal.SIGTERM, _stop)
     _check(args)
     cluster = load_cluster(args.cluster)
     cluster.check_gpus(args.gpus)
     return plan(given_values(vars(args)), args, cluster)
+
+
+def _stop(number: int, _: Any) -> None:
+    """SIGTERM ends a plan as Ctrl-C does."""
+    raise KeyboardInterrupt(number)
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -127,7 +134,7 @@ def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> i
     from megalong.planning.launch_files import check_emit
     from megalong.planning.layouts import possible_layouts
     from megalong.planning.plan_text import Training, explained, rejected, table
-    from megalong.planning.search import search
+    from megalong.planning.search import Search, search
     from megalong.planning.zero_offload import check_offload
     from megalong.progress import progress_bar
 
@@ -148,21 +155,28 @@ def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> i
         check_emit(args.emit, args.gpus, cluster.gpus_per_node, overwrite=args.overwrite)
     if args.json is not None:
         args.json.touch()
-    with progress_bar(None, "run", "planning") as bar:
-
-        def progress(done: int, known: int) -> None:
-            bar.total = known
-            bar.update(done - bar.n)
-
-        result = search(
-            found.divisions,
-            vocab_size,
-            cluster,
-            args.gpus,
-            wanted=args.top,
-            processes=args.processes,
-            progress=progress,
-        )
+    layouts = sum(len(division.rungs) for division in found.divisions)
+    print(
+        f"{counted(layouts, 'layout')} in {counted(len(found.divisions), 'way')} to share the work;"
+        " the promising ones are run, which takes seconds to minutes for each",
+        file=sys.stderr,
+    )
+    result, stopped_by = Search(), None
+    line = "{desc}: {n_fmt} runs done, {elapsed}"  # how many there will be, nobody knows
+    with progress_bar(None, "run", "planning", bar_format=line) as bar:
+        try:
+            search(
+                found.divisions,
+                vocab_size,
+                cluster,
+                args.gpus,
+                wanted=args.top,
+                processes=args.processes,
+                progress=lambda done: bar.update(done - bar.n),
+                into=result,
+            )
+        except KeyboardInterrupt as stop:
+            stopped_by = stop.args[0] if stop.args else signal.SIGINT
     result.refused += found.refused
     best = result.fitting[: args.top]
     tokens = args.train_tokens or _tokens(values, args.gpus, result)
@@ -174,6 +188,9 @@ def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> i
     words = rejected(result, training)
     if words:
         print("\n" + words)
+    if stopped_by is not None:
+        print(f"\nStopped: {counted(len(result.planned), 'layout')} had been run.")
+        return 128 + stopped_by
     if not result.planned and not result.not_run:
         print("\nNo layout could be run.")
         return 1

@@ -18,13 +18,11 @@ import dataclasses
 import heapq
 import itertools
 import math
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 from megalong.config import Config
@@ -32,6 +30,7 @@ from megalong.config.memory import USABLE
 from megalong.errors import UserError
 from megalong.planning.cluster import Cluster
 from megalong.planning.layouts import Division, searched_settings
+from megalong.planning.pool import planning_processes
 
 if TYPE_CHECKING:
     from megalong.planning.cost import StepCost
@@ -125,44 +124,31 @@ def search(
     *,
     wanted: int = 5,
     processes: int | None = None,
-    progress: Callable[[int, int], Any] = lambda done, known: None,
+    progress: Callable[[int], Any] = lambda done: None,
+    into: Search | None = None,
 ) -> Search:
     """Find the fastest layouts that fit.
 
     wanted: how many; so many are run at least, where there are as many. processes: that run them;
-    default, as many as this one may use cores. progress: called with what has been done, estimates
-    and runs, and what is known to be done.
+    default, as many as this one may use cores. progress: called with how much has been done,
+    estimates and runs; how much is to come shows on the way. into: what is filled and returned, so
+    that whoever interrupts a search has what it had found.
     Raises UserError where the cluster cannot be that of such a launch.
     """
     cluster.check_gpus(ranks)
-    count = processes or len(os.sched_getaffinity(0))
-    start = (cluster.device.on_gpu,)
-    pool = ProcessPoolExecutor(count, get_context("spawn"), initializer=_start, initargs=start)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Megatron-core, about what is not installed
-            return _Searching(pool, vocab_size, cluster, ranks, progress).run(divisions, wanted)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start(on_gpu: bool) -> None:
-    """A process that plans, on one core: with a fake GPU, or for launches on the CPU."""
-    if on_gpu:
-        from megalong.planning import fake_device
-
-        fake_device.load()
-    else:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    import torch
-
-    torch.set_num_threads(1)
-    if on_gpu:
-        fake_device.pretend()
-    from megalong.log_filters import filter_library_logs
-
-    filter_library_logs()
-    warnings.simplefilter("ignore")  # of libraries, about tensors that have no data
+    result = Search() if into is None else into
+    with (
+        planning_processes(cluster.device.on_gpu, processes) as submit,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # of Megatron-core, about what is not installed
+        try:
+            _Searching(submit, vocab_size, cluster, ranks, progress, result).run(divisions, wanted)
+        finally:
+            result.planned.sort(
+                key=lambda each: (each.seconds, str(searched_settings(each.config)))
+            )
+    return result
 
 
 class _Ladder:
@@ -195,20 +181,21 @@ class _Searching:
 
     def __init__(
         self,
-        pool: ProcessPoolExecutor,
+        submit: Callable[..., Future],
         vocab_size: int,
         cluster: Cluster,
         ranks: int,
-        progress: Callable[[int, int], Any],
+        progress: Callable[[int], Any],
+        result: Search,
     ):
-        self.pool, self.vocab_size, self.cluster, self.ranks = pool, vocab_size, cluster, ranks
-        self.progress = progress
-        self.done = self.known = 0
-        self.result = Search()
+        self.in_process, self.vocab_size = submit, vocab_size
+        self.cluster, self.ranks = cluster, ranks
+        self.progress, self.done = progress, 0
+        self.result = result
         self.shares: dict[Config, Shares | None] = {}
         self.numbers = itertools.count()  # of what was put into the queue
 
-    def run(self, divisions: Iterable[Division], wanted: int) -> Search:
+    def run(self, divisions: Iterable[Division], wanted: int) -> None:
         """See `search`."""
         queue: list[tuple[float, int, _Ladder]] = []
         ladders = map(self.ladder, divisions)
@@ -218,10 +205,6 @@ class _Searching:
             pairs = zip(chosen, map(self.wait, jobs), strict=True)
             self.put(queue, [ladder for ladder, outcome in pairs if self.goes_on(ladder, outcome)])
         self.result.slower += [Slower(ladder.config, ladder.seconds) for _, _, ladder in queue]
-        self.result.planned.sort(
-            key=lambda each: (each.seconds, str(searched_settings(each.config)))
-        )
-        return self.result
 
     def ladder(self, division: Division) -> _Ladder:
         """Of the rungs of a division that are not hopeless."""
@@ -314,13 +297,12 @@ class _Searching:
         return bool(ladder.rungs)
 
     def submit(self, function: Callable[..., Any], config: Config) -> Future:
-        self.known += 1
-        return self.pool.submit(function, config, self.vocab_size, self.cluster, self.ranks)
+        return self.in_process(function, config, self.vocab_size, self.cluster, self.ranks)
 
     def wait(self, job: Future) -> Any:
         result = job.result()
         self.done += 1
-        self.progress(self.done, self.known)
+        self.progress(self.done)
         return result
 
 
@@ -345,7 +327,8 @@ def _planned(config: Config, vocab_size: int, cluster: Cluster, ranks: int) -> P
 
 
 def planned_layout(config: Config, vocab_size: int, cluster: Cluster, ranks: int) -> PlannedLayout:
-    """Run the ranks of a layout that stand for the others, in a process that `_start` began.
+    """Run the ranks of a layout that stand for the others, in a process of
+    `megalong.planning.pool`.
 
     config: resolved.
     """

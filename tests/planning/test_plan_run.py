@@ -1,8 +1,12 @@
 """tools/plan_run.py, as it is typed."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -39,6 +43,24 @@ def test_a_plan(tmp_path):
     emitted = parse_arguments(["--config", str(tmp_path / "run/config.yaml")])
     assert emitted.parallel.sequence_parallel_size == 2
     assert emitted.data.data_path is None and emitted.model.hidden_size == 64
+
+
+@pytest.mark.skipif(fake_device.compiler() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_plan_that_is_stopped_ends_at_once(number):
+    flags = f"{MODEL} {PATTERN} --cluster h100 --gpus 2 --processes 1"
+    command = [sys.executable, REPOSITORY / "tools/plan_run.py", *flags.split()]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # As from a terminal, Ctrl-C is for all of a group.
+    with subprocess.Popen(command, **pipes, start_new_session=True) as plan:
+        first = plan.stderr.readline()
+        assert re.match(r"\d+ layouts in \d+ ways to share the work; ", first)
+        time.sleep(1)  # a process begins to import
+        (os.killpg if number == signal.SIGINT else os.kill)(plan.pid, number)
+        said, errors = plan.communicate(timeout=60)
+    assert plan.returncode == 128 + number
+    assert "Stopped: 0 layouts had been run." in said
+    assert "Traceback" not in errors and "leaked" not in errors, errors
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def find(
 
     usable = USABLE * CLUSTER.device.memory
     with (
-        mock.patch.object(searching, "ProcessPoolExecutor", Here),
+        mock.patch("megalong.planning.pool.ProcessPoolExecutor", Here),
         mock.patch.object(searching, "planned_layout", planned),
         mock.patch("megalong.planning.estimate.shares", lambda *_: object()),
         mock.patch(
