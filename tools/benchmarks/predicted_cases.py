@@ -26,8 +26,8 @@ MODEL = {
     "tokenizer_type": "ByteTokenizer",
 }
 
-# DeepSpeed's buffers are made for large models: of gigabytes, of which a small model touches
-# little. The memory of a process is what it has touched, that of a dry run what was asked for.
+# Fewer than the weights of this model, so that gradients go in several buckets, as those of large
+# models do: without this, all would be in one.
 DEEPSPEED = {"zero_optimization": {"reduce_bucket_size": 500_000}}
 
 DENSE = {"attention": ["dense"]}
