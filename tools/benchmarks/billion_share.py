@@ -49,7 +49,7 @@ PARTS = {
 FILLED_IN = "filling in what others send"
 PROCESSOR = "processor"  # not a part of the time, but another measure of it
 SMALL = {"tokens": 2**15, "ranks": 2, "rank": 1, "branches": ((2048, 1), (2**15, 16))}
-# DeepSpeed's buffer for gradients is 2 GB, of which a narrow model touches little.
+# Of gradients there are to be few at a time beside what is measured.
 DEEPSPEED = {"zero_optimization": {"reduce_bucket_size": 100_000}}
 
 

@@ -56,8 +56,7 @@ RUNGS = {
 }
 MEASURED = list(RUNGS)[1:]  # without them a long sequence needs more memory than most have
 
-# DeepSpeed's buffer for gradients is 2 GB, of which a small model touches little. The memory of a
-# process is what it has touched, that of a device what it has asked for.
+# Of gradients there are to be few at a time beside what is measured.
 DEEPSPEED = {"zero_optimization": {"reduce_bucket_size": 100_000}}
 ENVIRONMENT = {
     "real": {
