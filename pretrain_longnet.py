@@ -3,6 +3,7 @@
     deepspeed pretrain_longnet.py --data-path DATA --tokenizer-model FILE --save RUN [flags]
     torchrun --nproc_per_node 8 pretrain_longnet.py ...
     python pretrain_longnet.py ...                        (one process)
+    deepspeed pretrain_longnet.py --config recipe.yaml    (a run of several stages, from one file)
 
 A run small enough for a laptop's CPU, on the data that `make quickstart` leaves behind:
 
@@ -12,7 +13,9 @@ A run small enough for a laptop's CPU, on the data that `make quickstart` leaves
         --data-path runs/quickstart/data/python_text_document \\
         --tokenizer-model runs/quickstart/tokenizer.model --save runs/first
 
-`--help` lists all flags; `--config FILE.yaml` takes the same from a file.
+`--help` lists all flags; `--config FILE.yaml` takes the same from a file, which may have a list
+`stages:` of what changes in the course of the run (megalong/config/stages.py); `--dry-run` says
+what that costs.
 """
 
 import sys
@@ -24,13 +27,18 @@ def main(arguments: list[str], asked: Sequence[int] = ()) -> None:
     have asked it to stop already. Raises UserError where a flag, a file or the machine does not
     allow it."""
     from megalong.config import world_size
-    from megalong.config.arguments import parse_arguments
+    from megalong.config.recipe import parse_run
     from megalong.master_port import check_master_port
     from megalong.training.launchers import Launchers
 
     launchers = Launchers()
-    given = parse_arguments(arguments, description=__doc__)
-    config = given.resolve(world_size())
+    recipe = parse_run(arguments, description=__doc__)
+    if recipe.dry_run is not None:
+        from megalong.training.stage_table import print_stages
+
+        print_stages(recipe)
+        return
+    stages = recipe.resolve(world_size())
     check_master_port()
 
     # The slow imports wait until the flags are known to be right, and the processes wait for each
@@ -38,32 +46,27 @@ def main(arguments: list[str], asked: Sequence[int] = ()) -> None:
     from megalong.log_filters import filter_library_logs
 
     filter_library_logs()
-    from megalong.model.build import check_backend
-    from megalong.parallel import check_precision, launch, set_gpu_defaults, watch_ranks
-    from megalong.training.deepspeed_config import deepspeed_config
-    from megalong.training.loop import Trainer
-    from megalong.training.resuming import starting_point
-    from megalong.training.run_blend import make_orders
-    from megalong.training.run_data import open_run_data
+    from megalong.parallel import check_precision, set_gpu_defaults
+    from megalong.training.run import Beginning, checked_data, train_stages
     from megalong.training.run_folder import prepare_run_folder
+    from megalong.training.stages import stages_ahead
     from megalong.training.stopping import StopRequest
     from megalong.training.weights_and_biases import check_wandb
 
     set_gpu_defaults()
+    first, *later = stages_ahead(stages)
+    config = first.config
     check_precision(config.training.precision)
-    check_backend(config)
-    deepspeed_config(config, config.parallel.data_parallel_size(world_size()))
-    data = open_run_data(config)
+    data = checked_data(first, world_size())
+    for stage in later:  # what is missing there is better found now
+        checked_data(stage, world_size())
     check_wandb(config)
     prepare_run_folder(config)
-    config, checkpoint = starting_point(config)
-    make_orders(data.train, checkpoint, config)
-    with (
-        launch(config) as mesh,
-        watch_ranks(mesh, config.run),
-        StopRequest(config.run.exit_duration_in_mins, asked, launchers=launchers) as stop,
-    ):
-        Trainer(config, given, data, checkpoint, mesh, stop).train()
+    train_stages(
+        Beginning.of(first, data),
+        later,
+        lambda: StopRequest(config.run.exit_duration_in_mins, asked, launchers=launchers),
+    )
 
 
 if __name__ == "__main__":

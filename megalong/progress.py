@@ -86,3 +86,12 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def human_flops(value: float) -> str:
+    """1.234e13 -> "12.3 TFLOP"."""
+    prefixes = iter(("", "k", "M", "G", "T", "P", "E", "Z", "Y", "R"))
+    prefix = next(prefixes)
+    while value >= 1000:
+        value, prefix = value / 1000, next(prefixes)
+    return f"{value:.3g} {prefix}FLOP"

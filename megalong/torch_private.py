@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.checkpoint import FileSystemReader
 from torch.testing._internal.distributed.fake_pg import FakeStore  # also makes the backend "fake"
 from torch.utils._python_dispatch import TorchDispatchMode  # sees every operator, as it is called
@@ -45,6 +46,7 @@ __all__ = [
     "forget_memory_history",
     "is_going_backward",
     "open_collectives",
+    "process_groups",
     "record_memory_history",
     "slice_of_file",
     "tree_leaves",
@@ -64,6 +66,7 @@ NAMES = (
     (torch._C, "_current_graph_task_id"),
     (torch._C, "_distributed_c10d"),
     (torch._C._distributed_c10d, "_dump_fr_trace"),
+    (distributed_c10d, "_world"),
     (torch.cuda.memory, "_dump_snapshot"),
     (torch.cuda.memory, "_record_memory_history"),
     (FileSystemReader, "_slice_file"),
@@ -119,6 +122,11 @@ CHECKPOINT_CLASSES = {
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
 }  # fmt: skip
+
+
+def process_groups() -> list[ProcessGroup]:
+    """Those that this process is a member of, in the order in which they were made."""
+    return list(distributed_c10d._world.pg_map)
 
 
 def slice_of_file(reader: FileSystemReader, file: IO[bytes], piece: Any) -> IO[bytes]:

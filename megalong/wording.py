@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -16,3 +16,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def counted(number: int, noun: str) -> str:
     """1 rank, 1,024 ranks."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def aligned(rows: Iterable[Sequence[str]], words: Collection[int] = (0, -1)) -> str:
+    """The lines of a table, columns as wide as their widest. words: the columns that begin at the
+    left, from the end where negative; numbers end at the right."""
+    rows = [tuple(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    left = {column % len(widths) for column in words}
+
+    def cell(text: str, column: int) -> str:
+        return text.ljust(widths[column]) if column in left else text.rjust(widths[column])
+
+    return "\n".join("  ".join(cell(x, i) for i, x in enumerate(row)).rstrip() for row in rows)

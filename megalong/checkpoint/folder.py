@@ -11,7 +11,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from megalong.checkpoint.manifest import MANIFEST, no_manifest
@@ -143,15 +143,19 @@ def set_aside(checkpoint: Path) -> None:
         flush_to_disk(checkpoint.parent)
 
 
-def remove_old(newest: Path, keep_last: int, keep_every: int | None) -> None:
+def remove_old(
+    newest: Path, keep_last: int, keep_every: int | None, others: Collection[int] = ()
+) -> None:
     """Remove the checkpoints before `newest`, complete and in force, that are not to be kept.
 
     keep_last: how many to keep, with the newest. keep_every: keep those whose iteration is a
-    multiple of it. The best one stays, and one that somebody is reading until the next time.
+    multiple of it; others: and those of these iterations. The best one stays, and one that somebody
+    is reading until the next time.
     """
     older = [c for c in checkpoints(newest.parent) if iteration_of(c) < iteration_of(newest)]
     for checkpoint in older[: max(len(older) - (keep_last - 1), 0)]:
         kept = keep_every is not None and iteration_of(checkpoint) % keep_every == 0
+        kept = kept or iteration_of(checkpoint) in others
         kept = kept or checkpoint == best(newest.parent)
         if not kept and not _is_read(checkpoint):
             remove(checkpoint)

@@ -21,6 +21,9 @@ class Progress:
     skipped_spikes: those that were skipped for their loss.
     recent_losses: what the next losses are measured by then (`megalong.training.loss_spikes`).
     loss_scaler: state of the fp16 dynamic loss scaler.
+    stages: those of a run of several that have begun (`megalong.training.stages`): of each the
+        name, the iteration after which it began ("begin"), and what of its settings its result
+        hangs on ("settings"); of the last one, in which the run is, those of this checkpoint.
     """
 
     iteration: int = 0
@@ -33,6 +36,7 @@ class Progress:
     skipped_spikes: int = 0
     recent_losses: list[float] = field(default_factory=list)
     loss_scaler: dict[str, Any] | None = None
+    stages: list[dict[str, Any]] = field(default_factory=list)
 
     @staticmethod
     def from_values(values: dict[str, Any]) -> Progress:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -30,11 +30,12 @@ class Saver:
     """Writes checkpoints into the folder of `--save`; a context, which waits for the last at its
     end. Every rank of the run has one, and calls its methods at the same points.
 
-    announce: called on rank 0 with a line to be said: what was saved, once that is durable.
+    announce: called on rank 0 with a line to be said: what was saved, once that is durable. kept:
+        iterations whose checkpoints are not removed when they are old.
     """
 
-    def __init__(self, config: Config, announce: Callable[[str], None]):
-        self._config, self._announce = config, announce
+    def __init__(self, config: Config, announce: Callable[[str], None], kept: Collection[int] = ()):
+        self._config, self._announce, self._kept = config, announce, kept
         # Read now: it may be gone from where it is before the run has ended.
         self._tokenizer = tokenizer_files(config.data) if dist.get_rank() == 0 else {}
         timeout = timedelta(minutes=config.run.distributed_timeout_minutes)
@@ -94,7 +95,7 @@ class Saver:
         if run.keep_last is None:
             return
         try:
-            remove_old(newest, run.keep_last, run.keep_every)
+            remove_old(newest, run.keep_last, run.keep_every, self._kept)
         except OSError as error:
             self._announce(f"--keep-last {run.keep_last}: old checkpoints stay ({error})")
 

@@ -19,8 +19,8 @@ import functools
 import json
 import types
 import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -30,6 +30,7 @@ from megalong.command_line import ArgumentParser
 from megalong.config import Config, flag_name
 from megalong.config.flags import shown, whole_number
 from megalong.config.preset import over_preset, preset_file, preset_names
+from megalong.config.yaml_file import YamlFile
 from megalong.errors import UserError
 from megalong.wording import did_you_mean
 
@@ -74,9 +75,15 @@ def given_values(given: dict[str, Any]) -> dict[str, Any]:
     """
     values = read_yaml(given["config"]) if "config" in given else {}
     values.update({name: given[name] for name in _settings() if name in given})
-    if "preset" in given:
-        values = over_preset(given["preset"], read_yaml(str(preset_file(given["preset"]))), values)
-    return values
+    return with_preset(given.get("preset"), values)
+
+
+def with_preset(preset: str | None, values: dict[str, Any]) -> dict[str, Any]:
+    """These settings, and below them those of the preset of this name, if any. Raises UserError
+    where they contradict it."""
+    if preset is None:
+        return values
+    return over_preset(preset, read_yaml(str(preset_file(preset))), values)
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
@@ -130,47 +137,76 @@ def _parser(kind: Any) -> Any:
 def read_yaml(path: str) -> dict[str, Any]:
     """The settings of a YAML file as one flat dict by field name.
 
-    Raises UserError naming the file, and the key where one is unknown or out of place.
+    Raises UserError naming the file, and the key and its line where one is unknown or out of place.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--config {path}: not YAML: {error}") from error
-    except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"--config {path}{where}: not YAML: {problem or error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: expected `name: value` lines, found {content!r}")
-    settings = _settings()
-    values: dict[str, Any] = {}
+    file = YamlFile.read(path)
+    if "stages" in file.content:
+        raise UserError(
+            f"{file.where('stages')}: stages: a run of several is for pretrain_longnet.py alone:"
+            " give the settings of one of them"
+        )
+    return {name: found.value for name, found in settings_in(file).items()}
+
+
+@dataclass(frozen=True)
+class FileValue:
+    """The value of a setting, and where it stands in its file (`YamlFile.where`)."""
+
+    value: Any
+    place: tuple[Any, ...]
+
+
+def settings_in(
+    file: YamlFile,
+    content: dict[Any, Any] | None = None,
+    place: tuple[Any, ...] = (),
+    others: Mapping[str, str | None] = MappingProxyType({}),
+    of: str = "",
+) -> dict[str, FileValue]:
+    """The settings in a part of a YAML file, by field name, whether they stand in sections or not.
+
+    content: of the part; by default all of it. place: where that stands. others: further names that
+    there may be, whose values nobody looks at here, and the section that each may stand in. of:
+    what an error begins with. Raises UserError as `read_yaml` does.
+    """
+    sections = _sections()
+    values: dict[str, FileValue] = {}
 
     def take(key: Any, value: Any, section: str | None) -> None:
+        here = (*place, key) if section is None else (*place, section, key)
         name = str(key).replace("-", "_")
-        where = f"--config {path}: {section + '.' if section else ''}{key}"
-        if flag_name(name) in INSTEAD:
-            raise UserError(f"{where}: {INSTEAD[flag_name(name)]}")
-        if name not in settings:
-            raise UserError(f"{where}: unknown key{did_you_mean(name, settings)}")
-        if section not in (None, settings[name].section):
-            raise UserError(f"{where}: belongs to the section {settings[name].section}")
-        if name in values:
-            raise UserError(f"{where}: given twice")
-        values[name] = _checked(value, settings[name], where)
+        try:
+            if name in values:
+                raise UserError("given twice")
+            if name not in others or section not in (None, others[name]):
+                value = _checked(value, _setting_of(name, section, others))
+            values[name] = FileValue(value, here)
+        except UserError as error:
+            words = f"{section}.{key}" if section else key
+            raise UserError(f"{file.where(*here)}: {of}{words}: {error}") from None
 
-    for key, value in content.items():
-        if key in _sections():
-            if not isinstance(value, dict | None):
-                raise UserError(f"--config {path}: {key} is a section, found {value!r}")
+    for key, value in (file.content if content is None else content).items():
+        if key in sections and isinstance(value, dict | None):
             for inner, inner_value in (value or {}).items():
                 take(inner, inner_value, key)
+        elif key in sections and key not in _settings():
+            raise UserError(f"{file.where(*place, key)}: {of}{key} is a section, found {value!r}")
         else:
             take(key, value, None)
     return values
+
+
+def _setting_of(name: str, section: str | None, others: Iterable[str]) -> _Setting:
+    """The setting that a key of a file names. section: the one that it stands in, if any. others:
+    names that may have been meant. Raises UserError."""
+    settings = _settings()
+    if flag_name(name) in INSTEAD:
+        raise UserError(INSTEAD[flag_name(name)])
+    if name not in settings:
+        raise UserError(f"unknown key{did_you_mean(name, [*settings, *others])}")
+    if section not in (None, settings[name].section):
+        raise UserError(f"belongs to the section {settings[name].section}")
+    return settings[name]
 
 
 def config_from_values(values: dict[str, Any]) -> Config:
@@ -255,15 +291,15 @@ def _default_in_words(default: Any) -> str:
     return "" if default is None else f" (default: {shown(default)})"
 
 
-def _checked(value: Any, setting: _Setting, where: str) -> Any:
+def _checked(value: Any, setting: _Setting) -> Any:
     """A value from YAML in the setting's own type; UserError where it is of another."""
     if value is None:
         if setting.default is not None:
-            raise UserError(f"{where}: has no value")
+            raise UserError("has no value")
         return None
     if setting.is_json:
         if not isinstance(value, str | list):
-            raise UserError(f"{where}: expected a word or a table, found {value!r}")
+            raise UserError(f"expected a word or a table, found {value!r}")
         return value  # DilatedPattern looks at what is in it
     if setting.item is not None:
         if setting.item is str:  # also a number, such as a weight
@@ -272,9 +308,9 @@ def _checked(value: Any, setting: _Setting, where: str) -> Any:
         if setting.item is int and isinstance(value, list):
             value = [_as_whole(item) for item in value]
         if not isinstance(value, list) or any(type(item) is not setting.item for item in value):
-            raise UserError(f"{where}: expected a list of {setting.item.__name__}, found {value!r}")
+            raise UserError(f"expected a list of {setting.item.__name__}, found {value!r}")
         for item in value:
-            _check_choice(item, setting, where)
+            _check_choice(item, setting)
         return value
     if setting.kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
@@ -282,8 +318,8 @@ def _checked(value: Any, setting: _Setting, where: str) -> Any:
     if setting.kind is int:
         value = _as_whole(value)
     if type(value) is not setting.kind:
-        raise UserError(f"{where}: expected {setting.kind.__name__}, found {value!r}")
-    _check_choice(value, setting, where)
+        raise UserError(f"expected {setting.kind.__name__}, found {value!r}")
+    _check_choice(value, setting)
     return value
 
 
@@ -295,11 +331,11 @@ def _as_whole(value: Any) -> Any:
     return value
 
 
-def _check_choice(value: Any, setting: _Setting, where: str) -> None:
+def _check_choice(value: Any, setting: _Setting) -> None:
     if setting.choices is not None and value not in setting.choices:
         choices = ", ".join(map(str, setting.choices))
         raise UserError(
-            f"{where}: {value!r} is not one of {choices}"
+            f"{value!r} is not one of {choices}"
             f"{did_you_mean(str(value), map(str, setting.choices))}"
         )
 

@@ -59,6 +59,11 @@ class TrainingConfig:
         None, "last iteration of the decay (default: that of the run)"
     )
     lr_warmup_iters: int = flag(0, "iterations of linear warm-up")
+    lr_begin_iters: int = flag(
+        0,
+        "iterations of the run before its schedule of the learning rate begins, from which"
+        " --lr-warmup-iters and --lr-decay-iters count: for a run that goes on with a new one",
+    )
     use_checkpoint_opt_param_scheduler: bool = flag(
         False, "with --load: the schedule of the learning rate is that of the checkpoint's run"
     )
@@ -117,13 +122,18 @@ class TrainingConfig:
         """These settings; where they were left open, the batch is one micro batch a replica, and
         the decay ends with the last iteration."""
         require_positive(self, "micro_batch_size", "train_iters")
+        if not 0 <= self.lr_begin_iters < self.train_iters:
+            raise UserError(
+                f"--lr-begin-iters {self.lr_begin_iters} must be at least 0, and less than"
+                f" --train-iters {self.train_iters}"
+            )
         return dataclasses.replace(
             self,
             mask_rate=self.mask_rate if self.causal else default(self.mask_rate, MASK_RATE),
             global_batch_size=default(
                 self.global_batch_size, self.micro_batch_size * data_parallel_size
             ),
-            lr_decay_iters=default(self.lr_decay_iters, self.train_iters),
+            lr_decay_iters=default(self.lr_decay_iters, self.train_iters - self.lr_begin_iters),
         )
 
     def check(self, data_parallel_size: int) -> None:

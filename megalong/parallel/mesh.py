@@ -7,6 +7,7 @@ pipeline. Everything that reduces over an axis asks the mesh for the group by it
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from megalong.errors import UserError
 from megalong.master_port import port_is_taken
 from megalong.parallel.cpu import enable_megatron_without_gpu
 from megalong.parallel.deepspeed_private import skip_shared_memory_kernels
+from megalong.torch_private import process_groups
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,20 @@ def build_mesh(config: Config, device: torch.device) -> Iterator[Mesh]:
         )
     finally:
         parallel_state.destroy_model_parallel()
+
+
+@contextlib.contextmanager
+def temporary_mesh(config: Config, device: torch.device) -> Iterator[Mesh]:
+    """`build_mesh`, whose process groups are gone at the end, and what was built on them: for one
+    of several in a process. Each group has threads of its own, and under NCCL memory of the GPU."""
+    before = process_groups()
+    with build_mesh(config, device) as mesh:
+        yield mesh
+        dist.barrier()
+    gc.collect()  # models and engines hold on to them, in cycles
+    for group in reversed(process_groups()):  # Megatron-core has destroyed some
+        if group not in before:
+            dist.destroy_process_group(group)
 
 
 def _sequence_group(config: Config) -> SequenceGroup:

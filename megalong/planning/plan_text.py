@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megalong.config import Config
@@ -11,7 +11,7 @@ from megalong.config.memory import USABLE
 from megalong.planning.cluster import Cluster
 from megalong.planning.search import PlannedLayout, Search
 from megalong.progress import human_bytes
-from megalong.wording import counted
+from megalong.wording import aligned, counted
 
 GIB = 2**30
 _SECONDS = {"days": 86_400, "hours": 3_600, "min": 60, "s": 1}
@@ -98,7 +98,7 @@ def table(layouts: Sequence[PlannedLayout], training: Training) -> str:
                 layout_name(layout.config, training.ranks),
             )
         )
-    return _aligned(rows)
+    return aligned(rows, words=(-1,))
 
 
 def rejected(search: Search, training: Training, most: int = 5) -> str:
@@ -230,16 +230,4 @@ def _bytes_by_axis(layout: PlannedLayout) -> Counter[str]:
 
 
 def _indented(rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"    {line}" for line in _aligned(rows).splitlines())
-
-
-def _aligned(rows: Iterable[Sequence[str]]) -> str:
-    """Columns as wide as their widest, numbers to the right, the last one to the left."""
-    rows = [tuple(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def cell(text: str, i: int) -> str:
-        words = i == len(widths) - 1 or (i == 0 and len(widths) < 6)
-        return text.ljust(widths[i]) if words else text.rjust(widths[i])
-
-    return "\n".join("  ".join(cell(x, i) for i, x in enumerate(row)).rstrip() for row in rows)
+    return "\n".join(f"    {line}" for line in aligned(rows).splitlines())

@@ -19,14 +19,20 @@ from megalong.training.metrics import read_metrics
 class BestCheckpoint:
     """What is best so far in a run folder, by the link and the run's metrics; every rank has one.
 
-    say: called on rank 0 when there is a better one. split: the held-out set that decides.
+    say: called on rank 0 when there is a better one. split: the held-out set that decides. since:
+    the iteration up to which nothing counts: a stage before may have been evaluated otherwise.
     """
 
     def __init__(
-        self, run: Path, saver: Saver, say: Callable[[str], None], split: str = "validation"
+        self,
+        run: Path,
+        saver: Saver,
+        say: Callable[[str], None],
+        split: str = "validation",
+        since: int = 0,
     ):
         self._run, self._saver, self._say, self._split = run, saver, say, split
-        found = [_earlier(run, split) if dist.get_rank() == 0 else None]
+        found = [_earlier(run, split, since) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(found, src=0)
         self._loss_and_tokens = found[0]
 
@@ -49,11 +55,13 @@ class BestCheckpoint:
             self._say(f"{checkpoint} is the best so far")
 
 
-def _earlier(run: Path, split: str) -> tuple[float, int] | None:
+def _earlier(run: Path, split: str, since: int) -> tuple[float, int] | None:
     """Validation loss and tokens of the best checkpoint, which an earlier start has found."""
     with system_errors_of("--save", run):
         checkpoint, metrics = best(run), run / "metrics.jsonl"
         if checkpoint is None or not checkpoint.exists() or not metrics.exists():
+            return None
+        if iteration_of(checkpoint) <= since:
             return None
         records = [
             record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from megalong.training.learning_rate import learning_rate
 # What the learning rate of an iteration hangs on.
 SCHEDULE = (
     "lr", "min_lr", "lr_decay_style", "lr_decay_power", "lr_decay_iters", "lr_warmup_iters",
-    "lr_wsd_decay_style", "lr_wsd_decay_iters",
+    "lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_begin_iters",
 )  # fmt: skip
 _DATA = (
     "split", "valid_data_path", "test_data_path", "sample_mode", "length_upsampling",
@@ -32,7 +33,7 @@ _STEP = (
 # What moves the loss of a batch from one step to the next; and so do other sources.
 _MOVES_THE_LOSS = (
     "objective", "mask_rate", "eod_mask_loss", "document_attention", "seq_length", "split",
-    "sample_mode", "length_upsampling", *PATTERN_FIELDS,
+    "sample_mode", "length_upsampling", *PATTERN_FIELDS, *ROPE_FIELDS,
 )  # fmt: skip
 
 
@@ -54,10 +55,21 @@ def differences(ours: Config, theirs: Config, names: list[str]) -> dict[str, tup
     }
 
 
-def other_ways(checkpoint: Path, config: Config) -> list[str]:
+def comparable_settings(config: Config, names: Iterable[str]) -> dict[str, Any]:
+    """The values of these fields, in the form in which they are compared: for what names the data
+    to train on there is "sources", a list of their names and how much there is of each."""
+    values = _values(config)
+    data = ("data_path", "data_blend", "train_data_path")
+    found = {name: _comparable(name, values[name]) for name in names if name not in data}
+    sources = config.data.training_sources()
+    return found | {"sources": [[each.name, str(each.amount), each.unit] for each in sources]}
+
+
+def other_ways(checkpoint: Path, config: Config, new_stage: bool = False) -> list[str]:
     """What a run does otherwise than that of the checkpoint, and may: a line each, to be told.
 
-    config: the run's, its memory path settled.
+    config: the run's, its memory path settled. new_stage: whether a stage begins, with iterations
+    and a schedule of its own.
     """
     theirs, iteration = config_of(checkpoint), read_progress(checkpoint).iteration
     names = ["objective", *PATTERN_FIELDS, *ROPE_FIELDS, "document_attention"]
@@ -66,7 +78,7 @@ def other_ways(checkpoint: Path, config: Config) -> list[str]:
         of_optimizer = optimizer_of(config.training).flags
         names += ["mask_rate", "eod_mask_loss", "seed", *_DATA, *_STEP]
         names += [name for name in vars(config.training) if name.startswith(of_optimizer)]
-        names += ["train_iters", *SCHEDULE]
+        names += [] if new_stage else ["train_iters", *SCHEDULE]
     found = differences(config, theirs, names)
     if found.get("train_iters") == found.get("lr_decay_iters"):
         found.pop("lr_decay_iters", None)  # follows from the other
@@ -76,7 +88,8 @@ def other_ways(checkpoint: Path, config: Config) -> list[str]:
         for name, (now, before) in found.items()
     ]
     if goes_on:
-        lines += _learning_rate_change(iteration, config.training, theirs.training)
+        if not new_stage:
+            lines += _learning_rate_change(iteration, config.training, theirs.training)
         lines += _memory_path_change(config, theirs)
     return lines
 

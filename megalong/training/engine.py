@@ -114,6 +114,11 @@ class TrainingEngine:
             for number, chunk in enumerate(model.chunks)
         ]
 
+    def destroy(self) -> None:
+        """Let go of the model and of the process groups, which DeepSpeed's hooks keep alive: for
+        another engine that this process builds after it."""
+        self.deepspeed.destroy()
+
     def train_step(self, batches: Iterator[Batch], learning_rate: float) -> StepResult:
         """Forward and backward over one global batch, then one optimizer update.
 

@@ -17,7 +17,9 @@ def learning_rate(iteration: int, training: TrainingConfig) -> float:
     where it has not come so far. Or constant. So no step of a run is wasted on a rate of zero.
     After the warm-up this is Megatron's schedule, where the rate of a step is that of the steps
     done before it; its warm-up begins with a step at zero, and is one behind.
+    All that counts from the step after `lr_begin_iters`; those up to there have the rate of that.
     """
+    iteration = max(iteration - training.lr_begin_iters, 1)
     warmup, decay_end = training.lr_warmup_iters, training.lr_decay_iters
     assert decay_end is not None
     if iteration <= warmup:

@@ -13,6 +13,8 @@ from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.checkpoint.saving import Saver
 from megalong.config import Config
+from megalong.config.arguments import to_yaml
+from megalong.config.stages import Stage
 from megalong.data.batches import (
     Batch,
     evaluation_batches,
@@ -38,6 +40,7 @@ from megalong.training.resuming import check_agreement, sound_checkpoint
 from megalong.training.run_blend import blend_from, next_sample
 from megalong.training.run_data import RunData, best_set, validation_sets
 from megalong.training.run_folder import leave_unfinished, open_run_folder, same_folder
+from megalong.training.stages import begun, check_is_of
 from megalong.training.step_result import StepResult
 from megalong.training.stopping import FAILED_SAVE, Stopped, StopRequest
 from megalong.training.task_evaluation import batches_of, evaluate_task
@@ -50,6 +53,7 @@ class Trainer:
     checkpoint: where to go on from (`megalong.training.resuming.open_checkpoint`), or None.
     stop: asked after each step, and before the model is built, whether the run has to end early.
         In the latter case this raises Stopped.
+    stage: which one of a run this is; None: there is but one.
     """
 
     def __init__(
@@ -60,17 +64,20 @@ class Trainer:
         checkpoint: Path | None,
         mesh: Mesh,
         stop: StopRequest,
+        stage: Stage | None = None,
     ):
         config, memory_path = settle_memory_path(config, data.tokenizer.vocab_size, mesh)
         self.config, self.data, self.mesh, self.stop = config, data, mesh, stop
-        self.lock = open_run_folder(config, given) if mesh.is_main else None
+        self.begin = 0 if stage is None else stage.begin
+        flags = to_yaml(given, leave_out="open") if stage is None else stage.flags
+        self.lock = open_run_folder(config, flags) if mesh.is_main else None
         self.progress = Progress()
         self._unread: deque[tuple[int, StepResult]] = deque()  # results of the newest iterations
         self._stop_before_the_building()
         check_agreement(config, checkpoint)
         with contextlib.ExitStack() as held:
             if checkpoint is not None:
-                checkpoint = held.enter_context(sound_checkpoint(config, say))
+                checkpoint = held.enter_context(sound_checkpoint(config, say, stage))
             vocab_size = data.tokenizer.vocab_size
             divide = weights_divider(config, mesh)
             model = build_model(config, vocab_size, mesh, checkpoint is None, divide)
@@ -78,17 +85,20 @@ class Trainer:
             if checkpoint is not None:
                 reader = CheckpointReader(checkpoint)
                 self.progress = load_checkpoint(reader, self.engine, config)
+                check_is_of(stage, self.progress, checkpoint)
             self.blend, news = blend_from(data.train, self.progress, checkpoint, config)
             if checkpoint is not None and (news or moves_the_loss(checkpoint, config)):
                 news += self._forget_usual_losses()
+        self.progress = begun(self.progress, stage, config)
         nothing_new = checkpoint is None or same_folder(config.run.load, config.run.save)
         self.saved_iteration = self.progress.iteration if nothing_new else None
-        self.saver = Saver(config, say)
+        self.saver = Saver(config, say, [record["begin"] for record in self.progress.stages])
         self.best = None
         if config.run.keep_best:
             decides = best_set(data.held_out, config)
-            self.best = BestCheckpoint(Path(config.run.save), self.saver, say, decides)
-        self.reports = Reports(config, data, self.blend, mesh, self.saver, self.progress)
+            folder = Path(config.run.save)
+            self.best = BestCheckpoint(folder, self.saver, say, decides, self.begin)
+        self.reports = Reports(config, data, self.blend, mesh, self.saver, self.progress, stage)
         self.profiler = Profiler(config, mesh, say, self.reports.meter.pause)
         choices = [memory_path, *given.memory.unused(config.memory, config.parallel)]
         choices += given.attention.changed_by_matching(config.attention)
@@ -105,17 +115,21 @@ class Trainer:
             " or other settings"
         ]
 
-    def train(self) -> None:
-        """Train from where the run stands to `--train-iters`, then evaluate.
+    def train(self) -> bool:
+        """Train from where the run stands to `--train-iters`, then evaluate; whether all that was
+        done.
 
-        A run that is asked to stop saves a checkpoint and returns early.
+        A run that is asked to stop saves a checkpoint and returns early. Another one may go on in
+        the folder then.
         """
-        with self.saver, self.reports.running():
+        with self.lock or contextlib.nullcontext(), self.saver, self.reports.running():
             try:
                 with self.profiler:
                     self._train()
             except Stopped as request:
                 self._end_early(str(request))
+                return False
+        return True
 
     def _train(self) -> None:
         with made_ahead(self._training_batches(), self.mesh.device) as batches:
@@ -124,7 +138,7 @@ class Trainer:
     def _train_on(self, batches: Iterator[Batch]) -> None:
         training, run = self.config.training, self.config.run
         self._check_stop()
-        if self.progress.iteration:
+        if self.progress.iteration > self.begin:
             self._evaluate_if_due(self.progress.iteration)
         self.reports.begin()
         while self.progress.iteration < training.train_iters:

@@ -40,6 +40,7 @@ class MetricsLog:
     One JSON object a line. Training records, the means of the iterations since the last, have
         iteration, consumed_samples, consumed_tokens, loss, learning_rate, grad_norm,
         tokens_per_second;
+        stage, in a run of several: the name of the one it is in (evaluations have it, too);
         z_loss, with --z-loss-coeff: what that adds to the loss, in the last of these iterations;
         skipped_spikes, with --skip-loss-spikes: updates left out since the run began;
         mfu, mfu_dense_equivalent: share of all ranks' peak FLOP/s that the model FLOPs of the

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.saving import Saver
 from megalong.config import Config
+from megalong.config.stages import Stage
 from megalong.data.blend import Blend, shown_shares
 from megalong.model.build import DTYPES
 from megalong.model.flops import step_flops
@@ -23,7 +24,7 @@ from megalong.model.parameters import count_parameters
 from megalong.model.peak_flops import peak_flops
 from megalong.parallel.mesh import Mesh
 from megalong.position_losses import FEW_TOKENS, position_edges
-from megalong.progress import clock, human_bytes
+from megalong.progress import clock, human_bytes, human_flops
 from megalong.tasks.scores import TaskScore
 from megalong.training.changes import other_ways
 from megalong.training.evaluation import Evaluation
@@ -42,7 +43,7 @@ class Reports:
     and the main process speaks.
 
     blend: what is trained on. progress: where the run begins. saver: asked when a checkpoint was on
-    the disk.
+    the disk. stage: which one of several this is, if so.
     """
 
     def __init__(
@@ -53,7 +54,9 @@ class Reports:
         mesh: Mesh,
         saver: Saver,
         progress: Progress,
+        stage: Stage | None = None,
     ) -> None:
+        self.stage = stage if stage is not None and stage.name is not None else None
         self.config, self.mesh, self.saver, self.blend = config, mesh, saver, blend
         self.meter = Meter(mesh.device)
         self.tokens_per_step = config.training.global_batch_size * config.model.seq_length
@@ -103,9 +106,10 @@ class Reports:
             f" ZeRO {config.parallel.zero_stage}"
         )
         say(config.attention.description + ("" if training.causal else ", bidirectional"))
+        for line in self.stage.notes if self.stage else ():
+            say(line)
         say(
-            f"{counted(training.train_iters, 'iteration')} of"
-            f" {counted(training.global_batch_size, 'sequence')} of"
+            f"{self._which_iterations} of {counted(training.global_batch_size, 'sequence')} of"
             f" {config.model.seq_length:,} tokens; one epoch is"
             f" {self.blend.tokens_per_epoch:,} tokens"
         )
@@ -124,15 +128,17 @@ class Reports:
             f"{part.replace('_', ' ')} {flops / total:.0%}" for part, flops in self.flops.items()
         )
         say(
-            f"{_human_flops(total)} an iteration ({parts}), with dense attention"
-            f" {_human_flops(dense)}; peak of {counted(mesh.world_size, 'rank')}"
-            f" {_human_flops(self.peak)}/s ({self.peak_source})"
+            f"{human_flops(total)} an iteration ({parts}), with dense attention"
+            f" {human_flops(dense)}; peak of {counted(mesh.world_size, 'rank')}"
+            f" {human_flops(self.peak)}/s ({self.peak_source})"
         )
         for line in choices:
             say(line)
         if checkpoint is not None:
-            say(f"{_how_it_begins(config)} {checkpoint}")
-            for line in [*other_ways(checkpoint, config), *news]:
+            new_stage = self.stage is not None and progress.iteration == self.stage.begin > 0
+            how = f"stage {self.stage.name} begins with" if new_stage else _how_it_begins(config)
+            say(f"{how} {checkpoint}")
+            for line in [*other_ways(checkpoint, config, new_stage), *news]:
                 say(line)
         elif config.run.load is not None:
             say(f"no checkpoint in {config.run.load} yet: starting at the beginning")
@@ -154,7 +160,10 @@ class Reports:
         if config.run.save is None:
             say("without --save nothing is kept")
         if progress.iteration >= training.train_iters:
-            say(f"--train-iters {training.train_iters} are done: evaluating only")
+            done = f"--train-iters {training.train_iters} are"
+            if self.stage is not None:
+                done = f"stage {self.stage.name} is"
+            say(f"{done} done: evaluating only")
 
     def iterations(
         self,
@@ -170,7 +179,7 @@ class Reports:
             return
         total, dense = sum(self.flops.values()), sum(self.dense_flops.values())
         record = {
-            "iteration": progress.iteration,
+            **self._place(progress),
             "consumed_samples": progress.consumed_samples,
             "consumed_tokens": progress.consumed_tokens,
             "loss": sum(progress.losses) / len(progress.losses),
@@ -221,6 +230,22 @@ class Reports:
                 f" {result.usual_loss:.4f}: no update is made (--skip-loss-spikes)"
             )
 
+    @property
+    def _which_iterations(self) -> str:
+        """Those of the run, or of its stage, in words."""
+        stage = self.stage
+        if stage is None:
+            return counted(self.config.training.train_iters, "iteration")
+        return (
+            f"stage {stage.name}, {stage.number} of {stage.count}: iterations {stage.begin + 1:,}"
+            f" to {stage.end:,},"
+        )
+
+    def _place(self, progress: Progress) -> dict[str, Any]:
+        """Where a run stands, in a record of its metrics."""
+        stage = {} if self.stage is None else {"stage": self.stage.name}
+        return {"iteration": progress.iteration, **stage}
+
     def _sources(self, progress: Progress) -> dict[str, dict[str, float | None]]:
         """Of each source of the training data the mean loss since the last report (None: it had no
         sample), its share of the samples so far, and how many epochs of it were read."""
@@ -242,6 +267,7 @@ class Reports:
         if record["mfu_dense_equivalent"] != record["mfu"]:
             mfu += f" (dense equivalent {record['mfu_dense_equivalent']:.1%})"
         words = [
+            *([f"stage {record['stage']}"] if "stage" in record else []),
             f"iteration {iteration}/{train_iters}",
             f"loss {record['loss']:.4f}{_by_source(record.get('sources', {}))}",
             *([f"z-loss {record['z_loss']:.2e}"] if "z_loss" in record else []),
@@ -267,7 +293,7 @@ class Reports:
             return
         self.metrics.evaluation(
             {
-                "iteration": progress.iteration,
+                **self._place(progress),
                 "split": split,
                 "consumed_tokens": progress.consumed_tokens,
                 "loss": result.loss,
@@ -295,7 +321,7 @@ class Reports:
             return
         self.metrics.task(
             {
-                "iteration": progress.iteration,
+                **self._place(progress),
                 "consumed_tokens": progress.consumed_tokens,
                 "style": self.config.tasks.eval_task_style,
                 **score.record(),
@@ -377,12 +403,3 @@ def _peak_of_all_ranks(config: Config, mesh: Mesh) -> tuple[float, str]:
     total = torch.tensor(peak, dtype=torch.float64, device=mesh.device)
     dist.all_reduce(total)
     return total.item(), source
-
-
-def _human_flops(value: float) -> str:
-    """1.234e13 -> "12.3 TFLOP"."""
-    prefixes = iter(("", "k", "M", "G", "T", "P", "E", "Z"))
-    prefix = next(prefixes)
-    while value >= 1000:
-        value, prefix = value / 1000, next(prefixes)
-    return f"{value:.3g} {prefix}FLOP"

@@ -23,42 +23,57 @@ from megalong.checkpoint.folder import (
     set_aside,
 )
 from megalong.checkpoint.manifest import DamagedCheckpoint, check_files, check_share
+from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.texts import read_progress
 from megalong.config import Config, ModelConfig, flag_name
 from megalong.config.attention import PATTERN_FIELDS
 from megalong.config.flags import shown
 from megalong.config.rope import ROPE_FIELDS, lost_fields
+from megalong.config.stages import HOW, WHAT, Stage
 from megalong.data.blend import History
 from megalong.errors import UserError, system_errors_of
 from megalong.training.changes import config_of, differences, with_schedule_of
 from megalong.training.run_folder import same_folder
 
 
-def starting_point(config: Config) -> tuple[Config, Path | None]:
+def starting_point(config: Config, stage: Stage | None = None) -> tuple[Config, Path | None]:
     """The checkpoint that the run begins with (see `open_checkpoint`), and the configuration with
     what hangs on that: what `--pretrained-checkpoint` stands for, and whose schedule it is.
 
-    Raises UserError as `open_checkpoint` does.
+    stage: in which the run is. Raises UserError as `open_checkpoint` does.
     """
     run = config.run
     if run.pretrained_checkpoint is not None and not _has_checkpoint(run.load):
         run = dataclasses.replace(run, load=run.pretrained_checkpoint, finetune=True)
         training = dataclasses.replace(config.training, use_checkpoint_opt_param_scheduler=False)
         config = dataclasses.replace(config, run=run, training=training)
-    checkpoint = open_checkpoint(config)
+    checkpoint = open_checkpoint(config, stage)
     if checkpoint is not None and config.training.use_checkpoint_opt_param_scheduler:
         config = with_schedule_of(checkpoint, config)
     return config, checkpoint
 
 
-def open_checkpoint(config: Config) -> Path | None:
+def open_checkpoint(config: Config, stage: Stage | None = None) -> Path | None:
+    """The checkpoint that `--load` names (see `found_checkpoint`), if it is of the same run.
+
+    Raises UserError where it is one of another model or, in the same folder, of a run on other
+    data.
+    """
+    checkpoint = found_checkpoint(config)
+    if checkpoint is not None:
+        of_stage = contextlib.nullcontext() if stage is None else stage.settings.errors()
+        with system_errors_of(_flag(config), str(config.run.load)), of_stage:
+            _check_same_run(checkpoint, config, stage)
+    return checkpoint
+
+
+def found_checkpoint(config: Config) -> Path | None:
     """The checkpoint that `--load` names: of a run the one in force; or None for a run that starts
     at the beginning.
 
     A run that is started again with the same `--save` and `--load` may have been killed before its
-    first checkpoint; anything else that is not there is an error, and so is a damaged checkpoint,
-    or one of another model or, in the same folder, of a run on other data: UserError. With
-    `--load-fallback` it is the newest one whose files are all there.
+    first checkpoint; anything else that is not there is an error, and so is a damaged checkpoint:
+    UserError. With `--load-fallback` it is the newest one whose files are all there.
     """
     load = config.run.load
     if load is None:
@@ -79,9 +94,7 @@ def open_checkpoint(config: Config) -> Path | None:
             if in_its_folder:
                 return None
             raise UserError(f"{_flag(config)} {load}: no checkpoint there (no file `latest`)")
-        checkpoint, _ = _first_sound(_candidates(config), check_files, config)
-        _check_same_run(checkpoint, config)
-    return checkpoint
+        return _first_sound(_candidates(config), check_files, config)[0]
 
 
 def _flag(config: Config) -> str:
@@ -97,13 +110,15 @@ def _has_checkpoint(load: str | None) -> bool:
 
 
 @contextlib.contextmanager
-def sound_checkpoint(config: Config, say: Callable[[str], None]) -> Iterator[Path]:
+def sound_checkpoint(
+    config: Config, say: Callable[[str], None], stage: Stage | None = None
+) -> Iterator[Path]:
     """The checkpoint that the run goes on from, sound down to its hashes (unless
     `--no-verify-checkpoint`), of which each rank compares a share. Inside, no other run removes it.
 
     Called by every rank where `open_checkpoint`, which looks at the files' sizes, has found one.
     say: where rank 0 says what is damaged, if `--load-fallback` goes past it; a run that goes on in
-    the same folder sets that aside. Raises UserError on every rank.
+    the same folder sets that aside. stage: in which the run is. Raises UserError on every rank.
     """
     with contextlib.ExitStack() as held:
 
@@ -115,7 +130,7 @@ def sound_checkpoint(config: Config, say: Callable[[str], None]) -> Iterator[Pat
             candidates = [_candidates(config) if dist.get_rank() == 0 else None]
             dist.broadcast_object_list(candidates, src=0)
             checkpoint, damage = _first_sound(candidates[0], check, config)
-            _check_same_run(checkpoint, config)
+            _check_same_run(checkpoint, config, stage)
             if damage and dist.get_rank() == 0:
                 _go_past(damage, checkpoint, config, say)
         yield checkpoint
@@ -207,7 +222,13 @@ _FREE_MODEL_FIELDS = {"seq_length", "init_method_std", "transformer_impl"}
 _RUN_FIELDS = ["objective", "mask_rate", "seed", "split", *PATTERN_FIELDS]
 
 
-def _check_same_run(checkpoint: Path, config: Config) -> None:
+# And what a stage may have otherwise than the one before it.
+_STAGE_FIELDS = {*WHAT, *HOW}
+
+
+def _check_same_run(checkpoint: Path, config: Config, stage: Stage | None) -> None:
+    progress = read_progress(checkpoint)
+    new_stage = stage is not None and progress.iteration == stage.begin > 0
     names = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in _FREE_MODEL_FIELDS]
     names += ["tokenizer_type", "tokenizer_model", "prepend_bos"]
     theirs = config_of(checkpoint)
@@ -216,12 +237,15 @@ def _check_same_run(checkpoint: Path, config: Config) -> None:
         lost = lost_fields(config.model, theirs.model)
         names = [name for name in names if name not in ROPE_FIELDS or name in lost]
     # An imported model has met no optimizer.
-    if config.run.loads_optimizer and read_progress(checkpoint).iteration:
+    if config.run.loads_optimizer and progress.iteration:
         names.append("optimizer")
     if same_folder(config.run.load, config.run.save):
         names += _RUN_FIELDS
-        if not config.run.new_data:
+        _check_has_stages(checkpoint, progress, stage)
+        if not config.run.new_data and not new_stage:
             _check_same_data(checkpoint, config)
+    if new_stage:
+        names = [name for name in names if name not in _STAGE_FIELDS]
     for name, (here, there) in differences(config, theirs, names).items():
         way_out = f"start a new run without {_flag(config)}"
         if name in _RUN_FIELDS:
@@ -237,6 +261,17 @@ def _check_same_run(checkpoint: Path, config: Config) -> None:
         raise UserError(
             f"{flag_name(name)} is {shown(here)}, but the checkpoint {checkpoint} was written with"
             f" {shown(there)}: set it to that, or {way_out}"
+        )
+
+
+def _check_has_stages(checkpoint: Path, progress: Progress, stage: Stage | None) -> None:
+    """Raise UserError where a run of stages would go on in its folder as one that has none."""
+    if progress.stages and (stage is None or stage.name is None):
+        names = ", ".join(record["name"] for record in progress.stages)
+        raise UserError(
+            f"the checkpoint {checkpoint} is of a run of stages ({names}), and --config names no"
+            " file with `stages:`: set it to that of the run (or to flags.yaml in its folder), or"
+            " --save into another folder"
         )
 
 

@@ -234,7 +234,8 @@ def _open_training(
 def _amounts(specs: list[SourceSpec], blend: Blend, config: Config) -> list[str]:
     """How often a run with this blend reads each of its sources, where that needs a word."""
     training = config.training
-    planned = training.train_iters * training.global_batch_size * config.model.seq_length
+    iterations = training.train_iters - training.lr_begin_iters  # of the stage
+    planned = iterations * training.global_batch_size * config.model.seq_length
     lines = []
     if all(spec.unit != "weight" for spec in specs):
         wanted = sum(

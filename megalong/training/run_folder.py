@@ -1,7 +1,7 @@
 """The run folder: opened by one run at a time, and never taken over by another by accident.
 
 flags.yaml     what was given on the command line, and the defaults; --config starts a like run
-config.yaml    the resolved configuration: what ran
+config.yaml    the resolved configuration: what ran, of the last stage that did
 stopped        there while the run waits to be started again: it was asked to stop, and did
 metrics.jsonl, tensorboard/: see metrics.py; profile/: see profiling.py; the checkpoints: see
 megalong/checkpoint
@@ -45,9 +45,10 @@ def same_folder(one: str | None, other: str | None) -> bool:
     return one is not None and other is not None and Path(one).resolve() == Path(other).resolve()
 
 
-def open_run_folder(config: Config, given: Config) -> IO[str] | None:
+def open_run_folder(config: Config, flags: str) -> IO[str] | None:
     """Take the folder of `--save` and write down the configuration; by the main process only.
 
+    flags: the YAML text that starts a like run.
     Returns the locked file, to be kept open as long as the run lasts (a killed process lets go of
     it). Raises UserError while another run holds the folder.
     """
@@ -63,7 +64,7 @@ def open_run_folder(config: Config, given: Config) -> IO[str] | None:
             raise UserError(f"--save {folder}: another run is writing there") from None
         except OSError:
             pass  # some network file systems have no locks
-        (folder / "flags.yaml").write_text(to_yaml(given, leave_out="open"))
+        (folder / "flags.yaml").write_text(flags)
         (folder / "config.yaml").write_text(to_yaml(config))
         (folder / "stopped").unlink(missing_ok=True)
     return lock

@@ -13,13 +13,17 @@ from megalong.config import world_size
 from megalong.config.arguments import parse_arguments
 from megalong.data.batches import training_batches
 from megalong.model.build import build_model
-from megalong.parallel import deepspeed_private, megatron_private, process_group
+from megalong.parallel import (
+    deepspeed_private,
+    megatron_private,
+    process_group,
+    temporary_mesh,
+)
 from megalong.training.engine import TrainingEngine
 from megalong.training.loss_spikes import LossSpikes
 from megalong.training.run_data import open_run_data
 from megalong.training.training_loss import TrainingLoss
 from tests.launching import small_run_flags
-from tests.training.meshes import temporary_mesh
 
 # (ZeRO stage, precision) -> what `NAMES` calls the optimizer and the parameters.
 ENGINES = {

@@ -19,7 +19,7 @@ from megalong.checkpoint.reading import CheckpointReader
 from megalong.config import world_size
 from megalong.config.arguments import parse_arguments
 from megalong.model.names import named_parameters
-from megalong.parallel import process_group
+from megalong.parallel import process_group, temporary_mesh
 from megalong.training.engine_state import kinds_of
 from megalong.training.loop import Trainer
 from megalong.training.resuming import open_checkpoint
@@ -27,7 +27,6 @@ from megalong.training.run_data import open_run_data
 from megalong.training.run_folder import prepare_run_folder
 from megalong.training.stopping import StopRequest
 from tests.launching import small_run_flags
-from tests.training.meshes import temporary_mesh
 from tests.training.parity_worker import ALL_KINDS, AXES, BRANCHES, MUON, OPTIMIZER, SGD
 
 # Layout -> ranks; dp is what the rest leaves, and z the ZeRO stage.

@@ -1,0 +1,121 @@
+"""In which of its stages a run is, by the checkpoint that it goes on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megalong.checkpoint.progress import Progress
+from megalong.checkpoint.texts import read_progress
+from megalong.config import Config, flag_name
+from megalong.config.flags import shown
+from megalong.config.stages import WHAT, Stage
+from megalong.errors import UserError
+from megalong.training.changes import comparable_settings
+from megalong.training.resuming import found_checkpoint
+
+
+def stages_ahead(stages: Sequence[Stage]) -> Sequence[Stage]:
+    """The stage that a run goes on in, and those after it: all of them where there is no checkpoint
+    yet. A checkpoint at the end of a stage is of that stage, whose last evaluation may be missing.
+
+    Raises UserError where the stages contradict those that the checkpoint has seen: a stage that is
+    done is another one now, or gone, or elsewhere.
+    """
+    first = stages[0]
+    if first.name is None or first.config.run.finetune:
+        return stages
+    checkpoint = found_checkpoint(first.config)
+    if checkpoint is None:
+        return stages
+    progress = read_progress(checkpoint)
+    if progress.iteration == 0:  # an imported model
+        return stages
+    if not progress.stages:
+        raise UserError(
+            f"the checkpoint {checkpoint} is of a run without stages: --finetune begins the first"
+            " stage with its weights, in another folder"
+        )
+    for number, record in enumerate(progress.stages):
+        _check_name(stages, number, record, checkpoint)
+    number = len(progress.stages) - 1
+    for stage, record in zip(stages[:number], progress.stages, strict=False):
+        _check_settings(stage, record, checkpoint)
+    stage = stages[number]
+    if progress.iteration == stage.end:
+        _check_settings(stage, progress.stages[number], checkpoint)
+    elif progress.iteration > stage.end:
+        with stage.settings.errors():
+            raise UserError(
+                f"--train-iters {stage.iterations} are fewer than the"
+                f" {progress.iteration - stage.begin} that the checkpoint {checkpoint} has of it"
+            )
+    return stages[number:]
+
+
+def begun(progress: Progress, stage: Stage | None, config: Config) -> Progress:
+    """The progress of a run that goes on in a stage. config: as it does."""
+    if stage is None or stage.name is None:
+        return dataclasses.replace(progress, stages=[])
+    before = [record for record in progress.stages if record["begin"] < stage.begin]
+    record = {"name": stage.name, "begin": stage.begin, "settings": what_counts(config)}
+    return dataclasses.replace(progress, stages=[*before, record])
+
+
+def check_is_of(stage: Stage | None, progress: Progress, checkpoint: Path) -> None:
+    """Raise UserError where a checkpoint is older than the stage: `--load-fallback` has gone past
+    all that are of it."""
+    if stage is not None and progress.iteration < stage.begin:
+        raise UserError(
+            f"{checkpoint.name} is the newest sound checkpoint, and older than the stage"
+            f" {stage.name}: the same command, started again, goes on from there"
+        )
+
+
+def what_counts(config: Config) -> dict[str, Any]:
+    """The settings that the result of a stage hangs on, as JSON has them."""
+    return json.loads(json.dumps(comparable_settings(config, WHAT)))
+
+
+def _check_name(
+    stages: Sequence[Stage], number: int, record: dict[str, Any], checkpoint: Path
+) -> None:
+    """Raise UserError where a stage that the checkpoint has begun is not there, or elsewhere."""
+    name, names = record["name"], [str(stage.name) for stage in stages]
+    if number < len(names) and names[number] == name:
+        return
+    if name in names:
+        place = names.index(name)
+        with stages[place].settings.errors():
+            raise UserError(
+                f"is number {place + 1} here, and number {number + 1} in the checkpoint"
+                f" {checkpoint}: put it back there"
+            )
+    file = stages[0].settings.file
+    assert file is not None
+    raise UserError(
+        f"{file.where('stages')}: stages: none is called {name}, and the checkpoint {checkpoint}"
+        f" has begun it as number {number + 1}; here are {', '.join(names)}: put it back"
+    )
+
+
+def _check_settings(stage: Stage, record: dict[str, Any], checkpoint: Path) -> None:
+    """Raise UserError where a stage that is done was another one."""
+    ours = what_counts(stage.config)
+    if stage.given.training.global_batch_size is None:  # it hangs on the number of ranks
+        del ours["global_batch_size"]
+    for name, before in record["settings"].items():
+        now = ours.get(name, before)
+        if now == before:
+            continue
+        if name == "train_iters":  # both count from the beginning of the run
+            now, before = stage.iterations, before - record["begin"]
+        what = "its training data" if name == "sources" else flag_name(name)
+        with stage.settings.errors():
+            raise UserError(
+                f"is done in the checkpoint {checkpoint}, where {what} was {shown(before)}, and"
+                f" here it is {shown(now)}: set it to that again"
+            )

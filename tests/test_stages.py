@@ -1,0 +1,239 @@
+"""The stages of a run, as a file and the command line describe them."""
+
+import re
+
+import pytest
+import yaml
+
+from megalong.config.arguments import parse_arguments
+from megalong.config.recipe import parse_run
+from megalong.errors import UserError
+from megalong.training.learning_rate import learning_rate
+from megalong.training.stage_table import stage_table
+from tests.launching import REPOSITORY
+
+RECIPE = """\
+model:
+  num_layers: 2
+  hidden_size: 64
+num_attention_heads: 4
+lr: 1.0e-3
+lr_decay_style: linear
+global_batch_size: 4
+micro_batch_size: 2
+data_path: corpus
+tokenizer_type: ByteTokenizer
+save: run
+load: run
+stages:
+  - name: short
+    seq_length: 64
+    segment_lengths: [16, 64]
+    dilation_rates: [1, 2]
+    train-iters: 10
+    lr_warmup_iters: 2
+  - name: long
+    model:
+      seq_length: 256
+      rotary_base: 50000
+    attention:
+      attention: [dilated, dense]
+      segment_lengths: [64, 256]
+      dilation_rates: [1, 4]
+    training:
+      train_tokens: 5e3
+    data_blend: blend.yaml
+    lr: 5.0e-4
+    lr_decay_style: WSD
+    lr_wsd_decay_iters: 2
+    sequence_parallel_size: 2
+"""
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "blend.yaml").write_text("- path: a\n- path: b\n")
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path / "recipe.yaml"
+
+
+def stages_of(*flags: str, ranks: int = 2):
+    return parse_run(["--config", "recipe.yaml", *flags]).resolve(ranks)
+
+
+def changed(file, *replacements: tuple[str, str]) -> None:
+    text = file.read_text()
+    for old, new in replacements:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    file.write_text(text)
+
+
+def test_each_stage_is_a_run_that_goes_on_from_the_one_before(file):
+    short, long = stages_of()
+    assert [(s.name, s.number, s.count, s.begin, s.end) for s in (short, long)] == [
+        ("short", 1, 2, 0, 10),
+        ("long", 2, 2, 10, 15),
+    ]
+    assert (short.tokens, long.tokens) == (10 * 4 * 64, 5 * 4 * 256)
+    assert short.notes == ()
+    [note] = long.notes
+    assert note == ("stage long: train_tokens 5,000 are rounded up to 5,120, 5 iterations of 1,024")
+    for stage in (short, long):
+        assert stage.config.model.hidden_size == 64 and stage.config.run.save == "run"
+    assert short.config.attention.segment_lengths == (16, 64)
+    assert short.config.data.data_path == ("corpus",)
+    assert long.config.data.data_path is None and long.config.data.data_blend == "blend.yaml"
+    assert long.config.attention.attention == ("dilated", "dense")
+    assert (short.config.model.rotary_base, long.config.model.rotary_base) == (10000.0, 50000.0)
+    assert [s.config.parallel.sequence_parallel_size for s in (short, long)] == [1, 2]
+
+
+def test_the_schedule_of_a_stage_is_its_own(file):
+    short, long = stages_of()
+    rates = [learning_rate(i, short.config.training) for i in range(1, 11)]
+    assert rates == pytest.approx([5e-4, 1e-3, *(1e-3 * left / 8 for left in range(8, 0, -1))])
+    rates = [learning_rate(i, long.config.training) for i in range(11, 16)]
+    assert rates == pytest.approx([5e-4, 5e-4, 5e-4, 5e-4, 5e-4 * (2 * 0.5**0.5 - 1)])
+
+
+def test_a_run_without_stages_is_one_without_a_name(file):
+    flags = [word for line in ("--data-path d", "--tokenizer-type ByteTokenizer", "--save run")
+             for word in line.split()]  # fmt: skip
+    [only] = parse_run(flags).resolve(1)
+    given = parse_arguments(flags)
+    assert (only.name, only.begin, only.given, only.config) == (None, 0, given, given.resolve(1))
+    with pytest.raises(UserError, match=r"^nothing is added"), only.settings.errors():
+        raise UserError("nothing is added")
+
+
+def test_what_starts_a_like_run_is_written_down(file):
+    stages = stages_of("--micro-batch-size", "1", "--profile", "--profile-step-start", "12",
+                       "--profile-step-end", "14")  # fmt: skip
+    assert [stage.config.run.profile for stage in stages] == [False, True]
+    file.write_text(stages[0].flags)
+    again = stages_of("--load", "run")
+    assert [stage.config for stage in again] == [stage.config for stage in stages]
+    listed = yaml.safe_load(stages[0].flags)["stages"]
+    assert [stage["train_iters"] for stage in listed] == [10, 5] and "lr" in listed[0]
+    assert "hidden_size" not in listed[0]
+
+
+def test_how_a_stage_is_computed_the_command_line_decides(file):
+    for flags in (
+        ("--sequence-parallel-size", "1", "--zero-stage", "2"),
+        ("--micro-batch-size", "1", "--memory-path", "on"),
+    ):
+        name = flags[0][2:].replace("-", "_")
+        for stage in stages_of(*flags):
+            found = {**vars(stage.config.parallel), **vars(stage.config.training)}
+            assert found[name] == 1
+    assert [stage.config.training.clip_grad for stage in stages_of("--clip-grad", "2")] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--lr 1", "--lr holds for all stages, and long has lr of its own (--config recipe.yaml,"
+         " line 31)"),
+        ("--train-data-path x", "--train-data-path holds for all stages, and long has data_blend"),
+        ("--train-iters 5", "--train-iters beside stages: each stage has its own"),
+        ("--lr-begin-iters 5", "--lr-begin-iters beside stages: the schedule of a stage begins"),
+        ("--use-checkpoint-opt-param-scheduler", "each stage has its own: leave it out"),
+        ("--dry-run -1", "--dry-run -1"),
+        ("--global-batch-size 3", "line 8: stage short: --global-batch-size 3 does not divide"),
+    ],
+)  # fmt: skip
+def test_flags_that_do_not_go_with_the_stages(file, flags, message):
+    with pytest.raises(UserError) as error:
+        stages_of(*flags.split(), ranks=1)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, line, message",
+    [
+        (("    seq_length: 64", "    seq_lenght: 64"), 15,
+         "stage short: seq_lenght: unknown key; did you mean seq_length?"),
+        (("train_tokens: 5e3", "train_token: 5e3"), 29,
+         "training.train_token: unknown key; did you mean train_tokens?"),
+        (("rotary_base: 50000", "lr_wsd_decay_iters: 2"), 23, "belongs to the section training"),
+        (("rotary_base: 50000", "seq-length: 2"), 23, "model.seq-length: given twice"),
+        (("rotary_base: 50000", "seq_length: 2"), 23, "seq_length: given twice"),
+        (("rotary_base: 50000", "hidden_size: 32"), 23,
+         "stage long: hidden_size: is the same in all stages: set it beside `stages:`"),
+        (("rotary_base: 50000", "rotary_base: fast"), 23, "expected float, found 'fast'"),
+        (("lr: 5.0e-4", "seed: 5"), 31, "stage long: seed: is the same in all stages"),
+        (("lr: 5.0e-4", "save: other"), 31, "stage long: save: is the same in all stages"),
+        (("lr: 5.0e-4", "optimizer: sgd"), 31, "stage long: optimizer: is the same"),
+        (("lr: 5.0e-4", "lr_begin_iters: 1"), 31, "the schedule of a stage begins with the stage"),
+        (("lr: 5.0e-4", "pretrained_checkpoint: x"), 31, "only the first stage begins with"),
+        (("name: long", "name: short"), 20, "short is the name of another stage already"),
+        (("  - name: long\n    model:", "  - model:"), 20, "one without a name"),
+        (("    train-iters: 10\n", ""), 14, "stage short has no length: set train_iters"),
+        (("train-iters: 10", "train-iters: 0"), 18, "expected a positive whole number, found 0"),
+        (("train-iters: 10", "train-iters: 1.5"), 18, "train-iters: expected int, found 1.5"),
+        (("train-iters: 10", "train_iters: 1\n    train_tokens: 64"), 19, "keep one of them"),
+        (("train-iters: 10", "train-iters: 1"), 19,
+         "stage short: --lr-warmup-iters 2 is more than the 1 iteration of the stage"),
+        (("lr_wsd_decay_iters: 2", "lr_wsd_decay_iters: 6"), 33,
+         "stage long: --lr-wsd-decay-iters 6 is more than the 5 of the stage's 5 iterations"),
+        (("global_batch_size: 4\n", ""), 19, "train_tokens is a number of iterations only where"),
+        (("rotary_base: 50000", "rope_original_length: 64"), 23, "--rope-scaling-factor turns on"),
+        (("rotary_base: 50000", "yarn_original_max_position_embeddings: 64"), 23,
+         "which --yarn-rotary-scaling-factor turns on: set that too"),
+        (("rotary_base: 50000", "yarn_rotary_scaling_factor: 4"), 23,
+         "set --yarn-original-max-position-embeddings to that"),
+        (("segment_lengths: [16, 64]", "segment_lengths: [16]"), 16,
+         "stage short: --segment-lengths has 1 values and --dilation-rates 2"),
+        (("lr: 1.0e-3\n", "lr: 1.0e-3\ntrain_iters: 5\n"), 6, "each stage has its own"),
+        (("save: run\n", ""), 12, "set --save"),
+        (("  - name: short", "  - 5\n  - name: short"), 14, "expected `name: ...` and settings"),
+    ],
+)  # fmt: skip
+def test_bad_stages_name_key_and_line(file, change, line, message):
+    changed(file, change)
+    with pytest.raises(UserError) as error:
+        stages_of()
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert re.match(rf"--config recipe.yaml, line {line}: ", str(error.value)), error.value
+
+
+def test_stages_are_a_list_and_for_one_command(file):
+    with pytest.raises(UserError, match=r"line 13: stages: a run of several is for pretrain"):
+        parse_arguments(["--config", "recipe.yaml"])
+    file.write_text("save: run\nstages: {}\n")
+    with pytest.raises(UserError, match=r"line 2: stages: a list is expected"):
+        stages_of()
+
+
+def test_the_table_of_the_stages(file):
+    recipe = parse_run(["--config", "recipe.yaml", "--dry-run"])
+    assert recipe.dry_run == 0 and recipe.fewest_ranks == 2
+    assert parse_run(["--config", "recipe.yaml", "--dry-run", "8"]).dry_run == 8
+    lines = stage_table(recipe.resolve(2), 257, 2).splitlines()
+    head, short, long, _, total, throughout, *more = lines
+    assert head.split()[:3] == ["stage", "sequence", "iterations"]
+    assert re.split(r"  +", short)[:5] == [
+        "short", "64", "10", "2,560", f"0.001 to {1e-3 / 8:.2g}, linear, warm-up 2",
+    ]  # fmt: skip
+    assert re.split(r"  +", long)[:5] == ["long", "256", "5", "5,120", "0.0005 to 0.00021, WSD"]
+    assert short.endswith("segment length/dilation rate: 16/1, 64/2")
+    shares = [float(re.search(r"([\d.]+)%", line)[1]) for line in (short, long)]
+    assert sum(shares) == pytest.approx(100, abs=0.11) and shares[1] > 66
+    assert total.startswith("15 iterations, 7,680 tokens, ") and total.endswith("on 2 ranks")
+    ratio = float(throughout.split()[-4])
+    assert ratio == pytest.approx(shares[1] / 100 * 7680 / 5120, rel=0.01)
+    assert "train_tokens 5,000 are rounded up" in more[-1]
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+def test_the_recipes(scale):
+    file = REPOSITORY / "examples" / "recipes" / "short_to_long" / f"{scale}.yaml"
+    data = ["--data-path", "code", "--tokenizer-model", "model"] if scale == "gpu" else []
+    stages = parse_run(["--config", str(file), *data]).resolve(1)
+    lengths = [stage.config.model.seq_length for stage in stages]
+    assert lengths == ([256, 1024, 4096] if scale == "cpu" else [2048, 8192, 32768])
+    for stage in stages:
+        assert stage.config.attention.oddities(stage.config.model.seq_length) == []

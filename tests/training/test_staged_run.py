@@ -1,0 +1,254 @@
+"""A run of several stages is the same, however often it is stopped, and in whatever layout."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from megalong.checkpoint.folder import checkpoint_folder, checkpoints, latest
+from megalong.checkpoint.reading import CheckpointReader
+from megalong.config.recipe import parse_run
+from megalong.errors import UserError
+from megalong.training.resuming import starting_point
+from megalong.training.stages import stages_ahead
+from tests.forked import run_ranks
+from tests.launching import PRETRAIN, made_once, run_here
+from tests.training.staged_worker import ENDS, RESUMED, STAGES, STOPS, write_settings
+from tests.training.test_resume import KILLED_RUN, assert_same_run, numbers
+
+WORKER = __file__.replace("test_staged_run", "staged_worker")
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory) -> Path:
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        for ranks in (1, 2):
+            done = run_ranks(ranks, WORKER, corpus, folder, timeout=600)
+            (folder / f"said_on_{ranks}").write_text(done.stdout)
+
+    return made_once(tmp_path_factory, "staged", make)
+
+
+def facts(runs: Path) -> dict:
+    return json.loads((runs / "facts.json").read_text())
+
+
+def trained(folder: Path) -> list[dict]:
+    return [record for record in numbers(folder) if "split" not in record]
+
+
+def test_the_stages_follow_each_other_in_one_folder(runs):
+    whole = runs / "whole"
+    records = trained(whole)
+    assert [r["iteration"] for r in records] == list(range(1, 9))
+    assert [r["stage"] for r in records] == ["short"] * 3 + ["middle"] * 3 + ["long"] * 2
+    sizes = [8 * 64] * 3 + [4 * 128] * 3 + [8 * 256] * 2
+    assert [r["consumed_tokens"] for r in records] == [sum(sizes[:i]) for i in range(1, 9)]
+    decayed = 2 * math.sqrt(0.5) - 1
+    rates = [1e-2, 1e-2, 5e-3, 4e-3, 4e-3, 4e-3 * decayed, 1e-2, 5e-3]
+    assert [r["learning_rate"] for r in records] == pytest.approx(rates)
+    # Evaluated within the stages, and on all that is held out at the end of each.
+    evaluated = {(r["iteration"], r["split"], r["stage"]) for r in numbers(whole) if "split" in r}
+    sets = {"short": [""], "middle": ["/code", "/books"], "long": ["/books", "/new"]}
+    expected = {(2, "validation", "short")}
+    expected |= {(4, f"validation{name}", "middle") for name in sets["middle"]}
+    for stage, end in zip(STAGES, ENDS, strict=True):
+        of_stage = [
+            f"{part}{name}" for part in ("validation", "test") for name in sets[stage["name"]]
+        ]
+        expected |= {(end, split, stage["name"]) for split in of_stage}
+    assert evaluated == expected
+    # --keep-last 1 keeps those of the ends of stages.
+    assert [path.name for path in checkpoints(whole)] == [f"iter_{end:07d}" for end in ENDS]
+    progress = CheckpointReader(latest(whole)).progress()
+    assert [(s["name"], s["begin"]) for s in progress.stages] == [
+        ("short", 0), ("middle", 3), ("long", 6),
+    ]  # fmt: skip
+    assert progress.updates == 8
+    # Losses that spikes are measured by are those of the stage.
+    assert progress.recent_losses == [r["loss"] for r in records[6:]]
+    assert facts(runs)["alive"] == [0, 0, 0]
+
+
+def test_what_is_said_of_the_stages(runs):
+    said = (runs / "said_on_1").read_text()
+    whole = said[: said.index("stopped by SIGTERM")]
+    for words in (
+        "stage short, 1 of 3: iterations 1 to 3, of 8 sequences of 64 tokens",
+        "stage middle, 2 of 3: iterations 4 to 6, of 4 sequences of 128 tokens",
+        "stage middle: train_tokens 1,531 are rounded up to 1,536, 3 iterations of 512",
+        f"stage middle begins with {runs.with_suffix('.tmp')}/whole/iter_0000003",
+        "--segment-lengths is 64 256; the checkpoint was written with 32 64 128",
+        "from sample 12 on the training data is books 0.5, new 0.5; before it was code 0.7",
+        "stage long | iteration 8/8 | loss",
+    ):
+        assert words in whole, words
+    assert "--train-iters is" not in whole and "the learning rate goes from" not in whole
+    assert "stage short is done: evaluating only" in said
+
+
+def test_a_stopped_run_is_the_same_bit_for_bit(runs):
+    for name, (iteration, _) in STOPS.items():
+        left = runs / "left" / name
+        assert (left / "stopped").exists()
+        if iteration:
+            assert latest(left).name == f"iter_{iteration:07d}"
+        assert_same_run(runs / "stopped" / name, runs / "whole")
+        assert not (runs / "stopped" / name / "stopped").exists()
+
+
+def test_a_killed_run_is_the_same_bit_for_bit(runs, corpus, tmp_path):
+    folder = tmp_path / "killed"
+    settings = {"stages": STAGES, "save": str(folder), "load": str(folder)}
+    flags = ("--config", write_settings(tmp_path / "killed.yaml", str(corpus), **settings))
+    # Between two stages, while the second checkpoint of a start is written and is put in force,
+    # and in the last stage: behind it, the checkpoint in force.
+    for point, count, in_force in (("write", 2, 2), ("pointer", 3, 4), ("step", 4, 6)):
+        assert run_ranks(1, KILLED_RUN, point, count, *flags, check=False).returncode != 0
+        assert latest(folder).name == f"iter_{in_force:07d}", point
+    run_ranks(1, PRETRAIN, *flags)
+    assert_same_run(folder, runs / "whole")
+
+
+@pytest.mark.parametrize("name", [*RESUMED, "own_layout"])
+def test_in_other_layouts(runs, name):
+    folder = runs / "own_layout" if name == "own_layout" else runs / "resumed" / name
+    records, wanted = trained(folder), trained(runs / "whole")
+    for key in ("iteration", "stage", "learning_rate", "consumed_tokens"):
+        assert [r[key] for r in records] == [r[key] for r in wanted], key
+    for key in ("loss", "grad_norm"):
+        values, expected = ([r[key] for r in part] for part in (records, wanted))
+        torch.testing.assert_close(values, expected, rtol=1e-5, atol=0, msg=key)
+    assert_close_tensors(latest(folder), latest(runs / "whole"))
+
+
+def assert_close_tensors(checkpoint: Path, wanted: Path) -> None:
+    reader, reference = CheckpointReader(checkpoint), CheckpointReader(wanted)
+    names = [name for name in reference.tensors if not name.startswith("random.")]
+    assert set(names) == {name for name in reader.tensors if not name.startswith("random.")}
+    for name in names:
+        tensor, expected = reader.read(name), reference.read(name)
+        assert (tensor - expected).abs().max() <= 2e-5 * expected.abs().max(), name
+
+
+def test_a_stage_is_what_a_run_that_goes_on_is(runs):
+    ours, by_hand = CheckpointReader(checkpoint_folder(runs / "whole", 6)), runs / "by_hand" / "2"
+    theirs = CheckpointReader(latest(by_hand))
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    assert all(torch.equal(ours.read(name), theirs.read(name)) for name in ours.tensors)
+    left_out = {"stage", "skipped_spikes"}
+    records = [{k: v for k, v in r.items() if k not in left_out} for r in trained(runs / "whole")]
+    assert records[3:6] == [
+        {k: v for k, v in r.items() if k not in left_out} for r in trained(by_hand)
+    ]
+
+
+def test_the_first_stage_may_begin_with_another_model(runs):
+    said = (runs / "said_on_1").read_text()
+    assert "a new run, with the weights of" in said
+    records = trained(runs / "pretrained")
+    assert [(r["iteration"], r["stage"]) for r in records] == [(1, "short"), (2, "more")]
+    assert records[0]["loss"] < trained(runs / "whole")[0]["loss"] - 0.2
+
+
+def recipe_of(runs: Path, corpus: Path, file: Path, stages: list[dict], left: str) -> Path:
+    folder = str(runs / left)
+    return write_settings(file, str(corpus), stages=stages, save=folder, load=folder)
+
+
+def other(number: int, **changes) -> list[dict]:
+    return [stage | changes if i == number else stage for i, stage in enumerate(STAGES)]
+
+
+@pytest.mark.parametrize(
+    "left, stages, message",
+    [
+        ("whole", other(0, lr=5e-3), "stage short: is done in the checkpoint {checkpoint}, where"
+         " --lr was 0.01, and here it is 0.005: set it to that again"),
+        ("whole", other(0, segment_lengths=[32, 64]), "where --segment-lengths was 16 64, and"),
+        ("whole", other(0, train_iters=4), "where --train-iters was 3, and here it is 4"),
+        ("left/end_of_short", other(0, seq_length=128), "where --seq-length was 64, and here it is"
+         " 128"),
+        ("left/in_middle", other(0, data_path=["x={corpus}"]), "where its training data was"),
+        ("whole", other(1, name="other"), "stages: none is called middle, and the checkpoint"
+         " {checkpoint} has begun it as number 2; here are short, other, long: put it back"),
+        ("left/in_middle", [STAGES[1], STAGES[0]], "stage short: is number 2 here, and number 1"),
+        ("whole", STAGES[:2], "stages: none is called long"),
+        ("left/in_middle",
+         other(1, train_tokens=512, lr_wsd_decay_iters=None, lr_decay_style="constant"),
+         "stage middle: --train-iters 1 are fewer than the 2 that the checkpoint"),
+        ("left/in_middle", other(1, segment_lengths=[32, 128], dilation_rates=[1, 2]),
+         "stage middle: --segment-lengths is 32 128, but the checkpoint"),
+    ],
+)  # fmt: skip
+def test_stages_that_contradict_the_checkpoint(runs, corpus, tmp_path, left, stages, message):
+    file = recipe_of(runs, corpus, tmp_path / "recipe.yaml", stages, left)
+    with pytest.raises(UserError) as error:
+        first, *_ = stages_ahead(parse_run(["--config", str(file)]).resolve(1))
+        starting_point(first.config, first)
+    message = message.format(checkpoint=latest(runs / left))
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"--config {file}, line ")
+
+
+def test_what_may_change_between_two_starts(runs, corpus, tmp_path):
+    for left, stages, ahead in (
+        ("left/in_middle", other(2, lr=1.0, name="new", seq_length=128), ["middle", "new"]),
+        (
+            "left/in_middle",
+            [*STAGES[:2], {"name": "x", "train_iters": 9}, STAGES[2]],
+            ["middle", "x", "long"],
+        ),
+        ("left/in_middle", STAGES[:2], ["middle"]),
+        ("left/in_middle", other(1, train_tokens=4096), ["middle", "long"]),
+        ("left/end_of_short", other(0, train_iters=9), ["short", "middle", "long"]),
+        ("left/end_of_short", STAGES, ["short", "middle", "long"]),
+        ("whole", other(2, train_iters=9), ["long"]),
+    ):
+        file = recipe_of(runs, corpus, tmp_path / "recipe.yaml", stages, left)
+        found = stages_ahead(parse_run(["--config", str(file)]).resolve(1))
+        assert [stage.name for stage in found] == ahead
+        starting_point(found[0].config, found[0])
+
+
+def test_runs_with_and_without_stages_are_not_each_others(runs, corpus, tmp_path):
+    plain = write_settings(tmp_path / "plain.yaml", str(corpus), load=str(runs / "by_hand" / "1"))
+    flags = ["--config", str(plain), "--segment-lengths", "16", "64", "--dilation-rates", "1", "2"]
+    [only] = parse_run(
+        [*flags, "--save", str(runs / "whole"), "--load", str(runs / "whole")]
+    ).resolve(1)
+    with pytest.raises(UserError, match=r"is of a run of stages \(short, middle, long\)"):
+        starting_point(only.config, only)
+    file = write_settings(tmp_path / "staged.yaml", str(corpus), stages=STAGES, save="elsewhere",
+                          load=str(runs / "by_hand" / "1"))  # fmt: skip
+    with pytest.raises(UserError, match=r"is of a run without stages: --finetune begins the first"):
+        stages_ahead(parse_run(["--config", str(file)]).resolve(1))
+    begun = stages_ahead(parse_run(["--config", str(file), "--finetune"]).resolve(1))
+    assert [stage.name for stage in begun] == ["short", "middle", "long"]
+
+
+def test_the_flags_of_a_run_start_a_like_one(runs):
+    again = parse_run(["--config", str(runs / "whole" / "flags.yaml")]).resolve(1)
+    resolved = yaml.safe_load((runs / "whole" / "config.yaml").read_text())
+    assert [stage.end for stage in again] == ENDS
+    assert again[-1].config.model.yarn_rotary_scaling_factor == 2.0
+    assert list(again[1].config.data.data_path) != resolved["data"]["data_path"]
+    assert list(again[2].config.data.data_path) == resolved["data"]["data_path"]
+
+
+def test_a_dry_run_and_a_stage_whose_data_is_missing(corpus, tmp_path):
+    lost = other(2, data_path=["missing=nowhere"])
+    folder = tmp_path / "run"
+    file = write_settings(tmp_path / "recipe.yaml", str(corpus), stages=lost, save=str(folder))
+    told = run_here(Path(PRETRAIN), "--config", file, "--dry-run").stdout.splitlines()
+    assert [line.split()[0] for line in told[:4]] == ["stage", "short", "middle", "long"]
+    assert not folder.exists()
+    refused = run_here(Path(PRETRAIN), "--config", file, check=False)
+    assert refused.returncode == 2 and not folder.exists()
+    assert refused.stderr.count("\n") == 1
+    assert f"error: --config {file}, line " in refused.stderr
+    assert "stage long: --data-path nowhere" in refused.stderr
