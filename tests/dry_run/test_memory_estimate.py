@@ -59,5 +59,6 @@ def test_with_the_offload_more_layers_take_no_more_of_the_device_but_for_their_p
 ):
     three, six = result_of("on"), result_of("on, six layers")
     parameters = 3 * (4 * 512 * 512 + 3 * 512 * 1408)
-    assert six["peak"] - three["peak"] < 20 * parameters  # a tensor of a layer is 67 MB
+    # 22 bytes: weights, optimizer, gradients and their bucket. A tensor of a layer is 67 MB.
+    assert six["peak"] - three["peak"] < 24 * parameters
     assert six["host"] == pytest.approx(2 * three["host"], rel=1e-6)
