@@ -31,8 +31,9 @@ def test_the_ladder_is_written(tmp_path):
     assert sum(flops["logits"].values()) == 4 * 2 * 64 * 500
     # Of 4 layers, in both directions; the forward pass has gate, rest, and the product back.
     assert flops["mlp"]["forward"] == 4 * 3 * 2 * 64 * 128
-    assert longest["tokens"] > 4096 and abs(longest["error"]) < 0.05
-    assert f"{longest['tokens']:,}" in done.stdout and "longest in 206 MiB" in done.stdout
+    # Of 16 MiB: 1.6 MiB, as nearly nothing but what grows with the sequence is in it.
+    assert longest["tokens"] > 4096 and abs(longest["error"]) < 0.1
+    assert f"{longest['tokens']:,}" in done.stdout and "longest in 16 MiB" in done.stdout
     assert (tmp_path / "ladder.png").stat().st_size > 0
 
 

@@ -109,7 +109,7 @@ TINY = Plan(  # to see that it works
         }
     },
     (1024, 2048, 4096),
-    usable=206 * 2**20,
+    usable=16 * 2**20,
     step=512,
     vocabulary=500,
 )
