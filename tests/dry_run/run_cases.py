@@ -38,6 +38,7 @@ LAYOUT = {
 
 
 OFFLOAD = str(Path(__file__).parents[1] / "training" / "offload.json")
+LARGE_BUCKET = str(Path(__file__).with_name("large_bucket.json"))
 ALL_KINDS = {
     "num_layers": 4,
     "attention": "dilated dense local sparse",
@@ -82,6 +83,9 @@ CASES = {
         }
     ),
     "dp2, ZeRO 2": Case({"zero_stage": 2}, rank=1, ranks=2),
+    "dp2, ZeRO 2, DeepSpeed's bucket": Case(
+        {"zero_stage": 2, "deepspeed_config": LARGE_BUCKET}, rank=1, ranks=2
+    ),
     "dp2, ZeRO 3": Case({"zero_stage": 3}, rank=1, ranks=2),
     **{
         f"dp2, ZeRO {stage}, optimizer on the host": Case(

@@ -65,6 +65,12 @@ def test_muon_keeps_one_moment_of_the_matrices_of_layers(results):
     assert held == pytest.approx((8 * matrices + 12 * others) / 4, rel=0.01)
 
 
+def test_a_bucket_as_large_as_the_model_sends_what_a_larger_one_does(results):
+    fitting, larger = (results[f"dp2, ZeRO 2{more}"] for more in ("", ", DeepSpeed's bucket"))
+    assert fitting["traffic"] == larger["traffic"]
+    assert sum(fitting["memory"].values()) < 2**26 < 2**29 < sum(larger["memory"].values())
+
+
 def test_every_operation_has_its_part(results):
     """The numbers of "one": 2 micro batches, 2 layers, 1024 tokens; a product's gradient is two."""
     flops = {(part, way): count for part, way, count in results["one"]["flops"]}
