@@ -10,10 +10,8 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from megalong.errors import UserError
 
@@ -68,23 +66,19 @@ def description(
 
     on_bytes: hears how many more were read. Raises UserError for a byte that is neither 0 nor 1.
     """
+    import numpy as np  # not above: flags are read without it
+
     digest, tokens, size = hashlib.sha256(), 0, 0
-    for chunk in _chunks(path):
-        if chunk.max() > 1:
-            place = int(np.flatnonzero(chunk > 1)[0])
-            raise UserError(
-                f"{path}: byte {size + place:,} is {chunk[place]}, and 1 (the token counts in the"
-                " loss) or 0 (it does not) is expected"
-            )
-        digest.update(chunk)
-        tokens += int(np.count_nonzero(chunk))
-        size += len(chunk)
-        on_bytes(len(chunk))
-    return {"tokens": tokens, "bytes": size, "sha256": digest.hexdigest()}
-
-
-def _chunks(path: str | os.PathLike) -> Iterator[np.ndarray]:
-    """The bytes of a file, some at a time, uint8."""
     with open(path, "rb") as file:
         while len(chunk := np.fromfile(file, np.uint8, _CHUNK)):
-            yield chunk
+            if chunk.max() > 1:
+                place = int(np.flatnonzero(chunk > 1)[0])
+                raise UserError(
+                    f"{path}: byte {size + place:,} is {chunk[place]}, and 1 (the token counts in"
+                    " the loss) or 0 (it does not) is expected"
+                )
+            digest.update(chunk)
+            tokens += int(np.count_nonzero(chunk))
+            size += len(chunk)
+            on_bytes(len(chunk))
+    return {"tokens": tokens, "bytes": size, "sha256": digest.hexdigest()}
