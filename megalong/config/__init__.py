@@ -18,6 +18,7 @@ from megalong.config.memory import MemoryConfig
 from megalong.config.model import ModelConfig
 from megalong.config.parallel import ParallelConfig, world_size
 from megalong.config.run import RunConfig
+from megalong.config.samples import SamplesConfig
 from megalong.config.tasks import TasksConfig
 from megalong.config.training import TrainingConfig
 
@@ -28,6 +29,7 @@ __all__ = [
     "MemoryConfig",
     "ModelConfig",
     "ParallelConfig",
+    "SamplesConfig",
     "TasksConfig",
     "TrainingConfig",
     "flag_name",
@@ -46,6 +48,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def resolve(self, world_size: int) -> Config:
@@ -62,6 +65,7 @@ class Config:
             training=self.training.resolve(data_parallel_size),
             data=self.data.resolve(),
             tasks=self.tasks.resolve(self.model.seq_length, self.run.eval_interval),
+            samples=self.samples.resolve(self.run.eval_interval),
             run=self.run.resolve(),
         )
         model, training = resolved.model, resolved.training
@@ -84,6 +88,7 @@ class Config:
         resolved.run.check(training, world_size)
         resolved.data.check(training.causal, model.seq_length)
         resolved.tasks.check(model.seq_length, training.causal)
+        resolved.samples.check(training.causal)
         return resolved
 
     def num_microbatches(self, data_parallel_size: int) -> int:

@@ -22,6 +22,7 @@ from megalong.errors import UserError
 from megalong.model.core_attention import CoreAttention
 from megalong.model.layer_spec import get_longnet_block_spec, use_transformer_engine
 from megalong.model.names import parameter_places
+from megalong.model.next_tokens import NextTokens
 from megalong.model.output import LossLayer, avoid_logits, label_logits
 from megalong.model.parameters import (
     Initial,
@@ -141,7 +142,7 @@ class _Model(GPTModel):
         vocabulary, those from there on only fill it up.
     """
 
-    beside: str | None = None
+    beside: str | NextTokens | None = None
     used_rows: int
 
     def setup_embeddings_and_output_layer(self) -> None:
@@ -162,6 +163,11 @@ class _Model(GPTModel):
             right_sb = is_likeliest(logits, labels.T, self._tensor_ranks, self.used_rows)
             losses_bs = super().compute_language_model_loss(labels, logits)
             return torch.stack((losses_bs, right_sb.T.to(losses_bs.dtype)))
+        if isinstance(self.beside, NextTokens):
+            tokens_b = self.beside.of_logits(logits, self._tensor_ranks, self.used_rows)
+            losses_bs = super().compute_language_model_loss(labels, logits)
+            tokens_bs = tokens_b[:, None].to(losses_bs.dtype).expand_as(losses_bs)
+            return torch.stack((losses_bs, tokens_bs))
         if self.beside == "logsumexp":  # of which a loss lacks the label's logit
             labelled_sb = label_logits(logits, labels.T, self._tensor_ranks.group)
             losses_bs = super().compute_language_model_loss(labels, logits)

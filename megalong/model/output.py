@@ -11,6 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 
 from megalong.config import Config
+from megalong.model.next_tokens import NextTokens
 from megalong.model.norms import LayerNorm, RMSNorm
 from megalong.model.tiled_layer import tensor_ranks
 from megalong.parallel.mesh import Mesh
@@ -80,7 +81,7 @@ class LossLayer(torch.nn.Module):
         hidden_sbh: torch.Tensor,
         labels_sb: torch.Tensor,
         weight: torch.Tensor | None = None,
-        beside: str | None = None,
+        beside: str | NextTokens | None = None,
     ) -> torch.Tensor:
         """Token losses, (s, b): see `megalong.tiling.linear_cross_entropy`; (2, s, b) with what
         `PipelineStage.forward` has beside them."""
@@ -90,6 +91,9 @@ class LossLayer(torch.nn.Module):
         losses = linear_cross_entropy(
             hidden_sbh, weight, labels_sb, **chunks, with_logsumexp=with_logsumexp
         )
+        if isinstance(beside, NextTokens):
+            tokens_b = beside.of_hidden(hidden_sbh, weight, self.ranks, self.used_rows)
+            return torch.stack((losses, tokens_b.to(losses.dtype).expand_as(losses)))
         if beside != "likeliest":
             return losses
         right_sb = linear_is_likeliest(

@@ -9,6 +9,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from megalong.attention.documents import documents_of
+from megalong.model.next_tokens import NextTokens
 
 
 class PipelineStage(torch.nn.Module):
@@ -24,7 +25,7 @@ class PipelineStage(torch.nn.Module):
         chunk: int = 0,
         document_start: torch.Tensor | None = None,
         document_stop: torch.Tensor | None = None,
-        beside: str | None = None,
+        beside: str | NextTokens | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """The output of one chunk; the other arguments are those of GPTModel.
@@ -33,7 +34,8 @@ class PipelineStage(torch.nn.Module):
             positions (`megalong.data.batches`).
         beside: what the last chunk gives beside the token losses, (2, b, s) in all: "logsumexp" of
             the logits; or "likeliest", 1 where the label is the likeliest token and 0 elsewhere,
-            without gradient, nor rows that only fill up the vocabulary among the tokens.
+            without gradient, nor rows that only fill up the vocabulary among the tokens; or of each
+            sequence the `NextTokens` that are asked for, at every position the same.
         """
         self.chunks[chunk].beside = beside
         documents = documents_of(document_start, document_stop)

@@ -36,6 +36,16 @@ def is_likeliest(
 
 
 @torch.no_grad()
+def likeliest(
+    logits_nv: torch.Tensor, ranks: TensorRanks = ALONE, used_rows: int | None = None
+) -> torch.Tensor:
+    """The likeliest tokens themselves, int64 (n,). logits: (n, v), else as of `is_likeliest`."""
+    used = _Used.of(logits_nv.shape[-1], ranks, used_rows)
+    largest_n, token_n = logits_nv[..., used.looked_at].max(-1)
+    return _of_whole_vocabulary(largest_n, token_n, ranks, used)
+
+
+@torch.no_grad()
 def linear_is_likeliest(
     hidden_lbh: torch.Tensor,
     weight_vh: torch.Tensor,

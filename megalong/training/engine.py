@@ -22,6 +22,7 @@ import torch
 from megalong.config import Config
 from megalong.data.batches import IGNORE_INDEX, Batch
 from megalong.errors import UserError
+from megalong.model.next_tokens import NextTokens
 from megalong.model.stage import PipelineStage
 from megalong.optimizers import optimizer_of
 from megalong.parallel.deepspeed_private import (
@@ -44,7 +45,7 @@ from megalong.training.parameter_groups import (
     show_whole_matrices,
 )
 from megalong.training.step_result import StepResult
-from megalong.training.training_loss import TrainingLoss, held_out_losses
+from megalong.training.training_loss import TrainingLoss, held_out_losses, next_tokens
 
 
 class TrainingEngine:
@@ -217,15 +218,25 @@ class TrainingEngine:
         likeliest, mask. Where logits exist in chunks, these are made twice."""
         return self._held_out(batches, "likeliest")
 
-    def _held_out(self, batches: list[Batch], beside: str | None = None) -> list[Any]:
+    def next_tokens(self, batch: Batch, wanted: NextTokens) -> torch.Tensor | None:
+        """The tokens that follow in a micro batch, int64 (micro batch,), -1 where another rank of
+        the sequence has the position; None on pipeline stages before the last. Called by all ranks
+        alike."""
+        found = self._held_out([batch], wanted, next_tokens)
+        return found[0] if found else None
+
+    def _held_out(
+        self,
+        batches: list[Batch],
+        beside: str | NextTokens | None = None,
+        loss_function: Callable[..., Any] = held_out_losses,
+    ) -> list[Any]:
         self.deepspeed.eval()
         filled = batches
         if len(self.modules) > 1:  # the interleaved schedule takes them in groups of all stages
             filled = batches + batches[-1:] * (-len(batches) % self.mesh.pipeline_parallel_size)
         with torch.no_grad():
-            results = self._run(
-                iter(filled), len(filled), held_out_losses, beside, forward_only=True
-            )
+            results = self._run(iter(filled), len(filled), loss_function, beside, forward_only=True)
         return results[: len(batches)]
 
     def _run(

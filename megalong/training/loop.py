@@ -40,6 +40,7 @@ from megalong.training.resuming import check_agreement, sound_checkpoint
 from megalong.training.run_blend import blend_from, next_sample
 from megalong.training.run_data import RunData, best_set, validation_sets
 from megalong.training.run_folder import leave_unfinished, open_run_folder, same_folder
+from megalong.training.samples import continued
 from megalong.training.stages import begun, check_is_of
 from megalong.training.step_result import StepResult
 from megalong.training.stopping import FAILED_SAVE, Stopped, StopRequest
@@ -267,6 +268,10 @@ class Trainer:
         for trials in self.data.tasks:
             if at_the_end or iteration % self.config.tasks.eval_task_interval == 0:
                 self._evaluate_task(trials)
+        if self.data.prompts and (
+            at_the_end or iteration % self.config.samples.sample_interval == 0
+        ):
+            self._continue_prompts(iteration)
 
     def _evaluate(self, iteration: int, split: str, whole: bool) -> None:
         stream = self.data.held_out[split]
@@ -301,6 +306,21 @@ class Trainer:
         with self._evaluating(batches, f"{trials.task} of {trials.length}") as on_batch:
             score = evaluate_task(self.engine, trials, self.mesh, on_batch)
         self.reports.task(self.progress, score)
+
+    def _continue_prompts(self, iteration: int) -> None:
+        self._read_results()
+        prompts, tokenizer = self.data.prompts, self.data.tokenizer
+        with self.reports.meter.pause():
+            tokens = continued(
+                self.engine,
+                prompts,
+                self.config,
+                self.mesh,
+                tokenizer.eod,
+                iteration,
+                on_token=self._check_stop,
+            )
+        self.reports.samples(self.progress, prompts, tokens, tokenizer)
 
     @contextlib.contextmanager
     def _evaluating(self, batches: int, what: str) -> Iterator[Callable[[], None]]:

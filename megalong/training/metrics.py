@@ -66,6 +66,9 @@ class MetricsLog:
     like evaluations.
     The first record of any kind after a save has save_seconds, save_blocking_seconds: how long
     it took until it was on the disk, and how long the training stood still for it.
+    Samples (`--sample-prompts`) go into `samples.jsonl` beside it: iteration, consumed_tokens, the
+    number of the prompt, prompt, text, which follows it, tokens, and whether the model ended the
+    document. Those that a run makes again where it goes on take the place of the earlier ones.
     Only the main process has one.
     """
 
@@ -74,12 +77,14 @@ class MetricsLog:
         run = config.run
         self._resumed_iteration = resumed_iteration
         self._system_errors = partial(system_errors_of, "--save", str(run.save))
-        self._file = None
+        self._file = self._samples = None
         self._boards: list[Board] = []
         if run.save is not None:
             path = Path(run.save) / "metrics.jsonl"
+            self._samples = path.with_name("samples.jsonl")
             with self._system_errors():
                 forget_after(path, resumed_iteration)
+                forget_after(self._samples, resumed_iteration)
                 self._file = path.open("a")
         if run.tensorboard_dir is not None:
             self._boards.append(_TensorBoard(run.tensorboard_dir, resumed_iteration))
@@ -107,6 +112,20 @@ class MetricsLog:
         self._write_evaluation(record)
         self._draw(record, f"task/{record['task']}/{record['length']}", TASK_CURVES)
         self._draw(record, "train", SAVE_CURVES)
+
+    def sample(self, record: dict[str, Any]) -> None:
+        """What the model made of one prompt."""
+        path, iteration = self._samples, record["iteration"]
+        if path is not None:
+            with self._system_errors():
+                if iteration == self._resumed_iteration and path.exists():
+                    same = iteration, record["number"]
+                    earlier = read_metrics(path)
+                    _replace(path, [r for r in earlier if (r["iteration"], r["number"]) != same])
+                with path.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+        for board in self._boards:
+            board.text(iteration, f"sample/{record['number']}", record["prompt"] + record["text"])
 
     def make_durable(self) -> None:
         """Flush to the disk: what a checkpoint says was done is in the log as well."""
@@ -155,6 +174,9 @@ class Board(Protocol):
     def scalars(self, iteration: int, values: dict[str, float]) -> None:
         """A point of each of these curves."""
 
+    def text(self, iteration: int, name: str, text: str) -> None:
+        """A text, as it stands."""
+
     def flush(self) -> None:
         """Write out what is held back."""
 
@@ -174,6 +196,10 @@ class _TensorBoard:
         with self._system_errors():
             for name, value in values.items():
                 self._writer.add_scalar(name, value, iteration)
+
+    def text(self, iteration: int, name: str, text: str) -> None:
+        with self._system_errors():  # a block of code, in Markdown
+            self._writer.add_text(name, "\n".join(f"    {x}" for x in text.split("\n")), iteration)
 
     def flush(self) -> None:
         with self._system_errors():

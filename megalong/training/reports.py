@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from megalong.checkpoint.saving import Saver
 from megalong.config import Config
 from megalong.config.stages import Stage
 from megalong.data.blend import Blend, shown_shares
+from megalong.data.tokenizers.tokenizer import Tokenizer
 from megalong.model.build import DTYPES
 from megalong.model.flops import step_flops
 from megalong.model.parameters import count_parameters
@@ -31,6 +32,7 @@ from megalong.training.evaluation import Evaluation
 from megalong.training.meter import Meter
 from megalong.training.metrics import MetricsLog
 from megalong.training.run_data import RunData, describe_training
+from megalong.training.sample_prompts import Prompt
 from megalong.training.step_result import StepResult
 from megalong.wording import counted
 
@@ -335,6 +337,31 @@ class Reports:
             f"loss {score.loss:.4f}",
         ]
         say(" | ".join(words + self._words_on_save(saved)))
+
+    def samples(
+        self,
+        progress: Progress,
+        prompts: Sequence[Prompt],
+        continuations: Sequence[Sequence[int]],
+        tokenizer: Tokenizer,
+    ) -> None:
+        """What the model made of the prompts: tokens of each."""
+        if not self.mesh.is_main:
+            return
+        for number, (prompt, tokens) in enumerate(zip(prompts, continuations, strict=True)):
+            text = tokenizer.decode(tokens)
+            self.metrics.sample(
+                {
+                    "iteration": progress.iteration,
+                    "consumed_tokens": progress.consumed_tokens,
+                    "number": number,
+                    "prompt": prompt.text,
+                    "text": text,
+                    "tokens": list(tokens),
+                    "ended": tokens[-1] == tokenizer.eod,
+                }
+            )
+            say(f"sample at iteration {progress.iteration} | {prompt.text!r} | {text!r}")
 
     @property
     def _predicted(self) -> str:

@@ -32,6 +32,7 @@ from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megalong.errors import UserError, system_errors_of
 from megalong.tasks.trials import Trials
 from megalong.training.run_tasks import trials_of
+from megalong.training.sample_prompts import Prompt, prompts_of
 from megalong.wording import counted, did_you_mean
 
 FILES_OF_A_PAIR, OTHER_FILES = 4, 256  # open at a time, of a .bin/.idx pair and of all else
@@ -48,7 +49,7 @@ class RunData:
     token_bytes: UTF-8 bytes that each token id stands for, int32 (vocab size,).
     masking: how tokens are masked; None: the next ones are predicted.
     documents: what their borders mean.
-    tasks: what it is evaluated on besides.
+    tasks: what it is evaluated on besides. prompts: texts that it continues.
     """
 
     tokenizer: Tokenizer
@@ -59,6 +60,7 @@ class RunData:
     masking: Masking | None = None
     documents: DocumentRules = NO_BORDERS
     tasks: Sequence[Trials] = ()
+    prompts: Sequence[Prompt] = ()
 
 
 def open_run_data(config: Config) -> RunData:
@@ -103,6 +105,7 @@ def open_run_data(config: Config) -> RunData:
         masking=masking,
         documents=rules,
         tasks=trials_of(config, tokenizer),
+        prompts=prompts_of(config, tokenizer),
     )
 
 

@@ -69,6 +69,13 @@ class TrainingLoss:
         return sums[0].sum(), by_source, sums[2, 0] if self.z_loss_coeff else None
 
 
+def next_tokens(results: torch.Tensor, mask: torch.Tensor, source: None):
+    """The same where `megalong.model.next_tokens.NextTokens` were asked for: a loss, and the ids,
+    int64 (b,), -1 where another rank has the position."""
+    losses, tokens = results
+    return losses.float().sum(), tokens[:, 0].long()
+
+
 def held_out_losses(losses: torch.Tensor, mask: torch.Tensor, source: None):
     """The same of held-out batches: a loss, and the token losses, whether the labels are the
     likeliest tokens where that is beside the losses, and the mask."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import html
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -63,6 +64,14 @@ class WandbBoard:
         """A point of each of these curves."""
         with self._failure_said():
             self._run.log({"iteration": iteration, **values})
+
+    def text(self, iteration: int, name: str, text: str) -> None:
+        """A text, as it stands."""
+        import wandb
+
+        with self._failure_said():
+            page = wandb.Html(f"<pre>{html.escape(text)}</pre>")
+            self._run.log({"iteration": iteration, name: page})
 
     def flush(self) -> None:
         """wandb writes to its own file on the disk at once."""

@@ -29,6 +29,7 @@ from megalong.training.engine import TrainingEngine, weights_divider
 from megalong.training.evaluation import evaluate
 from megalong.training.learning_rate import learning_rate
 from megalong.training.run_data import open_run_data
+from megalong.training.samples import continued
 from megalong.training.task_evaluation import evaluate_task
 from tests.launching import small_run_flags
 
@@ -76,6 +77,7 @@ MODELS = {
         "xpos_scale_base": 50,
         "untie_embeddings_and_output_weights": True,
         "z_loss_coeff": 0.02,
+        "sample_temperature": 1.0,
     },
     "dense": {"attention": "dense"},
     "all kinds": ALL_KINDS,
@@ -119,8 +121,10 @@ MODELS = {
 BOTH = list(MODELS)[:2]
 
 # These two, and their copies, are evaluated on a task too, whose answers lie on two shards, in
-# samples that are shorter than the sequence.
+# samples that are shorter than the sequence; and continue prompts, from one shard into another.
 TASK = {
+    "sample_prompts": f"a {'bcd' * 21}",
+    "sample_tokens": 2,
     "eval_tasks": "copy",
     "eval_task_style": "ids",
     "eval_task_lengths": 104,
@@ -407,6 +411,7 @@ def train(config, mesh):
         [trials] = data.tasks
         evaluation["task"] = evaluate_task(engine, trials, mesh).record()
         evaluation["echoed"] = tokens_echoed(engine, data, mesh)
+        evaluation["continued"] = continued(engine, data.prompts, config, mesh, 256, iteration=2)
     mine = {
         name: safe_get_full_fp32_param(parameter).cpu()
         for name, parameter in named_parameters(engine.model)

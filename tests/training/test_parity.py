@@ -56,7 +56,8 @@ def assert_same(one, two, tolerance: float) -> None:
         values = [np.array(evaluation[3][what], float) for evaluation in (one, two)]  # None: NaN
         np.testing.assert_allclose(*values, rtol=tolerance, atol=0, err_msg=what)
 
-    assert one[3].get("echoed") == two[3].get("echoed")
+    for what in ("echoed", "continued"):
+        assert one[3].get(what) == two[3].get(what)
     tasks = [dict(evaluation.get("task", {"loss": 0.0})) for evaluation in (one[3], two[3])]
     losses = [task.pop("loss") for task in tasks]
     torch.testing.assert_close(*losses, rtol=tolerance, atol=0, msg="loss of a task")
