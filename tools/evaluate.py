@@ -1,5 +1,6 @@
-"""How good is a model at each context length? Perplexity, bits per byte, loss by position, passkey
-retrieval, and other tasks that ask for what was said long before.
+"""How good is a model at each context length? Perplexity, bits per byte, loss by position, loss of
+the same tokens behind longer and longer prompts, passkey retrieval, and other tasks that ask for
+what was said long before.
 
     python tools/evaluate.py --model runs/longnet --input book.txt --context-lengths 2048 8192 \\
         --tasks niah_multikey mqar --task-lengths 2048 8192 --output evaluation
@@ -52,6 +53,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--max-bytes", type=int, help="take only so much of the beginning of each file")
     add("--context-lengths", type=int, nargs="+", default=[2048], help="tokens of a window")
+    add(
+        "--prompt-lengths",
+        type=int,
+        nargs="*",
+        default=[],
+        help="tokens of --input that the same tokens behind them are predicted from",
+    )
+    add("--suffix-tokens", type=int, default=256, help="tokens that are predicted behind them")
     add("--passkey-lengths", type=int, nargs="*", default=[], help="tokens of a passkey trial")
     add(
         "--passkey-depths",
@@ -73,8 +82,12 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if not args.input and not args.passkey_lengths and not args.tasks:
         raise UserError("nothing to do: give --input, --passkey-lengths or --tasks")
+    if args.prompt_lengths and not args.input:
+        raise UserError("--prompt-lengths are of the texts of --input: give it too")
     at_least_one = {
         "--context-lengths": args.context_lengths,
+        "--prompt-lengths": args.prompt_lengths or [1],
+        "--suffix-tokens": [args.suffix_tokens],
         "--passkey-trials": [args.passkey_trials],
         "--task-lengths": args.task_lengths,
         "--task-samples": [args.task_samples],
@@ -139,12 +152,12 @@ def _read(file: str, max_bytes: int | None) -> Iterator[str]:
 def evaluate(loaded: LoadedModel, texts: list[str], args: argparse.Namespace) -> dict:
     """Every measurement that the flags ask for, printed as it is made."""
     trials_of_tasks = _trials(loaded, args)  # what cannot be made is refused before it takes time
-    from megalong.hf.evaluation import evaluate_texts, passkey, task_score
+    from megalong.hf.evaluation import evaluate_texts, losses_by_prompt, passkey, task_score
     from megalong.position_losses import FEW_TOKENS, position_edges
     from megalong.progress import progress_bar
 
     results = {"model": str(args.model), "dtype": args.dtype}
-    results |= {"texts": [], "passkey": [], "tasks": []}
+    results |= {"texts": [], "prompts": [], "passkey": [], "tasks": []}
     if texts:
         size = sum(len(text.encode()) for text in texts)
         for context in args.context_lengths:
@@ -168,6 +181,17 @@ def evaluate(loaded: LoadedModel, texts: list[str], args: argparse.Namespace) ->
                 f"hint: --input has only {result['tokens']:,} tokens to predict, too few to tell"
                 f" good models apart: give it at least {FEW_TOKENS:,}",
                 file=sys.stderr,
+            )
+    if args.prompt_lengths:
+        prompts = sorted(set(args.prompt_lengths))
+        with progress_bar(None, "token", "prompts") as bar:
+            found = losses_by_prompt(loaded, texts, prompts, args.suffix_tokens, bar.update)
+        results["prompts"] = found
+        for result in found:
+            print(
+                f"behind {result['prompt']} tokens: loss {result['loss']:.4f} of"
+                f" {result['tokens']} tokens",
+                flush=True,
             )
     for length in args.passkey_lengths:
         for depth in args.passkey_depths:
@@ -230,6 +254,17 @@ def tables(results: dict) -> str:
                 ],
             )
         )
+    if results["prompts"]:
+        parts.append(
+            _table(
+                ["prompt", "suffix", "tokens", "loss", "perplexity"],
+                [
+                    f"{r['prompt']:,} | {r['suffix']:,} | {r['tokens']:,} | {r['loss']:.4f} |"
+                    f" {r['perplexity']:.3f}"
+                    for r in results["prompts"]
+                ],
+            )
+        )
     if results["passkey"]:
         parts.append(
             _table(
@@ -260,13 +295,18 @@ def _table(columns: list[str], rows: list[str]) -> str:
 
 
 def plot(results: dict, path: Path) -> None:
-    """The loss by position at each context length, the passkeys found, and the tasks by distance,
-    side by side."""
+    """The loss by position at each context length and behind prompts, the passkeys found, and the
+    tasks by distance, side by side."""
     from matplotlib.figure import Figure
 
     from megalong.tasks.plots import plot_by_distance
 
-    draw = {"texts": _plot_positions, "passkey": _plot_passkeys, "tasks": plot_by_distance}
+    draw = {
+        "texts": _plot_positions,
+        "prompts": _plot_prompts,
+        "passkey": _plot_passkeys,
+        "tasks": plot_by_distance,
+    }
     panels = [name for name in draw if results[name]]
     figure = Figure(figsize=(7 * len(panels), 4.5), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)
@@ -285,6 +325,15 @@ def _plot_positions(axis, results: list[dict]) -> None:
     axis.set(xscale="log", xlabel="position in the window", ylabel="loss (nats per token)")
     axis.grid(alpha=0.3)
     axis.legend()
+
+
+def _plot_prompts(axis, results: list[dict]) -> None:
+    axis.plot([r["prompt"] for r in results], [r["loss"] for r in results], "o-")
+    suffix = results[0]["suffix"]
+    axis.set(
+        xscale="log", xlabel="tokens of the prompt", ylabel=f"loss of the same {suffix} behind"
+    )
+    axis.grid(alpha=0.3)
 
 
 def _plot_passkeys(axis, results: list[dict]) -> None:

@@ -102,6 +102,49 @@ def evaluate_texts(
     }
 
 
+def losses_by_prompt(
+    loaded: LoadedModel,
+    texts: Sequence[str],
+    prompts: Sequence[int],
+    suffix: int,
+    on_stretch: Callable[[int], object] = lambda tokens: None,
+) -> list[dict[str, Any]]:
+    """The loss of the same tokens behind prompts of other lengths (arXiv 2307.02486, Figure 7b).
+
+    Texts are cut into stretches of max(prompts) + suffix tokens, what is left over is not read. The
+    last `suffix` tokens of each are predicted, for each length in `prompts`, from so many tokens
+    before them, at least 1, and from each other. on_stretch: hears how many more tokens of text are
+    done. Raises UserError where no text has a stretch.
+    """
+    length = max(prompts) + suffix
+    losses: dict[int, list[torch.Tensor]] = {prompt: [] for prompt in prompts}
+    for text in texts:
+        tokens = loaded.encode(text)
+        for start in range(0, len(tokens) - length + 1, length):
+            stretch = tokens[start : start + length]
+            for prompt, found in losses.items():
+                found.append(token_losses(loaded, stretch[-(prompt + suffix) :])[-suffix:])
+            on_stretch(length)
+    if not losses[max(prompts)]:
+        raise UserError(
+            f"--prompt-lengths {max(prompts)}: no text of --input has {length} tokens, prompt and"
+            " suffix together: give it longer ones, or set --prompt-lengths lower"
+        )
+    results = []
+    for prompt, found in losses.items():
+        mean = torch.cat(found).double().mean().item()
+        results.append(
+            {
+                "prompt": prompt,
+                "suffix": suffix,
+                "tokens": suffix * len(found),
+                "loss": mean,
+                "perplexity": perplexity(mean),
+            }
+        )
+    return results
+
+
 @torch.no_grad()
 def task_score(
     loaded: LoadedModel,

@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from megalong.errors import UserError
-from megalong.hf.evaluation import evaluate_texts, passkey, task_score, token_losses
+from megalong.hf.evaluation import (
+    evaluate_texts,
+    losses_by_prompt,
+    passkey,
+    task_score,
+    token_losses,
+)
 from megalong.hf.loaded_model import LoadedModel
 from megalong.tasks.trials import Trials, language_of
 from tests.hf.test_transformers import make_model
@@ -53,6 +59,18 @@ def test_every_token_counts_once_at_every_context_length(loaded):
     first = torch.cat([token_losses(loaded, [256, *text.encode()])[:5] for text in texts])
     assert result["loss_by_position"][0] == pytest.approx(first.mean().item(), rel=1e-6)
     assert evaluate_texts(loaded, ["ab"], 9, [0, 5, 9])["loss_by_position"][1] is None
+
+
+def test_the_same_tokens_are_predicted_behind_every_prompt(loaded):
+    texts = ["0123456789abcdefghijklmnopqrs", "too short", "x" * 24]
+    found = losses_by_prompt(loaded, texts, [1, 4, 9], suffix=3)
+    ends = [list(text[:12].encode()) for text in (texts[0], texts[0][12:], "x" * 12, "x" * 12)]
+    for result, prompt in zip(found, (1, 4, 9), strict=True):
+        losses = torch.cat([token_losses(loaded, end[-prompt - 3 :])[-3:] for end in ends])
+        assert result["prompt"] == prompt and result["tokens"] == 3 * len(ends)
+        assert result["loss"] == pytest.approx(losses.double().mean().item(), rel=1e-6)
+    with pytest.raises(UserError, match="--prompt-lengths 90: no text of --input has 93 tokens"):
+        losses_by_prompt(loaded, texts, [1, 90], suffix=3)
 
 
 def test_a_passkey_is_found_by_a_model_that_copies(loaded):
