@@ -35,15 +35,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
 
 from megalong.command_line import REPOSITORY, ArgumentParser, needed_packages
 from megalong.command_line import run as run_command
-from megalong.data.text.documents import BrokenDocument, RawDocument
-from megalong.data.text.source_file import NAME, read
+from megalong.data.text.source_file import texts_of_folder
 from megalong.data.tokenizers.tokenizer import TOKENIZERS, build_tokenizer
 from megalong.errors import UserError
 
@@ -170,24 +168,13 @@ def write_corpus(sources: list[Path], corpus: Path, max_bytes: int) -> None:
     order = np.random.default_rng(0).permutation(len(folders))
     with partial.open("w") as file:
         for i in order:
-            text = "\n".join(texts_in(Path(folders[i])))
+            text = "\n".join(texts_of_folder(folders[i], _LARGEST_FILE))
             if text and size < max_bytes:
                 size += len(text.encode())
                 file.write(json.dumps({"text": text}) + "\n")
     if size < max_bytes:
         raise UserError(f"--sources: {size:,} bytes of text, less than --max-bytes {max_bytes:,}")
     partial.rename(corpus)
-
-
-def texts_in(folder: Path) -> Iterator[str]:
-    """The texts of the files that lie in a folder itself."""
-    for path in sorted(folder.iterdir()):
-        document = RawDocument(NAME, str(path), None, None, None, 0)
-        if path.is_file() and not path.is_symlink():
-            try:
-                yield read(document, str(path), _LARGEST_FILE)
-            except BrokenDocument:
-                continue
 
 
 def measure_corpus(corpus: Path) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Source code, one document a file, whatever its name: text as it is."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -24,6 +25,16 @@ def raw_documents(path: str, reading: Reading) -> Iterator[RawDocument]:
 def texts(document: RawDocument, reading: Reading) -> dict[str, str | BrokenDocument]:
     """The file's text, under the first key. Raises LeftOut for a binary or too large file."""
     return {reading.json_keys[0]: read(document, document.path, reading.max_file_size)}
+
+
+def texts_of_folder(folder: str, max_file_size: int) -> Iterator[str]:
+    """The texts of the files that lie in a folder itself, by name; what is no text, a link
+    or larger than max_file_size bytes is left out."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_file(follow_symlinks=False):
+            document = RawDocument(NAME, entry.path, None, None, None, 0)
+            with contextlib.suppress(BrokenDocument):
+                yield read(document, entry.path, max_file_size)
 
 
 def read(document: RawDocument, path: str, max_file_size: int) -> str:
