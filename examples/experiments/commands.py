@@ -1,0 +1,230 @@
+"""The commands of a cell, one after the other, within its minutes, and again after a kill.
+
+A training lies in OUTPUT/models/NAME: the name is made of what it is trained with, so that cells
+(of other experiments, too) that differ only in what they are asked share it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cost import Cost
+from grid import Cell, as_flags
+
+from megalong.command_line import REPOSITORY
+from megalong.errors import UserError
+from megalong.training.metrics import read_metrics, training_records
+
+TRAINING_SHARE = 0.85  # of a cell's minutes: the rest is for the evaluation
+GRACE = 120  # seconds that a command may take longer than it was told
+TICK = 0.2  # seconds
+_PR_SET_PDEATHSIG = 1
+
+
+class OutOfTime(Exception):
+    """The cell's minutes are over."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where everything lies, and how it runs. corpus: what corpus.sh made, for grids that need it.
+    processes: of one training. seconds: the bound of a cell. environment: of all commands, beside
+    this process's own."""
+
+    corpus: Path | None
+    models: Path
+    processes: int
+    seconds: float
+    environment: dict[str, str]
+
+    def words(self, command: list[str]) -> str:
+        """A command as it is reported: without the paths of this machine."""
+        known = {str(self.models): "MODELS", str(REPOSITORY): "."}
+        if self.corpus is not None:
+            known = {str(self.corpus): "CORPUS", **known}
+        line = " ".join(["python", *command[1:]])
+        for path, name in known.items():
+            line = line.replace(path, name)
+        return line
+
+
+class Training:
+    """The training of a cell, as far as it is."""
+
+    def __init__(self, cell: Cell, cost: Cost, place: Place):
+        self._cell, self._cost, self._place = cell, cost, place
+        flags = {**cell.flags, "train_iters": cost.iterations}
+        identity = {"flags": flags, "data": cell.data, "processes": place.processes}
+        if cell.data is None:
+            identity["corpus"] = json.loads((place.corpus / "corpus.json").read_text())
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = place.models / key
+        self.run = self.folder / "run"
+        self._flags = flags
+        self.commands: list[list[str]] = []
+
+    @property
+    def seconds(self) -> float:
+        """What it has taken until now, over all starts."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return json.loads((self.folder / "seconds.json").read_text())
+        return 0.0
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "done").exists()
+
+    def curve(self) -> list[tuple[int, float]]:
+        """Iterations, and the mean losses up to each since the one before."""
+        with contextlib.suppress(FileNotFoundError):
+            records = training_records(read_metrics(self.run / "metrics.jsonl"))
+            return [(record["iteration"], record["loss"]) for record in records]
+        return []
+
+    def go_on(self, on_share: Callable[[float], None]) -> None:
+        """Train to the end. on_share: hears now and then which share is done. Raises OutOfTime,
+        and UserError where a command fails."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.commands = [self._make_data()] if self._cell.data is not None else []
+        self.commands.append(self._train())
+        if self.done:
+            return
+        if self._cell.data is not None and not (self.folder / "data.idx").exists():
+            self._run(self.commands[0], on_share)
+        self._run(self.commands[-1], on_share)
+        if (self.run / "stopped").exists():
+            raise OutOfTime
+        (self.folder / "done").touch()
+
+    def _run(self, command: list[str], on_share: Callable[[float], None]) -> None:
+        left = TRAINING_SHARE * self._place.seconds - self.seconds
+        if left <= 0:
+            raise OutOfTime
+        if command is self.commands[-1]:
+            command = [*command, "--exit-duration-in-mins", f"{left / 60:.3f}"]
+        before = self.seconds
+
+        def on_tick(seconds: float) -> None:
+            aside = self.folder / "seconds.tmp"
+            aside.write_text(json.dumps(before + seconds))
+            aside.replace(self.folder / "seconds.json")
+            curve = self.curve()
+            on_share(curve[-1][0] / self._cost.iterations if curve else 0.0)
+
+        run_command(
+            command, self._place.environment, self.folder / "log.txt", left + GRACE, on_tick
+        )
+
+    def _make_data(self) -> list[str]:
+        cell, tool = self._cell, REPOSITORY / "tools" / "make_task_data.py"
+        samples = self._cost.tokens // cell.data["length"]
+        settings = {**cell.data, "samples": samples, "seed": cell.seed}
+        settings["output_prefix"] = str(self.folder / "data")
+        return [sys.executable, str(tool), *as_flags(settings), "--overwrite"]
+
+    def _train(self) -> list[str]:
+        if self._cell.data is not None:
+            data = {"data_path": str(self.folder / "data")}
+        else:
+            corpus = self._place.corpus
+            data = {
+                "data_path": str(corpus / "train_text_document"),
+                "tokenizer_model": str(corpus / "tokenizer.model"),
+            }
+        run = {
+            "split": "1,0,0",  # what is held out, the evaluation reads itself
+            "save": str(self.run),
+            "load": str(self.run),
+            "save_interval": max(self._cost.iterations // 8, 1),
+            "keep_last": 1,
+            "log_interval": max(self._cost.iterations // 100, 1),
+        }
+        python = [sys.executable]
+        if self._place.processes > 1:
+            python += ["-m", "torch.distributed.run", "--standalone"]
+            python += [f"--nproc_per_node={self._place.processes}"]
+        script = str(REPOSITORY / "pretrain_longnet.py")
+        return [*python, script, *as_flags({**self._flags, **data, **run})]
+
+
+def evaluate(
+    cell: Cell, training: Training, place: Place, folder: Path
+) -> tuple[dict[str, Any], list[str], float]:
+    """What tools/evaluate.py finds; its command; its seconds. Raises OutOfTime, UserError."""
+    settings: dict[str, Any] = dict(cell.evaluate)
+    if cell.data is None:
+        settings["input"] = str(place.corpus / "held_out.jsonl")
+    tool = str(REPOSITORY / "tools" / "evaluate.py")
+    command = [sys.executable, tool, "--model", str(training.run), *as_flags(settings)]
+    command += ["--output", str(folder), "--overwrite"]
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    left = max(place.seconds - training.seconds, 0)
+    run_command(command, place.environment, folder / "log.txt", left, lambda seconds: None)
+    found = json.loads((folder / "evaluation.json").read_text())
+    found.pop("model")  # a path
+    return found, [*command[:-2], "EVALUATION"], time.monotonic() - start
+
+
+def _end_with_this_process() -> None:
+    """In a child: be told to stop where the parent is killed, and can tell nobody (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def run_command(
+    command: list[str],
+    environment: dict[str, str],
+    log: Path,
+    seconds: float,
+    on_tick: Callable[[float], None],
+) -> None:
+    """Run it to its end, its output appended to `log`. It is told to stop where this process is.
+    on_tick: hears every few seconds how long it has been. Raises OutOfTime after `seconds`, and
+    UserError where it fails."""
+    start = told = time.monotonic()
+    with log.open("a") as file:
+        # Of a session of its own: Ctrl-C is for this process, which passes it on once.
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            preexec_fn=_end_with_this_process,
+            env={**os.environ, **environment, "PYTHONPATH": str(REPOSITORY)},
+        )
+        try:
+            while process.poll() is None:
+                time.sleep(TICK)
+                now = time.monotonic()
+                if now - start > seconds:
+                    raise OutOfTime
+                if now - told > 2:
+                    told = now
+                    on_tick(now - start)
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)  # a training saves a checkpoint
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
+                if process.poll() is None:
+                    process.kill()
+            on_tick(time.monotonic() - start)
+    if process.returncode:
+        lines = log.read_text().strip().splitlines() or [""]
+        last = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1])
+        raise UserError(
+            f"{Path(command[1]).name} ended with {process.returncode}: {last}: see {log}"
+        )

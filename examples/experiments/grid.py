@@ -1,0 +1,167 @@
+"""A YAML grid as cells: one training each, and what it is asked afterwards.
+
+A grid has, beside title and question,
+
+    measure   which table and plots it becomes (`report.py`)
+    equal     "tokens" or "flops": what is the same in all cells with the same budget
+    common    settings of all cells
+    axes      by name of an axis its values, and of each the settings that make it
+    scales    for cpu and gpu: seeds, minutes (the bound of a cell), and again common and axes,
+              which win over the others; an axis that stands there too has its values from there
+
+Settings are flags of pretrain_longnet.py (`num_layers: 4`), and
+
+    budget     training tokens, or executed FLOPs, whichever `equal` says
+    data       "corpus", or flags of tools/make_task_data.py: a dataset of recall tasks
+    evaluate   flags of tools/evaluate.py
+
+A cell has one value of every axis, and a seed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megalong.errors import UserError
+from megalong.wording import did_you_mean
+
+KEYS = {"title", "question", "measure", "equal", "common", "axes", "scales"}
+SCALE_KEYS = {"seeds", "minutes", "common", "axes"}
+OTHER_SETTINGS = ("budget", "data", "evaluate")
+EQUAL = ("tokens", "flops")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """values: of each axis the name. flags: of pretrain_longnet.py, by the names of fields.
+    data: None for the corpus, else flags of tools/make_task_data.py. evaluate: flags of
+    tools/evaluate.py. budget: tokens or FLOPs."""
+
+    name: str
+    values: dict[str, str]
+    seed: int
+    flags: dict[str, Any]
+    budget: float
+    data: dict[str, Any] | None
+    evaluate: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """An experiment at a scale. minutes: the bound of a cell."""
+
+    experiment: str
+    scale: str
+    title: str
+    question: str
+    measure: str
+    equal: str
+    axes: dict[str, list[str]]
+    minutes: float
+    cells: list[Cell]
+
+    def chosen(self, patterns: list[str] | None, seeds: list[int] | None) -> list[Cell]:
+        """Those whose names, without the seed, have all words of one of the patterns, as in
+        "dense 512". Raises UserError where a pattern or a seed is that of none."""
+        cells = [cell for cell in self.cells if seeds is None or cell.seed in seeds]
+        if not cells:
+            have = ", ".join(map(str, sorted({cell.seed for cell in self.cells})))
+            raise UserError(f"--seeds: {self.experiment} has {have}")
+        if patterns is None:
+            return cells
+        for pattern in patterns:
+            if not any(_matches(cell, pattern) for cell in cells):
+                names = sorted({name for names in self.axes.values() for name in names})
+                raise UserError(
+                    f"--cells {pattern}: no cell has that; there are {', '.join(names)}"
+                )
+        return [cell for cell in cells if any(_matches(cell, pattern) for pattern in patterns)]
+
+
+def read_grid(path: Path, scale: str) -> Grid:
+    """Raises UserError for what is missing, unknown or contradicts itself."""
+    content = yaml.safe_load(path.read_text())
+    _check_keys(path, content, KEYS, KEYS - {"common"})
+    if scale not in content["scales"]:
+        have = ", ".join(content["scales"])
+        raise UserError(f"--scale {scale}: {path.name} has {have}")
+    here = content["scales"][scale]
+    _check_keys(path, here, SCALE_KEYS, {"seeds", "minutes"}, f"scales.{scale}.")
+    if content["equal"] not in EQUAL:
+        raise UserError(f"{path}: equal: {content['equal']}: must be one of {', '.join(EQUAL)}")
+    axes = {**content["axes"], **here.get("axes", {})}
+    common = [content.get("common", {}), here.get("common", {})]
+    cells = [
+        _cell(path, common, dict(zip(axes, names, strict=True)), axes, seed)
+        for names in itertools.product(*axes.values())
+        for seed in here["seeds"]
+    ]
+    return Grid(
+        experiment=path.stem,
+        scale=scale,
+        title=content["title"],
+        question=" ".join(content["question"].split()),
+        measure=content["measure"],
+        equal=content["equal"],
+        axes={axis: list(map(str, values)) for axis, values in axes.items()},
+        minutes=here["minutes"],
+        cells=cells,
+    )
+
+
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    """{"num_layers": 4, "swiglu": False, "attention": ["local", "dense"]} as words of a command."""
+    words = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{flag}", *map(str, values)]
+    return words
+
+
+def _cell(
+    path: Path, common: list[dict], names: dict[str, Any], axes: dict[str, dict], seed: int
+) -> Cell:
+    settings: dict[str, Any] = {}
+    for layer in [*common, *(axes[axis][name] for axis, name in names.items())]:
+        for key, value in layer.items():
+            there = settings.get(key)
+            both = isinstance(there, dict) and isinstance(value, dict)
+            settings[key] = {**there, **value} if both else value
+    missing = [key for key in OTHER_SETTINGS if key not in settings]
+    values = {axis: str(name) for axis, name in names.items()}
+    name = "-".join([*values.values(), f"seed{seed}"])
+    if missing:
+        raise UserError(f"{path}: {', '.join(missing)}: cell {name} has none")
+    data = settings.pop("data")
+    return Cell(
+        name=name,
+        values=values,
+        seed=seed,
+        budget=float(settings.pop("budget")),
+        data=None if data == "corpus" else data,
+        evaluate=settings.pop("evaluate"),
+        flags={**settings, "seed": seed},
+    )
+
+
+def _matches(cell: Cell, pattern: str) -> bool:
+    return set(pattern.split()) <= set(cell.values.values())
+
+
+def _check_keys(
+    path: Path, content: dict, known: set[str], needed: set[str], where: str = ""
+) -> None:
+    for key in content:
+        if key not in known:
+            raise UserError(f"{path}: {where}{key}: no such key{did_you_mean(key, known)}")
+    if missing := sorted(needed - content.keys()):
+        raise UserError(f"{path}: {where}{missing[0]} is missing")

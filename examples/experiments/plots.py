@@ -1,0 +1,172 @@
+"""Plots of the experiments: means over the seeds, with bars of their sample standard deviations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from measures import Cell, compute, text_of
+from statistics_of_seeds import PowerLaw, Spread
+
+Points = list[tuple[float, float]]
+
+
+def by_context(cells: list[Cell]) -> Figure:
+    """Perplexity by evaluation length, a panel for each training length."""
+    figure = lines_by_axis(
+        cells, lambda cell: [(t["context"], t["perplexity"]) for t in cell["evaluation"]["texts"]]
+    )
+    return labelled(figure, "evaluation length", "perplexity", log_y=True)
+
+
+def by_position(cells: list[Cell]) -> Figure:
+    """Loss by position in the window of the training length."""
+    figure = lines_by_axis(cells, _positions)
+    return labelled(figure, "position", "loss (nats per token)")
+
+
+def by_prompt(cells: list[Cell]) -> Figure:
+    """Loss of the same tokens by the length of the prompt before them."""
+    figure = lines_by_axis(
+        cells, lambda cell: [(p["prompt"], p["loss"]) for p in cell["evaluation"]["prompts"]]
+    )
+    return labelled(figure, "tokens of the prompt", "loss of the same tokens (nats)")
+
+
+def by_compute(cells: list[Cell]) -> Figure:
+    """Loss against executed FLOPs, a point a cell, with the power laws."""
+    [column] = compute(cells)
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    axes = figure.subplots()
+    axis, names = next(iter(cells[0]["axes"].items()))
+    for number, name in enumerate(names):
+        points = [
+            (sum(cell["flops"].values()), loss)
+            for cell in cells
+            if cell["values"][axis] == name and (loss := column.value(cell)) is not None
+        ]
+        if not points:
+            continue
+        flops, losses = zip(*points, strict=True)
+        color, label = f"C{number}", name
+        if law := PowerLaw.of(flops, losses):
+            ends = np.array([min(flops), max(flops)])
+            axes.plot(ends, law.at(ends), color=color, linewidth=1)
+            error = "" if law.exponent_error is None else f" ± {law.exponent_error:.3f}"
+            label = f"{name}: FLOP^-({law.exponent:.3f}{error})"
+        axes.plot(flops, losses, "o", color=color, markersize=4, label=label)
+    axes.set(xscale="log", yscale="log", xlabel="executed FLOPs", ylabel="held-out loss (nats)")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    return figure
+
+
+def of_variants(cells: list[Cell]) -> Figure:
+    """The loss of each variant at the training length, a point a seed."""
+    [column] = compute(cells)
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    losses: dict[str, list[float]] = {}
+    for cell in cells:
+        if (loss := column.value(cell)) is not None:
+            losses.setdefault(", ".join(cell["values"].values()), []).append(loss)
+    names = sorted(losses, key=lambda name: Spread.of(losses[name]).mean)
+    for place, name in enumerate(names):
+        values, spread = losses[name], Spread.of(losses[name])
+        axes.plot(values, [place] * len(values), "o", color="C0", alpha=0.5, markersize=4)
+        axes.errorbar(
+            spread.mean, place, xerr=spread.deviation or 0, fmt="|", color="C0", label=name
+        )
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="held-out loss (nats)")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def by_distance(cells: list[Cell]) -> Figure:
+    """Accuracy by how far back the answer stands, at the training length, a panel a task."""
+    tasks = dict.fromkeys(t["task"] for cell in cells for t in cell["evaluation"]["tasks"])
+    of_tasks = [
+        {
+            **cell,
+            "values": {**cell["values"], "task": task},
+            "evaluation": {"tasks": [t for t in cell["evaluation"]["tasks"] if t["task"] == task]},
+        }
+        for task in tasks
+        for cell in cells
+    ]
+    return labelled(lines_by_axis(of_tasks, _distances), "tokens to look back", "accuracy")
+
+
+PLOTS: dict[str, dict[str, Callable[[list[Cell]], Figure]]] = {
+    "perplexity": {"perplexity": by_context, "positions": by_position},
+    "compute": {"compute": by_compute},
+    "prompts": {"prompts": by_prompt},
+    "ablation": {"ablation": of_variants},
+    "recall": {"distance": by_distance},
+}
+
+
+def lines_by_axis(cells: list[Cell], points: Callable[[Cell], Points]) -> Figure:
+    """A line for each value of the axis "attention" (else of the first one), a panel for what the
+    others have. points: of a cell."""
+    axes = cells[0]["axes"]
+    of_lines = "attention" if "attention" in axes else next(iter(axes))
+    panels: dict[str, dict[str, list[Points]]] = {}
+    for cell in cells:
+        panel = ", ".join(f"{k} {v}" for k, v in cell["values"].items() if k != of_lines)
+        lines = panels.setdefault(panel, {})
+        lines.setdefault(cell["values"][of_lines], []).append(points(cell))
+    columns = min(len(panels), 4)
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(1.5 + 3.6 * columns, 3.8 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel, place in zip(panels, grid, strict=False):
+        place.set_title(panel, fontsize=10)
+        for number, name in enumerate(axes[of_lines]):
+            if name in panels[panel]:
+                _line(place, name, panels[panel][name], f"C{number}")
+    for place in grid[len(panels) :]:
+        place.remove()
+    return figure
+
+
+def labelled(figure: Figure, x: str, y: str, log_y: bool = False) -> Figure:
+    for axes in figure.axes:
+        axes.set(xscale="log", xlabel=x, ylabel=y, yscale="log" if log_y else "linear")
+        axes.grid(alpha=0.3, which="both")
+    figure.axes[0].legend(fontsize=8)
+    return figure
+
+
+def _line(axes: Axes, name: str, of_seeds: list[Points], color: str) -> None:
+    values: dict[float, list[float]] = {}
+    for points in of_seeds:
+        for x, y in points:
+            values.setdefault(x, []).append(y)
+    places = sorted(values)
+    spreads = [Spread.of(values[x]) for x in places]
+    means, bars = [s.mean for s in spreads], [s.deviation or 0.0 for s in spreads]
+    axes.errorbar(
+        places, means, yerr=bars, fmt="o-", color=color, markersize=3, capsize=2, label=name
+    )
+
+
+def _positions(cell: Cell) -> Points:
+    found = text_of(cell, cell["seq_length"])
+    if found is None:
+        return []
+    pairs = zip(pairwise(found["position_edges"]), found["loss_by_position"], strict=True)
+    return [((a + b) / 2, loss) for (a, b), loss in pairs if loss is not None]
+
+
+def _distances(cell: Cell) -> Points:
+    found = [t for t in cell["evaluation"]["tasks"] if t["length"] == cell["seq_length"]]
+    if not found:
+        return []
+    pairs = zip(pairwise(found[0]["distance_edges"]), found[0]["accuracy_by_distance"], strict=True)
+    return [((a + b) / 2, share) for (a, b), share in pairs if share is not None]

@@ -1,0 +1,189 @@
+"""An experiment's table and plots, of its cells' JSON alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from measures import MEASURES, Cell, Column
+from plots import PLOTS
+from statistics_of_seeds import PowerLaw, Spread
+
+from megalong.disk import writable_folder
+from megalong.errors import UserError
+from megalong.progress import clock
+
+
+def read_cells(folder: Path) -> list[Cell]:
+    """The cells that have been run, by name."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def write_report(folder: Path) -> None:
+    """Writes report.json, report.md and plots beside `cells`. Raises UserError where there is no
+    complete cell."""
+    cells = read_cells(folder / "cells")
+    complete = [cell for cell in cells if cell["complete"]]
+    if not complete:
+        raise UserError(f"{folder}: no cell is complete: give run.py more --minutes")
+    writable_folder("--output", folder)
+    found = summary(cells, complete)
+    (folder / "report.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / "report.md").write_text(as_text(found))
+    for name, plot in PLOTS[complete[0]["measure"]].items():
+        plot(complete).savefig(folder / f"{name}.png", dpi=110)
+
+
+def summary(cells: list[Cell], complete: list[Cell]) -> dict[str, Any]:
+    """All numbers of a report."""
+    first = complete[0]
+    columns = MEASURES[first["measure"]](complete)
+    return {
+        **{key: first[key] for key in ("experiment", "scale", "title", "question", "measure")},
+        "equal": first["equal"],
+        "axes": list(first["axes"]),
+        "rows": [row(group, columns) for group in groups(complete)],
+        "formats": {column.name: column.shown for column in columns},
+        "fits": fits(complete) if first["measure"] == "compute" else {},
+        "cut": {
+            cell["cell"]: f"{cell['iterations_done']} of {cell['iterations']} iterations"
+            for cell in cells
+            if not cell["complete"]
+        },
+        "seconds": round(sum(sum(cell["seconds"].values()) for cell in cells), 1),
+        "ran_on": distinct(cells, "machine"),
+        "processes": distinct(cells, "processes"),
+        "versions": distinct(cells, "versions"),
+        "commits": distinct(cells, "commit"),
+        "dates": sorted({cell["date"][:10] for cell in cells}),
+    }
+
+
+def groups(cells: list[Cell]) -> list[list[Cell]]:
+    """Cells that differ in their seed alone, in the order of the axes' values."""
+    axes = cells[0]["axes"]
+    found: dict[tuple, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(tuple(cell["values"].values()), []).append(cell)
+    places = [list(values) for values in axes.values()]
+
+    def place(names: tuple) -> list[int]:
+        return [values.index(name) for values, name in zip(places, names, strict=True)]
+
+    return [
+        sorted(found[names], key=lambda cell: cell["seed"]) for names in sorted(found, key=place)
+    ]
+
+
+def row(group: list[Cell], columns: list[Column]) -> dict[str, Any]:
+    """Of cells with other seeds: what they cost, and mean and spread of each column."""
+    first = group[0]
+    numbers = {}
+    for column in columns:
+        values = [value for cell in group if (value := column.value(cell)) is not None]
+        numbers[column.name] = Spread.of(values)._asdict() if values else None
+    return {
+        "values": first["values"],
+        "seeds": [cell["seed"] for cell in group],
+        "parameters": first["parameters"],
+        "tokens": first["tokens"],
+        "flops": sum(first["flops"].values()),
+        "attention_flops": first["flops"]["attention"],
+        "numbers": numbers,
+    }
+
+
+def fits(cells: list[Cell]) -> dict[str, dict | None]:
+    """By the first axis' value, the power law of loss in compute over all sizes and seeds."""
+    axis, names = next(iter(cells[0]["axes"].items()))
+    [column] = MEASURES["compute"](cells)
+    found = {}
+    for name in names:
+        points = [
+            (sum(cell["flops"].values()), loss)
+            for cell in cells
+            if cell["values"][axis] == name and (loss := column.value(cell)) is not None
+        ]
+        law = PowerLaw.of(*zip(*points, strict=True)) if points else None
+        found[name] = law and law._asdict()
+    return found
+
+
+def distinct(cells: list[Cell], key: str) -> list[Any]:
+    """The values that there are, each once."""
+    found = []
+    for cell in cells:
+        if cell[key] not in found:
+            found.append(cell[key])
+    return found
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """A report in Markdown."""
+    equal = {"tokens": "the same number of training tokens", "flops": "the same executed FLOPs"}
+    lines = [f"# {found['title']}", "", found["question"], ""]
+    lines += [
+        f"Equal in all rows with the same budget: {equal[found['equal']]}; both are in the table."
+        " FLOPs are those of the whole training, executed. Means and sample standard deviations"
+        " over the seeds.",
+        "",
+    ]
+    columns = list(found["formats"])
+    header = [*found["axes"], "parameters", "tokens", "TFLOP", "of it attention", *columns, "seeds"]
+    lines += [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    for line in found["rows"]:
+        cells = [
+            *line["values"].values(),
+            f"{line['parameters'] / 1e6:.2f} M",
+            f"{line['tokens'] / 1e6:.2f} M",
+            f"{line['flops'] / 1e12:,.1f}",
+            f"{line['attention_flops'] / line['flops']:.0%}",
+            *(shown(line["numbers"][name], found["formats"][name]) for name in columns),
+            str(len(line["seeds"])),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    for name, law in found["fits"].items():
+        lines += ["", f"{name}: {law_in_words(law)}"]
+    if found["cut"]:
+        lines += ["", "Cut, being longer than their minutes, and in no mean:"]
+        lines += [f"- {name}: {what}" for name, what in found["cut"].items()]
+    lines += ["", *ran(found)]
+    return "\n".join(lines) + "\n"
+
+
+def shown(number: dict | None, how: str) -> str:
+    """Mean ± spread."""
+    if number is None:
+        return ""
+    text = format(number["mean"], how)
+    if number["deviation"] is None:
+        return text
+    return f"{text} ± {format(number['deviation'], how.replace('+', ''))}"
+
+
+def law_in_words(law: dict | None) -> str:
+    if law is None:
+        return "one amount of compute, no power law"
+    text = f"loss = {law['scale']:.4g} · FLOP^-{law['exponent']:.4f}"
+    if law["exponent_error"] is not None:
+        text += (
+            f", exponent ± {law['exponent_error']:.4f} (standard error), points off the line by"
+            f" {law['scatter']:.2%}"
+        )
+    return f"{text}; {law['points']} points"
+
+
+def ran(found: dict[str, Any]) -> list[str]:
+    """On what, when, of which commit."""
+    machines = "; ".join(
+        f"{m['device'] or m['processor']}, {m['processors']} processors" for m in found["ran_on"]
+    )
+    versions = "; ".join(
+        ", ".join(f"{name} {number}" for name, number in some.items()) for some in found["versions"]
+    )
+    commits = ", ".join(map(str, found["commits"]))
+    return [
+        f"Ran on {machines}; {', '.join(found['dates'])}; commit {commits}; {versions};"
+        f" {clock(found['seconds'])} in all."
+    ]

@@ -1,0 +1,204 @@
+"""What dilated attention is worth: an experiment by one command.
+
+    examples/experiments/corpus.sh cpu runs/corpus
+    python examples/experiments/run.py perplexity --scale cpu --corpus runs/corpus \\
+        --output runs/experiments
+    python examples/experiments/run.py perplexity --scale cpu --output runs/experiments --report
+
+The experiments are the grids beside this file. A grid's cells, a training each and its evaluation,
+run one after the other; each that ends leaves OUTPUT/EXPERIMENT_SCALE/cells/CELL.json, and is not
+run again. Killed, the same command goes on with the rest, and with the training that was under way
+from its last checkpoint. --plan only says what there is to do. In the end, and with --report of
+what there is so far, OUTPUT/EXPERIMENT_SCALE has report.md, report.json and plots, made of those
+files alone. A cell that takes longer than its minutes is cut, left out of the means, and said; a
+larger --minutes lets it go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
+
+from megalong.command_line import ArgumentParser, needed_packages
+from megalong.command_line import run as run_main
+
+with needed_packages():
+    from commands import OutOfTime, Place, Training, evaluate
+    from cost import Cost, cost_of
+    from grid import Cell, Grid, read_grid
+    from machine import machine
+    from report import read_cells, write_report
+
+from megalong.errors import UserError
+from megalong.progress import clock, progress_bar
+from megalong.wording import counted, did_you_mean
+
+ON_THE_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # where there is a GPU, too
+GRIDS = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("experiment", help=f"{', '.join(GRIDS)}, or a grid of your own: a .yaml file")
+    add("--output", type=Path, required=True, help="folder for models, cells and reports")
+    add("--scale", default="cpu", help="cpu: two cores, minutes a cell; gpu: one H100")
+    add("--corpus", type=Path, help="folder that corpus.sh made, for experiments on text")
+    add("--cells", nargs="+", help='those that have all these values, as in "dense 512"')
+    add("--seeds", type=int, nargs="+", help="of the grid's")
+    add("--minutes", type=float, help="bound of a cell (default: the grid's)")
+    add("--processes", type=int, default=1, help="of a training; more than one by torchrun")
+    add("--plan", action="store_true", help="say what there is to do, and do nothing")
+    add("--report", action="store_true", help="make the report of what there is, and no more")
+    args = parser.parse_args()
+    if args.experiment not in GRIDS and not args.experiment.endswith(".yaml"):
+        hint = did_you_mean(args.experiment, GRIDS)
+        raise UserError(
+            f"{args.experiment}: no such experiment{hint}; there are {', '.join(GRIDS)}"
+        )
+    if args.processes < 1:
+        raise UserError("--processes must be at least 1")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    grid = read_grid(GRIDS.get(args.experiment, Path(args.experiment)), args.scale)
+    folder = args.output / f"{grid.experiment}_{grid.scale}"
+    if not args.report:
+        cells = grid.chosen(args.cells, args.seeds)
+        run_cells(cells, grid, args, folder / "cells")
+        if args.plan:
+            return
+    if read_cells(folder / "cells"):
+        write_report(folder)
+        print((folder / "report.md").read_text())
+        print(f"{folder}: report.md, report.json and plots")
+    else:
+        print(f"{folder}: no cell has been run")
+
+
+def run_cells(cells: list[Cell], grid: Grid, args: argparse.Namespace, folder: Path) -> None:
+    """Runs those that have not been, one after the other."""
+    minutes = args.minutes or grid.minutes
+    models = (args.output / "models").resolve()
+    corpus = None
+    if any(cell.data is None for cell in cells):
+        corpus = checked_corpus(args.corpus)
+    environment = ON_THE_CPU if grid.scale == "cpu" else {}
+    place = Place(corpus, models, args.processes, 60 * minutes, environment)
+    costs = {
+        cell.name: cost_of(cell, grid.equal, vocabulary(cell, corpus), args.processes)
+        for cell in cells
+    }
+    left = [cell for cell in cells if not is_done(folder / f"{cell.name}.json", minutes)]
+    print(
+        f"{grid.experiment}: {counted(len(cells), 'cell')}, {len(left)} to be run, at most"
+        f" {minutes:g} minutes each: {clock(60 * minutes * len(left))} at the very most",
+        flush=True,
+    )
+    if args.plan:
+        for cell in cells:
+            cost = costs[cell.name]
+            state = "to be run" if cell in left else "done"
+            print(
+                f"{cell.name}: {cost.iterations:,} iterations, {cost.tokens:,} tokens,"
+                f" {cost.total_flops / 1e12:,.2f} TFLOP, {cost.parameters:,} parameters; {state}"
+            )
+        return
+    if not left:
+        return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    folder.mkdir(parents=True, exist_ok=True)
+    total = sum(costs[cell.name].total_flops for cell in left) / 1e12
+    with progress_bar(total, "TFLOP", grid.experiment, interval=30) as bar:
+        for number, cell in enumerate(left, 1):
+            done_before, cost = bar.n, costs[cell.name]
+            bar.set_description(f"{grid.experiment} {number}/{len(left)} {cell.name}")
+
+            def on_share(share: float, start=done_before, flops=cost.total_flops) -> None:
+                bar.update(start + share * flops / 1e12 - bar.n)
+
+            result = run_cell(cell, grid, cost, place, folder, on_share)
+            on_share(1.0)
+            path = folder / f"{cell.name}.json"
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(result, indent=1) + "\n")
+            os.replace(partial, path)
+
+
+def run_cell(cell: Cell, grid: Grid, cost: Cost, place: Place, folder: Path, on_share) -> dict:
+    """A cell's result, as it is written."""
+    training = Training(cell, cost, place)
+    seconds, found, commands = 0.0, None, []
+    try:
+        training.go_on(on_share)
+        found, command, seconds = evaluate(cell, training, place, folder / cell.name)
+        commands.append(command)
+    except OutOfTime:
+        print(f"{cell.name}: cut after {clock(training.seconds)}", file=sys.stderr, flush=True)
+    curve = training.curve()
+    return {
+        "experiment": grid.experiment,
+        "scale": grid.scale,
+        "title": grid.title,
+        "question": grid.question,
+        "measure": grid.measure,
+        "equal": grid.equal,
+        "axes": grid.axes,
+        "cell": cell.name,
+        "values": cell.values,
+        "seed": cell.seed,
+        "complete": found is not None,
+        "minutes": place.seconds / 60,
+        "seq_length": cell.flags["seq_length"],
+        "flags": cell.flags,
+        "data": cell.data,
+        "commands": [place.words(command) for command in training.commands + commands],
+        "iterations": cost.iterations,
+        "iterations_done": curve[-1][0] if curve else 0,
+        "tokens": cost.tokens,
+        "flops": cost.flops,
+        "parameters": cost.parameters,
+        "loss_curve": curve,
+        "evaluation": found,
+        "seconds": {"training": round(training.seconds, 1), "evaluation": round(seconds, 1)},
+        "processes": place.processes,
+        **machine(gpu=grid.scale != "cpu"),
+    }
+
+
+def is_done(path: Path, minutes: float) -> bool:
+    """Whether a cell has been run: to its end, or as long as it may."""
+    if not path.exists():
+        return False
+    result = json.loads(path.read_text())
+    return result["complete"] or result["minutes"] >= minutes
+
+
+def checked_corpus(folder: Path | None) -> Path:
+    if folder is None:
+        raise UserError("--corpus is missing: the folder that examples/experiments/corpus.sh made")
+    for name in ("corpus.json", "tokenizer.model", "train_text_document.idx", "held_out.jsonl"):
+        if not (folder / name).exists():
+            raise UserError(f"--corpus {folder}: no {name}: make it with corpus.sh")
+    return folder.resolve()
+
+
+def vocabulary(cell: Cell, corpus: Path | None) -> int:
+    """Ids of a cell's tokenizer."""
+    from megalong.data.tokenizers.tokenizer import build_tokenizer
+
+    kind = cell.flags.get("tokenizer_type", "SentencePieceTokenizer")
+    model = None if cell.data is not None else str(corpus / "tokenizer.model")
+    return build_tokenizer(kind, cell.flags.get("tokenizer_model", model)).vocab_size
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,290 @@
+"""examples/experiments/run.py: grids, what cells cost, reports; with `long`, a tiny grid that is
+killed."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megalong.errors import UserError
+from tests.launching import REPOSITORY, run, run_here
+
+FOLDER = REPOSITORY / "examples" / "experiments"
+SCRIPT = FOLDER / "run.py"
+sys.path.insert(0, str(FOLDER))
+from cost import cost_of  # noqa: E402
+from grid import as_flags, read_grid  # noqa: E402
+from report import write_report  # noqa: E402
+from statistics_of_seeds import PowerLaw, Spread  # noqa: E402
+
+GRIDS = sorted(FOLDER.glob("*.yaml"))
+TINY = {
+    "title": "Tiny",
+    "question": "Does it run?",
+    "measure": "recall",
+    "equal": "flops",
+    "common": {
+        "tokenizer_type": "ByteTokenizer",
+        "data": {"tasks": ["copy"], "task_style": "ids", "tokenizer_type": "ByteTokenizer"},
+        "evaluate": {"tasks": ["copy"], "task_style": "ids", "task_lengths": [64]},
+        "memory_path": "off",
+        "budget": 2.0e10,
+    },
+    "axes": {"attention": {"dense": {"attention": "dense"}, "dilated": {}}},
+    "scales": {
+        "cpu": {
+            "seeds": [1, 2],
+            "minutes": 3,
+            "common": {
+                **{"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2},
+                **{"seq_length": 64, "global_batch_size": 4, "micro_batch_size": 4},
+                **{"segment_lengths": [16, 64], "dilation_rates": [1, 4]},
+                **{"precision": "fp32", "lr": 1e-3, "data": {"length": 64}},
+            },
+        }
+    },
+}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY, sort_keys=False))
+    return path
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_the_cells_of_every_grid_can_be_trained_and_cost_what_they_should(path, scale):
+    grid = read_grid(path, scale)
+    assert len({cell.name for cell in grid.cells}) == len(grid.cells)
+    assert len({cell.seed for cell in grid.cells}) >= 3
+    for cell in grid.cells:
+        if cell.seed != grid.cells[0].seed:
+            continue  # costs the same
+        cost = cost_of(cell, grid.equal, 2048 if scale == "cpu" else 32000, 1)
+        paid = cost.tokens if grid.equal == "tokens" else cost.total_flops
+        assert abs(paid - cell.budget) <= 0.51 * paid / cost.iterations
+        assert cost.iterations > 2 * cell.flags["lr_warmup_iters"]
+        assert cell.name and set(cell.values) == set(grid.axes)
+
+
+def test_prompts_are_asked_of_the_trainings_of_perplexity():
+    for scale in ("cpu", "gpu"):
+        trained = {
+            json.dumps(cell.flags, sort_keys=True)
+            for cell in read_grid(FOLDER / "perplexity.yaml", scale).cells
+        }
+        for cell in read_grid(FOLDER / "prompt.yaml", scale).cells:
+            assert json.dumps(cell.flags, sort_keys=True) in trained
+
+
+def test_settings_of_layers(tiny):
+    grid = read_grid(tiny, "cpu")
+    assert [cell.name for cell in grid.cells] == [
+        *("dense-seed1", "dense-seed2", "dilated-seed1", "dilated-seed2")
+    ]
+    assert grid.cells[0].data == {**TINY["common"]["data"], "length": 64}
+    assert grid.cells[1].flags["seed"] == 2 and "budget" not in grid.cells[1].flags
+    assert [cell.name for cell in grid.chosen(["dilated"], [2])] == ["dilated-seed2"]
+    with pytest.raises(UserError, match="--cells sparse: no cell has that; there are dense"):
+        grid.chosen(["sparse"], None)
+    with pytest.raises(UserError, match="--seeds: tiny has 1, 2"):
+        grid.chosen(None, [3])
+    words = as_flags({"swiglu": False, "attention": ["local", "dense"], "finetune": True, "lr": 1})
+    assert " ".join(words) == "--no-swiglu --attention local dense --finetune --lr 1"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"mesure": 1}, "mesure: no such key; did you mean measure?"),
+        ({"equal": "time"}, "equal: time: must be one of tokens, flops"),
+        ({"scales": {"gpu": {}}}, "--scale cpu: tiny.yaml has gpu"),
+        ({"common": {}}, "evaluate: cell dense-seed1 has none"),
+    ],
+)
+def test_wrong_grids_are_refused(tmp_path, changes, message):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, **changes}, sort_keys=False))
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        read_grid(path, "cpu")
+
+
+def test_a_power_law_is_found_with_its_error():
+    compute = [1e9, 1e10, 1e11, 1e12]
+    exact = PowerLaw.of(compute, [7 * c**-0.08 for c in compute])
+    assert exact.scale == pytest.approx(7) and exact.exponent == pytest.approx(0.08)
+    assert exact.exponent_error == pytest.approx(0, abs=1e-12)
+    # Off by +d, -d, -d, +d in logarithms: the slope stays, and its error is known.
+    signs = (1, -1, -1, 1)
+    law = PowerLaw.of(
+        compute, [7 * c**-0.08 * math.exp(0.01 * s) for c, s in zip(compute, signs, strict=True)]
+    )
+    square = sum(((i - 1.5) * math.log(10)) ** 2 for i in range(4))
+    assert law.exponent == pytest.approx(0.08)
+    assert law.exponent_error == pytest.approx(math.sqrt(4 * 0.01**2 / 2 / square))
+    assert PowerLaw.of([1e9, 1e9], [3.0, 3.1]) is None
+    assert Spread.of([1.0, 3.0]) == (2.0, pytest.approx(math.sqrt(2)), 2)
+    assert Spread.of([5.0]) == (5.0, None, 1)
+
+
+def made_up(measure: str, values: dict[str, str], seed: int, loss: float, **more) -> dict:
+    """A cell as run.py writes it, with this loss at the length of its training."""
+    text = {"position_edges": [0, 256, 512], "loss_by_position": [loss + 1, loss]}
+    texts = [
+        {"context": c, "loss": loss, "perplexity": math.exp(loss + 512 / c), **text}
+        for c in (256, 512)
+    ]
+    tasks = [
+        {"task": "copy", "length": 512, "accuracy": loss / 10}
+        | {"distance_edges": [0, 256, 512], "accuracy_by_distance": [None, loss / 10]}
+    ]
+    prompts = [{"prompt": p, "loss": loss - p / 1e3} for p in (64, 128)]
+    return {
+        **{"experiment": "made_up", "scale": "cpu", "title": "T", "question": "Q?"},
+        **{"measure": measure, "equal": "tokens", "complete": True, "seed": seed},
+        "axes": {axis: ["a", "b"] for axis in values},
+        "cell": f"{'-'.join(values.values())}-seed{seed}",
+        "values": values,
+        **{"seq_length": 512, "parameters": 1000, "tokens": 10**6, "iterations": 10},
+        "flops": {"attention": 10**12, "mlp": 3 * 10**12},
+        "evaluation": {"texts": texts, "tasks": tasks, "prompts": prompts},
+        "seconds": {"training": 50.0, "evaluation": 10.0},
+        "machine": {"processor": "P", "processors": 2, "device": None},
+        **{"versions": {"torch": "9"}, "commit": "c0ffee", "processes": 1},
+        "date": "2026-01-02 03:04",
+        **more,
+    }
+
+
+def report_of(folder: Path, cells: list[dict]) -> tuple[dict, str]:
+    (folder / "cells").mkdir(parents=True)
+    for cell in cells:
+        (folder / "cells" / f"{cell['cell']}.json").write_text(json.dumps(cell))
+    write_report(folder)
+    return json.loads((folder / "report.json").read_text()), (folder / "report.md").read_text()
+
+
+AXIS = {"attention": "a"}, {"attention": "b"}
+
+
+@pytest.mark.parametrize(
+    "measure, column, means, line",
+    [
+        ("perplexity", "perplexity at 512", (math.exp(4.0),) * 2, "loss at position 256"),
+        ("prompts", "loss behind 128", (3 - 0.128, 3 - 0.128), "2.872 ± 0.100"),
+        ("recall", "copy of 512", (0.3, 0.3), "30.0% ± 1.0%"),
+    ],
+)
+def test_a_report_has_means_and_spreads_over_the_seeds(tmp_path, measure, column, means, line):
+    losses = (2.9, 3.0, 3.1)
+    cells = [
+        made_up(measure, values, seed, loss) for values in AXIS for seed, loss in enumerate(losses)
+    ]
+    found, text = report_of(tmp_path, cells)
+    assert [row["values"]["attention"] for row in found["rows"]] == ["a", "b"]
+    for row, mean in zip(found["rows"], means, strict=True):
+        assert row["seeds"] == [0, 1, 2] and row["numbers"][column]["count"] == 3
+        assert row["numbers"][column]["mean"] == pytest.approx(mean, rel=0.01)
+    assert line in text and "| 1.00 M | 4.0 | 25% |" in text and "c0ffee" in text
+    assert list(tmp_path.glob("*.png"))
+
+
+def test_variants_are_compared_by_seed_and_cut_cells_are_said(tmp_path):
+    cells = [made_up("ablation", AXIS[0], seed, 3.0 + seed) for seed in (0, 1)]
+    cells += [made_up("ablation", AXIS[1], seed, 3.2 + 1.1 * seed) for seed in (0, 1)]
+    cut = made_up("ablation", AXIS[1], 2, 9.0, complete=False, iterations_done=4, evaluation=None)
+    found, text = report_of(tmp_path, [*cells, cut])
+    beside = found["rows"][1]["numbers"]["beside a"]
+    assert beside == {
+        **{"mean": pytest.approx(0.25), "deviation": pytest.approx(0.1 / math.sqrt(2))},
+        "count": 2,
+    }
+    assert "+0.2500 ± 0.0707" in text and "- b-seed2: 4 of 10 iterations" in text
+
+
+def test_the_report_of_compute_has_the_power_law_of_each_kind(tmp_path):
+    cells = [
+        made_up("compute", {"attention": kind, "size": size}, seed, 9 * flops**-exponent)
+        | {"flops": {"attention": 0, "mlp": flops}}
+        for kind, exponent in (("a", 0.05), ("b", 0.1))
+        for size, flops in (("a", 1e12), ("b", 1e13))
+        for seed in (0, 1)
+    ]
+    found, text = report_of(tmp_path, cells)
+    assert found["fits"]["a"]["exponent"] == pytest.approx(0.05)
+    assert found["fits"]["b"]["exponent"] == pytest.approx(0.1)
+    assert "b: loss = 9 · FLOP^-0.1000, exponent ± 0.0000" in text and "4 points" in text
+
+
+def test_what_is_there_to_do_is_said_and_mistakes_are_refused(tiny, tmp_path):
+    planned = run_here(SCRIPT, tiny, "--output", tmp_path / "out", "--plan").stdout
+    assert "tiny: 4 cells, 4 to be run, at most 3 minutes each: 12:00 at the very most" in planned
+    assert "dense-seed1: " in planned and "iterations" in planned
+    assert not (tmp_path / "out").exists()
+    for words, message in (
+        (["perplexty"], "perplexty: no such experiment; did you mean perplexity?"),
+        (["perplexity"], "--corpus is missing"),
+        (["perplexity", "--corpus", tmp_path], "no corpus.json: make it with corpus.sh"),
+        ([tiny, "--scale", "gpu"], "--scale gpu: tiny.yaml has cpu"),
+    ):
+        refused = run_here(SCRIPT, *words, "--output", tmp_path / "out", check=False)
+        assert refused.returncode == 2 and message in refused.stderr
+
+
+@pytest.mark.long
+def test_a_grid_that_is_killed_goes_on_and_its_report_is_of_its_cells_alone(tiny, tmp_path):
+    output = tmp_path / "out"
+    flags = [str(SCRIPT), str(tiny), "--output", str(output), "--seeds", "1"]
+    command = [sys.executable, *flags]
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = output / "tiny_cpu" / "cells" / "dense-seed1.json"
+    wait_for(lambda: first.exists() or started.poll() is not None)
+    made = first.stat().st_mtime_ns
+    # In the training of the second cell, behind a checkpoint.
+    wait_for(lambda: len(list(output.glob("models/*/run/latest"))) == 2)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    [second] = [path.parent for path in output.glob("models/*/run") if not _done(path.parent)]
+    run([*command, "--cells", "dilated"])
+    assert first.stat().st_mtime_ns == made and _done(second)
+    assert "stopped by" in (second / "log.txt").read_text()
+    cells = sorted(path.name for path in (output / "tiny_cpu" / "cells").glob("*.json"))
+    assert cells == ["dense-seed1.json", "dilated-seed1.json"]
+    result = json.loads((output / "tiny_cpu" / "cells" / cells[1]).read_text())
+    assert result["complete"] and result["iterations_done"] == result["iterations"]
+    assert result["seconds"]["training"] > 1 and len(result["commands"]) == 3
+    assert str(tmp_path) not in json.dumps(result) and str(REPOSITORY) not in json.dumps(result)
+    report = (output / "tiny_cpu" / "report.md").read_text()
+    assert "copy of 64" in report
+    (output / "tiny_cpu" / "report.md").unlink()
+    run([*command, "--report"])
+    assert (output / "tiny_cpu" / "report.md").read_text() == report
+
+
+@pytest.mark.long
+def test_a_cell_is_cut_at_its_minutes_and_goes_on_with_more(tiny, tmp_path):
+    flags = ["--output", tmp_path / "out", "--seeds", 1, "--cells", "dense"]
+    command = [sys.executable, str(SCRIPT), str(tiny), *map(str, flags)]
+    cut = run([*command, "--minutes", "0.05"], check=False)
+    assert "cut after" in cut.stderr and "no cell is complete" in cut.stderr
+    assert "0 to be run" in run([*command, "--minutes", "0.05"], check=False).stdout
+    assert "copy of 64" in run([*command, "--minutes", "3"]).stdout
+
+
+def _done(model: Path) -> bool:
+    return (model / "done").exists()
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
