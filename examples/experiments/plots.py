@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from measures import Cell, compute, text_of
 from statistics_of_seeds import PowerLaw, Spread
 
@@ -59,7 +60,8 @@ def by_compute(cells: list[Cell]) -> Figure:
             error = "" if law.exponent_error is None else f" ± {law.exponent_error:.3f}"
             label = f"{name}: FLOP^-({law.exponent:.3f}{error})"
         axes.plot(flops, losses, "o", color=color, markersize=4, label=label)
-    axes.set(xscale="log", yscale="log", xlabel="executed FLOPs", ylabel="held-out loss (nats)")
+    axes.set(xscale="log", xlabel="executed FLOPs", ylabel="held-out loss (nats)")
+    _log_scale(axes)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     return figure
@@ -137,10 +139,21 @@ def lines_by_axis(cells: list[Cell], points: Callable[[Cell], Points]) -> Figure
 
 def labelled(figure: Figure, x: str, y: str, log_y: bool = False) -> Figure:
     for axes in figure.axes:
-        axes.set(xscale="log", xlabel=x, ylabel=y, yscale="log" if log_y else "linear")
+        axes.set(xlabel=x, ylabel=y)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        if log_y:
+            _log_scale(axes)
         axes.grid(alpha=0.3, which="both")
     figure.axes[0].legend(fontsize=8)
     return figure
+
+
+def _log_scale(axes: Axes) -> None:
+    """Of y, with plain numbers, also between the powers of ten where there is less than one."""
+    axes.set_yscale("log")
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
 
 
 def _line(axes: Axes, name: str, of_seeds: list[Points], color: str) -> None:

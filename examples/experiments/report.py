@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ def write_report(folder: Path) -> None:
     found = summary(cells, complete)
     (folder / "report.json").write_text(json.dumps(found, indent=1) + "\n")
     (folder / "report.md").write_text(as_text(found))
+    in_order = list(chain.from_iterable(groups(complete)))
     for name, plot in PLOTS[complete[0]["measure"]].items():
-        plot(complete).savefig(folder / f"{name}.png", dpi=110)
+        plot(in_order).savefig(folder / f"{name}.png", dpi=110)
 
 
 def summary(cells: list[Cell], complete: list[Cell]) -> dict[str, Any]:
