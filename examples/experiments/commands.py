@@ -1,5 +1,8 @@
 """The commands of a cell, one after the other, within its minutes, and again after a kill.
 
+What runs a command is a generator, which yields now and then while the command runs, so that one
+loop has several cells run at a time; closed, it tells the command to stop.
+
 A training lies in OUTPUT/models/NAME: the name is made of what it is trained with, so that cells
 (of other experiments, too) that differ only in what they are asked share it.
 """
@@ -15,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,6 @@ from megalong.training.metrics import read_metrics, training_records
 
 TRAINING_SHARE = 0.85  # of a cell's minutes: the rest is for the evaluation
 GRACE = 120  # seconds that a command may take longer than it was told
-TICK = 0.2  # seconds
 _PR_SET_PDEATHSIG = 1
 
 
@@ -93,7 +95,7 @@ class Training:
             return [(record["iteration"], record["loss"]) for record in records]
         return []
 
-    def go_on(self, on_share: Callable[[float], None]) -> None:
+    def go_on(self, on_share: Callable[[float], None]) -> Generator[None]:
         """Train to the end. on_share: hears now and then which share is done. Raises OutOfTime,
         and UserError where a command fails."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -102,13 +104,13 @@ class Training:
         if self.done:
             return
         if self._cell.data is not None and not (self.folder / "data.idx").exists():
-            self._run(self.commands[0], on_share)
-        self._run(self.commands[-1], on_share)
+            yield from self._run(self.commands[0], on_share)
+        yield from self._run(self.commands[-1], on_share)
         if (self.run / "stopped").exists():
             raise OutOfTime
         (self.folder / "done").touch()
 
-    def _run(self, command: list[str], on_share: Callable[[float], None]) -> None:
+    def _run(self, command: list[str], on_share: Callable[[float], None]) -> Generator[None]:
         left = TRAINING_SHARE * self._place.seconds - self.seconds
         if left <= 0:
             raise OutOfTime
@@ -123,9 +125,8 @@ class Training:
             curve = self.curve()
             on_share(curve[-1][0] / self._cost.iterations if curve else 0.0)
 
-        run_command(
-            command, self._place.environment, self.folder / "log.txt", left + GRACE, on_tick
-        )
+        log = self.folder / "log.txt"
+        yield from run_command(command, self._place.environment, log, left + GRACE, on_tick)
 
     def _make_data(self) -> list[str]:
         cell, tool = self._cell, REPOSITORY / "tools" / "make_task_data.py"
@@ -161,8 +162,9 @@ class Training:
 
 def evaluate(
     cell: Cell, training: Training, place: Place, folder: Path
-) -> tuple[dict[str, Any], list[str], float]:
-    """What tools/evaluate.py finds; its command; its seconds. Raises OutOfTime, UserError."""
+) -> Generator[None, None, tuple[dict[str, Any], list[str], float]]:
+    """Returns what tools/evaluate.py finds, its command and its seconds. Raises OutOfTime,
+    UserError."""
     settings: dict[str, Any] = dict(cell.evaluate)
     if cell.data is None:
         settings["input"] = str(place.corpus / "held_out.jsonl")
@@ -172,7 +174,8 @@ def evaluate(
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     left = max(place.seconds - training.seconds, 0)
-    run_command(command, place.environment, folder / "log.txt", left, lambda seconds: None)
+    log = folder / "log.txt"
+    yield from run_command(command, place.environment, log, left, lambda seconds: None)
     found = json.loads((folder / "evaluation.json").read_text())
     found.pop("model")  # a path
     return found, [*command[:-2], "EVALUATION"], time.monotonic() - start
@@ -190,7 +193,7 @@ def run_command(
     log: Path,
     seconds: float,
     on_tick: Callable[[float], None],
-) -> None:
+) -> Generator[None]:
     """Run it to its end, its output appended to `log`. It is told to stop where this process is.
     on_tick: hears every few seconds how long it has been. Raises OutOfTime after `seconds`, and
     UserError where it fails."""
@@ -207,7 +210,7 @@ def run_command(
         )
         try:
             while process.poll() is None:
-                time.sleep(TICK)
+                yield
                 now = time.monotonic()
                 if now - start > seconds:
                     raise OutOfTime

@@ -10,10 +10,13 @@ installed; a package that lies there already is not fetched again), unpacks them
     corpus.json                    packages with versions and sha256, counts, bytes and flags
 
 The files that lie in a directory itself are one document, in the order of their names: parts of one
-thing, which speak of each other. Of doc-rfc-* each file is one. Directories of tests are left out,
-documents below --min-bytes too, and of longer ones than --max-document-bytes the rest. Which are
-taken, in which order, and which are held out hangs on the sha256 of their paths alone: a larger
-corpus has the smaller one's documents, on the same side. Needs Debian or what is made of it.
+thing, which speak of each other. Of doc-rfc-* each file is one. A file that another document has is
+left out, so that none is on both sides. Directories of tests are left out,
+documents below --min-bytes too, and of longer ones than --max-document-bytes the rest. So are, with
+--min-window-gain, those in which little is said again from afar: what a long context is worth can
+be seen only where there is something to be seen. Which are taken, in which order, and which are
+held out hangs on the sha256 of their paths alone: a larger corpus has the smaller one's documents,
+on the same side. Needs Debian or what is made of it.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,14 +55,14 @@ class Candidate(NamedTuple):
     name: str
     path: Path
 
-    def text(self) -> str:
-        """Empty where there is none."""
+    def texts(self) -> Iterator[str]:
+        """Of each file."""
         if self.path.is_dir():
-            return "\n".join(texts_of_folder(os.fspath(self.path), LARGEST_FILE))
-        data = self.path.read_bytes()
-        return (gzip.decompress(data) if self.path.suffix == ".gz" else data).decode(
-            errors="replace"
-        )
+            yield from texts_of_folder(os.fspath(self.path), LARGEST_FILE)
+        else:
+            data = self.path.read_bytes()
+            data = gzip.decompress(data) if self.path.suffix == ".gz" else data
+            yield data.decode(errors="replace")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -72,6 +76,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--held-out-share", type=float, default=0.02, help="of the documents")
     add("--min-bytes", type=int, default=1 << 17, help="of a document")
     add("--max-document-bytes", type=int, default=1 << 19, help="that are taken of a document")
+    add(
+        "--min-window-gain",
+        type=float,
+        default=1.0,
+        help="how much smaller a document's zlib with a window of 32 KiB is than with 1 KiB",
+    )
     args = parser.parse_args()
     args.packages_folder = args.packages_folder or args.output / "packages"
     if not 0 < args.held_out_share < 1:
@@ -193,11 +203,13 @@ def write(found: list[Candidate], args: argparse.Namespace) -> dict[str, dict]:
                 if all(sizes[part] >= room[part] for part in room):
                     break
                 continue
-            content = candidate.text().encode()[: args.max_document_bytes]
-            key = hashlib.sha256(content).digest()
-            if len(content) < args.min_bytes or key in seen:
+            texts = {digest(text): text for text in candidate.texts()}
+            for known in texts.keys() & seen:
+                del texts[known]
+            content = "\n".join(texts.values()).encode()[: args.max_document_bytes]
+            if len(content) < args.min_bytes or window_gain(content) < args.min_window_gain:
                 continue
-            seen.add(key)
+            seen |= texts.keys()
             record = {"text": content.decode(errors="ignore"), "path": candidate.name}
             files[part].write(json.dumps(record) + "\n")
             sizes[part] += len(content)
@@ -205,7 +217,10 @@ def write(found: list[Candidate], args: argparse.Namespace) -> dict[str, dict]:
             bar.update(len(content))
     for part, path in paths.items():
         if not sizes[part]:
-            raise UserError(f"{path}: no document has --min-bytes {args.min_bytes}")
+            raise UserError(
+                f"{path}: no document has --min-bytes {args.min_bytes} and --min-window-gain"
+                f" {args.min_window_gain:g}"
+            )
         partial[part].rename(path)
         documents = sum(counts[part].values())
         print(f"{path}: {counted(documents, 'document')}, {sizes[part]:,} bytes")
@@ -215,9 +230,19 @@ def write(found: list[Candidate], args: argparse.Namespace) -> dict[str, dict]:
     }
 
 
-def digest(name: str) -> int:
-    """64 bits that hang on the name alone."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
+def window_gain(content: bytes) -> float:
+    """How many times smaller zlib makes it where it looks back 32 KiB, not 1 KiB."""
+
+    def size(window_bits: int) -> int:
+        compressor = zlib.compressobj(9, wbits=-window_bits)
+        return len(compressor.compress(content)) + len(compressor.flush())
+
+    return size(10) / size(15)
+
+
+def digest(text: str) -> int:
+    """64 bits that hang on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode(errors="replace")).digest()[:8])
 
 
 def sha256(path: Path) -> str:

@@ -30,12 +30,17 @@ def _of_this_process(gpu: bool) -> dict[str, Any]:
     return {
         "machine": {
             "processor": _processor(),
-            "processors": len(os.sched_getaffinity(0)),
+            "processors": processors(),
             "device": _gpu() if gpu else None,
         },
         "versions": {"python": platform.python_version(), **_versions()},
         "commit": _commit(),
     }
+
+
+def processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def _gpu() -> str | None:

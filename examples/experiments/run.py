@@ -5,10 +5,10 @@
         --output runs/experiments
     python examples/experiments/run.py perplexity --scale cpu --output runs/experiments --report
 
-The experiments are the grids beside this file. A grid's cells, a training each and its evaluation,
-run one after the other; each that ends leaves OUTPUT/EXPERIMENT_SCALE/cells/CELL.json, and is not
-run again. Killed, the same command goes on with the rest, and with the training that was under way
-from its last checkpoint. --plan only says what there is to do. In the end, and with --report of
+The experiments are the grids beside this file. A grid's cells are a training and its evaluation
+each, some at a time; each that ends leaves OUTPUT/EXPERIMENT_SCALE/cells/CELL.json, and is not run
+again. Killed, the same command goes on with the rest, and with the trainings that were under way
+from their last checkpoints. --plan only says what there is to do. In the end, and with --report of
 what there is so far, OUTPUT/EXPERIMENT_SCALE has report.md, report.json and plots, made of those
 files alone. A cell that takes longer than its minutes is cut, left out of the means, and said; a
 larger --minutes lets it go on.
@@ -17,10 +17,15 @@ larger --minutes lets it go on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import sys
+import time
+from collections import deque
+from collections.abc import Generator, Iterator
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
@@ -32,7 +37,7 @@ with needed_packages():
     from commands import OutOfTime, Place, Training, evaluate
     from cost import Cost, cost_of
     from grid import Cell, Grid, read_grid
-    from machine import machine
+    from machine import machine, processors
     from report import read_cells, write_report
 
 from megalong.errors import UserError
@@ -40,6 +45,8 @@ from megalong.progress import clock, progress_bar
 from megalong.wording import counted, did_you_mean
 
 ON_THE_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # where there is a GPU, too
+JOBS = {"cpu": 2}  # cells at a time, of a scale; else one
+TICK = 0.2  # seconds between two looks at the cells that run
 GRIDS = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
 
 
@@ -54,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", help="of the grid's")
     add("--minutes", type=float, help="bound of a cell (default: the grid's)")
     add("--processes", type=int, default=1, help="of a training; more than one by torchrun")
+    add("--jobs", type=int, help="cells at a time, between which a CPU's cores are divided")
     add("--plan", action="store_true", help="say what there is to do, and do nothing")
     add("--report", action="store_true", help="make the report of what there is, and no more")
     args = parser.parse_args()
@@ -62,8 +70,11 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(
             f"{args.experiment}: no such experiment{hint}; there are {', '.join(GRIDS)}"
         )
-    if args.processes < 1:
-        raise UserError("--processes must be at least 1")
+    if args.jobs is None:
+        args.jobs = JOBS.get(args.scale, 1)
+    for name in ("processes", "jobs"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1")
     return args
 
 
@@ -85,13 +96,16 @@ def main() -> None:
 
 
 def run_cells(cells: list[Cell], grid: Grid, args: argparse.Namespace, folder: Path) -> None:
-    """Runs those that have not been, one after the other."""
+    """Runs those that have not been."""
     minutes = args.minutes or grid.minutes
     models = (args.output / "models").resolve()
     corpus = None
     if any(cell.data is None for cell in cells):
         corpus = checked_corpus(args.corpus)
-    environment = ON_THE_CPU if grid.scale == "cpu" else {}
+    environment = {}
+    if grid.scale == "cpu":
+        threads = max(processors() // (args.jobs * args.processes), 1)
+        environment = {**ON_THE_CPU, "OMP_NUM_THREADS": str(threads)}
     place = Place(corpus, models, args.processes, 60 * minutes, environment)
     costs = {
         cell.name: cost_of(cell, grid.equal, vocabulary(cell, corpus), args.processes)
@@ -117,29 +131,62 @@ def run_cells(cells: list[Cell], grid: Grid, args: argparse.Namespace, folder: P
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     folder.mkdir(parents=True, exist_ok=True)
     total = sum(costs[cell.name].total_flops for cell in left) / 1e12
-    with progress_bar(total, "TFLOP", grid.experiment, interval=30) as bar:
-        for number, cell in enumerate(left, 1):
-            done_before, cost = bar.n, costs[cell.name]
-            bar.set_description(f"{grid.experiment} {number}/{len(left)} {cell.name}")
+    shares = dict.fromkeys((cell.name for cell in left), 0.0)
+    work = [
+        run_cell(
+            cell, grid, costs[cell.name], place, folder, partial(shares.__setitem__, cell.name)
+        )
+        for cell in left
+    ]
+    with (
+        progress_bar(total, "TFLOP", grid.experiment, interval=30) as bar,
+        contextlib.closing(run_together(work, args.jobs)) as running,
+    ):
+        for ended in running:
+            done = sum(shares[cell.name] * costs[cell.name].total_flops for cell in left) / 1e12
+            bar.set_description(f"{grid.experiment} {ended}/{len(left)}", refresh=False)
+            bar.update(done - bar.n)
 
-            def on_share(share: float, start=done_before, flops=cost.total_flops) -> None:
-                bar.update(start + share * flops / 1e12 - bar.n)
 
-            result = run_cell(cell, grid, cost, place, folder, on_share)
-            on_share(1.0)
-            path = folder / f"{cell.name}.json"
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(result, indent=1) + "\n")
-            os.replace(partial, path)
+def run_together(work: list[Generator], jobs: int) -> Iterator[int]:
+    """Have these run to their ends, so many at a time. Yields now and then how many have ended."""
+    waiting, running = deque(work), []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                running.append(waiting.popleft())
+            running = [each for each in running if goes_on(each)]
+            yield len(work) - len(waiting) - len(running)
+            time.sleep(TICK)
+    finally:
+        for each in running:
+            each.close()
 
 
-def run_cell(cell: Cell, grid: Grid, cost: Cost, place: Place, folder: Path, on_share) -> dict:
+def goes_on(work: Generator) -> bool:
+    """Have it go on a little; whether it has not ended."""
+    return next(work, work) is not work
+
+
+def run_cell(cell: Cell, grid: Grid, cost: Cost, place: Place, folder: Path, on_share) -> Generator:
+    """Runs a cell and writes its file. A generator, as in `commands`."""
+    result = yield from result_of(cell, grid, cost, place, folder, on_share)
+    path = folder / f"{cell.name}.json"
+    unfinished = path.with_suffix(".partial")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(unfinished, path)
+    on_share(1.0)
+
+
+def result_of(
+    cell: Cell, grid: Grid, cost: Cost, place: Place, folder: Path, on_share
+) -> Generator[None, None, dict]:
     """A cell's result, as it is written."""
     training = Training(cell, cost, place)
     seconds, found, commands = 0.0, None, []
     try:
-        training.go_on(on_share)
-        found, command, seconds = evaluate(cell, training, place, folder / cell.name)
+        yield from training.go_on(on_share)
+        found, command, seconds = yield from evaluate(cell, training, place, folder / cell.name)
         commands.append(command)
     except OutOfTime:
         print(f"{cell.name}: cut after {clock(training.seconds)}", file=sys.stderr, flush=True)
@@ -170,6 +217,7 @@ def run_cell(cell: Cell, grid: Grid, cost: Cost, place: Place, folder: Path, on_
         "evaluation": found,
         "seconds": {"training": round(training.seconds, 1), "evaluation": round(seconds, 1)},
         "processes": place.processes,
+        "threads": place.environment.get("OMP_NUM_THREADS"),
         **machine(gpu=grid.scale != "cpu"),
     }
 
