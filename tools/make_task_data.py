@@ -6,10 +6,14 @@
         --eval-tasks mqar --eval-task-style ids ...
 
 Every document is one sample of exactly --length tokens, so that with as long a --seq-length every
-sequence of the training is one. The loss counts all of its tokens, or with --loss answers those of
-the answers alone: a PREFIX.loss beside the data says which, and the training heeds it. The samples
-are drawn apart from those of evaluations, whatever the seed; only where a task is very short can
-two be the same.
+sequence of the training is one. Several lengths, which have to divide the longest, take turns: a
+document is one sample of the longest, or as many shorter ones as it has room for, one behind the
+other. Small models find out on short samples what they need for long ones.
+
+The loss counts all tokens, or with --loss answers those of the answers alone, with --loss
+predictable the haystack too: a PREFIX.loss beside the data says which, and the training heeds it.
+The samples are drawn apart from those of evaluations, whatever the seed; only where a task is very
+short can two be the same.
 """
 
 from __future__ import annotations
@@ -32,14 +36,21 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     names = ", ".join(TASKS)
     add("--tasks", nargs="+", required=True, metavar="TASK", help=f"in turn, any of {names}")
-    add("--length", type=int, required=True, help="tokens of a sample")
-    add("--samples", type=int, required=True, help="how many, of all tasks together")
+    add("--length", type=int, nargs="+", required=True, help="tokens of a sample, one or several")
+    add(
+        "--samples",
+        type=int,
+        required=True,
+        help="how many, of all tasks together; of several lengths, how many of the longest, or the"
+        " same tokens of shorter ones",
+    )
     add("--task-style", choices=STYLES, default="text", help="made of text, or of bare token ids")
     add(
         "--loss",
-        choices=("answers", "all"),
+        choices=("all", "predictable", "answers"),
         default="all",
-        help="what is to be predicted: the answers alone (written to PREFIX.loss), or all tokens",
+        help="what is to be predicted: all tokens; those that follow from others before them, which"
+        " are the answers and the haystack; or the answers alone",
     )
     add("--seed", type=int, default=1234, help="others make other samples")
     add("--tokenizer-type", choices=TOKENIZERS, default="SentencePieceTokenizer", help="tokenizer")
@@ -54,8 +65,15 @@ def parse_arguments() -> argparse.Namespace:
     for task in args.tasks:
         if task not in TASKS:
             raise UserError(f"--tasks {task}: no such task{did_you_mean(task, TASKS)}")
-    if args.samples < len(args.tasks):
-        raise UserError(f"--samples {args.samples}: must be at least 1 for each task")
+    args.length = list(dict.fromkeys(args.length))
+    for length in args.length:
+        if length < 1 or max(args.length) % length:
+            raise UserError(
+                f"--length {length}: must be positive, and divide the longest, {max(args.length)}"
+            )
+    if args.samples < len(args.tasks) * len(args.length):
+        each = "each task" if len(args.length) == 1 else "each task and length"
+        raise UserError(f"--samples {args.samples}: must be at least 1 for {each}")
     return args
 
 
@@ -63,8 +81,8 @@ def main() -> None:
     args = parse_arguments()
     from megalong import __version__
     from megalong.progress import progress_bar
-    from megalong.tasks.dataset import data_salt, write_dataset
-    from megalong.tasks.trials import Trials, language_of
+    from megalong.tasks.dataset import TaskData, write_dataset
+    from megalong.tasks.trials import language_of
 
     tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model)
     first = tokenizer.bos if args.prepend_bos else tokenizer.eod
@@ -74,14 +92,11 @@ def main() -> None:
         language = language_of(args.task_style, tokenizer.encode, tokenizer.text_ids, first)
     except UserError as error:
         raise UserError(f"--task-style {args.task_style}: {error}") from None
-    trials = []
-    for number, task in enumerate(args.tasks):
-        count = len(range(number, args.samples, len(args.tasks)))
-        salt = data_salt(args.seed)
-        trials.append(Trials(task, language, args.length, count, salt, spread=False))
-        trials[-1].check("--tasks", "--length")
+    data = TaskData(args.tasks, language, args.length, args.samples, args.seed)
+    trials = data.trials("--tasks", "--length")
     description = {
         "tasks": args.tasks,
+        "lengths": args.length,
         "task_style": args.task_style,
         "seed": args.seed,
         "tokenizer_type": args.tokenizer_type,
@@ -89,20 +104,20 @@ def main() -> None:
         "prepend_bos": args.prepend_bos,
         "megalong": __version__,
     }
-    with progress_bar(args.samples, "sample", "writing") as bar:
+    with progress_bar(args.samples * max(args.length), "token", "writing") as bar:
         write_dataset(
             args.output_prefix,
-            trials,
+            data.in_order(trials),
             tokenizer,
             description,
-            answers_only=args.loss == "answers",
+            loss=args.loss,
             overwrite=args.overwrite,
-            on_samples=bar.update,
+            on_tokens=bar.update,
         )
-    print(
-        f"{args.output_prefix}: {counted(args.samples, 'sample')} of {', '.join(args.tasks)},"
-        f" {args.length:,} tokens each"
-    )
+    for length, of_length in trials.items():
+        samples = counted(sum(one.samples for one in of_length), "sample")
+        tasks = ", ".join(one.task for one in of_length)
+        print(f"{args.output_prefix}: {samples} of {tasks}, {length:,} tokens each")
 
 
 if __name__ == "__main__":

@@ -82,8 +82,8 @@ class Language(Protocol):
         """The phrase with these words in it."""
         ...
 
-    def haystack(self, pieces: int, draw: Random) -> list[int]:
-        """So many pieces, one after the other."""
+    def haystack(self, pieces: int, draw: Random, before: Sequence[int]) -> list[int]:
+        """So many pieces, one after the other, behind the tokens `before`."""
         ...
 
 
@@ -118,13 +118,17 @@ class Text:
                 tokens += self._encode(behind[min(number, len(behind) - 1)])
         return Said(tokens, places)
 
-    def haystack(self, pieces: int, draw: Random) -> list[int]:
+    def haystack(self, pieces: int, draw: Random, before: Sequence[int]) -> list[int]:
         return self._haystack * pieces
 
 
 class Ids:
     """Bare ids: the first few stand for phrases, of the others a quarter are haystack, and half of
-    the rest are keys, half values, of one id each. For models that are trained on the tasks."""
+    the rest are keys, half values, of one id each. For models that are trained on the tasks.
+
+    A token of the haystack follows from the one before the last, whatever that is. Of random ones
+    a model learns nothing, and small models then take very long to find out that it helps to know
+    what stood before a token, which all tasks are about; text teaches that by itself."""
 
     haystack_size = 1
 
@@ -156,8 +160,12 @@ class Ids:
             tokens += word
         return Said(tokens, places)
 
-    def haystack(self, pieces: int, draw: Random) -> list[int]:
-        return draw.choices(self._hay, k=pieces)
+    def haystack(self, pieces: int, draw: Random, before: Sequence[int]) -> list[int]:
+        tokens, known = list(before[-2:]), len(before[-2:])
+        for _ in range(pieces):
+            last_but_one = tokens[-2] if len(tokens) > 1 else draw.randrange(len(self._hay))
+            tokens.append(self._hay[last_but_one % len(self._hay)])
+        return tokens[known:]
 
 
 def _distinct(what: str, known: int, count: int, draw: Random) -> list[int]:

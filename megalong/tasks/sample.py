@@ -33,10 +33,22 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sample:
-    """tokens: int64 (length,), question and answers included. answers: in their order."""
+    """tokens: int64 (length,), question and answers included. answers: in their order. hay: which
+    tokens are haystack, bool (length,)."""
 
     tokens: np.ndarray
     answers: list[Answer]
+    hay: np.ndarray
+
+    @property
+    def answered(self) -> np.ndarray:
+        """Which tokens are of answers, bool (length,)."""
+        import numpy as np
+
+        found = np.zeros(len(self.tokens), bool)
+        for answer in self.answers:
+            found[answer.start : answer.stop] = True
+        return found
 
 
 @dataclass
@@ -94,22 +106,29 @@ class Draft:
     def sample(self, length: int, draw: Random) -> Sample:
         """The sample of exactly this length, at least `size`: the first token, haystack with the
         facts in it, the question."""
+        import numpy as np  # the configuration needs the names of tasks alone
+
         unit, begins = self.language.haystack_size, self._begins(length)
         pieces, rest = divmod(length - self.size, unit)
-        tokens = [self.language.first]
+        tokens, hay = [self.language.first], np.zeros(length, bool)
+
+        def add_haystack(pieces: int, last: int = 0) -> None:
+            """Of so many pieces all tokens, or the last ones."""
+            added = self.language.haystack(pieces, draw, tokens)[-last:]
+            hay[len(tokens) : len(tokens) + len(added)] = True
+            tokens.extend(added)
+
         if rest:
-            tokens += self.language.haystack(1, draw)[-rest:]
+            add_haystack(1, rest)
         told = 0
         for fact in self._order():
-            tokens += self.language.haystack((begins[fact] - len(tokens)) // unit, draw)
+            add_haystack((begins[fact] - len(tokens)) // unit)
             tokens += self.facts[fact][1].tokens
             told += len(self.facts[fact][1].tokens)
         done = (len(tokens) - 1 - rest - told) // unit
-        tokens += self.language.haystack(pieces - done, draw)
+        add_haystack(pieces - done)
         tokens += self.question
-        import numpy as np  # the configuration needs the names of tasks alone
-
-        return Sample(np.array(tokens, dtype=np.int64), self.answers(length))
+        return Sample(np.array(tokens, dtype=np.int64), self.answers(length), hay)
 
     def _order(self) -> list[int]:
         return sorted(range(len(self.facts)), key=lambda fact: self.facts[fact][0])

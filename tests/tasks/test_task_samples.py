@@ -57,6 +57,18 @@ def test_answers_stand_where_they_are_said_to(style, task):
                 assert answer.stop <= length
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_haystack_of_ids_follows_from_what_is_before_it(task):
+    ids = language("ids")
+    sample = trials_of("ids", task, 1237).sample(3)
+    hay = np.flatnonzero(sample.hay)
+    assert sorted(set(sample.tokens[hay])) == sorted(set(ids._hay) & set(sample.tokens))
+    for place in hay[hay >= 2]:
+        assert sample.tokens[place] == ids._hay[sample.tokens[place - 2] % len(ids._hay)]
+    assert not (sample.answered & sample.hay).any()
+    assert sample.answered.sum() == sum(answer.stop - answer.start for answer in sample.answers)
+
+
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("task", TASKS)
 def test_a_sample_hangs_on_its_number_alone(style, task):
