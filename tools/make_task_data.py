@@ -6,9 +6,9 @@
         --eval-tasks mqar --eval-task-style ids ...
 
 Every document is one sample of exactly --length tokens, so that with as long a --seq-length every
-sequence of the training is one. Several lengths, which have to divide the longest, take turns: a
-document is one sample of the longest, or as many shorter ones as it has room for, one behind the
-other. Small models find out on short samples what they need for long ones.
+sequence of the training is one. Small models
+find out on short samples what they need for long ones: a blend has both, one dataset for each
+length. Where shorter samples fill a sequence, --document-attention isolated keeps them apart.
 
 The loss counts all tokens, or with --loss answers those of the answers alone, with --loss
 predictable the haystack too: a PREFIX.loss beside the data says which, and the training heeds it.
@@ -36,14 +36,8 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     names = ", ".join(TASKS)
     add("--tasks", nargs="+", required=True, metavar="TASK", help=f"in turn, any of {names}")
-    add("--length", type=int, nargs="+", required=True, help="tokens of a sample, one or several")
-    add(
-        "--samples",
-        type=int,
-        required=True,
-        help="how many, of all tasks together; of several lengths, how many of the longest, or the"
-        " same tokens of shorter ones",
-    )
+    add("--length", type=int, required=True, help="tokens of a sample")
+    add("--samples", type=int, required=True, help="how many, of all tasks together")
     add("--task-style", choices=STYLES, default="text", help="made of text, or of bare token ids")
     add(
         "--loss",
@@ -65,15 +59,8 @@ def parse_arguments() -> argparse.Namespace:
     for task in args.tasks:
         if task not in TASKS:
             raise UserError(f"--tasks {task}: no such task{did_you_mean(task, TASKS)}")
-    args.length = list(dict.fromkeys(args.length))
-    for length in args.length:
-        if length < 1 or max(args.length) % length:
-            raise UserError(
-                f"--length {length}: must be positive, and divide the longest, {max(args.length)}"
-            )
-    if args.samples < len(args.tasks) * len(args.length):
-        each = "each task" if len(args.length) == 1 else "each task and length"
-        raise UserError(f"--samples {args.samples}: must be at least 1 for {each}")
+    if args.samples < len(args.tasks):
+        raise UserError(f"--samples {args.samples}: must be at least 1 for each task")
     return args
 
 
@@ -81,8 +68,8 @@ def main() -> None:
     args = parse_arguments()
     from megalong import __version__
     from megalong.progress import progress_bar
-    from megalong.tasks.dataset import TaskData, write_dataset
-    from megalong.tasks.trials import language_of
+    from megalong.tasks.dataset import data_salt, write_dataset
+    from megalong.tasks.trials import Trials, language_of
 
     tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model)
     first = tokenizer.bos if args.prepend_bos else tokenizer.eod
@@ -92,11 +79,14 @@ def main() -> None:
         language = language_of(args.task_style, tokenizer.encode, tokenizer.text_ids, first)
     except UserError as error:
         raise UserError(f"--task-style {args.task_style}: {error}") from None
-    data = TaskData(args.tasks, language, args.length, args.samples, args.seed)
-    trials = data.trials("--tasks", "--length")
+    trials = []
+    for number, task in enumerate(args.tasks):
+        count = len(range(number, args.samples, len(args.tasks)))
+        salt = data_salt(args.seed)
+        trials.append(Trials(task, language, args.length, count, salt, spread=False))
+        trials[-1].check("--tasks", "--length")
     description = {
         "tasks": args.tasks,
-        "lengths": args.length,
         "task_style": args.task_style,
         "seed": args.seed,
         "tokenizer_type": args.tokenizer_type,
@@ -104,20 +94,20 @@ def main() -> None:
         "prepend_bos": args.prepend_bos,
         "megalong": __version__,
     }
-    with progress_bar(args.samples * max(args.length), "token", "writing") as bar:
+    with progress_bar(args.samples, "sample", "writing") as bar:
         write_dataset(
             args.output_prefix,
-            data.in_order(trials),
+            trials,
             tokenizer,
             description,
             loss=args.loss,
             overwrite=args.overwrite,
-            on_tokens=bar.update,
+            on_samples=bar.update,
         )
-    for length, of_length in trials.items():
-        samples = counted(sum(one.samples for one in of_length), "sample")
-        tasks = ", ".join(one.task for one in of_length)
-        print(f"{args.output_prefix}: {samples} of {tasks}, {length:,} tokens each")
+    print(
+        f"{args.output_prefix}: {counted(args.samples, 'sample')} of {', '.join(args.tasks)},"
+        f" {args.length:,} tokens each"
+    )
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ PACKAGES = ("linux-source-6.12", "gcc-14-source", "rust-src")
 # In Debian's part "non-free", which many machines have not.
 WHERE_AVAILABLE = ("doc-rfc-std", "doc-rfc-informational")
 SKIPPED_FOLDERS = {"test", "tests", "testsuite", "selftests", "testdata"}
+WINDOW_BITS = range(9, 16)  # of zlib
 LARGEST_FILE = 1 << 18  # bytes; above, mostly generated tables
 
 
@@ -80,8 +81,12 @@ def parse_arguments() -> argparse.Namespace:
         "--min-window-gain",
         type=float,
         default=1.0,
-        help="how much smaller a document's zlib with a window of 32 KiB is than with 1 KiB",
+        help="how many times smaller zlib makes a document with a window of --far-window than of"
+        " --near-window",
     )
+    windows = [1 << bits for bits in WINDOW_BITS]
+    add("--near-window", type=int, choices=windows, default=1 << 10, help="bytes")
+    add("--far-window", type=int, choices=windows, default=1 << 15, help="bytes")
     args = parser.parse_args()
     args.packages_folder = args.packages_folder or args.output / "packages"
     if not 0 < args.held_out_share < 1:
@@ -207,7 +212,9 @@ def write(found: list[Candidate], args: argparse.Namespace) -> dict[str, dict]:
             for known in texts.keys() & seen:
                 del texts[known]
             content = "\n".join(texts.values()).encode()[: args.max_document_bytes]
-            if len(content) < args.min_bytes or window_gain(content) < args.min_window_gain:
+            if len(content) < args.min_bytes:
+                continue
+            if window_gain(content, args.near_window, args.far_window) < args.min_window_gain:
                 continue
             seen |= texts.keys()
             record = {"text": content.decode(errors="ignore"), "path": candidate.name}
@@ -230,14 +237,14 @@ def write(found: list[Candidate], args: argparse.Namespace) -> dict[str, dict]:
     }
 
 
-def window_gain(content: bytes) -> float:
-    """How many times smaller zlib makes it where it looks back 32 KiB, not 1 KiB."""
+def window_gain(content: bytes, near: int, far: int) -> float:
+    """How many times smaller zlib makes it where it looks back `far` bytes, not `near`."""
 
-    def size(window_bits: int) -> int:
-        compressor = zlib.compressobj(9, wbits=-window_bits)
+    def size(window: int) -> int:
+        compressor = zlib.compressobj(9, wbits=-(window.bit_length() - 1))
         return len(compressor.compress(content)) + len(compressor.flush())
 
-    return size(10) / size(15)
+    return size(near) / size(far)
 
 
 def digest(text: str) -> int:

@@ -83,7 +83,7 @@ class Language(Protocol):
         ...
 
     def haystack(self, pieces: int, draw: Random, before: Sequence[int]) -> list[int]:
-        """So many pieces, one after the other, behind the tokens `before`."""
+        """So many pieces, one after the other, behind the tokens `before`, at least one."""
         ...
 
 
@@ -163,8 +163,7 @@ class Ids:
     def haystack(self, pieces: int, draw: Random, before: Sequence[int]) -> list[int]:
         tokens, known = list(before[-2:]), len(before[-2:])
         for _ in range(pieces):
-            last_but_one = tokens[-2] if len(tokens) > 1 else draw.randrange(len(self._hay))
-            tokens.append(self._hay[last_but_one % len(self._hay)])
+            tokens.append(self._hay[tokens[-2:][0] % len(self._hay)])
         return tokens[known:]
 
 

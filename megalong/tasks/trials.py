@@ -45,7 +45,7 @@ class Trials:
     def check(self, flag: str, flag_of_length: str) -> None:
         """Raise UserError, naming these flags, where a sample cannot be made."""
         try:
-            needed = self.needed
+            needed = max(self._draft(i)[0].size for i in range(self.samples))
         except UserError as error:
             raise UserError(f"{flag} {self.task}: {error}") from None
         if needed > self.length:
@@ -54,12 +54,6 @@ class Trials:
                 f" this tokenizer: set {flag_of_length} {needed} or more, or leave {self.task} out"
                 f" of {flag}"
             )
-
-    @property
-    def needed(self) -> int:
-        """The fewest tokens in which all samples have room. Raises UserError where the language has
-        too few words."""
-        return max(self._draft(i)[0].size for i in range(self.samples))
 
     def sample(self, i: int) -> Sample:
         """Sample i, from 0."""
