@@ -99,12 +99,13 @@ class Training:
         """Train to the end. on_share: hears now and then which share is done. Raises OutOfTime,
         and UserError where a command fails."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.commands = [self._make_data()] if self._cell.data is not None else []
-        self.commands.append(self._train())
+        make_data = self._make_data() if self._cell.data is not None else {}
+        self.commands = [*make_data.values(), self._train(list(make_data))]
         if self.done:
             return
-        if self._cell.data is not None and not (self.folder / "data.idx").exists():
-            yield from self._run(self.commands[0], on_share)
+        for prefix, command in make_data.items():
+            if not prefix.with_suffix(".idx").exists():
+                yield from self._run(command, on_share)
         yield from self._run(self.commands[-1], on_share)
         if (self.run / "stopped").exists():
             raise OutOfTime
@@ -128,24 +129,30 @@ class Training:
         log = self.folder / "log.txt"
         yield from run_command(command, self._place.environment, log, left + GRACE, on_tick)
 
-    def _make_data(self) -> list[str]:
-        cell, tool = self._cell, REPOSITORY / "tools" / "make_task_data.py"
-        samples = self._cost.tokens // cell.data["length"]
-        settings = {**cell.data, "samples": samples, "seed": cell.seed}
-        settings["output_prefix"] = str(self.folder / "data")
-        return [sys.executable, str(tool), *as_flags(settings), "--overwrite"]
+    def _make_data(self) -> dict[Path, list[str]]:
+        """By prefix, what makes the samples of a length, of which each has as many tokens."""
+        settings, tool = dict(self._cell.data), REPOSITORY / "tools" / "make_task_data.py"
+        lengths = settings.pop("lengths")
+        found = {}
+        for length, tasks in lengths.items():
+            samples = -(-self._cost.tokens // (len(lengths) * length))
+            prefix = self.folder / f"samples_of_{length}"
+            flags = {"tasks": tasks, "length": length, "samples": samples, "seed": self._cell.seed}
+            flags |= {**settings, "output_prefix": str(prefix)}
+            found[prefix] = [sys.executable, str(tool), *as_flags(flags), "--overwrite"]
+        return found
 
-    def _train(self) -> list[str]:
-        if self._cell.data is not None:
-            data = {"data_path": str(self.folder / "data")}
+    def _train(self, prefixes: list[Path]) -> list[str]:
+        """prefixes: of datasets that are blended, if not the corpus is trained on."""
+        if prefixes:
+            data = {"train_data_path": [word for prefix in prefixes for word in (1, str(prefix))]}
         else:
             corpus = self._place.corpus
             data = {
-                "data_path": str(corpus / "train_text_document"),
+                "train_data_path": str(corpus / "train_text_document"),
                 "tokenizer_model": str(corpus / "tokenizer.model"),
             }
         run = {
-            "split": "1,0,0",  # what is held out, the evaluation reads itself
             "save": str(self.run),
             "load": str(self.run),
             "save_interval": max(self._cost.iterations // 8, 1),

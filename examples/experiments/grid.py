@@ -12,7 +12,8 @@ A grid has, beside title and question,
 Settings are flags of pretrain_longnet.py (`num_layers: 4`), and
 
     budget     training tokens, or executed FLOPs, whichever `equal` says
-    data       "corpus", or flags of tools/make_task_data.py: a dataset of recall tasks
+    data       "corpus", or recall tasks: flags of tools/make_task_data.py, and "lengths": by each
+               length the tasks that have samples of it; all lengths have as many tokens
     evaluate   flags of tools/evaluate.py
 
 A cell has one value of every axis, and a seed.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from megalong.tasks.language import Language, Mark, Phrase
-from megalong.tasks.sample import Draft
+from megalong.tasks.sample import Draft, largest_that_fits
 
 PAIR = Phrase("{}:{}\n")
 KEY = Phrase("{}:")
@@ -44,9 +44,16 @@ def mqar(language: Language, length: int, depth: float, draw: Random) -> Draft:
 
 
 def copy(language: Language, length: int, depth: float, draw: Random) -> Draft:
-    """A row of different words at `depth`, to be said again in the end: one answer."""
+    """A row of different words at `depth`, to be said again in the end: one answer. The row is
+    shorter where the sample has no room for it."""
+    return largest_that_fits(
+        length, ROW_LENGTH, 2, lambda words: _row(language, words, depth, draw)
+    )
+
+
+def _row(language: Language, words: int, depth: float, draw: Random) -> Draft:
     draft = Draft(language)
-    row = draft.tell(depth, ROW, *language.values(ROW_LENGTH, draw))
+    row = draft.tell(depth, ROW, *language.values(words, draw))
     draft.ask(REPEAT)
     draft.answer(row, slice(None))
     draft.ask(AFTER_ROW)

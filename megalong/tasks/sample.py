@@ -145,5 +145,17 @@ class Draft:
         return begins
 
 
+def largest_that_fits(
+    length: int, most: int, least: int, draft_of: Callable[[int], Draft]
+) -> Draft:
+    """The draft of the largest size, from `most` down to `least`, that has room in a sample of this
+    length; of `least` where none has."""
+    for size in range(most, least, -1):
+        draft = draft_of(size)
+        if draft.size <= length:
+            return draft
+    return draft_of(least)
+
+
 # Language, length, depth of what is asked for, source of randomness.
 Task = Callable[[Language, int, float, Random], Draft]

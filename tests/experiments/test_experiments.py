@@ -31,7 +31,7 @@ TINY = {
     "equal": "flops",
     "common": {
         "tokenizer_type": "ByteTokenizer",
-        "data": {"tasks": ["copy"], "task_style": "ids", "tokenizer_type": "ByteTokenizer"},
+        "data": {"task_style": "ids", "tokenizer_type": "ByteTokenizer"},
         "evaluate": {"tasks": ["copy"], "task_style": "ids", "task_lengths": [64]},
         "memory_path": "off",
         "budget": 2.0e10,
@@ -45,7 +45,11 @@ TINY = {
                 **{"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2},
                 **{"seq_length": 64, "global_batch_size": 4, "micro_batch_size": 4},
                 **{"segment_lengths": [16, 64], "dilation_rates": [1, 4]},
-                **{"precision": "fp32", "lr": 1e-3, "data": {"length": 64}},
+                **{
+                    "precision": "fp32",
+                    "lr": 1e-3,
+                    "data": {"lengths": {32: ["mqar"], 64: ["copy"]}},
+                },
             },
         }
     },
@@ -90,7 +94,10 @@ def test_settings_of_layers(tiny):
     assert [cell.name for cell in grid.cells] == [
         *("dense-seed1", "dense-seed2", "dilated-seed1", "dilated-seed2")
     ]
-    assert grid.cells[0].data == {**TINY["common"]["data"], "length": 64}
+    assert grid.cells[0].data == {
+        **TINY["common"]["data"],
+        "lengths": {32: ["mqar"], 64: ["copy"]},
+    }
     assert grid.cells[1].flags["seed"] == 2 and "budget" not in grid.cells[1].flags
     assert [cell.name for cell in grid.chosen(["dilated"], [2])] == ["dilated-seed2"]
     with pytest.raises(UserError, match="--cells sparse: no cell has that; there are dense"):
@@ -260,7 +267,7 @@ def test_a_grid_that_is_killed_goes_on_and_its_report_is_of_its_cells_alone(tiny
     assert cells == ["dense-seed1.json", "dilated-seed1.json"]
     result = json.loads((output / "tiny_cpu" / "cells" / cells[1]).read_text())
     assert result["complete"] and result["iterations_done"] == result["iterations"]
-    assert result["seconds"]["training"] > 1 and len(result["commands"]) == 3
+    assert result["seconds"]["training"] > 1 and len(result["commands"]) == 4
     assert str(tmp_path) not in json.dumps(result) and str(REPOSITORY) not in json.dumps(result)
     report = (output / "tiny_cpu" / "report.md").read_text()
     assert "copy of 64" in report

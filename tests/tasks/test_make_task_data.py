@@ -102,8 +102,8 @@ def test_the_loss_of_the_answers_alone(tmp_path):
     [
         (["--tasks", "mqra"], "--tasks mqra: no such task; did you mean mqar?"),
         (["--samples", 1], "--samples 1: must be at least 1 for each task"),
-        (["--length", 20], "--length 20: copy needs at least 35 tokens"),
-        (["--task-style", "text"], "--length 128: copy needs at least"),
+        (["--length", 8], "--length 8: mqar needs at least 9 tokens"),
+        (["--task-style", "text", "--length", 64], "--length 64: mqar needs at least"),
         (["--prepend-bos"], "--prepend-bos: the tokenizer has no token"),
         ([], "tasks.bin is there already: choose another --output-prefix, or --overwrite"),
     ],

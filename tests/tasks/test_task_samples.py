@@ -131,7 +131,7 @@ def solve_mqar(text: str) -> list[str]:
 
 def solve_copy(text: str) -> list[str]:
     [row] = re.findall(r"Remember these numbers:([ \d]+)\.", text)
-    assert len(set(row.split())) == 16
+    assert 2 <= len(set(row.split())) == len(row.split()) <= 16
     return [row.strip()]
 
 
@@ -142,7 +142,7 @@ def solve_variables(text: str) -> list[str]:
         assert name not in values
         values[name] = value or values[other]
         order.append(name)
-    assert len(order) == 10 and len(set(values.values())) == 2
+    assert len(order) in (4, 6, 8, 10) and len(set(values.values())) == 2
     [asked] = re.findall(r"the variables that have the value (\d+) are", text)
     return [name for name in order if values[name] == asked]
 
@@ -187,6 +187,14 @@ def test_who_reads_the_text_finds_the_answers(task):
         for number in range(trials.samples):
             sample = trials.sample(number)
             assert answers_of(sample) == SOLVERS[task](text_of(sample))
+
+
+def test_rows_and_chains_are_as_long_as_there_is_room_for():
+    for task, sizes in (("copy", {16: 6, 32: 14, 64: 16}), ("variable_tracking", {32: 3, 64: 4})):
+        for length, size in sizes.items():
+            answers = trials_of("ids", task, length).answers(0)
+            found = answers[0].stop - answers[0].start if task == "copy" else len(answers) - 1
+            assert found == size
 
 
 def test_of_ids_every_sort_is_apart_and_a_key_is_told_once():
