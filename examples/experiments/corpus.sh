@@ -15,12 +15,13 @@ here=$(cd "$(dirname "$0")/../.." && pwd)
 case $scale in
 cpu) # models of some million parameters, sequences of up to 4,096 tokens
     vocabulary=2048
-    sizes=(--max-bytes 40000000 --max-held-out-bytes 4000000
-        --min-bytes 16384 --max-document-bytes 65536) ;;
+    sizes=(--max-bytes 24000000 --max-held-out-bytes 2000000 --held-out-share 0.06
+        --min-bytes 16384 --max-document-bytes 65536
+        --near-window 512 --far-window 4096 --min-window-gain 1.6) ;;
 gpu) # some hundred million parameters, sequences of up to 65,536 tokens
     vocabulary=32000
     sizes=(--max-bytes 1000000000 --max-held-out-bytes 20000000
-        --min-bytes 131072 --max-document-bytes 1048576) ;;
+        --min-bytes 131072 --max-document-bytes 1048576 --min-window-gain 1.3) ;;
 *)
     echo "$usage" >&2
     exit 2 ;;
