@@ -39,7 +39,7 @@ REFUSED = [
         "--tensor-model-parallel-size 4 --num-query-groups 6",
         4,
         "--num-attention-heads 6",
-        "--tensor-model-parallel-size 3",
+        "--tensor-model-parallel-size 2",
     ),
     (
         "--tensor-model-parallel-size 3 --ffn-hidden-size 250",
