@@ -324,8 +324,8 @@ def _checked(value: Any, setting: _Setting) -> Any:
 
 
 def _as_whole(value: Any) -> Any:
-    """A power such as 2**20, which YAML takes for text, as a number; anything else as it is."""
-    if isinstance(value, str) and "**" in value:
+    """2**20 and 1Mi, which YAML takes for text, as numbers; anything else as it is."""
+    if isinstance(value, str):
         with contextlib.suppress(argparse.ArgumentTypeError):
             return whole_number(value)
     return value

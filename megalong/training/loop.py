@@ -38,7 +38,7 @@ from megalong.training.profiling import Profiler
 from megalong.training.reports import Reports, say
 from megalong.training.resuming import check_agreement, sound_checkpoint
 from megalong.training.run_blend import blend_from, next_sample
-from megalong.training.run_data import RunData, best_set, validation_sets
+from megalong.training.run_data import RunData, best_set, check_same_masks, validation_sets
 from megalong.training.run_folder import leave_unfinished, open_run_folder, same_folder
 from megalong.training.samples import continued
 from megalong.training.stages import begun, check_is_of
@@ -76,6 +76,7 @@ class Trainer:
         self._unread: deque[tuple[int, StepResult]] = deque()  # results of the newest iterations
         self._stop_before_the_building()
         check_agreement(config, checkpoint)
+        check_same_masks(data)
         with contextlib.ExitStack() as held:
             if checkpoint is not None:
                 checkpoint = held.enter_context(sound_checkpoint(config, say, stage))
@@ -229,12 +230,14 @@ class Trainer:
                 )
             if spike:
                 self.reports.spike(iteration, result)
+            losses = [result.loss]
             if result.loss == 0 and self.blend.masks_loss:
                 self.reports.nothing_predicted(iteration)
+                losses = []
             self.progress = dataclasses.replace(
                 self.progress,
                 skipped_spikes=self.progress.skipped_spikes + spike,
-                losses=[*self.progress.losses, result.loss],
+                losses=[*self.progress.losses, *losses],
                 losses_by_source=_with_losses_of(result, self.progress.losses_by_source),
             )
 

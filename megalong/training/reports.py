@@ -184,7 +184,7 @@ class Reports:
             **self._place(progress),
             "consumed_samples": progress.consumed_samples,
             "consumed_tokens": progress.consumed_tokens,
-            "loss": sum(progress.losses) / len(progress.losses),
+            "loss": sum(progress.losses) / max(len(progress.losses), 1),  # none: nothing to predict
             **({} if result.z_loss is None else {"z_loss": result.z_loss}),
             "learning_rate": learning_rate,
             "grad_norm": result.grad_norm,

@@ -8,8 +8,10 @@ import resource
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
 from megalong.config import Config
 from megalong.data.batches import (
@@ -61,6 +63,21 @@ class RunData:
     documents: DocumentRules = NO_BORDERS
     tasks: Sequence[Trials] = ()
     prompts: Sequence[Prompt] = ()
+
+
+def check_same_masks(data: RunData) -> None:
+    """That all ranks find the same loss masks beside the data: whether there are any decides what
+    they count together. Called by every rank; raises UserError on all."""
+    held_out = [name for name, stream in data.held_out.items() if stream.masks_loss]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, [*data.train.masked, *held_out])
+    words = [f"of {', '.join(masked)}" if masked else "of none" for masked in found]
+    for rank, theirs in enumerate(words):
+        if theirs != words[0]:
+            raise UserError(
+                f"rank {rank} finds loss masks (PREFIX.loss) {theirs}, and rank 0 {words[0]}: they"
+                " have to lie beside the data on all nodes"
+            )
 
 
 def open_run_data(config: Config) -> RunData:

@@ -3,6 +3,7 @@
 import json
 import resource
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megalong.config.arguments import parse_arguments
 from megalong.errors import UserError
 from megalong.hf.tokenizer_files import export_tokenizer
-from megalong.training.run_data import describe_training, open_run_data
+from megalong.training.run_data import check_same_masks, describe_training, open_run_data
 from tests.launching import small_run_flags
 
 
@@ -300,3 +301,22 @@ def test_many_sources_need_many_open_files(three, monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (200, 260))
     with pytest.raises(UserError, match=r"264 open files, and the limit \(ulimit -Hn\) is 260"):
         opened(data_path=f"{three}/code {three}/books")
+
+
+@pytest.mark.parametrize("theirs", [["code", "validation"], []])
+def test_ranks_that_find_other_loss_masks_end(monkeypatch, theirs):
+    """They would wait for each other: what counts is counted together."""
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+
+    def gather(found, ours):
+        found[:] = [ours, theirs]
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    validation = SimpleNamespace(masks_loss=True)
+    data = SimpleNamespace(
+        train=SimpleNamespace(masked=["code"]), held_out={"validation": validation}
+    )
+    if theirs:
+        return check_same_masks(data)
+    with pytest.raises(UserError, match=r"rank 1 finds .* of none, and rank 0 of code, validation"):
+        check_same_masks(data)
