@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from cost import Cost
 from grid import Cell, as_flags
@@ -66,13 +67,14 @@ class Training:
     """The training of a cell, as far as it is."""
 
     def __init__(self, cell: Cell, cost: Cost, place: Place):
-        self._cell, self._cost, self._place = cell, cost, place
+        self.cell, self.cost, self.place = cell, cost, place
         flags = {**cell.flags, "train_iters": cost.iterations}
         identity = {"flags": flags, "data": cell.data, "processes": place.processes}
         if cell.data is None:
             identity["corpus"] = json.loads((place.corpus / "corpus.json").read_text())
-        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-        self.folder = place.models / key
+        self.folder = place.models / _digest(identity)
+        # Of all that a cell's result hangs on.
+        self.settings = _digest({**identity, "evaluate": cell.evaluate})
         self.run = self.folder / "run"
         self._flags = flags
         self.commands: list[list[str]] = []
@@ -99,7 +101,13 @@ class Training:
         """Train to the end. on_share: hears now and then which share is done. Raises OutOfTime,
         and UserError where a command fails."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        make_data = self._make_data() if self._cell.data is not None else {}
+        with (self.folder / "lock").open("w") as lock:  # another grid may have the same training
+            while not _locked(lock):
+                yield
+            yield from self._go_on(on_share)
+
+    def _go_on(self, on_share: Callable[[float], None]) -> Generator[None]:
+        make_data = self._make_data() if self.cell.data is not None else {}
         self.commands = [*make_data.values(), self._train(list(make_data))]
         if self.done:
             return
@@ -112,7 +120,7 @@ class Training:
         (self.folder / "done").touch()
 
     def _run(self, command: list[str], on_share: Callable[[float], None]) -> Generator[None]:
-        left = TRAINING_SHARE * self._place.seconds - self.seconds
+        left = TRAINING_SHARE * self.place.seconds - self.seconds
         if left <= 0:
             raise OutOfTime
         if command is self.commands[-1]:
@@ -124,20 +132,20 @@ class Training:
             aside.write_text(json.dumps(before + seconds))
             aside.replace(self.folder / "seconds.json")
             curve = self.curve()
-            on_share(curve[-1][0] / self._cost.iterations if curve else 0.0)
+            on_share(curve[-1][0] / self.cost.iterations if curve else 0.0)
 
         log = self.folder / "log.txt"
-        yield from run_command(command, self._place.environment, log, left + GRACE, on_tick)
+        yield from run_command(command, self.place.environment, log, left + GRACE, on_tick)
 
     def _make_data(self) -> dict[Path, list[str]]:
         """By prefix, what makes the samples of a length, of which each has as many tokens."""
-        settings, tool = dict(self._cell.data), REPOSITORY / "tools" / "make_task_data.py"
+        settings, tool = dict(self.cell.data), REPOSITORY / "tools" / "make_task_data.py"
         lengths = settings.pop("lengths")
         found = {}
         for length, tasks in lengths.items():
-            samples = -(-self._cost.tokens // (len(lengths) * length))
+            samples = -(-self.cost.tokens // (len(lengths) * length))
             prefix = self.folder / f"samples_of_{length}"
-            flags = {"tasks": tasks, "length": length, "samples": samples, "seed": self._cell.seed}
+            flags = {"tasks": tasks, "length": length, "samples": samples, "seed": self.cell.seed}
             flags |= {**settings, "output_prefix": str(prefix)}
             found[prefix] = [sys.executable, str(tool), *as_flags(flags), "--overwrite"]
         return found
@@ -147,7 +155,7 @@ class Training:
         if prefixes:
             data = {"train_data_path": [word for prefix in prefixes for word in (1, str(prefix))]}
         else:
-            corpus = self._place.corpus
+            corpus = self.place.corpus
             data = {
                 "train_data_path": str(corpus / "train_text_document"),
                 "tokenizer_model": str(corpus / "tokenizer.model"),
@@ -155,23 +163,24 @@ class Training:
         run = {
             "save": str(self.run),
             "load": str(self.run),
-            "save_interval": max(self._cost.iterations // 8, 1),
+            "save_interval": max(self.cost.iterations // 8, 1),
             "keep_last": 1,
-            "log_interval": max(self._cost.iterations // 100, 1),
+            "log_interval": max(self.cost.iterations // 100, 1),
         }
         python = [sys.executable]
-        if self._place.processes > 1:
+        if self.place.processes > 1:
             python += ["-m", "torch.distributed.run", "--standalone"]
-            python += [f"--nproc_per_node={self._place.processes}"]
+            python += [f"--nproc_per_node={self.place.processes}"]
         script = str(REPOSITORY / "pretrain_longnet.py")
         return [*python, script, *as_flags({**self._flags, **data, **run})]
 
 
 def evaluate(
-    cell: Cell, training: Training, place: Place, folder: Path
+    training: Training, folder: Path
 ) -> Generator[None, None, tuple[dict[str, Any], list[str], float]]:
     """Returns what tools/evaluate.py finds, its command and its seconds. Raises OutOfTime,
     UserError."""
+    cell, place = training.cell, training.place
     settings: dict[str, Any] = dict(cell.evaluate)
     if cell.data is None:
         settings["input"] = str(place.corpus / "held_out.jsonl")
@@ -180,12 +189,25 @@ def evaluate(
     command += ["--output", str(folder), "--overwrite"]
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    left = max(place.seconds - training.seconds, 0)
+    left = max(place.seconds - training.seconds, (1 - TRAINING_SHARE) * place.seconds)
     log = folder / "log.txt"
     yield from run_command(command, place.environment, log, left, lambda seconds: None)
     found = json.loads((folder / "evaluation.json").read_text())
     found.pop("model")  # a path
     return found, [*command[:-2], "EVALUATION"], time.monotonic() - start
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _locked(file: TextIO) -> bool:
+    """Whether this process has the lock of a file now, which it gives back with the file."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _end_with_this_process() -> None:
@@ -206,6 +228,7 @@ def run_command(
     UserError where it fails."""
     start = told = time.monotonic()
     with log.open("a") as file:
+        before = file.tell()  # of what earlier starts have said
         # Of a session of its own: Ctrl-C is for this process, which passes it on once.
         process = subprocess.Popen(
             command,
@@ -233,7 +256,7 @@ def run_command(
                     process.kill()
             on_tick(time.monotonic() - start)
     if process.returncode:
-        lines = log.read_text().strip().splitlines() or [""]
+        lines = log.read_bytes()[before:].decode(errors="replace").strip().splitlines() or [""]
         last = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1])
         raise UserError(
             f"{Path(command[1]).name} ended with {process.returncode}: {last}: see {log}"

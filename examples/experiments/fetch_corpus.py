@@ -15,8 +15,8 @@ left out, so that none is on both sides. Directories of tests are left out,
 documents below --min-bytes too, and of longer ones than --max-document-bytes the rest. So are, with
 --min-window-gain, those in which little is said again from afar: what a long context is worth can
 be seen only where there is something to be seen. Which are taken, in which order, and which are
-held out hangs on the sha256 of their paths alone: a larger corpus has the smaller one's documents,
-on the same side. Needs Debian or what is made of it.
+held out hangs on the sha256 of their paths; a larger corpus has the smaller one's documents on the
+same side, but for files that others of its documents have. Needs Debian or what is made of it.
 """
 
 from __future__ import annotations

@@ -21,15 +21,33 @@ def read_cells(folder: Path) -> list[Cell]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
+def of_newest_grid(cells: list[Cell]) -> tuple[list[Cell], list[str]]:
+    """The cells that can stand in one table, and the names of the others: those of a grid that has
+    other axes by now, or of seeds that were trained otherwise than the newest of their row."""
+    newest = max(cells, key=lambda cell: cell["date"])
+    kept = []
+    for group in groups([cell for cell in cells if cell["axes"] == newest["axes"]]):
+        like = _trained(max(group, key=lambda cell: cell["date"]))
+        kept += [cell for cell in group if _trained(cell) == like]
+    names = {cell["cell"] for cell in kept}
+    return kept, [cell["cell"] for cell in cells if cell["cell"] not in names]
+
+
+def _trained(cell: Cell) -> tuple:
+    """What is alike in cells that differ in their seed alone."""
+    flags = {name: value for name, value in cell["flags"].items() if name != "seed"}
+    return flags, cell["data"], cell["iterations"], cell["processes"]
+
+
 def write_report(folder: Path) -> None:
     """Writes report.json, report.md and plots beside `cells`. Raises UserError where there is no
     complete cell."""
-    cells = read_cells(folder / "cells")
+    cells, others = of_newest_grid(read_cells(folder / "cells"))
     complete = [cell for cell in cells if cell["complete"]]
     if not complete:
         raise UserError(f"{folder}: no cell is complete: give run.py more --minutes")
     writable_folder("--output", folder)
-    found = summary(cells, complete)
+    found = {**summary(cells, complete), "of_other_settings": others}
     (folder / "report.json").write_text(json.dumps(found, indent=1) + "\n")
     (folder / "report.md").write_text(as_text(found))
     in_order = list(chain.from_iterable(groups(complete)))
@@ -49,7 +67,11 @@ def summary(cells: list[Cell], complete: list[Cell]) -> dict[str, Any]:
         "formats": {column.name: column.shown for column in columns},
         "fits": fits(complete) if first["measure"] == "compute" else {},
         "cut": {
-            cell["cell"]: f"{cell['iterations_done']} of {cell['iterations']} iterations"
+            cell["cell"]: (
+                f"{cell['iterations_done']} of {cell['iterations']} iterations"
+                if cell["iterations_done"] < cell["iterations"]
+                else "in the evaluation"
+            )
             for cell in cells
             if not cell["complete"]
         },
@@ -150,6 +172,9 @@ def as_text(found: dict[str, Any]) -> str:
     if found["cut"]:
         lines += ["", "Cut, being longer than their minutes, and in no mean:"]
         lines += [f"- {name}: {what}" for name, what in found["cut"].items()]
+    if found["of_other_settings"]:
+        names = ", ".join(found["of_other_settings"])
+        lines += ["", f"Of other settings than the grid has now, and in no mean: {names}."]
     lines += ["", *ran(found)]
     return "\n".join(lines) + "\n"
 

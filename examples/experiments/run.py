@@ -24,7 +24,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from megalong.command_line import run as run_main
 
 with needed_packages():
     from commands import OutOfTime, Place, Training, evaluate
-    from cost import Cost, cost_of
+    from cost import cost_of
     from grid import Cell, Grid, read_grid
     from machine import machine, processors
     from report import read_cells, write_report
@@ -82,9 +82,10 @@ def main() -> None:
     args = parse_arguments()
     grid = read_grid(GRIDS.get(args.experiment, Path(args.experiment)), args.scale)
     folder = args.output / f"{grid.experiment}_{grid.scale}"
+    failed: list[str] = []
     if not args.report:
         cells = grid.chosen(args.cells, args.seeds)
-        run_cells(cells, grid, args, folder / "cells")
+        failed = run_cells(cells, grid, args, folder / "cells")
         if args.plan:
             return
     if read_cells(folder / "cells"):
@@ -93,10 +94,12 @@ def main() -> None:
         print(f"{folder}: report.md, report.json and plots")
     else:
         print(f"{folder}: no cell has been run")
+    if failed:
+        raise UserError(f"{counted(len(failed), 'cell')} failed: {', '.join(failed)}, see above")
 
 
-def run_cells(cells: list[Cell], grid: Grid, args: argparse.Namespace, folder: Path) -> None:
-    """Runs those that have not been."""
+def run_cells(cells: list[Cell], grid: Grid, args: argparse.Namespace, folder: Path) -> list[str]:
+    """Runs those that have not been. Returns the names of those that failed."""
     minutes = args.minutes or grid.minutes
     models = (args.output / "models").resolve()
     corpus = None
@@ -111,7 +114,12 @@ def run_cells(cells: list[Cell], grid: Grid, args: argparse.Namespace, folder: P
         cell.name: cost_of(cell, grid.equal, vocabulary(cell, corpus), args.processes)
         for cell in cells
     }
-    left = [cell for cell in cells if not is_done(folder / f"{cell.name}.json", minutes)]
+    trainings = {cell.name: Training(cell, costs[cell.name], place) for cell in cells}
+    left = [
+        cell
+        for cell in cells
+        if not is_done(folder / f"{cell.name}.json", trainings[cell.name].settings, minutes)
+    ]
     print(
         f"{grid.experiment}: {counted(len(cells), 'cell')}, {len(left)} to be run, at most"
         f" {minutes:g} minutes each: {clock(60 * minutes * len(left))} at the very most",
@@ -125,17 +133,15 @@ def run_cells(cells: list[Cell], grid: Grid, args: argparse.Namespace, folder: P
                 f"{cell.name}: {cost.iterations:,} iterations, {cost.tokens:,} tokens,"
                 f" {cost.total_flops / 1e12:,.2f} TFLOP, {cost.parameters:,} parameters; {state}"
             )
-        return
+        return []
     if not left:
-        return
+        return []
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     folder.mkdir(parents=True, exist_ok=True)
     total = sum(costs[cell.name].total_flops for cell in left) / 1e12
     shares = dict.fromkeys((cell.name for cell in left), 0.0)
     work = [
-        run_cell(
-            cell, grid, costs[cell.name], place, folder, partial(shares.__setitem__, cell.name)
-        )
+        run_cell(trainings[cell.name], grid, folder, partial(shares.__setitem__, cell.name))
         for cell in left
     ]
     with (
@@ -146,6 +152,7 @@ def run_cells(cells: list[Cell], grid: Grid, args: argparse.Namespace, folder: P
             done = sum(shares[cell.name] * costs[cell.name].total_flops for cell in left) / 1e12
             bar.set_description(f"{grid.experiment} {ended}/{len(left)}", refresh=False)
             bar.update(done - bar.n)
+    return [cell.name for cell in left if shares[cell.name] < 1]
 
 
 def run_together(work: list[Generator], jobs: int) -> Iterator[int]:
@@ -168,10 +175,16 @@ def goes_on(work: Generator) -> bool:
     return next(work, work) is not work
 
 
-def run_cell(cell: Cell, grid: Grid, cost: Cost, place: Place, folder: Path, on_share) -> Generator:
-    """Runs a cell and writes its file. A generator, as in `commands`."""
-    result = yield from result_of(cell, grid, cost, place, folder, on_share)
-    path = folder / f"{cell.name}.json"
+def run_cell(
+    training: Training, grid: Grid, folder: Path, on_share: Callable[[float], None]
+) -> Generator[None]:
+    """Runs a cell and writes its file; one that fails is told, and not written."""
+    try:
+        result = yield from result_of(training, grid, folder, on_share)
+    except UserError as error:
+        print(f"{training.cell.name}: {error}", file=sys.stderr, flush=True)
+        return
+    path = folder / f"{training.cell.name}.json"
     unfinished = path.with_suffix(".partial")
     unfinished.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(unfinished, path)
@@ -179,14 +192,14 @@ def run_cell(cell: Cell, grid: Grid, cost: Cost, place: Place, folder: Path, on_
 
 
 def result_of(
-    cell: Cell, grid: Grid, cost: Cost, place: Place, folder: Path, on_share
+    training: Training, grid: Grid, folder: Path, on_share: Callable[[float], None]
 ) -> Generator[None, None, dict]:
     """A cell's result, as it is written."""
-    training = Training(cell, cost, place)
+    cell, cost, place = training.cell, training.cost, training.place
     seconds, found, commands = 0.0, None, []
     try:
         yield from training.go_on(on_share)
-        found, command, seconds = yield from evaluate(cell, training, place, folder / cell.name)
+        found, command, seconds = yield from evaluate(training, folder / cell.name)
         commands.append(command)
     except OutOfTime:
         print(f"{cell.name}: cut after {clock(training.seconds)}", file=sys.stderr, flush=True)
@@ -202,6 +215,7 @@ def result_of(
         "cell": cell.name,
         "values": cell.values,
         "seed": cell.seed,
+        "settings": training.settings,
         "complete": found is not None,
         "minutes": place.seconds / 60,
         "seq_length": cell.flags["seq_length"],
@@ -222,12 +236,13 @@ def result_of(
     }
 
 
-def is_done(path: Path, minutes: float) -> bool:
-    """Whether a cell has been run: to its end, or as long as it may."""
+def is_done(path: Path, settings: str, minutes: float) -> bool:
+    """Whether a cell with these settings has been run: to its end, or as long as it may."""
     if not path.exists():
         return False
     result = json.loads(path.read_text())
-    return result["complete"] or result["minutes"] >= minutes
+    ran = result["complete"] or result["minutes"] >= minutes
+    return ran and result["settings"] == settings
 
 
 def checked_corpus(folder: Path | None) -> Path:

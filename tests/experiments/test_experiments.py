@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from megalong.errors import UserError
+from megalong.tasks.trials import Trials, language_of
 from tests.launching import REPOSITORY, run, run_here
 
 FOLDER = REPOSITORY / "examples" / "experiments"
@@ -77,6 +78,14 @@ def test_the_cells_of_every_grid_can_be_trained_and_cost_what_they_should(path, 
         assert abs(paid - cell.budget) <= 0.51 * paid / cost.iterations
         assert cost.iterations > 2 * cell.flags["lr_warmup_iters"]
         assert cell.name and set(cell.values) == set(grid.axes)
+        if cell.data is not None:
+            language = language_of("ids", lambda text: [], range(256), 256)
+            lengths = dict(cell.data["lengths"])
+            assert sum(lengths) and all(max(lengths) % length == 0 for length in lengths)
+            lengths |= {n: cell.evaluate["tasks"] for n in cell.evaluate["task_lengths"]}
+            for length, tasks in lengths.items():
+                for task in tasks:
+                    Trials(task, language, length, 4).check("tasks", "lengths")
 
 
 def test_prompts_are_asked_of_the_trainings_of_perplexity():
@@ -157,6 +166,7 @@ def made_up(measure: str, values: dict[str, str], seed: int, loss: float, **more
     return {
         **{"experiment": "made_up", "scale": "cpu", "title": "T", "question": "Q?"},
         **{"measure": measure, "equal": "tokens", "complete": True, "seed": seed},
+        **{"flags": {"seed": seed}, "data": None},
         "axes": {axis: ["a", "b"] for axis in values},
         "cell": f"{'-'.join(values.values())}-seed{seed}",
         "values": values,
@@ -217,6 +227,15 @@ def test_variants_are_compared_by_seed_and_cut_cells_are_said(tmp_path):
     assert "+0.2500 ± 0.0707" in text and "- b-seed2: 4 of 10 iterations" in text
 
 
+def test_cells_of_a_grid_that_has_changed_are_in_no_mean(tmp_path):
+    cells = [made_up("compute", AXIS[0], seed, 3.0 + seed) for seed in (0, 1, 2)]
+    cells[0] |= {"iterations": 5, "date": "2026-01-01 00:00"}
+    gone = made_up("compute", AXIS[1], 3, 9.0) | {"date": "2026-01-01 00:00"}
+    found, text = report_of(tmp_path, [*cells, gone | {"axes": {"attention": ["a", "b", "c"]}}])
+    assert found["rows"][0]["seeds"] == [1, 2] and len(found["rows"]) == 1
+    assert "in no mean: a-seed0, b-seed3." in text
+
+
 def test_the_report_of_compute_has_the_power_law_of_each_kind(tmp_path):
     cells = [
         made_up("compute", {"attention": kind, "size": size}, seed, 9 * flops**-exponent)
@@ -249,7 +268,7 @@ def test_what_is_there_to_do_is_said_and_mistakes_are_refused(tiny, tmp_path):
 @pytest.mark.long
 def test_a_grid_that_is_killed_goes_on_and_its_report_is_of_its_cells_alone(tiny, tmp_path):
     output = tmp_path / "out"
-    flags = [str(SCRIPT), str(tiny), "--output", str(output), "--seeds", "1"]
+    flags = [str(SCRIPT), str(tiny), "--output", str(output), "--seeds", "1", "--jobs", "1"]
     command = [sys.executable, *flags]
     started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     first = output / "tiny_cpu" / "cells" / "dense-seed1.json"
