@@ -1,15 +1,20 @@
 """The stages of a run, as a file and the command line describe them."""
 
+import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import yaml
 
-from megalong.config.arguments import parse_arguments
+from megalong.checkpoint.progress import Progress
+from megalong.config.arguments import parse_arguments, to_yaml
 from megalong.config.recipe import parse_run
 from megalong.errors import UserError
+from megalong.training import stages as stages_of_run
 from megalong.training.learning_rate import learning_rate
 from megalong.training.stage_table import stage_table
+from megalong.training.stages import begun, stages_ahead
 from tests.launching import REPOSITORY
 
 RECIPE = """\
@@ -120,15 +125,45 @@ def test_what_starts_a_like_run_is_written_down(file):
     assert "hidden_size" not in listed[0]
 
 
+def test_what_is_written_of_a_scaling_and_of_samples_is_read_again(file):
+    """Of what one stage has, the file written gives the others their default or nothing."""
+    changed(file, ("rotary_base: 50000", "rope_scaling_factor: 4\n      rope_original_length: 64"),
+            ("    train-iters: 10", "    train-iters: 10\n    sample_prompts: [a, b]\n"
+             "    sample_interval: 3\n    keep_best_by: code"),
+            ("save: run\n", "save: run\nkeep_best: true\n"))  # fmt: skip
+    stages = stages_of()
+    assert [stage.config.samples.sample_prompts for stage in stages] == [("a", "b"), None]
+    assert [stage.config.run.keep_best_by for stage in stages] == ["code", None]
+    listed = yaml.safe_load(stages[0].flags)["stages"]
+    assert [stage["rope_original_length"] for stage in listed] == [8192, 64]
+    file.write_text(stages[0].flags)
+    assert [s.config for s in stages_of("--load", "run")] == [s.config for s in stages]
+
+
+@pytest.mark.parametrize(
+    "tokens, iterations",
+    [("2**20", 1024), ("1Mi", 1024), ("1_048_576", 1024), ("'2048'", 2), ("4.0e3", 4), ("4e3", 4)],
+)
+def test_how_tokens_may_be_written(file, tokens, iterations):
+    changed(file, ("train_tokens: 5e3", f"train_tokens: {tokens}"))
+    assert stages_of()[1].iterations == iterations
+
+
+def test_a_later_stage_may_say_that_it_begins_with_no_other_model(file):
+    changed(file, ("rotary_base: 50000", "rotary_base: 50000\n    pretrained_checkpoint: null"))
+    assert stages_of()[1].config.run.pretrained_checkpoint is None
+
+
 def test_how_a_stage_is_computed_the_command_line_decides(file):
     for flags in (
         ("--sequence-parallel-size", "1", "--zero-stage", "2"),
         ("--micro-batch-size", "1", "--memory-path", "on"),
     ):
-        name = flags[0][2:].replace("-", "_")
         for stage in stages_of(*flags):
-            found = {**vars(stage.config.parallel), **vars(stage.config.training)}
-            assert found[name] == 1
+            given = yaml.safe_load(to_yaml(stage.given))
+            found = {name: value for each in given.values() for name, value in each.items()}
+            for flag, value in zip(flags[::2], flags[1::2], strict=True):
+                assert str(found[flag[2:].replace("-", "_")]) == value, flag
     assert [stage.config.training.clip_grad for stage in stages_of("--clip-grad", "2")] == [2, 2]
 
 
@@ -171,6 +206,9 @@ def test_flags_that_do_not_go_with_the_stages(file, flags, message):
         (("lr: 5.0e-4", "pretrained_checkpoint: x"), 31, "only the first stage begins with"),
         (("name: long", "name: short"), 20, "short is the name of another stage already"),
         (("  - name: long\n    model:", "  - model:"), 20, "one without a name"),
+        (("name: long", "name: ' '"), 20, "one without a name"),
+        (("name: long", "name: 1.5"), 20, "a name is text, found 1.5: put it in quotes"),
+        (("train_tokens: 5e3", "train_tokens: 2**x"), 29, "number, found '2**x'"),
         (("    train-iters: 10\n", ""), 14, "stage short has no length: set train_iters"),
         (("train-iters: 10", "train-iters: 0"), 18, "expected a positive whole number, found 0"),
         (("train-iters: 10", "train-iters: 1.5"), 18, "train-iters: expected int, found 1.5"),
@@ -206,6 +244,76 @@ def test_stages_are_a_list_and_for_one_command(file):
     file.write_text("save: run\nstages: {}\n")
     with pytest.raises(UserError, match=r"line 2: stages: a list is expected"):
         stages_of()
+
+
+def at(iteration: int, before: Progress | None = None) -> Progress:
+    """How far a run of the file has come after so many iterations."""
+    progress = before or Progress()
+    for stage in stages_of():
+        if stage.begin < iteration:
+            progress = begun(progress, stage, stage.config)
+    return dataclasses.replace(progress, iteration=iteration)
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """The names of the stages that a checkpoint of this progress leaves to be done."""
+
+    def names(progress: Progress) -> list[str | None]:
+        monkeypatch.setattr(stages_of_run, "found_checkpoint", lambda config: Path("c"))
+        monkeypatch.setattr(stages_of_run, "read_progress", lambda checkpoint: progress)
+        return [stage.name for stage in stages_ahead(stages_of())]
+
+    return names
+
+
+def test_a_stage_may_be_made_as_short_as_it_is(file, ahead):
+    progress = at(6)
+    changed(file, ("train-iters: 10", "train-iters: 6"))
+    assert ahead(progress) == ["short", "long"]
+    # What the checkpoints after that have of it is as it was.
+    goes_on = begun(progress, stages_of()[1], stages_of()[1].config)
+    assert goes_on.stages[0]["settings"]["train_iters"] == 10
+    goes_on = dataclasses.replace(goes_on, iteration=8)
+    assert ahead(goes_on) == ["long"]
+    changed(file, ("\nlr: 1.0e-3", "\nlr: 2.0e-3"))
+    for reached in (progress, goes_on):
+        with pytest.raises(UserError, match=r"where --lr was 0.001, and here it is 0.002"):
+            ahead(reached)
+    changed(file, ("\nlr: 2.0e-3", "\nlr: 1.0e-3"), ("train-iters: 6", "train-iters: 10"))
+    with pytest.raises(UserError, match=r"where --train-iters was 6, and here it is 10: set it"):
+        ahead(goes_on)
+    assert ahead(progress) == ["short", "long"]
+
+
+@pytest.mark.parametrize(
+    "change, flag",
+    [
+        (("    lr: 5.0e-4", "    lr: 5.0e-4\n    global_batch_size: 8"), "--global-batch-size"),
+        (("seq_length: 256", "seq_length: 512"), "--seq-length"),
+    ],
+)
+def test_tokens_are_not_counted_with_two_batches(file, ahead, change, flag):
+    begins, within, done = at(10), at(12), at(15)
+    changed(file, change)
+    assert ahead(begins) == ["short", "long"]
+    for progress in (within, done):
+        with pytest.raises(UserError, match=rf"stage long: {flag} is .*: set train_iters instead$"):
+            ahead(progress)
+    changed(file, ("train_tokens: 5e3", "train_iters: 4"))
+    assert ahead(within) == ["long"]
+
+
+def test_settings_of_the_optimizer_stay_once_a_stage_is_done(file, ahead):
+    within, done = at(6), at(12)
+    changed(file, ("save: run\n", "save: run\nsgd_momentum: 0.5\n"))  # it is Adam
+    assert ahead(done) == ["long"]
+    for setting, flag in (("adam_beta2: 0.9", "--adam-beta2"), ("precision: fp32", "--precision")):
+        changed(file, ("save: run\n", f"save: run\n{setting}\n"))
+        assert ahead(within) == ["short", "long"]
+        with pytest.raises(UserError, match=rf"stage short: is done .* where {flag} was"):
+            ahead(done)
+        changed(file, (f"{setting}\n", ""))
 
 
 def test_the_table_of_the_stages(file):

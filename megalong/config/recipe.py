@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import math
@@ -16,7 +17,8 @@ from megalong.config.arguments import (
     settings_in,
     with_preset,
 )
-from megalong.config.flags import flag_name
+from megalong.config.flags import flag_name, whole_number
+from megalong.config.samples import SamplesConfig
 from megalong.config.stages import HOW, WHAT, Recipe, StageSettings
 from megalong.config.tasks import TasksConfig
 from megalong.config.yaml_file import YamlFile
@@ -24,8 +26,10 @@ from megalong.errors import UserError
 
 # What a stage may set besides.
 _WATCHED = (
-    "valid_data_path", "test_data_path", *(each.name for each in dataclasses.fields(TasksConfig)),
-    "save_interval", "log_interval", "eval_interval", "eval_iters", "full_validation",
+    "valid_data_path", "test_data_path", "save_interval", "log_interval", "eval_interval",
+    "eval_iters", "full_validation", "keep_best_by",
+    *(each.name for each in dataclasses.fields(TasksConfig)),
+    *(each.name for each in dataclasses.fields(SamplesConfig)),
 )  # fmt: skip
 OF_A_STAGE = frozenset([*HOW, *WHAT, *_WATCHED])
 # Three ways to say one thing: a stage that takes one of them takes it in the place of the others.
@@ -129,8 +133,11 @@ def _own_settings(
                 f"{file.where(*place)}: stages: expected `name: ...` and settings, found {entry!r}"
             )
         name = entry.get("name")
-        if not isinstance(name, str | int) or isinstance(name, bool) or not str(name).strip():
+        if name is None or name == "" or str(name).isspace():
             raise UserError(f"{file.where(*place)}: stages: one without a name: set `name: ...`")
+        if not isinstance(name, str | int) or isinstance(name, bool):
+            where = file.where(*place, "name")
+            raise UserError(f"{where}: stages: a name is text, found {name!r}: put it in quotes")
         name = str(name).strip()
         yield name, settings_in(file, entry, place, _OTHERS, f"stage {name}: "), place
 
@@ -143,7 +150,7 @@ def _check_own(
     for key, found in own.items():
         where = f"{file.where(*found.place)}: stage {name}: {key}"
         if key == "pretrained_checkpoint":
-            if number > 0:
+            if number > 0 and found.value is not None:
                 raise UserError(
                     f"{where}: only the first stage begins with another model: the others go on"
                     " from the stage before them"
@@ -181,10 +188,13 @@ def _check_own(
 
 
 def _whole(value: Any) -> int | None:
-    """The whole number that stands in a file, as 2000000000, 2.0e9 or 2e9, which YAML takes for
-    text; None where it is none."""
+    """The whole number that stands in a file, as 2000000000 or 2.0e9, or as 2e9, 2**31 or 2Gi,
+    which YAML takes for text; None where it is none."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
+    if isinstance(value, str):
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            return whole_number(value)
     with contextlib.suppress(ValueError):
         number = float(value)
         if math.isfinite(number) and number == int(number):

@@ -133,7 +133,9 @@ class StageSettings:
                 f"--lr-wsd-decay-iters {decay} is more than the {iterations - warmup} of the"
                 f" stage's {counted(iterations, 'iteration')} that its warm-up leaves"
             )
-        if "rope_original_length" in self.own and not self.values.get("rope_scaling_factor"):
+        length = self.own.get("rope_original_length")
+        is_set = length is not None and length.value != ModelConfig.rope_original_length
+        if is_set and not self.values.get("rope_scaling_factor"):
             raise UserError(
                 "--rope-original-length is of the scaling that --rope-scaling-factor turns on: set"
                 " that too, or leave it out"

@@ -14,6 +14,7 @@ from megalong.config import Config, flag_name
 from megalong.config.flags import shown
 from megalong.config.stages import WHAT, Stage
 from megalong.errors import UserError
+from megalong.optimizers import optimizer_of
 from megalong.training.changes import comparable_settings
 from megalong.training.resuming import found_checkpoint
 
@@ -42,11 +43,13 @@ def stages_ahead(stages: Sequence[Stage]) -> Sequence[Stage]:
     for number, record in enumerate(progress.stages):
         _check_name(stages, number, record, checkpoint)
     number = len(progress.stages) - 1
-    for stage, record in zip(stages[:number], progress.stages, strict=False):
-        _check_settings(stage, record, checkpoint)
-    stage = stages[number]
+    ends = [record["begin"] for record in progress.stages[1:]]
+    for stage, record, end in zip(stages, progress.stages, ends, strict=False):
+        _check_settings(stage, record, end, checkpoint)
+    stage, record = stages[number], progress.stages[number]
+    _check_counted_tokens(stage, record, checkpoint)
     if progress.iteration == stage.end:
-        _check_settings(stage, progress.stages[number], checkpoint)
+        _check_settings(stage, record, stage.end, checkpoint)
     elif progress.iteration > stage.end:
         with stage.settings.errors():
             raise UserError(
@@ -76,8 +79,11 @@ def check_is_of(stage: Stage | None, progress: Progress, checkpoint: Path) -> No
 
 
 def what_counts(config: Config) -> dict[str, Any]:
-    """The settings that the result of a stage hangs on, as JSON has them."""
-    return json.loads(json.dumps(comparable_settings(config, WHAT)))
+    """The settings that the result of a stage hangs on, as JSON has them; also those that all
+    stages have in common, and a run may go on with others of."""
+    of_optimizer = optimizer_of(config.training).flags
+    common = [name for name in vars(config.training) if name.startswith(of_optimizer)]
+    return json.loads(json.dumps(comparable_settings(config, [*WHAT, "precision", *common])))
 
 
 def _check_name(
@@ -102,20 +108,39 @@ def _check_name(
     )
 
 
-def _check_settings(stage: Stage, record: dict[str, Any], checkpoint: Path) -> None:
-    """Raise UserError where a stage that is done was another one."""
+def _check_counted_tokens(stage: Stage, record: dict[str, Any], checkpoint: Path) -> None:
+    """Raise UserError where a stage that has begun would have another number of iterations, with
+    other tokens in each, for the same tokens: some of them are done."""
+    ours, before = what_counts(stage.config), record["settings"]
+    for name in ("global_batch_size", "seq_length"):
+        if stage.settings.tokens is not None and ours[name] != before[name]:
+            with stage.settings.errors():
+                raise UserError(
+                    f"{flag_name(name)} is {shown(ours[name])}, and it has begun with"
+                    f" {shown(before[name])} in the checkpoint {checkpoint}: train_tokens would"
+                    " count its iterations wrongly: set train_iters instead"
+                )
+
+
+def _check_settings(stage: Stage, record: dict[str, Any], end: int, checkpoint: Path) -> None:
+    """Raise UserError where a stage that is done was another one. end: its last iteration, which
+    may be before that of its record where the stage has been made shorter."""
     ours = what_counts(stage.config)
+    before = dict(record["settings"])
+    if before["lr_decay_iters"] == before["train_iters"] - record["begin"]:  # follows from that
+        before["lr_decay_iters"] = end - record["begin"]
+    before["train_iters"] = end
     if stage.given.training.global_batch_size is None:  # it hangs on the number of ranks
         del ours["global_batch_size"]
-    for name, before in record["settings"].items():
-        now = ours.get(name, before)
-        if now == before:
+    for name, then in before.items():
+        now = ours.get(name, then)
+        if now == then:
             continue
         if name == "train_iters":  # both count from the beginning of the run
-            now, before = stage.iterations, before - record["begin"]
+            now, then = stage.iterations, end - record["begin"]
         what = "its training data" if name == "sources" else flag_name(name)
         with stage.settings.errors():
             raise UserError(
-                f"is done in the checkpoint {checkpoint}, where {what} was {shown(before)}, and"
+                f"is done in the checkpoint {checkpoint}, where {what} was {shown(then)}, and"
                 f" here it is {shown(now)}: set it to that again"
             )
