@@ -33,7 +33,7 @@ _STEP = (
 # What moves the loss of a batch from one step to the next; and so do other sources.
 _MOVES_THE_LOSS = (
     "objective", "mask_rate", "eod_mask_loss", "document_attention", "seq_length", "split",
-    "sample_mode", "length_upsampling", *PATTERN_FIELDS, *ROPE_FIELDS,
+    "sample_mode", "length_upsampling", "xpos_scale_base", *PATTERN_FIELDS, *ROPE_FIELDS,
 )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def other_ways(checkpoint: Path, config: Config, new_stage: bool = False) -> lis
     and a schedule of its own.
     """
     theirs, iteration = config_of(checkpoint), read_progress(checkpoint).iteration
-    names = ["objective", *PATTERN_FIELDS, *ROPE_FIELDS, "document_attention"]
+    names = ["objective", *PATTERN_FIELDS, *ROPE_FIELDS, "xpos_scale_base", "document_attention"]
     goes_on = iteration > 0 and not config.run.finetune  # an imported model has seen no data
     if goes_on:
         of_optimizer = optimizer_of(config.training).flags

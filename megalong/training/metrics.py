@@ -40,7 +40,8 @@ class MetricsLog:
     One JSON object a line. Training records, the means of the iterations since the last, have
         iteration, consumed_samples, consumed_tokens, loss, learning_rate, grad_norm,
         tokens_per_second;
-        stage, in a run of several: the name of the one it is in (evaluations have it, too);
+        stage, in a run of several: the name of the one it is in (evaluations and samples have it,
+            too);
         z_loss, with --z-loss-coeff: what that adds to the loss, in the last of these iterations;
         skipped_spikes, with --skip-loss-spikes: updates left out since the run began;
         mfu, mfu_dense_equivalent: share of all ranks' peak FLOP/s that the model FLOPs of the
@@ -128,10 +129,13 @@ class MetricsLog:
             board.text(iteration, f"sample/{record['number']}", record["prompt"] + record["text"])
 
     def make_durable(self) -> None:
-        """Flush to the disk: what a checkpoint says was done is in the log as well."""
+        """Flush to the disk: what a checkpoint says was done is in the logs as well."""
         if self._file is not None:
             with self._system_errors():
                 os.fsync(self._file.fileno())
+        if self._samples is not None and self._samples.exists():
+            with self._system_errors(), self._samples.open("a") as file:
+                os.fsync(file.fileno())
         for board in self._boards:
             board.flush()
 

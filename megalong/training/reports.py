@@ -352,7 +352,7 @@ class Reports:
             text = tokenizer.decode(tokens)
             self.metrics.sample(
                 {
-                    "iteration": progress.iteration,
+                    **self._place(progress),
                     "consumed_tokens": progress.consumed_tokens,
                     "number": number,
                     "prompt": prompt.text,
