@@ -1,5 +1,6 @@
 """What is told of a run that goes on otherwise than it was."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.texts import texts_of
 from megalong.config.arguments import parse_arguments
+from megalong.config.flags import flag_name
+from megalong.config.stages import WHAT
 from megalong.errors import UserError
 from megalong.training.changes import moves_the_loss, other_ways, with_schedule_of
 from megalong.training.learning_rate import learning_rate
@@ -96,6 +99,25 @@ def test_what_changed_is_a_line_each(checkpoint, changes, told):
 )
 def test_what_moves_the_loss_of_a_batch(checkpoint, changes, moves):
     assert moves_the_loss(checkpoint, resolved(**changes)) is moves
+
+
+# Of the sources `Blend.continued` tells, and what flops match is in the pattern that it makes.
+ELSEWHERE = {"data_path", "data_blend", "train_data_path", "match_flops"}
+
+
+@pytest.mark.parametrize("section", ["model", "attention", "data"])
+def test_what_a_stage_may_have_otherwise_is_told_and_moves_the_loss(checkpoint, section):
+    config = resolved()
+    settings = getattr(config, section)
+    names = [name for name in vars(settings) if name in WHAT and name not in ELSEWHERE]
+    assert len(names) > 3
+    for name in names:
+        other = copy.copy(settings)
+        object.__setattr__(other, name, 12345)
+        changed = dataclasses.replace(config, **{section: other})
+        [line] = other_ways(checkpoint, changed, new_stage=True)
+        assert line.startswith(f"{flag_name(name)} is 12345; the checkpoint was written with")
+        assert moves_the_loss(checkpoint, changed), name
 
 
 def test_a_finished_run_that_is_extended(checkpoint):

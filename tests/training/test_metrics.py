@@ -1,6 +1,7 @@
 """metrics.jsonl under kills: a cut line is no line, a resumed run writes its own again."""
 
 import json
+import os
 from types import SimpleNamespace
 
 from megalong.config import Config
@@ -42,6 +43,17 @@ def test_an_evaluation_takes_the_place_of_the_same_one_only(tmp_path):
         log.training({"iteration": 3})
     expected = [*earlier[:2], whole | {"tokens": 9, "loss": 1.0}, {"iteration": 3}]
     assert read_metrics(path) == expected
+
+
+def test_samples_are_on_the_disk_with_a_checkpoint(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    with MetricsLog(Config(run=RunConfig(save=str(tmp_path))), 0, print) as log:
+        monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file)) or fsync(file))
+        log.make_durable()
+        log.sample({"iteration": 1, "number": 0, "prompt": "a", "text": "b"})
+        log.make_durable()
+    names = ["metrics.jsonl", "metrics.jsonl", "samples.jsonl"]
+    assert [found.st_ino for found in synced] == [(tmp_path / x).stat().st_ino for x in names]
 
 
 def test_every_source_and_every_set_has_its_curves(tmp_path):
