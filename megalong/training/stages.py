@@ -24,7 +24,8 @@ def stages_ahead(stages: Sequence[Stage]) -> Sequence[Stage]:
     yet. A checkpoint at the end of a stage is of that stage, whose last evaluation may be missing.
 
     Raises UserError where the stages contradict those that the checkpoint has seen: a stage that is
-    done is another one now, or gone, or elsewhere.
+    done is another one now, or gone, or elsewhere; or one that has begun counts its tokens in other
+    batches.
     """
     first = stages[0]
     if first.name is None or first.config.run.finetune:
@@ -127,8 +128,9 @@ def _check_settings(stage: Stage, record: dict[str, Any], end: int, checkpoint: 
     may be before that of its record where the stage has been made shorter."""
     ours = what_counts(stage.config)
     before = dict(record["settings"])
-    if before["lr_decay_iters"] == before["train_iters"] - record["begin"]:  # follows from that
-        before["lr_decay_iters"] = end - record["begin"]
+    follows = before["lr_decay_iters"] == before["train_iters"] - record["begin"]
+    if follows and ours["lr_decay_iters"] == stage.iterations:  # which is compared by itself
+        before["lr_decay_iters"] = stage.iterations
     before["train_iters"] = end
     if stage.given.training.global_batch_size is None:  # it hangs on the number of ranks
         del ours["global_batch_size"]
