@@ -53,6 +53,12 @@ COMMON = {
     "split": "80,15,5",
     "eval_iters": 1,
     "eval_interval": 2,
+    "eval_tasks": ["copy"],
+    "eval_task_style": "ids",
+    "eval_task_lengths": [32],
+    "eval_task_samples": 2,
+    "sample_prompts": ["def "],
+    "sample_tokens": 2,
     "save_interval": 2,
     "keep_last": 1,
 }

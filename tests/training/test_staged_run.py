@@ -12,6 +12,7 @@ from megalong.checkpoint.folder import checkpoint_folder, checkpoints, latest
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.config.recipe import parse_run
 from megalong.errors import UserError
+from megalong.training.metrics import read_metrics, training_records
 from megalong.training.resuming import starting_point
 from megalong.training.stages import stages_ahead
 from tests.forked import run_ranks
@@ -38,7 +39,11 @@ def facts(runs: Path) -> dict:
 
 
 def trained(folder: Path) -> list[dict]:
-    return [record for record in numbers(folder) if "split" not in record]
+    return training_records(numbers(folder))
+
+
+def samples(folder: Path) -> list[dict]:
+    return read_metrics(folder / "samples.jsonl")
 
 
 def test_the_stages_follow_each_other_in_one_folder(runs):
@@ -62,6 +67,10 @@ def test_the_stages_follow_each_other_in_one_folder(runs):
         ]
         expected |= {(end, split, stage["name"]) for split in of_stage}
     assert evaluated == expected
+    asked = [(2, "short"), (3, "short"), (4, "middle"), (6, "middle"), (8, "long")]
+    of_tasks = [r for r in numbers(whole) if "task" in r]
+    for of_stages in (of_tasks, samples(whole)):
+        assert [(r["iteration"], r["stage"]) for r in of_stages] == asked
     # --keep-last 1 keeps those of the ends of stages.
     assert [path.name for path in checkpoints(whole)] == [f"iter_{end:07d}" for end in ENDS]
     progress = CheckpointReader(latest(whole)).progress()
@@ -99,6 +108,7 @@ def test_a_stopped_run_is_the_same_bit_for_bit(runs):
         if iteration:
             assert latest(left).name == f"iter_{iteration:07d}"
         assert_same_run(runs / "stopped" / name, runs / "whole")
+        assert samples(runs / "stopped" / name) == samples(runs / "whole")
         assert not (runs / "stopped" / name / "stopped").exists()
 
 
@@ -179,6 +189,8 @@ def other(number: int, **changes) -> list[dict]:
          " {checkpoint} has begun it as number 2; here are short, other, long: put it back"),
         ("left/in_middle", [STAGES[1], STAGES[0]], "stage short: is number 2 here, and number 1"),
         ("whole", STAGES[:2], "stages: none is called long"),
+        ("left/in_middle", other(1, global_batch_size=2), "stage middle: --global-batch-size is 2,"
+         " and it has begun with 4 in the checkpoint {checkpoint}: train_tokens would count its"),
         ("left/in_middle",
          other(1, train_tokens=512, lr_wsd_decay_iters=None, lr_decay_style="constant"),
          "stage middle: --train-iters 1 are fewer than the 2 that the checkpoint"),
@@ -206,6 +218,7 @@ def test_what_may_change_between_two_starts(runs, corpus, tmp_path):
         ),
         ("left/in_middle", STAGES[:2], ["middle"]),
         ("left/in_middle", other(1, train_tokens=4096), ["middle", "long"]),
+        ("left/in_short", other(0, train_iters=2), ["short", "middle", "long"]),
         ("left/end_of_short", other(0, train_iters=9), ["short", "middle", "long"]),
         ("left/end_of_short", STAGES, ["short", "middle", "long"]),
         ("whole", other(2, train_iters=9), ["long"]),
