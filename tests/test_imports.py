@@ -12,7 +12,7 @@ PACKAGE = REPOSITORY / "megalong"
 # Room (a folder, or a file beside the folders) -> the rooms it may import. From the bottom up.
 SMALL = {
     "device", "disk", "errors", "host_memory", "log_filters", "master_port", "position_losses",
-    "progress", "torch_private", "wording",
+    "progress", "torch_private", "wording", "yaml_text",
 }  # fmt: skip
 ROOMS = {
     "errors": set(),
@@ -27,6 +27,7 @@ ROOMS = {
     "position_losses": set(),
     "progress": set(),
     "torch_private": set(),
+    "yaml_text": {"errors"},
     "attention": set(),
     "tiling": set(),
     "data": SMALL,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megalong.errors import UserError
+from megalong.yaml_text import read_yaml
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,7 @@ class YamlFile:
     @staticmethod
     def read(path: str) -> YamlFile:
         """Raises UserError naming the file, and the line where one is no YAML."""
-        try:
-            text = Path(path).read_text()
-            content = yaml.safe_load(text)
-        except OSError as error:
-            raise UserError(f"--config {path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"--config {path}: not YAML: {error}") from error
-        except yaml.YAMLError as error:
-            mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-            where = f", line {mark.line + 1}" if mark else ""
-            raise UserError(f"--config {path}{where}: not YAML: {problem or error}") from error
+        text, content = read_yaml("--config", path)
         if not isinstance(content, dict | None):
             raise UserError(f"--config {path}: expected `name: value` lines, found {content!r}")
         return YamlFile(path, text, content or {})

@@ -19,11 +19,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from megalong.errors import UserError
 from megalong.wording import did_you_mean
+from megalong.yaml_text import read_yaml
 
 _AMOUNTS = ("weight", "tokens", "epochs")
 _KEYS = ("name", "path", *_AMOUNTS)
@@ -88,17 +88,8 @@ def sources_of_file(file: str) -> list[SourceSpec]:
     import yaml  # not for --help
 
     flag = f"--data-blend {file}"
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-        content, nodes = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
-    except OSError as error:
-        raise UserError(f"{flag}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{flag}: not YAML: {error}") from error
-    except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{flag}{where}: not YAML: {problem or error}") from error
+    text, content = read_yaml("--data-blend", file)
+    nodes = yaml.compose(text, yaml.SafeLoader)
     if not isinstance(content, list) or not content:
         raise UserError(f"{flag}: a list of sources is expected, each with `path: ...`")
     specs = []
