@@ -23,7 +23,7 @@ class YamlFile:
     @staticmethod
     def read(path: str) -> YamlFile:
         """Raises UserError naming the file, and the line where one is no YAML."""
-        text, content = read_yaml("--config", path)
+        text, content = read_yaml(f"--config {path}", path)
         if not isinstance(content, dict | None):
             raise UserError(f"--config {path}: expected `name: value` lines, found {content!r}")
         return YamlFile(path, text, content or {})

@@ -88,7 +88,7 @@ def sources_of_file(file: str) -> list[SourceSpec]:
     import yaml  # not for --help
 
     flag = f"--data-blend {file}"
-    text, content = read_yaml("--data-blend", file)
+    text, content = read_yaml(flag, file)
     nodes = yaml.compose(text, yaml.SafeLoader)
     if not isinstance(content, list) or not content:
         raise UserError(f"{flag}: a list of sources is expected, each with `path: ...`")

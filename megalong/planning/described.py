@@ -11,6 +11,7 @@ import yaml
 
 from megalong.errors import UserError
 from megalong.wording import did_you_mean
+from megalong.yaml_text import read_yaml
 
 
 class Section:
@@ -112,26 +113,10 @@ class Section:
 
 def read_section(path: Path, where: str) -> Section:
     """A file whose content is a mapping. where: how messages begin, the flag with the file."""
-    try:
-        content = yaml.load(path.read_text(), _Loader)
-    except OSError as error:
-        raise UserError(f"{where}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not text: {error.reason}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}{_what_is_wrong(error)}") from error
+    _, content = read_yaml(where, path, _Loader)
     if not isinstance(content, dict):
         raise UserError(f"{where}: expected keys with values, one a line")
     return Section(content, where)
-
-
-def _what_is_wrong(error: yaml.YAMLError) -> str:
-    """In words, to stand after the name of the file: the line, if it is known, and the mistake."""
-    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
-    if problem == "could not find expected ':'":  # is found behind the key that has none
-        problem, mark = "a colon is missing", error.context_mark
-    where = "" if mark is None else f", line {mark.line + 1}"
-    return f"{where}: not YAML: {problem or error}"
 
 
 class _Mapping(dict):
