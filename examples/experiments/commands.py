@@ -64,13 +64,15 @@ class Place:
 
 
 class Training:
-    """The training of a cell, as far as it is."""
+    """The training of a cell, as far as it is. start: the one that it starts from."""
 
-    def __init__(self, cell: Cell, cost: Cost, place: Place):
-        self.cell, self.cost, self.place = cell, cost, place
+    def __init__(self, cell: Cell, cost: Cost, place: Place, start: Training | None = None):
+        self.cell, self.cost, self.place, self.start = cell, cost, place, start
         flags = {**cell.flags, "train_iters": cost.iterations}
         identity = {"flags": flags, "data": cell.data, "processes": place.processes}
-        if cell.data is None:
+        if start is not None:
+            identity["start"] = start.settings
+        if cell.needs_corpus:
             identity["corpus"] = json.loads((place.corpus / "corpus.json").read_text())
         self.folder = place.models / _digest(identity)
         # Of all that a cell's result hangs on.
@@ -90,6 +92,11 @@ class Training:
     def done(self) -> bool:
         return (self.folder / "done").exists()
 
+    @property
+    def all_commands(self) -> list[list[str]]:
+        """Of its start, too."""
+        return [*(self.start.all_commands if self.start else []), *self.commands]
+
     def curve(self) -> list[tuple[int, float]]:
         """Iterations, and the mean losses up to each since the one before."""
         with contextlib.suppress(FileNotFoundError):
@@ -100,8 +107,10 @@ class Training:
     def go_on(self, on_share: Callable[[float], None]) -> Generator[None]:
         """Train to the end. on_share: hears now and then which share is done. Raises OutOfTime,
         and UserError where a command fails."""
+        if self.start is not None:
+            yield from self.start.go_on(lambda share: None)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w") as lock:  # another grid may have the same training
+        with (self.folder / "lock").open("w") as lock:  # another cell may have the same training
             while not _locked(lock):
                 yield
             yield from self._go_on(on_share)
@@ -137,6 +146,13 @@ class Training:
         log = self.folder / "log.txt"
         yield from run_command(command, self.place.environment, log, left + GRACE, on_tick)
 
+    @property
+    def _tokenizer(self) -> dict[str, str]:
+        """Flags: that of the corpus, if the grid has one."""
+        if not self.cell.needs_corpus:
+            return {}
+        return {"tokenizer_model": str(self.place.corpus / "tokenizer.model")}
+
     def _make_data(self) -> dict[Path, list[str]]:
         """By prefix, what makes the samples of a length, of which each has as many tokens."""
         settings, tool = dict(self.cell.data), REPOSITORY / "tools" / "make_task_data.py"
@@ -146,20 +162,19 @@ class Training:
             samples = -(-self.cost.tokens // (len(lengths) * length))
             prefix = self.folder / f"samples_of_{length}"
             flags = {"tasks": tasks, "length": length, "samples": samples, "seed": self.cell.seed}
-            flags |= {**settings, "output_prefix": str(prefix)}
+            flags |= {**settings, **self._tokenizer, "output_prefix": str(prefix)}
             found[prefix] = [sys.executable, str(tool), *as_flags(flags), "--overwrite"]
         return found
 
     def _train(self, prefixes: list[Path]) -> list[str]:
         """prefixes: of datasets that are blended, if not the corpus is trained on."""
         if prefixes:
-            data = {"train_data_path": [word for prefix in prefixes for word in (1, str(prefix))]}
+            paths = [word for prefix in prefixes for word in (1, str(prefix))]
         else:
-            corpus = self.place.corpus
-            data = {
-                "train_data_path": str(corpus / "train_text_document"),
-                "tokenizer_model": str(corpus / "tokenizer.model"),
-            }
+            paths = [str(self.place.corpus / "train_text_document")]
+        data = {"train_data_path": paths, **self._tokenizer}
+        if self.start is not None:
+            data |= {"pretrained_checkpoint": str(self.start.run), "finetune": True}
         run = {
             "save": str(self.run),
             "load": str(self.run),

@@ -44,7 +44,7 @@ from megalong.wording import counted
 PACKAGES = ("linux-source-6.12", "gcc-14-source", "rust-src")
 # In Debian's part "non-free", which many machines have not.
 WHERE_AVAILABLE = ("doc-rfc-std", "doc-rfc-informational")
-SKIPPED_FOLDERS = {"test", "tests", "testsuite", "selftests", "testdata"}
+SKIPPED_FOLDERS = {"test", "tests", "testsuite", "selftests", "testdata", "compile-benchmarks"}
 WINDOW_BITS = range(9, 16)  # of zlib
 LARGEST_FILE = 1 << 18  # bytes; above, mostly generated tables
 

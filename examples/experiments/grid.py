@@ -14,6 +14,8 @@ Settings are flags of pretrain_longnet.py (`num_layers: 4`), and
     budget     training tokens, or executed FLOPs, whichever `equal` says
     data       "corpus", or recall tasks: flags of tools/make_task_data.py, and "lengths": by each
                length the tasks that have samples of it; all lengths have as many tokens
+    start      settings of a training that this one starts from, beside those of `common`; it may
+               have a start, too. Cells with the same one share it
     evaluate   flags of tools/evaluate.py
 
 A cell has one value of every axis, and a seed.
@@ -41,7 +43,7 @@ EQUAL = ("tokens", "flops")
 class Cell:
     """values: of each axis the name. flags: of pretrain_longnet.py, by the names of fields.
     data: None for the corpus, else flags of tools/make_task_data.py. evaluate: flags of
-    tools/evaluate.py. budget: tokens or FLOPs."""
+    tools/evaluate.py; none of what another starts from. budget: tokens or FLOPs."""
 
     name: str
     values: dict[str, str]
@@ -50,6 +52,12 @@ class Cell:
     budget: float
     data: dict[str, Any] | None
     evaluate: dict[str, Any]
+    start: Cell | None = None
+
+    @property
+    def needs_corpus(self) -> bool:
+        """For its texts, or for its tokenizer, which is the corpus' where no flag says another."""
+        return self.data is None or "tokenizer_type" not in self.flags
 
 
 @dataclass(frozen=True)
@@ -131,18 +139,24 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
 def _cell(
     path: Path, common: list[dict], names: dict[str, Any], axes: dict[str, dict], seed: int
 ) -> Cell:
-    settings: dict[str, Any] = {}
-    for layer in [*common, *(axes[axis][name] for axis, name in names.items())]:
-        for key, value in layer.items():
-            there = settings.get(key)
-            both = isinstance(there, dict) and isinstance(value, dict)
-            settings[key] = {**there, **value} if both else value
-    missing = [key for key in OTHER_SETTINGS if key not in settings]
     values = {axis: str(name) for axis, name in names.items()}
     name = "-".join([*values.values(), f"seed{seed}"])
-    if missing:
+    of_axes = [axes[axis][name] for axis, name in names.items()]
+    return _cell_of(path, name, values, seed, _merged([*common, *of_axes]), _merged(common))
+
+
+def _cell_of(
+    path: Path, name: str, values: dict[str, str], seed: int, settings: dict, common: dict
+) -> Cell:
+    """common: what the settings of a start are beside."""
+    if missing := [key for key in OTHER_SETTINGS if key not in settings]:
         raise UserError(f"{path}: {', '.join(missing)}: cell {name} has none")
-    data = settings.pop("data")
+    settings = dict(settings)
+    data, start = settings.pop("data"), settings.pop("start", None)
+    if start is not None:
+        beside = {key: value for key, value in common.items() if key != "start"}
+        start = _merged([{**beside, "evaluate": {}}, start])
+        start = _cell_of(path, f"the start of {name}", values, seed, start, beside)
     return Cell(
         name=name,
         values=values,
@@ -150,8 +164,20 @@ def _cell(
         budget=float(settings.pop("budget")),
         data=None if data == "corpus" else data,
         evaluate=settings.pop("evaluate"),
+        start=start,
         flags={**settings, "seed": seed},
     )
+
+
+def _merged(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Settings where later layers win; those that have settings of their own are merged as well."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            there = merged.get(key)
+            both = isinstance(there, dict) and isinstance(value, dict)
+            merged[key] = _merged([there, value]) if both else value
+    return merged
 
 
 def _matches(cell: Cell, pattern: str) -> bool:

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from measures import MEASURES, Cell, Column
+from measures import MEASURES, Cell, Column, whole_flops
 from plots import PLOTS
 from statistics_of_seeds import PowerLaw, Spread
 
@@ -36,7 +36,11 @@ def of_newest_grid(cells: list[Cell]) -> tuple[list[Cell], list[str]]:
 def _trained(cell: Cell) -> tuple:
     """What is alike in cells that differ in their seed alone."""
     flags = {name: value for name, value in cell["flags"].items() if name != "seed"}
-    return flags, cell["data"], cell["iterations"], cell["processes"]
+    starts = [
+        ({**start["flags"], "seed": None}, start["data"], start["tokens"])
+        for start in cell["starts"]
+    ]
+    return flags, cell["data"], cell["iterations"], cell["processes"], starts
 
 
 def write_report(folder: Path) -> None:
@@ -114,6 +118,16 @@ def row(group: list[Cell], columns: list[Column]) -> dict[str, Any]:
         "tokens": first["tokens"],
         "flops": sum(first["flops"].values()),
         "attention_flops": first["flops"]["attention"],
+        "starts": [
+            {
+                "tokens": start["tokens"],
+                "flops": sum(start["flops"].values()),
+                "of": "text" if start["data"] is None else "recall tasks",
+                "seq_length": start["flags"]["seq_length"],
+                "attention": start["flags"]["attention"],
+            }
+            for start in first["starts"]
+        ],
         "numbers": numbers,
     }
 
@@ -125,7 +139,7 @@ def fits(cells: list[Cell]) -> dict[str, dict | None]:
     found = {}
     for name in names:
         points = [
-            (sum(cell["flops"].values()), loss)
+            (whole_flops(cell), loss)
             for cell in cells
             if cell["values"][axis] == name and (loss := column.value(cell)) is not None
         ]
@@ -153,6 +167,7 @@ def as_text(found: dict[str, Any]) -> str:
         " over the seeds.",
         "",
     ]
+    lines += starts_in_words(found["rows"])
     columns = list(found["formats"])
     header = [*found["axes"], "parameters", "tokens", "TFLOP", "of it attention", *columns, "seeds"]
     lines += [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
@@ -177,6 +192,26 @@ def as_text(found: dict[str, Any]) -> str:
         lines += ["", f"Of other settings than the grid has now, and in no mean: {names}."]
     lines += ["", *ran(found)]
     return "\n".join(lines) + "\n"
+
+
+def starts_in_words(rows: list[dict]) -> list[str]:
+    """What came before all of these trainings, and is not in their tokens and FLOPs."""
+    if not any(row["starts"] for row in rows):
+        return []
+    found = []
+    for row in rows:
+        trained = ", then ".join(
+            f"{start['tokens'] / 1e6:.2f} M tokens of {start['of']} at {start['seq_length']:,} with"
+            f" {start['attention']} attention ({start['flops'] / 1e12:,.1f} TFLOP)"
+            for start in row["starts"]
+        )
+        found.append(trained or "nothing")
+    if len(set(found)) == 1:
+        return [f"All rows of a seed start from the same weights, trained on {found[0]}.", ""]
+    lines = ["Before these tokens and FLOPs, the rows of a seed were trained on", ""]
+    for row, trained in zip(rows, found, strict=True):
+        lines.append(f"- {' '.join(row['values'].values())}: {trained}")
+    return [*lines, ""]
 
 
 def shown(number: dict | None, how: str) -> str:

@@ -103,18 +103,14 @@ def run_cells(cells: list[Cell], grid: Grid, args: argparse.Namespace, folder: P
     minutes = args.minutes or grid.minutes
     models = (args.output / "models").resolve()
     corpus = None
-    if any(cell.data is None for cell in cells):
+    if any(cell.needs_corpus for cell in cells):
         corpus = checked_corpus(args.corpus)
     environment = {}
     if grid.scale == "cpu":
         threads = max(processors() // (args.jobs * args.processes), 1)
         environment = {**ON_THE_CPU, "OMP_NUM_THREADS": str(threads)}
     place = Place(corpus, models, args.processes, 60 * minutes, environment)
-    costs = {
-        cell.name: cost_of(cell, grid.equal, vocabulary(cell, corpus), args.processes)
-        for cell in cells
-    }
-    trainings = {cell.name: Training(cell, costs[cell.name], place) for cell in cells}
+    trainings = {cell.name: training_of(cell, grid, place) for cell in cells}
     left = [
         cell
         for cell in cells
@@ -127,7 +123,7 @@ def run_cells(cells: list[Cell], grid: Grid, args: argparse.Namespace, folder: P
     )
     if args.plan:
         for cell in cells:
-            cost = costs[cell.name]
+            cost = trainings[cell.name].cost
             state = "to be run" if cell in left else "done"
             print(
                 f"{cell.name}: {cost.iterations:,} iterations, {cost.tokens:,} tokens,"
@@ -138,18 +134,18 @@ def run_cells(cells: list[Cell], grid: Grid, args: argparse.Namespace, folder: P
         return []
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     folder.mkdir(parents=True, exist_ok=True)
-    total = sum(costs[cell.name].total_flops for cell in left) / 1e12
+    flops = {cell.name: trainings[cell.name].cost.total_flops / 1e12 for cell in left}
     shares = dict.fromkeys((cell.name for cell in left), 0.0)
     work = [
         run_cell(trainings[cell.name], grid, folder, partial(shares.__setitem__, cell.name))
         for cell in left
     ]
     with (
-        progress_bar(total, "TFLOP", grid.experiment, interval=30) as bar,
+        progress_bar(sum(flops.values()), "TFLOP", grid.experiment, interval=30) as bar,
         contextlib.closing(run_together(work, args.jobs)) as running,
     ):
         for ended in running:
-            done = sum(shares[cell.name] * costs[cell.name].total_flops for cell in left) / 1e12
+            done = sum(shares[name] * flops[name] for name in flops)
             bar.set_description(f"{grid.experiment} {ended}/{len(left)}", refresh=False)
             bar.update(done - bar.n)
     return [cell.name for cell in left if shares[cell.name] < 1]
@@ -221,12 +217,13 @@ def result_of(
         "seq_length": cell.flags["seq_length"],
         "flags": cell.flags,
         "data": cell.data,
-        "commands": [place.words(command) for command in training.commands + commands],
+        "commands": [place.words(command) for command in training.all_commands + commands],
         "iterations": cost.iterations,
         "iterations_done": curve[-1][0] if curve else 0,
         "tokens": cost.tokens,
         "flops": cost.flops,
         "parameters": cost.parameters,
+        "starts": starts_of(training),
         "loss_curve": curve,
         "evaluation": found,
         "seconds": {"training": round(training.seconds, 1), "evaluation": round(seconds, 1)},
@@ -234,6 +231,27 @@ def result_of(
         "threads": place.environment.get("OMP_NUM_THREADS"),
         **machine(gpu=grid.scale != "cpu"),
     }
+
+
+def training_of(cell: Cell, grid: Grid, place: Place) -> Training:
+    """With what it starts from."""
+    start = training_of(cell.start, grid, place) if cell.start is not None else None
+    cost = cost_of(cell, grid.equal, vocabulary(cell, place.corpus), place.processes)
+    return Training(cell, cost, place, start)
+
+
+def starts_of(training: Training) -> list[dict]:
+    """What a report has of the trainings before this one, the first one first."""
+    if (start := training.start) is None:
+        return []
+    this = {
+        "flags": start.cell.flags,
+        "data": start.cell.data,
+        "tokens": start.cost.tokens,
+        "flops": start.cost.flops,
+        "seconds": round(start.seconds, 1),
+    }
+    return [*starts_of(start), this]
 
 
 def is_done(path: Path, settings: str, minutes: float) -> bool:
@@ -259,8 +277,8 @@ def vocabulary(cell: Cell, corpus: Path | None) -> int:
     from megalong.data.tokenizers.tokenizer import build_tokenizer
 
     kind = cell.flags.get("tokenizer_type", "SentencePieceTokenizer")
-    model = None if cell.data is not None else str(corpus / "tokenizer.model")
-    return build_tokenizer(kind, cell.flags.get("tokenizer_model", model)).vocab_size
+    model = str(corpus / "tokenizer.model") if cell.needs_corpus else None
+    return build_tokenizer(kind, model).vocab_size
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ FOLDER = REPOSITORY / "examples" / "experiments"
 SCRIPT = FOLDER / "run.py"
 sys.path.insert(0, str(FOLDER))
 from cost import cost_of  # noqa: E402
-from grid import as_flags, read_grid  # noqa: E402
+from grid import Cell, as_flags, read_grid  # noqa: E402
 from report import write_report  # noqa: E402
 from statistics_of_seeds import PowerLaw, Spread  # noqa: E402
 
@@ -51,6 +52,7 @@ TINY = {
                     "lr": 1e-3,
                     "data": {"lengths": {32: ["mqar"], 64: ["copy"]}},
                 },
+                "start": {"attention": "dense", "budget": 1.0e10, "lr": 2e-3},
             },
         }
     },
@@ -64,6 +66,11 @@ def tiny(tmp_path):
     return path
 
 
+def trainings_of(cell: Cell) -> list[Cell]:
+    """What it starts from, and itself."""
+    return [*(trainings_of(cell.start) if cell.start else []), cell]
+
+
 @pytest.mark.parametrize("scale", ["cpu", "gpu"])
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_the_cells_of_every_grid_can_be_trained_and_cost_what_they_should(path, scale):
@@ -73,19 +80,28 @@ def test_the_cells_of_every_grid_can_be_trained_and_cost_what_they_should(path, 
     for cell in grid.cells:
         if cell.seed != grid.cells[0].seed:
             continue  # costs the same
-        cost = cost_of(cell, grid.equal, 2048 if scale == "cpu" else 32000, 1)
-        paid = cost.tokens if grid.equal == "tokens" else cost.total_flops
-        assert abs(paid - cell.budget) <= 0.51 * paid / cost.iterations
-        assert cost.iterations > 2 * cell.flags["lr_warmup_iters"]
         assert cell.name and set(cell.values) == set(grid.axes)
-        if cell.data is not None:
-            language = language_of("ids", lambda text: [], range(256), 256)
-            lengths = dict(cell.data["lengths"])
-            assert sum(lengths) and all(max(lengths) % length == 0 for length in lengths)
-            lengths |= {n: cell.evaluate["tasks"] for n in cell.evaluate["task_lengths"]}
-            for length, tasks in lengths.items():
-                for task in tasks:
-                    Trials(task, language, length, 4).check("tasks", "lengths")
+        for training in trainings_of(cell):
+            costs_its_budget(training, grid.equal, 2048 if scale == "cpu" else 32000)
+            if training.data is not None:
+                has_samples(training)
+
+
+def costs_its_budget(cell: Cell, equal: str, vocab_size: int) -> None:
+    cost = cost_of(cell, equal, vocab_size, 1)
+    paid = cost.tokens if equal == "tokens" else cost.total_flops
+    assert abs(paid - cell.budget) <= 0.51 * paid / cost.iterations
+    assert cost.iterations > 2 * cell.flags["lr_warmup_iters"]
+
+
+def has_samples(cell: Cell) -> None:
+    language = language_of("ids", lambda text: [], range(256), 256)
+    lengths = dict(cell.data["lengths"])
+    assert sum(lengths) and all(max(lengths) % length == 0 for length in lengths)
+    lengths |= {n: cell.evaluate["tasks"] for n in cell.evaluate.get("task_lengths", [])}
+    for length, tasks in lengths.items():
+        for task in tasks:
+            Trials(task, language, length, 4).check("tasks", "lengths")
 
 
 def test_prompts_are_asked_of_the_trainings_of_perplexity():
@@ -108,6 +124,10 @@ def test_settings_of_layers(tiny):
         "lengths": {32: ["mqar"], 64: ["copy"]},
     }
     assert grid.cells[1].flags["seed"] == 2 and "budget" not in grid.cells[1].flags
+    dense, _, dilated, _ = grid.cells
+    assert dilated.start == replace(dense.start, name=dilated.start.name, values=dilated.values)
+    assert dense.start.flags == {**dense.flags, "lr": 2e-3} and dense.start.budget == 1e10
+    assert dense.start.data == dense.data and dense.start.start is None
     assert [cell.name for cell in grid.chosen(["dilated"], [2])] == ["dilated-seed2"]
     with pytest.raises(UserError, match="--cells sparse: no cell has that; there are dense"):
         grid.chosen(["sparse"], None)
@@ -166,7 +186,7 @@ def made_up(measure: str, values: dict[str, str], seed: int, loss: float, **more
     return {
         **{"experiment": "made_up", "scale": "cpu", "title": "T", "question": "Q?"},
         **{"measure": measure, "equal": "tokens", "complete": True, "seed": seed},
-        **{"flags": {"seed": seed}, "data": None},
+        **{"flags": {"seed": seed}, "data": None, "starts": []},
         "axes": {axis: ["a", "b"] for axis in values},
         "cell": f"{'-'.join(values.values())}-seed{seed}",
         "values": values,
@@ -275,7 +295,7 @@ def test_a_grid_that_is_killed_goes_on_and_its_report_is_of_its_cells_alone(tiny
     wait_for(lambda: first.exists() or started.poll() is not None)
     made = first.stat().st_mtime_ns
     # In the training of the second cell, behind a checkpoint.
-    wait_for(lambda: len(list(output.glob("models/*/run/latest"))) == 2)
+    wait_for(lambda: len(list(output.glob("models/*/run/latest"))) == 3)
     started.send_signal(signal.SIGKILL)
     started.wait()
     [second] = [path.parent for path in output.glob("models/*/run") if not _done(path.parent)]
@@ -286,10 +306,11 @@ def test_a_grid_that_is_killed_goes_on_and_its_report_is_of_its_cells_alone(tiny
     assert cells == ["dense-seed1.json", "dilated-seed1.json"]
     result = json.loads((output / "tiny_cpu" / "cells" / cells[1]).read_text())
     assert result["complete"] and result["iterations_done"] == result["iterations"]
-    assert result["seconds"]["training"] > 1 and len(result["commands"]) == 4
+    assert result["seconds"]["training"] > 1 and len(result["commands"]) == 7
     assert str(tmp_path) not in json.dumps(result) and str(REPOSITORY) not in json.dumps(result)
     report = (output / "tiny_cpu" / "report.md").read_text()
-    assert "copy of 64" in report
+    assert "copy of 64" in report and "All rows of a seed start from the same weights" in report
+    assert len(list(output.glob("models/*/done"))) == 3  # the start is that of both
     (output / "tiny_cpu" / "report.md").unlink()
     run([*command, "--report"])
     assert (output / "tiny_cpu" / "report.md").read_text() == report
