@@ -14,10 +14,10 @@ here=$(cd "$(dirname "$0")/../.." && pwd)
 
 case $scale in
 cpu) # models of some million parameters, sequences of up to 4,096 tokens
-    vocabulary=2048
-    sizes=(--max-bytes 24000000 --max-held-out-bytes 2000000 --held-out-share 0.06
+    vocabulary=1024
+    sizes=(--max-bytes 24000000 --max-held-out-bytes 2000000 --held-out-share 0.1
         --min-bytes 16384 --max-document-bytes 65536
-        --near-window 512 --far-window 4096 --min-window-gain 1.6) ;;
+        --near-window 1024 --far-window 8192 --min-window-gain 1.5) ;;
 gpu) # some hundred million parameters, sequences of up to 65,536 tokens
     vocabulary=32000
     sizes=(--max-bytes 1000000000 --max-held-out-bytes 20000000

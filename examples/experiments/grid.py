@@ -14,8 +14,8 @@ Settings are flags of pretrain_longnet.py (`num_layers: 4`), and
     budget     training tokens, or executed FLOPs, whichever `equal` says
     data       "corpus", or recall tasks: flags of tools/make_task_data.py, and "lengths": by each
                length the tasks that have samples of it; all lengths have as many tokens
-    start      settings of a training that this one starts from, beside those of `common`; it may
-               have a start, too. Cells with the same one share it
+    start      settings of a training that this one starts from, beside those of `common`; its
+               budget is in tokens, and it may have a start, too. Cells with the same one share it
     evaluate   flags of tools/evaluate.py
 
 A cell has one value of every axis, and a seed.
@@ -170,12 +170,13 @@ def _cell_of(
 
 
 def _merged(layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Settings where later layers win; those that have settings of their own are merged as well."""
+    """Settings where later layers win; those that have settings of their own are merged as well,
+    but for lengths, which are taken as a whole."""
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
             there = merged.get(key)
-            both = isinstance(there, dict) and isinstance(value, dict)
+            both = isinstance(there, dict) and isinstance(value, dict) and key != "lengths"
             merged[key] = _merged([there, value]) if both else value
     return merged
 

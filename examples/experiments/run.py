@@ -110,7 +110,7 @@ def run_cells(cells: list[Cell], grid: Grid, args: argparse.Namespace, folder: P
         threads = max(processors() // (args.jobs * args.processes), 1)
         environment = {**ON_THE_CPU, "OMP_NUM_THREADS": str(threads)}
     place = Place(corpus, models, args.processes, 60 * minutes, environment)
-    trainings = {cell.name: training_of(cell, grid, place) for cell in cells}
+    trainings = {cell.name: training_of(cell, grid.equal, place) for cell in cells}
     left = [
         cell
         for cell in cells
@@ -233,10 +233,10 @@ def result_of(
     }
 
 
-def training_of(cell: Cell, grid: Grid, place: Place) -> Training:
-    """With what it starts from."""
-    start = training_of(cell.start, grid, place) if cell.start is not None else None
-    cost = cost_of(cell, grid.equal, vocabulary(cell, place.corpus), place.processes)
+def training_of(cell: Cell, equal: str, place: Place) -> Training:
+    """With what it starts from. equal: what the cell's budget is of."""
+    start = training_of(cell.start, "tokens", place) if cell.start is not None else None
+    cost = cost_of(cell, equal, vocabulary(cell, place.corpus), place.processes)
     return Training(cell, cost, place, start)
 
 
