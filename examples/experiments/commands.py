@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import yaml
 from cost import Cost
 from grid import Cell, as_flags
 
@@ -68,8 +69,19 @@ class Training:
 
     def __init__(self, cell: Cell, cost: Cost, place: Place, start: Training | None = None):
         self.cell, self.cost, self.place, self.start = cell, cost, place, start
-        flags = {**cell.flags, "train_iters": cost.iterations}
+        self._stages = [
+            {
+                **{name: value for name, value in stage.items() if name != "share"},
+                "train_iters": iterations,
+            }
+            for stage, iterations in zip(cell.stages, cost.stages, strict=True)
+        ]
+        flags = dict(cell.flags)
+        if not self._stages:
+            flags["train_iters"] = cost.iterations
         identity = {"flags": flags, "data": cell.data, "processes": place.processes}
+        if self._stages:
+            identity["stages"] = self._stages
         if start is not None:
             identity["start"] = start.settings
         if cell.needs_corpus:
@@ -175,6 +187,10 @@ class Training:
         data = {"train_data_path": paths, **self._tokenizer}
         if self.start is not None:
             data |= {"pretrained_checkpoint": str(self.start.run), "finetune": True}
+        if self._stages:
+            recipe = self.folder / "stages.yaml"
+            recipe.write_text(yaml.safe_dump({"stages": self._stages}, sort_keys=False))
+            data["config"] = str(recipe)
         run = {
             "save": str(self.run),
             "load": str(self.run),

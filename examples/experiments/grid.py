@@ -16,6 +16,8 @@ Settings are flags of pretrain_longnet.py (`num_layers: 4`), and
                length the tasks that have samples of it; all lengths have as many tokens
     start      settings of a training that this one starts from, beside those of `common`; its
                budget is in tokens, and it may have a start, too. Cells with the same one share it
+    stages     those of the training, if it has several: settings of each, and "share", of the
+               budget
     evaluate   flags of tools/evaluate.py
 
 A cell has one value of every axis, and a seed.
@@ -41,7 +43,8 @@ EQUAL = ("tokens", "flops")
 
 @dataclass(frozen=True)
 class Cell:
-    """values: of each axis the name. flags: of pretrain_longnet.py, by the names of fields.
+    """values: of each axis the name. flags: of pretrain_longnet.py, by the names of fields; those
+    of `stages` win over them.
     data: None for the corpus, else flags of tools/make_task_data.py. evaluate: flags of
     tools/evaluate.py; none of what another starts from. budget: tokens or FLOPs."""
 
@@ -53,6 +56,7 @@ class Cell:
     data: dict[str, Any] | None
     evaluate: dict[str, Any]
     start: Cell | None = None
+    stages: tuple[dict[str, Any], ...] = ()
 
     @property
     def needs_corpus(self) -> bool:
@@ -153,6 +157,7 @@ def _cell_of(
         raise UserError(f"{path}: {', '.join(missing)}: cell {name} has none")
     settings = dict(settings)
     data, start = settings.pop("data"), settings.pop("start", None)
+    stages = tuple(settings.pop("stages", ()))
     if start is not None:
         beside = {key: value for key, value in common.items() if key != "start"}
         start = _merged([{**beside, "evaluate": {}}, start])
@@ -165,6 +170,7 @@ def _cell_of(
         data=None if data == "corpus" else data,
         evaluate=settings.pop("evaluate"),
         start=start,
+        stages=stages,
         flags={**settings, "seed": seed},
     )
 

@@ -40,7 +40,7 @@ def _trained(cell: Cell) -> tuple:
         ({**start["flags"], "seed": None}, start["data"], start["tokens"])
         for start in cell["starts"]
     ]
-    return flags, cell["data"], cell["iterations"], cell["processes"], starts
+    return flags, cell["stages"], cell["data"], cell["iterations"], cell["processes"], starts
 
 
 def write_report(folder: Path) -> None:

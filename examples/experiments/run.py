@@ -134,18 +134,18 @@ def run_cells(cells: list[Cell], grid: Grid, args: argparse.Namespace, folder: P
         return []
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     folder.mkdir(parents=True, exist_ok=True)
-    flops = {cell.name: trainings[cell.name].cost.total_flops / 1e12 for cell in left}
+    gflops = {cell.name: trainings[cell.name].cost.total_flops // 10**9 for cell in left}
     shares = dict.fromkeys((cell.name for cell in left), 0.0)
     work = [
         run_cell(trainings[cell.name], grid, folder, partial(shares.__setitem__, cell.name))
         for cell in left
     ]
     with (
-        progress_bar(sum(flops.values()), "TFLOP", grid.experiment, interval=30) as bar,
+        progress_bar(sum(gflops.values()), "GFLOP", grid.experiment, interval=30) as bar,
         contextlib.closing(run_together(work, args.jobs)) as running,
     ):
         for ended in running:
-            done = sum(shares[name] * flops[name] for name in flops)
+            done = round(sum(shares[name] * gflops[name] for name in gflops))
             bar.set_description(f"{grid.experiment} {ended}/{len(left)}", refresh=False)
             bar.update(done - bar.n)
     return [cell.name for cell in left if shares[cell.name] < 1]
@@ -214,8 +214,9 @@ def result_of(
         "settings": training.settings,
         "complete": found is not None,
         "minutes": place.seconds / 60,
-        "seq_length": cell.flags["seq_length"],
+        "seq_length": (cell.stages[-1] if cell.stages else cell.flags)["seq_length"],
         "flags": cell.flags,
+        "stages": list(cell.stages),
         "data": cell.data,
         "commands": [place.words(command) for command in training.all_commands + commands],
         "iterations": cost.iterations,

@@ -1,6 +1,7 @@
 """examples/experiments/run.py: grids, what cells cost, reports; with `long`, a tiny grid that is
 killed."""
 
+import copy
 import json
 import math
 import signal
@@ -105,6 +106,29 @@ def has_samples(cell: Cell) -> None:
             Trials(task, language, length, 4).check("tasks", "lengths")
 
 
+def test_a_training_in_stages_costs_what_they_do(tmp_path):
+    path = tmp_path / "staged.yaml"
+    grid = copy.deepcopy(TINY)
+    here = grid["scales"]["cpu"]["common"]
+    seq_length = here.pop("seq_length")
+    here["stages"] = [
+        {"name": "short", "share": 0.25, "seq_length": 32, "lr": 2e-3},
+        {"name": "long", "share": 0.75, "seq_length": seq_length},
+    ]
+    path.write_text(yaml.safe_dump(grid, sort_keys=False))
+    cell = replace(read_grid(path, "cpu").cells[0], budget=51200.0)
+    whole = cost_of(cell, "tokens", 257, 1)
+    assert whole.stages == (100, 150) and whole.iterations == 250 and whole.tokens == 51200
+    parts = [
+        cost_of(
+            replace(cell, budget=b, stages=(), flags={**cell.flags, "seq_length": n}),
+            *("tokens", 257, 1),
+        )
+        for b, n in ((12800.0, 32), (38400.0, 64))
+    ]
+    assert whole.flops == {part: sum(cost.flops[part] for cost in parts) for part in parts[0].flops}
+
+
 def test_prompts_are_asked_of_the_trainings_of_perplexity():
     for scale in ("cpu", "gpu"):
         trained = {
@@ -187,7 +211,7 @@ def made_up(measure: str, values: dict[str, str], seed: int, loss: float, **more
     return {
         **{"experiment": "made_up", "scale": "cpu", "title": "T", "question": "Q?"},
         **{"measure": measure, "equal": "tokens", "complete": True, "seed": seed},
-        **{"flags": {"seed": seed}, "data": None, "starts": []},
+        **{"flags": {"seed": seed}, "stages": [], "data": None, "starts": []},
         "axes": {axis: ["a", "b"] for axis in values},
         "cell": f"{'-'.join(values.values())}-seed{seed}",
         "values": values,

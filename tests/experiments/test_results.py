@@ -1,0 +1,39 @@
+"""The committed results of the experiments: tables are what their cells' JSON gives."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launching import REPOSITORY
+
+FOLDER = REPOSITORY / "examples" / "experiments"
+sys.path.insert(0, str(FOLDER))
+from report import read_cells, write_report  # noqa: E402
+
+RESULTS = sorted(path.parent for path in (FOLDER / "results").glob("*/cells"))
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
+def test_committed_tables_are_those_of_the_committed_cells(tmp_path: Path, folder: Path):
+    shutil.copytree(folder / "cells", tmp_path / "cells")
+    write_report(tmp_path)
+    for name in ("report.md", "report.json"):
+        assert (tmp_path / name).read_text() == (folder / name).read_text(), name
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == sorted(
+        path.name for path in folder.glob("*.png")
+    )
+    in_docs = (REPOSITORY / "docs" / "results.md").read_text()
+    table = [line for line in (folder / "report.md").read_text().splitlines() if line[:1] == "|"]
+    assert len(table) > 2 and "\n".join(table) in in_docs
+    assert all(f"{folder.name}/{path.name}" in in_docs for path in folder.glob("*.png"))
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
+def test_committed_cells_name_where_they_come_from_and_no_path_of_a_machine(folder: Path):
+    for cell in read_cells(folder / "cells"):
+        assert cell["complete"] and cell["commands"] and cell["date"]
+        assert cell["commit"] and not cell["commit"].endswith("+")
+        words = " ".join(cell["commands"])
+        assert not [word for word in words.split() if word.startswith("/")]
