@@ -16,7 +16,7 @@ case $scale in
 cpu) # models of some million parameters, sequences of up to 4,096 tokens
     vocabulary=1024
     sizes=(--max-bytes 24000000 --max-held-out-bytes 2000000 --held-out-share 0.1
-        --min-bytes 16384 --max-document-bytes 65536
+        --min-bytes 16384 --max-document-bytes 65536 --held-out-document-bytes 16384
         --near-window 1024 --far-window 8192 --min-window-gain 1.5) ;;
 gpu) # some hundred million parameters, sequences of up to 65,536 tokens
     vocabulary=32000

@@ -77,6 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--held-out-share", type=float, default=0.02, help="of the documents")
     add("--min-bytes", type=int, default=1 << 17, help="of a document")
     add("--max-document-bytes", type=int, default=1 << 19, help="that are taken of a document")
+    add("--held-out-document-bytes", type=int, help="the same of those held out (default: as much)")
     add(
         "--min-window-gain",
         type=float,
@@ -91,7 +92,12 @@ def parse_arguments() -> argparse.Namespace:
     args.packages_folder = args.packages_folder or args.output / "packages"
     if not 0 < args.held_out_share < 1:
         raise UserError("--held-out-share must lie between 0 and 1")
-    for name in ("max_bytes", "max_held_out_bytes", "min_bytes", "max_document_bytes"):
+    if args.held_out_document_bytes is None:
+        args.held_out_document_bytes = args.max_document_bytes
+    for name in (
+        *("max_bytes", "max_held_out_bytes", "min_bytes", "max_document_bytes"),
+        "held_out_document_bytes",
+    ):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be positive")
     return args
@@ -217,6 +223,8 @@ def write(found: list[Candidate], args: argparse.Namespace) -> dict[str, dict]:
             if window_gain(content, args.near_window, args.far_window) < args.min_window_gain:
                 continue
             seen |= texts.keys()
+            if held_out:
+                content = content[: args.held_out_document_bytes]
             record = {"text": content.decode(errors="ignore"), "path": candidate.name}
             files[part].write(json.dumps(record) + "\n")
             sizes[part] += len(content)
