@@ -186,7 +186,7 @@ class Training:
             paths = [str(self.place.corpus / "train_text_document")]
         data = {"train_data_path": paths, **self._tokenizer}
         if self.start is not None:
-            data |= {"pretrained_checkpoint": str(self.start.run), "finetune": True}
+            data["pretrained_checkpoint"] = str(self.start.run)
         if self._stages:
             recipe = self.folder / "stages.yaml"
             recipe.write_text(yaml.safe_dump({"stages": self._stages}, sort_keys=False))
