@@ -92,8 +92,10 @@ def test_the_cells_of_every_grid_can_be_trained_and_cost_what_they_should(path, 
 def costs_its_budget(cell: Cell, equal: str, vocab_size: int) -> None:
     cost = cost_of(cell, equal, vocab_size, 1)
     paid = cost.tokens if equal == "tokens" else cost.total_flops
-    assert abs(paid - cell.budget) <= 0.51 * paid / cost.iterations
-    assert cost.iterations > 2 * cell.flags["lr_warmup_iters"]
+    stages = cell.stages or ({},)
+    assert abs(paid - cell.budget) <= 0.51 * len(stages) * paid / cost.iterations
+    for iterations, stage in zip(cost.stages or (cost.iterations,), stages, strict=True):
+        assert iterations > 2 * {**cell.flags, **stage}["lr_warmup_iters"]
 
 
 def has_samples(cell: Cell) -> None:
