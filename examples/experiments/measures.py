@@ -20,11 +20,6 @@ class Column:
     shown: str = ".3f"
 
 
-def whole_flops(cell: Cell) -> int:
-    """Those of the trainings that it started from, too."""
-    return sum(sum(training["flops"].values()) for training in [*cell["starts"], cell])
-
-
 def perplexity(cells: list[Cell]) -> list[Column]:
     """Perplexity by context length, and whether far context helps at the training length."""
     found = [

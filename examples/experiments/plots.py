@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
-from measures import Cell, compute, text_of, whole_flops
+from measures import Cell, compute, text_of
 from statistics_of_seeds import PowerLaw, Spread
 
 Points = list[tuple[float, float]]
@@ -46,7 +46,7 @@ def by_compute(cells: list[Cell]) -> Figure:
     axis, names = next(iter(cells[0]["axes"].items()))
     for number, name in enumerate(names):
         points = [
-            (whole_flops(cell), loss)
+            (sum(cell["flops"].values()), loss)
             for cell in cells
             if cell["values"][axis] == name and (loss := column.value(cell)) is not None
         ]

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from measures import MEASURES, Cell, Column, whole_flops
+from measures import MEASURES, Cell, Column
 from plots import PLOTS
 from statistics_of_seeds import PowerLaw, Spread
 
@@ -62,6 +62,7 @@ def write_report(folder: Path) -> None:
 def summary(cells: list[Cell], complete: list[Cell]) -> dict[str, Any]:
     """All numbers of a report."""
     first = complete[0]
+    laws = fits(complete) if first["measure"] == "compute" else {}
     columns = MEASURES[first["measure"]](complete)
     return {
         **{key: first[key] for key in ("experiment", "scale", "title", "question", "measure")},
@@ -69,7 +70,8 @@ def summary(cells: list[Cell], complete: list[Cell]) -> dict[str, Any]:
         "axes": list(first["axes"]),
         "rows": [row(group, columns) for group in groups(complete)],
         "formats": {column.name: column.shown for column in columns},
-        "fits": fits(complete) if first["measure"] == "compute" else {},
+        "fits": laws,
+        "at_equal_loss": at_equal_loss(complete, laws),
         "cut": {
             cell["cell"]: (
                 f"{cell['iterations_done']} of {cell['iterations']} iterations"
@@ -139,13 +141,32 @@ def fits(cells: list[Cell]) -> dict[str, dict | None]:
     found = {}
     for name in names:
         points = [
-            (whole_flops(cell), loss)
+            (sum(cell["flops"].values()), loss)
             for cell in cells
             if cell["values"][axis] == name and (loss := column.value(cell)) is not None
         ]
         law = PowerLaw.of(*zip(*points, strict=True)) if points else None
         found[name] = law and law._asdict()
     return found
+
+
+def at_equal_loss(cells: list[Cell], laws: dict[str, dict | None]) -> dict[str, Any] | None:
+    """By the power laws, the FLOPs of each for the lowest loss that all reach (as means over the
+    seeds). None where there are not several, or one does not fall."""
+    if len(laws) < 2 or not all(law and law["exponent"] > 0 for law in laws.values()):
+        return None
+    axis = next(iter(cells[0]["axes"]))
+    [column] = MEASURES["compute"](cells)
+    lowest: dict[str, float] = {}
+    for group in groups(cells):
+        loss = Spread.of([column.value(cell) for cell in group]).mean
+        name = group[0]["values"][axis]
+        lowest[name] = min(loss, lowest.get(name, loss))
+    loss = max(lowest.values())
+    return {
+        "loss": loss,
+        "flops": {name: PowerLaw(**law).compute_for(loss) for name, law in laws.items()},
+    }
 
 
 def distinct(cells: list[Cell], key: str) -> list[Any]:
@@ -184,6 +205,14 @@ def as_text(found: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     for name, law in found["fits"].items():
         lines += ["", f"{name}: {law_in_words(law)}"]
+    if equal_loss := found["at_equal_loss"]:
+        flops = equal_loss["flops"]
+        least = min(flops.values())
+        shares = ", ".join(
+            f"{name} {value / 1e12:,.2f} TFLOP ({value / least:.2f} x)"
+            for name, value in flops.items()
+        )
+        lines += ["", f"For a loss of {equal_loss['loss']:.3f}, by these laws: {shares}."]
     if found["cut"]:
         lines += ["", "Cut, being longer than their minutes, and in no mean:"]
         lines += [f"- {name}: {what}" for name, what in found["cut"].items()]

@@ -55,3 +55,7 @@ class PowerLaw(NamedTuple):
     def at(self, compute: float) -> float:
         """The loss that it says."""
         return self.scale * compute**-self.exponent
+
+    def compute_for(self, loss: float) -> float:
+        """The compute at which it says this loss."""
+        return (self.scale / loss) ** (1 / self.exponent)

@@ -295,6 +295,10 @@ def test_the_report_of_compute_has_the_power_law_of_each_kind(tmp_path):
     assert found["fits"]["a"]["exponent"] == pytest.approx(0.05)
     assert found["fits"]["b"]["exponent"] == pytest.approx(0.1)
     assert "b: loss = 9 · FLOP^-0.1000, exponent ± 0.0000" in text and "4 points" in text
+    # a's lowest loss is that of 1e13, and b has it for (1e13) ** 0.5.
+    flops = found["at_equal_loss"]["flops"]
+    assert flops["a"] == pytest.approx(1e13) and flops["b"] == pytest.approx(1e13**0.5)
+    assert "a 10.00 TFLOP" in text and "b 0.00 TFLOP (1.00 x)" in text
 
 
 def test_what_is_there_to_do_is_said_and_mistakes_are_refused(tiny, tmp_path):
