@@ -78,26 +78,20 @@ class Grid:
     minutes: float
     cells: list[Cell]
 
-    def chosen(self, patterns: list[str] | None, seeds: list[int] | None) -> list[Cell]:
+    def chosen(self, patterns: list[str]) -> list[Cell]:
         """Those whose names, without the seed, have all words of one of the patterns, as in
-        "dense 512". Raises UserError where a pattern or a seed is that of none."""
-        cells = [cell for cell in self.cells if seeds is None or cell.seed in seeds]
-        if not cells:
-            have = ", ".join(map(str, sorted({cell.seed for cell in self.cells})))
-            raise UserError(f"--seeds: {self.experiment} has {have}")
-        if patterns is None:
-            return cells
+        "dense 512". Raises UserError where a pattern is that of none."""
         for pattern in patterns:
-            if not any(_matches(cell, pattern) for cell in cells):
+            if not any(_matches(cell, pattern) for cell in self.cells):
                 names = sorted({name for names in self.axes.values() for name in names})
                 raise UserError(
                     f"--cells {pattern}: no cell has that; there are {', '.join(names)}"
                 )
-        return [cell for cell in cells if any(_matches(cell, pattern) for pattern in patterns)]
+        return [cell for cell in self.cells if any(_matches(cell, pattern) for pattern in patterns)]
 
 
-def read_grid(path: Path, scale: str) -> Grid:
-    """Raises UserError for what is missing, unknown or contradicts itself."""
+def read_grid(path: Path, scale: str, seeds: list[int] | None = None) -> Grid:
+    """seeds: instead of those in the file. Raises UserError for what is missing, unknown or contradicts itself."""
     content = yaml.safe_load(path.read_text())
     _check_keys(path, content, KEYS, KEYS - {"common"})
     if scale not in content["scales"]:
@@ -112,7 +106,7 @@ def read_grid(path: Path, scale: str) -> Grid:
     cells = [
         _cell(path, common, dict(zip(axes, names, strict=True)), axes, seed)
         for names in itertools.product(*axes.values())
-        for seed in here["seeds"]
+        for seed in seeds or here["seeds"]
     ]
     return Grid(
         experiment=path.stem,

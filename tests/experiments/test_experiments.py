@@ -155,11 +155,12 @@ def test_settings_of_layers(tiny):
     assert dilated.start == replace(dense.start, name=dilated.start.name, values=dilated.values)
     assert dense.start.flags == {**dense.flags, "lr": 2e-3} and dense.start.budget == 8192
     assert dense.start.data == dense.data and dense.start.start is None
-    assert [cell.name for cell in grid.chosen(["dilated"], [2])] == ["dilated-seed2"]
+    assert [cell.name for cell in grid.chosen(["dilated"])] == ["dilated-seed1", "dilated-seed2"]
+    of_others = read_grid(tiny, "cpu", [2, 7]).cells
+    assert [cell.name for cell in of_others[:2]] == ["dense-seed2", "dense-seed7"]
+    assert of_others[0] == grid.cells[1] and of_others[1].flags["seed"] == 7
     with pytest.raises(UserError, match="--cells sparse: no cell has that; there are dense"):
-        grid.chosen(["sparse"], None)
-    with pytest.raises(UserError, match="--seeds: tiny has 1, 2"):
-        grid.chosen(None, [3])
+        grid.chosen(["sparse"])
     words = as_flags({"swiglu": False, "attention": ["local", "dense"], "finetune": True, "lr": 1})
     assert " ".join(words) == "--no-swiglu --attention local dense --finetune --lr 1"
 
