@@ -91,7 +91,8 @@ class Grid:
 
 
 def read_grid(path: Path, scale: str, seeds: list[int] | None = None) -> Grid:
-    """seeds: instead of those in the file. Raises UserError for what is missing, unknown or contradicts itself."""
+    """seeds: instead of those in the file. Raises UserError for what is missing, unknown or
+    contradicts itself."""
     content = yaml.safe_load(path.read_text())
     _check_keys(path, content, KEYS, KEYS - {"common"})
     if scale not in content["scales"]:

@@ -58,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--scale", default="cpu", help="cpu: two cores, minutes a cell; gpu: one H100")
     add("--corpus", type=Path, help="folder that corpus.sh made, for experiments on text")
     add("--cells", nargs="+", help='those that have all these values, as in "dense 512"')
-    add("--seeds", type=int, nargs="+", help="instead of the grid's, or others besides")
+    add("--seeds", type=int, nargs="+", help="instead of the grid's")
     add("--minutes", type=float, help="bound of a cell (default: the grid's)")
     add("--processes", type=int, default=1, help="of a training; more than one by torchrun")
     add("--jobs", type=int, help="cells at a time, between which a CPU's cores are divided")
