@@ -14,6 +14,7 @@ from statistics_of_seeds import PowerLaw, Spread
 from megalong.disk import writable_folder
 from megalong.errors import UserError
 from megalong.progress import clock
+from megalong.wording import counted
 
 
 def read_cells(folder: Path) -> list[Cell]:
@@ -268,7 +269,8 @@ def law_in_words(law: dict | None) -> str:
 def ran(found: dict[str, Any]) -> list[str]:
     """On what, when, of which commit."""
     machines = "; ".join(
-        f"{m['device'] or m['processor']}, {m['processors']} processors" for m in found["ran_on"]
+        f"{m['device'] or m['processor']}, {counted(m['processors'], 'processor')}"
+        for m in found["ran_on"]
     )
     versions = "; ".join(
         ", ".join(f"{name} {number}" for name, number in some.items()) for some in found["versions"]
