@@ -104,11 +104,6 @@ class Training:
     def done(self) -> bool:
         return (self.folder / "done").exists()
 
-    @property
-    def all_commands(self) -> list[list[str]]:
-        """Of its start, too."""
-        return [*(self.start.all_commands if self.start else []), *self.commands]
-
     def curve(self) -> list[tuple[int, float]]:
         """Iterations, and the mean losses up to each since the one before."""
         with contextlib.suppress(FileNotFoundError):
@@ -116,31 +111,37 @@ class Training:
             return [(record["iteration"], record["loss"]) for record in records]
         return []
 
-    def go_on(self, on_share: Callable[[float], None]) -> Generator[None]:
-        """Train to the end. on_share: hears now and then which share is done. Raises OutOfTime,
-        and UserError where a command fails."""
+    @property
+    def all_of_them(self) -> list[Training]:
+        """Those that it starts from, the first one first, and itself."""
+        return [*(self.start.all_of_them if self.start else []), self]
+
+    def go_on(self, shares: dict[Path, float]) -> Generator[None]:
+        """Train to the end, what it starts from before it. shares: is told, by folder, which share
+        of a training is done. Raises OutOfTime, and UserError where a command fails."""
         if self.start is not None:
-            yield from self.start.go_on(lambda share: None)
+            yield from self.start.go_on(shares)
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as lock:  # another cell may have the same training
             while not _locked(lock):
                 yield
-            yield from self._go_on(on_share)
+            yield from self._go_on(shares)
+        shares[self.folder] = 1.0
 
-    def _go_on(self, on_share: Callable[[float], None]) -> Generator[None]:
+    def _go_on(self, shares: dict[Path, float]) -> Generator[None]:
         make_data = self._make_data() if self.cell.data is not None else {}
         self.commands = [*make_data.values(), self._train(list(make_data))]
         if self.done:
             return
         for prefix, command in make_data.items():
             if not prefix.with_suffix(".idx").exists():
-                yield from self._run(command, on_share)
-        yield from self._run(self.commands[-1], on_share)
+                yield from self._run(command, shares)
+        yield from self._run(self.commands[-1], shares)
         if (self.run / "stopped").exists():
             raise OutOfTime
         (self.folder / "done").touch()
 
-    def _run(self, command: list[str], on_share: Callable[[float], None]) -> Generator[None]:
+    def _run(self, command: list[str], shares: dict[Path, float]) -> Generator[None]:
         left = TRAINING_SHARE * self.place.seconds - self.seconds
         if left <= 0:
             raise OutOfTime
@@ -153,7 +154,7 @@ class Training:
             aside.write_text(json.dumps(before + seconds))
             aside.replace(self.folder / "seconds.json")
             curve = self.curve()
-            on_share(curve[-1][0] / self.cost.iterations if curve else 0.0)
+            shares[self.folder] = curve[-1][0] / self.cost.iterations if curve else 0.0
 
         log = self.folder / "log.txt"
         yield from run_command(command, self.place.environment, log, left + GRACE, on_tick)

@@ -24,8 +24,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from functools import partial
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
@@ -129,26 +128,36 @@ def run_cells(cells: list[Cell], grid: Grid, args: argparse.Namespace, folder: P
                 f"{cell.name}: {cost.iterations:,} iterations, {cost.tokens:,} tokens,"
                 f" {cost.total_flops / 1e12:,.2f} TFLOP, {cost.parameters:,} parameters; {state}"
             )
+        starts = {
+            start.folder: start.cost.total_flops
+            for training in trainings.values()
+            for start in training.all_of_them[:-1]
+        }
+        if starts:
+            tflops = sum(starts.values()) / 1e12
+            print(f"they start from {counted(len(starts), 'training')}, {tflops:,.2f} TFLOP in all")
         return []
     if not left:
         return []
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     folder.mkdir(parents=True, exist_ok=True)
-    gflops = {cell.name: trainings[cell.name].cost.total_flops // 10**9 for cell in left}
-    shares = dict.fromkeys((cell.name for cell in left), 0.0)
-    work = [
-        run_cell(trainings[cell.name], grid, folder, partial(shares.__setitem__, cell.name))
+    gflops = {
+        training.folder: training.cost.total_flops // 10**9
         for cell in left
-    ]
+        for training in trainings[cell.name].all_of_them
+    }
+    shares = dict.fromkeys(gflops, 0.0)
+    failed: list[str] = []
+    work = [run_cell(trainings[cell.name], grid, folder, shares, failed) for cell in left]
     with (
         progress_bar(sum(gflops.values()), "GFLOP", grid.experiment, interval=30) as bar,
         contextlib.closing(run_together(work, args.jobs)) as running,
     ):
         for ended in running:
-            done = round(sum(shares[name] * gflops[name] for name in gflops))
+            done = round(sum(share * gflops[training] for training, share in shares.items()))
             bar.set_description(f"{grid.experiment} {ended}/{len(left)}", refresh=False)
             bar.update(done - bar.n)
-    return [cell.name for cell in left if shares[cell.name] < 1]
+    return failed
 
 
 def run_together(work: list[Generator], jobs: int) -> Iterator[int]:
@@ -172,31 +181,36 @@ def goes_on(work: Generator) -> bool:
 
 
 def run_cell(
-    training: Training, grid: Grid, folder: Path, on_share: Callable[[float], None]
+    training: Training,
+    grid: Grid,
+    folder: Path,
+    shares: dict[Path, float],
+    failed: list[str],
 ) -> Generator[None]:
     """Runs a cell and writes its file; one that fails is told, and not written."""
     try:
-        result = yield from result_of(training, grid, folder, on_share)
+        result = yield from result_of(training, grid, folder, shares)
     except UserError as error:
         print(f"{training.cell.name}: {error}", file=sys.stderr, flush=True)
+        failed.append(training.cell.name)
         return
     path = folder / f"{training.cell.name}.json"
     unfinished = path.with_suffix(".partial")
     unfinished.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(unfinished, path)
-    on_share(1.0)
 
 
 def result_of(
-    training: Training, grid: Grid, folder: Path, on_share: Callable[[float], None]
+    training: Training, grid: Grid, folder: Path, shares: dict[Path, float]
 ) -> Generator[None, None, dict]:
     """A cell's result, as it is written."""
     cell, cost, place = training.cell, training.cost, training.place
-    seconds, found, commands = 0.0, None, []
+    seconds, found = 0.0, None
+    commands: list[list[str]] = []
     try:
-        yield from training.go_on(on_share)
+        yield from training.go_on(shares)
         found, command, seconds = yield from evaluate(training, folder / cell.name)
-        commands.append(command)
+        commands = [command]
     except OutOfTime:
         print(f"{cell.name}: cut after {clock(training.seconds)}", file=sys.stderr, flush=True)
     curve = training.curve()
@@ -218,7 +232,7 @@ def result_of(
         "flags": cell.flags,
         "stages": list(cell.stages),
         "data": cell.data,
-        "commands": [place.words(command) for command in training.all_commands + commands],
+        "commands": [place.words(command) for command in trained_by(training) + commands],
         "iterations": cost.iterations,
         "iterations_done": curve[-1][0] if curve else 0,
         "tokens": cost.tokens,
@@ -241,18 +255,23 @@ def training_of(cell: Cell, equal: str, place: Place) -> Training:
     return Training(cell, cost, place, start)
 
 
+def trained_by(training: Training) -> list[list[str]]:
+    """The commands, from the first one that it starts from."""
+    return [command for each in training.all_of_them for command in each.commands]
+
+
 def starts_of(training: Training) -> list[dict]:
     """What a report has of the trainings before this one, the first one first."""
-    if (start := training.start) is None:
-        return []
-    this = {
-        "flags": start.cell.flags,
-        "data": start.cell.data,
-        "tokens": start.cost.tokens,
-        "flops": start.cost.flops,
-        "seconds": round(start.seconds, 1),
-    }
-    return [*starts_of(start), this]
+    return [
+        {
+            "flags": start.cell.flags,
+            "data": start.cell.data,
+            "tokens": start.cost.tokens,
+            "flops": start.cost.flops,
+            "seconds": round(start.seconds, 1),
+        }
+        for start in training.all_of_them[:-1]
+    ]
 
 
 def is_done(path: Path, settings: str, minutes: float) -> bool:

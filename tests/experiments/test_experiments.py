@@ -306,6 +306,7 @@ def test_what_is_there_to_do_is_said_and_mistakes_are_refused(tiny, tmp_path):
     planned = run_here(SCRIPT, tiny, "--output", tmp_path / "out", "--plan").stdout
     assert "tiny: 4 cells, 4 to be run, at most 3 minutes each: 12:00 at the very most" in planned
     assert "dense-seed1: " in planned and "iterations" in planned
+    assert "they start from 2 trainings, " in planned  # one of each seed
     assert not (tmp_path / "out").exists()
     for words, message in (
         (["perplexty"], "perplexty: no such experiment; did you mean perplexity?"),
