@@ -14,8 +14,9 @@ Settings are flags of pretrain_longnet.py (`num_layers: 4`), and
     budget     training tokens, or executed FLOPs, whichever `equal` says
     data       "corpus", or recall tasks: flags of tools/make_task_data.py, and "lengths": by each
                length the tasks that have samples of it; all lengths have as many tokens
-    start      settings of a training that this one starts from, beside those of `common`; its
-               budget is in tokens, and it may have a start, too. Cells with the same one share it
+    start      settings of a training that this one starts from, beside those of `common` but for
+               stages; its budget is in tokens, and it may have a start, too. Cells with the same
+               one share it
     stages     those of the training, if it has several: settings of each, and "share", of the
                budget
     evaluate   flags of tools/evaluate.py
@@ -154,7 +155,7 @@ def _cell_of(
     data, start = settings.pop("data"), settings.pop("start", None)
     stages = tuple(settings.pop("stages", ()))
     if start is not None:
-        beside = {key: value for key, value in common.items() if key != "start"}
+        beside = {key: value for key, value in common.items() if key not in ("start", "stages")}
         start = _merged([{**beside, "evaluate": {}}, start])
         start = _cell_of(path, f"the start of {name}", values, seed, start, beside)
     return Cell(

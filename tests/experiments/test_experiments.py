@@ -113,6 +113,7 @@ def test_a_training_in_stages_costs_what_they_do(tmp_path):
     grid = copy.deepcopy(TINY)
     here = grid["scales"]["cpu"]["common"]
     seq_length = here.pop("seq_length")
+    here["start"]["seq_length"] = seq_length
     here["stages"] = [
         {"name": "short", "share": 0.25, "seq_length": 32, "lr": 2e-3},
         {"name": "long", "share": 0.75, "seq_length": seq_length},
@@ -120,6 +121,7 @@ def test_a_training_in_stages_costs_what_they_do(tmp_path):
     path.write_text(yaml.safe_dump(grid, sort_keys=False))
     cell = replace(read_grid(path, "cpu").cells[0], budget=51200.0)
     whole = cost_of(cell, "tokens", 257, 1)
+    assert cell.start.stages == () and cost_of(cell.start, "tokens", 257, 1).tokens == 8192
     assert whole.stages == (100, 150) and whole.iterations == 250 and whole.tokens == 51200
     parts = [
         cost_of(
