@@ -17,6 +17,7 @@ from megalong.errors import UserError
 from megalong.hf.loaded_model import LoadedModel
 from megalong.hf.modeling_longnet import LongNetModel
 from megalong.position_losses import PositionLosses, perplexity
+from megalong.tasks.language import Ids
 from megalong.tasks.scores import AnswerSums, TaskScore
 from megalong.tasks.trials import Trials
 
@@ -24,20 +25,30 @@ LOGIT_ROWS = 1024  # positions whose logits are held at once
 CHUNK = 8192  # tokens that a LongNet reads at once
 
 
-def hidden_states(loaded: LoadedModel, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
+def hidden_states(
+    loaded: LoadedModel, tokens: torch.Tensor, one_document: bool = False
+) -> Iterator[torch.Tensor]:
     """The hidden states of one sequence, (positions, hidden_size), a chunk after the other.
 
     tokens: ids, (1, positions). A LongNet keeps of the past what its cache does, so that memory
     does not grow with the length; other models, and dense attention, read all at once.
+    one_document: all of it is one for a LongNet that keeps documents apart, whatever tokens end one
+    elsewhere.
     """
     loaded.check_length(tokens.shape[1])
     base = loaded.model.base_model
-    if not isinstance(base, LongNetModel) or base.config.kinds == ["dense"]:
+    if not isinstance(base, LongNetModel):
         yield base(tokens, use_cache=False).last_hidden_state[0]
         return
-    cache = base.new_cache()
-    for chunk in tokens.split(CHUNK, 1):
-        yield base(chunk, cache=cache).last_hidden_state[0]
+    dense = base.config.kinds == ["dense"]
+    cache = None if dense else base.new_cache()
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    size = tokens.shape[1] if dense else CHUNK
+    for chunk, places in zip(tokens.split(size, 1), positions.split(size, 1), strict=True):
+        given = {"input_ids": chunk}
+        if one_document:  # embeddings do not say where documents end, and positions do
+            given = {"inputs_embeds": base.embed_tokens(chunk), "position_ids": places}
+        yield base(**given, cache=cache, use_cache=not dense).last_hidden_state[0]
 
 
 @torch.no_grad()
@@ -153,13 +164,16 @@ def task_score(
 ) -> TaskScore:
     """How well the model does on the samples of a task, by teacher forcing.
 
-    on_tokens: hears how many more tokens are read.
+    on_tokens: hears how many more tokens are read. A sample of bare ids is one document, as it is
+    in data of `megalong.tasks.dataset`, which only such models know; text stands behind its first
+    token as it does elsewhere.
     """
+    one_document = isinstance(trials.language, Ids)
     sums, head = AnswerSums(trials), loaded.model.get_output_embeddings()
     for number in range(trials.samples):
         ids = torch.from_numpy(trials.sample(number).tokens).to(loaded.model.device)[None]
         done = 0
-        for hidden in hidden_states(loaded, ids[:, :-1]):
+        for hidden in hidden_states(loaded, ids[:, :-1], one_document):
             places, rows = sums.places(number, done, done + len(hidden))
             for some, of_answers in zip(
                 torch.tensor(places).split(LOGIT_ROWS),

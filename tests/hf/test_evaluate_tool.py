@@ -16,8 +16,9 @@ from megalong.hf.evaluation import (
     task_score,
     token_losses,
 )
-from megalong.hf.loaded_model import LoadedModel
+from megalong.hf.loaded_model import LoadedModel, load_model
 from megalong.tasks.trials import Trials, language_of
+from tests.hf.models import random_checkpoint
 from tests.hf.test_transformers import make_model
 from tests.launching import REPOSITORY, run_here
 
@@ -198,3 +199,20 @@ def test_tasks_in_the_tool(loaded, tool, tmp_path, capsys, monkeypatch):
         tool.evaluate(loaded, [], asked("--task-lengths 9"))
     with pytest.raises(UserError, match="--task-style ids: a vocabulary of 0 ids is too small"):
         tool.evaluate(dataclasses.replace(loaded, ids=()), [], asked("--task-style ids"))
+
+
+@pytest.mark.parametrize("attention", ["dense", "dilated"])
+def test_samples_of_ids_are_one_document_and_texts_are_not(tmp_path, attention):
+    """Of a model that keeps documents apart: bare ids see the token that they begin with, as they
+    do in the training on such samples, and text does not."""
+    scores = {}
+    for kept in ("isolated", "mixed"):
+        folder = tmp_path / kept
+        random_checkpoint(folder, attention=attention, document_attention=kept)
+        model = load_model(folder, "cpu", torch.float32)
+        for style in ("ids", "text"):
+            language = language_of(style, model.encode, model.ids, model.first)
+            trials = Trials("mqar", language, 100, 2)
+            scores[style, kept] = task_score(model, trials).loss
+    assert scores["ids", "isolated"] == pytest.approx(scores["ids", "mixed"], abs=1e-6)
+    assert scores["text", "isolated"] != pytest.approx(scores["text", "mixed"], abs=1e-4)
