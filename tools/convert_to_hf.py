@@ -5,7 +5,8 @@
 then `AutoModelForCausalLM.from_pretrained("longnet-hf", trust_remote_code=True)`. One process, no
 GPU, one tensor in memory at a time, from a checkpoint of any parallel layout. The folder holds
 sharded safetensors, the configuration, the model's code, the tokenizer, and a model card that says
-where the model comes from. It is written aside and renamed.
+where the model comes from. It is written aside and renamed. With `--model-type llama`, qwen2 or
+qwen3 a dense model becomes one of Transformers' own, which needs no code and no trust.
 """
 
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
 from megalong.command_line import ArgumentParser, run
-from megalong.hf.configs import DTYPES
+from megalong.hf.configs import DTYPES, MODEL_TYPES
 from megalong.wording import counted
 
 
@@ -25,6 +26,13 @@ def main() -> None:
     add("--output", type=Path, required=True, help="folder to write")
     add("--overwrite", action="store_true", help="replace an earlier export in --output")
     add("--dtype", choices=DTYPES, help="of the weights (default: the precision of the training)")
+    add(
+        "--model-type",
+        choices=MODEL_TYPES,
+        default="longnet",
+        help="write a dense model as one of Transformers' own types, which need no code of ours"
+        " (default: longnet)",
+    )
     add("--max-shard-size", default="5GB", help="of one weight file")
     add(
         "--tokenizer-model", help="another tokenizer file or folder (default: the checkpoint's own)"
@@ -51,6 +59,7 @@ def main() -> None:
         not args.no_tokenizer,
         not args.no_verify_checkpoint,
         args.overwrite,
+        args.model_type,
     )
     print(
         f"{args.output}: iteration {result['iteration']:,}, {result['parameters']} in"

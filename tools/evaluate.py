@@ -254,6 +254,7 @@ def tables(results: dict) -> str:
                 ],
             )
         )
+        parts.append(_position_table(results["texts"]))
     if results["prompts"]:
         parts.append(
             _table(
@@ -287,6 +288,21 @@ def tables(results: dict) -> str:
             )
         )
     return "\n\n".join(parts) + "\n"
+
+
+def _position_table(results: list[dict]) -> str:
+    """The loss by position in the window, a column for each context length."""
+    columns = [
+        dict(zip(pairwise(r["position_edges"]), r["loss_by_position"], strict=True))
+        for r in results
+    ]
+    rows = []
+    for begin, end in sorted({bucket for column in columns for bucket in column}):
+        losses = [column.get((begin, end)) for column in columns]
+        shown = ["" if loss is None else f"{loss:.4f}" for loss in losses]
+        if any(shown):
+            rows.append(" | ".join([f"{begin:,} to {end - 1:,}", *shown]))
+    return _table(["position", *(f"loss at {r['context']:,}" for r in results)], rows)
 
 
 def _table(columns: list[str], rows: list[str]) -> str:

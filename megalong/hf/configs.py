@@ -6,6 +6,7 @@ from typing import Any
 
 from megalong.config import Config
 from megalong.config.attention import PATTERN_FIELDS
+from megalong.config.flags import flag_name, shown
 from megalong.data.tokenizers.tokenizer import Tokenizer
 from megalong.errors import UserError
 from megalong.hf.rotary_configs import rotary_values
@@ -55,6 +56,20 @@ def longnet_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     resolved."""
     model = config.model
     return {
+        **_common(config, tokenizer),
+        **({"rope_parameters": model.rope_parameters} if model.has_rotary_positions else {}),
+        **{theirs: getattr(model, ours) for ours, theirs in _SETTINGS.items()},
+        **{name: _as_json(getattr(config.attention, name)) for name in PATTERN_FIELDS},
+        "attention": _kinds(config.attention.attention),
+        "document_attention": config.data.document_attention,
+        "causal": config.training.causal,
+    }
+
+
+def _common(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The fields that LongNetConfig and those of the Llama family call the same."""
+    model = config.model
+    return {
         "vocab_size": model.padded_vocab_size or tokenizer.vocab_size,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,
@@ -63,18 +78,66 @@ def longnet_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
         "num_key_value_heads": model.num_query_groups,
         "head_dim": model.kv_channels,
         "max_position_embeddings": model.seq_length,
-        **({"rope_parameters": model.rope_parameters} if model.has_rotary_positions else {}),
-        **{theirs: getattr(model, ours) for ours, theirs in _SETTINGS.items()},
-        **{name: _as_json(getattr(config.attention, name)) for name in PATTERN_FIELDS},
-        "attention": _kinds(config.attention.attention),
-        "document_attention": config.data.document_attention,
-        "causal": config.training.causal,
         "initializer_range": model.init_method_std,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "bos_token_id": tokenizer.bos if config.data.prepend_bos else None,
         "eos_token_id": tokenizer.eod,
         "pad_token_id": tokenizer.eod,
     }
+
+
+# What the layers of the Llama family are in our settings, and what is other in each model type that
+# dense models are exported as; the class is Transformers'.
+_LLAMA_LAYERS = {
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "sub_layer_norm": False,
+    "position_embedding_type": "rope",
+}
+_BIASES = ("add_bias_linear", "add_qkv_bias", "qk_layernorm")
+_PLAIN = {
+    "llama": ("LlamaForCausalLM", (False, False, False)),
+    "qwen2": ("Qwen2ForCausalLM", (False, True, False)),
+    "qwen3": ("Qwen3ForCausalLM", (False, False, True)),
+}
+MODEL_TYPES = ("longnet", *_PLAIN)
+
+
+def plain_config(config: Config, tokenizer: Tokenizer, model_type: str) -> dict[str, Any]:
+    """The fields of config.json of a dense model of ours as one of Transformers' own model types,
+    for which no code of ours is needed; config: resolved.
+
+    model_type: of MODEL_TYPES, not longnet. Raises UserError where the model is none of that type,
+    saying which setting is other there.
+    """
+    name, of_type = _PLAIN[model_type]
+    model = config.model
+    if {*config.attention.attention} != {"dense"} or not config.training.causal:
+        raise UserError(
+            f"--model-type {model_type} has dense causal attention, and this model"
+            f" {config.attention.description}: leave the flag out"
+        )
+    for field, there in [*_LLAMA_LAYERS.items(), *zip(_BIASES, of_type, strict=True)]:
+        if (here := getattr(model, field)) != there:
+            fits = [kind for kind, (_, biases) in _PLAIN.items() if _is_plain(config, biases)]
+            way_out = f"set --model-type {fits[0]}" if fits else "leave the flag out"
+            raise UserError(
+                f"{flag_name(field)} of this model is {shown(here)}, and of --model-type"
+                f" {model_type} it is {shown(there)}: {way_out}"
+            )
+    return {
+        **_common(config, tokenizer),
+        "architectures": [name],
+        "model_type": model_type,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_parameters": model.rope_parameters,
+    }
+
+
+def _is_plain(config: Config, biases: tuple[bool, ...]) -> bool:
+    fields = {**_LLAMA_LAYERS, **dict(zip(_BIASES, biases, strict=True))}
+    return all(getattr(config.model, name) == value for name, value in fields.items())
 
 
 def _kinds(attention: tuple[str, ...]) -> str | list[str]:

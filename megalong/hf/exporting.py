@@ -18,10 +18,15 @@ import megalong
 from megalong.attention import pattern
 from megalong.checkpoint.stored_model import StoredModel
 from megalong.config import Config
-from megalong.data.tokenizers.tokenizer import build_tokenizer
+from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megalong.disk import written_aside
 from megalong.errors import UserError
-from megalong.hf.configs import DTYPE_OF_PRECISION, longnet_config, model_classes
+from megalong.hf.configs import (
+    DTYPE_OF_PRECISION,
+    longnet_config,
+    model_classes,
+    plain_config,
+)
 from megalong.hf.model_card import model_card
 from megalong.hf.names import Entry, check_names, check_shape, check_vocabulary, entries
 from megalong.model import rope_scaling
@@ -47,6 +52,7 @@ def export(
     with_tokenizer: bool = True,
     verify: bool = True,
     overwrite: bool = False,
+    model_type: str = "longnet",
 ) -> dict[str, Any]:
     """Write a checkpoint as a folder for `AutoModelForCausalLM.from_pretrained`, or, of a
     masked-language model, `AutoModelForMaskedLM`.
@@ -54,7 +60,8 @@ def export(
     load: run folder, or one checkpoint's. output: the folder. dtype: of the weights; None is
     the precision of the training. tokenizer_model: the tokenizer, if not the one in the checkpoint.
     verify: compare the checkpoint with its hashes first.
-    overwrite: replace an earlier export.
+    overwrite: replace an earlier export. model_type: of `configs.MODEL_TYPES`; others than longnet
+    are for dense models, and Transformers has their code.
     Returns the provenance that the folder records, "parameters" (how many, in words) and "files".
     Raises UserError or OSError naming what is wrong.
     """
@@ -86,29 +93,29 @@ def export(
         files = _write_weights(checkpoint, table, getattr(torch, dtype), shard_bytes, folder)
         parameters = count_parameters(config.model, tokenizer.vocab_size)
         provenance = _provenance(checkpoint, config)
-        fields = longnet_config(config, tokenizer)
+        fields = _fields(config, tokenizer, model_type)
         if pad is not None:
             fields["pad_token_id"] = pad
-        _write_json(
-            folder / "config.json",
-            {
-                **model_classes(config.training.objective),
-                "model_type": "longnet",
-                **fields,
-                "dtype": dtype,
-                "megalong": provenance,
-            },
-        )
+        _write_json(folder / "config.json", {**fields, "dtype": dtype, "megalong": provenance})
         if config.training.causal:
             names = ("bos_token_id", "eos_token_id", "pad_token_id")
             tokens = {name: fields[name] for name in names}
             _write_json(folder / "generation_config.json", {**tokens, "do_sample": False})
-        for file in MODEL_FILES:
+        for file in MODEL_FILES if model_type == "longnet" else ():
             shutil.copy(file, folder / file.name)
         for file in folder.glob("*.safetensors"):
             shutil.copymode(folder / "config.json", file)  # safetensors makes them private
-        (folder / "README.md").write_text(model_card(config, provenance, parameters, dtype))
+        card = model_card(config, provenance, parameters, dtype, model_type)
+        (folder / "README.md").write_text(card)
     return {**provenance, "parameters": str(parameters), "files": files}
+
+
+def _fields(config: Config, tokenizer: Tokenizer, model_type: str) -> dict[str, Any]:
+    """What config.json says of the model."""
+    if model_type != "longnet":
+        return plain_config(config, tokenizer, model_type)
+    classes = model_classes(config.training.objective)
+    return {**classes, "model_type": "longnet", **longnet_config(config, tokenizer)}
 
 
 def _is_export(folder: Path) -> bool:

@@ -15,18 +15,16 @@ _CARD = """\
 ---
 library_name: transformers
 pipeline_tag: {pipeline}
-tags: [longnet, dilated-attention, megalong]
+tags: [{tags}]
 ---
 
 # {name}
 
-A LongNet {what} ([arXiv 2307.02486](https://arxiv.org/abs/2307.02486)), pretrained with
+{what}, pretrained with
 megalong: {parameters} in {dtype}, {layers} layers, {attention}. It was trained on
 sequences of {seq_length:,} tokens.
 
 {use}
-The attention is the exact one, in PyTorch's operators, whether `attn_implementation`
-says `eager` or `sdpa`; `output_attentions=True` gives its weights, of up to 8,192 tokens.
 
 ## Where it comes from
 
@@ -44,6 +42,8 @@ The training's configuration, where it differs from megalong's defaults:
 {config}```
 """
 
+
+_PAPER = "([arXiv 2307.02486](https://arxiv.org/abs/2307.02486))"
 
 _CAUSAL = """\
 ```python
@@ -74,6 +74,20 @@ print(fill(f"Once upon a {{fill.tokenizer.mask_token}}"))
 The model's code is in this folder; it needs torch and transformers (5.24 or later) only. Attention
 looks both ways."""
 
+_EXACT = """
+The attention is the exact one, in PyTorch's operators, whether `attn_implementation`
+says `eager` or `sdpa`; `output_attentions=True` gives its weights, of up to 8,192 tokens."""
+
+_PLAIN = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = AutoModelForCausalLM.from_pretrained(FOLDER)
+```
+
+Its layers are those of Transformers' model type {model_type}, and need no code besides."""
+
 _APART = """
 
 The model was trained on documents that share a sequence without seeing each other: what stands
@@ -89,17 +103,28 @@ _KEPT = {  # by kind of attention
 
 
 def model_card(
-    config: Config, provenance: dict[str, Any], parameters: ParameterCount, dtype: str
+    config: Config,
+    provenance: dict[str, Any],
+    parameters: ParameterCount,
+    dtype: str,
+    model_type: str,
 ) -> str:
-    """The text of README.md in an exported folder."""
+    """The text of README.md in an exported folder; model_type: of `configs.MODEL_TYPES`."""
     versions = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())
     causal = config.training.causal
-    kept = ", ".join(_KEPT[kind] for kind in config.attention.kinds)
-    use = _CAUSAL.replace("KEPT", kept) if causal else _MASKED.format()
+    tags, what = "megalong", "A dense language model"
+    use = _PLAIN.format(model_type=model_type)
+    if model_type == "longnet":
+        tags = "longnet, dilated-attention, megalong"
+        what = f"A LongNet {'' if causal else 'masked-'}language model {_PAPER}"
+        kept = ", ".join(_KEPT[kind] for kind in config.attention.kinds)
+        use = _CAUSAL.replace("KEPT", kept) if causal else _MASKED.format()
+        use += (_APART if config.data.isolates_documents else "") + _EXACT
     return _CARD.format(
         pipeline="text-generation" if causal else "fill-mask",
-        what="language model" if causal else "masked-language model",
-        use=use + (_APART if config.data.isolates_documents else ""),
+        tags=tags,
+        what=what,
+        use=use,
         name=provenance["checkpoint"].split("/")[0],
         dtype=dtype,
         layers=config.model.num_layers,

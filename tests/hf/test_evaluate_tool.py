@@ -118,6 +118,8 @@ def test_a_handful_of_tokens_is_worth_a_hint(loaded, tool, length, hinted, capsy
     )
     results = tool.evaluate(loaded, ["x" * length], tool.parse_arguments())
     assert results["texts"][0]["tokens"] == length
+    [column] = [r["loss_by_position"] for r in results["texts"]]
+    assert f"| 0 to 3 | {column[0]:.4f} |" in tool.tables(results)
     printed = capsys.readouterr().err
     assert ("hint: --input has only 300 tokens" in printed) == hinted
     assert ("the longest has 300 tokens, and is read as a whole" in printed) == (length < 400)
@@ -216,3 +218,13 @@ def test_samples_of_ids_are_one_document_and_texts_are_not(tmp_path, attention):
             scores[style, kept] = task_score(model, trials).loss
     assert scores["ids", "isolated"] == pytest.approx(scores["ids", "mixed"], abs=1e-6)
     assert scores["text", "isolated"] != pytest.approx(scores["text", "mixed"], abs=1e-4)
+
+
+def test_losses_by_position_stand_side_by_side(tool):
+    texts = [
+        {"context": 6, "position_edges": [0, 4, 6], "loss_by_position": [3.0, 2.5]},
+        {"context": 7, "position_edges": [0, 4, 6, 7], "loss_by_position": [3.0, 2.0, None]},
+    ]
+    rows = ["| position | loss at 6 | loss at 7 |", "| ---|---|--- |"]
+    rows += ["| 0 to 3 | 3.0000 | 3.0000 |", "| 4 to 5 | 2.5000 | 2.0000 |"]
+    assert tool._position_table(texts) == "\n".join(rows)
