@@ -15,7 +15,6 @@ from megalong.training import stages as stages_of_run
 from megalong.training.learning_rate import learning_rate
 from megalong.training.stage_table import stage_table
 from megalong.training.stages import begun, stages_ahead
-from tests.launching import REPOSITORY
 
 RECIPE = """\
 model:
@@ -340,14 +339,3 @@ def test_the_table_of_the_stages(file):
     ratio = float(throughout.split()[-4])
     assert ratio == pytest.approx(shares[1] / 100 * 7680 / 5120, rel=0.01)
     assert "train_tokens 5,000 are rounded up" in more[-1]
-
-
-@pytest.mark.parametrize("scale", ["cpu", "gpu"])
-def test_the_recipes(scale):
-    file = REPOSITORY / "examples" / "recipes" / "short_to_long" / f"{scale}.yaml"
-    data = ["--data-path", "code", "--tokenizer-model", "model"] if scale == "gpu" else []
-    stages = parse_run(["--config", str(file), *data]).resolve(1)
-    lengths = [stage.config.model.seq_length for stage in stages]
-    assert lengths == ([256, 1024, 4096] if scale == "cpu" else [2048, 8192, 32768])
-    for stage in stages:
-        assert stage.config.attention.oddities(stage.config.model.seq_length) == []
