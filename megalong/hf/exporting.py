@@ -97,6 +97,8 @@ def export(
         if pad is not None:
             fields["pad_token_id"] = pad
         _write_json(folder / "config.json", {**fields, "dtype": dtype, "megalong": provenance})
+        if with_tokenizer and model_type != "longnet":
+            _check_its_tokenizer(tokenizer, folder, model_type)
         if config.training.causal:
             names = ("bos_token_id", "eos_token_id", "pad_token_id")
             tokens = {name: fields[name] for name in names}
@@ -116,6 +118,21 @@ def _fields(config: Config, tokenizer: Tokenizer, model_type: str) -> dict[str, 
         return plain_config(config, tokenizer, model_type)
     classes = model_classes(config.training.objective)
     return {**classes, "model_type": "longnet", **longnet_config(config, tokenizer)}
+
+
+def _check_its_tokenizer(tokenizer: Tokenizer, folder: Path, model_type: str) -> None:
+    """Raise UserError where Transformers, which asks config.json too, reads the tokenizer there as
+    another one: for qwen2 it takes the class of Qwen2's, whatever the files say."""
+    from megalong.hf.tokenizer_files import check_tokenizer
+
+    try:
+        check_tokenizer(tokenizer, folder)
+    except UserError as error:
+        raise UserError(
+            f"--model-type {model_type}: AutoTokenizer reads the tokenizer of such a model in a way"
+            " of its own, and cuts text into other tokens than the training: leave the flag out, or"
+            " write no tokenizer (--no-tokenizer)"
+        ) from error
 
 
 def _is_export(folder: Path) -> bool:

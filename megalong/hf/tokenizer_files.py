@@ -90,7 +90,7 @@ def export_tokenizer(
             settings["bos_token"] = backend.id_to_token(ours.bos)
     _set(folder, settings | {"split_special_tokens": False, "model_max_length": max_length})
     _begin_texts(folder, ours.bos if prepend_bos else None)
-    _check_same(ours, folder, with_mask)
+    check_tokenizer(ours, folder, with_mask)
     return ours
 
 
@@ -134,7 +134,8 @@ def _begin_texts(folder: Path, bos: int | None) -> None:
         )
 
 
-def _check_same(ours: Tokenizer, folder: Path, with_mask: bool) -> None:
+def check_tokenizer(ours: Tokenizer, folder: Path, with_mask: bool = False) -> None:
+    """Raise UserError where AutoTokenizer does not read the files of a folder as our tokenizer."""
     theirs = open_tokenizer(folder)
     lossless = all(ours.decode(ours.encode(text)) == text for text in _PROBES)
     for text in _PROBES:

@@ -28,7 +28,9 @@ LAYERS = {
 @pytest.mark.parametrize("model_type", LAYERS)
 def test_transformers_own_class_computes_the_same(model_type, tmp_path):
     random_checkpoint(tmp_path / "run", **DENSE, **LAYERS[model_type])
-    export(tmp_path / "run", tmp_path / "hf", model_type=model_type)
+    # Transformers reads the tokenizer of every qwen2 as Qwen2's own.
+    whole = {"model_type": model_type, "with_tokenizer": model_type != "qwen2"}
+    export(tmp_path / "run", tmp_path / "hf", **whole)
     assert not [*(tmp_path / "hf").glob("*.py")]
     assert model_type in (tmp_path / "hf" / "README.md").read_text()
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=False)
@@ -37,10 +39,13 @@ def test_transformers_own_class_computes_the_same(model_type, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, ours(tokens).logits, rtol=0, atol=1e-4)
     assert type(theirs).__name__.lower().startswith(model_type)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=False)
-    assert theirs.config.eos_token_id == tokenizer.eos_token_id
-    _, config = import_model(tmp_path / "hf", tmp_path / "again", {})
-    export(tmp_path / "again", tmp_path / "twice", model_type=model_type)
+    if model_type != "qwen2":
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=False)
+        assert theirs.config.eos_token_id == tokenizer.eos_token_id
+    _, config = import_model(
+        tmp_path / "hf", tmp_path / "again", {"tokenizer_type": "ByteTokenizer"}
+    )
+    export(tmp_path / "again", tmp_path / "twice", **whole)
     once, twice = (tmp_path / name / "model.safetensors" for name in ("hf", "twice"))
     assert once.read_bytes() == twice.read_bytes()
     assert config.attention.attention == ("dense",)
@@ -51,6 +56,11 @@ def test_transformers_own_class_computes_the_same(model_type, tmp_path):
     [
         ({}, "llama", "dense causal attention, and this model dilated attention"),
         (DENSE | LAYERS["qwen2"], "llama", "--add-qkv-bias .* set --model-type qwen2$"),
+        (
+            DENSE | LAYERS["qwen2"],
+            "qwen2",
+            r"reads the tokenizer .*\(--no-tokenizer\)",
+        ),
         (DENSE | {"normalization": "LayerNorm"}, "llama", "--normalization .* leave the flag out$"),
         (DENSE | {"add_bias_linear": True}, "qwen3", "--add-bias-linear .* leave the flag out$"),
     ],
