@@ -21,12 +21,13 @@ import sys
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
-import yaml
-from cost import Cost
+from cost import Cost, stages_file
 from grid import Cell, as_flags
+from machine import machine
 
 from megalong.command_line import REPOSITORY
 from megalong.errors import UserError
@@ -38,7 +39,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class OutOfTime(Exception):
-    """The cell's minutes are over."""
+    """The minutes are over, of what it names."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,14 @@ class Place:
     processes: int
     seconds: float
     environment: dict[str, str]
+
+    @cached_property
+    def corpus_digest(self) -> str | None:
+        """Of what the corpus' documents and their tokens hang on."""
+        if self.corpus is None:
+            return None
+        files = (self.corpus / name for name in ("corpus.json", "tokenizer.model"))
+        return _digest([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
 
     def words(self, command: list[str]) -> str:
         """A command as it is reported: without the paths of this machine."""
@@ -69,36 +78,35 @@ class Training:
 
     def __init__(self, cell: Cell, cost: Cost, place: Place, start: Training | None = None):
         self.cell, self.cost, self.place, self.start = cell, cost, place, start
-        self._stages = [
-            {
-                **{name: value for name, value in stage.items() if name != "share"},
-                "train_iters": iterations,
-            }
-            for stage, iterations in zip(cell.stages, cost.stages, strict=True)
-        ]
-        flags = dict(cell.flags)
-        if not self._stages:
-            flags["train_iters"] = cost.iterations
-        identity = {"flags": flags, "data": cell.data, "processes": place.processes}
-        if self._stages:
-            identity["stages"] = self._stages
+        self._flags = dict(cell.flags)
+        if not cell.stages:
+            self._flags["train_iters"] = cost.iterations
+        identity = {"flags": self._flags, "data": cell.data, "processes": place.processes}
+        if cell.stages:
+            identity["stages"] = [cell.stages, cost.stages]
+        if cell.needs_corpus:
+            identity["corpus"] = place.corpus_digest
         if start is not None:
             identity["start"] = start.settings
-        if cell.needs_corpus:
-            identity["corpus"] = json.loads((place.corpus / "corpus.json").read_text())
         self.folder = place.models / _digest(identity)
         # Of all that a cell's result hangs on.
         self.settings = _digest({**identity, "evaluate": cell.evaluate})
         self.run = self.folder / "run"
-        self._flags = flags
         self.commands: list[list[str]] = []
 
     @property
     def seconds(self) -> float:
-        """What it has taken until now, over all starts."""
+        """What it has taken until now, whenever it went on."""
         with contextlib.suppress(FileNotFoundError, ValueError):
             return json.loads((self.folder / "seconds.json").read_text())
         return 0.0
+
+    @property
+    def commits(self) -> list[str | None]:
+        """Of the code that has trained it."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return json.loads((self.folder / "commits.json").read_text())
+        return []
 
     @property
     def done(self) -> bool:
@@ -133,18 +141,23 @@ class Training:
         self.commands = [*make_data.values(), self._train(list(make_data))]
         if self.done:
             return
+        if (commit := machine(gpu=False)["commit"]) not in (commits := self.commits):
+            (self.folder / "commits.json").write_text(json.dumps([*commits, commit]))
+        if self.cell.stages:
+            file = self.folder / "stages.yaml"
+            file.write_text(stages_file(self.cell.stages, self.cost.stages))
         for prefix, command in make_data.items():
             if not prefix.with_suffix(".idx").exists():
                 yield from self._run(command, shares)
         yield from self._run(self.commands[-1], shares)
         if (self.run / "stopped").exists():
-            raise OutOfTime
+            raise OutOfTime(self.cell.name)
         (self.folder / "done").touch()
 
     def _run(self, command: list[str], shares: dict[Path, float]) -> Generator[None]:
         left = TRAINING_SHARE * self.place.seconds - self.seconds
-        if left <= 0:
-            raise OutOfTime
+        if left < 1:
+            raise OutOfTime(self.cell.name)
         if command is self.commands[-1]:
             command = [*command, "--exit-duration-in-mins", f"{left / 60:.3f}"]
         before = self.seconds
@@ -188,10 +201,8 @@ class Training:
         data = {"train_data_path": paths, **self._tokenizer}
         if self.start is not None:
             data["pretrained_checkpoint"] = str(self.start.run)
-        if self._stages:
-            recipe = self.folder / "stages.yaml"
-            recipe.write_text(yaml.safe_dump({"stages": self._stages}, sort_keys=False))
-            data["config"] = str(recipe)
+        if self.cell.stages:
+            data["config"] = str(self.folder / "stages.yaml")
         run = {
             "save": str(self.run),
             "load": str(self.run),
@@ -229,7 +240,7 @@ def evaluate(
     return found, [*command[:-2], "EVALUATION"], time.monotonic() - start
 
 
-def _digest(settings: dict[str, Any]) -> str:
+def _digest(settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -275,7 +286,7 @@ def run_command(
                 yield
                 now = time.monotonic()
                 if now - start > seconds:
-                    raise OutOfTime
+                    raise OutOfTime(Path(command[1]).name)
                 if now - told > 2:
                     told = now
                     on_tick(now - start)

@@ -26,13 +26,16 @@ A cell has one value of every axis, and a seed.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
+from megalong.config import Config
 from megalong.errors import UserError
 from megalong.wording import did_you_mean
 
@@ -40,6 +43,9 @@ KEYS = {"title", "question", "measure", "equal", "common", "axes", "scales"}
 SCALE_KEYS = {"seeds", "minutes", "common", "axes"}
 OTHER_SETTINGS = ("budget", "data", "evaluate")
 EQUAL = ("tokens", "flops")
+FLAGS = tuple(  # of pretrain_longnet.py, by the names of their fields
+    flag.name for section in get_type_hints(Config).values() for flag in dataclasses.fields(section)
+)
 
 
 @dataclass(frozen=True)
@@ -149,12 +155,13 @@ def _cell_of(
     path: Path, name: str, values: dict[str, str], seed: int, settings: dict, common: dict
 ) -> Cell:
     """common: what the settings of a start are beside."""
-    if missing := [key for key in OTHER_SETTINGS if key not in settings]:
-        raise UserError(f"{path}: {', '.join(missing)}: cell {name} has none")
+    _check_settings(path, name, settings)
     settings = dict(settings)
     data, start = settings.pop("data"), settings.pop("start", None)
     stages = tuple(settings.pop("stages", ()))
     if start is not None:
+        if "evaluate" in start:
+            raise UserError(f"{path}: evaluate: {name} starts from what is not evaluated")
         beside = {key: value for key, value in common.items() if key not in ("start", "stages")}
         start = _merged([{**beside, "evaluate": {}}, start])
         start = _cell_of(path, f"the start of {name}", values, seed, start, beside)
@@ -169,6 +176,24 @@ def _cell_of(
         stages=stages,
         flags={**settings, "seed": seed},
     )
+
+
+def _check_settings(path: Path, name: str, settings: dict[str, Any]) -> None:
+    """Raises UserError where settings are missing, unknown, or none of their kind."""
+    if missing := [key for key in OTHER_SETTINGS if key not in settings]:
+        raise UserError(f"{path}: {', '.join(missing)}: cell {name} has none")
+    known = {*FLAGS, *OTHER_SETTINGS, "start", "stages"}
+    for key in settings:
+        if key not in known:
+            raise UserError(f"{path}: {key}: no such setting{did_you_mean(key, known)}")
+    if not isinstance(settings.get("start", {}), dict):
+        raise UserError(f"{path}: start: {name} starts from settings: give a mapping")
+    stages = settings.get("stages", [])
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        raise UserError(f"{path}: stages: {name} has stages: give a list of mappings")
+    shares = [stage.get("share", 0) for stage in stages]
+    if stages and (min(shares) <= 0 or not math.isclose(sum(shares), 1)):
+        raise UserError(f"{path}: stages: {name}: each needs a share above 0, which sum to 1")
 
 
 def _merged(layers: list[dict[str, Any]]) -> dict[str, Any]:

@@ -60,7 +60,8 @@ def by_compute(cells: list[Cell]) -> Figure:
             error = "" if law.exponent_error is None else f" ± {law.exponent_error:.3f}"
             label = f"{name}: FLOP^-({law.exponent:.3f}{error})"
         axes.plot(flops, losses, "o", color=color, markersize=4, label=label)
-    axes.set(xscale="log", xlabel="executed FLOPs", ylabel="held-out loss (nats)")
+    behind = " behind what all start from" if cells[0]["starts"] else ""
+    axes.set(xscale="log", xlabel=f"executed FLOPs{behind}", ylabel="held-out loss (nats)")
     _log_scale(axes)
     axes.grid(alpha=0.3, which="both")
     axes.legend()

@@ -27,7 +27,12 @@ def of_newest_grid(cells: list[Cell]) -> tuple[list[Cell], list[str]]:
     other axes by now, or of seeds that were trained otherwise than the newest of their row."""
     newest = max(cells, key=lambda cell: cell["date"])
     kept = []
-    for group in groups([cell for cell in cells if cell["axes"] == newest["axes"]]):
+    alike = [
+        cell
+        for cell in cells
+        if all(cell[key] == newest[key] for key in ("axes", "corpus", "evaluate"))
+    ]
+    for group in groups(alike):
         like = _trained(max(group, key=lambda cell: cell["date"]))
         kept += [cell for cell in group if _trained(cell) == like]
     names = {cell["cell"] for cell in kept}
@@ -38,7 +43,7 @@ def _trained(cell: Cell) -> tuple:
     """What is alike in cells that differ in their seed alone."""
     flags = {name: value for name, value in cell["flags"].items() if name != "seed"}
     starts = [
-        ({**start["flags"], "seed": None}, start["data"], start["tokens"])
+        ({**start["flags"], "seed": None}, start["stages"], start["data"], start["tokens"])
         for start in cell["starts"]
     ]
     return flags, cell["stages"], cell["data"], cell["iterations"], cell["processes"], starts
@@ -70,6 +75,7 @@ def summary(cells: list[Cell], complete: list[Cell]) -> dict[str, Any]:
         "equal": first["equal"],
         "axes": list(first["axes"]),
         "rows": [row(group, columns) for group in groups(complete)],
+        "one_start": one_start(complete),
         "formats": {column.name: column.shown for column in columns},
         "fits": laws,
         "at_equal_loss": at_equal_loss(complete, laws),
@@ -82,11 +88,17 @@ def summary(cells: list[Cell], complete: list[Cell]) -> dict[str, Any]:
             for cell in cells
             if not cell["complete"]
         },
-        "seconds": round(sum(sum(cell["seconds"].values()) for cell in cells), 1),
+        "seconds": seconds(cells),
         "ran_on": distinct(cells, "machine"),
         "processes": distinct(cells, "processes"),
         "versions": distinct(cells, "versions"),
-        "commits": distinct(cells, "commit"),
+        "commits": sorted(
+            {
+                str(commit)
+                for cell in cells
+                for commit in (*cell["trained_by_commits"], cell["commit"])
+            }
+        ),
         "dates": sorted({cell["date"][:10] for cell in cells}),
     }
 
@@ -126,8 +138,8 @@ def row(group: list[Cell], columns: list[Column]) -> dict[str, Any]:
                 "tokens": start["tokens"],
                 "flops": sum(start["flops"].values()),
                 "of": "text" if start["data"] is None else "recall tasks",
-                "seq_length": start["flags"]["seq_length"],
-                "attention": start["flags"]["attention"],
+                "seq_length": start["seq_length"],
+                "attention": start["attention"],
             }
             for start in first["starts"]
         ],
@@ -151,18 +163,41 @@ def fits(cells: list[Cell]) -> dict[str, dict | None]:
     return found
 
 
+def one_start(cells: list[Cell]) -> bool:
+    """Whether all cells of a seed start from the same weights."""
+    found: dict[int, set[str]] = {}
+    for cell in cells:
+        last = cell["starts"][-1]["settings"] if cell["starts"] else ""
+        found.setdefault(cell["seed"], set()).add(last)
+    return all(len(each) == 1 for each in found.values())
+
+
+def commits(cell: Cell) -> list[str | None]:
+    """Of the code that has trained and evaluated it."""
+    return [*cell["trained_by_commits"], cell["commit"]]
+
+
+def seconds(cells: list[Cell]) -> float:
+    """That all of it took, what several cells start from once."""
+    starts = {start["settings"]: start["seconds"] for cell in cells for start in cell["starts"]}
+    own = (sum(cell["seconds"].values()) for cell in cells)
+    return round(sum(own) + sum(starts.values()), 1)
+
+
 def at_equal_loss(cells: list[Cell], laws: dict[str, dict | None]) -> dict[str, Any] | None:
     """By the power laws, the FLOPs of each for the lowest loss that all reach (as means over the
-    seeds). None where there are not several, or one does not fall."""
+    seeds), and their standard error as a share; None for one that was not measured there. None
+    where there are not several laws, or one does not fall."""
     if len(laws) < 2 or not all(law and law["exponent"] > 0 for law in laws.values()):
         return None
     axis = next(iter(cells[0]["axes"]))
     [column] = MEASURES["compute"](cells)
     lowest: dict[str, float] = {}
     for group in groups(cells):
-        loss = Spread.of([column.value(cell) for cell in group]).mean
-        name = group[0]["values"][axis]
-        lowest[name] = min(loss, lowest.get(name, loss))
+        losses = [value for cell in group if (value := column.value(cell)) is not None]
+        if losses:
+            name, loss = group[0]["values"][axis], Spread.of(losses).mean
+            lowest[name] = min(loss, lowest.get(name, loss))
     loss = max(lowest.values())
     return {
         "loss": loss,
@@ -185,11 +220,11 @@ def as_text(found: dict[str, Any]) -> str:
     lines = [f"# {found['title']}", "", found["question"], ""]
     lines += [
         f"Equal in all rows with the same budget: {equal[found['equal']]}; both are in the table."
-        " FLOPs are those of the whole training, executed. Means and sample standard deviations"
+        " FLOPs are executed ones. Means and sample standard deviations"
         " over the seeds.",
         "",
     ]
-    lines += starts_in_words(found["rows"])
+    lines += starts_in_words(found["rows"], found["one_start"])
     columns = list(found["formats"])
     header = [*found["axes"], "parameters", "tokens", "TFLOP", "of it attention", *columns, "seeds"]
     lines += [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
@@ -206,14 +241,8 @@ def as_text(found: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     for name, law in found["fits"].items():
         lines += ["", f"{name}: {law_in_words(law)}"]
-    if equal_loss := found["at_equal_loss"]:
-        flops = equal_loss["flops"]
-        least = min(flops.values())
-        shares = ", ".join(
-            f"{name} {value / 1e12:,.2f} TFLOP ({value / least:.2f} x)"
-            for name, value in flops.items()
-        )
-        lines += ["", f"For a loss of {equal_loss['loss']:.3f}, by these laws: {shares}."]
+    if found["at_equal_loss"]:
+        lines += ["", equal_loss_in_words(found["at_equal_loss"])]
     if found["cut"]:
         lines += ["", "Cut, being longer than their minutes, and in no mean:"]
         lines += [f"- {name}: {what}" for name, what in found["cut"].items()]
@@ -224,24 +253,39 @@ def as_text(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def starts_in_words(rows: list[dict]) -> list[str]:
+def starts_in_words(rows: list[dict], one_start: bool) -> list[str]:
     """What came before all of these trainings, and is not in their tokens and FLOPs."""
     if not any(row["starts"] for row in rows):
         return []
-    found = []
-    for row in rows:
-        trained = ", then ".join(
+    trained = [
+        ", then ".join(
             f"{start['tokens'] / 1e6:.2f} M tokens of {start['of']} at {start['seq_length']:,} with"
-            f" {start['attention']} attention ({start['flops'] / 1e12:,.1f} TFLOP)"
+            f" {' and '.join(start['attention'])} attention ({start['flops'] / 1e12:,.1f} TFLOP)"
             for start in row["starts"]
         )
-        found.append(trained or "nothing")
-    if len(set(found)) == 1:
-        return [f"All rows of a seed start from the same weights, trained on {found[0]}.", ""]
-    lines = ["Before these tokens and FLOPs, the rows of a seed were trained on", ""]
-    for row, trained in zip(rows, found, strict=True):
-        lines.append(f"- {' '.join(row['values'].values())}: {trained}")
+        or "nothing"
+        for row in rows
+    ]
+    apart = "Tokens and FLOPs of the table come behind these."
+    if one_start:
+        return [f"All rows of a seed start from the same weights: {trained[0]}. {apart}", ""]
+    lines = [f"Rows start from weights that were trained on other tokens before. {apart}", ""]
+    lines += [
+        f"- {' '.join(row['values'].values())}: {words}"
+        for row, words in zip(rows, trained, strict=True)
+    ]
     return [*lines, ""]
+
+
+def equal_loss_in_words(found: dict[str, Any]) -> str:
+    parts = []
+    for name, flops in found["flops"].items():
+        if flops is None:
+            parts.append(f"{name} outside of what was measured")
+            continue
+        value, error = flops
+        parts.append(f"{name} {value / 1e12:,.2f} TFLOP" + (f" ± {error:.0%}" if error else ""))
+    return f"For a loss of {found['loss']:.3f}, by these laws: {', '.join(parts)}."
 
 
 def shown(number: dict | None, how: str) -> str:

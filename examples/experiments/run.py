@@ -69,6 +69,8 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(
             f"{args.experiment}: no such experiment{hint}; there are {', '.join(GRIDS)}"
         )
+    if args.seeds is not None:
+        args.seeds = list(dict.fromkeys(args.seeds))
     if args.jobs is None:
         args.jobs = JOBS.get(args.scale, 1)
     for name in ("processes", "jobs"):
@@ -115,9 +117,16 @@ def run_cells(cells: list[Cell], grid: Grid, args: argparse.Namespace, folder: P
         for cell in cells
         if not is_done(folder / f"{cell.name}.json", trainings[cell.name].settings, minutes)
     ]
+    ahead = {
+        start.folder
+        for cell in left
+        for start in trainings[cell.name].all_of_them[:-1]
+        if not start.done
+    }
     print(
-        f"{grid.experiment}: {counted(len(cells), 'cell')}, {len(left)} to be run, at most"
-        f" {minutes:g} minutes each: {clock(60 * minutes * len(left))} at the very most",
+        f"{grid.experiment}: {counted(len(cells), 'cell')}, {len(left)} to be run, and"
+        f" {counted(len(ahead), 'training')} that they start from, at most {minutes:g} minutes"
+        f" each: {clock(60 * minutes * (len(left) + len(ahead)))} at the very most",
         flush=True,
     )
     if args.plan:
@@ -147,12 +156,15 @@ def run_cells(cells: list[Cell], grid: Grid, args: argparse.Namespace, folder: P
         for training in trainings[cell.name].all_of_them
     }
     shares = dict.fromkeys(gflops, 0.0)
+    for cell in left:  # those that are done already are no work of now
+        shares |= {each.folder: 1.0 for each in trainings[cell.name].all_of_them if each.done}
     failed: list[str] = []
     work = [run_cell(trainings[cell.name], grid, folder, shares, failed) for cell in left]
     with (
         progress_bar(sum(gflops.values()), "GFLOP", grid.experiment, interval=30) as bar,
         contextlib.closing(run_together(work, args.jobs)) as running,
     ):
+        bar.n = bar.initial = sum(gflops[folder] for folder, share in shares.items() if share)
         for ended in running:
             done = round(sum(share * gflops[training] for training, share in shares.items()))
             bar.set_description(f"{grid.experiment} {ended}/{len(left)}", refresh=False)
@@ -211,8 +223,11 @@ def result_of(
         yield from training.go_on(shares)
         found, command, seconds = yield from evaluate(training, folder / cell.name)
         commands = [command]
-    except OutOfTime:
-        print(f"{cell.name}: cut after {clock(training.seconds)}", file=sys.stderr, flush=True)
+    except OutOfTime as over:
+        took = clock(training.seconds)
+        print(
+            f"{cell.name}: {over} was cut, the training is at {took}", file=sys.stderr, flush=True
+        )
     curve = training.curve()
     return {
         "experiment": grid.experiment,
@@ -228,10 +243,12 @@ def result_of(
         "settings": training.settings,
         "complete": found is not None,
         "minutes": place.seconds / 60,
-        "seq_length": (cell.stages[-1] if cell.stages else cell.flags)["seq_length"],
+        "seq_length": cost.seq_length,
         "flags": cell.flags,
         "stages": list(cell.stages),
         "data": cell.data,
+        "corpus": place.corpus_digest if cell.needs_corpus else None,
+        "evaluate": cell.evaluate,
         "commands": [place.words(command) for command in trained_by(training) + commands],
         "iterations": cost.iterations,
         "iterations_done": curve[-1][0] if curve else 0,
@@ -244,6 +261,7 @@ def result_of(
         "seconds": {"training": round(training.seconds, 1), "evaluation": round(seconds, 1)},
         "processes": place.processes,
         "threads": place.environment.get("OMP_NUM_THREADS"),
+        "trained_by_commits": commits_of(training),
         **machine(gpu=grid.scale != "cpu"),
     }
 
@@ -255,6 +273,12 @@ def training_of(cell: Cell, equal: str, place: Place) -> Training:
     return Training(cell, cost, place, start)
 
 
+def commits_of(training: Training) -> list[str | None]:
+    """Of the code that has trained it, and what it starts from."""
+    found = [commit for each in training.all_of_them for commit in each.commits]
+    return list(dict.fromkeys(found))
+
+
 def trained_by(training: Training) -> list[list[str]]:
     """The commands, from the first one that it starts from."""
     return [command for each in training.all_of_them for command in each.commands]
@@ -264,8 +288,12 @@ def starts_of(training: Training) -> list[dict]:
     """What a report has of the trainings before this one, the first one first."""
     return [
         {
+            "settings": start.settings,
             "flags": start.cell.flags,
+            "stages": list(start.cell.stages),
             "data": start.cell.data,
+            "seq_length": start.cost.seq_length,
+            "attention": start.cost.attention,
             "tokens": start.cost.tokens,
             "flops": start.cost.flops,
             "seconds": round(start.seconds, 1),

@@ -27,13 +27,17 @@ class Spread(NamedTuple):
 class PowerLaw(NamedTuple):
     """loss = scale * compute ** -exponent, by least squares between their logarithms: no loss that
     is left with endless compute. exponent_error: its standard error, from what the points miss the
-    line by; scatter: the standard deviation of that, in logarithms. None of two points."""
+    line by; scatter: the standard deviation of that, in logarithms. None of two points. centre: the
+    geometric mean of the compute, between `lowest` and `highest`."""
 
     scale: float
     exponent: float
     exponent_error: float | None
     scatter: float | None
     points: int
+    centre: float
+    lowest: float
+    highest: float
 
     @classmethod
     def of(cls, compute: Sequence[float], losses: Sequence[float]) -> PowerLaw | None:
@@ -50,12 +54,22 @@ class PowerLaw(NamedTuple):
             scatter = math.sqrt(float((missed**2).sum()) / (len(x) - 2))
             error = scatter / math.sqrt(square)
         scale = math.exp(float(y.mean()) - slope * float(x.mean()))
-        return cls(scale, -slope, error, scatter, len(x))
+        ends = float(min(compute)), float(max(compute))
+        return cls(scale, -slope, error, scatter, len(x), math.exp(float(x.mean())), *ends)
 
     def at(self, compute: float) -> float:
         """The loss that it says."""
         return self.scale * compute**-self.exponent
 
-    def compute_for(self, loss: float) -> float:
-        """The compute at which it says this loss."""
-        return (self.scale / loss) ** (1 / self.exponent)
+    def compute_for(self, loss: float) -> tuple[float, float | None] | None:
+        """The compute at which it says this loss, and the standard error of that as a share of it
+        (None of two points). None outside of the compute that it was fitted to."""
+        compute = (self.scale / loss) ** (1 / self.exponent)
+        if not self.lowest <= compute <= self.highest:
+            return None
+        if self.scatter is None or not self.exponent_error:
+            return compute, None
+        # scatter² (1/n + (x - centre)² / sum of squares), with the sum from the exponent's error.
+        away = math.log(compute / self.centre) * self.exponent_error
+        missed = math.hypot(self.scatter / math.sqrt(self.points), away)
+        return compute, missed / self.exponent

@@ -115,7 +115,7 @@ def test_a_training_in_stages_costs_what_they_do(tmp_path):
     seq_length = here.pop("seq_length")
     here["start"]["seq_length"] = seq_length
     here["stages"] = [
-        {"name": "short", "share": 0.25, "seq_length": 32, "lr": 2e-3},
+        {"name": "short", "share": 0.25, "seq_length": 32},
         {"name": "long", "share": 0.75, "seq_length": seq_length},
     ]
     path.write_text(yaml.safe_dump(grid, sort_keys=False))
@@ -174,6 +174,16 @@ def test_settings_of_layers(tiny):
         ({"equal": "time"}, "equal: time: must be one of tokens, flops"),
         ({"scales": {"gpu": {}}}, "--scale cpu: tiny.yaml has gpu"),
         ({"common": {}}, "evaluate: cell dense-seed1 has none"),
+        ({"common": TINY["common"] | {"strat": {}}}, "strat: no such setting; did you mean start?"),
+        ({"common": TINY["common"] | {"stages": {"a": 1}}}, "stages: dense-seed1 has stages: give"),
+        (
+            {"common": TINY["common"] | {"stages": [{"name": "a"}]}},
+            "stages: dense-seed1: each needs a share above 0, which sum to 1",
+        ),
+        (
+            {"common": TINY["common"] | {"start": {"evaluate": {}}}},
+            "evaluate: dense-seed1 starts from what is not evaluated",
+        ),
     ],
 )
 def test_wrong_grids_are_refused(tmp_path, changes, message):
@@ -196,6 +206,12 @@ def test_a_power_law_is_found_with_its_error():
     square = sum(((i - 1.5) * math.log(10)) ** 2 for i in range(4))
     assert law.exponent == pytest.approx(0.08)
     assert law.exponent_error == pytest.approx(math.sqrt(4 * 0.01**2 / 2 / square))
+    assert law.centre == pytest.approx(math.sqrt(compute[0] * compute[-1]))
+    # In the middle of n points, d off by one in logarithms each, the mean is known to d / sqrt(n).
+    middle, error = law.compute_for(law.at(law.centre))
+    assert middle == pytest.approx(law.centre)
+    assert error == pytest.approx(law.scatter / 2 / law.exponent)
+    assert law.compute_for(law.at(compute[-1] * 2)) is None
     assert PowerLaw.of([1e9, 1e9], [3.0, 3.1]) is None
     assert Spread.of([1.0, 3.0]) == (2.0, pytest.approx(math.sqrt(2)), 2)
     assert Spread.of([5.0]) == (5.0, None, 1)
@@ -217,6 +233,7 @@ def made_up(measure: str, values: dict[str, str], seed: int, loss: float, **more
         **{"experiment": "made_up", "scale": "cpu", "title": "T", "question": "Q?"},
         **{"measure": measure, "equal": "tokens", "complete": True, "seed": seed},
         **{"flags": {"seed": seed}, "stages": [], "data": None, "starts": []},
+        **{"corpus": None, "evaluate": {}, "trained_by_commits": ["0ff1ce"]},
         "axes": {axis: ["a", "b"] for axis in values},
         "cell": f"{'-'.join(values.values())}-seed{seed}",
         "values": values,
@@ -298,15 +315,16 @@ def test_the_report_of_compute_has_the_power_law_of_each_kind(tmp_path):
     assert found["fits"]["a"]["exponent"] == pytest.approx(0.05)
     assert found["fits"]["b"]["exponent"] == pytest.approx(0.1)
     assert "b: loss = 9 · FLOP^-0.1000, exponent ± 0.0000" in text and "4 points" in text
-    # a's lowest loss is that of 1e13, and b has it for (1e13) ** 0.5.
+    # a's lowest loss is that of 1e13; b would have it for 1e13 ** 0.5, which was not measured.
     flops = found["at_equal_loss"]["flops"]
-    assert flops["a"] == pytest.approx(1e13) and flops["b"] == pytest.approx(1e13**0.5)
-    assert "a 10.00 TFLOP" in text and "b 0.00 TFLOP (1.00 x)" in text
+    assert flops["a"] == [pytest.approx(1e13), pytest.approx(0, abs=1e-9)] and flops["b"] is None
+    assert "a 10.00 TFLOP" in text and "b outside of what was measured" in text
 
 
 def test_what_is_there_to_do_is_said_and_mistakes_are_refused(tiny, tmp_path):
     planned = run_here(SCRIPT, tiny, "--output", tmp_path / "out", "--plan").stdout
-    assert "tiny: 4 cells, 4 to be run, at most 3 minutes each: 12:00 at the very most" in planned
+    assert "tiny: 4 cells, 4 to be run, and 2 trainings that they start from," in planned
+    assert "at most 3 minutes each: 18:00 at the very most" in planned
     assert "dense-seed1: " in planned and "iterations" in planned
     assert "they start from 2 trainings, " in planned  # one of each seed
     assert not (tmp_path / "out").exists()
