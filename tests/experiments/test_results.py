@@ -34,6 +34,7 @@ def test_committed_tables_are_those_of_the_committed_cells(tmp_path: Path, folde
 def test_committed_cells_name_where_they_come_from_and_no_path_of_a_machine(folder: Path):
     for cell in read_cells(folder / "cells"):
         assert cell["complete"] and cell["commands"] and cell["date"]
-        assert cell["commit"] and not cell["commit"].endswith("+")
+        commits = [*cell["trained_by_commits"], cell["commit"]]
+        assert len(commits) > 1 and not [name for name in commits if not name or name[-1] == "+"]
         words = " ".join(cell["commands"])
         assert not [word for word in words.split() if word.startswith("/")]
