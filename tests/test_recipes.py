@@ -1,7 +1,10 @@
 """The configurations of examples/recipes: each is one that would run."""
 
 import dataclasses
+import os
 import re
+import shutil
+import subprocess
 
 import pytest
 import yaml
@@ -77,6 +80,48 @@ def test_a_recipe_says_how_it_is_started(name):
     readme = (RECIPES / "README.md").read_text()
     for flag in ["--config", f"examples/recipes/{name}", *FLAGS.get(name, [])]:
         assert flag in head and flag in readme
+
+
+def test_no_two_recipes_share_a_run_folder():
+    runs = [yaml.safe_load((RECIPES / name).read_text())["run"] for name in FILES]
+    assert all(run["load"] == run["save"] for run in runs)
+    assert len({run["save"] for run in runs}) == len(FILES)
+
+
+@pytest.mark.parametrize("stops_in", ["runs/pretrained", "runs/imported_to_long_cpu", None])
+def test_the_script_ends_where_a_training_was_asked_to_stop(stops_in, tmp_path):
+    """In a tree of its own, from elsewhere, with a python that writes down how it was called."""
+    folder = tmp_path / "examples" / "recipes" / "imported_to_long"
+    shutil.copytree(RECIPES / "imported_to_long", folder)
+    data = tmp_path / "runs" / "quickstart" / "data"
+    data.mkdir(parents=True)
+    (data / "python.jsonl").write_text("".join(f"{i}\n" for i in range(39)))
+    fake = tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text(
+        "#!/usr/bin/env bash\n"
+        'echo "$DS_ACCELERATOR,$CUDA_VISIBLE_DEVICES, $*" >>calls\n'
+        f'[[ "$*" != *"--save {stops_in} "* ]] ||'
+        f" {{ mkdir {stops_in}; echo stopped by SIGINT >{stops_in}/stopped; }}\n"
+    )
+    fake.chmod(0o755)
+    ended = subprocess.run(
+        [folder / "cpu.sh"],
+        cwd="/",
+        env=os.environ | {"PATH": f"{fake.parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert all(call.startswith("cpu,, ") for call in calls)
+    if stops_in is None:
+        assert ended.returncode == 0
+        assert "evaluate.py --model runs/from_scratch_cpu" in calls[-1]
+        assert (tmp_path / "runs" / "held_out.jsonl").read_text() == "36\n37\n38\n"
+    else:
+        assert ended.returncode == 1
+        assert "stopped by SIGINT; the same command goes on" in ended.stderr
+        assert f"pretrain_longnet.py --config {folder}" in calls[-1] and stops_in in calls[-1]
 
 
 def test_the_long_qwen_is_the_model_that_is_imported():

@@ -90,7 +90,6 @@ def export(
             pad = None
         table = entries(config.model, tokenizer.vocab_size)
         check_vocabulary(str(checkpoint.folder), table, tokenizer.vocab_size, checkpoint.shapes)
-        files = _write_weights(checkpoint, table, getattr(torch, dtype), shard_bytes, folder)
         parameters = count_parameters(config.model, tokenizer.vocab_size)
         provenance = _provenance(checkpoint, config)
         fields = _fields(config, tokenizer, model_type)
@@ -99,6 +98,7 @@ def export(
         _write_json(folder / "config.json", {**fields, "dtype": dtype, "megalong": provenance})
         if with_tokenizer and model_type != "longnet":
             _check_its_tokenizer(tokenizer, folder, model_type)
+        files = _write_weights(checkpoint, table, getattr(torch, dtype), shard_bytes, folder)
         if config.training.causal:
             names = ("bos_token_id", "eos_token_id", "pad_token_id")
             tokens = {name: fields[name] for name in names}
@@ -130,8 +130,8 @@ def _check_its_tokenizer(tokenizer: Tokenizer, folder: Path, model_type: str) ->
     except UserError as error:
         raise UserError(
             f"--model-type {model_type}: AutoTokenizer reads the tokenizer of such a model in a way"
-            " of its own, and cuts text into other tokens than the training: leave the flag out, or"
-            " write no tokenizer (--no-tokenizer)"
+            " of its own, which is not the training's: leave the flag out, or write no tokenizer"
+            f" (--no-tokenizer). What is other: {error}"
         ) from error
 
 

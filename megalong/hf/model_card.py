@@ -93,6 +93,12 @@ _APART = """
 The model was trained on documents that share a sequence without seeing each other: what stands
 behind an end-of-document token does not see what is before it."""
 
+_NOT_APART = """
+
+The model was trained on documents that share a sequence without seeing each other
+(`--document-attention isolated`), which Transformers' class does not know: there, what stands
+behind an end-of-document token sees what is before it. Give each document a sequence of its own."""
+
 _KEPT = {  # by kind of attention
     "dilated": "of dilated attention at most the sum of segment length / dilation rate rows,"
     " however long the sequence",
@@ -113,13 +119,14 @@ def model_card(
     versions = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())
     causal = config.training.causal
     tags, what = "megalong", "A dense language model"
-    use = _PLAIN.format(model_type=model_type)
+    apart = config.data.isolates_documents
+    use = _PLAIN.format(model_type=model_type) + (_NOT_APART if apart else "")
     if model_type == "longnet":
         tags = "longnet, dilated-attention, megalong"
         what = f"A LongNet {'' if causal else 'masked-'}language model {_PAPER}"
         kept = ", ".join(_KEPT[kind] for kind in config.attention.kinds)
         use = _CAUSAL.replace("KEPT", kept) if causal else _MASKED.format()
-        use += (_APART if config.data.isolates_documents else "") + _EXACT
+        use += (_APART if apart else "") + _EXACT
     return _CARD.format(
         pipeline="text-generation" if causal else "fill-mask",
         tags=tags,

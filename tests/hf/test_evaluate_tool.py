@@ -203,10 +203,11 @@ def test_tasks_in_the_tool(loaded, tool, tmp_path, capsys, monkeypatch):
         tool.evaluate(dataclasses.replace(loaded, ids=()), [], asked("--task-style ids"))
 
 
-@pytest.mark.parametrize("attention", ["dense", "dilated"])
-def test_samples_of_ids_are_one_document_and_texts_are_not(tmp_path, attention):
+@pytest.mark.parametrize("attention, chunk", [("dense", 8192), ("dilated", 8192), ("dilated", 32)])
+def test_samples_of_ids_are_one_document_and_texts_are_not(tmp_path, attention, chunk, monkeypatch):
     """Of a model that keeps documents apart: bare ids see the token that they begin with, as they
     do in the training on such samples, and text does not."""
+    monkeypatch.setattr("megalong.hf.evaluation.CHUNK", chunk)
     scores = {}
     for kept in ("isolated", "mixed"):
         folder = tmp_path / kept

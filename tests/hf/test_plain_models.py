@@ -59,17 +59,28 @@ def test_transformers_own_class_computes_the_same(model_type, tmp_path):
         (
             DENSE | LAYERS["qwen2"],
             "qwen2",
-            r"reads the tokenizer .*\(--no-tokenizer\)",
+            r"reads the tokenizer .*\(--no-tokenizer\)\. What is other: --tokenizer-model: this"
+            " tokenizer cannot be expressed .* is cut into other tokens",
         ),
         (DENSE | {"normalization": "LayerNorm"}, "llama", "--normalization .* leave the flag out$"),
         (DENSE | {"add_bias_linear": True}, "qwen3", "--add-bias-linear .* leave the flag out$"),
     ],
 )
-def test_what_is_of_no_such_type_is_refused(changes, model_type, reason, tmp_path):
+def test_what_is_of_no_such_type_is_refused(changes, model_type, reason, tmp_path, monkeypatch):
+    """Before any weights are written."""
+    monkeypatch.setattr("megalong.hf.exporting.save_file", lambda *_, **__: pytest.fail("too late"))
     random_checkpoint(tmp_path / "run", **changes)
     with pytest.raises(UserError, match=reason):
         export(tmp_path / "run", tmp_path / "hf", model_type=model_type)
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("kept, said", [("isolated", True), ("mixed", False)])
+def test_the_card_says_that_documents_are_no_longer_apart(kept, said, tmp_path):
+    random_checkpoint(tmp_path / "run", **DENSE, document_attention=kept)
+    export(tmp_path / "run", tmp_path / "hf", model_type="llama")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert ("behind an end-of-document token sees what is before it" in card) == said
 
 
 def test_the_tool_takes_the_type(tmp_path):
