@@ -374,7 +374,7 @@ def test_a_cell_is_cut_at_its_minutes_and_goes_on_with_more(tiny, tmp_path):
     flags = ["--output", tmp_path / "out", "--seeds", 1, "--cells", "dense"]
     command = [sys.executable, str(SCRIPT), str(tiny), *map(str, flags)]
     cut = run([*command, "--minutes", "0.05"], check=False)
-    assert "cut after" in cut.stderr and "no cell is complete" in cut.stderr
+    assert "seed1 was cut, the training is at" in cut.stderr and "no cell is complete" in cut.stderr
     assert "0 to be run" in run([*command, "--minutes", "0.05"], check=False).stdout
     assert "copy of 64" in run([*command, "--minutes", "3"]).stdout
 
