@@ -130,21 +130,7 @@ def run_cells(cells: list[Cell], grid: Grid, args: argparse.Namespace, folder: P
         flush=True,
     )
     if args.plan:
-        for cell in cells:
-            cost = trainings[cell.name].cost
-            state = "to be run" if cell in left else "done"
-            print(
-                f"{cell.name}: {cost.iterations:,} iterations, {cost.tokens:,} tokens,"
-                f" {cost.total_flops / 1e12:,.2f} TFLOP, {cost.parameters:,} parameters; {state}"
-            )
-        starts = {
-            start.folder: start.cost.total_flops
-            for training in trainings.values()
-            for start in training.all_of_them[:-1]
-        }
-        if starts:
-            tflops = sum(starts.values()) / 1e12
-            print(f"they start from {counted(len(starts), 'training')}, {tflops:,.2f} TFLOP in all")
+        print_plan([trainings[cell.name] for cell in cells], left)
         return []
     if not left:
         return []
@@ -170,6 +156,24 @@ def run_cells(cells: list[Cell], grid: Grid, args: argparse.Namespace, folder: P
             bar.set_description(f"{grid.experiment} {ended}/{len(left)}", refresh=False)
             bar.update(done - bar.n)
     return failed
+
+
+def print_plan(trainings: list[Training], left: list[Cell]) -> None:
+    for training in trainings:
+        cell, cost = training.cell, training.cost
+        state = "to be run" if cell in left else "done"
+        print(
+            f"{cell.name}: {cost.iterations:,} iterations, {cost.tokens:,} tokens,"
+            f" {cost.total_flops / 1e12:,.2f} TFLOP, {cost.parameters:,} parameters; {state}"
+        )
+    starts = {
+        start.folder: start.cost.total_flops
+        for training in trainings
+        for start in training.all_of_them[:-1]
+    }
+    if starts:
+        tflops = sum(starts.values()) / 1e12
+        print(f"they start from {counted(len(starts), 'training')}, {tflops:,.2f} TFLOP in all")
 
 
 def run_together(work: list[Generator], jobs: int) -> Iterator[int]:
