@@ -50,8 +50,9 @@ FLAGS = tuple(  # of pretrain_longnet.py, by the names of their fields
 
 @dataclass(frozen=True)
 class Cell:
-    """values: of each axis the name. flags: of pretrain_longnet.py, by the names of fields; those
-    of `stages` win over them.
+    """values: of each axis the name. flags: of pretrain_longnet.py, by the names of fields.
+    stages: settings of each besides, of which none is in the flags too; empty where there is one.
+    start: the training that it starts from.
     data: None for the corpus, else flags of tools/make_task_data.py. evaluate: flags of
     tools/evaluate.py; none of what another starts from. budget: tokens or FLOPs."""
 
