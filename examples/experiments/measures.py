@@ -1,4 +1,4 @@
-"""What is read off a cell: the columns of an experiment's table. A row here for each `measure`."""
+"""What is read off a cell: the columns of an experiment's tables. A row here for each `measure`."""
 
 from __future__ import annotations
 
@@ -31,38 +31,29 @@ def perplexity(cells: list[Cell]) -> list[Column]:
     return found
 
 
-def compute(cells: list[Cell]) -> list[Column]:
+def loss_by_context(cells: list[Cell]) -> list[Column]:
+    """The loss by context length."""
+    return [
+        Column(f"at {context:,}", lambda cell, c=context: _text(cell, c, "loss"))
+        for context in _contexts(cells)
+    ]
+
+
+def loss_at_training_length(cells: list[Cell]) -> list[Column]:
     """The loss at the training length."""
     return [Column("loss", lambda cell: _text(cell, cell["seq_length"], "loss"), ".4f")]
 
 
-def prompts(cells: list[Cell]) -> list[Column]:
+def loss_behind_prompts(cells: list[Cell]) -> list[Column]:
     """The loss of the same tokens, by length of the prompt."""
     lengths = sorted({p["prompt"] for cell in cells for p in cell["evaluation"]["prompts"]})
 
-    def loss(cell: Cell, length: int) -> float | None:
+    def behind(cell: Cell, length: int) -> float | None:
         return next(
             (p["loss"] for p in cell["evaluation"]["prompts"] if p["prompt"] == length), None
         )
 
-    return [Column(f"loss behind {n:,}", lambda cell, n=n: loss(cell, n)) for n in lengths]
-
-
-def ablation(cells: list[Cell]) -> list[Column]:
-    """The loss at the training length, and beside that of the first variant with the same seed."""
-    first = next(iter(cells[0]["axes"].items()))
-    base = {
-        (cell["seed"], *_others(cell, first[0])): _text(cell, cell["seq_length"], "loss")
-        for cell in cells
-        if cell["values"][first[0]] == first[1][0]
-    }
-
-    def difference(cell: Cell) -> float | None:
-        here = _text(cell, cell["seq_length"], "loss")
-        there = base.get((cell["seed"], *_others(cell, first[0])))
-        return None if there is None or here is None else here - there
-
-    return [*compute(cells), Column(f"beside {first[1][0]}", difference, "+.4f")]
+    return [Column(f"loss behind {n:,}", lambda cell, n=n: behind(cell, n)) for n in lengths]
 
 
 def recall(cells: list[Cell]) -> list[Column]:
@@ -83,13 +74,56 @@ def _accuracy(cell: Cell, task: str, length: int) -> float | None:
     return next((t["accuracy"] for t in found if (t["task"], t["length"]) == (task, length)), None)
 
 
+def nothing(cells: list[Cell]) -> list[Column]:
+    """For what is not compared by seed: accuracies near 0 or 1 have no spread of one size."""
+    return []
+
+
+@dataclass(frozen=True)
+class Measure:
+    """columns: of the table. compared: of the second one, whose numbers are differences to the
+    first value of the first axis."""
+
+    columns: Callable[[list[Cell]], list[Column]]
+    compared: Callable[[list[Cell]], list[Column]]
+
+
 MEASURES = {
-    "perplexity": perplexity,
-    "compute": compute,
-    "prompts": prompts,
-    "ablation": ablation,
-    "recall": recall,
+    "perplexity": Measure(perplexity, loss_by_context),
+    "compute": Measure(loss_at_training_length, loss_at_training_length),
+    "prompts": Measure(loss_behind_prompts, loss_behind_prompts),
+    "ablation": Measure(loss_at_training_length, loss_at_training_length),
+    "recall": Measure(recall, nothing),
 }
+
+
+def beside_the_first(cells: list[Cell], column: Column) -> Column:
+    """What `column` is more than for the first value of the first axis with the same seed and the
+    same values of the other axes. Seeds of small models differ by more than kinds of attention do:
+    that is in both, and not in their difference."""
+    axis, names = next(iter(cells[0]["axes"].items()))
+    base = {_others(cell, axis): cell for cell in cells if cell["values"][axis] == names[0]}
+
+    def difference(cell: Cell) -> float | None:
+        first = base.get(_others(cell, axis))
+        here, there = column.value(cell), None if first is None else column.value(first)
+        return None if here is None or there is None else here - there
+
+    return Column(column.name, difference, f"+{column.shown}")
+
+
+def compute_and_loss(
+    cells: list[Cell], axis: str, name: str
+) -> tuple[list[int], list[float], list[int]]:
+    """Of the cells with this value of an axis: executed FLOPs, loss and seed, each."""
+    [column] = loss_at_training_length(cells)
+    points = [
+        (sum(cell["flops"].values()), value, cell["seed"])
+        for cell in cells
+        if cell["values"][axis] == name and (value := column.value(cell)) is not None
+    ]
+    flops, losses, seeds = zip(*points, strict=True) if points else ((), (), ())
+    return list(flops), list(losses), list(seeds)
 
 
 def at_position(cell: Cell, position: int | None) -> float | None:
@@ -121,5 +155,6 @@ def _contexts(cells: list[Cell]) -> list[int]:
     return sorted({found["context"] for cell in cells for found in cell["evaluation"]["texts"]})
 
 
-def _others(cell: Cell, axis: str) -> tuple[str, ...]:
-    return tuple(value for name, value in cell["values"].items() if name != axis)
+def _others(cell: Cell, axis: str) -> tuple:
+    """Its seed, and its values but for that of one axis."""
+    return cell["seed"], *(value for name, value in cell["values"].items() if name != axis)

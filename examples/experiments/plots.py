@@ -1,4 +1,4 @@
-"""Plots of the experiments: means over the seeds, with bars of their sample standard deviations."""
+"""Plots of the experiments: means over the seeds, with bars of sample standard deviations."""
 
 from __future__ import annotations
 
@@ -10,51 +10,45 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
-from measures import Cell, compute, text_of
+from measures import Cell, compute_and_loss, loss_at_training_length, text_of
 from statistics_of_seeds import PowerLaw, Spread
 
 Points = list[tuple[float, float]]
 
 
 def by_context(cells: list[Cell]) -> Figure:
-    """Perplexity by evaluation length, a panel for each training length."""
+    """Loss by evaluation length, a panel for each training length."""
     figure = lines_by_axis(
-        cells, lambda cell: [(t["context"], t["perplexity"]) for t in cell["evaluation"]["texts"]]
+        cells, lambda cell: [(t["context"], t["loss"]) for t in cell["evaluation"]["texts"]], True
     )
-    return labelled(figure, "evaluation length", "perplexity", log_y=True)
+    return labelled(figure, "evaluation length", "loss (nats per token)")
 
 
 def by_position(cells: list[Cell]) -> Figure:
     """Loss by position in the window of the training length."""
-    figure = lines_by_axis(cells, _positions)
+    figure = lines_by_axis(cells, _positions, True)
     return labelled(figure, "position", "loss (nats per token)")
 
 
 def by_prompt(cells: list[Cell]) -> Figure:
     """Loss of the same tokens by the length of the prompt before them."""
     figure = lines_by_axis(
-        cells, lambda cell: [(p["prompt"], p["loss"]) for p in cell["evaluation"]["prompts"]]
+        cells, lambda cell: [(p["prompt"], p["loss"]) for p in cell["evaluation"]["prompts"]], True
     )
     return labelled(figure, "tokens of the prompt", "loss of the same tokens (nats)")
 
 
 def by_compute(cells: list[Cell]) -> Figure:
     """Loss against executed FLOPs, a point a cell, with the power laws."""
-    [column] = compute(cells)
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
     axes = figure.subplots()
     axis, names = next(iter(cells[0]["axes"].items()))
     for number, name in enumerate(names):
-        points = [
-            (sum(cell["flops"].values()), loss)
-            for cell in cells
-            if cell["values"][axis] == name and (loss := column.value(cell)) is not None
-        ]
-        if not points:
+        flops, losses, seeds = compute_and_loss(cells, axis, name)
+        if not flops:
             continue
-        flops, losses = zip(*points, strict=True)
         color, label = f"C{number}", name
-        if law := PowerLaw.of(flops, losses):
+        if law := PowerLaw.of(flops, losses, seeds):
             ends = np.array([min(flops), max(flops)])
             axes.plot(ends, law.at(ends), color=color, linewidth=1)
             error = "" if law.exponent_error is None else f" ± {law.exponent_error:.3f}"
@@ -70,7 +64,7 @@ def by_compute(cells: list[Cell]) -> Figure:
 
 def of_variants(cells: list[Cell]) -> Figure:
     """The loss of each variant at the training length, a point a seed."""
-    [column] = compute(cells)
+    [column] = loss_at_training_length(cells)
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     losses: dict[str, list[float]] = {}
@@ -106,7 +100,7 @@ def by_distance(cells: list[Cell]) -> Figure:
 
 
 PLOTS: dict[str, dict[str, Callable[[list[Cell]], Figure]]] = {
-    "perplexity": {"perplexity": by_context, "positions": by_position},
+    "perplexity": {"lengths": by_context, "positions": by_position},
     "compute": {"compute": by_compute},
     "prompts": {"prompts": by_prompt},
     "ablation": {"ablation": of_variants},
@@ -114,37 +108,45 @@ PLOTS: dict[str, dict[str, Callable[[list[Cell]], Figure]]] = {
 }
 
 
-def lines_by_axis(cells: list[Cell], points: Callable[[Cell], Points]) -> Figure:
+def lines_by_axis(
+    cells: list[Cell], points: Callable[[Cell], Points], by_seed: bool = False
+) -> Figure:
     """A line for each value of the axis "attention" (else of the first one), a panel for what the
-    others have. points: of a cell."""
+    others have. points: of a cell. by_seed: bars are of the differences to the first line with the
+    same seed, which has none itself."""
     axes = cells[0]["axes"]
     of_lines = "attention" if "attention" in axes else next(iter(axes))
-    panels: dict[str, dict[str, list[Points]]] = {}
+    panels: dict[str, dict[str, dict[int, Points]]] = {}
     for cell in cells:
         panel = ", ".join(f"{k} {v}" for k, v in cell["values"].items() if k != of_lines)
         lines = panels.setdefault(panel, {})
-        lines.setdefault(cell["values"][of_lines], []).append(points(cell))
+        lines.setdefault(cell["values"][of_lines], {})[cell["seed"]] = points(cell)
     columns = min(len(panels), 4)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(1.5 + 3.6 * columns, 3.8 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    first = axes[of_lines][0]
     for panel, place in zip(panels, grid, strict=False):
         place.set_title(panel, fontsize=10)
         for number, name in enumerate(axes[of_lines]):
             if name in panels[panel]:
-                _line(place, name, panels[panel][name], f"C{number}")
+                base = panels[panel].get(first, {}) if by_seed else None
+                _line(place, name, panels[panel][name], base, f"C{number}")
     for place in grid[len(panels) :]:
         place.remove()
+    if by_seed:
+        figure.supxlabel(
+            f"bars: spread over the seeds of the difference to {first} with the same seed",
+            fontsize=8,
+        )
     return figure
 
 
-def labelled(figure: Figure, x: str, y: str, log_y: bool = False) -> Figure:
+def labelled(figure: Figure, x: str, y: str) -> Figure:
     for axes in figure.axes:
         axes.set(xlabel=x, ylabel=y)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        if log_y:
-            _log_scale(axes)
         axes.grid(alpha=0.3, which="both")
     figure.axes[0].legend(fontsize=8)
     return figure
@@ -157,14 +159,21 @@ def _log_scale(axes: Axes) -> None:
         set_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
 
 
-def _line(axes: Axes, name: str, of_seeds: list[Points], color: str) -> None:
+def _line(
+    axes: Axes, name: str, of_seeds: dict[int, Points], base: dict[int, Points] | None, color: str
+) -> None:
+    """base: what bars are differences to, by seed; of the values themselves where None."""
     values: dict[float, list[float]] = {}
-    for points in of_seeds:
+    differences: dict[float, list[float]] = {}
+    for seed, points in of_seeds.items():
+        there = {} if base is None else dict(base.get(seed, ()))
         for x, y in points:
             values.setdefault(x, []).append(y)
+            if base is None or x in there:
+                differences.setdefault(x, []).append(y - there.get(x, 0.0))
     places = sorted(values)
-    spreads = [Spread.of(values[x]) for x in places]
-    means, bars = [s.mean for s in spreads], [s.deviation or 0.0 for s in spreads]
+    means = [Spread.of(values[x]).mean for x in places]
+    bars = [Spread.of(differences[x]).deviation or 0.0 if x in differences else 0.0 for x in places]
     axes.errorbar(
         places, means, yerr=bars, fmt="o-", color=color, markersize=3, capsize=2, label=name
     )

@@ -7,7 +7,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from measures import MEASURES, Cell, Column
+from measures import (
+    MEASURES,
+    Cell,
+    Column,
+    beside_the_first,
+    compute_and_loss,
+    loss_at_training_length,
+)
 from plots import PLOTS
 from statistics_of_seeds import PowerLaw, Spread
 
@@ -69,7 +76,8 @@ def summary(cells: list[Cell], complete: list[Cell]) -> dict[str, Any]:
     """All numbers of a report."""
     first = complete[0]
     laws = fits(complete) if first["measure"] == "compute" else {}
-    columns = MEASURES[first["measure"]](complete)
+    measure = MEASURES[first["measure"]]
+    columns = measure.columns(complete)
     return {
         **{key: first[key] for key in ("experiment", "scale", "title", "question", "measure")},
         "equal": first["equal"],
@@ -77,6 +85,7 @@ def summary(cells: list[Cell], complete: list[Cell]) -> dict[str, Any]:
         "rows": [row(group, columns) for group in groups(complete)],
         "one_start": one_start(complete),
         "formats": {column.name: column.shown for column in columns},
+        "beside_the_first": differences(complete, measure.compared(complete)),
         "fits": laws,
         "at_equal_loss": at_equal_loss(complete, laws),
         "cut": {
@@ -122,10 +131,6 @@ def groups(cells: list[Cell]) -> list[list[Cell]]:
 def row(group: list[Cell], columns: list[Column]) -> dict[str, Any]:
     """Of cells with other seeds: what they cost, and mean and spread of each column."""
     first = group[0]
-    numbers = {}
-    for column in columns:
-        values = [value for cell in group if (value := column.value(cell)) is not None]
-        numbers[column.name] = Spread.of(values)._asdict() if values else None
     return {
         "values": first["values"],
         "seeds": [cell["seed"] for cell in group],
@@ -143,22 +148,44 @@ def row(group: list[Cell], columns: list[Column]) -> dict[str, Any]:
             }
             for start in first["starts"]
         ],
-        "numbers": numbers,
+        "numbers": spreads(group, columns),
     }
+
+
+def differences(cells: list[Cell], compared: list[Column]) -> dict[str, Any] | None:
+    """What each row is more than that of the first axis' first value, seed by seed. None where
+    there is nothing to compare."""
+    axis, names = next(iter(cells[0]["axes"].items()))
+    columns = [beside_the_first(cells, column) for column in compared]
+    rows = [
+        {"values": group[0]["values"], "numbers": spreads(group, columns)}
+        for group in groups(cells)
+        if group[0]["values"][axis] != names[0]
+    ]
+    if not (columns and rows):
+        return None
+    return {
+        "first": names[0],
+        "formats": {column.name: column.shown for column in columns},
+        "rows": rows,
+    }
+
+
+def spreads(group: list[Cell], columns: list[Column]) -> dict[str, dict | None]:
+    """Of cells with other seeds, mean and spread of each column; None where it has no value."""
+    found = {}
+    for column in columns:
+        values = [value for cell in group if (value := column.value(cell)) is not None]
+        found[column.name] = Spread.of(values)._asdict() if values else None
+    return found
 
 
 def fits(cells: list[Cell]) -> dict[str, dict | None]:
     """By the first axis' value, the power law of loss in compute over all sizes and seeds."""
     axis, names = next(iter(cells[0]["axes"].items()))
-    [column] = MEASURES["compute"](cells)
     found = {}
     for name in names:
-        points = [
-            (sum(cell["flops"].values()), loss)
-            for cell in cells
-            if cell["values"][axis] == name and (loss := column.value(cell)) is not None
-        ]
-        law = PowerLaw.of(*zip(*points, strict=True)) if points else None
+        law = PowerLaw.of(*compute_and_loss(cells, axis, name))
         found[name] = law and law._asdict()
     return found
 
@@ -191,17 +218,17 @@ def at_equal_loss(cells: list[Cell], laws: dict[str, dict | None]) -> dict[str, 
     if len(laws) < 2 or not all(law and law["exponent"] > 0 for law in laws.values()):
         return None
     axis = next(iter(cells[0]["axes"]))
-    [column] = MEASURES["compute"](cells)
+    [column] = loss_at_training_length(cells)
     lowest: dict[str, float] = {}
     for group in groups(cells):
         losses = [value for cell in group if (value := column.value(cell)) is not None]
         if losses:
-            name, loss = group[0]["values"][axis], Spread.of(losses).mean
-            lowest[name] = min(loss, lowest.get(name, loss))
-    loss = max(lowest.values())
+            name, mean = group[0]["values"][axis], Spread.of(losses).mean
+            lowest[name] = min(mean, lowest.get(name, mean))
+    wanted = max(lowest.values())
     return {
-        "loss": loss,
-        "flops": {name: PowerLaw(**law).compute_for(loss) for name, law in laws.items()},
+        "loss": wanted,
+        "flops": {name: PowerLaw(**law).compute_for(wanted) for name, law in laws.items()},
     }
 
 
@@ -239,10 +266,12 @@ def as_text(found: dict[str, Any]) -> str:
             str(len(line["seeds"])),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    if found["beside_the_first"]:
+        lines += ["", *differences_in_words(found["beside_the_first"], found["axes"])]
     for name, law in found["fits"].items():
         lines += ["", f"{name}: {law_in_words(law)}"]
     if found["at_equal_loss"]:
-        lines += ["", equal_loss_in_words(found["at_equal_loss"])]
+        lines += ["", equal_loss_in_words(found["at_equal_loss"], found["fits"])]
     if found["cut"]:
         lines += ["", "Cut, being longer than their minutes, and in no mean:"]
         lines += [f"- {name}: {what}" for name, what in found["cut"].items()]
@@ -277,11 +306,32 @@ def starts_in_words(rows: list[dict], one_start: bool) -> list[str]:
     return [*lines, ""]
 
 
-def equal_loss_in_words(found: dict[str, Any]) -> str:
+def differences_in_words(found: dict[str, Any], axes: list[str]) -> list[str]:
+    """The second table."""
+    columns = list(found["formats"])
+    lines = [
+        f"Loss less that of {found['first']} with the same seed (less than 0 is better), mean and"
+        " sample standard deviation of these differences:",
+        "",
+        f"| {' | '.join([*axes, *columns])} |",
+        f"|{'---|' * len([*axes, *columns])}",
+    ]
+    for line in found["rows"]:
+        numbers = (shown(line["numbers"][name], found["formats"][name]) for name in columns)
+        lines.append(f"| {' | '.join([*line['values'].values(), *numbers])} |")
+    return lines
+
+
+def equal_loss_in_words(found: dict[str, Any], laws: dict[str, dict]) -> str:
     parts = []
     for name, flops in found["flops"].items():
         if flops is None:
-            parts.append(f"{name} outside of what was measured")
+            law = PowerLaw(**laws[name])
+            less = law.at(law.lowest) < found["loss"]
+            bound = (
+                f"less than {law.lowest / 1e12:,.2f}" if less else f"over {law.highest / 1e12:,.2f}"
+            )
+            parts.append(f"{name} {bound} TFLOP (the {'least' if less else 'most'} measured)")
             continue
         value, error = flops
         parts.append(f"{name} {value / 1e12:,.2f} TFLOP" + (f" ± {error:.0%}" if error else ""))
@@ -301,7 +351,7 @@ def shown(number: dict | None, how: str) -> str:
 def law_in_words(law: dict | None) -> str:
     if law is None:
         return "one amount of compute, no power law"
-    text = f"loss = {law['scale']:.4g} · FLOP^-{law['exponent']:.4f}"
+    text = f"loss = {law['scale']:.4g} · FLOP^-{law['exponent']:.4f}, a scale for each seed"
     if law["exponent_error"] is not None:
         text += (
             f", exponent ± {law['exponent_error']:.4f} (standard error), points off the line by"

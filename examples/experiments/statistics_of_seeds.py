@@ -25,10 +25,11 @@ class Spread(NamedTuple):
 
 
 class PowerLaw(NamedTuple):
-    """loss = scale * compute ** -exponent, by least squares between their logarithms: no loss that
-    is left with endless compute. exponent_error: its standard error, from what the points miss the
-    line by; scatter: the standard deviation of that, in logarithms. None of two points. centre: the
-    geometric mean of the compute, between `lowest` and `highest`."""
+    """loss = scale * compute ** -exponent, by least squares between their logarithms, with a scale
+    for each seed: no loss that is left with endless compute. scale: the seeds' geometric mean,
+    each seed as often as it has points. exponent_error: its standard error, from what the points
+    miss the lines by; scatter: the standard deviation of that, in logarithms. None where no point
+    is left over. centre: the geometric mean of the compute, between `lowest` and `highest`."""
 
     scale: float
     exponent: float
@@ -40,18 +41,20 @@ class PowerLaw(NamedTuple):
     highest: float
 
     @classmethod
-    def of(cls, compute: Sequence[float], losses: Sequence[float]) -> PowerLaw | None:
-        """None where there are not two different amounts of compute."""
-        x, y = np.log(compute), np.log(losses)
-        if len(set(compute)) < 2:
+    def of(
+        cls, compute: Sequence[float], losses: Sequence[float], seeds: Sequence[int]
+    ) -> PowerLaw | None:
+        """None where no seed has two different amounts of compute."""
+        if len(set(zip(compute, seeds, strict=True))) == len(set(seeds)):
             return None
-        centred = x - x.mean()
-        square = float((centred**2).sum())
-        slope = float((centred * y).sum()) / square
-        missed = y - y.mean() - slope * centred
+        x, y, of_seed = np.log(compute), np.log(losses), np.asarray(seeds)
+        x_centred, y_centred = _apart_from_seeds(x, of_seed), _apart_from_seeds(y, of_seed)
+        square = float((x_centred**2).sum())
+        slope = float((x_centred * y_centred).sum()) / square
         error = scatter = None
-        if len(x) > 2:
-            scatter = math.sqrt(float((missed**2).sum()) / (len(x) - 2))
+        if left := len(x) - len(set(seeds)) - 1:
+            missed = y_centred - slope * x_centred
+            scatter = math.sqrt(float((missed**2).sum()) / left)
             error = scatter / math.sqrt(square)
         scale = math.exp(float(y.mean()) - slope * float(x.mean()))
         ends = float(min(compute)), float(max(compute))
@@ -63,7 +66,7 @@ class PowerLaw(NamedTuple):
 
     def compute_for(self, loss: float) -> tuple[float, float | None] | None:
         """The compute at which it says this loss, and the standard error of that as a share of it
-        (None of two points). None outside of the compute that it was fitted to."""
+        (None where no point was left over). None outside of the compute that it was fitted to."""
         compute = (self.scale / loss) ** (1 / self.exponent)
         if not self.lowest <= compute <= self.highest:
             return None
@@ -73,3 +76,9 @@ class PowerLaw(NamedTuple):
         away = math.log(compute / self.centre) * self.exponent_error
         missed = math.hypot(self.scatter / math.sqrt(self.points), away)
         return compute, missed / self.exponent
+
+
+def _apart_from_seeds(values: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+    """Less the mean of their seed."""
+    means = {seed: values[seeds == seed].mean() for seed in set(seeds.tolist())}
+    return values - np.array([means[seed] for seed in seeds.tolist()])
