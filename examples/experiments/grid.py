@@ -16,7 +16,7 @@ Settings are flags of pretrain_longnet.py (`num_layers: 4`), and
                length the tasks that have samples of it; all lengths have as many tokens
     start      settings of a training that this one starts from, beside those of `common` but for
                stages; its budget is in tokens, and it may have a start, too. Cells with the same
-               one share it
+               one share it. Of the corpus it reads other texts first than what starts from it
     stages     those of the training, if it has several: settings of each, and "share", of the
                budget
     evaluate   flags of tools/evaluate.py
@@ -43,6 +43,7 @@ KEYS = {"title", "question", "measure", "equal", "common", "axes", "scales"}
 SCALE_KEYS = {"seeds", "minutes", "common", "axes"}
 OTHER_SETTINGS = ("budget", "data", "evaluate")
 EQUAL = ("tokens", "flops")
+SEEDS_OF_STARTS = 1000  # apart from those of the cells, where both read the corpus
 FLAGS = tuple(  # of pretrain_longnet.py, by the names of their fields
     flag.name for section in get_type_hints(Config).values() for flag in dataclasses.fields(section)
 )
@@ -165,7 +166,9 @@ def _cell_of(
             raise UserError(f"{path}: evaluate: {name} starts from what is not evaluated")
         beside = {key: value for key, value in common.items() if key not in ("start", "stages")}
         start = _merged([{**beside, "evaluate": {}}, start])
-        start = _cell_of(path, f"the start of {name}", values, seed, start, beside)
+        # The order of the texts hangs on the seed: what starts from this shall not read them again.
+        other = seed + SEEDS_OF_STARTS if start.get("data") == data == "corpus" else seed
+        start = _cell_of(path, f"the start of {name}", values, other, start, beside)
     return Cell(
         name=name,
         values=values,
