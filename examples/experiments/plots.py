@@ -96,7 +96,10 @@ def by_distance(cells: list[Cell]) -> Figure:
         for task in tasks
         for cell in cells
     ]
-    return labelled(lines_by_axis(of_tasks, _distances), "tokens to look back", "accuracy")
+    figure = labelled(lines_by_axis(of_tasks, _distances), "tokens to look back", "accuracy")
+    for axes in figure.axes:
+        axes.set_ylim(-0.05, 1.05)
+    return figure
 
 
 PLOTS: dict[str, dict[str, Callable[[list[Cell]], Figure]]] = {

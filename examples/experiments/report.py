@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -213,8 +214,9 @@ def seconds(cells: list[Cell]) -> float:
 
 def at_equal_loss(cells: list[Cell], laws: dict[str, dict | None]) -> dict[str, Any] | None:
     """By the power laws, the FLOPs of each for the lowest loss that all reach (as means over the
-    seeds), and their standard error as a share; None for one that was not measured there. None
-    where there are not several laws, or one does not fall."""
+    seeds), and their standard error as a share; None for one that was not measured there. times: of
+    the FLOPs of the first, seed by seed, geometric mean and the deviation as a share. None where
+    there are not several laws, or one does not fall."""
     if len(laws) < 2 or not all(law and law["exponent"] > 0 for law in laws.values()):
         return None
     axis = next(iter(cells[0]["axes"]))
@@ -226,9 +228,18 @@ def at_equal_loss(cells: list[Cell], laws: dict[str, dict | None]) -> dict[str, 
             name, mean = group[0]["values"][axis], Spread.of(losses).mean
             lowest[name] = min(mean, lowest.get(name, mean))
     wanted = max(lowest.values())
+    found = {name: PowerLaw(**law) for name, law in laws.items()}
+    first, *rest = found.values()
+    times = dict(
+        zip(list(found)[1:], (law.compute_beside(first, wanted) for law in rest), strict=True)
+    )
     return {
         "loss": wanted,
-        "flops": {name: PowerLaw(**law).compute_for(wanted) for name, law in laws.items()},
+        "flops": {name: law.compute_for(wanted) for name, law in found.items()},
+        "times": {
+            name: spread and [math.exp(spread.mean), spread.deviation]
+            for name, spread in times.items()
+        },
     }
 
 
@@ -335,7 +346,14 @@ def equal_loss_in_words(found: dict[str, Any], laws: dict[str, dict]) -> str:
             continue
         value, error = flops
         parts.append(f"{name} {value / 1e12:,.2f} TFLOP" + (f" ± {error:.0%}" if error else ""))
-    return f"For a loss of {found['loss']:.3f}, by these laws: {', '.join(parts)}."
+    text = f"For a loss of {found['loss']:.3f}, by these laws: {', '.join(parts)}."
+    first = next(iter(found["flops"]))
+    for name, times in found["times"].items():
+        if times is not None:
+            mean, deviation = times
+            error = "" if deviation is None else f" ± {deviation:.0%} over the seeds"
+            text += f" {name}: {mean:.2f} times the FLOPs of {first}{error}."
+    return text
 
 
 def shown(number: dict | None, how: str) -> str:

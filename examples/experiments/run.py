@@ -11,7 +11,9 @@ again. Killed, the same command goes on with the rest, and with the trainings th
 from their last checkpoints. --plan only says what there is to do. In the end, and with --report of
 what there is so far, OUTPUT/EXPERIMENT_SCALE has report.md, report.json and plots, made of those
 files alone. A cell that takes longer than its minutes is cut, left out of the means, and said; a
-larger --minutes lets it go on.
+larger --minutes lets it go on. --check-seed runs chosen cells with a seed that the grid has not, in
+OUTPUT/EXPERIMENT_SCALE/another_seed, and says in another_seed.md whether they lie where the others
+would have them.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from megalong.command_line import ArgumentParser, needed_packages
 from megalong.command_line import run as run_main
 
 with needed_packages():
+    from another_seed import write_check
     from commands import OutOfTime, Place, Training, evaluate
     from cost import cost_of
     from grid import Cell, Grid, read_grid
@@ -58,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--corpus", type=Path, help="folder that corpus.sh made, for experiments on text")
     add("--cells", nargs="+", help='those that have all these values, as in "dense 512"')
     add("--seeds", type=int, nargs="+", help="instead of the grid's")
+    add("--check-seed", type=int, help="of cells that are compared with the report's others")
     add("--minutes", type=float, help="bound of a cell (default: the grid's)")
     add("--processes", type=int, default=1, help="of a training; more than one by torchrun")
     add("--jobs", type=int, help="cells at a time, between which a CPU's cores are divided")
@@ -76,20 +80,29 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("processes", "jobs"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
+    if args.minutes is not None and args.minutes <= 0:
+        raise UserError("--minutes must be above 0")
+    if args.check_seed is not None and args.seeds is not None:
+        raise UserError("--check-seed is the only seed of its cells: leave --seeds out")
     return args
 
 
 def main() -> None:
     args = parse_arguments()
-    grid = read_grid(GRIDS.get(args.experiment, Path(args.experiment)), args.scale, args.seeds)
+    path, checked = GRIDS.get(args.experiment, Path(args.experiment)), args.check_seed
+    seeds = args.seeds if checked is None else [checked]
+    grid = read_grid(path, args.scale, seeds)
     folder = args.output / f"{grid.experiment}_{grid.scale}"
     failed: list[str] = []
     if not args.report:
         cells = grid.chosen(args.cells) if args.cells else grid.cells
-        failed = run_cells(cells, grid, args, folder / "cells")
+        into = folder / ("cells" if checked is None else "another_seed")
+        failed = run_cells(cells, grid, args, into)
         if args.plan:
             return
-    if read_cells(folder / "cells"):
+    if checked is not None:
+        print(write_check(folder, checked))
+    elif read_cells(folder / "cells"):
         write_report(folder)
         print((folder / "report.md").read_text())
         print(f"{folder}: report.md, report.json and plots")
@@ -101,7 +114,7 @@ def main() -> None:
 
 def run_cells(cells: list[Cell], grid: Grid, args: argparse.Namespace, folder: Path) -> list[str]:
     """Runs those that have not been. Returns the names of those that failed."""
-    minutes = args.minutes or grid.minutes
+    minutes = grid.minutes if args.minutes is None else args.minutes
     models = (args.output / "models").resolve()
     corpus = None
     if any(cell.needs_corpus for cell in cells):

@@ -29,7 +29,8 @@ class PowerLaw(NamedTuple):
     for each seed: no loss that is left with endless compute. scale: the seeds' geometric mean,
     each seed as often as it has points. exponent_error: its standard error, from what the points
     miss the lines by; scatter: the standard deviation of that, in logarithms. None where no point
-    is left over. centre: the geometric mean of the compute, between `lowest` and `highest`."""
+    is left over. centre: the geometric mean of the compute, between `lowest` and `highest`.
+    of_seeds: each seed's scale, as a multiple of `scale`."""
 
     scale: float
     exponent: float
@@ -39,6 +40,7 @@ class PowerLaw(NamedTuple):
     centre: float
     lowest: float
     highest: float
+    of_seeds: dict[int, float]
 
     @classmethod
     def of(
@@ -57,8 +59,13 @@ class PowerLaw(NamedTuple):
             scatter = math.sqrt(float((missed**2).sum()) / left)
             error = scatter / math.sqrt(square)
         scale = math.exp(float(y.mean()) - slope * float(x.mean()))
+        away = y - math.log(scale) - slope * x
+        of_seeds = {
+            seed: math.exp(float(away[of_seed == seed].mean())) for seed in sorted(set(seeds))
+        }
         ends = float(min(compute)), float(max(compute))
-        return cls(scale, -slope, error, scatter, len(x), math.exp(float(x.mean())), *ends)
+        centre = math.exp(float(x.mean()))
+        return cls(scale, -slope, error, scatter, len(x), centre, *ends, of_seeds)
 
     def at(self, compute: float) -> float:
         """The loss that it says."""
@@ -76,6 +83,21 @@ class PowerLaw(NamedTuple):
         away = math.log(compute / self.centre) * self.exponent_error
         missed = math.hypot(self.scatter / math.sqrt(self.points), away)
         return compute, missed / self.exponent
+
+    def compute_beside(self, first: PowerLaw, loss: float) -> Spread | None:
+        """The compute for this loss as a multiple of what it takes by `first`, over the seeds that
+        both have, with the mean and deviation of its logarithm: with a seed that is luckier in both
+        it is as large. None outside of what was measured."""
+        if None in (self.compute_for(loss), first.compute_for(loss)):
+            return None
+        here, there = self.compute_for(loss)[0], first.compute_for(loss)[0]
+        both = [seed for seed in self.of_seeds if seed in first.of_seeds]
+        ratios = [
+            math.log(here / there)
+            + math.log(self.of_seeds[seed] / first.of_seeds[seed]) / self.exponent
+            for seed in both
+        ]
+        return Spread.of(ratios) if ratios else None
 
 
 def _apart_from_seeds(values: np.ndarray, seeds: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from tests.launching import REPOSITORY, run, run_here
 FOLDER = REPOSITORY / "examples" / "experiments"
 SCRIPT = FOLDER / "run.py"
 sys.path.insert(0, str(FOLDER))
+from another_seed import write_check  # noqa: E402
 from cost import cost_of  # noqa: E402
 from grid import Cell, as_flags, read_grid  # noqa: E402
 from report import write_report  # noqa: E402
@@ -215,6 +216,15 @@ def test_a_power_law_is_found_with_its_error():
     both = PowerLaw.of(compute * 2, [*off, *(y / 1.5 for y in off)], [1] * 4 + [2] * 4)
     assert both.exponent == pytest.approx(0.08) and both.scale == pytest.approx(7 / 1.5**0.5)
     assert both.exponent_error == pytest.approx(math.sqrt(8 * 0.01**2 / 5 / (2 * square)))
+    assert both.of_seeds == pytest.approx({1: 1.5**0.5, 2: 1.5**-0.5})
+    # A law with a tenth less loss, by 0.01 more and less with these seeds: a seed's own is in both.
+    compute_of_less = [*(y * 0.91 for y in off), *(y / 1.5 * 0.89 for y in off)]
+    less = PowerLaw.of(compute * 2, compute_of_less, [1] * 4 + [2] * 4)
+    times = less.compute_beside(both, both.at(both.centre))
+    assert math.exp(times.mean) == pytest.approx((0.91 * 0.89) ** (0.5 / less.exponent))
+    ratio = math.log(0.91 / 0.89) / less.exponent
+    assert times.deviation == pytest.approx(ratio / math.sqrt(2)) and times.count == 2
+    assert less.compute_beside(both, both.at(both.lowest / 2)) is None
     assert PowerLaw.of([1e9, 1e9], [3.0, 3.1], [1, 1]) is None
     assert PowerLaw.of([1e9, 1e10], [3.0, 3.1], [1, 2]) is None
     assert PowerLaw.of([1e9, 1e10], [3.0, 2.7], [1, 1]).exponent_error is None
@@ -297,6 +307,29 @@ def test_variants_are_compared_by_seed_and_cut_cells_are_said(tmp_path):
         "count": 2,
     }
     assert "+0.2500 ± 0.0707" in text and "- b-seed2: 4 of 10 iterations" in text
+
+
+def test_a_seed_that_is_not_of_the_report_is_compared_with_it(tmp_path):
+    cells = [made_up("compute", AXIS[0], seed, 3.0 + seed / 10) for seed in (1, 2, 3)]
+    cells += [made_up("compute", AXIS[1], seed, 3.2 + seed / 9.9) for seed in (1, 2, 3)]
+    report_of(tmp_path, cells)
+    (tmp_path / "another_seed").mkdir()
+    # Of a the mean is 3.2 ± 0.1: 95% of new seeds within 4.303 · 0.1 · √(4/3), which is 0.497.
+    for values, loss in ((AXIS[0], 3.69), (AXIS[1], 3.8)):
+        cell = made_up("compute", values, 4, loss)
+        (tmp_path / "another_seed" / f"{cell['cell']}.json").write_text(json.dumps(cell))
+    text = write_check(tmp_path, 4)
+    assert text == (tmp_path / "another_seed.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith(("| a-", "| b-"))]
+    assert lines[0] == (
+        "| a-seed4 | loss | 3.6900 | 3.2000 ± 0.1000 (3) | 2.7031 to 3.6969 | yes |"
+    )
+    assert "b-seed4 | loss | 3.8000" in lines[1] and lines[1].endswith("yes |")
+    # Differences of the others: 0.2010, 0.2020, 0.2030.
+    assert "loss, less that of a | +0.1100 | +0.2020 ± 0.0010 (3)" in lines[2]
+    assert lines[2].endswith("no |") and "2 of 3 numbers" in text
+    with pytest.raises(UserError, match="no cell of seed 5 has two others"):
+        write_check(tmp_path, 5)
 
 
 def test_cells_of_a_grid_that_has_changed_are_in_no_mean(tmp_path):
