@@ -21,7 +21,8 @@ cpu) # models of some million parameters, sequences of up to 4,096 tokens
 gpu) # some hundred million parameters, sequences of up to 65,536 tokens
     vocabulary=32000
     sizes=(--max-bytes 1000000000 --max-held-out-bytes 20000000
-        --min-bytes 131072 --max-document-bytes 1048576 --min-window-gain 1.3) ;;
+        --min-bytes 131072 --max-document-bytes 1048576 --min-window-gain 1.3
+        --max-seen-share 0.3) ;;
 *)
     echo "$usage" >&2
     exit 2 ;;

@@ -11,10 +11,11 @@ installed; a package that lies there already is not fetched again), unpacks them
 
 The files that lie in a directory itself are one document, in the order of their names: parts of one
 thing, which speak of each other. Of doc-rfc-* each file is one. A file that another document has is
-left out, so that none is on both sides. Directories of tests are left out,
-documents below --min-bytes too, and of longer ones than --max-document-bytes the rest. So are, with
---min-window-gain, those in which little is said again from afar: what a long context is worth can
-be seen only where there is something to be seen. Which are taken, in which order, and which are
+left out, so that none is on both sides; how much of the held-out documents stands in the others all
+the same is said, and one with more than --max-seen-share dropped. Directories of tests are left
+out, documents below --min-bytes too, and of longer ones than --max-document-bytes the rest. So are,
+with --min-window-gain, those in which little is said again from afar: what a long context is worth
+can be seen only where there is something to be seen. Which are taken, in which order, and which are
 held out hangs on the sha256 of their paths; a larger corpus has the smaller one's documents on the
 same side, but for files that others of its documents have. Needs Debian or what is made of it.
 """
@@ -32,9 +33,11 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
+
+from overlap import records, seen_shares
 
 from megalong.command_line import ArgumentParser, run
 from megalong.data.text.source_file import texts_of_folder
@@ -88,12 +91,20 @@ def parse_arguments() -> argparse.Namespace:
     windows = [1 << bits for bits in WINDOW_BITS]
     add("--near-window", type=int, choices=windows, default=1 << 10, help="bytes")
     add("--far-window", type=int, choices=windows, default=1 << 15, help="bytes")
+    add(
+        "--max-seen-share",
+        type=float,
+        default=1.0,
+        help="of a held-out document's runs of four lines, that documents to train on have too",
+    )
     args = parser.parse_args()
     args.packages_folder = args.packages_folder or args.output / "packages"
     if not 0 < args.held_out_share < 1:
         raise UserError("--held-out-share must lie between 0 and 1")
     if args.held_out_document_bytes is None:
         args.held_out_document_bytes = args.max_document_bytes
+    if not 0 < args.max_seen_share <= 1:
+        raise UserError("--max-seen-share must be above 0, and 1 at most")
     for name in (
         *("max_bytes", "max_held_out_bytes", "min_bytes", "max_document_bytes"),
         "held_out_document_bytes",
@@ -119,7 +130,7 @@ def main() -> None:
     found.sort(key=lambda candidate: digest(candidate.name))
     args.output.mkdir(parents=True, exist_ok=True)
     written = write(found, args)
-    about = {
+    corpus = {
         "packages": {name: {"file": deb.name, "sha256": sha256(deb)} for name, deb in debs.items()},
         "flags": {
             name: value
@@ -128,7 +139,7 @@ def main() -> None:
         },
         **written,
     }
-    (args.output / "corpus.json").write_text(json.dumps(about, indent=2) + "\n")
+    (args.output / "corpus.json").write_text(json.dumps(corpus, indent=2) + "\n")
 
 
 def fetch(package: str, folder: Path, needed: bool) -> Path | None:
@@ -201,7 +212,7 @@ def write(found: list[Candidate], args: argparse.Namespace) -> dict[str, dict]:
     from megalong.progress import progress_bar
 
     room = {"train": args.max_bytes, "held_out": args.max_held_out_bytes}
-    sizes, counts = Counter(), {part: Counter() for part in room}
+    sizes = Counter()
     seen = set()
     paths = {part: args.output / f"{part}.jsonl" for part in room}
     partial = {part: path.with_suffix(".partial") for part, path in paths.items()}
@@ -228,7 +239,6 @@ def write(found: list[Candidate], args: argparse.Namespace) -> dict[str, dict]:
             record = {"text": content.decode(errors="ignore"), "path": candidate.name}
             files[part].write(json.dumps(record) + "\n")
             sizes[part] += len(content)
-            counts[part][candidate.name.partition("/")[0]] += 1
             bar.update(len(content))
     for part, path in paths.items():
         if not sizes[part]:
@@ -236,13 +246,43 @@ def write(found: list[Candidate], args: argparse.Namespace) -> dict[str, dict]:
                 f"{path}: no document has --min-bytes {args.min_bytes} and --min-window-gain"
                 f" {args.min_window_gain:g}"
             )
+    seen_share = drop_what_was_seen(partial["train"], partial["held_out"], args.max_seen_share)
+    for part, path in paths.items():
         partial[part].rename(path)
-        documents = sum(counts[part].values())
-        print(f"{path}: {counted(documents, 'document')}, {sizes[part]:,} bytes")
     return {
-        part: {"bytes": sizes[part], "documents": dict(sorted(counts[part].items()))}
-        for part in room
+        "train": about(paths["train"]),
+        "held_out": {**about(paths["held_out"]), "seen_share": round(seen_share, 4)},
     }
+
+
+def drop_what_was_seen(train: Path, held_out: Path, most: float) -> float:
+    """Drops the held-out documents of which more than `most` stands in `train`. Returns the mean
+    of the others' shares. Raises UserError where none is left."""
+    shares = seen_shares(train, held_out)
+    kept = [record for record in records(held_out) if shares[record["path"]] <= most]
+    if not kept:
+        raise UserError(
+            f"--max-seen-share {most:g}: every held-out document has more of train.jsonl"
+        )
+    if len(kept) < len(shares):
+        held_out.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    mean = sum(shares[record["path"]] for record in kept) / len(kept)
+    dropped = counted(len(shares) - len(kept), "document")
+    print(
+        f"of held-out documents' runs of four lines {mean:.1%} are in train.jsonl;"
+        f" {dropped} with more than {most:.0%} dropped"
+    )
+    return mean
+
+
+def about(path: Path) -> dict[str, Any]:
+    """Bytes and documents, those by package, which are printed too."""
+    size, documents = 0, Counter()
+    for record in records(path):
+        size += len(record["text"].encode())
+        documents[record["path"].partition("/")[0]] += 1
+    print(f"{path}: {counted(documents.total(), 'document')}, {size:,} bytes")
+    return {"bytes": size, "documents": dict(sorted(documents.items()))}
 
 
 def window_gain(content: bytes, near: int, far: int) -> float:

@@ -3,13 +3,19 @@
 import json
 import shutil
 import subprocess
+import sys
 import tarfile
 
 import pytest
 
+from megalong.errors import UserError
 from tests.launching import REPOSITORY, run_here
 
 SCRIPT = REPOSITORY / "examples" / "experiments" / "fetch_corpus.py"
+sys.path.insert(0, str(SCRIPT.parent))
+from fetch_corpus import drop_what_was_seen  # noqa: E402
+from overlap import seen_shares  # noqa: E402
+
 pytestmark = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg-deb is not here")
 
 
@@ -83,6 +89,8 @@ def test_directories_and_texts_are_documents_and_some_are_held_out(packages, tmp
     assert 5 < len(held_out) < 30
     about = json.loads((tmp_path / "corpus.json").read_text())
     assert sum(about["held_out"]["documents"].values()) == len(held_out)
+    assert about["held_out"]["bytes"] == sum(len(record["text"]) for record in held_out)
+    assert about["held_out"]["seen_share"] == 0.0
     assert about["packages"]["sources"]["file"] == "sources_1-1_all.deb"
     assert str(tmp_path) not in (tmp_path / "corpus.json").read_text()
 
@@ -100,6 +108,24 @@ def test_a_larger_corpus_has_the_documents_of_a_smaller_one(packages, tmp_path):
     for part in ("train", "held_out"):
         every, few = (records(tmp_path / size / f"{part}.jsonl") for size in ("all", "few"))
         assert 0 < len(few) < len(every) and every[: len(few)] == few
+
+
+def test_how_much_of_a_held_out_document_is_in_others(tmp_path):
+    def write(name, **texts):
+        lines = [json.dumps({"path": path, "text": text}) for path, text in texts.items()]
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+        return tmp_path / name
+
+    held_out = write("held_out", half="1\n2\n3\n4\n5\n6\n7\n", new="9\n8\n7\n6\n5\n", few="1\n2\n")
+    # 1 to 5 in this order are two runs of four; 5 to 7, in another document, are none.
+    train = write("train", a="0\n 1\n2\n\n3\n4\n5", b="5\n6\n7")
+    assert seen_shares(train, held_out) == {"half": 0.5, "new": 0.0, "few": 0.0}
+    assert drop_what_was_seen(train, held_out, 0.4) == 0.0
+    assert [record["path"] for record in records(held_out)] == ["new", "few"]
+    train = write("train", a="9\n8\n7\n6\n5")
+    assert drop_what_was_seen(train, held_out, 1.0) == 0.5
+    with pytest.raises(UserError, match="max-seen-share"):
+        drop_what_was_seen(train, write("held_out", new="9\n8\n7\n6\n"), 0.1)
 
 
 def test_what_cannot_be_had_is_refused(packages, tmp_path):
