@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
@@ -46,13 +46,15 @@ class OutOfTime(Exception):
 class Place:
     """Where everything lies, and how it runs. corpus: what corpus.sh made, for grids that need it.
     processes: of one training. seconds: the bound of a cell. environment: of all commands, beside
-    this process's own."""
+    this process's own. failures: by folder, why a training has failed here, so that it is not tried
+    again for each cell that starts from it."""
 
     corpus: Path | None
     models: Path
     processes: int
     seconds: float
     environment: dict[str, str]
+    failures: dict[Path, str] = field(default_factory=dict)
 
     @cached_property
     def corpus_digest(self) -> str | None:
@@ -133,7 +135,13 @@ class Training:
         with (self.folder / "lock").open("w") as lock:  # another cell may have the same training
             while not _locked(lock):
                 yield
-            yield from self._go_on(shares)
+            if self.folder in self.place.failures:
+                raise UserError(self.place.failures[self.folder])
+            try:
+                yield from self._go_on(shares)
+            except UserError as error:
+                self.place.failures[self.folder] = str(error)
+                raise
         shares[self.folder] = 1.0
 
     def _go_on(self, shares: dict[Path, float]) -> Generator[None]:

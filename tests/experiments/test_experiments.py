@@ -21,10 +21,12 @@ from tests.launching import REPOSITORY, run, run_here
 FOLDER = REPOSITORY / "examples" / "experiments"
 SCRIPT = FOLDER / "run.py"
 sys.path.insert(0, str(FOLDER))
+import commands  # noqa: E402
 from another_seed import write_check  # noqa: E402
 from cost import cost_of  # noqa: E402
 from grid import Cell, as_flags, read_grid  # noqa: E402
 from report import write_report  # noqa: E402
+from run import training_of  # noqa: E402
 from statistics_of_seeds import PowerLaw, Spread  # noqa: E402
 
 GRIDS = sorted(FOLDER.glob("*.yaml"))
@@ -132,6 +134,43 @@ def test_a_training_in_stages_costs_what_they_do(tmp_path):
         for b, n in ((12800.0, 32), (38400.0, 64))
     ]
     assert whole.flops == {part: sum(cost.flops[part] for cost in parts) for part in parts[0].flops}
+
+
+def test_a_start_that_fails_is_tried_once(tiny, tmp_path, monkeypatch):
+    tried = []
+
+    def fails(command, environment, log, seconds, on_tick):
+        tried.append(command)
+        raise UserError("it fails")
+        yield
+
+    monkeypatch.setattr(commands, "run_command", fails)
+    place = commands.Place(None, tmp_path / "models", 1, 60.0, {})
+    for cell in read_grid(tiny, "cpu", [1]).cells:  # dense and dilated, of one start
+        training = training_of(cell, "flops", place)
+        with pytest.raises(UserError, match="it fails"):
+            list(training.go_on({}))
+    assert len(tried) == 1
+
+
+def test_starts_read_other_texts_than_what_follows():
+    [cell, *_] = read_grid(FOLDER / "perplexity.yaml", "cpu").cells
+    of_text, of_recall = cell.start, cell.start.start
+    assert cell.data is of_text.data is None and of_recall.data is not None
+    assert of_text.flags["seed"] != cell.flags["seed"]
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_every_position_is_in_every_branch_but_where_that_is_asked(path, scale):
+    for cell in read_grid(path, scale).cells:
+        rates = [
+            rate
+            for settings in (cell.flags, *cell.stages)
+            for rate in settings.get("dilation_rates", ())
+        ]
+        if not cell.values.get("pattern", "").startswith("rate-"):
+            assert max(rates) <= cell.flags["num_attention_heads"], cell.name
 
 
 def test_prompts_are_asked_of_the_trainings_of_perplexity():
