@@ -237,6 +237,53 @@ def test_bad_stages_name_key_and_line(file, change, line, message):
     assert re.match(rf"--config recipe.yaml, line {line}: ", str(error.value)), error.value
 
 
+LLAMA_31 = {"rope_scaling_factor": 8, "rope_original_length": 64}
+YARN = {"yarn_rotary_scaling_factor": 4, "yarn_original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    "positions, of_all, forgotten",
+    [
+        # By stage; which is refused, and for what.
+        ([{}, {"rotary_base": 4e4}, {}], {}, ("third", "rotary_base: 40000.0 of the stage before"
+         " it, second, is not of this one: set it here too, or rotary_base: 10000.0, the default")),
+        ([{}, {"rotary_base": 4e4}, {"rotary_base": 1e4}], {}, None),
+        ([{}, {"rotary_base": 4e4}, {"rotary_base": 8e4}], {}, None),
+        ([{"rotary_base": 4e4}, {"rotary_base": 4e4}], {}, None),
+        # What is beside `stages:` holds for all, and its defaults are set for none by itself.
+        ([{}, {"rotary_base": 4e4}, {}], {"rotary_base": 2e4}, None),
+        ([{}, {"rotary_base": 4e4}, {}], {"rotary_base": 1e4}, ("third", "rotary_base: 40000.0")),
+        ([LLAMA_31, {}], {}, ("second", "rope_scaling_factor: 8.0 of the stage before it, first, is"
+         " not of this one: set it here too, or rope_scaling_factor: null, the default, if")),
+        ([LLAMA_31, {"rope_scaling_factor": 8}], {}, ("second", "rope_original_length: 64")),
+        ([LLAMA_31, {"rope_scaling_factor": None}], {}, None),
+        ([LLAMA_31, {"rope_scaling_factor": 1}], {}, None),
+        ([LLAMA_31, YARN], {}, None),
+        ([LLAMA_31, {}], LLAMA_31, None),
+        ([YARN | {"yarn_beta_fast": 16}, YARN], {}, ("second", "yarn_beta_fast: 16.0 of the")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_no_stage_forgets_the_positions_of_the_one_before_it(file, positions, of_all, forgotten):
+    content = yaml.safe_load(RECIPE.partition("stages:")[0]) | of_all
+    names = ("first", "second", "third")
+    content["stages"] = [
+        {"name": name, "train_iters": 2, **own} for name, own in zip(names, positions, strict=False)
+    ]
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    if forgotten is None:
+        stages = stages_of()
+        file.write_text(stages[0].flags)  # which says of each what it is
+        assert [s.config for s in stages_of("--load", "run")] == [s.config for s in stages]
+        return
+    stage, words = forgotten
+    line = 1 + file.read_text().splitlines().index(f"- name: {stage}")
+    with pytest.raises(UserError) as error:
+        stages_of()
+    assert str(error.value).startswith(f"--config recipe.yaml, line {line}: stage {stage}: {words}")
+    assert "\n" not in str(error.value)
+
+
 def test_stages_are_a_list_and_for_one_command(file):
     with pytest.raises(UserError, match=r"line 13: stages: a run of several is for pretrain"):
         parse_arguments(["--config", "recipe.yaml"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from megalong.config.flags import flag_name, require_more_than_zero, require_positive
@@ -42,21 +43,28 @@ def fields_of_scaling(factor: str) -> tuple[str, ...]:
     return factor, *others.get(factor, ())
 
 
-def lost_fields(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
+def lost_fields(ours: ModelConfig, theirs: ModelConfig, given: Collection[str]) -> list[str]:
     """The fields of rotary positions that are the default's here, have another value there, and are
-    missing: those of a scaling are not where another scaling is set in its place."""
+    missing: what is given is not, and neither is what is of a scaling where that is turned off, or
+    another is set in its place. given: names of fields that were set here, to whatever value."""
     default = {field.name: field.default for field in dataclasses.fields(ours)}
     scaled = any(getattr(ours, factor) is not None for factor in FACTORS)
+
+    def is_off(factor: str) -> bool:
+        here = getattr(ours, factor)
+        return here == 1 or (here is None and (scaled or factor in given))
+
     free = {
         name
         for factor in FACTORS
-        if getattr(theirs, factor) is None or (scaled and getattr(ours, factor) is None)
+        if getattr(theirs, factor) is None or is_off(factor)
         for name in fields_of_scaling(factor)
     }
     return [
         name
         for name in ROPE_FIELDS
-        if name not in free and getattr(ours, name) == default[name] != getattr(theirs, name)
+        if name not in {*free, *given}
+        and getattr(ours, name) == default[name] != getattr(theirs, name)
     ]
 
 

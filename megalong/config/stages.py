@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -39,7 +40,7 @@ from megalong.config.arguments import (
 from megalong.config.attention import AttentionConfig
 from megalong.config.memory import MemoryConfig
 from megalong.config.parallel import ParallelConfig
-from megalong.config.rope import ROPE_FIELDS
+from megalong.config.rope import ROPE_FIELDS, lost_fields
 from megalong.config.yaml_file import YamlFile
 from megalong.errors import UserError
 from megalong.wording import counted
@@ -117,6 +118,18 @@ class StageSettings:
             f"stage {self.name}: train_tokens {self.tokens:,} are rounded up to {tokens:,},"
             f" {counted(iterations, 'iteration')} of {batch * length:,}"
         ]
+
+    def check_positions(self, config: Config, before: Stage) -> None:
+        """Raise UserError where the stage, resolved, would forget rotary positions that the one
+        before it was trained with: what is about one stage is of no other."""
+        for name in lost_fields(config.model, before.config.model, self.own):
+            here, there = (
+                json.dumps(getattr(each.model, name)) for each in (config, before.config)
+            )
+            raise UserError(
+                f"{name}: {there} of the stage before it, {before.name}, is not of this one: set"
+                f" it here too, or {name}: {here}, the default, if that is meant"
+            )
 
     def check(self, iterations: int) -> None:
         """Raise UserError where so many are too few for what is to happen in them, or what is of a
@@ -214,6 +227,8 @@ class Recipe:
                     _of_the_run(settings.values, begin, iterations, number == last)
                 )
                 config = given.resolve(world_size)
+                if stages:
+                    settings.check_positions(config, stages[-1])
             stage = Stage(settings.name, number, last, begin, given, config, settings, (*notes,))
             stages.append(stage)
             begin += iterations

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -28,7 +29,7 @@ from megalong.checkpoint.texts import read_progress
 from megalong.config import Config, ModelConfig, flag_name
 from megalong.config.attention import PATTERN_FIELDS
 from megalong.config.flags import shown
-from megalong.config.rope import ROPE_FIELDS, lost_fields
+from megalong.config.rope import FACTORS, ROPE_FIELDS, lost_fields
 from megalong.config.stages import HOW, WHAT, Stage
 from megalong.data.blend import History
 from megalong.errors import UserError, system_errors_of
@@ -234,7 +235,8 @@ def _check_same_run(checkpoint: Path, config: Config, stage: Stage | None) -> No
     theirs = config_of(checkpoint)
     if config.run.finetune:
         # Other positions have the same weights: what is set is meant, what is not set is forgotten.
-        lost = lost_fields(config.model, theirs.model)
+        given = () if stage is None else stage.settings.values
+        lost = lost_fields(config.model, theirs.model, given)
         names = [name for name in names if name not in ROPE_FIELDS or name in lost]
     # An imported model has met no optimizer.
     if config.run.loads_optimizer and progress.iteration:
@@ -255,13 +257,20 @@ def _check_same_run(checkpoint: Path, config: Config, stage: Stage | None) -> No
         if name in ROPE_FIELDS:
             way_out = "set --finetune, to begin a new run with the same weights at other positions"
             if config.run.finetune:
-                way_out = "to another value than the default, which looks like a forgotten flag"
+                way_out = _how_to_mean(name, here)
         if name in ("make_vocab_size_divisible_by", "padded_vocab_size"):
             way_out += ", or, for an imported model, import it with another one"
         raise UserError(
             f"{flag_name(name)} is {shown(here)}, but the checkpoint {checkpoint} was written with"
             f" {shown(there)}: set it to that, or {way_out}"
         )
+
+
+def _how_to_mean(name: str, value: Any) -> str:
+    """What to do where the default of a field of rotary positions is no forgotten flag."""
+    if name in FACTORS:
+        return "to 1 to turn it off"
+    return f"to {shown(value)}, if that is meant" if value is not None else "to null in a file"
 
 
 def _check_has_stages(checkpoint: Path, progress: Progress, stage: Stage | None) -> None:

@@ -9,6 +9,7 @@ from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.texts import texts_of
 from megalong.config.arguments import parse_arguments
 from megalong.config.flags import flag_name
+from megalong.config.recipe import parse_run
 from megalong.config.stages import WHAT
 from megalong.errors import UserError
 from megalong.training.changes import moves_the_loss, other_ways, with_schedule_of
@@ -183,7 +184,12 @@ YARN = {"yarn_rotary_scaling_factor": 4, "yarn_original_max_position_embeddings"
 @pytest.mark.parametrize(
     "before, now, refused",
     [
-        ({"rotary_base": 5e5}, {}, "--rotary-base is 10000.0, .* with 500000.0: set it to that"),
+        (
+            {"rotary_base": 5e5},
+            {},
+            "--rotary-base is 10000.0, .* with 500000.0: set it to that, or"
+            " to 10000.0, if that is meant",
+        ),
         ({"rotary_base": 5e5}, {"rotary_base": 2e5}, None),
         ({"rotary_base": 5e5}, YARN, "--rotary-base is 10000.0, .* with 500000.0"),
         ({}, YARN, None),
@@ -197,6 +203,18 @@ YARN = {"yarn_rotary_scaling_factor": 4, "yarn_original_max_position_embeddings"
             "--rope-original-length is 8192, .* with 64",
         ),
         ({"rope_scaling_factor": 2, "rope_original_length": 64}, YARN, None),
+        # What is set is meant, the default too; and a factor of 1 turns all of a scaling off.
+        ({"rotary_base": 5e5}, {"rotary_base": 1e4}, None),
+        (
+            {"rope_scaling_factor": 2, "rope_original_length": 64},
+            {},
+            "--rope-scaling-factor is not set, .* with 2.0: set it to that, or to 1 to turn it off",
+        ),
+        (
+            {"rope_scaling_factor": 2, "rope_original_length": 64},
+            {"rope_scaling_factor": 1},
+            None,
+        ),
     ],
     ids=str,
 )
@@ -205,12 +223,13 @@ def test_weights_do_not_lose_their_positions_by_a_forgotten_flag(
 ):
     random_checkpoint(tmp_path / "run", **before)
     load = "load" if begins else "pretrained_checkpoint"
-    config = resolved(**now, **begins, **{load: tmp_path / "run"})
+    flags = small_run_flags("data", **GIVEN, **now, **begins, **{load: tmp_path / "run"})
+    [run] = parse_run(flags).resolve(1)
     if refused is None:
-        assert starting_point(config)[1] is not None
+        assert starting_point(run.config, run)[1] is not None
     else:
         with pytest.raises(UserError, match=refused):
-            starting_point(config)
+            starting_point(run.config, run)
 
 
 def test_new_data_is_said_where_it_matters_alone(tmp_path):
