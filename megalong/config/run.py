@@ -53,7 +53,9 @@ class RunConfig:
         None, "with --keep-last: keep also those whose iteration is a multiple of this"
     )
     keep_best: bool = flag(
-        False, "keep the checkpoint of the lowest validation loss too, which `best` points to"
+        False,
+        "keep the checkpoint of the lowest validation loss too, which `best` points to; of a run of"
+        " stages that of the stage that is trained",
     )
     keep_best_by: str | None = flag(
         None, "with --keep-best: the name of the validation set it goes by (default: the first)"

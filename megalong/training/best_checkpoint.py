@@ -1,5 +1,6 @@
 """The checkpoint with the lowest validation loss: `best` in the run folder links to it, and it
-stays when older ones are removed."""
+stays when older ones are removed. Each stage of a run has its own: the one before it may have
+been evaluated on other sequences, or on other text."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ class BestCheckpoint:
     """What is best so far in a run folder, by the link and the run's metrics; every rank has one.
 
     say: called on rank 0 when there is a better one. split: the held-out set that decides. since:
-    the iteration up to which nothing counts: a stage before may have been evaluated otherwise.
+    the iteration with which the stage begins, up to which nothing counts; stage: its name, if any.
     """
 
     def __init__(
@@ -30,8 +31,10 @@ class BestCheckpoint:
         say: Callable[[str], None],
         split: str = "validation",
         since: int = 0,
+        stage: str | None = None,
     ):
         self._run, self._saver, self._say, self._split = run, saver, say, split
+        self._best = "the best so far" if stage is None else f"the best of stage {stage} so far"
         found = [_earlier(run, split, since) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(found, src=0)
         self._loss_and_tokens = found[0]
@@ -42,17 +45,20 @@ class BestCheckpoint:
         no more; what is not finite never does."""
         if split != self._split or not math.isfinite(result.loss):
             return
+        words = self._best
         if self._loss_and_tokens is not None:
             loss, tokens = self._loss_and_tokens
             if result.tokens == tokens and result.loss >= loss:
                 return
+            if result.tokens != tokens:
+                words += f" on {result.tokens:,} tokens; those before were evaluated on {tokens:,}"
         self._loss_and_tokens = result.loss, result.tokens
         self._saver.wait()  # until it is on the disk
         if dist.get_rank() == 0:
             checkpoint = checkpoint_folder(self._run, iteration)
             with system_errors_of("--save", self._run):
                 link_best(checkpoint)
-            self._say(f"{checkpoint} is the best so far")
+            self._say(f"{checkpoint} is {words}")
 
 
 def _earlier(run: Path, split: str, since: int) -> tuple[float, int] | None:

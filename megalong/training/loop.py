@@ -99,7 +99,8 @@ class Trainer:
         if config.run.keep_best:
             decides = best_set(data.held_out, config)
             folder = Path(config.run.save)
-            self.best = BestCheckpoint(folder, self.saver, say, decides, self.begin)
+            name = None if stage is None else stage.name
+            self.best = BestCheckpoint(folder, self.saver, say, decides, self.begin, name)
         self.reports = Reports(config, data, self.blend, mesh, self.saver, self.progress, stage)
         self.profiler = Profiler(config, mesh, say, self.reports.meter.pause)
         choices = [memory_path, *given.memory.unused(config.memory, config.parallel)]

@@ -40,4 +40,32 @@ def test_the_lowest_loss_is_best(one_rank, tmp_path):
         records += [record, record | {"split": "test", "loss": 0.0}]
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
         keeper = BestCheckpoint(tmp_path, saver, said.append)  # the run is started again
-    assert said == [f"{tmp_path}/iter_{i:07d} is the best so far" for i in (1, 2, 4, 5)]
+    on_others = " on 200 tokens; those before were evaluated on 100"
+    assert said == [
+        f"{tmp_path}/iter_{iteration:07d} is the best so far{words}"
+        for iteration, words in ((1, ""), (2, ""), (4, on_others), (5, ""))
+    ]
+
+
+def test_each_stage_has_its_own_best(one_rank, tmp_path):
+    """On as many tokens, too, and over a restart; no word is about another stage."""
+    said, saver = [], SimpleNamespace(wait=lambda: None)
+    records = []
+    for iteration, loss, stage, begin, expected in (
+        (2, 3.0, "short", 0, 2),
+        (3, 2.0, "short", 0, 3),
+        (4, 2.5, "long", 3, 4),
+        (5, 2.6, "long", 3, 4),
+        (6, 2.4, "long", 3, 6),
+    ):
+        (tmp_path / f"iter_{iteration:07d}").mkdir()
+        keeper = BestCheckpoint(tmp_path, saver, said.append, "validation", begin, stage)
+        keeper.evaluated(iteration, "validation", SimpleNamespace(loss=loss, tokens=100))
+        assert best(tmp_path).name == f"iter_{expected:07d}"
+        record = {"iteration": iteration, "split": "validation", "loss": loss, "tokens": 100}
+        records.append(json.dumps(record) + "\n")
+        (tmp_path / "metrics.jsonl").write_text("".join(records))
+    assert said == [
+        f"{tmp_path}/iter_{iteration:07d} is the best of stage {stage} so far"
+        for iteration, stage in ((2, "short"), (3, "short"), (4, "long"), (6, "long"))
+    ]
