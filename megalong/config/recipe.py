@@ -19,7 +19,7 @@ from megalong.config.arguments import (
 )
 from megalong.config.flags import flag_name, whole_number
 from megalong.config.samples import SamplesConfig
-from megalong.config.stages import HOW, WHAT, Recipe, StageSettings
+from megalong.config.stages import HOW, TRAINING_DATA, WHAT, Recipe, StageSettings
 from megalong.config.tasks import TasksConfig
 from megalong.config.yaml_file import YamlFile
 from megalong.errors import UserError
@@ -32,8 +32,6 @@ _WATCHED = (
     *(each.name for each in dataclasses.fields(SamplesConfig)),
 )  # fmt: skip
 OF_A_STAGE = frozenset([*HOW, *WHAT, *_WATCHED])
-# Three ways to say one thing: a stage that takes one of them takes it in the place of the others.
-_TRAINING_DATA = ("data_path", "data_blend", "train_data_path")
 _LENGTHS = ("train_iters", "train_tokens")
 _NO_COMMON = {
     "train_iters": "each stage has its own: set it there",
@@ -159,7 +157,7 @@ def _check_own(
             raise UserError(f"{where}: {_NO_COMMON[key]}")
         elif key not in _OTHERS and key not in OF_A_STAGE:
             raise UserError(f"{where}: is the same in all stages: set it beside `stages:`")
-        same = _TRAINING_DATA if key in _TRAINING_DATA else (key,)
+        same = TRAINING_DATA if key in TRAINING_DATA else (key,)
         for flag in same:
             if flag in flags and key not in HOW:
                 raise UserError(
@@ -203,7 +201,8 @@ def _whole(value: Any) -> int | None:
 
 
 def _over(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """A stage's own settings over those of all."""
-    if any(name in own for name in _TRAINING_DATA):
-        shared = {name: value for name, value in shared.items() if name not in _TRAINING_DATA}
+    """A stage's own settings over those of all; its data in the place of theirs, whichever of the
+    ways to say it both take."""
+    if any(name in own for name in TRAINING_DATA):
+        shared = {name: value for name, value in shared.items() if name not in TRAINING_DATA}
     return shared | own

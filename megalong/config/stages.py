@@ -63,6 +63,9 @@ WHAT = (
     "data_path", "data_blend", "train_data_path", "sample_mode", "length_upsampling",
     "document_attention", "eod_mask_loss",
 )  # fmt: skip
+# Three ways to say what is trained on, and what stands for one where it need not be said.
+TRAINING_DATA = ("data_path", "data_blend", "train_data_path")
+_TO_COME = "to_come"
 
 
 @dataclass(frozen=True)
@@ -211,6 +214,10 @@ class Recipe:
     stages: tuple[StageSettings, ...]
     dry_run: int | None = None
 
+    def with_data_to_come(self) -> Recipe:
+        """This one for what reads no data: with some where a stage has none."""
+        return dataclasses.replace(self, stages=tuple(map(_with_data_to_come, self.stages)))
+
     def resolve(self, world_size: int) -> tuple[Stage, ...]:
         """The stages on so many ranks. Raises UserError where one cannot work."""
         stages: list[Stage] = []
@@ -240,6 +247,15 @@ class Recipe:
         """A number of ranks that the layout of every stage can share."""
         configs = [config_from_values(settings.values) for settings in self.stages]
         return math.lcm(*(max(config.parallel.ranks_per_replica, 1) for config in configs))
+
+
+def _with_data_to_come(settings: StageSettings) -> StageSettings:
+    values = settings.values
+    if any(values.get(name) for name in TRAINING_DATA):
+        return settings
+    divided = not (values.get("valid_data_path") or values.get("test_data_path"))
+    name = "data_path" if divided else "train_data_path"
+    return dataclasses.replace(settings, values=values | {name: [_TO_COME]})
 
 
 def _of_the_run(
