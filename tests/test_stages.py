@@ -218,6 +218,8 @@ def test_flags_that_do_not_go_with_the_stages(file, flags, message):
          "stage long: --lr-wsd-decay-iters 6 is more than the 5 of the stage's 5 iterations"),
         (("global_batch_size: 4\n", ""), 19, "train_tokens is a number of iterations only where"),
         (("rotary_base: 50000", "rope_original_length: 64"), 23, "--rope-scaling-factor turns on"),
+        (("save: run\n", "save: run\nrope_original_length: 64\n"), 12,
+         "stage short: --rope-original-length 64 is of the scaling that --rope-scaling-factor"),
         (("rotary_base: 50000", "yarn_original_max_position_embeddings: 64"), 23,
          "which --yarn-rotary-scaling-factor turns on: set that too"),
         (("rotary_base: 50000", "yarn_rotary_scaling_factor: 4"), 23,
@@ -282,6 +284,17 @@ def test_no_stage_forgets_the_positions_of_the_one_before_it(file, positions, of
         stages_of()
     assert str(error.value).startswith(f"--config recipe.yaml, line {line}: stage {stage}: {words}")
     assert "\n" not in str(error.value)
+
+
+def test_what_is_of_a_scaling_may_stand_beside_the_stages(file):
+    """It is of those that have the scaling, which no other has a use for."""
+    of_all = "yarn_original_max_position_embeddings: 64\nrope_original_length: 32\n"
+    changed(file, ("rotary_base: 50000", "yarn_rotary_scaling_factor: 4"))
+    changed(file, ("save: run\n", "save: run\n" + of_all))
+    changed(file, ("    train-iters: 10", "    train-iters: 10\n    rope_scaling_factor: 2"))
+    found = [stage.config.model for stage in stages_of()]
+    assert [model.rope_original_length for model in found] == [32, 8192]
+    assert [model.yarn_original_max_position_embeddings for model in found] == [None, 64]
 
 
 def test_stages_are_a_list_and_for_one_command(file):

@@ -128,6 +128,12 @@ def check_rope(model: ModelConfig) -> None:
             " channels has no others: set a larger --kv-channels, or"
             " --rotary-seq-len-interpolation-factor"
         )
+    length = model.rope_original_length
+    if model.rope_scaling_factor is None and length != type(model).rope_original_length:
+        raise UserError(
+            f"--rope-original-length {length} is of the scaling that --rope-scaling-factor turns"
+            " on: set that too, or leave it out"
+        )
     if model.yarn_rotary_scaling_factor is None:
         _check_no_yarn(model)
     else:

@@ -24,7 +24,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,7 @@ from megalong.config.arguments import (
 from megalong.config.attention import AttentionConfig
 from megalong.config.memory import MemoryConfig
 from megalong.config.parallel import ParallelConfig
-from megalong.config.rope import ROPE_FIELDS, lost_fields
+from megalong.config.rope import FACTORS, ROPE_FIELDS, fields_of_scaling, lost_fields
 from megalong.config.yaml_file import YamlFile
 from megalong.errors import UserError
 from megalong.wording import counted
@@ -100,6 +100,17 @@ class StageSettings:
             where = self.file.where(*(found[0].place if found else self.place))
             raise UserError(f"{where}: stage {self.name}: {error}") from error
 
+    def values_with(self, scalings: Iterable[str]) -> dict[str, Any]:
+        """Its settings, without what all have in common of a scaling that other stages have and it
+        has not. scalings: factors of those that some stage has."""
+        idle = {
+            name
+            for factor in scalings
+            if self.values.get(factor) is None
+            for name in fields_of_scaling(factor)
+        }
+        return {n: value for n, value in self.values.items() if n in self.own or n not in idle}
+
     def iterations(self) -> tuple[int, list[str]]:
         """Its own, and what is to be said of how they were counted."""
         if self.tokens is None:
@@ -135,8 +146,7 @@ class StageSettings:
             )
 
     def check(self, iterations: int) -> None:
-        """Raise UserError where so many are too few for what is to happen in them, or what is of a
-        scaling is set without it."""
+        """Raise UserError where so many are too few for what is to happen in them."""
         warmup = self.values.get("lr_warmup_iters", 0)
         if warmup > iterations:
             raise UserError(
@@ -148,13 +158,6 @@ class StageSettings:
             raise UserError(
                 f"--lr-wsd-decay-iters {decay} is more than the {iterations - warmup} of the"
                 f" stage's {counted(iterations, 'iteration')} that its warm-up leaves"
-            )
-        length = self.own.get("rope_original_length")
-        is_set = length is not None and length.value != ModelConfig.rope_original_length
-        if is_set and not self.values.get("rope_scaling_factor"):
-            raise UserError(
-                "--rope-original-length is of the scaling that --rope-scaling-factor turns on: set"
-                " that too, or leave it out"
             )
 
 
@@ -221,6 +224,7 @@ class Recipe:
     def resolve(self, world_size: int) -> tuple[Stage, ...]:
         """The stages on so many ranks. Raises UserError where one cannot work."""
         stages: list[Stage] = []
+        scalings = self._scalings()
         begin, last = 0, len(self.stages)
         for number, settings in enumerate(self.stages, 1):
             if settings.name is None:
@@ -231,7 +235,7 @@ class Recipe:
                 iterations, notes = settings.iterations()
                 settings.check(iterations)
                 given = config_from_values(
-                    _of_the_run(settings.values, begin, iterations, number == last)
+                    _of_the_run(settings.values_with(scalings), begin, iterations, number == last)
                 )
                 config = given.resolve(world_size)
                 if stages:
@@ -241,6 +245,14 @@ class Recipe:
             begin += iterations
         flags = _flags(stages)
         return tuple(dataclasses.replace(stage, flags=flags) for stage in stages)
+
+    def _scalings(self) -> list[str]:
+        """The factors of those of rotary positions that some stage has."""
+        return [
+            factor
+            for factor in FACTORS
+            if any(settings.values.get(factor) is not None for settings in self.stages)
+        ]
 
     @property
     def fewest_ranks(self) -> int:
