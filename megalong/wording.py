@@ -8,9 +8,10 @@ from collections.abc import Collection, Iterable, Sequence
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a message on an unknown word: "; did you mean ...?", or nothing where no known one
-    is like it."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    is like it. Upper and lower case are alike."""
+    of_lower = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(word.lower(), list(of_lower), n=1)
+    return f"; did you mean {of_lower[close[0]]}?" if close else ""
 
 
 def counted(number: int, noun: str) -> str:

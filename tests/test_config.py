@@ -332,6 +332,14 @@ def test_data_path_is_needed():
         config_from_values({"tokenizer_type": "ByteTokenizer"}).resolve(1)
 
 
+def test_adamw_is_another_word_for_adam(tmp_path):
+    """On the command line and in a file; no configuration has it."""
+    (tmp_path / "run.yaml").write_text("optimizer: adamw")
+    for flags in (["--optimizer", "adamw"], ["--config", str(tmp_path / "run.yaml")]):
+        config = parse_arguments(flags)
+        assert config == parse_arguments([]) and config.training.optimizer == "adam"
+
+
 @pytest.mark.parametrize(
     "flags, names",
     [
@@ -341,6 +349,9 @@ def test_data_path_is_needed():
         (["--num-layers", "three"], ["--num-layers", "three"]),
         (["--seq-length", "2**"], ["--seq-length: '2**' is no whole number, such as 1048576"]),
         (["--precision", "fp8"], ["--precision", "fp8", "bf16"]),
+        (["--lr-decay-style", "wsd"], ["--lr-decay-style: 'wsd' is", "did you mean WSD?"]),
+        (["--optimizer", "adamx"], ["is not one of adam, sgd, muon; did you mean adam?"]),
+        (["--zero-stage", "4"], ["--zero-stage: invalid choice: 4"]),
         (["--head-offsets", "[[0,"], ["--head-offsets"]),
         (["--attention", "dilated", "locall"], ["--attention", "locall", "local"]),
         (["--attention", "dlated"], ["dlated", "did you mean dilated?"]),
@@ -463,7 +474,7 @@ def test_the_objective():
 def test_the_backend_of_the_attention():
     assert resolve().attention.attention_backend == "auto"
     assert resolve("--attention-backend", "sdpa").attention.attention_backend == "sdpa"
-    with pytest.raises(UserError, match=r"--attention-backend: invalid choice: 'fast'.*reference"):
+    with pytest.raises(UserError, match=r"--attention-backend: 'fast' is not one of .*reference"):
         resolve("--attention-backend", "fast")
 
 

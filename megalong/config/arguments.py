@@ -124,6 +124,9 @@ def _add_flag(group: Any, setting: _Setting) -> None:
             options["help"] += f": {', '.join(setting.choices)}"
     elif setting.is_json:
         options |= {"type": _json_or_word, "metavar": "RULE"}
+    elif setting.kind is str and setting.choices is not None:
+        options["type"] = functools.partial(_one_of, setting.choices, aliases=setting.aliases)
+        options["metavar"] = f"{{{','.join(setting.choices)}}}"
     else:
         options |= {"type": _parser(setting.kind), "choices": setting.choices}
     group.add_argument(flag_name(setting.name), **options)
@@ -248,7 +251,8 @@ def to_yaml(config: Config, leave_out: str | None = None) -> str:
 class _Setting:
     """One field of one section, as the command line and YAML need to know it.
 
-    kind: the type of its value, `int` for `int | None`; item: the type of a list's items.
+    kind: the type of its value, `int` for `int | None`; item: the type of a list's items; aliases:
+    other words for its choices, which nobody but the reader of flags and files gets to see.
     """
 
     section: str
@@ -257,6 +261,7 @@ class _Setting:
     default: Any
     help: str
     choices: tuple | None
+    aliases: Mapping[str, str]
     item: type | None
     is_json: bool
 
@@ -281,6 +286,7 @@ def _settings() -> dict[str, _Setting]:
                 default=field.default,
                 help=field.metadata["help"] + _default_in_words(field.default),
                 choices=field.metadata.get("choices"),
+                aliases=field.metadata.get("aliases", {}),
                 item=field.metadata.get("item"),
                 is_json=field.metadata.get("is_json", False),
             )
@@ -319,6 +325,7 @@ def _checked(value: Any, setting: _Setting) -> Any:
         value = _as_whole(value)
     if type(value) is not setting.kind:
         raise UserError(f"expected {setting.kind.__name__}, found {value!r}")
+    value = setting.aliases.get(value, value)
     _check_choice(value, setting)
     return value
 
@@ -340,7 +347,10 @@ def _check_choice(value: Any, setting: _Setting) -> None:
         )
 
 
-def _one_of(choices: tuple[str, ...], word: str) -> str:
+def _one_of(
+    choices: tuple[str, ...], word: str, aliases: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    word = aliases.get(word, word)
     if word not in choices:
         known = ", ".join(choices)
         raise argparse.ArgumentTypeError(

@@ -69,8 +69,10 @@ class TrainingConfig:
     )
     optimizer: str = flag(
         "adam",
-        "AdamW; SGD with momentum; or Muon for the matrices of the layers, and AdamW for the rest",
+        "adam, or adamw: AdamW; sgd: SGD with momentum; muon: Muon for the matrices of the layers,"
+        " and AdamW for the rest",
         choices=("adam", "sgd", "muon"),
+        aliases={"adamw": "adam"},
     )
     weight_decay: float = flag(0.01, "weight decay, on matrices only")
     z_loss_coeff: float = flag(
