@@ -300,6 +300,11 @@ def test_what_is_of_a_scaling_may_stand_beside_the_stages(file):
 def test_stages_are_a_list_and_for_one_command(file):
     with pytest.raises(UserError, match=r"line 13: stages: a run of several is for pretrain"):
         parse_arguments(["--config", "recipe.yaml"])
+    for wrong in ("stage", "Stages", "stags"):
+        file.write_text(RECIPE.replace("stages:", f"{wrong}:"))
+        words = rf"line 13: {wrong}: unknown key; did you mean stages\?$"
+        with pytest.raises(UserError, match=words):
+            stages_of()
     file.write_text("save: run\nstages: {}\n")
     with pytest.raises(UserError, match=r"line 2: stages: a list is expected"):
         stages_of()

@@ -37,6 +37,9 @@ from megalong.wording import did_you_mean
 # Where one start of a run begins.
 ONE_START = ("load", "finetune", "pretrained_checkpoint", "load_optim", "load_rng", "new_data")
 
+# What a file may have that is no setting.
+_STAGES = MappingProxyType({"stages": None})
+
 # Megatron's flags that we have not, and what to do instead.
 INSTEAD = MappingProxyType(
     {
@@ -148,7 +151,8 @@ def read_yaml(path: str) -> dict[str, Any]:
             f"{file.where('stages')}: stages: a run of several is for pretrain_longnet.py alone:"
             " give the settings of one of them"
         )
-    return {name: found.value for name, found in settings_in(file).items()}
+    # Whoever misspells `stages` is told so.
+    return {name: found.value for name, found in settings_in(file, others=_STAGES).items()}
 
 
 @dataclass(frozen=True)
