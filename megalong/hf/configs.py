@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from megalong.config import Config
@@ -149,18 +150,21 @@ def _as_json(value: Any) -> Any:
     return [_as_json(item) for item in value] if isinstance(value, tuple) else value
 
 
-def megalong_values(config: dict[str, Any], where: str) -> dict[str, Any]:
+def megalong_values(
+    config: dict[str, Any], where: str, scalings: Collection[str] = ()
+) -> dict[str, Any]:
     """The fields of megalong's configuration that a config.json of Transformers decides.
 
-    where: the file, for errors. Raises UserError for a model that megalong does not have, saying
+    where: the file, for errors. scalings: factors of those that take the place of the model's own
+    (`rotary_values`). Raises UserError for a model that megalong does not have, saying
     what it has and megalong has not, and for a file that is not complete.
     """
     model_type = config.get("model_type")
     try:
         if model_type == "longnet":
-            return _from_longnet(_ADDED | config, where)
+            return _from_longnet(_ADDED | config, where, scalings)
         if model_type in LLAMA_FAMILY:
-            return _from_llama(config, where)
+            return _from_llama(config, where, scalings)
     except KeyError as missing:
         raise UserError(f"{where} has no {missing.args[0]}: it is not complete") from missing
     raise UserError(
@@ -169,12 +173,12 @@ def megalong_values(config: dict[str, Any], where: str) -> dict[str, Any]:
     )
 
 
-def _from_longnet(config: dict[str, Any], where: str) -> dict[str, Any]:
+def _from_longnet(config: dict[str, Any], where: str, scalings: Collection[str]) -> dict[str, Any]:
     pattern = {name: config[name] for name in PATTERN_FIELDS if name in config}
     return {
         **_sizes(config),
         **{ours: config[theirs] for ours, theirs in _SETTINGS.items()},
-        **_longnet_positions(config, where),
+        **_longnet_positions(config, where, scalings),
         **pattern,
         "document_attention": config.get("document_attention", "mixed"),
         "objective": "causal" if config.get("causal", True) else "mlm",
@@ -200,7 +204,7 @@ def _sizes(config: dict[str, Any]) -> dict[str, Any]:
 LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def _from_llama(config: dict[str, Any], where: str) -> dict[str, Any]:
+def _from_llama(config: dict[str, Any], where: str, scalings: Collection[str]) -> dict[str, Any]:
     def refuse(what: str) -> None:
         raise UserError(f"{where}: {what}, which megalong's model has not")
 
@@ -219,7 +223,7 @@ def _from_llama(config: dict[str, Any], where: str) -> dict[str, Any]:
         "add_qkv_bias": config["model_type"] == "qwen2",
         "qk_layernorm": config["model_type"] == "qwen3",
         "position_embedding_type": "rope",
-        **rotary_values(config, where),
+        **rotary_values(config, where, scalings),
         "init_method_std": float(config.get("initializer_range", 0.02)),
     }
 
@@ -242,9 +246,11 @@ def _windows(config: dict[str, Any]) -> dict[str, Any]:
     return {"attention": names[:period], "window_size": window}
 
 
-def _longnet_positions(config: dict[str, Any], where: str) -> dict[str, Any]:
+def _longnet_positions(
+    config: dict[str, Any], where: str, scalings: Collection[str]
+) -> dict[str, Any]:
     """Those of one of our exports. Earlier versions had our own names for them."""
     if "rope_parameters" in config:
-        return rotary_values(config, where)
+        return rotary_values(config, where, scalings)
     names = ("rotary_base", "rope_scaling_factor", "rope_original_length")
     return {name: config[name] for name in names if name in config}

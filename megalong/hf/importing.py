@@ -84,7 +84,9 @@ def import_model(source: Path, run_folder: Path, changes: dict[str, Any]) -> tup
     if run_folder.exists() and any(run_folder.iterdir()):
         raise UserError(f"--output {run_folder} is not empty: choose another folder")
     theirs = read_config(source)
-    values = _with_changes(megalong_values(theirs, str(source / "config.json")), changes)
+    scalings = [name for name in FACTORS if changes.get(name) is not None]
+    values = megalong_values(theirs, str(source / "config.json"), scalings)
+    values = _with_changes(values, changes, scalings)
     values, ids = _with_tokenizer(values, source, run_folder)
     if "tokenizer_type" not in changes:
         values = {"prepend_bos": begins_with_bos(open_tokenizer(source))} | values
@@ -108,11 +110,12 @@ def import_model(source: Path, run_folder: Path, changes: dict[str, Any]) -> tup
     return checkpoint, config
 
 
-def _with_changes(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def _with_changes(
+    values: dict[str, Any], changes: dict[str, Any], scalings: list[str]
+) -> dict[str, Any]:
     """The model's values and over them the changes; a scaling of rotary positions in the place of
-    the model's own, with all that belongs to that."""
-    given = [name for name in FACTORS if changes.get(name) is not None]
-    theirs = [name for name in FACTORS if given and name in values and name not in given]
+    the model's own, with all that belongs to that. scalings: factors of those that are changed."""
+    theirs = [name for name in FACTORS if scalings and name in values and name not in scalings]
     gone = {name for factor in theirs for name in fields_of_scaling(factor)}
     return {name: value for name, value in values.items() if name not in gone} | changes
 

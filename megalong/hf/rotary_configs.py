@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 from megalong.errors import UserError
@@ -31,24 +32,41 @@ _KEYS = {
 }
 # Those whose frequencies change with what is read, so that no training has just them.
 _CHANGING = {
-    "dynamic": "the base grows with the length that is read: without it (take it out of the file)"
-    " it is the same model up to its max_position_embeddings, and training beyond them takes"
-    " --rotary-ntk-factor",
+    "dynamic": "the base grows with the length that is read. Up to its max_position_embeddings it"
+    " is the same model without that: take it out of the file, or set --rotary-ntk-factor for"
+    " training beyond them",
     "longrope": "there are other frequencies for inputs up to the original length than beyond it."
-    " Without the scaling (take it out of the file) it is another model",
+    " Without the scaling (take it out of the file, or set another) it is another model",
 }
+# The flag of each kind.
+_FACTORS = {
+    "linear": "rotary_seq_len_interpolation_factor",
+    "llama3": "rope_scaling_factor",
+    "yarn": "yarn_rotary_scaling_factor",
+}
+# What published files have besides, and changes no frequency.
+_NOTES = {"finetuned"}
 
 
-def rotary_values(config: dict[str, Any], where: str) -> dict[str, Any]:
+def rotary_values(
+    config: dict[str, Any], where: str, instead: Collection[str] = ()
+) -> dict[str, Any]:
     """The fields of megalong's configuration, by name, for the rotary positions of a config.json.
 
     Transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling; either is
-    read as Transformers 5 does. where: the file, for errors. Raises UserError for positions that
-    megalong has not, and KeyError where a scaling's own parameter is missing.
+    read as Transformers 5 does. where: the file, for errors. instead: factors of scalings, of
+    `megalong.config.rope.FACTORS`, that take the place of the file's: of one of another kind the
+    base alone is read. Raises UserError for positions that megalong has not, and where the factor
+    is missing.
     """
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    _check_kind(kind, rope, config, where)
+    _check_channels(rope, config, where)
+    replaced = instead and kind != "default" and _FACTORS.get(kind) not in instead
+    if replaced:
+        kind = "default"
+    else:
+        _check_kind(kind, rope, where)
     base = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
     values = {"rotary_base": _number(base, "rope_theta", where)}
     if kind == "linear":
@@ -79,13 +97,21 @@ def _number(value: Any, name: str, where: str, least: float = 0.0) -> float:
     return float(value)
 
 
-def _check_kind(kind: Any, rope: dict[str, Any], config: dict[str, Any], where: str) -> None:
+def _check_channels(rope: dict[str, Any], config: dict[str, Any], where: str) -> None:
     layers = [name for name, value in rope.items() if isinstance(value, dict)]
     if layers:
         raise UserError(
             f"{where}: rotary positions are others in layers of the kinds {', '.join(layers)}, and"
             " megalong has the same in all layers"
         )
+    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise UserError(
+            f"{where}: partial_rotary_factor is {partial}; megalong's positions turn all channels"
+        )
+
+
+def _check_kind(kind: Any, rope: dict[str, Any], where: str) -> None:
     if kind not in _KEYS:
         why = _CHANGING.get(
             kind,
@@ -93,13 +119,10 @@ def _check_kind(kind: Any, rope: dict[str, Any], config: dict[str, Any], where: 
             " it out of the file) it is another model, good up to its original length",
         )
         raise UserError(f"{where}: rotary positions are scaled in the way {kind!r}: {why}")
-    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    if partial != 1.0:
-        raise UserError(
-            f"{where}: partial_rotary_factor is {partial}; megalong's positions turn all channels"
-        )
+    if "factor" in _KEYS[kind] and "factor" not in rope:
+        raise UserError(f"{where}: rotary positions of the kind {kind} have no factor")
     given = {name for name, value in rope.items() if value is not None}
-    unknown = given - _COMMON - _KEYS[kind]
+    unknown = given - _COMMON - _NOTES - _KEYS[kind]
     if unknown:
         raise UserError(
             f"{where}: rotary positions of the kind {kind} have {', '.join(sorted(unknown))}, which"

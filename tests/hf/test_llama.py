@@ -144,6 +144,17 @@ def test_a_config_of_an_earlier_version_and_one_that_is_not_complete(dense, tmp_
         import_model(tmp_path / "hf", tmp_path / "not", {})
 
 
+def test_a_scaling_that_is_set_takes_the_place_of_one_that_cannot_be_read(llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 300.0}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"scaled in the way 'dynamic': .* --rotary-ntk-factor"):
+        import_model(tmp_path / "hf", tmp_path / "not", {})
+    _, imported = import_model(tmp_path / "hf", tmp_path / "again", {"rotary_ntk_factor": 2.0})
+    assert (imported.model.rotary_base, imported.model.rotary_ntk_factor) == (300.0, 2.0)
+
+
 def test_rows_for_tensor_parallelism(llama, tmp_path):
     """What the layout needs can be said, and is asked for, at the import."""
     changes = {"attention": "dense", "tensor_model_parallel_size": 2}

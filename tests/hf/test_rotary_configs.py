@@ -86,7 +86,10 @@ def test_files_of_all_versions(config, expected):
 @pytest.mark.parametrize(
     "rope, words",
     [
-        ({"rope_type": "dynamic", "factor": 2.0}, "training beyond them takes --rotary-ntk-factor"),
+        (
+            {"rope_type": "dynamic", "factor": 2.0},
+            "set --rotary-ntk-factor for training beyond",
+        ),
         ({"rope_type": "longrope"}, "other frequencies for inputs up to the original length"),
         (
             {"rope_type": "proportional"},
@@ -125,6 +128,31 @@ def test_a_ramp_that_is_not_truncated_may_be_said_by_null():
     assert values["yarn_correction_range_round_to_int"] is False
 
 
-def test_a_scaling_without_its_factor_is_an_error():
-    with pytest.raises(KeyError, match="factor"):
-        rotary_values({"rope_parameters": {"rope_type": "linear"}}, "file")
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+def test_a_scaling_without_its_factor_is_an_error(kind):
+    with pytest.raises(UserError, match=f"^file: rotary positions of the kind {kind} have no fac"):
+        rotary_values({"rope_parameters": {"rope_type": kind}, **LENGTH}, "file")
+
+
+def test_notes_of_published_files_are_passed_over():
+    noted = FOUR | {"finetuned": True, "original_max_position_embeddings": 16}
+    assert rotary_values({"rope_scaling": noted, **LENGTH}, "file") == rotary_values(
+        {"rope_scaling": {k: v for k, v in noted.items() if k != "finetuned"}, **LENGTH}, "file"
+    )
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [{"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "longrope"}, FOUR | {"unknown": 1}],
+)
+def test_a_scaling_may_take_the_place_of_any_other(rope):
+    config = {"rope_scaling": rope, "rope_theta": 5e5, **LENGTH}
+    with pytest.raises(UserError):
+        rotary_values(config, "file")
+    assert rotary_values(config, "file", ["rotary_ntk_factor"]) == {"rotary_base": 5e5}
+    partial = config | {"partial_rotary_factor": 0.5}
+    with pytest.raises(UserError, match=r"partial_rotary_factor is 0\.5"):
+        rotary_values(partial, "file", ["rotary_ntk_factor"])
+    # Of its own kind it takes the factor's place alone.
+    values = rotary_values({"rope_scaling": FOUR, **LENGTH}, "file", ["yarn_rotary_scaling_factor"])
+    assert values["yarn_original_max_position_embeddings"] == 64
