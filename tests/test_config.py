@@ -285,6 +285,8 @@ def test_a_missing_yaml_is_named():
             "does not divide the 3 key/value heads of a tensor-parallel rank: set"
             " --attention-head-groups 3",
         ),
+        ("--no-load-optim", 1, "--no-load-optim is about a run that goes on: set --load, or leave"),
+        ("--no-load-rng --save run", 1, "--no-load-rng is about a run that goes on: set --load"),
         ("--new-data", 1, "--new-data is about a run that goes on: set --load"),
         ("--load run --finetune --new-data", 1, "begins a new one, on any data: leave --new-data"),
         (

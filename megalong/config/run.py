@@ -27,10 +27,14 @@ class RunConfig:
         "run folder, or checkpoint, to --finetune from as long as --load has no checkpoint",
     )
     load_optim: bool = flag(
-        True, "load the optimizer's state (--no-load-optim: it begins with none)"
+        True,
+        "load the optimizer's state (--no-load-optim: it begins with none, at every start: to be"
+        " taken out after the first checkpoint)",
     )
     load_rng: bool = flag(
-        True, "load the states of the random generators (--no-load-rng: those of the seed)"
+        True,
+        "load the states of the random generators (--no-load-rng: those of the seed, at every"
+        " start)",
     )
     new_data: bool = flag(
         False,
@@ -113,6 +117,12 @@ class RunConfig:
             raise UserError("--finetune begins with the weights of a checkpoint: set --load")
         if self.new_data and self.load is None:
             raise UserError("--new-data is about a run that goes on: set --load, or leave it out")
+        for name in ("load_optim", "load_rng"):
+            if not getattr(self, name) and self.load is None:
+                raise UserError(
+                    f"--no-{flag_name(name)[2:]} is about a run that goes on: set --load, or leave"
+                    " it out"
+                )
         if self.new_data and self.finetune:
             raise UserError(
                 "--new-data is about a run that goes on, and --finetune begins a new one, on any"
