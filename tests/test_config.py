@@ -193,7 +193,21 @@ def test_a_missing_yaml_is_named():
             1,
             "--match-flops: sparse attention comes no nearer to the dilated branches than",
         ),
-        ("--lr-warmup-iters 20 --train-iters 10", 1, "--lr-warmup-iters 20"),
+        (
+            "--lr-warmup-iters 20 --train-iters 10",
+            1,
+            "--lr-warmup-iters 20 must lie between 0 and --train-iters 10",
+        ),
+        (
+            "--lr-warmup-iters 20 --train-iters 30 --lr-begin-iters 15",
+            1,
+            "between 0 and --train-iters 30 - --lr-begin-iters 15",
+        ),
+        (
+            "--lr-warmup-iters 20 --lr-decay-iters 10",
+            1,
+            "--lr-warmup-iters 20 must lie between 0 and --lr-decay-iters 10",
+        ),
         ("--lr-decay-style WSD", 1, "set --lr-wsd-decay-iters to the iterations of that"),
         (
             "--lr-wsd-decay-iters 10",

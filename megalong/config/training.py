@@ -155,8 +155,8 @@ class TrainingConfig:
             raise UserError(f"--seed {self.seed} must lie in [0, 2^32)")
         if not 0 <= self.lr_warmup_iters <= self.lr_decay_iters:
             raise UserError(
-                f"--lr-warmup-iters {self.lr_warmup_iters} must lie between 0 and --lr-decay-iters"
-                f" {self.lr_decay_iters}"
+                f"--lr-warmup-iters {self.lr_warmup_iters} must lie between 0 and"
+                f" {self._decay_end_in_words}"
             )
         self._check_wsd()
         if not 0 <= self.min_lr <= self.lr:
@@ -229,8 +229,17 @@ class TrainingConfig:
         if not 0 < iterations <= room:
             raise UserError(
                 f"--lr-wsd-decay-iters {iterations} must be at least 1, and at most {room}, the"
-                f" iterations from the warm-up to --lr-decay-iters {self.lr_decay_iters}"
+                f" iterations from the warm-up to {self._decay_end_in_words}"
             )
+
+    @property
+    def _decay_end_in_words(self) -> str:
+        """The last iteration of the decay, by the flag that says it: that of the run, unless it is
+        another."""
+        if self.lr_decay_iters != self.train_iters - self.lr_begin_iters:
+            return f"--lr-decay-iters {self.lr_decay_iters}"
+        begin = f" - --lr-begin-iters {self.lr_begin_iters}" if self.lr_begin_iters else ""
+        return f"--train-iters {self.train_iters}{begin}"
 
     def _check_objective(self) -> None:
         if self.mask_rate is None:
