@@ -66,8 +66,17 @@ def parse_run(arguments: list[str], description: str | None = None) -> Recipe:
     file = YamlFile.read(given["config"]) if "config" in given else None
     if file is None or "stages" not in file.content:
         return Recipe((StageSettings(None, given_values(given)),), dry_run)
-    file.check_keys()
+    file.check_keys(lambda place: _stage_at(file, place))
     return Recipe(tuple(_stages_of(file, given)), dry_run)
+
+
+def _stage_at(file: YamlFile, place: tuple[Any, ...]) -> str:
+    """ "stage NAME: " of a place in one that has a name."""
+    match place:
+        case ("stages", int(number), *_):
+            name = file.content["stages"][number].get("name")
+            return "" if name is None else f"stage {name}: "
+    return ""
 
 
 def _stages_of(file: YamlFile, given: dict[str, Any]) -> Iterator[StageSettings]:

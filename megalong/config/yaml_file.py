@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,23 +28,25 @@ class YamlFile:
             raise UserError(f"--config {path}: expected `name: value` lines, found {content!r}")
         return YamlFile(path, text, content or {})
 
-    def check_keys(self) -> None:
-        """Raise UserError where a mapping has a key twice, of which YAML takes the last."""
-        nodes = [yaml.compose(self.text, yaml.SafeLoader)]
+    def check_keys(self, of: Callable[[tuple[Hashable, ...]], str] = lambda place: "") -> None:
+        """Raise UserError where a mapping has a key twice, of which YAML takes the last.
+
+        of: what the error is to say of the place of the mapping, before the key.
+        """
+        nodes: list[tuple[yaml.Node, tuple[Hashable, ...]]]
+        nodes = [(yaml.compose(self.text, yaml.SafeLoader), ())]
         while nodes:
-            node = nodes.pop()
+            node, place = nodes.pop()
             if isinstance(node, yaml.MappingNode):
                 seen: set[str] = set()
                 for key, value in node.value:
                     if key.value in seen:
-                        line = key.start_mark.line + 1
-                        raise UserError(
-                            f"--config {self.path}, line {line}: {key.value}: given twice"
-                        )
+                        where = f"--config {self.path}, line {key.start_mark.line + 1}"
+                        raise UserError(f"{where}: {of(place)}{key.value}: given twice")
                     seen.add(key.value)
-                    nodes.append(value)
+                    nodes.append((value, (*place, key.value)))
             elif isinstance(node, yaml.SequenceNode):
-                nodes += node.value
+                nodes += [(item, (*place, number)) for number, item in enumerate(node.value)]
 
     def where(self, *place: Hashable) -> str:
         """ "--config FILE, line 12" of a place, the keys and list indices that lead to it; of one
