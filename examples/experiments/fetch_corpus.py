@@ -262,14 +262,15 @@ def drop_what_was_seen(train: Path, held_out: Path, most: float) -> float:
     kept = [record for record in records(held_out) if shares[record["path"]] <= most]
     if not kept:
         raise UserError(
-            f"--max-seen-share {most:g}: every held-out document has more of train.jsonl"
+            f"--max-seen-share {most:g}: of every held-out document more stands in train.jsonl: set"
+            " a larger one"
         )
     if len(kept) < len(shares):
         held_out.write_text("".join(json.dumps(record) + "\n" for record in kept))
     mean = sum(shares[record["path"]] for record in kept) / len(kept)
     dropped = counted(len(shares) - len(kept), "document")
     print(
-        f"of held-out documents' runs of four lines {mean:.1%} are in train.jsonl;"
+        f"of a held-out document's runs of four lines {mean:.1%} are in train.jsonl, on average;"
         f" {dropped} with more than {most:.0%} dropped"
     )
     return mean

@@ -113,17 +113,26 @@ def beside_the_first(cells: list[Cell], column: Column) -> Column:
 
 
 def compute_and_loss(
-    cells: list[Cell], axis: str, name: str
+    cells: list[Cell], name: str, kind: str
 ) -> tuple[list[int], list[float], list[int]]:
-    """Of the cells with this value of an axis: executed FLOPs, loss and seed, each."""
+    """Of the cells that are `name` by the axes between, and `kind` by the first one: executed
+    FLOPs, loss and seed, each."""
     [column] = loss_at_training_length(cells)
+    first, *_ = cells[0]["axes"]
     points = [
         (sum(cell["flops"].values()), value, cell["seed"])
         for cell in cells
-        if cell["values"][axis] == name and (value := column.value(cell)) is not None
+        if (between(cell), cell["values"][first]) == (name, kind)
+        and (value := column.value(cell)) is not None
     ]
     flops, losses, seeds = zip(*points, strict=True) if points else ((), (), ())
     return list(flops), list(losses), list(seeds)
+
+
+def between(cell: Cell) -> str:
+    """Its values of the axes between the first and the last, of those that have several."""
+    axes = list(cell["axes"].items())[1:-1]
+    return ", ".join(cell["values"][axis] for axis, names in axes if len(names) > 1)
 
 
 def at_position(cell: Cell, position: int | None) -> float | None:

@@ -10,7 +10,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
-from measures import Cell, compute_and_loss, loss_at_training_length, text_of
+from measures import (
+    Cell,
+    beside_the_first,
+    between,
+    compute_and_loss,
+    loss_at_training_length,
+    text_of,
+)
 from statistics_of_seeds import PowerLaw, Spread
 
 Points = list[tuple[float, float]]
@@ -42,44 +49,44 @@ def by_compute(cells: list[Cell]) -> Figure:
     """Loss against executed FLOPs, a point a cell, with the power laws."""
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
     axes = figure.subplots()
-    axis, names = next(iter(cells[0]["axes"].items()))
-    for number, name in enumerate(names):
-        flops, losses, seeds = compute_and_loss(cells, axis, name)
-        if not flops:
-            continue
-        color, label = f"C{number}", name
+    first, *_ = cells[0]["axes"]
+    series = dict.fromkeys((between(cell), cell["values"][first]) for cell in cells)
+    for number, (name, kind) in enumerate(series):
+        flops, losses, seeds = compute_and_loss(cells, name, kind)
+        color, label = f"C{number}", ", ".join(filter(None, (kind, name)))
         if law := PowerLaw.of(flops, losses, seeds):
             ends = np.array([min(flops), max(flops)])
             axes.plot(ends, law.at(ends), color=color, linewidth=1)
             error = "" if law.exponent_error is None else f" ± {law.exponent_error:.3f}"
-            label = f"{name}: FLOP^-({law.exponent:.3f}{error})"
+            label += f": FLOP^-({law.exponent:.3f}{error})"
         axes.plot(flops, losses, "o", color=color, markersize=4, label=label)
     behind = " behind what all start from" if cells[0]["starts"] else ""
     axes.set(xscale="log", xlabel=f"executed FLOPs{behind}", ylabel="held-out loss (nats)")
     _log_scale(axes)
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    axes.legend(fontsize=8)
     return figure
 
 
 def of_variants(cells: list[Cell]) -> Figure:
-    """The loss of each variant at the training length, a point a seed."""
+    """The loss of each variant at the training length, less that of the first with the same seed: a
+    point a seed, the best one below."""
     [column] = loss_at_training_length(cells)
+    difference = beside_the_first(cells, column)
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
-    losses: dict[str, list[float]] = {}
+    found: dict[str, list[float]] = {}
     for cell in cells:
-        if (loss := column.value(cell)) is not None:
-            losses.setdefault(", ".join(cell["values"].values()), []).append(loss)
-    names = sorted(losses, key=lambda name: Spread.of(losses[name]).mean)
+        if (value := difference.value(cell)) is not None:
+            found.setdefault(", ".join(cell["values"].values()), []).append(value)
+    names = sorted(found, key=lambda name: Spread.of(found[name]).mean)
     for place, name in enumerate(names):
-        values, spread = losses[name], Spread.of(losses[name])
-        axes.plot(values, [place] * len(values), "o", color="C0", alpha=0.5, markersize=4)
-        axes.errorbar(
-            spread.mean, place, xerr=spread.deviation or 0, fmt="|", color="C0", label=name
-        )
+        spread = Spread.of(found[name])
+        axes.plot(found[name], [place] * spread.count, "o", color="C0", alpha=0.5, markersize=4)
+        axes.errorbar(spread.mean, place, xerr=spread.deviation or 0, fmt="|", color="C0")
     axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="held-out loss (nats)")
+    first = next(iter(cells[0]["axes"].values()))[0]
+    axes.set(xlabel=f"held-out loss less that of {first} with the same seed (nats)")
     axes.grid(alpha=0.3)
     return figure
 

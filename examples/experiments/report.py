@@ -13,8 +13,8 @@ from measures import (
     Cell,
     Column,
     beside_the_first,
+    between,
     compute_and_loss,
-    loss_at_training_length,
 )
 from plots import PLOTS
 from statistics_of_seeds import PowerLaw, Spread
@@ -35,19 +35,19 @@ def of_newest_grid(cells: list[Cell]) -> tuple[list[Cell], list[str]]:
     other axes by now, or of seeds that were trained otherwise than the newest of their row."""
     newest = max(cells, key=lambda cell: cell["date"])
     kept = []
-    alike = [
-        cell
-        for cell in cells
-        if all(cell[key] == newest[key] for key in ("axes", "corpus", "evaluate"))
-    ]
-    for group in groups(alike):
-        like = _trained(max(group, key=lambda cell: cell["date"]))
-        kept += [cell for cell in group if _trained(cell) == like]
+    for group in groups([cell for cell in cells if asked(cell) == asked(newest)]):
+        like = trained(max(group, key=lambda cell: cell["date"]))
+        kept += [cell for cell in group if trained(cell) == like]
     names = {cell["cell"] for cell in kept}
     return kept, [cell["cell"] for cell in cells if cell["cell"] not in names]
 
 
-def _trained(cell: Cell) -> tuple:
+def asked(cell: Cell) -> tuple:
+    """What is alike in all cells of a table."""
+    return cell["axes"], cell["corpus"], cell["evaluate"]
+
+
+def trained(cell: Cell) -> tuple:
     """What is alike in cells that differ in their seed alone."""
     flags = {name: value for name, value in cell["flags"].items() if name != "seed"}
     starts = [
@@ -77,6 +77,7 @@ def summary(cells: list[Cell], complete: list[Cell]) -> dict[str, Any]:
     """All numbers of a report."""
     first = complete[0]
     laws = fits(complete) if first["measure"] == "compute" else {}
+    equal_loss = {name: at_equal_loss(some) for name, some in laws.items()}
     measure = MEASURES[first["measure"]]
     columns = measure.columns(complete)
     return {
@@ -87,8 +88,11 @@ def summary(cells: list[Cell], complete: list[Cell]) -> dict[str, Any]:
         "one_start": one_start(complete),
         "formats": {column.name: column.shown for column in columns},
         "beside_the_first": differences(complete, measure.compared(complete)),
-        "fits": laws,
-        "at_equal_loss": at_equal_loss(complete, laws),
+        "fits": {
+            name: {kind: law and law._asdict() for kind, law in some.items()}
+            for name, some in laws.items()
+        },
+        "at_equal_loss": {name: found for name, found in equal_loss.items() if found},
         "cut": {
             cell["cell"]: (
                 f"{cell['iterations_done']} of {cell['iterations']} iterations"
@@ -158,12 +162,18 @@ def differences(cells: list[Cell], compared: list[Column]) -> dict[str, Any] | N
     there is nothing to compare."""
     axis, names = next(iter(cells[0]["axes"].items()))
     columns = [beside_the_first(cells, column) for column in compared]
+    if not columns:
+        return None
     rows = [
-        {"values": group[0]["values"], "numbers": spreads(group, columns)}
+        {
+            "values": group[0]["values"],
+            "pairs": sum(columns[0].value(cell) is not None for cell in group),
+            "numbers": spreads(group, columns),
+        }
         for group in groups(cells)
         if group[0]["values"][axis] != names[0]
     ]
-    if not (columns and rows):
+    if not rows:
         return None
     return {
         "first": names[0],
@@ -181,13 +191,17 @@ def spreads(group: list[Cell], columns: list[Column]) -> dict[str, dict | None]:
     return found
 
 
-def fits(cells: list[Cell]) -> dict[str, dict | None]:
-    """By the first axis' value, the power law of loss in compute over all sizes and seeds."""
-    axis, names = next(iter(cells[0]["axes"].items()))
-    found = {}
-    for name in names:
-        law = PowerLaw.of(*compute_and_loss(cells, axis, name))
-        found[name] = law and law._asdict()
+def fits(cells: list[Cell]) -> dict[str, dict[str, PowerLaw | None]]:
+    """The power laws of loss in compute, over the values of the last axis and all seeds: by the
+    values of the axes between the first and the last, and by those of the first."""
+    found: dict[str, dict[str, PowerLaw | None]] = {}
+    first, *_ = cells[0]["axes"]
+    for cell in chain.from_iterable(groups(cells)):
+        of = found.setdefault(between(cell), {})
+        of.setdefault(cell["values"][first], None)
+    for name, laws in found.items():
+        for kind in laws:
+            laws[kind] = PowerLaw.of(*compute_and_loss(cells, name, kind))
     return found
 
 
@@ -212,32 +226,23 @@ def seconds(cells: list[Cell]) -> float:
     return round(sum(own) + sum(starts.values()), 1)
 
 
-def at_equal_loss(cells: list[Cell], laws: dict[str, dict | None]) -> dict[str, Any] | None:
-    """By the power laws, the FLOPs of each for the lowest loss that all reach (as means over the
-    seeds), and their standard error as a share; None for one that was not measured there. times: of
-    the FLOPs of the first, seed by seed, geometric mean and the deviation as a share. None where
-    there are not several laws, or one does not fall."""
-    if len(laws) < 2 or not all(law and law["exponent"] > 0 for law in laws.values()):
+def at_equal_loss(laws: dict[str, PowerLaw | None]) -> dict[str, Any] | None:
+    """By the power laws, the FLOPs of each for the lowest loss that all reach where they were
+    measured, and their standard error as a share; None for one whose measurements end before.
+    times: of the FLOPs of the first, seed by seed, geometric mean and the deviation as a share.
+    None where there are not several laws, or one does not fall."""
+    if len(laws) < 2 or not all(law and law.exponent > 0 for law in laws.values()):
         return None
-    axis = next(iter(cells[0]["axes"]))
-    [column] = loss_at_training_length(cells)
-    lowest: dict[str, float] = {}
-    for group in groups(cells):
-        losses = [value for cell in group if (value := column.value(cell)) is not None]
-        if losses:
-            name, mean = group[0]["values"][axis], Spread.of(losses).mean
-            lowest[name] = min(mean, lowest.get(name, mean))
-    wanted = max(lowest.values())
-    found = {name: PowerLaw(**law) for name, law in laws.items()}
-    first, *rest = found.values()
-    times = dict(
-        zip(list(found)[1:], (law.compute_beside(first, wanted) for law in rest), strict=True)
-    )
+    loss = max(law.at(law.highest) for law in laws.values())
+    first, *rest = laws
+    times = {name: laws[name].compute_beside(laws[first], loss) for name in rest}
     return {
-        "loss": wanted,
-        "flops": {name: law.compute_for(wanted) for name, law in found.items()},
+        "loss": loss,
+        "flops": {name: law.compute_for(loss) for name, law in laws.items()},
+        "least": {name: law.lowest for name, law in laws.items()},
         "times": {
-            name: spread and [math.exp(spread.mean), spread.deviation]
+            name: spread
+            and [math.exp(spread.mean), spread.deviation and math.expm1(spread.deviation)]
             for name, spread in times.items()
         },
     }
@@ -279,10 +284,11 @@ def as_text(found: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     if found["beside_the_first"]:
         lines += ["", *differences_in_words(found["beside_the_first"], found["axes"])]
-    for name, law in found["fits"].items():
-        lines += ["", f"{name}: {law_in_words(law)}"]
-    if found["at_equal_loss"]:
-        lines += ["", equal_loss_in_words(found["at_equal_loss"], found["fits"])]
+    for name, laws in found["fits"].items():
+        for kind, law in laws.items():
+            lines += ["", f"{', '.join(filter(None, (kind, name)))}: {law_in_words(law)}"]
+    for name, equal_loss in found["at_equal_loss"].items():
+        lines += ["", f"{name}: ".removeprefix(": ") + equal_loss_in_words(equal_loss)]
     if found["cut"]:
         lines += ["", "Cut, being longer than their minutes, and in no mean:"]
         lines += [f"- {name}: {what}" for name, what in found["cut"].items()]
@@ -324,34 +330,35 @@ def differences_in_words(found: dict[str, Any], axes: list[str]) -> list[str]:
         f"Loss less that of {found['first']} with the same seed (less than 0 is better), mean and"
         " sample standard deviation of these differences:",
         "",
-        f"| {' | '.join([*axes, *columns])} |",
-        f"|{'---|' * len([*axes, *columns])}",
+        f"| {' | '.join([*axes, *columns, 'seeds'])} |",
+        f"|{'---|' * len([*axes, *columns, 'seeds'])}",
     ]
     for line in found["rows"]:
         numbers = (shown(line["numbers"][name], found["formats"][name]) for name in columns)
-        lines.append(f"| {' | '.join([*line['values'].values(), *numbers])} |")
+        cells = [*line["values"].values(), *numbers, str(line["pairs"])]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def equal_loss_in_words(found: dict[str, Any], laws: dict[str, dict]) -> str:
+def equal_loss_in_words(found: dict[str, Any]) -> str:
+    """One paragraph."""
     parts = []
     for name, flops in found["flops"].items():
         if flops is None:
-            law = PowerLaw(**laws[name])
-            less = law.at(law.lowest) < found["loss"]
-            bound = (
-                f"less than {law.lowest / 1e12:,.2f}" if less else f"over {law.highest / 1e12:,.2f}"
-            )
-            parts.append(f"{name} {bound} TFLOP (the {'least' if less else 'most'} measured)")
+            least = found["least"][name] / 1e12
+            parts.append(f"{name} less than {least:,.2f} TFLOP, the least measured")
             continue
         value, error = flops
         parts.append(f"{name} {value / 1e12:,.2f} TFLOP" + (f" ± {error:.0%}" if error else ""))
-    text = f"For a loss of {found['loss']:.3f}, by these laws: {', '.join(parts)}."
+    text = f"For a loss of {found['loss']:.3f}, by these laws: {'; '.join(parts)}"
+    if any(flops and flops[1] for flops in found["flops"].values()):
+        text += " (standard errors of the laws, for these seeds)"
+    text += "."
     first = next(iter(found["flops"]))
     for name, times in found["times"].items():
         if times is not None:
             mean, deviation = times
-            error = "" if deviation is None else f" ± {deviation:.0%} over the seeds"
+            error = "" if deviation is None else f" ± {deviation:.0%}, its deviation over the seeds"
             text += f" {name}: {mean:.2f} times the FLOPs of {first}{error}."
     return text
 
@@ -369,7 +376,10 @@ def shown(number: dict | None, how: str) -> str:
 def law_in_words(law: dict | None) -> str:
     if law is None:
         return "one amount of compute, no power law"
-    text = f"loss = {law['scale']:.4g} · FLOP^-{law['exponent']:.4f}, a scale for each seed"
+    text = (
+        f"loss = {law['scale']:.4g} · FLOP^-{law['exponent']:.4f}, with the mean of"
+        " the seeds' scales"
+    )
     if law["exponent_error"] is not None:
         text += (
             f", exponent ± {law['exponent_error']:.4f} (standard error), points off the line by"

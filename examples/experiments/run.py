@@ -35,7 +35,7 @@ from megalong.command_line import ArgumentParser, needed_packages
 from megalong.command_line import run as run_main
 
 with needed_packages():
-    from another_seed import write_check
+    from another_seed import check_others, write_check
     from commands import OutOfTime, Place, Training, evaluate
     from cost import cost_of
     from grid import Cell, Grid, read_grid
@@ -96,17 +96,19 @@ def main() -> None:
     failed: list[str] = []
     if not args.report:
         cells = grid.chosen(args.cells) if args.cells else grid.cells
+        if checked is not None:
+            check_others(folder, [cell.values for cell in cells])
         into = folder / ("cells" if checked is None else "another_seed")
         failed = run_cells(cells, grid, args, into)
         if args.plan:
             return
-    if checked is not None:
+    if checked is not None and not failed:
         print(write_check(folder, checked))
-    elif read_cells(folder / "cells"):
+    elif checked is None and read_cells(folder / "cells"):
         write_report(folder)
         print((folder / "report.md").read_text())
         print(f"{folder}: report.md, report.json and plots")
-    else:
+    elif not failed:
         print(f"{folder}: no cell has been run")
     if failed:
         raise UserError(f"{counted(len(failed), 'cell')} failed: {', '.join(failed)}, see above")

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+NEARLY = 1e-9  # share by which rounding may carry compute beyond what was measured
+
 
 class Spread(NamedTuple):
     """Of `count` values the mean and the sample standard deviation (divided by count - 1); None of
@@ -72,10 +74,11 @@ class PowerLaw(NamedTuple):
         return self.scale * compute**-self.exponent
 
     def compute_for(self, loss: float) -> tuple[float, float | None] | None:
-        """The compute at which it says this loss, and the standard error of that as a share of it
-        (None where no point was left over). None outside of the compute that it was fitted to."""
+        """The compute at which it says this loss, and the standard error of that as a share of it,
+        for these seeds (None where no point was left over). None outside of the compute that it was
+        fitted to."""
         compute = (self.scale / loss) ** (1 / self.exponent)
-        if not self.lowest <= compute <= self.highest:
+        if not self.lowest * (1 - NEARLY) <= compute <= self.highest * (1 + NEARLY):
             return None
         if self.scatter is None or not self.exponent_error:
             return compute, None
@@ -85,19 +88,21 @@ class PowerLaw(NamedTuple):
         return compute, missed / self.exponent
 
     def compute_beside(self, first: PowerLaw, loss: float) -> Spread | None:
-        """The compute for this loss as a multiple of what it takes by `first`, over the seeds that
-        both have, with the mean and deviation of its logarithm: with a seed that is luckier in both
-        it is as large. None outside of what was measured."""
-        if None in (self.compute_for(loss), first.compute_for(loss)):
-            return None
-        here, there = self.compute_for(loss)[0], first.compute_for(loss)[0]
+        """The logarithm of the compute for a loss as a multiple of what `first` says, over the
+        seeds that both have. The loss is each seed's own: `loss` by so much more or less as the
+        seed's scale is in `first`, so that luck that a seed has with both is not in the spread.
+        None where `loss` is outside of what was measured of one of them."""
+        here, there = self.compute_for(loss), first.compute_for(loss)
         both = [seed for seed in self.of_seeds if seed in first.of_seeds]
-        ratios = [
-            math.log(here / there)
-            + math.log(self.of_seeds[seed] / first.of_seeds[seed]) / self.exponent
-            for seed in both
-        ]
-        return Spread.of(ratios) if ratios else None
+        if here is None or there is None or not both:
+            return None
+        return Spread.of(
+            [
+                math.log(here[0] / there[0])
+                + math.log(self.of_seeds[seed] / first.of_seeds[seed]) / self.exponent
+                for seed in both
+            ]
+        )
 
 
 def _apart_from_seeds(values: np.ndarray, seeds: np.ndarray) -> np.ndarray:

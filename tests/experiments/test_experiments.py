@@ -22,7 +22,7 @@ FOLDER = REPOSITORY / "examples" / "experiments"
 SCRIPT = FOLDER / "run.py"
 sys.path.insert(0, str(FOLDER))
 import commands  # noqa: E402
-from another_seed import write_check  # noqa: E402
+from another_seed import check_others, write_check  # noqa: E402
 from cost import cost_of  # noqa: E402
 from grid import Cell, as_flags, read_grid  # noqa: E402
 from report import write_report  # noqa: E402
@@ -367,8 +367,16 @@ def test_a_seed_that_is_not_of_the_report_is_compared_with_it(tmp_path):
     # Differences of the others: 0.2010, 0.2020, 0.2030.
     assert "loss, less that of a | +0.1100 | +0.2020 ± 0.0010 (3)" in lines[2]
     assert lines[2].endswith("no |") and "2 of 3 numbers" in text
-    with pytest.raises(UserError, match="no cell of seed 5 has two others"):
+    with pytest.raises(UserError, match="no cell of seed 5 has two"):
         write_check(tmp_path, 5)
+    # What was trained otherwise is not compared, and that is said.
+    other = made_up("compute", AXIS[1], 4, 3.8) | {"iterations": 5}
+    (tmp_path / "another_seed" / f"{other['cell']}.json").write_text(json.dumps(other))
+    text = write_check(tmp_path, 4)
+    assert "1 of 1 numbers" in text and "not here: b-seed4" in text and "| b-" not in text
+    check_others(tmp_path, [AXIS[0]])
+    with pytest.raises(UserError, match="has not two of these cells"):
+        check_others(tmp_path / "none", [AXIS[0]])
 
 
 def test_cells_of_a_grid_that_has_changed_are_in_no_mean(tmp_path):
@@ -389,13 +397,45 @@ def test_the_report_of_compute_has_the_power_law_of_each_kind(tmp_path):
         for seed in (0, 1)
     ]
     found, text = report_of(tmp_path, cells)
-    assert found["fits"]["a"]["exponent"] == pytest.approx(0.05)
-    assert found["fits"]["b"]["exponent"] == pytest.approx(0.1)
-    assert "b: loss = 9 · FLOP^-0.1000, a scale for each seed, exponent ± 0.0000" in text
+    assert found["fits"][""]["a"]["exponent"] == pytest.approx(0.05)
+    assert found["fits"][""]["b"]["exponent"] == pytest.approx(0.1)
+    assert "\nb: loss = 9 · FLOP^-0.1000, with the mean of the seeds' scales, exponent ±" in text
     # a's lowest loss is that of 1e13; b would have it for 1e13 ** 0.5, which was not measured.
-    flops = found["at_equal_loss"]["flops"]
+    flops = found["at_equal_loss"][""]["flops"]
     assert flops["a"] == [pytest.approx(1e13), pytest.approx(0, abs=1e-9)] and flops["b"] is None
-    assert "a 10.00 TFLOP" in text and "b less than 1.00 TFLOP (the least measured)" in text
+    assert "a 10.00 TFLOP" in text and "b less than 1.00 TFLOP, the least measured" in text
+
+
+def test_flops_of_an_equal_loss_are_told_where_points_lie_beside_their_law(tmp_path):
+    # Of b the last point of three lies below its line, so that the law never says what it has.
+    losses = {
+        ("a", "c"): ((1e12, 4.0), (3e12, 3.6), (1e13, 3.2)),
+        ("b", "c"): ((1e12, 4.2), (3e12, 3.95), (1e13, 3.5)),
+        ("a", "d"): ((1e12, 5.0), (3e12, 4.6), (1e13, 4.2)),
+        ("b", "d"): ((1e12, 5.2), (3e12, 4.95), (1e13, 4.5)),
+    }
+    cells = [
+        made_up("compute", {"run": run, "attention": kind, "size": str(size)}, seed, loss * luck)
+        | {"flops": {"attention": 0, "mlp": flops}}
+        | {"axes": {"run": ["a", "b"], "attention": ["c", "d"], "size": ["0", "1", "2"]}}
+        for (run, kind), points in losses.items()
+        for size, (flops, loss) in enumerate(points)
+        for seed, luck in ((1, 1.0), (2, 0.9 if run == "a" else 0.9 * 1.001))
+    ]
+    found, text = report_of(tmp_path, cells)
+    assert list(found["fits"]) == list(found["at_equal_loss"]) == ["c", "d"]
+    for name, of_name in found["at_equal_loss"].items():
+        flops = {kind: value for kind, (value, _) in of_name["flops"].items()}
+        assert flops["b"] == pytest.approx(1e13) and 1e12 < flops["a"] < 1e13
+        mean, deviation = of_name["times"]["b"]
+        # A luck of a tenth that both have is in neither; b's own of a thousandth is.
+        exponent = found["fits"][name]["b"]["exponent"]
+        assert math.log1p(deviation) == pytest.approx(
+            math.log(1.001) / exponent / math.sqrt(2), rel=1e-6
+        )
+        assert mean == pytest.approx(flops["b"] / flops["a"], rel=1e-6)
+    assert "b, d: loss = " in text and "d: For a loss of " in text
+    assert "b: 1." in text or "b: 2." in text
 
 
 def test_what_is_there_to_do_is_said_and_mistakes_are_refused(tiny, tmp_path):
