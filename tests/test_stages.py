@@ -260,7 +260,7 @@ YARN = {"yarn_rotary_scaling_factor": 4, "yarn_original_max_position_embeddings"
          " not of this one: set it here too, or rope_scaling_factor: null, the default, if")),
         ([LLAMA_31, {"rope_scaling_factor": 8}], {}, ("second", "rope_original_length: 64")),
         ([LLAMA_31, {"rope_scaling_factor": None}], {}, None),
-        ([LLAMA_31, {"rope_scaling_factor": 1}], {}, None),
+        ([LLAMA_31, {"rope_scaling_factor": 1}, {}], {}, None),
         ([LLAMA_31, YARN], {}, None),
         ([LLAMA_31, {}], LLAMA_31, None),
         ([YARN | {"yarn_beta_fast": 16}, YARN], {}, ("second", "yarn_beta_fast: 16.0 of the")),

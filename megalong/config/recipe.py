@@ -65,7 +65,10 @@ def parse_run(arguments: list[str], description: str | None = None) -> Recipe:
         raise UserError(f"--dry-run {dry_run}: a number of ranks must be positive")
     file = YamlFile.read(given["config"]) if "config" in given else None
     if file is None or "stages" not in file.content:
-        return Recipe((StageSettings(None, given_values(given)),), dry_run)
+        values = given_values(given)
+        # No flags.yaml of a run has a null.
+        meant = {name for name, value in values.items() if name in given or value is None}
+        return Recipe((StageSettings(None, values, meant=frozenset(meant)),), dry_run)
     file.check_keys(lambda place: _stage_at(file, place))
     return Recipe(tuple(_stages_of(file, given)), dry_run)
 
@@ -120,7 +123,14 @@ def _stages_of(file: YamlFile, given: dict[str, Any]) -> Iterator[StageSettings]
         del values["name"]
         in_file = {key: found for key, found in common.items() if key not in flags}
         yield StageSettings(
-            name, with_preset(given.get("preset"), values), own, tokens, file, place, in_file
+            name,
+            with_preset(given.get("preset"), values),
+            own,
+            tokens,
+            file,
+            place,
+            in_file,
+            frozenset([*own, *flags]),
         )
 
 

@@ -43,21 +43,22 @@ def fields_of_scaling(factor: str) -> tuple[str, ...]:
     return factor, *others.get(factor, ())
 
 
+def _is_on(model: ModelConfig, factor: str) -> bool:
+    """Whether it is set, to another value than 1, which stretches nothing."""
+    return getattr(model, factor) not in (None, 1)
+
+
 def lost_fields(ours: ModelConfig, theirs: ModelConfig, given: Collection[str]) -> list[str]:
     """The fields of rotary positions that are the default's here, have another value there, and are
     missing: what is given is not, and neither is what is of a scaling where that is turned off, or
     another is set in its place. given: names of fields that were set here, to whatever value."""
     default = {field.name: field.default for field in dataclasses.fields(ours)}
-    scaled = any(getattr(ours, factor) is not None for factor in FACTORS)
-
-    def is_off(factor: str) -> bool:
-        here = getattr(ours, factor)
-        return here == 1 or (here is None and (scaled or factor in given))
-
+    scaled = any(_is_on(ours, factor) for factor in FACTORS)
     free = {
         name
         for factor in FACTORS
-        if getattr(theirs, factor) is None or is_off(factor)
+        if not _is_on(theirs, factor)
+        or (not _is_on(ours, factor) and (scaled or factor in given or getattr(ours, factor)))
         for name in fields_of_scaling(factor)
     }
     return [

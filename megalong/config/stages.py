@@ -74,7 +74,8 @@ class StageSettings:
 
     name: None of a run without stages. values: all settings, by field name. own: those of the stage
     itself. tokens: those it is to be trained on, where that is how its length was given. file,
-    place: where it stands, if in one; common: what stands there and is of all stages.
+    place: where it stands, if in one; common: what stands there and is of all stages. meant: names
+    of what was set for just this one, defaults too: not by a file with the settings of another run.
     """
 
     name: str | None
@@ -84,6 +85,7 @@ class StageSettings:
     file: YamlFile | None = None
     place: tuple[Any, ...] = ()
     common: Mapping[str, FileValue] = field(default_factory=dict)
+    meant: frozenset[str] = frozenset()
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:

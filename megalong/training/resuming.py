@@ -235,7 +235,7 @@ def _check_same_run(checkpoint: Path, config: Config, stage: Stage | None) -> No
     theirs = config_of(checkpoint)
     if config.run.finetune:
         # Other positions have the same weights: what is set is meant, what is not set is forgotten.
-        given = () if stage is None else stage.settings.values
+        given = () if stage is None else stage.settings.meant
         lost = lost_fields(config.model, theirs.model, given)
         names = [name for name in names if name not in ROPE_FIELDS or name in lost]
     # An imported model has met no optimizer.
@@ -270,7 +270,9 @@ def _how_to_mean(name: str, value: Any) -> str:
     """What to do where the default of a field of rotary positions is no forgotten flag."""
     if name in FACTORS:
         return "to 1 to turn it off"
-    return f"to {shown(value)}, if that is meant" if value is not None else "to null in a file"
+    if value is None:
+        return "to null in a file"
+    return f"to {shown(value)} on the command line, if that is meant"
 
 
 def _check_has_stages(checkpoint: Path, progress: Progress, stage: Stage | None) -> None:

@@ -188,7 +188,7 @@ YARN = {"yarn_rotary_scaling_factor": 4, "yarn_original_max_position_embeddings"
             {"rotary_base": 5e5},
             {},
             "--rotary-base is 10000.0, .* with 500000.0: set it to that, or"
-            " to 10000.0, if that is meant",
+            " to 10000.0 on the command line, if that is meant",
         ),
         ({"rotary_base": 5e5}, {"rotary_base": 2e5}, None),
         ({"rotary_base": 5e5}, YARN, "--rotary-base is 10000.0, .* with 500000.0"),
@@ -215,6 +215,12 @@ YARN = {"yarn_rotary_scaling_factor": 4, "yarn_original_max_position_embeddings"
             {"rope_scaling_factor": 1},
             None,
         ),
+        ({"rope_scaling_factor": 1}, {}, None),
+        (
+            {"rope_scaling_factor": 2, "rope_original_length": 64},
+            {"rotary_ntk_factor": 1},
+            "--rope-scaling-factor is not set",
+        ),
     ],
     ids=str,
 )
@@ -230,6 +236,26 @@ def test_weights_do_not_lose_their_positions_by_a_forgotten_flag(
     else:
         with pytest.raises(UserError, match=refused):
             starting_point(run.config, run)
+
+
+def test_a_file_of_another_runs_flags_does_not_mean_its_positions(tmp_path):
+    """It has every flag in it, defaults too."""
+    random_checkpoint(tmp_path / "run", rotary_base=5e5)
+    [other] = parse_run(small_run_flags("data", **GIVEN)).resolve(1)
+    assert "rotary_base: 10000.0" in other.flags
+    (tmp_path / "flags.yaml").write_text(other.flags)
+    flags = [
+        "--config",
+        str(tmp_path / "flags.yaml"),
+        "--finetune",
+        "--load",
+        str(tmp_path / "run"),
+    ]
+    [run] = parse_run(flags).resolve(1)
+    with pytest.raises(UserError, match=r"--rotary-base is 10000.0, .* with 500000.0"):
+        starting_point(run.config, run)
+    [run] = parse_run([*flags, "--rotary-base", "10000"]).resolve(1)
+    assert starting_point(run.config, run)[1] is not None
 
 
 def test_new_data_is_said_where_it_matters_alone(tmp_path):
