@@ -102,7 +102,7 @@ class StageSettings:
             where = self.file.where(*(found[0].place if found else self.place))
             raise UserError(f"{where}: stage {self.name}: {error}") from error
 
-    def values_with(self, scalings: Iterable[str]) -> dict[str, Any]:
+    def without_idle_scalings(self, scalings: Iterable[str]) -> dict[str, Any]:
         """Its settings, without what all have in common of a scaling that other stages have and it
         has not. scalings: factors of those that some stage has."""
         idle = {
@@ -237,7 +237,9 @@ class Recipe:
                 iterations, notes = settings.iterations()
                 settings.check(iterations)
                 given = config_from_values(
-                    _of_the_run(settings.values_with(scalings), begin, iterations, number == last)
+                    _of_the_run(
+                        settings.without_idle_scalings(scalings), begin, iterations, number == last
+                    )
                 )
                 config = given.resolve(world_size)
                 if stages:

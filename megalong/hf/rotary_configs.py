@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection
 from typing import Any
 
+from megalong.config.flags import flag_name
 from megalong.errors import UserError
 
 # What a scaling has in Transformers' file, besides what all have.
@@ -62,6 +63,8 @@ def rotary_values(
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     _check_channels(rope, config, where)
+    if _FACTORS.get(kind) in instead:  # which is taken, whatever the file has
+        rope.setdefault("factor", 1.0)
     replaced = instead and kind != "default" and _FACTORS.get(kind) not in instead
     if replaced:
         kind = "default"
@@ -120,7 +123,10 @@ def _check_kind(kind: Any, rope: dict[str, Any], where: str) -> None:
         )
         raise UserError(f"{where}: rotary positions are scaled in the way {kind!r}: {why}")
     if "factor" in _KEYS[kind] and "factor" not in rope:
-        raise UserError(f"{where}: rotary positions of the kind {kind} have no factor")
+        raise UserError(
+            f"{where}: rotary positions of the kind {kind} have no factor: write it there, or set"
+            f" {flag_name(_FACTORS[kind])}"
+        )
     given = {name for name, value in rope.items() if value is not None}
     unknown = given - _COMMON - _NOTES - _KEYS[kind]
     if unknown:

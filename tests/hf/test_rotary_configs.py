@@ -130,8 +130,14 @@ def test_a_ramp_that_is_not_truncated_may_be_said_by_null():
 
 @pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
 def test_a_scaling_without_its_factor_is_an_error(kind):
-    with pytest.raises(UserError, match=f"^file: rotary positions of the kind {kind} have no fac"):
-        rotary_values({"rope_parameters": {"rope_type": kind}, **LENGTH}, "file")
+    config = {"rope_parameters": {"rope_type": kind}, **LENGTH}
+    with pytest.raises(
+        UserError, match=f"^file: rotary positions of the kind {kind} have no fac"
+    ) as e:
+        rotary_values(config, "file")
+    # Unless the flag that it names is set.
+    flag = str(e.value).rpartition("or set --")[2].replace("-", "_")
+    assert rotary_values(config, "file", [flag])[flag] == 1.0
 
 
 def test_notes_of_published_files_are_passed_over():
