@@ -367,7 +367,7 @@ def test_adamw_is_another_word_for_adam(tmp_path):
         (["--precision", "fp8"], ["--precision", "fp8", "bf16"]),
         (["--lr-decay-style", "wsd"], ["--lr-decay-style: 'wsd' is", "did you mean WSD?"]),
         (["--optimizer", "adamx"], ["is not one of adam, sgd, muon; did you mean adam?"]),
-        (["--zero-stage", "4"], ["--zero-stage: invalid choice: 4"]),
+        (["--zero-stage", "4"], ["--zero-stage: invalid choice", "4", "0, 1, 2, 3"]),
         (["--head-offsets", "[[0,"], ["--head-offsets"]),
         (["--attention", "dilated", "locall"], ["--attention", "locall", "local"]),
         (["--attention", "dlated"], ["dlated", "did you mean dilated?"]),

@@ -164,7 +164,7 @@ def test_a_scaling_that_is_given_takes_the_place_of_the_models_own(tmp_path):
         (
             LlamaForCausalLM,
             LlamaConfig(**SMALL, **rope("dynamic", factor=2.0)),
-            "in the way 'dynamic': .* takes --rotary-ntk-factor",
+            "in the way 'dynamic': .* or set --rotary-ntk-factor for training beyond",
         ),
         (
             LlamaForCausalLM,
