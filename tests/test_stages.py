@@ -427,7 +427,7 @@ def test_the_table_needs_no_data_and_says_what_is_odd(file, capsys):
         stages_of()
     print_stages(parse_run(["--config", "recipe.yaml", "--dry-run", "2"]))
     told = capsys.readouterr().out
-    assert "\ndata           all    to_come\n" in told
+    assert "\ndata           all    (not given)\n" in told
     assert "rope, rotary_base 10000.0, yarn_rotary_scaling_factor 4.0, yarn_original_max" in told
     assert told.endswith(
         "\nstage long: --segment-lengths 512: above --seq-length 256, and so one segment, the whole"
@@ -436,5 +436,5 @@ def test_the_table_needs_no_data_and_says_what_is_odd(file, capsys):
     flags = ("--valid-data-path", "v", "--tokenizer-type", "ByteTokenizer")
     print_stages(parse_run([*flags, "--lr-decay-style", "constant", "--dry-run"]))
     told = capsys.readouterr().out
-    assert "\ndata             to_come, valid_data_path v\n" in told
+    assert "\ndata             (not given), valid_data_path v\n" in told
     assert "\nlearning rate    0.0006, constant\n" in told

@@ -65,7 +65,7 @@ WHAT = (
 )  # fmt: skip
 # Three ways to say what is trained on, and what stands for one where it need not be said.
 TRAINING_DATA = ("data_path", "data_blend", "train_data_path")
-_TO_COME = "to_come"
+DATA_TO_COME = "to_come"
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ def _with_data_to_come(settings: StageSettings) -> StageSettings:
         return settings
     divided = not (values.get("valid_data_path") or values.get("test_data_path"))
     name = "data_path" if divided else "train_data_path"
-    return dataclasses.replace(settings, values=values | {name: [_TO_COME]})
+    return dataclasses.replace(settings, values=values | {name: [DATA_TO_COME]})
 
 
 def _of_the_run(

@@ -11,7 +11,7 @@ from megalong.config import Config, DataConfig, ModelConfig, world_size
 from megalong.config.flags import shown
 from megalong.config.memory import PIECES
 from megalong.config.rope import ROPE_FIELDS
-from megalong.config.stages import Recipe, Stage
+from megalong.config.stages import DATA_TO_COME, Recipe, Stage
 from megalong.data.tokenizers.tokenizer import build_tokenizer
 from megalong.model.flops import executed_flops
 from megalong.progress import human_flops
@@ -145,7 +145,7 @@ def _data(data: DataConfig) -> str:
         if source.unit == "weight":
             words.append(f"{source.name} {amount}")
         elif source.unit == "epochs" and source.amount == 1:
-            words.append(source.name)
+            words.append("(not given)" if source.name == DATA_TO_COME else source.name)
         else:
             words.append(f"{source.name} {amount} {source.unit}")
     return ", ".join([*words, *_set(data, _READING)])
