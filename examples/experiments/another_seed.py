@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from measures import MEASURES, Cell, Column, beside_the_first
-from report import asked, of_newest_grid, read_cells, trained
+from report import asked, of_newest_grid, read_cells, shown, trained
 from statistics_of_seeds import Spread
 
 from megalong.errors import UserError
@@ -95,8 +95,7 @@ def row_of(cell: Cell, alike: list[Cell], name: str, column: Column) -> dict[str
         "cell": cell["cell"],
         "number": column.name + name,
         "here": format(here, column.shown),
-        "others": f"{format(spread.mean, column.shown)} ± "
-        f"{format(spread.deviation, column.shown.replace('+', ''))} ({len(values)})",
+        "others": f"{shown(spread._asdict(), column.shown)} ({spread.count})",
         "interval": f"{format(spread.mean - reach, column.shown)} to "
         f"{format(spread.mean + reach, column.shown)}",
         "within": abs(here - spread.mean) <= reach,
