@@ -16,15 +16,18 @@ from megalong.errors import UserError
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
 
 
-def check_others(folder: Path, values: list[dict[str, str]]) -> None:
-    """Raise UserError where there are no cells in an experiment's folder to compare with: two with
-    the same values as one of those to be run."""
-    there = [cell["values"] for cell in read_cells(folder / "cells") if cell["complete"]]
+def check_others(folder: Path, values: list[dict[str, str]], seed: int) -> None:
+    """Raise UserError where there are no cells in an experiment's folder to compare with, two with
+    the same values as one of those to be run, or where one of them has this seed."""
+    cells = [cell for cell in read_cells(folder / "cells") if cell["complete"]]
+    there = [cell["values"] for cell in cells]
     if not any(there.count(each) > 1 for each in values):
         raise UserError(
             f"{folder / 'cells'}: has not two of these cells with other seeds to compare with: run"
-            " the grid first, or put the cells of a report there"
+            f" the grid first, or copy examples/experiments/results/{folder.name} to {folder.parent}"
         )
+    if any(cell["seed"] == seed and cell["values"] in values for cell in cells):
+        raise UserError(f"--check-seed {seed}: {folder / 'cells'} has that seed: take another")
 
 
 def write_check(folder: Path, seed: int) -> str:

@@ -102,7 +102,10 @@ class Grid:
 def read_grid(path: Path, scale: str, seeds: list[int] | None = None) -> Grid:
     """seeds: instead of those in the file. Raises UserError for what is missing, unknown or
     contradicts itself."""
-    content = yaml.safe_load(path.read_text())
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
     _check_keys(path, content, KEYS, KEYS - {"common"})
     if scale not in content["scales"]:
         have = ", ".join(content["scales"])

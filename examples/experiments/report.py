@@ -31,11 +31,19 @@ def read_cells(folder: Path) -> list[Cell]:
 
 
 def of_newest_grid(cells: list[Cell]) -> tuple[list[Cell], list[str]]:
-    """The cells that can stand in one table, and the names of the others: those of a grid that has
-    other axes by now, or of seeds that were trained otherwise than the newest of their row."""
+    """The cells that can stand in one table, with the axes that the grid has by now, and the names
+    of the others: those of other axes, of values that the grid has no more, or of seeds that were
+    trained otherwise than the newest of their row."""
     newest = max(cells, key=lambda cell: cell["date"])
+    axes = newest["axes"]
+    alike = [
+        {**cell, "axes": axes}
+        for cell in cells
+        if asked(cell) == asked(newest)
+        and all(cell["values"][axis] in names for axis, names in axes.items())
+    ]
     kept = []
-    for group in groups([cell for cell in cells if asked(cell) == asked(newest)]):
+    for group in groups(alike):
         like = trained(max(group, key=lambda cell: cell["date"]))
         kept += [cell for cell in group if trained(cell) == like]
     names = {cell["cell"] for cell in kept}
@@ -44,7 +52,7 @@ def of_newest_grid(cells: list[Cell]) -> tuple[list[Cell], list[str]]:
 
 def asked(cell: Cell) -> tuple:
     """What is alike in all cells of a table."""
-    return cell["axes"], cell["corpus"], cell["evaluate"]
+    return list(cell["axes"]), cell["corpus"], cell["evaluate"]
 
 
 def trained(cell: Cell) -> tuple:

@@ -59,9 +59,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--output", type=Path, required=True, help="folder for models, cells and reports")
     add("--scale", default="cpu", help="cpu: two cores, minutes a cell; gpu: one H100")
     add("--corpus", type=Path, help="folder that corpus.sh made, for experiments on text")
-    add("--cells", nargs="+", help='those that have all these values, as in "dense 512"')
+    add("--cells", nargs="+", help='those of these values: "dense 512" "dilated 512"')
     add("--seeds", type=int, nargs="+", help="instead of the grid's")
-    add("--check-seed", type=int, help="of cells that are compared with the report's others")
+    add("--check-seed", type=int, help="run --cells with a new seed, beside the report's")
     add("--minutes", type=float, help="bound of a cell (default: the grid's)")
     add("--processes", type=int, default=1, help="of a training; more than one by torchrun")
     add("--jobs", type=int, help="cells at a time, between which a CPU's cores are divided")
@@ -97,7 +97,7 @@ def main() -> None:
     if not args.report:
         cells = grid.chosen(args.cells) if args.cells else grid.cells
         if checked is not None:
-            check_others(folder, [cell.values for cell in cells])
+            check_others(folder, [cell.values for cell in cells], checked)
         into = folder / ("cells" if checked is None else "another_seed")
         failed = run_cells(cells, grid, args, into)
         if args.plan:
@@ -109,7 +109,7 @@ def main() -> None:
         print((folder / "report.md").read_text())
         print(f"{folder}: report.md, report.json and plots")
     elif not failed:
-        print(f"{folder}: no cell has been run")
+        raise UserError(f"{folder}: no cell has been run: leave --report out")
     if failed:
         raise UserError(f"{counted(len(failed), 'cell')} failed: {', '.join(failed)}, see above")
 
@@ -141,7 +141,7 @@ def run_cells(cells: list[Cell], grid: Grid, args: argparse.Namespace, folder: P
     print(
         f"{grid.experiment}: {counted(len(cells), 'cell')}, {len(left)} to be run, and"
         f" {counted(len(ahead), 'training')} that they start from, at most {minutes:g} minutes"
-        f" each: {clock(60 * minutes * (len(left) + len(ahead)))} at the very most",
+        f" each: no more than {clock(60 * minutes * (len(left) + len(ahead)))}, one after the other",
         flush=True,
     )
     if args.plan:
@@ -184,11 +184,15 @@ def print_plan(trainings: list[Training], left: list[Cell]) -> None:
     starts = {
         start.folder: start.cost.total_flops
         for training in trainings
+        if training.cell in left
         for start in training.all_of_them[:-1]
     }
     if starts:
         tflops = sum(starts.values()) / 1e12
-        print(f"they start from {counted(len(starts), 'training')}, {tflops:,.2f} TFLOP in all")
+        print(
+            f"those to be run start from {counted(len(starts), 'training')}, {tflops:,.2f} TFLOP in"
+            " all, done or not"
+        )
 
 
 def run_together(work: list[Generator], jobs: int) -> Iterator[int]:

@@ -158,18 +158,31 @@ def test_a_seed_that_is_not_of_the_report_is_compared_with_it(tmp_path):
     (tmp_path / "another_seed" / f"{other['cell']}.json").write_text(json.dumps(other))
     text = write_check(tmp_path, 4)
     assert "1 of 1 numbers" in text and "not here: b-seed4" in text and "| b-" not in text
-    check_others(tmp_path, [AXIS[0]])
+    check_others(tmp_path, [AXIS[0]], seed=4)
+    with pytest.raises(UserError, match="--check-seed 1: .* has that seed"):
+        check_others(tmp_path, [AXIS[0]], seed=1)
     with pytest.raises(UserError, match="has not two of these cells"):
-        check_others(tmp_path / "none", [AXIS[0]])
+        check_others(tmp_path / "none", [AXIS[0]], seed=4)
 
 
 def test_cells_of_a_grid_that_has_changed_are_in_no_mean(tmp_path):
     cells = [made_up("compute", AXIS[0], seed, 3.0 + seed) for seed in (0, 1, 2)]
     cells[0] |= {"iterations": 5, "date": "2026-01-01 00:00"}
-    gone = made_up("compute", AXIS[1], 3, 9.0) | {"date": "2026-01-01 00:00"}
-    found, text = report_of(tmp_path, [*cells, gone | {"axes": {"attention": ["a", "b", "c"]}}])
+    gone = made_up("compute", {"attention": "c"}, 3, 9.0) | {"date": "2026-01-01 00:00"}
+    gone |= {"axes": {"attention": ["a", "b", "c"]}}
+    others = made_up("compute", {"size": "a"}, 4, 9.0) | {"date": "2026-01-01 00:00"}
+    found, text = report_of(tmp_path, [*cells, gone, others])
     assert found["rows"][0]["seeds"] == [1, 2] and len(found["rows"]) == 1
-    assert "in no mean: a-seed0, b-seed3." in text
+    assert "in no mean: a-seed0, a-seed4, c-seed3." in text
+
+
+def test_cells_of_a_grid_that_has_more_values_by_now_stay_in_the_report(tmp_path):
+    before = {"axes": {"attention": ["b"]}, "date": "2026-01-01 00:00"}
+    cells = [made_up("compute", AXIS[1], seed, 3.0) | before for seed in (1, 2)]
+    cells += [made_up("compute", AXIS[0], seed, 2.0) for seed in (1, 2)]
+    found, text = report_of(tmp_path, cells)
+    assert [row["values"]["attention"] for row in found["rows"]] == ["a", "b"]
+    assert "in no mean" not in text and "+1.0000" in text
 
 
 def test_the_report_of_compute_has_the_power_law_of_each_kind(tmp_path):

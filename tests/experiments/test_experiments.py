@@ -166,7 +166,7 @@ def test_every_position_is_in_every_branch_but_where_that_is_asked(path, scale):
             for rate in settings.get("dilation_rates", ())
         ]
         if not cell.values.get("pattern", "").startswith("rate-"):
-            assert max(rates) <= cell.flags["num_attention_heads"], cell.name
+            assert max(rates, default=0) <= cell.flags["num_attention_heads"], cell.name
 
 
 def test_prompts_are_asked_of_the_trainings_of_perplexity():
@@ -232,9 +232,9 @@ def test_wrong_grids_are_refused(tmp_path, changes, message):
 def test_what_is_there_to_do_is_said_and_mistakes_are_refused(tiny, tmp_path):
     planned = run_here(SCRIPT, tiny, "--output", tmp_path / "out", "--plan").stdout
     assert "tiny: 4 cells, 4 to be run, and 2 trainings that they start from," in planned
-    assert "at most 3 minutes each: 18:00 at the very most" in planned
+    assert "at most 3 minutes each: no more than 18:00, one after the other" in planned
     assert "dense-seed1: " in planned and "iterations" in planned
-    assert "they start from 2 trainings, " in planned  # one of each seed
+    assert "those to be run start from 2 trainings, " in planned  # one of each seed
     assert not (tmp_path / "out").exists()
     for words, message in (
         (["perplexty"], "perplexty: no such experiment; did you mean perplexity?"),
