@@ -23,8 +23,8 @@ def check_others(folder: Path, values: list[dict[str, str]], seed: int) -> None:
     there = [cell["values"] for cell in cells]
     if not any(there.count(each) > 1 for each in values):
         raise UserError(
-            f"{folder / 'cells'}: has not two of these cells with other seeds to compare with: run"
-            f" the grid first, or copy examples/experiments/results/{folder.name} to {folder.parent}"
+            f"{folder}: has not two of these cells with other seeds to compare with: run"
+            f" the grid first, or copy examples/experiments/results/{folder.name} to it"
         )
     if any(cell["seed"] == seed and cell["values"] in values for cell in cells):
         raise UserError(f"--check-seed {seed}: {folder / 'cells'} has that seed: take another")

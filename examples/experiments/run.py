@@ -138,10 +138,11 @@ def run_cells(cells: list[Cell], grid: Grid, args: argparse.Namespace, folder: P
         for start in trainings[cell.name].all_of_them[:-1]
         if not start.done
     }
+    most = clock(60 * minutes * (len(left) + len(ahead)))
     print(
         f"{grid.experiment}: {counted(len(cells), 'cell')}, {len(left)} to be run, and"
         f" {counted(len(ahead), 'training')} that they start from, at most {minutes:g} minutes"
-        f" each: no more than {clock(60 * minutes * (len(left) + len(ahead)))}, one after the other",
+        f" each: no more than {most}, one after the other",
         flush=True,
     )
     if args.plan:

@@ -159,7 +159,7 @@ def test_a_seed_that_is_not_of_the_report_is_compared_with_it(tmp_path):
     text = write_check(tmp_path, 4)
     assert "1 of 1 numbers" in text and "not here: b-seed4" in text and "| b-" not in text
     check_others(tmp_path, [AXIS[0]], seed=4)
-    with pytest.raises(UserError, match="--check-seed 1: .* has that seed"):
+    with pytest.raises(UserError, match=r"--check-seed 1: .* has that seed"):
         check_others(tmp_path, [AXIS[0]], seed=1)
     with pytest.raises(UserError, match="has not two of these cells"):
         check_others(tmp_path / "none", [AXIS[0]], seed=4)

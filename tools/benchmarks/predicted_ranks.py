@@ -14,8 +14,8 @@ before, with all that earlier engines have left behind (DeepSpeed's ZeRO 3 never
 module), and what the steps of a smaller model in the same layout had added to it, less its tensors.
 The C library gives freed memory back at once (MALLOC_MMAP_THRESHOLD_), as a device's allocator
 would give it to the next tensor. Beside it stands what the tensors of the real rank add up to,
-which is followed as in the dry run: the least of a few engines', as a thread of Gloo may let go of a
-buffer only after the training has.
+which is followed as in the dry run: the least of a few engines', as a thread of Gloo may let go of
+a buffer only after the training has.
 """
 
 from __future__ import annotations
