@@ -76,7 +76,7 @@ def compared(
     columns = [("", column) for column in measure.columns(alike)]
     axis, (first, *_) = next(iter(cell["axes"].items()))
     columns += [
-        (f", less that of {first}", beside_the_first([*others, *new], column))
+        (f", minus that of {first}", beside_the_first([*others, *new], column))
         for column in measure.compared(alike)
         if cell["values"][axis] != first
     ]

@@ -69,7 +69,7 @@ def by_compute(cells: list[Cell]) -> Figure:
 
 
 def of_variants(cells: list[Cell]) -> Figure:
-    """The loss of each variant at the training length, less that of the first with the same seed: a
+    """The loss of each variant at the training length, minus that of the first with the same seed: a
     point a seed, the best one below."""
     [column] = loss_at_training_length(cells)
     difference = beside_the_first(cells, column)
@@ -86,7 +86,7 @@ def of_variants(cells: list[Cell]) -> Figure:
         axes.errorbar(spread.mean, place, xerr=spread.deviation or 0, fmt="|", color="C0")
     axes.set_yticks(range(len(names)), names)
     first = next(iter(cells[0]["axes"].values()))[0]
-    axes.set(xlabel=f"held-out loss less that of {first} with the same seed (nats)")
+    axes.set(xlabel=f"held-out loss minus that of {first} with the same seed (nats)")
     axes.grid(alpha=0.3)
     return figure
 

@@ -335,7 +335,7 @@ def differences_in_words(found: dict[str, Any], axes: list[str]) -> list[str]:
     """The second table."""
     columns = list(found["formats"])
     lines = [
-        f"Loss less that of {found['first']} with the same seed (less than 0 is better), mean and"
+        f"Loss minus that of {found['first']} with the same seed (below 0 is better), mean and"
         " sample standard deviation of these differences:",
         "",
         f"| {' | '.join([*axes, *columns, 'seeds'])} |",

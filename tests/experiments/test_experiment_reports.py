@@ -149,7 +149,7 @@ def test_a_seed_that_is_not_of_the_report_is_compared_with_it(tmp_path):
     )
     assert "b-seed4 | loss | 3.8000" in lines[1] and lines[1].endswith("yes |")
     # Differences of the others: 0.2010, 0.2020, 0.2030.
-    assert "loss, less that of a | +0.1100 | +0.2020 ± 0.0010 (3)" in lines[2]
+    assert "loss, minus that of a | +0.1100 | +0.2020 ± 0.0010 (3)" in lines[2]
     assert lines[2].endswith("no |") and "2 of 3 numbers" in text
     with pytest.raises(UserError, match="no cell of seed 5 has two"):
         write_check(tmp_path, 5)
