@@ -100,8 +100,8 @@ def by_distance(cells: list[Cell]) -> Figure:
             "values": {**cell["values"], "task": task},
             "evaluation": {"tasks": [t for t in cell["evaluation"]["tasks"] if t["task"] == task]},
         }
-        for task in tasks
         for cell in cells
+        for task in tasks
     ]
     figure = labelled(lines_by_axis(of_tasks, _distances), "tokens to look back", "accuracy")
     for axes in figure.axes:
