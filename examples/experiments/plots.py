@@ -69,8 +69,8 @@ def by_compute(cells: list[Cell]) -> Figure:
 
 
 def of_variants(cells: list[Cell]) -> Figure:
-    """The loss of each variant at the training length, minus that of the first with the same seed: a
-    point a seed, the best one below."""
+    """The loss of each variant at the training length, minus that of the first with the same seed:
+    a point a seed, the best one below."""
     [column] = loss_at_training_length(cells)
     difference = beside_the_first(cells, column)
     figure = Figure(figsize=(7, 4.6), layout="constrained")
