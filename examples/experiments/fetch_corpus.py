@@ -94,8 +94,8 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--max-seen-share",
         type=float,
-        default=1.0,
-        help="of a held-out document's runs of four lines, that documents to train on have too",
+        help="of a held-out document's runs of four lines, that documents to train on have too"
+        " (default: any)",
     )
     args = parser.parse_args()
     args.packages_folder = args.packages_folder or args.output / "packages"
@@ -103,7 +103,7 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError("--held-out-share must lie between 0 and 1")
     if args.held_out_document_bytes is None:
         args.held_out_document_bytes = args.max_document_bytes
-    if not 0 < args.max_seen_share <= 1:
+    if args.max_seen_share is not None and not 0 < args.max_seen_share <= 1:
         raise UserError("--max-seen-share must be above 0, and 1 at most")
     for name in (
         *("max_bytes", "max_held_out_bytes", "min_bytes", "max_document_bytes"),
@@ -135,7 +135,7 @@ def main() -> None:
         "flags": {
             name: value
             for name, value in vars(args).items()
-            if name not in ("output", "packages", "packages_folder")
+            if name not in ("output", "packages", "packages_folder") and value is not None
         },
         **written,
     }
@@ -169,7 +169,8 @@ def fetch(package: str, folder: Path, needed: bool) -> Path | None:
 
 
 def unpack(deb: Path, folder: Path) -> Path:
-    """The folder with what is in a package, and in the archives in it."""
+    """The folder with the sources that a package has: what the archives in it hold, or else what is
+    in usr/src, or else all."""
     target = folder / deb.stem
     if not target.exists():
         print(f"unpacking {deb.name}", file=sys.stderr, flush=True)
@@ -177,10 +178,12 @@ def unpack(deb: Path, folder: Path) -> Path:
         partial.mkdir(parents=True, exist_ok=True)
         run_quietly("dpkg-deb", "--extract", os.fspath(deb), os.fspath(partial))
         for archive in sorted(partial.glob("usr/src/**/*.tar.*")):
-            run_quietly("tar", "-xf", os.fspath(archive), "-C", os.fspath(archive.parent))
+            (partial / "archives").mkdir(exist_ok=True)
+            run_quietly("tar", "-xf", os.fspath(archive), "-C", os.fspath(partial / "archives"))
             archive.unlink()
         partial.rename(target)
-    return target
+    places = (target / "archives", target / "usr" / "src", target)
+    return next(place for place in places if place.exists())
 
 
 def run_quietly(*command: str) -> None:
@@ -246,18 +249,17 @@ def write(found: list[Candidate], args: argparse.Namespace) -> dict[str, dict]:
                 f"{path}: no document has --min-bytes {args.min_bytes} and --min-window-gain"
                 f" {args.min_window_gain:g}"
             )
-    seen_share = drop_what_was_seen(partial["train"], partial["held_out"], args.max_seen_share)
+    most = 1.0 if args.max_seen_share is None else args.max_seen_share
+    shares = drop_what_was_seen(partial["train"], partial["held_out"], most)
+    (args.output / "seen.json").write_text(json.dumps(shares, indent=2) + "\n")
     for part, path in paths.items():
         partial[part].rename(path)
-    return {
-        "train": about(paths["train"]),
-        "held_out": {**about(paths["held_out"]), "seen_share": round(seen_share, 4)},
-    }
+    return {part: about(path) for part, path in paths.items()}
 
 
-def drop_what_was_seen(train: Path, held_out: Path, most: float) -> float:
-    """Drops the held-out documents of which more than `most` stands in `train`. Returns the mean
-    of the others' shares. Raises UserError where none is left."""
+def drop_what_was_seen(train: Path, held_out: Path, most: float) -> dict[str, float]:
+    """Drops the held-out documents of which more than `most` stands in `train`. Returns the others'
+    shares by path. Raises UserError where none is left."""
     shares = seen_shares(train, held_out)
     kept = [record for record in records(held_out) if shares[record["path"]] <= most]
     if not kept:
@@ -267,13 +269,14 @@ def drop_what_was_seen(train: Path, held_out: Path, most: float) -> float:
         )
     if len(kept) < len(shares):
         held_out.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    mean = sum(shares[record["path"]] for record in kept) / len(kept)
+    of_kept = {record["path"]: round(shares[record["path"]], 4) for record in kept}
+    mean = sum(of_kept.values()) / len(of_kept)
     dropped = counted(len(shares) - len(kept), "document")
     print(
         f"of a held-out document's runs of four lines {mean:.1%} are in train.jsonl, on average;"
         f" {dropped} with more than {most:.0%} dropped"
     )
-    return mean
+    return of_kept
 
 
 def about(path: Path) -> dict[str, Any]:

@@ -84,13 +84,14 @@ def test_directories_and_texts_are_documents_and_some_are_held_out(packages, tmp
     assert len(texts) == len(train) + len(held_out) == 40 + 10  # short, tests and again left out
     assert not any("tests" in path or "short" in path for path in texts)
     whole = "first of 7\n" * 20 + "\n" + "second of 7\n" * 20
-    assert texts["sources/usr/src/tree-1.0/part7"] == whole[:450]
+    assert texts["sources/tree-1.0/part7"] == whole[:450]
     assert texts["doc-texts/usr/share/doc/texts/3.txt.gz"] == ("text 3\n" * 100)[:450]
     assert 5 < len(held_out) < 30
     about = json.loads((tmp_path / "corpus.json").read_text())
     assert sum(about["held_out"]["documents"].values()) == len(held_out)
     assert about["held_out"]["bytes"] == sum(len(record["text"]) for record in held_out)
-    assert about["held_out"]["seen_share"] == 0.0
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen == {record["path"]: 0.0 for record in held_out}
     assert about["packages"]["sources"]["file"] == "sources_1-1_all.deb"
     assert str(tmp_path) not in (tmp_path / "corpus.json").read_text()
 
@@ -120,10 +121,10 @@ def test_how_much_of_a_held_out_document_is_in_others(tmp_path):
     # 1 to 5 in this order are two runs of four; 5 to 7, in another document, are none.
     train = write("train", a="0\n 1\n2\n\n3\n4\n5", b="5\n6\n7")
     assert seen_shares(train, held_out) == {"half": 0.5, "new": 0.0, "few": 0.0}
-    assert drop_what_was_seen(train, held_out, 0.4) == 0.0
+    assert drop_what_was_seen(train, held_out, 0.4) == {"new": 0.0, "few": 0.0}
     assert [record["path"] for record in records(held_out)] == ["new", "few"]
     train = write("train", a="9\n8\n7\n6\n5")
-    assert drop_what_was_seen(train, held_out, 1.0) == 0.5
+    assert drop_what_was_seen(train, held_out, 1.0) == {"new": 1.0, "few": 0.0}
     with pytest.raises(UserError, match="max-seen-share"):
         drop_what_was_seen(train, write("held_out", new="9\n8\n7\n6\n"), 0.1)
 
