@@ -16,15 +16,21 @@ from megalong.errors import UserError
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
 
 
-def check_others(folder: Path, values: list[dict[str, str]], seed: int) -> None:
+def check_others(folder: Path, values: list[dict[str, str]], seed: int, corpus: str | None) -> None:
     """Raise UserError where there are no cells in an experiment's folder to compare with, two with
-    the same values as one of those to be run, or where one of them has this seed."""
+    the same values as one of those to be run, where these read another corpus than this (digest),
+    or where one of them has this seed."""
     cells = [cell for cell in read_cells(folder / "cells") if cell["complete"]]
+    if cells and not any(cell["corpus"] == corpus for cell in cells):
+        raise UserError(
+            f"{folder / 'cells'}: these read another corpus than that of --corpus, so that nothing"
+            " can be compared: its corpus.json says of which packages it was made"
+        )
     there = [cell["values"] for cell in cells]
     if not any(there.count(each) > 1 for each in values):
         raise UserError(
             f"{folder}: has not two of these cells with other seeds to compare with: run"
-            f" the grid first, or copy examples/experiments/results/{folder.name} to it"
+            f" the grid first, or copy examples/experiments/results/{folder.name}/cells into it"
         )
     if any(cell["seed"] == seed and cell["values"] in values for cell in cells):
         raise UserError(f"--check-seed {seed}: {folder / 'cells'} has that seed: take another")

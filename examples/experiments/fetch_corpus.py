@@ -8,6 +8,7 @@ installed; a package that lies there already is not fetched again), unpacks them
 
     train.jsonl, held_out.jsonl    {"text", "path"} a line: a long document each
     corpus.json                    packages with versions and sha256, counts, bytes and flags
+    seen.json                      of each held-out document the share that train.jsonl has too
 
 The files that lie in a directory itself are one document, in the order of their names: parts of one
 thing, which speak of each other. Of doc-rfc-* each file is one. A file that another document has is
@@ -171,10 +172,10 @@ def fetch(package: str, folder: Path, needed: bool) -> Path | None:
 def unpack(deb: Path, folder: Path) -> Path:
     """The folder with the sources that a package has: what the archives in it hold, or else what is
     in usr/src, or else all."""
-    target = folder / deb.stem
+    target = folder / f"{deb.stem}.sources"
     if not target.exists():
         print(f"unpacking {deb.name}", file=sys.stderr, flush=True)
-        partial = folder / f"{deb.stem}.partial"
+        partial = folder / f"{target.name}.partial"
         partial.mkdir(parents=True, exist_ok=True)
         run_quietly("dpkg-deb", "--extract", os.fspath(deb), os.fspath(partial))
         for archive in sorted(partial.glob("usr/src/**/*.tar.*")):

@@ -99,8 +99,8 @@ MEASURES = {
 
 def beside_the_first(cells: list[Cell], column: Column) -> Column:
     """What `column` is more than for the first value of the first axis with the same seed and the
-    same values of the other axes. Seeds of small models differ by more than kinds of attention do:
-    that is in both, and not in their difference."""
+    same values of the other axes. Seeds of small models differ by as much as some kinds of
+    attention do: that is in both, and not in their difference."""
     axis, names = next(iter(cells[0]["axes"].items()))
     base = {_others(cell, axis): cell for cell in cells if cell["values"][axis] == names[0]}
 

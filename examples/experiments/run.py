@@ -96,10 +96,12 @@ def main() -> None:
     failed: list[str] = []
     if not args.report:
         cells = grid.chosen(args.cells) if args.cells else grid.cells
+        place = place_of(cells, grid, args)
         if checked is not None:
-            check_others(folder, [cell.values for cell in cells], checked)
+            corpus = place.corpus_digest
+            check_others(folder, [cell.values for cell in cells], checked, corpus)
         into = folder / ("cells" if checked is None else "another_seed")
-        failed = run_cells(cells, grid, args, into)
+        failed = run_cells(cells, grid, args, place, into)
         if args.plan:
             return
     if checked is not None and not failed:
@@ -114,8 +116,8 @@ def main() -> None:
         raise UserError(f"{counted(len(failed), 'cell')} failed: {', '.join(failed)}, see above")
 
 
-def run_cells(cells: list[Cell], grid: Grid, args: argparse.Namespace, folder: Path) -> list[str]:
-    """Runs those that have not been. Returns the names of those that failed."""
+def place_of(cells: list[Cell], grid: Grid, args: argparse.Namespace) -> Place:
+    """Raises UserError where the corpus that they need is not there."""
     minutes = grid.minutes if args.minutes is None else args.minutes
     models = (args.output / "models").resolve()
     corpus = None
@@ -125,7 +127,14 @@ def run_cells(cells: list[Cell], grid: Grid, args: argparse.Namespace, folder: P
     if grid.scale == "cpu":
         threads = max(processors() // (args.jobs * args.processes), 1)
         environment = {**ON_THE_CPU, "OMP_NUM_THREADS": str(threads)}
-    place = Place(corpus, models, args.processes, 60 * minutes, environment)
+    return Place(corpus, models, args.processes, 60 * minutes, environment)
+
+
+def run_cells(
+    cells: list[Cell], grid: Grid, args: argparse.Namespace, place: Place, folder: Path
+) -> list[str]:
+    """Runs those that have not been. Returns the names of those that failed."""
+    minutes = place.seconds / 60
     trainings = {cell.name: training_of(cell, grid.equal, place) for cell in cells}
     left = [
         cell

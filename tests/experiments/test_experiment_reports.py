@@ -158,11 +158,13 @@ def test_a_seed_that_is_not_of_the_report_is_compared_with_it(tmp_path):
     (tmp_path / "another_seed" / f"{other['cell']}.json").write_text(json.dumps(other))
     text = write_check(tmp_path, 4)
     assert "1 of 1 numbers" in text and "not here: b-seed4" in text and "| b-" not in text
-    check_others(tmp_path, [AXIS[0]], seed=4)
+    check_others(tmp_path, [AXIS[0]], seed=4, corpus=None)
+    with pytest.raises(UserError, match="another corpus"):
+        check_others(tmp_path, [AXIS[0]], seed=4, corpus="0ff1ce")
     with pytest.raises(UserError, match=r"--check-seed 1: .* has that seed"):
-        check_others(tmp_path, [AXIS[0]], seed=1)
+        check_others(tmp_path, [AXIS[0]], seed=1, corpus=None)
     with pytest.raises(UserError, match="has not two of these cells"):
-        check_others(tmp_path / "none", [AXIS[0]], seed=4)
+        check_others(tmp_path / "none", [AXIS[0]], seed=4, corpus=None)
 
 
 def test_cells_of_a_grid_that_has_changed_are_in_no_mean(tmp_path):

@@ -92,7 +92,7 @@ def real_case(folder: Path, device: Any, ranks: int, values: dict, vocabulary: i
             some_steps(trainer, config)
         del trainer
         peaks.append(memory.peak.total())
-    bytes_ = {"measured": measured, "followed": min(peaks), "besides": besides}
+    bytes_ = {"measured": measured, "followed": min(peaks), "peaks": peaks, "besides": besides}
     write(folder / f"real-{rank}.json", traffic, work, bytes_)
 
 
