@@ -24,7 +24,8 @@ def check_others(folder: Path, values: list[dict[str, str]], seed: int, corpus: 
     if cells and not any(cell["corpus"] == corpus for cell in cells):
         raise UserError(
             f"{folder / 'cells'}: these read another corpus than that of --corpus, so that nothing"
-            " can be compared: its corpus.json says of which packages it was made"
+            " can be compared: corpus.json must be that of examples/experiments/results/corpus_cpu,"
+            " of the same packages, or run the whole grid on yours"
         )
     there = [cell["values"] for cell in cells]
     if not any(there.count(each) > 1 for each in values):

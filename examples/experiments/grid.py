@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
+from measures import MEASURES
 
 from megalong.config import Config
 from megalong.errors import UserError
@@ -114,6 +115,11 @@ def read_grid(path: Path, scale: str, seeds: list[int] | None = None) -> Grid:
     _check_keys(path, here, SCALE_KEYS, {"seeds", "minutes"}, f"scales.{scale}.")
     if content["equal"] not in EQUAL:
         raise UserError(f"{path}: equal: {content['equal']}: must be one of {', '.join(EQUAL)}")
+    if content["measure"] not in MEASURES:
+        hint = did_you_mean(str(content["measure"]), list(MEASURES))
+        raise UserError(
+            f"{path}: measure: {content['measure']}: must be one of {', '.join(MEASURES)}{hint}"
+        )
     axes = {**content["axes"], **here.get("axes", {})}
     common = [content.get("common", {}), here.get("common", {})]
     cells = [

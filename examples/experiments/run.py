@@ -151,7 +151,7 @@ def run_cells(
     print(
         f"{grid.experiment}: {counted(len(cells), 'cell')}, {len(left)} to be run, and"
         f" {counted(len(ahead), 'training')} that they start from, at most {minutes:g} minutes"
-        f" each: no more than {most}, one after the other",
+        f" each: {most} at the most, added up; {args.jobs} at a time",
         flush=True,
     )
     if args.plan:
@@ -350,6 +350,21 @@ def checked_corpus(folder: Path | None) -> Path:
     for name in ("corpus.json", "tokenizer.model", "train_text_document.idx", "held_out.jsonl"):
         if not (folder / name).exists():
             raise UserError(f"--corpus {folder}: no {name}: make it with corpus.sh")
+    try:
+        documents = sum(
+            json.loads((folder / "corpus.json").read_text())["held_out"]["documents"].values()
+        )
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder / 'corpus.json'}: is not what corpus.sh writes: {error}"
+        ) from error
+    with (folder / "held_out.jsonl").open("rb") as file:
+        lines = sum(1 for _ in file)
+    if lines != documents:
+        raise UserError(
+            f"{folder / 'held_out.jsonl'}: has {counted(lines, 'document')}, and corpus.json says"
+            f" {documents}: make the corpus anew with corpus.sh"
+        )
     return folder.resolve()
 
 

@@ -208,6 +208,7 @@ def test_settings_of_layers(tiny):
     [
         ({"mesure": 1}, "mesure: no such key; did you mean measure?"),
         ({"equal": "time"}, "equal: time: must be one of tokens, flops"),
+        ({"measure": "recal"}, "measure: recal: must be one of .*recall; did you mean recall?"),
         ({"scales": {"gpu": {}}}, "--scale cpu: tiny.yaml has gpu"),
         ({"common": {}}, "evaluate: cell dense-seed1 has none"),
         ({"common": TINY["common"] | {"strat": {}}}, "strat: no such setting; did you mean start?"),
@@ -232,11 +233,19 @@ def test_wrong_grids_are_refused(tmp_path, changes, message):
 def test_what_is_there_to_do_is_said_and_mistakes_are_refused(tiny, tmp_path):
     planned = run_here(SCRIPT, tiny, "--output", tmp_path / "out", "--plan").stdout
     assert "tiny: 4 cells, 4 to be run, and 2 trainings that they start from," in planned
-    assert "at most 3 minutes each: no more than 18:00, one after the other" in planned
+    assert "at most 3 minutes each: 18:00 at the most, added up; 2 at a time" in planned
     assert "dense-seed1: " in planned and "iterations" in planned
     assert "those to be run start from 2 trainings, " in planned  # one of each seed
     assert not (tmp_path / "out").exists()
+    corpus = {"held_out": {"documents": {"linux": 2}}}
+    for name, text in (
+        *(("corpus.json", json.dumps(corpus)), ("held_out.jsonl", "{}\n")),
+        *(("tokenizer.model", ""), ("train_text_document.idx", "")),
+    ):
+        (tmp_path / "cut" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "cut" / name).write_text(text)
     for words, message in (
+        (["perplexity", "--corpus", tmp_path / "cut"], "has 1 document, and corpus.json says 2"),
         (["perplexty"], "perplexty: no such experiment; did you mean perplexity?"),
         (["perplexity"], "--corpus is missing"),
         (["perplexity", "--corpus", tmp_path], "no corpus.json: make it with corpus.sh"),
