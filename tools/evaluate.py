@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from megalong.tasks.trials import Trials
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """words: of the command line, instead of this process's own."""
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--model", type=Path, required=True, help="checkpoint, run folder or Transformers folder")
@@ -79,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights")
     add("--tokenizer-model", help="the model's tokenizer (default: the checkpoint's own)")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if not args.input and not args.passkey_lengths and not args.tasks:
         raise UserError("nothing to do: give --input, --passkey-lengths or --tasks")
     if args.prompt_lengths and not args.input:

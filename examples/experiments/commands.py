@@ -32,6 +32,7 @@ from machine import machine
 from megalong.command_line import REPOSITORY
 from megalong.errors import UserError
 from megalong.training.metrics import read_metrics, training_records
+from tools.evaluate import parse_arguments as parse_evaluation
 
 TRAINING_SHARE = 0.85  # of a cell's minutes: the rest is for the evaluation
 GRACE = 120  # seconds that a command may take longer than it was told
@@ -226,18 +227,28 @@ class Training:
         return [*python, script, *as_flags({**self._flags, **data, **run})]
 
 
+def evaluation_command(training: Training, folder: Path) -> list[str]:
+    """What evaluates it, into the folder. Raises UserError, which names the cell, where
+    tools/evaluate.py would refuse its flags."""
+    cell = training.cell
+    settings: dict[str, Any] = dict(cell.evaluate)
+    if cell.data is None:
+        settings["input"] = str(training.place.corpus / "held_out.jsonl")
+    words = ["--model", str(training.run), *as_flags(settings)]
+    words += ["--output", str(folder), "--overwrite"]
+    try:
+        parse_evaluation(words)
+    except UserError as error:
+        raise UserError(f"cell {cell.name}: evaluate: {error}") from None
+    return [sys.executable, str(REPOSITORY / "tools" / "evaluate.py"), *words]
+
+
 def evaluate(
     training: Training, folder: Path
 ) -> Generator[None, None, tuple[dict[str, Any], list[str], float]]:
     """Returns what tools/evaluate.py finds, its command and its seconds. Raises OutOfTime,
     UserError."""
-    cell, place = training.cell, training.place
-    settings: dict[str, Any] = dict(cell.evaluate)
-    if cell.data is None:
-        settings["input"] = str(place.corpus / "held_out.jsonl")
-    tool = str(REPOSITORY / "tools" / "evaluate.py")
-    command = [sys.executable, tool, "--model", str(training.run), *as_flags(settings)]
-    command += ["--output", str(folder), "--overwrite"]
+    place, command = training.place, evaluation_command(training, folder)
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     left = max(place.seconds - training.seconds, (1 - TRAINING_SHARE) * place.seconds)

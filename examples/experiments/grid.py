@@ -93,10 +93,8 @@ class Grid:
         "dense 512". Raises UserError where a pattern is that of none."""
         for pattern in patterns:
             if not any(_matches(cell, pattern) for cell in self.cells):
-                names = sorted({name for names in self.axes.values() for name in names})
-                raise UserError(
-                    f"--cells {pattern}: no cell has that; there are {', '.join(names)}"
-                )
+                axes = "; ".join(f"{axis} {', '.join(names)}" for axis, names in self.axes.items())
+                raise UserError(f"--cells {pattern}: no cell has that; there are {axes}")
         return [cell for cell in self.cells if any(_matches(cell, pattern) for pattern in patterns)]
 
 

@@ -36,7 +36,7 @@ from megalong.command_line import run as run_main
 
 with needed_packages():
     from another_seed import check_others, write_check
-    from commands import OutOfTime, Place, Training, evaluate
+    from commands import OutOfTime, Place, Training, evaluate, evaluation_command
     from cost import cost_of
     from grid import Cell, Grid, read_grid
     from machine import machine, processors
@@ -136,6 +136,8 @@ def run_cells(
     """Runs those that have not been. Returns the names of those that failed."""
     minutes = place.seconds / 60
     trainings = {cell.name: training_of(cell, grid.equal, place) for cell in cells}
+    for training in trainings.values():
+        evaluation_command(training, folder)  # refuses misspelt flags before anything is trained
     left = [
         cell
         for cell in cells
@@ -197,6 +199,8 @@ def print_plan(trainings: list[Training], left: list[Cell]) -> None:
         if training.cell in left
         for start in training.all_of_them[:-1]
     }
+    each = {training.folder: training.cost.total_flops for training in trainings}
+    print(f"{counted(len(each), 'training')} in all, {sum(each.values()) / 1e12:,.2f} TFLOP")
     if starts:
         tflops = sum(starts.values()) / 1e12
         print(

@@ -197,7 +197,7 @@ def test_settings_of_layers(tiny):
     of_others = read_grid(tiny, "cpu", [2, 7]).cells
     assert [cell.name for cell in of_others[:2]] == ["dense-seed2", "dense-seed7"]
     assert of_others[0] == grid.cells[1] and of_others[1].flags["seed"] == 7
-    with pytest.raises(UserError, match="--cells sparse: no cell has that; there are dense"):
+    with pytest.raises(UserError, match="sparse: no cell has that; there are attention dense, dil"):
         grid.chosen(["sparse"])
     words = as_flags({"swiglu": False, "attention": ["local", "dense"], "finetune": True, "lr": 1})
     assert " ".join(words) == "--no-swiglu --attention local dense --finetune --lr 1"
@@ -235,8 +235,11 @@ def test_what_is_there_to_do_is_said_and_mistakes_are_refused(tiny, tmp_path):
     assert "tiny: 4 cells, 4 to be run, and 2 trainings that they start from," in planned
     assert "at most 3 minutes each: 18:00 at the most, added up; 2 at a time" in planned
     assert "dense-seed1: " in planned and "iterations" in planned
+    assert "4 trainings in all, 0.08 TFLOP" in planned
     assert "those to be run start from 2 trainings, " in planned  # one of each seed
     assert not (tmp_path / "out").exists()
+    misspelt = tmp_path / "misspelt.yaml"
+    misspelt.write_text(tiny.read_text().replace("task_lengths", "task_lenghts"))
     corpus = {"held_out": {"documents": {"linux": 2}}}
     for name, text in (
         *(("corpus.json", json.dumps(corpus)), ("held_out.jsonl", "{}\n")),
@@ -250,6 +253,10 @@ def test_what_is_there_to_do_is_said_and_mistakes_are_refused(tiny, tmp_path):
         (["perplexity"], "--corpus is missing"),
         (["perplexity", "--corpus", tmp_path], "no corpus.json: make it with corpus.sh"),
         ([tiny, "--scale", "gpu"], "--scale gpu: tiny.yaml has cpu"),
+        (
+            [misspelt],
+            "cell dense-seed1: evaluate: unrecognized argument: --task-lenghts; did you mean",
+        ),
     ):
         refused = run_here(SCRIPT, *words, "--output", tmp_path / "out", check=False)
         assert refused.returncode == 2 and message in refused.stderr

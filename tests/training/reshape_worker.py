@@ -27,7 +27,7 @@ from megalong.training.run_data import open_run_data
 from megalong.training.run_folder import prepare_run_folder
 from megalong.training.stopping import StopRequest
 from tests.launching import small_run_flags
-from tests.training.parity_worker import ALL_KINDS, AXES, BRANCHES, MUON, OPTIMIZER, SGD
+from tests.training.parity_cases import ALL_KINDS, AXES, BRANCHES, MUON, OPTIMIZER, SGD
 
 # Layout -> ranks; dp is what the rest leaves, and z the ZeRO stage.
 LAYOUTS = {

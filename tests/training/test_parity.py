@@ -9,7 +9,7 @@ import torch
 
 from tests.forked import run_ranks
 from tests.launching import made_once
-from tests.training.parity_worker import (
+from tests.training.parity_cases import (
     COPIES,
     LAYOUTS,
     LOW_PRECISION,
