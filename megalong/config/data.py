@@ -92,6 +92,12 @@ class DataConfig:
         return self.document_attention == "isolated"
 
     @property
+    def first_token_is_apart(self) -> bool:
+        """Whether what stands before a text, so that it begins as a document does, belongs to the
+        document before it: an end of that, which the text does not see."""
+        return self.isolates_documents and not self.prepend_bos
+
+    @property
     def masks_loss(self) -> bool:
         """Whether some tokens of the training data may not count in the loss, as far as the names
         of its files tell."""

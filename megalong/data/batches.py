@@ -264,6 +264,12 @@ def _document_bounds(
     return found if causal else found | {"document_stop": stops}
 
 
+def starts_behind_first(rows: int, start: int, stop: int) -> torch.Tensor:
+    """document_start of rows that have one text each, from the beginning of the sequence on, whose
+    first token is the end of a document before it."""
+    return torch.arange(start, stop, dtype=torch.int32).clamp(max=1).repeat(rows, 1)
+
+
 def _batch(rows: list[Row], start: int, stop: int) -> Batch:
     """rows: tokens and labels of each sample, or fewer of either where the stream ended."""
     length = stop - start

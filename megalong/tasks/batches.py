@@ -11,7 +11,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from megalong.data.batches import starts_behind_first
 from megalong.data.masking import IGNORE_INDEX
+from megalong.tasks.language import Ids
 from megalong.tasks.scores import AnswerSums
 from megalong.tasks.trials import Trials
 
@@ -24,11 +26,18 @@ def task_batches(
     data_parallel_rank: int,
     data_parallel_size: int,
     sequence_range: tuple[int, int],
+    first_apart: bool = False,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yields num_task_batches() micro batches on every rank, with the part of each sequence that is
     in `sequence_range`. A sample stands at the beginning of a sequence; behind it, and in rows
-    without a sample, are zeros, which causal attention keeps from it."""
+    without a sample, are zeros, which causal attention keeps from it.
+
+    first_apart: the first token belongs to a document before it, which the text does not see. A
+    sample of bare ids is one document in any case, as it is in data of `megalong.tasks.dataset`,
+    which only such models know."""
     start, stop = sequence_range
+    apart = first_apart and not isinstance(trials.language, Ids)
+    beside = {"document_start": starts_behind_first(micro_batch_size, start, stop)} if apart else {}
     for batch in range(num_task_batches(trials, micro_batch_size, data_parallel_size)):
         first = (batch * data_parallel_size + data_parallel_rank) * micro_batch_size
         tokens = np.zeros((micro_batch_size, stop - start), dtype=np.int64)
@@ -46,6 +55,7 @@ def task_batches(
             "labels": torch.from_numpy(labels),
             "positions": torch.arange(start, stop),
             "answer": torch.from_numpy(rows),
+            **beside,
         }
 
 

@@ -308,7 +308,8 @@ class Trainer:
         self._read_results()
         batches = batches_of(self.engine, trials, self.mesh)
         with self._evaluating(batches, f"{trials.task} of {trials.length}") as on_batch:
-            score = evaluate_task(self.engine, trials, self.mesh, on_batch)
+            apart = self.config.data.first_token_is_apart
+            score = evaluate_task(self.engine, trials, self.mesh, on_batch, apart)
         self.reports.task(self.progress, score)
 
     def _continue_prompts(self, iteration: int) -> None:

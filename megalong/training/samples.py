@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megalong.config import Config
-from megalong.data.batches import Batch
+from megalong.data.batches import Batch, starts_behind_first
 from megalong.data.masking import IGNORE_INDEX
 from megalong.model.next_tokens import NextTokens
 from megalong.parallel.mesh import Mesh
@@ -41,6 +41,9 @@ def continued(
         going_on = set(numbers)
         for _ in range(samples.sample_tokens):
             batch = _batch([texts[number] for number in mine], engine, mesh)
+            if config.data.first_token_is_apart:
+                start_stop = mesh.sequence_range(engine.seq_length)
+                batch["document_start"] = starts_behind_first(engine.micro_batch_size, *start_stop)
             places = [len(texts[number]) - 1 for number in mine]
             seeds = [
                 _seed(config.training.seed, iteration, number, place)

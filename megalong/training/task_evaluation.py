@@ -19,10 +19,11 @@ def evaluate_task(
     trials: Trials,
     mesh: Mesh,
     on_batch: Callable[[], None] = lambda: None,
+    first_apart: bool = False,
 ) -> TaskScore:
     """The score of the model on these samples, on every rank. Called by all ranks alike.
 
-    on_batch: called after each micro batch, to show progress.
+    on_batch: called after each micro batch, to show progress. first_apart: see `task_batches`.
     """
     sums = AnswerSums(trials, mesh.device)
     batches = task_batches(
@@ -32,6 +33,7 @@ def evaluate_task(
         data_parallel_rank=mesh.data_parallel_rank,
         data_parallel_size=mesh.data_parallel_size,
         sequence_range=mesh.sequence_range(engine.seq_length),
+        first_apart=first_apart,
     )
     with made_ahead(batches, mesh.device) as ahead:
         # As many at a time as fill the pipeline.
