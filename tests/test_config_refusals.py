@@ -9,6 +9,7 @@ import pytest
 from megalong.config import ModelConfig, world_size
 from megalong.config.arguments import config_from_values, parse_arguments
 from megalong.config.model import longest_xpos
+from megalong.config.unused import unused
 from megalong.errors import UserError
 from tests.flags import NEEDED, resolve
 
@@ -178,6 +179,11 @@ def test_a_missing_yaml_is_named():
         ),
         (
             "--yarn-rotary-scaling-factor 4",
+            1,
+            "set --yarn-original-max-position-embeddings to that",
+        ),
+        (
+            "--yarn-rotary-scaling-factor 1 --yarn-attention-factor 1.2",
             1,
             "set --yarn-original-max-position-embeddings to that",
         ),
@@ -388,3 +394,45 @@ def test_that_nothing_is_offloaded_on_a_cpu_is_said(flags):
     [line] = given.memory.unused(on_cpu, of.parallel)
     assert line.startswith("--offload-activations is not used: on a CPU")
     assert not given.memory.unused(memory, of.parallel)
+
+
+@pytest.mark.parametrize(
+    "flags, lines",
+    [
+        ("", []),
+        ("--optimizer muon --muon-momentum 0.5 --adam-beta2 0.9", []),
+        (
+            "--muon-momentum 0.5 --no-muon-nesterov --sgd-momentum 0.1",
+            [
+                "--sgd-momentum 0.1 is not used: --optimizer is adam",
+                "--muon-momentum 0.5 is not used: --optimizer is adam",
+                "--muon-nesterov off is not used: --optimizer is adam",
+            ],
+        ),
+        (
+            "--lr-decay-style constant --min-lr 1e-5 --lr-decay-iters 5 --lr-decay-power 2",
+            [
+                "--min-lr 1e-05 is not used: --lr-decay-style is constant",
+                "--lr-decay-iters 5 is not used: --lr-decay-style is constant",
+                "--lr-decay-power 2.0 is not used: --lr-decay-style is constant",
+            ],
+        ),
+        ("--loss-scale 8", ["--loss-scale 8.0 is not used: --precision is bf16"]),
+        ("--loss-scale 8 --precision fp16", []),
+        ("--xpos-scale-base 9", ["--xpos-scale-base 9 is not used: --position-embedding-type is"]),
+        ("--position-embedding-type none --rotary-base 7", ["--rotary-base 7.0 is not used: "]),
+        (
+            "--use-checkpoint-opt-param-scheduler --load-fallback",
+            [
+                "--use-checkpoint-opt-param-scheduler is not used: there is no --load",
+                "--load-fallback is not used: there is no --load",
+            ],
+        ),
+        ("--use-checkpoint-opt-param-scheduler --load-fallback --load run", []),
+    ],
+)
+def test_settings_that_do_nothing_are_told(flags, lines):
+    found = list(unused(parse_arguments([*NEEDED, *flags.split()])))
+    assert len(found) == len(lines), found
+    for line, words in zip(found, lines, strict=True):
+        assert line.startswith(words)

@@ -230,6 +230,7 @@ def test_flags_that_do_not_go_with_the_stages(file, flags, message):
         (("lr: 1.0e-3\n", "lr: 1.0e-3\ntrain_iters: 5\n"), 6, "each stage has its own"),
         (("save: run\n", ""), 12, "set --save"),
         (("  - name: short", "  - 5\n  - name: short"), 14, "expected `name: ...` and settings"),
+        (("  - name: short", "  - [{a: 1, a: 2}]\n  - name: short"), 14, "a: given twice"),
     ],
 )  # fmt: skip
 def test_bad_stages_name_key_and_line(file, change, line, message):
@@ -238,6 +239,31 @@ def test_bad_stages_name_key_and_line(file, change, line, message):
         stages_of()
     assert message in str(error.value) and "\n" not in str(error.value)
     assert re.match(rf"--config recipe.yaml, line {line}: ", str(error.value)), error.value
+
+
+@pytest.mark.parametrize(
+    "preset, change, line, message",
+    [
+        ("longnet-llama-125m", ("    dilation_rates: [1, 2]\n", ""), 16,
+         "stage short: --segment-lengths is given without --dilation-rates"),
+        ("longnet-125m", ("seq_length: 256", "seq_length: 131072"), 22,
+         "stage long: --seq-length 131072 is beyond what xPos can scale"),
+    ],
+)  # fmt: skip
+def test_bad_stages_beside_a_preset_name_line_too(file, preset, change, line, message):
+    of_model = "model:\n  num_layers: 2\n  hidden_size: 64\nnum_attention_heads: 4\n"
+    changed(file, (of_model, ""), change)
+    with pytest.raises(UserError) as error:
+        stages_of("--preset", preset)
+    assert str(error.value).startswith(f"--config recipe.yaml, line {line - 4}: {message}")
+
+
+def test_a_null_beside_the_stages_is_meant(file):
+    """Of the positions of an imported model, say."""
+    changed(file, ("save: run\n", "save: run\nyarn_attention_factor: null\n"))
+    first, second = parse_run(["--config", "recipe.yaml"]).stages
+    assert "yarn_attention_factor" in first.meant & second.meant
+    assert "lr" not in first.meant
 
 
 LLAMA_31 = {"rope_scaling_factor": 8, "rope_original_length": 64}

@@ -76,6 +76,7 @@ def describe(reader: CheckpointReader, manifest: Manifest) -> dict[str, Any]:
         "consumed_tokens": progress.consumed_tokens,
         "updates": progress.updates,
         "blend": progress.blend,
+        "stages": [{key: stage[key] for key in ("name", "begin")} for stage in progress.stages],
         "layout": layout(settings, manifest.ranks),
         # Training does not count those of ids that its tokenizer has not; it is not asked for here.
         "parameters": sum(size for name, size in sizes.items() if parameter_of(name, WEIGHTS)),
@@ -100,6 +101,11 @@ def in_words(content: dict[str, Any]) -> Iterator[str]:
         f"iteration {content['iteration']:,} | {content['consumed_samples']:,} sequences"
         f" | {content['consumed_tokens']:,} tokens | {content['updates']:,} updates"
     )
+    if content["stages"]:
+        begun = (
+            f"{each['name']} from iteration {each['begin'] + 1:,}" for each in content["stages"]
+        )
+        yield f"stages: {', '.join(begun)}"
     if content["blend"] is not None:
         yield from History.from_values(content["blend"]).in_words()
     yield f"saved by {content['layout']}"

@@ -77,8 +77,9 @@ def _stage_at(file: YamlFile, place: tuple[Any, ...]) -> str:
     """ "stage NAME: " of a place in one that has a name."""
     match place:
         case ("stages", int(number), *_):
-            name = file.content["stages"][number].get("name")
-            return "" if name is None else f"stage {name}: "
+            entry = file.content["stages"][number]
+            if isinstance(entry, dict) and entry.get("name") is not None:
+                return f"stage {entry['name']}: "
     return ""
 
 
@@ -122,16 +123,12 @@ def _stages_of(file: YamlFile, given: dict[str, Any]) -> Iterator[StageSettings]
         tokens = values.pop("train_tokens", None)
         del values["name"]
         in_file = {key: found for key, found in common.items() if key not in flags}
-        yield StageSettings(
-            name,
-            with_preset(given.get("preset"), values),
-            own,
-            tokens,
-            file,
-            place,
-            in_file,
-            frozenset([*own, *flags]),
-        )
+        nulls = [key for key, found in in_file.items() if found.value is None]
+        meant = frozenset([*own, *flags, *nulls])
+        settings = StageSettings(name, values, own, tokens, file, place, in_file, meant)
+        with settings.errors():
+            values = with_preset(given.get("preset"), values)
+        yield dataclasses.replace(settings, values=values)
 
 
 def _own_settings(

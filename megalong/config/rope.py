@@ -45,7 +45,16 @@ def fields_of_scaling(factor: str) -> tuple[str, ...]:
 
 def _is_on(model: ModelConfig, factor: str) -> bool:
     """Whether it is set, to another value than 1, which stretches nothing."""
+    if factor == "yarn_rotary_scaling_factor" and model.yarn_attention_factor is not None:
+        return getattr(model, factor) is not None  # it changes the scores besides
     return getattr(model, factor) not in (None, 1)
+
+
+def _has_yarn(model: ModelConfig) -> bool:
+    """Whether there is all of it, if with a factor of 1, or there should be."""
+    given = model.yarn_rotary_scaling_factor is not None
+    whole = given and model.yarn_original_max_position_embeddings is not None
+    return whole or _is_on(model, "yarn_rotary_scaling_factor")
 
 
 def lost_fields(ours: ModelConfig, theirs: ModelConfig, given: Collection[str]) -> list[str]:
@@ -85,7 +94,7 @@ def rope_parameters(model: ModelConfig) -> dict[str, Any]:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": model.rope_original_length,
         }
-    elif model.yarn_rotary_scaling_factor is not None:
+    elif _has_yarn(model):
         scaling = {
             "rope_type": "yarn",
             "factor": model.yarn_rotary_scaling_factor,
@@ -137,7 +146,7 @@ def check_rope(model: ModelConfig) -> None:
         )
     if model.yarn_rotary_scaling_factor is None:
         _check_no_yarn(model)
-    else:
+    elif _has_yarn(model):
         _check_yarn(model)
 
 

@@ -7,7 +7,6 @@ computed in float64 and reduced to one turn, and only then becomes float32.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -37,14 +36,16 @@ class LongRotaryEmbedding(RotaryEmbedding):
         self.frequencies = rotary_frequencies(model)
         self.first_position = first_position
         self.copies = 1 if one_per_pair else 2
+        self._of_newest: tuple[Any, torch.Tensor] | None = None
 
     def forward(self, length: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Angles in [0, 2 pi), float32, (length, 1, 1, kv_channels), on the model's device; with
         one_per_pair (length, 1, 1, kv_channels / 2)."""
         device = torch.cuda.current_device()  # the CPU where there is no GPU: see parallel/cpu.py
-        return self._angles(length, device)
+        if self._of_newest is None or self._of_newest[0] != (length, device):
+            self._of_newest = (length, device), self._angles(length, device)
+        return self._of_newest[1]
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019  one module per stage, as long-lived
     def _angles(self, length: int, device: Any) -> torch.Tensor:
         frequencies = self.frequencies.to(device, non_blocking=True)
         pairs, first = len(frequencies), self.first_position
@@ -70,11 +71,16 @@ class XposScales:
         channels = torch.arange(0, model.kv_channels, 2, dtype=torch.float64) / model.kv_channels
         self._decays = ((channels + XPOS_GAMMA) / (1 + XPOS_GAMMA)).log_() / model.xpos_scale_base
         self._first = first_position - model.seq_length // 2
+        self._of_newest: tuple[Any, torch.Tensor] | None = None
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019  one object per stage, as above
     def __call__(self, length: int, device: torch.device) -> torch.Tensor:
         """Those of queries, which decay with the position; keys are divided by them. (length,
         kv_channels / 2), float32."""
+        if self._of_newest is None or self._of_newest[0] != (length, device):
+            self._of_newest = (length, device), self._scales(length, device)
+        return self._of_newest[1]
+
+    def _scales(self, length: int, device: torch.device) -> torch.Tensor:
         decays = self._decays.to(device, non_blocking=True)
         scales = torch.empty(length, len(decays), dtype=torch.float32, device=device)
         for rows in tiles(length, PIECE):

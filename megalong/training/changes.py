@@ -76,7 +76,7 @@ def other_ways(checkpoint: Path, config: Config, new_stage: bool = False) -> lis
     goes_on = iteration > 0 and not config.run.finetune  # an imported model has seen no data
     if goes_on:
         of_optimizer = optimizer_of(config.training).flags
-        names += ["mask_rate", "eod_mask_loss", "seed", *_DATA, *_STEP]
+        names += ["mask_rate", "eod_mask_loss", "seed", "optimizer", *_DATA, *_STEP]
         names += [name for name in vars(config.training) if name.startswith(of_optimizer)]
         names += [] if new_stage else ["train_iters", *SCHEDULE]
     found = differences(config, theirs, names)

@@ -15,6 +15,7 @@ from megalong.checkpoint.saving import Saver
 from megalong.config import Config
 from megalong.config.arguments import to_yaml
 from megalong.config.stages import Stage
+from megalong.config.unused import unused
 from megalong.data.batches import (
     Batch,
     evaluation_batches,
@@ -37,7 +38,7 @@ from megalong.training.learning_rate import learning_rate
 from megalong.training.profiling import Profiler
 from megalong.training.reports import Reports, say
 from megalong.training.resuming import check_agreement, sound_checkpoint
-from megalong.training.run_blend import blend_from, next_sample
+from megalong.training.run_blend import blend_from, next_sample, repeated
 from megalong.training.run_data import RunData, best_set, check_same_masks, validation_sets
 from megalong.training.run_folder import leave_unfinished, open_run_folder, same_folder
 from megalong.training.samples import continued
@@ -105,6 +106,7 @@ class Trainer:
         self.profiler = Profiler(config, mesh, say, self.reports.meter.pause)
         choices = [memory_path, *given.memory.unused(config.memory, config.parallel)]
         choices += given.attention.changed_by_matching(config.attention)
+        choices += [*unused(given), *repeated(self.blend, self.progress, config)]
         self.reports.announce(checkpoint, self.progress, choices, news)
 
     def _forget_usual_losses(self) -> list[str]:

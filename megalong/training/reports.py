@@ -263,13 +263,14 @@ class Reports:
     def _line(self, record: dict[str, Any]) -> str:
         """The log line of a training record: what one looks at, and what is out of the ordinary."""
         iteration, train_iters = record["iteration"], self.config.training.train_iters
+        stage = self.stage
         pace = (time.perf_counter() - self._begin) / (iteration - self._first_iteration)
         norm = "skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
         mfu = f"MFU {record['mfu']:.1%}"
         if record["mfu_dense_equivalent"] != record["mfu"]:
             mfu += f" (dense equivalent {record['mfu_dense_equivalent']:.1%})"
         words = [
-            *([f"stage {record['stage']}"] if "stage" in record else []),
+            *([f"stage {stage.name} ({stage.number} of {stage.count})"] if stage else []),
             f"iteration {iteration}/{train_iters}",
             f"loss {record['loss']:.4f}{_by_source(record.get('sources', {}))}",
             *([f"z-loss {record['z_loss']:.2e}"] if "z_loss" in record else []),

@@ -62,8 +62,7 @@ def open_checkpoint(config: Config, stage: Stage | None = None) -> Path | None:
     """
     checkpoint = found_checkpoint(config)
     if checkpoint is not None:
-        of_stage = contextlib.nullcontext() if stage is None else stage.settings.errors()
-        with system_errors_of(_flag(config), str(config.run.load)), of_stage:
+        with system_errors_of(_flag(config), str(config.run.load)), _of(stage):
             _check_same_run(checkpoint, config, stage)
     return checkpoint
 
@@ -96,6 +95,11 @@ def found_checkpoint(config: Config) -> Path | None:
                 return None
             raise UserError(f"{_flag(config)} {load}: no checkpoint there (no file `latest`)")
         return _first_sound(_candidates(config), check_files, config)[0]
+
+
+def _of(stage: Stage | None) -> contextlib.AbstractContextManager[None]:
+    """Inside, errors say of which stage they are."""
+    return contextlib.nullcontext() if stage is None else stage.settings.errors()
 
 
 def _flag(config: Config) -> str:
@@ -131,7 +135,8 @@ def sound_checkpoint(
             candidates = [_candidates(config) if dist.get_rank() == 0 else None]
             dist.broadcast_object_list(candidates, src=0)
             checkpoint, damage = _first_sound(candidates[0], check, config)
-            _check_same_run(checkpoint, config, stage)
+            with _of(stage):
+                _check_same_run(checkpoint, config, stage)
             if damage and dist.get_rank() == 0:
                 _go_past(damage, checkpoint, config, say)
         yield checkpoint
@@ -221,8 +226,6 @@ _FREE_MODEL_FIELDS = {"seq_length", "init_method_std", "transformer_impl"}
 # What a run in the same folder keeps: its data order and its held-out documents hang on it, and its
 # losses would not be one curve.
 _RUN_FIELDS = ["objective", "mask_rate", "seed", "split", *PATTERN_FIELDS]
-
-
 # And what a stage may have otherwise than the one before it.
 _STAGE_FIELDS = {*WHAT, *HOW}
 
@@ -248,6 +251,8 @@ def _check_same_run(checkpoint: Path, config: Config, stage: Stage | None) -> No
             _check_same_data(checkpoint, config)
     if new_stage:
         names = [name for name in names if name not in _STAGE_FIELDS]
+        if None in (config.data.split, theirs.data.split):
+            names.remove("split")  # only one of the two has data of its own to be evaluated on
     for name, (here, there) in differences(config, theirs, names).items():
         way_out = f"start a new run without {_flag(config)}"
         if name in _RUN_FIELDS:

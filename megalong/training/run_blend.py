@@ -12,6 +12,8 @@ from megalong.config import Config
 from megalong.data.blend import Blend, History
 from megalong.training.changes import config_of
 
+REPEATS = 4  # epochs, after which more of the same text teaches little (arXiv 2305.16264)
+
 
 def next_sample(progress: Progress, config: Config) -> int:
     """The first sample of the blend that was not trained on. A run that goes on with longer
@@ -34,6 +36,23 @@ def blend_from(
         [source] = theirs.data.training_sources()
         history = History.of_one(source.name, progress.consumed_tokens, theirs.model.seq_length)
     return blend.continued(next_sample(progress, config), history)
+
+
+def repeated(blend: Blend, progress: Progress, config: Config) -> list[str]:
+    """The sources that a run reads more often than helps until the end of its stage, those before
+    it included: a line each. blend: that from here on."""
+    training, length = config.training, config.model.seq_length
+    samples = (training.train_iters - progress.iteration) * training.global_batch_size
+    lines = []
+    for name, (_, epochs) in blend.realised(next_sample(progress, config)).items():
+        tokens = blend.epoch_tokens[name]
+        epochs += float(blend.shares[name]) * samples * length / tokens
+        if epochs > REPEATS:
+            lines.append(
+                f"source {name}: {tokens:,} tokens, which are read {epochs:.1f} times until"
+                f" iteration {training.train_iters}: beyond {REPEATS} times text teaches little"
+            )
+    return lines
 
 
 def make_orders(blend: Blend, checkpoint: Path | None, config: Config) -> None:

@@ -38,7 +38,6 @@ from megalong.training.sample_prompts import Prompt, prompts_of
 from megalong.wording import counted, did_you_mean
 
 FILES_OF_A_PAIR, OTHER_FILES = 4, 256  # open at a time, of a .bin/.idx pair and of all else
-REPEATS = 4  # epochs, after which more of the same text teaches little (arXiv 2305.16264)
 
 
 @dataclass(frozen=True)
@@ -252,28 +251,20 @@ def _open_training(
 
 
 def _amounts(specs: list[SourceSpec], blend: Blend, config: Config) -> list[str]:
-    """How often a run with this blend reads each of its sources, where that needs a word."""
+    """How much of each source was asked for, where the run takes as much as it does anyway."""
+    if any(spec.unit == "weight" for spec in specs):
+        return []
     training = config.training
     iterations = training.train_iters - training.lr_begin_iters  # of the stage
     planned = iterations * training.global_batch_size * config.model.seq_length
-    lines = []
-    if all(spec.unit != "weight" for spec in specs):
-        wanted = sum(
-            spec.amount * (blend.epoch_tokens[spec.name] if spec.unit == "epochs" else 1)
-            for spec in specs
-        )
-        lines.append(
-            "the shares of the sources are the ratio of their tokens, whatever --train-iters is:"
-            f" {int(wanted):,} tokens were asked for, the run takes {planned:,}"
-        )
-    for name, share in blend.shares.items():
-        epochs = float(share) * planned / blend.epoch_tokens[name]
-        if epochs > REPEATS:
-            lines.append(
-                f"source {name}: {blend.epoch_tokens[name]:,} tokens, which a whole run with this"
-                f" share reads {epochs:.1f} times: beyond {REPEATS} times text teaches little"
-            )
-    return lines
+    wanted = sum(
+        spec.amount * (blend.epoch_tokens[spec.name] if spec.unit == "epochs" else 1)
+        for spec in specs
+    )
+    return [
+        "the shares of the sources are the ratio of their tokens, whatever --train-iters is:"
+        f" {int(wanted):,} tokens were asked for, the run takes {planned:,}"
+    ]
 
 
 def _allow_open_files(config: Config) -> None:

@@ -12,6 +12,7 @@ from megalong.config.flags import shown
 from megalong.config.memory import PIECES
 from megalong.config.rope import ROPE_FIELDS
 from megalong.config.stages import DATA_TO_COME, Recipe, Stage
+from megalong.config.unused import unused
 from megalong.data.tokenizers.tokenizer import build_tokenizer
 from megalong.model.flops import executed_flops
 from megalong.progress import human_flops
@@ -77,7 +78,7 @@ def stage_table(stages: tuple[Stage, ...], vocab_size: int, ranks: int) -> str:
     for stage in stages:
         oddities = stage.config.attention.oddities(stage.config.model.seq_length)
         of = f"stage {stage.name}: " if stage.name else ""
-        lines += [*stage.notes, *(of + line for line in oddities)]
+        lines += [*stage.notes, *(of + line for line in [*oddities, *unused(stage.given)])]
     return "\n".join(lines)
 
 

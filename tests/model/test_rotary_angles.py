@@ -1,6 +1,8 @@
 """Rotary angles of plain positions: Megatron-core's where those can count, and exact where not."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -63,3 +65,14 @@ def test_rotary_angles_stay_exact_at_a_billion(scaling):
         distance = abs(angle - exact)
         # float64 leaves 2^30 x 2^-53 of the angle, float32 one part in 2^24 of a turn.
         assert min(distance, 2 * math.pi - distance) < 1e-6
+
+
+def test_rotary_angles_are_kept_as_long_as_their_model():
+    """Those of a stage would else be there in the next one, whose are larger."""
+    module = LongRotaryEmbedding(ModelConfig(kv_channels=8).resolve())
+    angles = module(64)
+    assert module(64) is angles and module(32) is not angles
+    alive = weakref.ref(module)
+    del module, angles
+    gc.collect()
+    assert alive() is None

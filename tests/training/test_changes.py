@@ -38,6 +38,11 @@ def test_nothing_is_told_where_nothing_changed(checkpoint):
     assert other_ways(checkpoint, resolved(micro_batch_size=4, zero_stage=2)) == []
 
 
+def test_another_optimizer_is_told(checkpoint):
+    [line] = other_ways(checkpoint, resolved(optimizer="muon"))
+    assert line == "--optimizer is muon; the checkpoint was written with adam"
+
+
 def test_another_optimizer_is_asked_for_its_own_settings(checkpoint):
     config = resolved(adam_beta2=0.9, sgd_momentum=0.5, muon_momentum=0.5)
     for optimizer, flags in (
@@ -47,7 +52,8 @@ def test_another_optimizer_is_asked_for_its_own_settings(checkpoint):
     ):
         training = dataclasses.replace(config.training, optimizer=optimizer)
         told = other_ways(checkpoint, dataclasses.replace(config, training=training))
-        assert [line.split()[0] for line in told] == flags
+        flags = flags if optimizer == "adam" else [*flags, "--optimizer"]
+        assert {line.split()[0] for line in told} == {*flags}
 
 
 @pytest.mark.parametrize(
@@ -216,6 +222,8 @@ YARN = {"yarn_rotary_scaling_factor": 4, "yarn_original_max_position_embeddings"
             None,
         ),
         ({"rope_scaling_factor": 1}, {}, None),
+        (YARN, {"yarn_rotary_scaling_factor": 1}, None),
+        (YARN | {"yarn_beta_fast": 16}, {"yarn_rotary_scaling_factor": 1}, None),
         (
             {"rope_scaling_factor": 2, "rope_original_length": 64},
             {"rotary_ntk_factor": 1},

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megalong.checkpoint.progress import Progress
 from megalong.config.arguments import parse_arguments
 from megalong.errors import UserError
 from megalong.hf.tokenizer_files import export_tokenizer
+from megalong.training.run_blend import repeated
 from megalong.training.run_data import check_same_masks, describe_training, open_run_data
 from tests.launching import small_run_flags
 
@@ -135,9 +137,8 @@ def three(tmp_path):
 
 
 def test_a_blend_with_a_split_has_held_out_sets_by_source(three):
-    data = opened(
-        data_path=f"0.7 {three}/code 0.3 prose={three}/books", split="8,1,1", train_iters=60
-    )
+    flags = {"data_path": f"0.7 {three}/code 0.3 prose={three}/books", "split": "8,1,1"}
+    data = opened(**flags, train_iters=60)
     assert {name: float(share) for name, share in data.train.shares.items()} == {
         "code": 0.7,
         "prose": 0.3,
@@ -149,10 +150,20 @@ def test_a_blend_with_a_split_has_held_out_sets_by_source(three):
         "test/code": 201,
         "test/prose": 401,
     }
-    assert any(
-        "source code: 1,608 tokens, which a whole run with this share reads" in line
-        for line in data.oddities
-    )
+
+
+def test_sources_that_are_read_very_often_are_told_with_what_was_read_before(three):
+    flags = {"data_path": f"0.7 {three}/code 0.3 prose={three}/books", "split": "8,1,1"}
+    for iterations, begin, told in ((60, 0, 26.7), (8, 0, None), (16, 8, 7.1)):
+        config = parse_arguments(small_run_flags(three, **flags, train_iters=iterations)).resolve(1)
+        blend, samples = open_run_data(config).train, begin * 8
+        if begin:
+            blend, _ = blend.continued(samples, blend.history(samples))
+        progress = Progress(iteration=begin, consumed_tokens=samples * 128)
+        lines = [line for line in repeated(blend, progress, config) if "code" in line]
+        assert bool(lines) == (told is not None)
+        for line in lines:
+            assert f"1,608 tokens, which are read {told} times until iteration {iterations}" in line
 
 
 def test_sources_without_weights_are_as_much_as_they_have_tokens(three):

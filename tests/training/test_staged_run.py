@@ -94,7 +94,7 @@ def test_what_is_said_of_the_stages(runs):
         "/whole/iter_0000003\n--attention is dilated dense; the checkpoint was written with",
         "--segment-lengths is 64 256; the checkpoint was written with 32 64 128",
         "from sample 12 on the training data is books 0.5, new 0.5; before it was code 0.7",
-        "stage long | iteration 8/8 | loss",
+        "stage long (3 of 3) | iteration 8/8 | loss",
     ):
         assert words in whole, words
     assert "--train-iters is" not in whole and "the learning rate goes from" not in whole
@@ -252,6 +252,25 @@ def test_the_flags_of_a_run_start_a_like_one(runs):
     assert again[-1].config.model.yarn_rotary_scaling_factor == 2.0
     assert list(again[1].config.data.data_path) != resolved["data"]["data_path"]
     assert list(again[2].config.data.data_path) == resolved["data"]["data_path"]
+
+
+def test_stages_may_be_evaluated_on_other_data_than_those_before_them(corpus, tmp_path):
+    """Of one sources are divided, of the next not, and of the last again."""
+    whole = {"train_data_path": str(corpus), "valid_data_path": str(corpus)}
+    ways = ({"data_path": str(corpus)}, whole, {"data_path": str(corpus)})
+    stages = [{"name": f"s{i}", "train_iters": 1, **way} for i, way in enumerate(ways)]
+    folder = str(tmp_path / "run")
+    settings = {"stages": stages, "data_path": None, "split": None, "save": folder, "load": folder}
+    file = write_settings(tmp_path / "recipe.yaml", str(corpus), **settings)
+    said = run_ranks(1, PRETRAIN, "--config", file).stdout
+    assert "--split is not set; the checkpoint was written with 969,30,1" in said
+    records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    assert [r["iteration"] for r in training_records(records)] == [1, 2, 3]
+    file = write_settings(tmp_path / "recipe.yaml", str(corpus), **settings | {"split": "8,1,1"},
+                          stages=stages[:1])  # fmt: skip
+    first, *_ = stages_ahead(parse_run(["--config", str(file)]).resolve(1))
+    with pytest.raises(UserError, match=r"stage s0: --split is 8,1,1, but the checkpoint"):
+        starting_point(first.config, first)
 
 
 def test_a_dry_run_and_a_stage_whose_data_is_missing(corpus, tmp_path):
