@@ -316,7 +316,7 @@ def test_memory_of_a_gpu_is_that_since_the_last_record(monkeypatch):
 def test_growth_of_memory_is_said_after_a_spike_too():
     reports = SimpleNamespace(
         _memory_before=0, _begin=0.0, _first_iteration=0, _words_on_save=lambda record: [],
-        config=SimpleNamespace(training=SimpleNamespace(train_iters=9)),
+        config=SimpleNamespace(training=SimpleNamespace(train_iters=9)), stage=None,
     )  # fmt: skip
     record = {"iteration": 1, "loss": 1.0, "learning_rate": 1.0, "grad_norm": 1.0, "mfu": 0.5}
     record |= {"mfu_dense_equivalent": 0.5, "data_share": 0.0, "tokens_per_second": 1.0}

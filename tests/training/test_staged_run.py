@@ -264,12 +264,13 @@ def test_stages_may_be_evaluated_on_other_data_than_those_before_them(corpus, tm
     file = write_settings(tmp_path / "recipe.yaml", str(corpus), **settings)
     said = run_ranks(1, PRETRAIN, "--config", file).stdout
     assert "--split is not set; the checkpoint was written with 969,30,1" in said
-    records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
-    assert [r["iteration"] for r in training_records(records)] == [1, 2, 3]
-    file = write_settings(tmp_path / "recipe.yaml", str(corpus), **settings | {"split": "8,1,1"},
-                          stages=stages[:1])  # fmt: skip
+    records = training_records(read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    assert [r["iteration"] for r in records] == [1, 2, 3]
+    divided = [{"name": stage["name"], "train_iters": 1, **ways[0]} for stage in stages]
+    settings |= {"split": "8,1,1", "stages": divided}
+    file = write_settings(tmp_path / "recipe.yaml", str(corpus), **settings)
     first, *_ = stages_ahead(parse_run(["--config", str(file)]).resolve(1))
-    with pytest.raises(UserError, match=r"stage s0: --split is 8,1,1, but the checkpoint"):
+    with pytest.raises(UserError, match=r"stage s2: --split is 8,1,1, but the checkpoint"):
         starting_point(first.config, first)
 
 
