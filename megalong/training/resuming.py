@@ -250,9 +250,10 @@ def _check_same_run(checkpoint: Path, config: Config, stage: Stage | None) -> No
         if not config.run.new_data and not new_stage:
             _check_same_data(checkpoint, config)
     if new_stage:
-        names = [name for name in names if name not in _STAGE_FIELDS]
+        free = _STAGE_FIELDS
         if None in (config.data.split, theirs.data.split):
-            names.remove("split")  # only one of the two has data of its own to be evaluated on
+            free = free | {"split"}  # one of the two has data of its own to be evaluated on
+        names = [name for name in names if name not in free]
     for name, (here, there) in differences(config, theirs, names).items():
         way_out = f"start a new run without {_flag(config)}"
         if name in _RUN_FIELDS:
