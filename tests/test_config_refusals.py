@@ -9,6 +9,7 @@ import pytest
 from megalong.config import ModelConfig, world_size
 from megalong.config.arguments import config_from_values, parse_arguments
 from megalong.config.model import longest_xpos
+from megalong.config.rope import scaling_oddities
 from megalong.config.unused import unused
 from megalong.errors import UserError
 from tests.flags import NEEDED, resolve
@@ -57,7 +58,12 @@ def test_a_missing_yaml_is_named():
         ("--hidden-size 100 --num-attention-heads 3", 1, "--hidden-size 100 does not divide"),
         ("--num-attention-heads 12 --num-query-groups 5", 1, "--num-query-groups 5"),
         ("--kv-channels 33", 1, "even --kv-channels"),
-        ("--global-batch-size 6 --micro-batch-size 2", 2, "set --global-batch-size 8"),
+        (
+            "--global-batch-size 6 --micro-batch-size 2",
+            2,
+            "set --micro-batch-size 1, or --global-batch-size 8, or change the layout",
+        ),
+        ("--global-batch-size 7 --micro-batch-size 2", 2, "ranks: set --global-batch-size 8"),
         ("--micro-batch-size 0", 1, "--micro-batch-size 0 must be positive"),
         ("--eval-task-interval 5", 1, "--eval-task-interval is about tasks: set --eval-tasks"),
         ("--eval-task-lengths 64", 1, "--eval-task-lengths is about tasks: set --eval-tasks"),
@@ -252,6 +258,24 @@ def test_what_cannot_work_is_refused(flags, ranks, message):
         resolve(*flags.split(), ranks=ranks)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        ("", None),
+        ("--rope-scaling-factor 4", "--rope-original-length 8192: --seq-length 512 is not beyond"),
+        ("--rope-scaling-factor 4 --rope-original-length 128", None),
+        (f"{YARN} --seq-length 16384", None),
+        (f"{YARN} --seq-length 4096", "embeddings 4096: --seq-length 4096 is not beyond that"),
+        (f"{YARN} --seq-length 16385", "--seq-length 16385 is beyond 16384, as far as that"),
+        ("--yarn-rotary-scaling-factor 1", None),
+    ],
+)
+def test_scalings_that_fit_badly_are_told(flags, told):
+    lines = scaling_oddities(resolve("--seq-length", 512, *flags.split()).model)
+    assert len(lines) == (told is not None)
+    assert not lines or told in lines[0]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -112,6 +112,30 @@ def rope_parameters(model: ModelConfig) -> dict[str, Any]:
     return {"rope_theta": base, **scaling}
 
 
+def scaling_oddities(model: ModelConfig) -> list[str]:
+    """What is told of a scaling that fits the sequence badly, a line each; model: resolved."""
+    if not model.has_rotary_positions:
+        return []
+    lengths = {
+        "rope_scaling_factor": "rope_original_length",
+        "yarn_rotary_scaling_factor": "yarn_original_max_position_embeddings",
+    }
+    lines = []
+    for factor, original in lengths.items():
+        if not _is_on(model, factor):
+            continue
+        times, length = getattr(model, factor), getattr(model, original)
+        set_to = f"{flag_name(factor)} {times:g} with {flag_name(original)} {length}"
+        if length >= model.seq_length:
+            lines.append(f"{set_to}: --seq-length {model.seq_length} is not beyond that length")
+        elif times * length < model.seq_length:
+            lines.append(
+                f"{set_to}: --seq-length {model.seq_length} is beyond"
+                f" {times * length:g}, as far as that stretches the positions"
+            )
+    return lines
+
+
 def check_rope(model: ModelConfig) -> None:
     """Raise UserError where the rotary positions are none that there are; model: resolved."""
     require_positive(model, "rope_original_length")

@@ -143,11 +143,13 @@ class TrainingConfig:
         assert self.global_batch_size is not None and self.lr_decay_iters is not None
         step = self.micro_batch_size * data_parallel_size
         if self.global_batch_size <= 0 or self.global_batch_size % step:
-            larger = (self.global_batch_size // step + 1) * step
+            larger = max(self.global_batch_size // step + 1, 1) * step
+            share, odd = divmod(self.global_batch_size, data_parallel_size)
+            smaller = "" if odd or share < 1 else f"--micro-batch-size {_divisor(share, self)}, or "
             raise UserError(
                 f"--global-batch-size {self.global_batch_size} does not divide by"
                 f" --micro-batch-size {self.micro_batch_size} x {data_parallel_size} data-parallel"
-                f" ranks: set --global-batch-size {larger}, or change the other two"
+                f" ranks: set {smaller}--global-batch-size {larger}, or change the layout"
             )
         self._check_objective()
         require_more_than_zero(self, "lr", "lr_decay_power")
@@ -254,3 +256,9 @@ class TrainingConfig:
                 f"--mask-rate {self.mask_rate:g} must lie between 0 and 1: with 0 there is nothing"
                 f" to tell, with 1 nothing to tell it from (BERT's is {MASK_RATE})"
             )
+
+
+def _divisor(share: int, training: TrainingConfig) -> int:
+    """The largest micro batch that divides a rank's share of a batch, and is no larger than what
+    was set."""
+    return next(size for size in range(training.micro_batch_size, 0, -1) if share % size == 0)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.saving import Saver
 from megalong.config import Config
+from megalong.config.rope import scaling_oddities
 from megalong.config.stages import Stage
 from megalong.data.blend import Blend, shown_shares
 from megalong.data.tokenizers.tokenizer import Tokenizer
@@ -68,7 +69,11 @@ class Reports:
         self.held_out = {
             split: round(share * part.tokens_per_epoch) for split, part in data.held_out.items()
         }
-        self.oddities = [*config.attention.oddities(config.model.seq_length), *data.oddities]
+        self.oddities = [
+            *config.attention.oddities(config.model.seq_length),
+            *scaling_oddities(config.model),
+            *data.oddities,
+        ]
         self.flops = step_flops(config, data.tokenizer.vocab_size)
         self.dense_flops = step_flops(config, data.tokenizer.vocab_size, dense=True)
         self.peak, self.peak_source = _peak_of_all_ranks(config, mesh)

@@ -93,7 +93,10 @@ def found_checkpoint(config: Config) -> Path | None:
         if not is_checkpoint_or_run(Path(load)):
             if in_its_folder:
                 return None
-            raise UserError(f"{_flag(config)} {load}: no checkpoint there (no file `latest`)")
+            hint = ""
+            if (Path(load) / "config.json").exists():
+                hint = "; a model of Transformers is imported by tools/convert_from_hf.py"
+            raise UserError(f"{_flag(config)} {load}: no checkpoint there (no file `latest`){hint}")
         return _first_sound(_candidates(config), check_files, config)[0]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from megalong.config import Config, DataConfig, ModelConfig, world_size
 from megalong.config.flags import shown
 from megalong.config.memory import PIECES
-from megalong.config.rope import ROPE_FIELDS
+from megalong.config.rope import ROPE_FIELDS, scaling_oddities
 from megalong.config.stages import DATA_TO_COME, Recipe, Stage
 from megalong.config.unused import unused
 from megalong.data.tokenizers.tokenizer import build_tokenizer
@@ -77,6 +77,7 @@ def stage_table(stages: tuple[Stage, ...], vocab_size: int, ranks: int) -> str:
         )
     for stage in stages:
         oddities = stage.config.attention.oddities(stage.config.model.seq_length)
+        oddities += scaling_oddities(stage.config.model)
         of = f"stage {stage.name}: " if stage.name else ""
         lines += [*stage.notes, *(of + line for line in [*oddities, *unused(stage.given)])]
     return "\n".join(lines)
@@ -135,6 +136,9 @@ def _positions(model: ModelConfig) -> str:
     if model.has_rotary_positions:
         words.append(f"rotary_base {shown(model.rotary_base)}")
     others = [name for name in ROPE_FIELDS if name != "rotary_base"]
+    if model.rope_scaling_factor is not None:
+        others.remove("rope_original_length")  # its default counts, too
+        words.append(f"rope_original_length {model.rope_original_length}")
     return ", ".join([*words, *_set(model, [*others, "xpos_scale_base"])])
 
 

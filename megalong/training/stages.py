@@ -87,6 +87,12 @@ def what_counts(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(comparable_settings(config, [*WHAT, "precision", *common])))
 
 
+def _source_in_words(source: Sequence[str]) -> str:
+    """As --data-path would have it, of what `comparable_settings` has."""
+    name, amount, unit = source
+    return f"{amount} {name}" if unit == "weight" else f"{name} ({amount} {unit})"
+
+
 def _check_name(
     stages: Sequence[Stage], number: int, record: dict[str, Any], checkpoint: Path
 ) -> None:
@@ -141,6 +147,8 @@ def _check_settings(stage: Stage, record: dict[str, Any], end: int, checkpoint: 
         if name == "train_iters":  # both count from the beginning of the run
             now, then = stage.iterations, end - record["begin"]
         what = "its training data" if name == "sources" else flag_name(name)
+        if name == "sources":
+            now, then = (" ".join(map(_source_in_words, sources)) for sources in (now, then))
         with stage.settings.errors():
             raise UserError(
                 f"is done in the checkpoint {checkpoint}, where {what} was {shown(then)}, and"
