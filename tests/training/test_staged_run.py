@@ -184,7 +184,8 @@ def other(number: int, **changes) -> list[dict]:
         ("whole", other(0, train_iters=4), "where --train-iters was 3, and here it is 4"),
         ("left/end_of_short", other(0, seq_length=128), "where --seq-length was 64, and here it is"
          " 128"),
-        ("left/in_middle", other(0, data_path=["x={corpus}"]), "where its training data was code_text_document (1 epochs), and here it is x (1 epochs): set"),
+        ("left/in_middle", other(0, data_path=["x={corpus}"]), "where its training data was"
+         " code_text_document (1 epochs), and here it is x (1 epochs): set it to that again"),
         ("whole", other(1, name="other"), "stages: none is called middle, and the checkpoint"
          " {checkpoint} has begun it as number 2; here are short, other, long: put it back"),
         ("left/in_middle", [STAGES[1], STAGES[0]], "stage short: is number 2 here, and number 1"),
