@@ -145,7 +145,9 @@ class TrainingConfig:
         if self.global_batch_size <= 0 or self.global_batch_size % step:
             larger = max(self.global_batch_size // step + 1, 1) * step
             share, odd = divmod(self.global_batch_size, data_parallel_size)
-            smaller = "" if odd or share < 1 else f"--micro-batch-size {_divisor(share, self)}, or "
+            smaller = ""
+            if share > 0 and not odd:
+                smaller = f"--micro-batch-size {_divisor(share, self.micro_batch_size)}, or "
             raise UserError(
                 f"--global-batch-size {self.global_batch_size} does not divide by"
                 f" --micro-batch-size {self.micro_batch_size} x {data_parallel_size} data-parallel"
@@ -258,7 +260,6 @@ class TrainingConfig:
             )
 
 
-def _divisor(share: int, training: TrainingConfig) -> int:
-    """The largest micro batch that divides a rank's share of a batch, and is no larger than what
-    was set."""
-    return next(size for size in range(training.micro_batch_size, 0, -1) if share % size == 0)
+def _divisor(number: int, most: int) -> int:
+    """The largest that is no larger than `most`."""
+    return next(size for size in range(most, 0, -1) if number % size == 0)

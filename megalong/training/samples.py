@@ -34,16 +34,17 @@ def continued(
     samples = config.samples
     texts = [list(prompt.tokens) for prompt in prompts]
     together = engine.micro_batch_size * mesh.data_parallel_size
+    beside = {}
+    if config.data.first_token_is_apart:
+        start, stop = mesh.sequence_range(engine.seq_length)
+        beside["document_start"] = starts_behind_first(engine.micro_batch_size, start, stop)
     for start in range(0, len(prompts), together):
         numbers = range(start, min(start + together, len(prompts)))
         first = start + mesh.data_parallel_rank * engine.micro_batch_size
         mine = range(first, min(first + engine.micro_batch_size, len(prompts)))
         going_on = set(numbers)
         for _ in range(samples.sample_tokens):
-            batch = _batch([texts[number] for number in mine], engine, mesh)
-            if config.data.first_token_is_apart:
-                start_stop = mesh.sequence_range(engine.seq_length)
-                batch["document_start"] = starts_behind_first(engine.micro_batch_size, *start_stop)
+            batch = _batch([texts[number] for number in mine], engine, mesh) | beside
             places = [len(texts[number]) - 1 for number in mine]
             seeds = [
                 _seed(config.training.seed, iteration, number, place)

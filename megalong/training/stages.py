@@ -146,8 +146,9 @@ def _check_settings(stage: Stage, record: dict[str, Any], end: int, checkpoint: 
             continue
         if name == "train_iters":  # both count from the beginning of the run
             now, then = stage.iterations, end - record["begin"]
-        what = "its training data" if name == "sources" else flag_name(name)
+        what = flag_name(name)
         if name == "sources":
+            what = "its training data"
             now, then = (" ".join(map(_source_in_words, sources)) for sources in (now, then))
         with stage.settings.errors():
             raise UserError(
