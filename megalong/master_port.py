@@ -1,12 +1,15 @@
-"""The port where the ranks meet, looked at before anything slow is imported.
+"""The port where the ranks meet: one that is free, and a look at one that was given, before
+anything slow is imported.
 
 This module needs nothing but the standard library.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import random
 import socket
 
 from megalong.errors import UserError
@@ -30,6 +33,20 @@ def check_master_port() -> None:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise port_is_taken(port) from error
+
+
+def free_port() -> int:
+    """The number of a port that no program of this machine listens on.
+
+    It lies below those that Linux hands out to whoever asks for any port, and each call draws anew:
+    whoever listens there seconds later finds it free still.
+    """
+    draw = random.SystemRandom()  # whatever seeds are set
+    while True:
+        port = draw.randrange(10_000, 32_768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def port_is_taken(port: str) -> UserError:

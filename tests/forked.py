@@ -16,7 +16,6 @@ import random
 import runpy
 import select
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,8 @@ import traceback
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+
+from megalong.master_port import free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -112,15 +113,13 @@ class _Server:
         self.under_way: Launch | None = None
         # As `fake_device.pretend` has set it there, whatever these tests themselves run on.
         self.settings = {"DS_ACCELERATOR": "cuda"} if options else {}
-        # Below the ports that the system gives to connections, so that nothing else takes them.
-        self.port = 20_000 + os.getpid() % 100 * 100
 
     def launch(self, ranks: int, script: str, arguments: list[str], output: Path) -> Launch:
         environment = {
             **os.environ,
             "PYTHONPATH": str(REPOSITORY),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(self._free_port()),
+            "MASTER_PORT": str(free_port()),
             **self.settings,
         }
         assert self.under_way is None or self.under_way.code is not None, "one launch at a time"
@@ -134,13 +133,6 @@ class _Server:
         ready, _, _ = select.select([self.process.stdout], [], [], timeout)
         assert ready, f"nothing after {timeout} s\n{output.exists() and output.read_text()}"
         return json.loads(self.process.stdout.readline())
-
-    def _free_port(self) -> int:
-        while True:
-            self.port += 1
-            with socket.socket() as probe, contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", self.port))
-                return self.port
 
 
 @cache

@@ -5,7 +5,6 @@ import fcntl
 import io
 import os
 import runpy
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 from unittest import mock
 
 import psutil
+
+from megalong.master_port import free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PRETRAIN = str(REPOSITORY / "pretrain_longnet.py")
@@ -111,12 +112,6 @@ def deepspeed_command(ranks: int, script: str, *arguments: object) -> list[str]:
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
     launcher += ["--master_port", str(free_port())]
     return [*launcher, script, *map(str, arguments)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Job:

@@ -8,7 +8,7 @@ import pytest
 
 from megalong.config.arguments import parse_arguments
 from megalong.errors import UserError
-from megalong.master_port import check_master_port
+from megalong.master_port import check_master_port, free_port
 
 SMALL = (
     "--data-path data --tokenizer-type ByteTokenizer --num-layers 6 --hidden-size 96"
@@ -142,8 +142,9 @@ def test_data_parallelism_is_what_is_left(ranks, data):
 def test_a_port_that_is_taken(monkeypatch):
     """Found before anything slow is imported, by the rank that would listen there, unless that is
     torchrun."""
-    with socket.create_server(("", 0)) as other:
-        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+    port = free_port()
+    with socket.create_server(("", port)):
+        monkeypatch.setenv("MASTER_PORT", str(port))
         monkeypatch.setenv("RANK", "0")
         with pytest.raises(UserError, match="--master_port"):
             check_master_port()
@@ -151,7 +152,7 @@ def test_a_port_that_is_taken(monkeypatch):
         check_master_port()
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
     check_master_port()
-    for port in ("http", "70000"):
-        monkeypatch.setenv("MASTER_PORT", port)
-        with pytest.raises(UserError, match=f"MASTER_PORT is '{port}'"):
+    for no_port in ("http", "70000"):
+        monkeypatch.setenv("MASTER_PORT", no_port)
+        with pytest.raises(UserError, match=f"MASTER_PORT is '{no_port}'"):
             check_master_port()

@@ -6,13 +6,14 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+
+from megalong.master_port import free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 GET_ALL = "python -m pip install -r requirements.txt"
@@ -217,13 +218,10 @@ def attention_backends() -> list[Finding]:
 
 def self_test() -> Finding:
     """Two ranks on this machine: see `megalong.doctor.self_test`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     environment = {
         **os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
     }  # fmt: skip
     ranks = [
         subprocess.Popen(

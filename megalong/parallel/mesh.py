@@ -279,21 +279,16 @@ def _host_group(config: Config) -> dist.ProcessGroup:
 
 @contextlib.contextmanager
 def _single_process_environment() -> Iterator[None]:
-    """Rendezvous variables for a process that no launcher started: a group of one, on a free port.
+    """Rendezvous variables for a process that no launcher started: a group of one, on any port.
 
     A launcher's own variables are left alone.
     """
-    import socket
-
     if "RANK" in os.environ:
         yield
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     values = {
         "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
     }  # fmt: skip
     os.environ.update(values)
     try:

@@ -15,8 +15,9 @@ from megalong.checkpoint.stored_model import StoredModel
 from megalong.errors import UserError
 from megalong.hf.exporting import export
 from megalong.hf.importing import import_model
+from megalong.master_port import free_port
 from megalong.training.metrics import read_metrics
-from tests.launching import REPOSITORY, free_port, made_once, run, run_here
+from tests.launching import REPOSITORY, made_once, run, run_here
 
 TOOLS = REPOSITORY / "tools"
 

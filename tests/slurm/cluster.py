@@ -23,7 +23,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.launching import REPOSITORY, free_port
+from megalong.master_port import free_port
+from tests.launching import REPOSITORY
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol")
 HOW_TO_INSTALL = "apt-get install --no-install-recommends slurm-wlm munge"
