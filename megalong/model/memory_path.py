@@ -18,8 +18,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import megatron.core
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 
 from megalong.config import Config
 from megalong.config.deepspeed_file import keeps_optimizer_on_host
@@ -35,6 +37,8 @@ from megalong.wording import counted
 
 MARGIN = 1.05  # on what is estimated
 GIB = 2**30
+# The backward pass of its linear layers, from 0.19 on.
+LINEAR_TAKES_LESS = Version(megatron.core.__version__) >= Version("0.19")
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,11 @@ def needs(config: Config, vocab_size: int, replicas: int = 1) -> Needs:
     before_norm = 2 * heads if model.qk_layernorm else 0.0
     attention_half = 9 * hidden + 5 * heads + before_norm
     mlp_half = (6 if model.swiglu else 3) * inner
-    # Before Megatron-core 0.19; since then 7.5 and 4 times the inner activation.
     mlp_twice = (10.5 if model.swiglu else 4.5) * inner
+    saved = 0.0
+    if LINEAR_TAKES_LESS:
+        mlp_twice = (7.5 if model.swiglu else 4) * inner
+        saved = 3 * hidden
     if model.sub_layer_norm:
         # PyTorch's RMSNorm keeps what it makes in float32; LayerNorm, and a norm that tensor ranks
         # share, keep their input.
@@ -118,7 +125,7 @@ def needs(config: Config, vocab_size: int, replicas: int = 1) -> Needs:
         working += 1.5 * heads if model.sub_layer_norm else 0  # as dry runs have it
     else:
         kept += 0 if recompute else attention_half
-        working += 1.5 * attention_half + partial
+        working += 1.5 * attention_half + partial - saved
     if memory.tiled_mlp:
         kept += 0 if memory.tiled_attention else hidden
     else:

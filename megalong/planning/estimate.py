@@ -30,12 +30,13 @@ if TYPE_CHECKING:
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
-# Bytes of memory that ZeRO reads and writes for a parameter of the rank, as dry runs have them: in
-# the backward pass of a micro batch, and in the update, with a part that is divided by the ranks.
-_ACCUMULATION = {1: 12, 2: 8, 3: 4}
-_UPDATE, _DIVIDED_UPDATE = {1: 32, 2: 0, 3: 0}, {1: 96, 2: 74, 3: 74}
-# Launches: of the update, of the update for a layer, of the accumulation for a layer.
-_UPDATE_KERNELS, _OF_LAYER, _ACCUMULATION_KERNELS = 120, 30, 15
+# What ZeRO does with the gradients of a micro batch, the first and each other, as dry runs have it:
+# bytes of memory that it reads and writes for a parameter of the rank, and launches for a layer.
+_ACCUMULATION = {1: ((6, 6), (18, 12)), 2: ((4, 6), (4, 6)), 3: ((4, 6), (4, 6))}
+# And in the update: bytes for a parameter, and a part that is divided by the ranks; launches, those
+# for a layer, and of these a part that is divided.
+_UPDATE, _DIVIDED_UPDATE = {1: 36, 2: 0, 3: 0}, {1: 102, 2: 74, 3: 74}
+_UPDATE_KERNELS = {1: (131, 6, 108), 2: (117, 0, 90), 3: (71, 12, 0)}
 # Of a matrix that the update sees whole, beside its products: bytes for an element, and launches.
 _OF_ELEMENT, _OF_MATRIX = 30, 12
 
@@ -222,11 +223,13 @@ def _zero(config: Config, parameters: int, micro_batches: int, ranks: int) -> Wo
 
     layers = config.model.num_layers // parallel.pipeline_model_parallel_size
     update = parameters * (_UPDATE[stage] + _DIVIDED_UPDATE[stage] / group)
-    work = Work(Counter({_moves("update", update, _UPDATE_KERNELS + layers * _OF_LAYER): 1}))
+    once, a_layer, divided = _UPDATE_KERNELS[stage]
+    kernels = round(once + layers * (a_layer + divided / group))
+    work = Work(Counter({_moves("update", update, kernels): 1}))
     work = work.plus(_whole_matrices(config, layers, members))
-    accumulated = parameters * _ACCUMULATION[stage] / layers
-    accumulation = _moves("backward", accumulated, _ACCUMULATION_KERNELS)
-    work.operations[accumulation] += micro_batches * layers
+    for (nbytes, launches), times in zip(_ACCUMULATION[stage], (1, micro_batches - 1), strict=True):
+        of_layer = _moves("backward", nbytes * parameters / layers, launches)
+        work.operations[of_layer] += times * layers
     if group == 1:
         return work
 
