@@ -164,6 +164,12 @@ def test_a_missing_yaml_is_named():
         ("--seed 99999999999", 1, "--seed 99999999999"),
         ("--rotary-base 0", 1, "--rotary-base 0"),
         ("--rope-original-length 64", 1, "--rope-scaling-factor turns on: set that too, or leave"),
+        ("--rope-low-freq-factor 2", 1, "--rope-scaling-factor turns on: set that too, or leave"),
+        (
+            "--rope-scaling-factor 2 --rope-high-freq-factor 1",
+            1,
+            "--rope-high-freq-factor 1.0 must be more than --rope-low-freq-factor 1.0: turns in",
+        ),
         ("--rope-scaling-factor 0.5", 1, "--rope-scaling-factor 0.5 must be at least 1"),
         (
             "--rotary-ntk-factor 2 --position-embedding-type none",

@@ -220,7 +220,7 @@ def test_flags_that_do_not_go_with_the_stages(file, flags, message):
         (("global_batch_size: 4\n", ""), 19, "train_tokens is a number of iterations only where"),
         (("rotary_base: 50000", "rope_original_length: 64"), 23, "--rope-scaling-factor turns on"),
         (("save: run\n", "save: run\nrope_original_length: 64\n"), 12,
-         "stage short: --rope-original-length 64 is of the scaling that --rope-scaling-factor"),
+         "stage short: --rope-original-length 64 is about Llama 3.1's scaling, which"),
         (("rotary_base: 50000", "yarn_original_max_position_embeddings: 64"), 23,
          "which --yarn-rotary-scaling-factor turns on: set that too"),
         (("rotary_base: 50000", "yarn_rotary_scaling_factor: 4"), 23,

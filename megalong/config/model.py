@@ -66,6 +66,16 @@ class ModelConfig:
     rope_original_length: int = flag(
         8192, "with --rope-scaling-factor: tokens in a sequence before the scaling"
     )
+    rope_low_freq_factor: float = flag(
+        1.0,
+        "with --rope-scaling-factor: what makes fewer turns in the original length is slower by the"
+        " whole factor",
+    )
+    rope_high_freq_factor: float = flag(
+        4.0,
+        "with --rope-scaling-factor: what makes more turns in the original length keeps its"
+        " frequency",
+    )
     yarn_rotary_scaling_factor: float | None = flag(
         None,
         "slow rotary frequencies become slower by this factor, and scores sharper: YaRN (default:"

@@ -23,7 +23,12 @@ FACTORS = (
     "rope_scaling_factor",
     "yarn_rotary_scaling_factor",
 )
-# What YaRN has besides, and its values where there is none.
+# What Llama 3.1's scaling has besides, and its values where there is none; and the same of YaRN.
+LLAMA3 = {
+    "rope_original_length": 8192,
+    "rope_low_freq_factor": 1.0,
+    "rope_high_freq_factor": 4.0,
+}
 YARN = {
     "yarn_original_max_position_embeddings": None,
     "yarn_beta_fast": 32.0,
@@ -34,12 +39,12 @@ YARN = {
     "yarn_correction_range_round_to_int": True,
 }
 # All fields of rotary positions: none is about the shape of a weight.
-ROPE_FIELDS = ("rotary_base", *FACTORS, "rope_original_length", *YARN)
+ROPE_FIELDS = ("rotary_base", *FACTORS, *LLAMA3, *YARN)
 
 
 def fields_of_scaling(factor: str) -> tuple[str, ...]:
     """The factor of a scaling, one of `FACTORS`, and what has an effect together with it alone."""
-    others = {"rope_scaling_factor": ("rope_original_length",), "yarn_rotary_scaling_factor": YARN}
+    others = {"rope_scaling_factor": LLAMA3, "yarn_rotary_scaling_factor": YARN}
     return factor, *others.get(factor, ())
 
 
@@ -90,8 +95,8 @@ def rope_parameters(model: ModelConfig) -> dict[str, Any]:
         scaling = {
             "rope_type": "llama3",
             "factor": model.rope_scaling_factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
+            "low_freq_factor": model.rope_low_freq_factor,
+            "high_freq_factor": model.rope_high_freq_factor,
             "original_max_position_embeddings": model.rope_original_length,
         }
     elif _has_yarn(model):
@@ -162,25 +167,33 @@ def check_rope(model: ModelConfig) -> None:
             " channels has no others: set a larger --kv-channels, or"
             " --rotary-seq-len-interpolation-factor"
         )
-    length = model.rope_original_length
-    if model.rope_scaling_factor is None and length != type(model).rope_original_length:
-        raise UserError(
-            f"--rope-original-length {length} is of the scaling that --rope-scaling-factor turns"
-            " on: set that too, or leave it out"
-        )
+    if model.rope_scaling_factor is None:
+        _check_none_of(LLAMA3, model, "rope_scaling_factor", "Llama 3.1's scaling")
+    _check_turns(model, "rope_low_freq_factor", "rope_high_freq_factor")
     if model.yarn_rotary_scaling_factor is None:
-        _check_no_yarn(model)
+        _check_none_of(YARN, model, "yarn_rotary_scaling_factor", "YaRN")
     elif _has_yarn(model):
         _check_yarn(model)
 
 
-def _check_no_yarn(model: ModelConfig) -> None:
-    for name, unset in YARN.items():
-        if getattr(model, name) != unset:
+def _check_none_of(fields: dict[str, Any], model: ModelConfig, factor: str, scaling: str) -> None:
+    for name, unset in fields.items():
+        value = getattr(model, name)
+        if value != unset:
             raise UserError(
-                f"{flag_name(name)} is about YaRN, which --yarn-rotary-scaling-factor turns on: set"
-                " that too, or leave it out"
+                f"{flag_name(name)} {value} is about {scaling}, which {flag_name(factor)} turns on:"
+                " set that too, or leave it out"
             )
+
+
+def _check_turns(model: ModelConfig, slow: str, fast: str) -> None:
+    require_more_than_zero(model, slow, fast)
+    if getattr(model, fast) <= getattr(model, slow):
+        raise UserError(
+            f"{flag_name(fast)} {getattr(model, fast)} must be more than {flag_name(slow)}"
+            f" {getattr(model, slow)}: turns in the original length above which a pair of channels"
+            " stays, and below which it is slowed down"
+        )
 
 
 def _check_yarn(model: ModelConfig) -> None:
@@ -191,16 +204,10 @@ def _check_yarn(model: ModelConfig) -> None:
             " that"
         )
     require_positive(model, "yarn_original_max_position_embeddings")
-    require_more_than_zero(model, "yarn_beta_fast", "yarn_beta_slow")
     for name in ("yarn_attention_factor", "yarn_mscale", "yarn_mscale_all_dim"):
         if getattr(model, name) is not None:
             require_more_than_zero(model, name)
-    if model.yarn_beta_fast <= model.yarn_beta_slow:
-        raise UserError(
-            f"--yarn-beta-fast {model.yarn_beta_fast} must be more than --yarn-beta-slow"
-            f" {model.yarn_beta_slow}: turns in the original length above which a pair of channels"
-            " stays, and below which it is slowed down"
-        )
+    _check_turns(model, "yarn_beta_slow", "yarn_beta_fast")
     if model.rotary_base <= 1:
         raise UserError(f"--rotary-base {model.rotary_base} must be more than 1 with YaRN")
     if (model.yarn_mscale is None) != (model.yarn_mscale_all_dim is None):

@@ -76,14 +76,14 @@ def rotary_values(
         factor = _number(rope["factor"], "factor", where, least=1.0)
         values["rotary_seq_len_interpolation_factor"] = factor
     if kind == "llama3":
-        turns = rope.get("low_freq_factor", 1), rope.get("high_freq_factor", 4)
-        if turns != (1, 4):
-            raise UserError(
-                f"{where}: low_freq_factor and high_freq_factor are {turns}, and megalong has Llama"
-                " 3.1's, 1 and 4"
-            )
         values["rope_scaling_factor"] = _number(rope["factor"], "factor", where, least=1.0)
         values["rope_original_length"] = _original_length(rope, config, where)
+        low, high = _turns(
+            where,
+            low_freq_factor=rope.get("low_freq_factor", 1),
+            high_freq_factor=rope.get("high_freq_factor", 4),
+        )
+        values |= {"rope_low_freq_factor": low, "rope_high_freq_factor": high}
     if kind == "yarn":
         values |= _yarn(rope, config, where)
     return values
@@ -143,16 +143,25 @@ def _original_length(rope: dict[str, Any], config: dict[str, Any], where: str) -
     return int(_number(length, name, where, least=1.0))
 
 
+def _turns(where: str, **values: Any) -> tuple[float, float]:
+    """Turns in the original length below and above which pairs of channels are slow and fast, by
+    their names in the file."""
+    (slow_name, slow), (fast_name, fast) = values.items()
+    slow, fast = _number(slow, slow_name, where), _number(fast, fast_name, where)
+    if fast <= slow:
+        raise UserError(
+            f"{where}: {fast_name} is {fast:g}, and has to be more than {slow_name}, {slow:g}"
+        )
+    return slow, fast
+
+
 def _yarn(rope: dict[str, Any], config: dict[str, Any], where: str) -> dict[str, Any]:
     original, factor = _original_length(rope, config, where), rope["factor"]
     if factor is None:  # as Transformers
         factor = config["max_position_embeddings"] / original
-    fast = _number(rope.get("beta_fast") or 32, "beta_fast", where)
-    slow = _number(rope.get("beta_slow") or 1, "beta_slow", where)
-    if fast <= slow:
-        raise UserError(
-            f"{where}: beta_fast is {fast:g}, and has to be more than beta_slow, {slow:g}"
-        )
+    slow, fast = _turns(
+        where, beta_slow=rope.get("beta_slow") or 1, beta_fast=rope.get("beta_fast") or 32
+    )
     values = {
         "yarn_rotary_scaling_factor": _number(factor, "factor", where, least=1.0),
         "yarn_original_max_position_embeddings": original,

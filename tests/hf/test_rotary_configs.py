@@ -18,6 +18,7 @@ YARN = {"yarn_rotary_scaling_factor": 4.0, "yarn_original_max_position_embedding
         {"rotary_base": 5e5},
         {"rotary_seq_len_interpolation_factor": 2.5},
         {"rope_scaling_factor": 32.0, "rope_original_length": 4096},
+        {"rope_scaling_factor": 4.0, "rope_low_freq_factor": 0.5, "rope_high_freq_factor": 8.0},
         YARN,
         YARN | {"yarn_attention_factor": 1.2, "yarn_correction_range_round_to_int": False},
         YARN | {"yarn_mscale": 0.7, "yarn_mscale_all_dim": 1.0, "yarn_beta_fast": 16.0},
@@ -99,8 +100,8 @@ def test_files_of_all_versions(config, expected):
         ({"mrope_section": [8, 12, 12]}, "kind default have mrope_section"),
         ({"sliding_attention": {"rope_type": "default"}}, "layers of the kinds sliding_attention"),
         (
-            {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 2},
-            r"low_freq_factor and high_freq_factor are \(2, 4\)",
+            {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4},
+            "high_freq_factor is 4, and has to be more than low_freq_factor, 4$",
         ),
         # Numbers that are none, or wrong, in the words of the file.
         ({"rope_theta": "1e4"}, "rope_theta is '1e4', and has to be a number above 0$"),

@@ -24,6 +24,7 @@ SCALINGS = [
     {"rotary_seq_len_interpolation_factor": 4.0},
     {"rope_scaling_factor": 8.0, "rotary_base": 5e5},
     {"rope_scaling_factor": 32.0, "rope_original_length": 300},
+    {"rope_scaling_factor": 4.0, "rope_low_freq_factor": 2.0, "rope_high_freq_factor": 32.0},
     YARN,
     YARN | {"rotary_base": 1e6, "yarn_correction_range_round_to_int": False},
     YARN | {"yarn_mscale": 0.707, "yarn_mscale_all_dim": 1.0, "yarn_beta_fast": 20.0},
