@@ -3,6 +3,7 @@
     python tools/plan_run.py --preset longnet-llama-1.3b --cluster h100 --gpus 64
     python tools/plan_run.py --config run.yaml --cluster my-cluster.yaml --gpus 1024 --explain
     python tools/plan_run.py --config run.yaml --cluster h100 --gpus 64 --emit runs/planned
+    python tools/plan_run.py --config recipe.yaml --stage long --cluster h100 --gpus 64
 
 Takes the flags of pretrain_longnet.py, and a cluster: a name (--list-clusters) or a YAML file of
 your own (megalong/planning/clusters has some to copy). Settings of the layout that are given stay
@@ -19,9 +20,12 @@ import argparse
 import json
 import signal
 import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
@@ -39,7 +43,8 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def main() -> int:
-    from megalong.config.arguments import build_parser, given_values
+    from megalong.config.arguments import build_parser
+    from megalong.config.recipe import recipe_of
     from megalong.planning.cluster import cluster_names, load_cluster
 
     parser = build_parser(__doc__)
@@ -53,7 +58,7 @@ def main() -> int:
     _check(args)
     cluster = load_cluster(args.cluster)
     cluster.check_gpus(args.gpus)
-    return plan(given_values(vars(args)), args, cluster)
+    return plan(recipe_of(vars(args)).alone(args.stage), args, cluster)
 
 
 def _stop(number: int, _: Any) -> None:
@@ -71,6 +76,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
     add("--cluster", metavar="NAME|FILE", help="what it runs on")
     add("--gpus", type=whole_number, help="devices of the launch, a rank each")
+    add("--stage", metavar="NAME", help="which of the stages that the file of --config has")
     add("--list-clusters", False, action="store_true", help="say which names there are")
     add(
         "--vocab-size",
@@ -106,6 +112,11 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value >= 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if args.stage is not None and args.emit is not None:
+        raise UserError(
+            "--emit writes a run of its own, and a stage goes on from the one before it: leave it"
+            " out, and put into the stage what is said at the end"
+        )
 
 
 def _check_explain(number: int, layouts: int, at_most: str = "") -> None:
@@ -203,7 +214,21 @@ def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> i
         print("\n" + explained(best[number - 1], training))
     if args.emit is not None:
         emit(best[number - 1], given, args, training)
+    if args.stage is not None:
+        settings = yaml.safe_dump(layout_settings(best[number - 1]), sort_keys=False)
+        print(f"\nLayout {number}, for the stage {args.stage}:\n")
+        print(textwrap.indent(settings, " " * 4), end="")
     return 0
+
+
+def layout_settings(layout: PlannedLayout) -> dict[str, Any]:
+    """What was searched, by field name."""
+    from megalong.planning.layouts import searched_settings
+
+    settings = {k: v for k, v in searched_settings(layout.config).items() if v is not None}
+    if layout.config.memory.memory_path == "on":
+        settings["offload_activations"] = layout.config.memory.offload_activations
+    return settings
 
 
 def _ways_out(values: dict[str, Any], vocab_size: int, cluster: Cluster, ranks: int) -> str:
@@ -301,13 +326,9 @@ def emit(
     """Write what starts a layout, and say what it lacks. given: settings by name."""
     from megalong.config.arguments import config_from_values
     from megalong.planning.launch_files import write_launch_files
-    from megalong.planning.layouts import searched_settings
     from megalong.planning.plan_text import duration, layout_name
 
-    settings = {k: v for k, v in searched_settings(layout.config).items() if v is not None}
-    if layout.config.memory.memory_path == "on":
-        settings["offload_activations"] = layout.config.memory.offload_activations
-    config = config_from_values({**given, **settings})
+    config = config_from_values({**given, **layout_settings(layout)})
     predicted = ""
     if "train_iters" in given:
         seconds = given["train_iters"] * layout.cost.total

@@ -148,8 +148,8 @@ def read_yaml(path: str) -> dict[str, Any]:
     file = YamlFile.read(path)
     if "stages" in file.content:
         raise UserError(
-            f"{file.where('stages')}: stages: a run of several is for pretrain_longnet.py alone:"
-            " give the settings of one of them"
+            f"{file.where('stages')}: stages: a run of several is for pretrain_longnet.py and"
+            " tools/plan_run.py: give the settings of one of them"
         )
     # Whoever misspells `stages` is told so.
     return {name: found.value for name, found in settings_in(file, others=_STAGES).items()}

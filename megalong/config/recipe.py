@@ -63,14 +63,20 @@ def parse_run(arguments: list[str], description: str | None = None) -> Recipe:
     dry_run = given.pop("dry_run", None)
     if dry_run is not None and dry_run < 0:
         raise UserError(f"--dry-run {dry_run}: a number of ranks must be positive")
+    return dataclasses.replace(recipe_of(given), dry_run=dry_run)
+
+
+def recipe_of(given: dict[str, Any]) -> Recipe:
+    """`parse_run` of what `build_parser`'s parser found, `given`; other flags than the
+    configuration's are left out. Raises UserError as that does."""
     file = YamlFile.read(given["config"]) if "config" in given else None
     if file is None or "stages" not in file.content:
         values = given_values(given)
         # No flags.yaml of a run has a null.
         meant = {name for name, value in values.items() if name in given or value is None}
-        return Recipe((StageSettings(None, values, meant=frozenset(meant)),), dry_run)
+        return Recipe((StageSettings(None, values, meant=frozenset(meant)),))
     file.check_keys(lambda place: _stage_at(file, place))
-    return Recipe(tuple(_stages_of(file, given)), dry_run)
+    return Recipe(tuple(_stages_of(file, given)))
 
 
 def _stage_at(file: YamlFile, place: tuple[Any, ...]) -> str:

@@ -250,6 +250,26 @@ class Recipe:
         flags = _flags(stages)
         return tuple(dataclasses.replace(stage, flags=flags) for stage in stages)
 
+    def alone(self, name: str | None) -> dict[str, Any]:
+        """The settings of one stage by field name, as a run that has no other would be given them.
+
+        name: None in a run without stages. Raises UserError where none has this name.
+        """
+        names = [settings.name for settings in self.stages]
+        if name not in names:
+            if names == [None]:
+                raise UserError(f"--stage {name}: the run has no stages: leave it out")
+            there = ", ".join(map(str, names))
+            if name is None:
+                raise UserError(f"the file of --config has stages: set --stage to one of {there}")
+            raise UserError(f"--stage {name}: no such stage: set one of {there}")
+        settings = self.stages[names.index(name)]
+        if name is None:
+            return settings.values
+        with settings.errors():
+            iterations, _ = settings.iterations()
+        return settings.without_idle_scalings(self._scalings()) | {"train_iters": iterations}
+
     def _scalings(self) -> list[str]:
         """The factors of those of rotary positions that some stage has."""
         return [

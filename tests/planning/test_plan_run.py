@@ -45,6 +45,34 @@ def test_a_plan(tmp_path):
     assert emitted.data.data_path is None and emitted.model.hidden_size == 64
 
 
+STAGES = """
+{num_layers: 2, hidden_size: 64, num_attention_heads: 4, precision: bf16, save: run,
+ global_batch_size: 2, dilation_rates: [1, 4], rope_original_length: 1024, stages: [
+  {name: short, seq_length: 1024, segment_lengths: [256, 1024], train_iters: 100},
+  {name: long, seq_length: 2048, segment_lengths: [512, 2048], train_tokens: 1e6,
+   rope_scaling_factor: 2, sequence_parallel_size: 2}]}
+"""
+
+
+@pytest.mark.skipif(fake_device.compiler() is None, reason="needs a C++ compiler")
+def test_a_plan_of_a_stage(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(STAGES)
+    flags = ["--config", tmp_path / "recipe.yaml", "--cluster", "h100", "--gpus", "2"]
+    output = tmp_path / "plan.json"
+    done = plan_run(*flags, "--stage", "long", "--zero-stage", "1", "--json", output)
+    assert done.returncode == 0, done.stderr
+    _, _, told = done.stdout.partition("\nLayout 1, for the stage long:\n\n")
+    assert "    sequence_parallel_size: 2\n" in told and "    micro_batch_size: " in told
+    assert json.loads(output.read_text())["tokens"] == 245 * 2 * 2048  # whole iterations
+    for words, message in (
+        ((), "the file of --config has stages: set --stage to one of short, long"),
+        (("--stage", "longer"), "--stage longer: no such stage: set one of short, long"),
+        (("--stage", "long", "--emit", tmp_path), "--emit writes a run of its own"),
+    ):
+        done = plan_run(*flags, *words)
+        assert done.returncode == 2 and message in done.stderr
+
+
 @pytest.mark.skipif(fake_device.compiler() is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_plan_that_is_stopped_ends_at_once(number):
