@@ -6,7 +6,6 @@ This module needs nothing but the standard library.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import random
@@ -39,14 +38,18 @@ def free_port() -> int:
     """The number of a port that no program of this machine listens on.
 
     It lies below those that Linux hands out to whoever asks for any port, and each call draws anew:
-    whoever listens there seconds later finds it free still.
+    hardly anybody takes it before who asked for it listens there.
     """
     draw = random.SystemRandom()  # whatever seeds are set
     while True:
         port = draw.randrange(10_000, 32_768)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
-            return port
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+                return port
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
 
 
 def port_is_taken(port: str) -> UserError:

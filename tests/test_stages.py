@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from megalong.checkpoint.progress import Progress
-from megalong.config.arguments import parse_arguments, to_yaml
+from megalong.config.arguments import config_from_values, parse_arguments, to_yaml
 from megalong.config.recipe import parse_run
 from megalong.errors import UserError
 from megalong.training import stages as stages_of_run
@@ -220,7 +220,7 @@ def test_flags_that_do_not_go_with_the_stages(file, flags, message):
         (("global_batch_size: 4\n", ""), 19, "train_tokens is a number of iterations only where"),
         (("rotary_base: 50000", "rope_original_length: 64"), 23, "--rope-scaling-factor turns on"),
         (("save: run\n", "save: run\nrope_original_length: 64\n"), 12,
-         "stage short: --rope-original-length 64 is about Llama 3.1's scaling, which"),
+         "stage short: --rope-original-length is about Llama 3.1's scaling, which"),
         (("rotary_base: 50000", "yarn_original_max_position_embeddings: 64"), 23,
          "which --yarn-rotary-scaling-factor turns on: set that too"),
         (("rotary_base: 50000", "yarn_rotary_scaling_factor: 4"), 23,
@@ -411,6 +411,31 @@ def test_settings_of_the_optimizer_stay_once_a_stage_is_done(file, ahead):
         with pytest.raises(UserError, match=rf"stage short: is done .* where {flag} was"):
             ahead(done)
         changed(file, (f"{setting}\n", ""))
+
+
+def test_a_record_that_is_older_than_a_setting_had_its_default(file, ahead):
+    changed(file, ("save: run\n", "save: run\nrope_scaling_factor: 2\n"))
+    done = at(12)
+    for record in done.stages:
+        del record["settings"]["rope_low_freq_factor"]
+    assert ahead(done) == ["long"]
+    changed(file, ("save: run\n", "save: run\nrope_low_freq_factor: 2\n"))
+    with pytest.raises(UserError, match=r"where --rope-low-freq-factor was 1.0, and here it is 2"):
+        ahead(done)
+
+
+def test_a_stage_alone(file):
+    """As a run that has no other: its iterations count from 0, what others have is not its own."""
+    changed(file, ("save: run\n", "save: run\nprofile: true\nprofile_step_start: 12\n"
+                   "profile_step_end: 14\nrope_original_length: 64\n"),
+            ("rotary_base: 50000", "rope_scaling_factor: 4"))  # fmt: skip
+    recipe = parse_run(["--config", "recipe.yaml"])
+    short, long = (recipe.alone(recipe.stage(name)) for name in ("short", "long"))
+    assert (short["train_iters"], long["train_iters"], long["lr_begin_iters"]) == (10, 5, 0)
+    assert "rope_original_length" not in short and long["rope_original_length"] == 64
+    assert not short["profile"] and not long["profile"]
+    for values in (short, long):
+        config_from_values(values).resolve(2)
 
 
 def test_the_table_of_the_stages(file):

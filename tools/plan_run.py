@@ -58,7 +58,10 @@ def main() -> int:
     _check(args)
     cluster = load_cluster(args.cluster)
     cluster.check_gpus(args.gpus)
-    return plan(recipe_of(vars(args)).alone(args.stage), args, cluster)
+    recipe = recipe_of(vars(args))
+    stage = recipe.stage(args.stage)
+    with stage.errors():
+        return plan(recipe.alone(stage), args, cluster)
 
 
 def _stop(number: int, _: Any) -> None:
@@ -129,9 +132,9 @@ def _check_explain(number: int, layouts: int, at_most: str = "") -> None:
 
 def _data(values: dict[str, Any]) -> dict[str, Any]:
     """What stands in the place of data and of a tokenizer, where none are given."""
-    unread: dict[str, Any] = {}
-    if not {"data_path", "train_data_path", "data_blend"} & set(values):
-        unread["data_path"] = ("unread",)
+    from megalong.config.stages import data_to_come
+
+    unread = data_to_come(values)
     if not {"tokenizer_type", "tokenizer_model"} & set(values):
         unread["tokenizer_type"] = "ByteTokenizer"
     return unread
@@ -141,6 +144,7 @@ def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> i
     """Search, print, and write what is asked for; the exit status. given: settings by name."""
     from megalong.config.arguments import config_from_values
     from megalong.config.deepspeed_file import keeps_optimizer_on_host
+    from megalong.config.stages import HOW
     from megalong.planning import fake_device
     from megalong.planning.launch_files import check_emit
     from megalong.planning.layouts import possible_layouts
@@ -215,14 +219,15 @@ def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> i
     if args.emit is not None:
         emit(best[number - 1], given, args, training)
     if args.stage is not None:
-        settings = yaml.safe_dump(layout_settings(best[number - 1]), sort_keys=False)
+        given = {name: value for name, value in vars(args).items() if name in HOW}
+        settings = yaml.safe_dump({**layout_settings(best[number - 1]), **given}, sort_keys=False)
         print(f"\nLayout {number}, for the stage {args.stage}:\n")
         print(textwrap.indent(settings, " " * 4), end="")
     return 0
 
 
 def layout_settings(layout: PlannedLayout) -> dict[str, Any]:
-    """What was searched, by field name."""
+    """What of it is searched where it is not given, by field name; but what is open."""
     from megalong.planning.layouts import searched_settings
 
     settings = {k: v for k, v in searched_settings(layout.config).items() if v is not None}

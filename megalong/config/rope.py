@@ -23,21 +23,17 @@ FACTORS = (
     "rope_scaling_factor",
     "yarn_rotary_scaling_factor",
 )
-# What Llama 3.1's scaling has besides, and its values where there is none; and the same of YaRN.
-LLAMA3 = {
-    "rope_original_length": 8192,
-    "rope_low_freq_factor": 1.0,
-    "rope_high_freq_factor": 4.0,
-}
-YARN = {
-    "yarn_original_max_position_embeddings": None,
-    "yarn_beta_fast": 32.0,
-    "yarn_beta_slow": 1.0,
-    "yarn_attention_factor": None,
-    "yarn_mscale": None,
-    "yarn_mscale_all_dim": None,
-    "yarn_correction_range_round_to_int": True,
-}
+# What Llama 3.1's scaling has besides, and YaRN.
+LLAMA3 = ("rope_original_length", "rope_low_freq_factor", "rope_high_freq_factor")
+YARN = (
+    "yarn_original_max_position_embeddings",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_attention_factor",
+    "yarn_mscale",
+    "yarn_mscale_all_dim",
+    "yarn_correction_range_round_to_int",
+)
 # All fields of rotary positions: none is about the shape of a weight.
 ROPE_FIELDS = ("rotary_base", *FACTORS, *LLAMA3, *YARN)
 
@@ -176,13 +172,12 @@ def check_rope(model: ModelConfig) -> None:
         _check_yarn(model)
 
 
-def _check_none_of(fields: dict[str, Any], model: ModelConfig, factor: str, scaling: str) -> None:
-    for name, unset in fields.items():
-        value = getattr(model, name)
-        if value != unset:
+def _check_none_of(fields: Collection[str], model: ModelConfig, factor: str, scaling: str) -> None:
+    for name in fields:
+        if getattr(model, name) != getattr(type(model), name):
             raise UserError(
-                f"{flag_name(name)} {value} is about {scaling}, which {flag_name(factor)} turns on:"
-                " set that too, or leave it out"
+                f"{flag_name(name)} is about {scaling}, which {flag_name(factor)} turns on: set"
+                " that too, or leave it out"
             )
 
 

@@ -250,25 +250,27 @@ class Recipe:
         flags = _flags(stages)
         return tuple(dataclasses.replace(stage, flags=flags) for stage in stages)
 
-    def alone(self, name: str | None) -> dict[str, Any]:
-        """The settings of one stage by field name, as a run that has no other would be given them.
-
-        name: None in a run without stages. Raises UserError where none has this name.
-        """
+    def stage(self, name: str | None) -> StageSettings:
+        """That of this name: None in a run without stages. Raises UserError where none has it."""
         names = [settings.name for settings in self.stages]
-        if name not in names:
-            if names == [None]:
-                raise UserError(f"--stage {name}: the run has no stages: leave it out")
-            there = ", ".join(map(str, names))
-            if name is None:
-                raise UserError(f"the file of --config has stages: set --stage to one of {there}")
-            raise UserError(f"--stage {name}: no such stage: set one of {there}")
-        settings = self.stages[names.index(name)]
+        if name in names:
+            return self.stages[names.index(name)]
+        if names == [None]:
+            raise UserError(f"--stage {name}: the run has no stages: leave it out")
+        there = ", ".join(map(str, names))
         if name is None:
-            return settings.values
-        with settings.errors():
-            iterations, _ = settings.iterations()
-        return settings.without_idle_scalings(self._scalings()) | {"train_iters": iterations}
+            raise UserError(f"the file of --config has stages: set --stage to one of {there}")
+        raise UserError(f"--stage {name}: no such stage: set one of {there}")
+
+    def alone(self, stage: StageSettings) -> dict[str, Any]:
+        """The settings of one of the stages by field name, as those of a run that has no other.
+        Raises UserError where its length is none."""
+        if stage.name is None:
+            return stage.values
+        iterations, _ = stage.iterations()
+        stage.check(iterations)
+        values = stage.without_idle_scalings(self._scalings())
+        return _of_the_run(values, 0, iterations, is_last=False)
 
     def _scalings(self) -> list[str]:
         """The factors of those of rotary positions that some stage has."""
@@ -286,12 +288,16 @@ class Recipe:
 
 
 def _with_data_to_come(settings: StageSettings) -> StageSettings:
-    values = settings.values
+    return dataclasses.replace(settings, values=settings.values | data_to_come(settings.values))
+
+
+def data_to_come(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands in the place of the data to train on, by field name, for what reads none: nothing
+    where settings have some."""
     if any(values.get(name) for name in TRAINING_DATA):
-        return settings
+        return {}
     divided = not (values.get("valid_data_path") or values.get("test_data_path"))
-    name = "data_path" if divided else "train_data_path"
-    return dataclasses.replace(settings, values=values | {name: [DATA_TO_COME]})
+    return {"data_path" if divided else "train_data_path": [DATA_TO_COME]}
 
 
 def _of_the_run(

@@ -79,9 +79,9 @@ def rotary_values(
         values["rope_scaling_factor"] = _number(rope["factor"], "factor", where, least=1.0)
         values["rope_original_length"] = _original_length(rope, config, where)
         low, high = _turns(
+            ("low_freq_factor", rope.get("low_freq_factor", 1)),
+            ("high_freq_factor", rope.get("high_freq_factor", 4)),
             where,
-            low_freq_factor=rope.get("low_freq_factor", 1),
-            high_freq_factor=rope.get("high_freq_factor", 4),
         )
         values |= {"rope_low_freq_factor": low, "rope_high_freq_factor": high}
     if kind == "yarn":
@@ -143,16 +143,15 @@ def _original_length(rope: dict[str, Any], config: dict[str, Any], where: str) -
     return int(_number(length, name, where, least=1.0))
 
 
-def _turns(where: str, **values: Any) -> tuple[float, float]:
-    """Turns in the original length below and above which pairs of channels are slow and fast, by
-    their names in the file."""
-    (slow_name, slow), (fast_name, fast) = values.items()
-    slow, fast = _number(slow, slow_name, where), _number(fast, fast_name, where)
-    if fast <= slow:
+def _turns(slow: tuple[str, Any], fast: tuple[str, Any], where: str) -> tuple[float, float]:
+    """Turns in the original length below and above which pairs of channels are slow and fast. slow,
+    fast: their names in the file, and what stands there."""
+    values = [_number(value, name, where) for name, value in (slow, fast)]
+    if values[1] <= values[0]:
         raise UserError(
-            f"{where}: {fast_name} is {fast:g}, and has to be more than {slow_name}, {slow:g}"
+            f"{where}: {fast[0]} is {values[1]:g}, and has to be more than {slow[0]}, {values[0]:g}"
         )
-    return slow, fast
+    return values[0], values[1]
 
 
 def _yarn(rope: dict[str, Any], config: dict[str, Any], where: str) -> dict[str, Any]:
@@ -160,7 +159,7 @@ def _yarn(rope: dict[str, Any], config: dict[str, Any], where: str) -> dict[str,
     if factor is None:  # as Transformers
         factor = config["max_position_embeddings"] / original
     slow, fast = _turns(
-        where, beta_slow=rope.get("beta_slow") or 1, beta_fast=rope.get("beta_fast") or 32
+        ("beta_slow", rope.get("beta_slow") or 1), ("beta_fast", rope.get("beta_fast") or 32), where
     )
     values = {
         "yarn_rotary_scaling_factor": _number(factor, "factor", where, least=1.0),

@@ -18,10 +18,8 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import megatron.core
 import torch
 import torch.distributed as dist
-from packaging.version import Version
 
 from megalong.config import Config
 from megalong.config.deepspeed_file import keeps_optimizer_on_host
@@ -37,8 +35,6 @@ from megalong.wording import counted
 
 MARGIN = 1.05  # on what is estimated
 GIB = 2**30
-# The backward pass of its linear layers, from 0.19 on.
-LINEAR_TAKES_LESS = Version(megatron.core.__version__) >= Version("0.19")
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ def choose_memory_path(config: Config, vocab_size: int, room: Room) -> tuple[Con
     config: resolved. vocab_size: the tokenizer's.
     Raises UserError where what was asked to be offloaded does not fit in the host's memory.
     """
-    rungs = [(rung, needs(rung, vocab_size, room.replicas)) for rung in _rungs(config, room)]
+    rungs = [(rung, needs(rung, vocab_size, room.replicas, on_gpu=room.on_gpu)) for rung in _rungs(config, room)]
     on_host = [pair for pair in rungs if pair[1].host <= USABLE * room.host]
     if not on_host:  # every rung has what was asked for
         raise UserError(_no_room(*rungs[-1], room))
@@ -82,7 +78,7 @@ def choose_memory_path(config: Config, vocab_size: int, room: Room) -> tuple[Con
     return chosen, _description(chosen, vocab_size, needed, room)
 
 
-def needs(config: Config, vocab_size: int, replicas: int = 1) -> Needs:
+def needs(config: Config, vocab_size: int, replicas: int = 1, on_gpu: bool = True) -> Needs:
     """An estimate, mostly of what grows with the sequence. config: nothing left open. replicas:
     ranks that hold the same weights."""
     model, parallel, memory = config.model, config.parallel, config.memory
@@ -97,24 +93,23 @@ def needs(config: Config, vocab_size: int, replicas: int = 1) -> Needs:
     ranks, patterns = parallel.sequence_parallel_size, config.attention.patterns.values()
     partial = 4 * channels * max(pattern.partial_rows(ranks) for pattern in patterns)
     before_norm = 2 * heads if model.qk_layernorm else 0.0
-    attention_half = 9 * hidden + 5 * heads + before_norm
+    # PyTorch's norms keep their input, but for RMSNorm on a CPU, which keeps what it makes of it in
+    # float32.
+    keep_input = on_gpu or model.normalization == "LayerNorm"
+    attention_half = (4 if keep_input else 9) * hidden + 5 * heads + before_norm
+    attention_twice = 13.5 * hidden + 7.5 * heads + 1.5 * before_norm
     mlp_half = (6 if model.swiglu else 3) * inner
-    mlp_twice = (10.5 if model.swiglu else 4.5) * inner
-    saved = 0.0
-    if LINEAR_TAKES_LESS:
-        mlp_twice = (7.5 if model.swiglu else 4) * inner
-        saved = 3 * hidden
+    mlp_twice = (7.5 if model.swiglu else 4) * inner
     if model.sub_layer_norm:
-        # PyTorch's RMSNorm keeps what it makes in float32; LayerNorm, and a norm that tensor ranks
-        # share, keep their input.
-        of_norm = 5 if model.normalization == "RMSNorm" and tensor == 1 else 1
+        of_norm = 1 if keep_input or tensor > 1 else 5  # one that tensor ranks share is our own
         attention_half += of_norm * heads
+        attention_twice += 1.5 * of_norm * heads
         mlp_half += of_norm * inner
         mlp_twice += of_norm * inner
     tiled = memory.tiled_attention or memory.tiled_mlp
     recompute = parallel.recompute_granularity == "full"
     kept = hidden  # of a layer, until its backward pass
-    working = 5 * hidden  # of the one layer that goes backward
+    working = (3 if keep_input else 5) * hidden  # of the one layer that goes backward
     if recompute and tiled and not parallel.recomputes_each_layer:
         recompute = False  # several layers together: in the second forward pass each keeps its own
         working += 2 * hidden
@@ -125,7 +120,7 @@ def needs(config: Config, vocab_size: int, replicas: int = 1) -> Needs:
         working += 1.5 * heads if model.sub_layer_norm else 0  # as dry runs have it
     else:
         kept += 0 if recompute else attention_half
-        working += 1.5 * attention_half + partial - saved
+        working += attention_twice + partial
     if memory.tiled_mlp:
         kept += 0 if memory.tiled_attention else hidden
     else:

@@ -31,6 +31,10 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 # What the device says of itself: an H100.
 NAME, CAPABILITY, MEMORY, PROCESSORS = "NVIDIA H100 (fake)", (9, 0), 80 * 2**30, 132
 
+# Operators of one kernel on a GPU. A build of PyTorch without CUDA has none for them, and would take
+# them apart into several, with more memory between them: all others of ATen it leaves whole.
+WHOLE_ON_A_GPU = ("_fused_rms_norm", "silu_backward", "mish_backward")
+
 _library: ctypes.CDLL | None = None
 
 
@@ -127,6 +131,7 @@ def pretend() -> None:
     import torch
 
     _library.register_fake_guard()
+    _leave_operators_whole()
     os.environ["DS_ACCELERATOR"] = "cuda"
     device, generator = torch.device("cuda", 0), torch.Generator()
     properties = SimpleNamespace(
@@ -167,3 +172,17 @@ def pretend() -> None:
         module.set_rng_state = lambda state, device=device: generator.set_state(state)
     for name in ("range_push", "range_pop", "mark"):
         setattr(torch.cuda.nvtx, name, lambda *_, **__: None)
+
+
+def _leave_operators_whole() -> None:
+    """Let `WHOLE_ON_A_GPU` have kernels for the device, which nobody calls: tensors are fake."""
+    import torch
+
+    if torch.backends.cuda.is_built():
+        return
+    for name in WHOLE_ON_A_GPU:
+        torch.library.impl(f"aten::{name}", "CUDA", _no_gpu)
+
+
+def _no_gpu(*_: Any, **__: Any) -> None:
+    raise RuntimeError("the GPU is a fake one, and so have its tensors to be")

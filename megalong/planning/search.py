@@ -219,7 +219,8 @@ class _Searching:
         for rung in sorted(division.rungs, key=order):
             parallel = rung.parallel
             model_ranks = parallel.ranks_per_replica // parallel.sequence_parallel_size
-            needed = needs(rung, self.vocab_size, self.ranks // model_ranks).device
+            replicas, on_gpu = self.ranks // model_ranks, self.cluster.device.on_gpu
+            needed = needs(rung, self.vocab_size, replicas, on_gpu=on_gpu).device
             if needed > HOPELESS * USABLE * self.cluster.device.memory:
                 self.result.not_run.append(NotRun(rung, needed))
             else:

@@ -106,7 +106,7 @@ def _smallest(
         for config in division.rungs:
             parallel = config.parallel
             replicas = parallel.data_parallel_size(ranks) * parallel.sequence_parallel_size
-            needed = needs(config, vocab_size, replicas)
+            needed = needs(config, vocab_size, replicas, on_gpu=cluster.device.on_gpu)
             on_node = needed.host * min(ranks, cluster.gpus_per_node)
             if on_node <= USABLE * cluster.host_memory:
                 estimates.append((needed.device, len(estimates), config))

@@ -10,13 +10,17 @@ from typing import Any
 
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.texts import read_progress
-from megalong.config import Config, flag_name
+from megalong.config import Config, ModelConfig, flag_name
 from megalong.config.flags import shown
+from megalong.config.rope import ROPE_FIELDS
 from megalong.config.stages import WHAT, Stage
 from megalong.errors import UserError
 from megalong.optimizers import optimizer_of
 from megalong.training.changes import comparable_settings
 from megalong.training.resuming import found_checkpoint
+
+# What a record has that is older than one of these settings.
+_POSITIONS_BEFORE = {name: getattr(ModelConfig, name) for name in ROPE_FIELDS}
 
 
 def stages_ahead(stages: Sequence[Stage]) -> Sequence[Stage]:
@@ -133,7 +137,7 @@ def _check_settings(stage: Stage, record: dict[str, Any], end: int, checkpoint: 
     """Raise UserError where a stage that is done was another one. end: its last iteration, which
     may be before that of its record where the stage has been made shorter."""
     ours = what_counts(stage.config)
-    before = dict(record["settings"])
+    before = _POSITIONS_BEFORE | record["settings"]
     follows = before["lr_decay_iters"] == before["train_iters"] - record["begin"]
     if follows and ours["lr_decay_iters"] == stage.iterations:  # which is compared by itself
         before["lr_decay_iters"] = stage.iterations

@@ -38,7 +38,7 @@ def settle(config, device=80, host=400, on_gpu=True, replicas=1):
         (2**15, 400, "off", False, None),
         (2**20, 400, "on", False, None),
         (3 * 2**19, 400, "on", False, "full"),
-        (2**21, 400, "on", True, None),
+        (2**21, 400, "on", False, "full"),
         (2**22, 400, "on", True, None),
         (2**22, 120, "on", True, "full"),
     ],
@@ -83,7 +83,7 @@ def test_no_room_on_the_host_for_what_was_asked_is_one_line():
 
 
 def test_auto_does_without_the_host_where_that_has_no_room():
-    settled, words = settle(config(2**21), host=20)
+    settled, words = settle(config(2**22), host=20)
     assert not settled.memory.offload_activations
     assert settled.parallel.recompute_granularity == "full" and "may not fit" in words
 
@@ -104,6 +104,16 @@ def test_tensor_and_sequence_ranks_share_what_is_needed():
     assert sequence.host == pytest.approx(whole.host / 4)
     assert tensor.host == pytest.approx(whole.host / 4)
     assert max(tensor.device, sequence.device) < whole.device / 2
+
+
+@pytest.mark.parametrize("sub_layer_norm", [False, True])
+def test_a_cpu_takes_more_for_rms_norm(sub_layer_norm):
+    """GPUs have a kernel for it that keeps no more than its input, as all have for LayerNorm."""
+    for normalization in ("RMSNorm", "LayerNorm"):
+        given = {"normalization": normalization, "sub_layer_norm": sub_layer_norm}
+        settled = config(2**16, memory_path="off", **given)
+        on_gpu, on_cpu = (needs(settled, VOCABULARY, on_gpu=x).device for x in (True, False))
+        assert on_cpu == on_gpu if normalization == "LayerNorm" else on_cpu > 1.1 * on_gpu
 
 
 def settled_on(given):

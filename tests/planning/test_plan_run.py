@@ -59,15 +59,20 @@ def test_a_plan_of_a_stage(tmp_path):
     (tmp_path / "recipe.yaml").write_text(STAGES)
     flags = ["--config", tmp_path / "recipe.yaml", "--cluster", "h100", "--gpus", "2"]
     output = tmp_path / "plan.json"
-    done = plan_run(*flags, "--stage", "long", "--zero-stage", "1", "--json", output)
+    done = plan_run(*flags, "--stage", "long", "--zero-stage", "1", "--no-tiled-mlp",
+                    "--valid-data-path", "v", "--json", output)  # fmt: skip
     assert done.returncode == 0, done.stderr
     _, _, told = done.stdout.partition("\nLayout 1, for the stage long:\n\n")
-    assert "    sequence_parallel_size: 2\n" in told and "    micro_batch_size: " in told
+    assert "    sequence_parallel_size: 2\n" in told and "    tiled_mlp: false\n" in told
     assert json.loads(output.read_text())["tokens"] == 245 * 2 * 2048  # whole iterations
     for words, message in (
         ((), "the file of --config has stages: set --stage to one of short, long"),
         (("--stage", "longer"), "--stage longer: no such stage: set one of short, long"),
         (("--stage", "long", "--emit", tmp_path), "--emit writes a run of its own"),
+        (
+            ("--stage", "long", "--lr-warmup-iters", "300"),
+            "recipe.yaml, line 5: stage long: --lr-warmup-iters 300 is more than the 245 iterations",
+        ),
     ):
         done = plan_run(*flags, *words)
         assert done.returncode == 2 and message in done.stderr

@@ -98,7 +98,7 @@ def find(
         ),
         mock.patch(
             "megalong.model.memory_path.needs",
-            lambda config, *_: SimpleNamespace(device=usable * needs(config)),
+            lambda config, *_, **__: SimpleNamespace(device=usable * needs(config)),
         ),
     ):
         return search(divisions, 256, CLUSTER, RANKS, wanted=wanted), runs
