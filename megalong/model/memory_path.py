@@ -68,7 +68,10 @@ def choose_memory_path(config: Config, vocab_size: int, room: Room) -> tuple[Con
     config: resolved. vocab_size: the tokenizer's.
     Raises UserError where what was asked to be offloaded does not fit in the host's memory.
     """
-    rungs = [(rung, needs(rung, vocab_size, room.replicas, on_gpu=room.on_gpu)) for rung in _rungs(config, room)]
+    rungs = [
+        (rung, needs(rung, vocab_size, room.replicas, on_gpu=room.on_gpu))
+        for rung in _rungs(config, room)
+    ]
     on_host = [pair for pair in rungs if pair[1].host <= USABLE * room.host]
     if not on_host:  # every rung has what was asked for
         raise UserError(_no_room(*rungs[-1], room))

@@ -31,8 +31,8 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 # What the device says of itself: an H100.
 NAME, CAPABILITY, MEMORY, PROCESSORS = "NVIDIA H100 (fake)", (9, 0), 80 * 2**30, 132
 
-# Operators of one kernel on a GPU. A build of PyTorch without CUDA has none for them, and would take
-# them apart into several, with more memory between them: all others of ATen it leaves whole.
+# ATen's operators that are one kernel on a GPU, and that PyTorch takes apart where there is none: a
+# step would have other operators in a build without CUDA, and more memory between them.
 WHOLE_ON_A_GPU = ("_fused_rms_norm", "silu_backward", "mish_backward")
 
 _library: ctypes.CDLL | None = None

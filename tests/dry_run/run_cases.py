@@ -225,6 +225,7 @@ def dry_run_of(case: Case) -> dict[str, object]:
         "traffic": result.traffic,
         "counted": engines[0].traffic,  # by the engine itself
         "flops": [[*key, flops] for key, flops in result.flops.items()],
+        "operators": sorted({operation.name for operation in result.work.operations}),
         "parts": sorted({operation.part for operation in result.work.operations}),
         "dtypes": sorted(
             {o.dtype for o in result.work.operations if o.kind in ("product", "attention")}

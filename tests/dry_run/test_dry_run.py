@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from megalong.config.attention import AttentionConfig
 from megalong.planning import fake_device
@@ -32,6 +33,25 @@ def test_a_step_runs_on_the_device_alone(case, results):
     assert results[case]["memory"]["optimizer"] > 0
     axes = {"sequence", "tensor", "pipeline", "data"} if "tp2" in case else set()
     assert axes <= results[case]["traffic"].keys()
+
+
+def test_operators_are_a_gpus_whatever_pytorch_is_built_for(results):
+    operators = {*results["one"]["operators"], *results["memory path"]["operators"]}
+    assert {"aten._fused_rms_norm", "aten._fused_rms_norm_backward"} <= operators
+    assert "aten.silu_backward" in operators and not {"aten.rsqrt", "aten.sigmoid"} & operators
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="PyTorch is built without CUDA")
+def test_the_operators_that_only_a_gpu_has_whole_are_known():
+    """In a build with CUDA all of ATen that could be taken apart, and has a kernel there."""
+    kinds = ("CUDA", "CompositeImplicitAutograd")
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    found = {
+        name.removeprefix("aten::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("aten::") and all(has_kernel(name, kind) for kind in kinds)
+    }
+    assert found == {*fake_device.WHOLE_ON_A_GPU}
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if CASES[name].plant is None])

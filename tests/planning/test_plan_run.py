@@ -71,7 +71,7 @@ def test_a_plan_of_a_stage(tmp_path):
         (("--stage", "long", "--emit", tmp_path), "--emit writes a run of its own"),
         (
             ("--stage", "long", "--lr-warmup-iters", "300"),
-            "recipe.yaml, line 5: stage long: --lr-warmup-iters 300 is more than the 245 iterations",
+            "recipe.yaml, line 5: stage long: --lr-warmup-iters 300 is more than the 245",
         ),
     ):
         done = plan_run(*flags, *words)
