@@ -25,8 +25,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
 from megalong.command_line import run
@@ -144,7 +142,6 @@ def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> i
     """Search, print, and write what is asked for; the exit status. given: settings by name."""
     from megalong.config.arguments import config_from_values
     from megalong.config.deepspeed_file import keeps_optimizer_on_host
-    from megalong.config.stages import HOW
     from megalong.planning import fake_device
     from megalong.planning.launch_files import check_emit
     from megalong.planning.layouts import possible_layouts
@@ -203,6 +200,11 @@ def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> i
     words = rejected(result, training)
     if words:
         print("\n" + words)
+    number = args.explain or 1
+    if args.stage is not None and number <= len(best):
+        print(f"\nLayout {number}, for the stage {args.stage}; the others keep what they have, and")
+        print(f"pretrain_longnet.py --dry-run {args.gpus} says whether they can:\n")
+        print(stage_settings(best[number - 1], args), end="")
     if stopped_by is not None:
         print(f"\nStopped: {counted(len(result.planned), 'layout')} had been run.")
         return 128 + stopped_by
@@ -212,18 +214,23 @@ def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> i
     if not best:
         print(_ways_out(values, vocab_size, cluster, args.gpus))
         return 1
-    number = args.explain or 1
     _check_explain(number, len(best))
     if args.explain is not None:
         print("\n" + explained(best[number - 1], training))
     if args.emit is not None:
         emit(best[number - 1], given, args, training)
-    if args.stage is not None:
-        given = {name: value for name, value in vars(args).items() if name in HOW}
-        settings = yaml.safe_dump({**layout_settings(best[number - 1]), **given}, sort_keys=False)
-        print(f"\nLayout {number}, for the stage {args.stage}:\n")
-        print(textwrap.indent(settings, " " * 4), end="")
     return 0
+
+
+def stage_settings(layout: PlannedLayout, args: argparse.Namespace) -> str:
+    """YAML of a layout, and of what else of it the command line sets, as a stage has it."""
+    import yaml
+
+    from megalong.config.stages import HOW
+
+    given = {name: value for name, value in vars(args).items() if name in HOW}
+    settings = {**layout_settings(layout), **given}
+    return textwrap.indent(yaml.safe_dump(settings, sort_keys=False), " " * 4)
 
 
 def layout_settings(layout: PlannedLayout) -> dict[str, Any]:

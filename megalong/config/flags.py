@@ -60,7 +60,9 @@ def require_more_than_zero(section: Any, *names: str) -> None:
     """Raise UserError unless these fields are positive and finite."""
     for name in names:
         if not 0 < getattr(section, name) < math.inf:
-            raise UserError(f"{flag_name(name)} {getattr(section, name)} must be positive")
+            raise UserError(
+                f"{flag_name(name)} {getattr(section, name)} must be positive and finite"
+            )
 
 
 def default(value: Any, otherwise: Any) -> Any:

@@ -256,7 +256,7 @@ class Recipe:
         if name in names:
             return self.stages[names.index(name)]
         if names == [None]:
-            raise UserError(f"--stage {name}: the run has no stages: leave it out")
+            raise UserError(f"the run has no stages: leave --stage {name} out")
         there = ", ".join(map(str, names))
         if name is None:
             raise UserError(f"the file of --config has stages: set --stage to one of {there}")

@@ -51,6 +51,13 @@ def tensor_ranks(config: Config, mesh: Mesh) -> TensorRanks:
     )
 
 
+def _rows_of_a_tile(settings: Config, ranks: TensorRanks) -> int:
+    """Positions of each sequence of a micro batch. settings: with a piece that has tiles."""
+    tile_size = settings.memory.tile_size
+    assert tile_size is not None
+    return max(tile_size // settings.training.micro_batch_size // ranks.shares, 1)
+
+
 class TiledTransformerLayer(TransformerLayer):
     """Megatron-core's layer with the pieces of the memory path that `settings.memory` names.
 
@@ -70,11 +77,11 @@ class TiledTransformerLayer(TransformerLayer):
         super().__init__(config, *args, **kwargs)
         model, memory = settings.model, settings.memory
         ranks = tensor_ranks(settings, mesh)
-        rows = max(memory.tile_size // settings.training.micro_batch_size // ranks.shares, 1)
         norm = Norm(model.normalization, model.norm_epsilon)
         self._recompute = recomputes_by_itself(settings)
         self._attention = self._mlp = None
         if memory.tiled_mlp:
+            rows = _rows_of_a_tile(settings, ranks)
             self._mlp = TiledMLP(norm, SWIGLU if model.swiglu else GELU, rows, ranks)
         if memory.tiled_attention:
             self._attention = TiledAttention(
@@ -82,7 +89,7 @@ class TiledTransformerLayer(TransformerLayer):
                 model.num_attention_heads // model.num_query_groups,
                 self.self_attention.core_attention.passes(memory.attention_head_groups),
                 norm,
-                rows,
+                _rows_of_a_tile(settings, ranks),
                 qk_norm=norm if model.qk_layernorm else None,
                 scales=self.self_attention.core_attention.xpos,
                 ranks=ranks,

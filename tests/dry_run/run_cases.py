@@ -124,6 +124,10 @@ CASES = {
         )
     },
     "memory path": Case({"memory_path": "on", "attention_head_groups": 2}),
+    "offload alone": Case({"memory_path": "off", "offload_activations": True}),
+    "offload alone, recomputed": Case(
+        {"memory_path": "off", "offload_activations": True, "recompute_granularity": "full"}
+    ),
     "sp4, memory path, documents apart": Case(
         {**ONCE, "sequence_parallel_size": 4, "memory_path": "on", **APART}, rank=1, ranks=4
     ),
