@@ -229,12 +229,12 @@ def stage_settings(layout: PlannedLayout, args: argparse.Namespace) -> str:
     from megalong.config.stages import HOW
 
     given = {name: value for name, value in vars(args).items() if name in HOW}
-    settings = {**layout_settings(layout), **given}
+    settings = given | layout_settings(layout)
     return textwrap.indent(yaml.safe_dump(settings, sort_keys=False), " " * 4)
 
 
 def layout_settings(layout: PlannedLayout) -> dict[str, Any]:
-    """What of it is searched where it is not given, by field name; but what is open."""
+    """What `possible_layouts` may vary, as this layout has it, by field name."""
     from megalong.planning.layouts import searched_settings
 
     settings = {k: v for k, v in searched_settings(layout.config).items() if v is not None}

@@ -83,7 +83,7 @@ def choose_memory_path(config: Config, vocab_size: int, room: Room) -> tuple[Con
 
 def needs(config: Config, vocab_size: int, replicas: int = 1, on_gpu: bool = True) -> Needs:
     """An estimate, mostly of what grows with the sequence. config: nothing left open. replicas:
-    ranks that hold the same weights."""
+    ranks that hold the same weights. on_gpu: whether the device is one, or a CPU."""
     model, parallel, memory = config.model, config.parallel, config.memory
     tensor = parallel.tensor_model_parallel_size
     tokens = config.training.micro_batch_size * model.seq_length // parallel.sequence_parallel_size

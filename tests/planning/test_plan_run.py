@@ -60,10 +60,12 @@ def test_a_plan_of_a_stage(tmp_path):
     flags = ["--config", tmp_path / "recipe.yaml", "--cluster", "h100", "--gpus", "2"]
     output = tmp_path / "plan.json"
     done = plan_run(*flags, "--stage", "long", "--zero-stage", "1", "--no-tiled-mlp",
-                    "--valid-data-path", "v", "--json", output)  # fmt: skip
+                    "--memory-path", "auto", "--valid-data-path", "v",
+                    "--json", output)  # fmt: skip
     assert done.returncode == 0, done.stderr
     _, _, told = done.stdout.partition("\nLayout 1, for the stage long; the others keep")
     assert "    sequence_parallel_size: 2\n" in told and "    tiled_mlp: false\n" in told
+    assert "    memory_path: 'off'\n" in told  # what auto comes to in this layout
     assert json.loads(output.read_text())["tokens"] == 245 * 2 * 2048  # whole iterations
     for words, message in (
         ((), "the file of --config has stages: set --stage to one of short, long"),
