@@ -35,8 +35,8 @@ gpu:
 	status=0; \
 	$(gpu_pytest) tests/attention/triton/test_gpu.py -k "$(newer)" \
 	    --junit-xml $(OUT)/tests-newer.xml >$(OUT)/tests-newer.txt 2>&1 & newer=$$!; \
-	$(gpu_pytest) tests/attention/triton/test_gpu.py tests/tiling/test_kernels_gpu.py \
-	    tests/tiling/test_offload_gpu.py -k "not ($(newer))" \
+	$(gpu_pytest) tests/attention/triton/test_gpu.py tests/chunked/test_kernels_gpu.py \
+	    tests/chunked/test_offload_gpu.py -k "not ($(newer))" \
 	    --junit-xml $(OUT)/tests.xml || status=1; \
 	wait $$newer || status=1; cat $(OUT)/tests-newer.txt; \
 	PYTHONPATH=. $(PYTHON) tools/benchmarks/training.py --device cuda \

@@ -28,8 +28,8 @@ def main(arguments: list[str], asked: Sequence[int] = ()) -> None:
     allow it."""
     from megalong.config import world_size
     from megalong.config.recipe import parse_run
-    from megalong.master_port import check_master_port
     from megalong.training.launchers import Launchers
+    from megalong.utils.machine import check_master_port
 
     launchers = Launchers()
     recipe = parse_run(arguments, description=__doc__)
@@ -43,7 +43,7 @@ def main(arguments: list[str], asked: Sequence[int] = ()) -> None:
 
     # The slow imports wait until the flags are known to be right, and the processes wait for each
     # other only once each of them has found its data and its checkpoint.
-    from megalong.log_filters import filter_library_logs
+    from megalong.utils.command_line import filter_library_logs
 
     filter_library_logs()
     from megalong.parallel import check_precision, set_gpu_defaults
@@ -70,10 +70,10 @@ def main(arguments: list[str], asked: Sequence[int] = ()) -> None:
 
 
 if __name__ == "__main__":
-    from megalong.early_signals import remember_requests
+    from megalong.utils.command_line import remember_requests
 
     asked = remember_requests()  # before anything that takes longer to import
 
-    from megalong.command_line import run
+    from megalong.utils.command_line import run
 
     run(lambda: main(sys.argv[1:], asked), system_errors=False)

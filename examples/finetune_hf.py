@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
-from megalong.command_line import ArgumentParser, run
-from megalong.errors import UserError, system_errors_of
+from megalong.utils.command_line import ArgumentParser, run
+from megalong.utils.errors import UserError, system_errors_of
 
 
 def parse_arguments() -> argparse.Namespace:

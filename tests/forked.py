@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from megalong.master_port import free_port
+from megalong.utils.machine import free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -39,7 +39,7 @@ def run_ranks(ranks: int, script: str, *arguments: object, timeout=300.0, check=
 
 
 def run_on_fake_gpu(script: str, *arguments: object, timeout=900.0):
-    """Run a script to its end in a process with a fake GPU (`megalong.planning.fake_device`); what
+    """Run a script to its end in a process with a fake GPU (`megalong.dry_run.fake_device`); what
     it printed."""
     with _started(_server(fake_gpu=True), 1, script, arguments) as launch:
         return _ended(launch, timeout, True, f"{script} on a fake GPU")
@@ -147,7 +147,7 @@ def _serve(*options: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     if options == ("fake-gpu",):
-        from megalong.planning import fake_device
+        from megalong.dry_run import fake_device
 
         fake_device.load()
         import torch  # noqa: F401

@@ -15,7 +15,7 @@ from unittest import mock
 
 import psutil
 
-from megalong.master_port import free_port
+from megalong.utils.machine import free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PRETRAIN = str(REPOSITORY / "pretrain_longnet.py")

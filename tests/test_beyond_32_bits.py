@@ -22,12 +22,12 @@ from megalong.config.arguments import config_from_values
 from megalong.data.batches import training_batches
 from megalong.data.document_samples import DocumentSamples
 from megalong.data.stream import TokenStream
-from megalong.errors import UserError
+from megalong.dry_run.share import answered, lone_rank, lone_sequence
+from megalong.evals.position_losses import PositionLosses, position_edges
 from megalong.hf.configuration_longnet import LongNetConfig
 from megalong.hf.positions_longnet import rotary_angles
 from megalong.model.rotary import LongRotaryEmbedding
-from megalong.planning.share import answered, lone_rank, lone_sequence
-from megalong.position_losses import PositionLosses, position_edges
+from megalong.utils.errors import UserError
 
 FAR = 2**33
 PI = Fraction("3.14159265358979323846264338327950288419716939937510582097494459")

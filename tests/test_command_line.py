@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from megalong.attention import __all__ as attention_names
-from megalong.command_line import REQUIRED, ArgumentParser, run
-from megalong.errors import UserError
+from megalong.utils.command_line import REQUIRED, ArgumentParser, run
+from megalong.utils.errors import UserError
 from tests.launching import REPOSITORY
 
 # Each with arguments that are in order as far as the parser sees.
@@ -142,7 +142,7 @@ def test_where_files_have_their_flags_others_show_their_traceback():
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
-    probe = "from megalong.command_line import run; run(lambda: print('line\\n' * 10**6))"
+    probe = "from megalong.utils.command_line import run; run(lambda: print('line\\n' * 10**6))"
     line = f'set -o pipefail; "{sys.executable}" -c "{probe}" | head -n 1'
     done = subprocess.run(["bash", "-c", line], cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (141, "line\n", "")

@@ -6,7 +6,7 @@ import yaml
 from megalong.attention import DilatedPattern
 from megalong.config import TasksConfig
 from megalong.config.arguments import build_parser, parse_arguments, to_yaml
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 from tests.flags import NEEDED, resolve
 
 

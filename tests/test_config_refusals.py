@@ -8,7 +8,7 @@ import pytest
 from megalong.config import ModelConfig, world_size
 from megalong.config.arguments import config_from_values, parse_arguments
 from megalong.config.model import longest_xpos
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 from tests.flags import resolve
 
 OFFLOAD = Path(__file__).parent / "training" / "offload.json"

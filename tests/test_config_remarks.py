@@ -7,7 +7,7 @@ import pytest
 from megalong.config.arguments import parse_arguments
 from megalong.config.rope import scaling_oddities
 from megalong.config.unused import unused
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 from tests.flags import NEEDED, resolve
 
 YARN = "--yarn-rotary-scaling-factor 4 --yarn-original-max-position-embeddings 4096"

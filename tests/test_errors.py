@@ -2,7 +2,7 @@
 
 import pytest
 
-from megalong.errors import UserError, system_errors_of
+from megalong.utils.errors import UserError, system_errors_of
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megalong.host_memory import host_bytes_available
+from megalong.utils.machine import host_bytes_available
 
 MIB = 2**20
 

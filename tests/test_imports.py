@@ -10,47 +10,29 @@ from tests.launching import REPOSITORY
 PACKAGE = REPOSITORY / "megalong"
 
 # Room (a folder, or a file beside the folders) -> the rooms it may import. From the bottom up.
-SMALL = {
-    "device", "disk", "errors", "host_memory", "log_filters", "master_port", "position_losses",
-    "progress", "torch_private", "wording", "yaml_text",
-}  # fmt: skip
 ROOMS = {
-    "errors": set(),
-    "wording": set(),
-    "command_line": {"errors", "wording"},
-    "device": set(),
-    "early_signals": set(),
-    "disk": {"errors"},
-    "host_memory": set(),
-    "log_filters": {"device"},
-    "master_port": {"errors"},
-    "position_losses": set(),
-    "progress": set(),
-    "torch_private": set(),
-    "yaml_text": {"errors"},
+    "utils": set(),
     "attention": set(),
-    "tiling": set(),
-    "data": SMALL,
-    "tasks": SMALL | {"data"},
-    "config": SMALL | {"command_line", "attention", "data", "tasks"},
-    "optimizers": SMALL | {"config"},
-    "checkpoint": SMALL | {"config"},
-    "parallel": SMALL | {"config", "attention"},
-    "model": SMALL | {"parallel", "optimizers", "config", "attention", "tiling"},
-    "training": SMALL
-    | {"model", "checkpoint", "parallel", "optimizers", "config", "data", "tasks"},
-    "planning": SMALL
-    | {"training", "model", "parallel", "optimizers", "config", "data", "attention", "tiling"},
-    "hf": SMALL | {"model", "checkpoint", "config", "data", "tasks", "attention"},
-    "doctor": SMALL | {"command_line", "training", "attention"},
-}
+    "data": {"utils"},
+    "evals": {"utils", "data"},
+    "config": {"utils", "attention", "data", "evals"},
+    "checkpoint": {"utils", "config"},
+    "parallel": {"utils", "config", "attention"},
+    "model": {"utils", "parallel", "config", "attention"},
+    "training": {"utils", "model", "checkpoint", "parallel", "config", "data", "evals"},
+    "dry_run": {
+        "utils", "training", "model", "parallel", "config", "data", "attention",
+    },
+    "hf": {"utils", "model", "checkpoint", "config", "data", "evals", "attention"},
+    "doctor": {"utils", "training", "attention"},
+}  # fmt: skip
 
 # Package -> the rooms, or files, that may import it.
 LIBRARIES = {
     "megatron": {"model", "parallel", "data/indexed.py"},
     "deepspeed": {"training", "parallel"},
     "transformers": {"hf", "data/tokenizers/huggingface_tokenizer.py"},
-    "triton": {"attention/triton", "tiling/triton"},
+    "triton": {"attention/triton", "model/chunked/triton"},
 }
 
 FILES = sorted(PACKAGE.rglob("*.py"))

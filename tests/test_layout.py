@@ -7,8 +7,8 @@ import socket
 import pytest
 
 from megalong.config.arguments import parse_arguments
-from megalong.errors import UserError
-from megalong.master_port import check_master_port, free_port
+from megalong.utils.errors import UserError
+from megalong.utils.machine import check_master_port, free_port
 
 SMALL = (
     "--data-path data --tokenizer-type ByteTokenizer --num-layers 6 --hidden-size 96"

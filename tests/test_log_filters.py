@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from megalong.log_filters import filter_library_logs
+from megalong.utils.command_line import filter_library_logs
 
 
 @pytest.mark.parametrize(

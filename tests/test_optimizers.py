@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import megalong.optimizers
+import megalong.model.optimizers
 from megalong.config import TrainingConfig
-from megalong.optimizers import OPTIMIZERS, optimizer_of
-from megalong.optimizers.muon import orthogonalized, update_scale
+from megalong.model.optimizers import OPTIMIZERS, optimizer_of
+from megalong.model.optimizers.muon import orthogonalized, update_scale
 
 [CHOICES] = [
     field.metadata["choices"]
@@ -20,7 +20,7 @@ from megalong.optimizers.muon import orthogonalized, update_scale
 
 def test_the_flag_has_all_there_are():
     assert set(OPTIMIZERS) == set(CHOICES)
-    files = {path.stem for path in Path(megalong.optimizers.__file__).parent.glob("*.py")}
+    files = {path.stem for path in Path(megalong.model.optimizers.__file__).parent.glob("*.py")}
     assert files == {"__init__", "optimizer", *CHOICES}
 
 

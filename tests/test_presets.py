@@ -7,8 +7,8 @@ import yaml
 
 from megalong.config.arguments import parse_arguments, read_yaml
 from megalong.config.preset import ARCHITECTURE, FOLDER, preset_file, preset_names
-from megalong.errors import UserError
 from megalong.model.parameters import count_parameters
+from megalong.utils.errors import UserError
 from tests.launching import REPOSITORY
 
 NEEDED = ["--data-path", "data", "--tokenizer-type", "ByteTokenizer"]

@@ -7,8 +7,8 @@ import yaml
 
 from megalong.config.arguments import config_from_values, parse_arguments, to_yaml
 from megalong.config.recipe import parse_run
-from megalong.errors import UserError
 from megalong.training.learning_rate import learning_rate
+from megalong.utils.errors import UserError
 from tests.recipe_file import RECIPE, changed, stages_of, write_recipe
 
 

@@ -32,13 +32,13 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
-from megalong.command_line import ArgumentParser, run
-from megalong.errors import UserError, system_errors_of
+from megalong.utils.command_line import ArgumentParser, run
+from megalong.utils.errors import UserError, system_errors_of
 
 if TYPE_CHECKING:
     import torch
 
-    from megalong.planning.calibration.clock import Clock
+    from megalong.dry_run.calibration.clock import Clock
 
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16", "float32")}
 
@@ -89,7 +89,7 @@ def cluster_with_this_card(args: argparse.Namespace) -> str | None:
     """The first that is known to have it; None on a CPU."""
     import torch
 
-    from megalong.planning.cluster import cluster_names, load_cluster
+    from megalong.dry_run.cluster import cluster_names, load_cluster
 
     if args.device != "cuda":
         return None
@@ -105,8 +105,8 @@ def cluster_with_this_card(args: argparse.Namespace) -> str | None:
 
 def description_beside(args: argparse.Namespace) -> dict[str, Any] | None:
     """What is not measured; None on a CPU without --cluster, where nothing more is needed."""
-    from megalong.planning.calibration.description import raw_description
-    from megalong.planning.cluster import load_cluster
+    from megalong.dry_run.calibration.description import raw_description
+    from megalong.dry_run.cluster import load_cluster
 
     if args.cluster is None:
         return None
@@ -134,9 +134,9 @@ def measure(args: argparse.Namespace, base: dict[str, Any] | None) -> None:
     import torch
     import torch.distributed as dist
 
-    from megalong.log_filters import filter_library_logs
-    from megalong.planning.calibration.clock import Clock
-    from megalong.planning.calibration.description import write
+    from megalong.dry_run.calibration.clock import Clock
+    from megalong.dry_run.calibration.description import write
+    from megalong.utils.command_line import filter_library_logs
 
     warnings.filterwarnings("ignore")  # of names of collectives, and of what is not installed
     filter_library_logs()
@@ -165,8 +165,8 @@ def described(
     args: argparse.Namespace, clock: Clock, base: dict[str, Any] | None, say
 ) -> tuple[dict[str, Any], list[str]]:
     """The content of the file, and which of its keys were measured."""
-    from megalong.planning.calibration.description import rounded
-    from megalong.planning.calibration.device import host_bandwidth
+    from megalong.dry_run.calibration.description import rounded
+    from megalong.dry_run.calibration.device import host_bandwidth
 
     values = base or cpu_description(args)
     card = card_name(clock.device)
@@ -208,14 +208,14 @@ def measured_device(args, clock: Clock, values: dict[str, Any], is_all: bool, sa
     """A device's section: these values, but for what is measured. is_all: peaks, too."""
     import torch
 
-    from megalong.planning.calibration import device as of_device
-    from megalong.planning.calibration.description import (
+    from megalong.dry_run.calibration import device as of_device
+    from megalong.dry_run.calibration.description import (
         attention_shares,
         best,
         rounded,
         shares,
     )
-    from megalong.planning.calibration.host import call_seconds
+    from megalong.dry_run.calibration.host import call_seconds
 
     tables, peaks = {}, dict(values["peak_flops"])
     for name in DTYPES[args.device]:
@@ -259,8 +259,8 @@ def measured_links(clock: Clock) -> tuple[float, float, dict[str, Any]]:
     """The share that computation hides, what every collective takes, and a link's section."""
     import statistics
 
-    from megalong.planning.calibration import links
-    from megalong.planning.calibration.description import link_shares, rounded
+    from megalong.dry_run.calibration import links
+    from megalong.dry_run.calibration.description import link_shares, rounded
 
     through = {name: of(clock.ranks) for name, of in links.THROUGH.items()}
     small = links.SMALL * clock.ranks

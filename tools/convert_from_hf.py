@@ -19,8 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
-from megalong.command_line import ArgumentParser, run
-from megalong.errors import UserError
+from megalong.utils.command_line import ArgumentParser, run
+from megalong.utils.errors import UserError
 
 
 def main() -> None:
@@ -30,11 +30,11 @@ def main() -> None:
     add("--output", type=Path, required=True, help="run folder to write; must not hold anything")
     args, others = parser.parse_known_args()
     from megalong.config.arguments import build_parser, read_yaml
-    from megalong.log_filters import filter_library_logs
+    from megalong.utils.command_line import filter_library_logs
 
     filter_library_logs()
-    from megalong.disk import writable_folder
     from megalong.hf.importing import import_model, read_config
+    from megalong.utils.files import writable_folder
 
     writable_folder("--output", args.output.parent)
     changes = vars(build_parser().parse_args(others))

@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
-from megalong.command_line import ArgumentParser, run
 from megalong.hf.configs import DTYPES, MODEL_TYPES
-from megalong.wording import counted
+from megalong.utils.command_line import ArgumentParser, run
+from megalong.utils.errors import counted
 
 
 def main() -> None:
@@ -43,11 +43,11 @@ def main() -> None:
     hashes = "do not compare its files with their hashes first (default: compare them)"
     add("--no-verify-checkpoint", action="store_true", help=hashes)
     args = parser.parse_args()
-    from megalong.log_filters import filter_library_logs
+    from megalong.utils.command_line import filter_library_logs
 
     filter_library_logs()
-    from megalong.disk import writable_folder
     from megalong.hf.exporting import export
+    from megalong.utils.files import writable_folder
 
     writable_folder("--output", args.output.parent)
     result = export(

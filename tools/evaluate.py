@@ -24,20 +24,19 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
-from megalong.command_line import ArgumentParser, run
 from megalong.data.formats import raw_documents
 from megalong.data.formats import texts as texts_of
 from megalong.data.text.documents import BrokenDocument, Reading
 from megalong.data.text.files import find_files
-from megalong.disk import writable_folder
-from megalong.errors import UserError
+from megalong.evals import STYLES, TASKS
 from megalong.hf.configs import DTYPES
-from megalong.tasks import STYLES, TASKS
-from megalong.wording import counted, did_you_mean
+from megalong.utils.command_line import ArgumentParser, run
+from megalong.utils.errors import UserError, counted, did_you_mean
+from megalong.utils.files import writable_folder
 
 if TYPE_CHECKING:
+    from megalong.evals.trials import Trials
     from megalong.hf.loaded_model import LoadedModel
-    from megalong.tasks.trials import Trials
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -115,7 +114,7 @@ def main() -> None:
     if args.input and not any(texts):
         raise UserError("--input: the files are empty")
     writable_folder("--output", args.output)
-    from megalong.log_filters import filter_library_logs
+    from megalong.utils.command_line import filter_library_logs
 
     filter_library_logs()
     import torch
@@ -153,9 +152,9 @@ def _read(file: str, max_bytes: int | None) -> Iterator[str]:
 def evaluate(loaded: LoadedModel, texts: list[str], args: argparse.Namespace) -> dict:
     """Every measurement that the flags ask for, printed as it is made."""
     trials_of_tasks = _trials(loaded, args)  # what cannot be made is refused before it takes time
+    from megalong.evals.position_losses import FEW_TOKENS, position_edges
     from megalong.hf.evaluation import evaluate_texts, losses_by_prompt, passkey, task_score
-    from megalong.position_losses import FEW_TOKENS, position_edges
-    from megalong.progress import progress_bar
+    from megalong.utils.progress import progress_bar
 
     results = {"model": str(args.model), "dtype": args.dtype}
     results |= {"texts": [], "prompts": [], "passkey": [], "tasks": []}
@@ -222,7 +221,7 @@ def evaluate(loaded: LoadedModel, texts: list[str], args: argparse.Namespace) ->
 
 
 def _trials(loaded: LoadedModel, args: argparse.Namespace) -> list[Trials]:
-    from megalong.tasks.trials import Trials, language_of
+    from megalong.evals.trials import Trials, language_of
 
     if not args.tasks:
         return []
@@ -316,7 +315,7 @@ def plot(results: dict, path: Path) -> None:
     tasks by distance, side by side."""
     from matplotlib.figure import Figure
 
-    from megalong.tasks.plots import plot_by_distance
+    from megalong.evals.plots import plot_by_distance
 
     draw = {
         "texts": _plot_positions,

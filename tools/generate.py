@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
-from megalong.command_line import ArgumentParser, run
-from megalong.errors import UserError, system_errors_of
 from megalong.hf.configs import DTYPES
+from megalong.utils.command_line import ArgumentParser, run
+from megalong.utils.errors import UserError, system_errors_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int | None:
     args = parse_arguments()
     prompts = args.prompt + [_read(file) for file in args.prompt_file]
-    from megalong.log_filters import filter_library_logs
+    from megalong.utils.command_line import filter_library_logs
 
     filter_library_logs()
     import torch

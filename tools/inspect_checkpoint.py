@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
-from megalong.command_line import ArgumentParser, run
-from megalong.wording import counted
+from megalong.utils.command_line import ArgumentParser, run
+from megalong.utils.errors import counted
 
 if TYPE_CHECKING:
     from megalong.checkpoint.manifest import Manifest
@@ -91,7 +91,7 @@ def in_words(content: dict[str, Any]) -> Iterator[str]:
     import yaml
 
     from megalong.data.blend import History
-    from megalong.progress import human_bytes
+    from megalong.utils.progress import human_bytes
 
     files = counted(content["files"], "file")
     yield f"{content['checkpoint']}: {human_bytes(content['bytes'])} in {files}"

@@ -26,10 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
-from megalong.command_line import ArgumentParser, run
 from megalong.data.tokenizers.tokenizer import TOKENIZERS
-from megalong.errors import UserError
-from megalong.wording import counted
+from megalong.utils.command_line import ArgumentParser, run
+from megalong.utils.errors import UserError, counted
 
 if TYPE_CHECKING:
     from megalong.data.document_samples import DocumentSamples
@@ -77,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    from megalong.log_filters import filter_library_logs
+    from megalong.utils.command_line import filter_library_logs
 
     filter_library_logs()
     from megalong.data.formats import open_documents
@@ -151,7 +150,7 @@ def training_samples(
 def verified(documents: Documents, pairs: list[Pair], args: argparse.Namespace) -> dict[str, Any]:
     """What reading all tokens has found."""
     from megalong.data.inspection import verify
-    from megalong.progress import progress_bar
+    from megalong.utils.progress import progress_bar
 
     vocab_size = eod = None
     if args.tokenizer_type or args.tokenizer_model:
@@ -225,7 +224,7 @@ def tokenizer_of(documents: Documents, pairs: list[Pair], args: argparse.Namespa
 
 def in_words(content: dict[str, Any]) -> Iterator[str]:
     """The lines of what was found."""
-    from megalong.progress import human_bytes
+    from megalong.utils.progress import human_bytes
 
     pairs = f"{content['pairs']:,} pairs, " if content["pairs"] > 1 else ""
     yield (
@@ -341,7 +340,7 @@ def _verified_words(verified: dict[str, Any], content: dict[str, Any]) -> Iterat
 
 def _plot_files(prefixes: list[str], folder: Path, overwrite: bool) -> list[Path]:
     """A file for each prefix. Raises UserError where one is there already."""
-    from megalong.disk import writable_folder
+    from megalong.utils.files import writable_folder
 
     files = [
         folder / f"{re.sub(r'[*?[]+', '_', Path(prefix).name)}_lengths.png" for prefix in prefixes

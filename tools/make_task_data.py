@@ -24,11 +24,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
-from megalong.command_line import ArgumentParser, run
 from megalong.data.tokenizers.tokenizer import TOKENIZERS, build_tokenizer
-from megalong.errors import UserError
-from megalong.tasks import STYLES, TASKS
-from megalong.wording import counted, did_you_mean
+from megalong.evals import STYLES, TASKS
+from megalong.utils.command_line import ArgumentParser, run
+from megalong.utils.errors import UserError, counted, did_you_mean
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -67,9 +66,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     from megalong import __version__
-    from megalong.progress import progress_bar
-    from megalong.tasks.dataset import data_salt, write_dataset
-    from megalong.tasks.trials import Trials, language_of
+    from megalong.evals.dataset import data_salt, write_dataset
+    from megalong.evals.trials import Trials, language_of
+    from megalong.utils.progress import progress_bar
 
     tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model)
     first = tokenizer.bos if args.prepend_bos else tokenizer.eod

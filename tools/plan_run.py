@@ -6,7 +6,7 @@
     python tools/plan_run.py --config recipe.yaml --stage long --cluster h100 --gpus 64
 
 Takes the flags of pretrain_longnet.py, and a cluster: a name (--list-clusters) or a YAML file of
-your own (megalong/planning/clusters has some to copy). Settings of the layout that are given stay
+your own (megalong/dry_run/clusters has some to copy). Settings of the layout that are given stay
 (--tensor-model-parallel-size 8), the others are searched: tensor, sequence and pipeline degrees,
 micro batch, ZeRO stage, recomputation, memory path. Memory, traffic and FLOPs come from the
 training's own code, run on tensors that hold no data; the time is a model's, from the cluster's
@@ -27,14 +27,13 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
-from megalong.command_line import run
-from megalong.errors import UserError
-from megalong.wording import counted
+from megalong.utils.command_line import run
+from megalong.utils.errors import UserError, counted
 
 if TYPE_CHECKING:
-    from megalong.planning.cluster import Cluster
-    from megalong.planning.plan_text import Training
-    from megalong.planning.search import PlannedLayout, Search
+    from megalong.dry_run.cluster import Cluster
+    from megalong.dry_run.plan_text import Training
+    from megalong.dry_run.search import PlannedLayout, Search
 
 VOCABULARY = 32_000  # ids, where no tokenizer is given
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -43,7 +42,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 def main() -> int:
     from megalong.config.arguments import build_parser
     from megalong.config.recipe import recipe_of
-    from megalong.planning.cluster import cluster_names, load_cluster
+    from megalong.dry_run.cluster import cluster_names, load_cluster
 
     parser = build_parser(__doc__)
     _add_flags(parser)
@@ -142,13 +141,13 @@ def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> i
     """Search, print, and write what is asked for; the exit status. given: settings by name."""
     from megalong.config.arguments import config_from_values
     from megalong.config.deepspeed_file import keeps_optimizer_on_host
-    from megalong.planning import fake_device
-    from megalong.planning.launch_files import check_emit
-    from megalong.planning.layouts import possible_layouts
-    from megalong.planning.plan_text import Training, explained, rejected, table
-    from megalong.planning.search import Search, search
-    from megalong.planning.zero_offload import check_offload
-    from megalong.progress import progress_bar
+    from megalong.dry_run import fake_device
+    from megalong.dry_run.launch_files import check_emit
+    from megalong.dry_run.layouts import possible_layouts
+    from megalong.dry_run.plan_text import Training, explained, rejected, table
+    from megalong.dry_run.search import Search, search
+    from megalong.dry_run.zero_offload import check_offload
+    from megalong.utils.progress import progress_bar
 
     values = given | _data(given)
     config = config_from_values(values)
@@ -235,7 +234,7 @@ def stage_settings(layout: PlannedLayout, args: argparse.Namespace) -> str:
 
 def layout_settings(layout: PlannedLayout) -> dict[str, Any]:
     """What `possible_layouts` may vary, as this layout has it, by field name."""
-    from megalong.planning.layouts import searched_settings
+    from megalong.dry_run.layouts import searched_settings
 
     settings = {k: v for k, v in searched_settings(layout.config).items() if v is not None}
     if layout.config.memory.memory_path == "on":
@@ -245,8 +244,8 @@ def layout_settings(layout: PlannedLayout) -> dict[str, Any]:
 
 def _ways_out(values: dict[str, Any], vocab_size: int, cluster: Cluster, ranks: int) -> str:
     """A line for each thing that would make the model fit."""
-    from megalong.planning.plan_text import layout_name
-    from megalong.planning.way_out import ways_out
+    from megalong.dry_run.plan_text import layout_name
+    from megalong.dry_run.way_out import ways_out
 
     found = ways_out(values, vocab_size, cluster, ranks)
     if not found:
@@ -282,8 +281,8 @@ def _tokens(values: dict[str, Any], ranks: int, found: Search) -> int:
 
 def as_json(found: Search, training: Training, vocab_size: int) -> dict[str, Any]:
     """All of a plan: sizes in bytes, times in seconds."""
-    from megalong.planning.layouts import searched_settings
-    from megalong.planning.plan_text import layout_name
+    from megalong.dry_run.layouts import searched_settings
+    from megalong.dry_run.plan_text import layout_name
 
     def cost_of(layout: PlannedLayout) -> dict[str, Any] | None:
         if layout.cost is None:
@@ -337,8 +336,8 @@ def emit(
 ) -> None:
     """Write what starts a layout, and say what it lacks. given: settings by name."""
     from megalong.config.arguments import config_from_values
-    from megalong.planning.launch_files import write_launch_files
-    from megalong.planning.plan_text import duration, layout_name
+    from megalong.dry_run.launch_files import write_launch_files
+    from megalong.dry_run.plan_text import duration, layout_name
 
     config = config_from_values({**given, **layout_settings(layout)})
     predicted = ""

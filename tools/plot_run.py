@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
-from megalong.command_line import ArgumentParser, run
-from megalong.errors import UserError
+from megalong.utils.command_line import ArgumentParser, run
+from megalong.utils.errors import UserError
 
 TRAINING_COLOR, HELD_OUT_COLORS = "#4878a8", {"validation": "#c85a3c", "test": "#5a8f4e"}
 OTHER_COLORS = ("#8e5ea2", "#c9a227", "#3aa6a6", "#a0522d", "#777777", "#d17ba6", "#2f4f8f")
@@ -25,8 +25,8 @@ def main() -> None:
     arguments = parser.parse_args()
     import yaml
 
-    from megalong.disk import writable_folder
     from megalong.training.metrics import read_metrics
+    from megalong.utils.files import writable_folder
 
     metrics, resolved = arguments.run / "metrics.jsonl", arguments.run / "config.yaml"
     for file in (metrics, resolved):
@@ -125,7 +125,7 @@ def plot_tasks(records: list[dict], config: dict, path: Path) -> None:
     """Accuracy on each task against tokens seen, and of the last evaluation against distance."""
     from matplotlib.figure import Figure
 
-    from megalong.tasks.plots import plot_by_distance
+    from megalong.evals.plots import plot_by_distance
 
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     seen, distances = figure.subplots(1, 2)

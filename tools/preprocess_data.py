@@ -35,12 +35,11 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
-from megalong.command_line import ArgumentParser, run
 from megalong.data.text.reading_flags import add_reading_flags, reading_of
 from megalong.data.tokenizers.backend import BACKENDS
 from megalong.data.tokenizers.tokenizer import TOKENIZERS
-from megalong.errors import UserError
-from megalong.wording import counted
+from megalong.utils.command_line import ArgumentParser, run
+from megalong.utils.errors import UserError, counted
 
 if TYPE_CHECKING:
     from megalong.data.preprocessing.preprocess import Summary
@@ -131,7 +130,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def print_summary(summary: Summary, kind: str) -> None:
-    from megalong.progress import human_bytes
+    from megalong.utils.progress import human_bytes
 
     for part in summary.keys.values():
         print(
@@ -165,7 +164,7 @@ def main() -> int | None:
     from megalong.data.preprocessing.partition import partition
     from megalong.data.preprocessing.preprocess import TokenizingTask, goes_on, preprocess
     from megalong.data.text.files import find_files, total_size
-    from megalong.progress import progress_bar
+    from megalong.utils.progress import progress_bar
 
     # A scheduler's SIGTERM ends the run the ordinary way, with its workers.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
-from megalong.command_line import ArgumentParser, run
 from megalong.data.formats import raw_documents, texts
 from megalong.data.text.documents import BrokenDocument, LeftOut, Reading, Remarks
 from megalong.data.text.files import find_files, total_size
 from megalong.data.text.reading_flags import add_reading_flags, reading_of
-from megalong.errors import UserError
-from megalong.wording import counted
+from megalong.utils.command_line import ArgumentParser, run
+from megalong.utils.errors import UserError, counted
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -87,8 +86,8 @@ def main() -> None:
     args = parse_arguments()
     from megalong.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
     from megalong.data.tokenizers.tokenizer_training import sample_chunks, train_sentencepiece
-    from megalong.disk import writable_folder
-    from megalong.progress import human_bytes, progress_bar, stopwatch
+    from megalong.utils.files import writable_folder
+    from megalong.utils.progress import human_bytes, progress_bar, stopwatch
 
     start = time.monotonic()
     output = Path(args.output_prefix + ".model")

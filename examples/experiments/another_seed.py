@@ -10,7 +10,7 @@ from measures import MEASURES, Cell, Column, beside_the_first
 from report import asked, of_newest_grid, read_cells, shown, trained
 from statistics_of_seeds import Spread
 
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 # Two-sided 95% quantiles of Student's t by degrees of freedom (any table of it has them).
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)

@@ -29,9 +29,9 @@ from cost import Cost, stages_file
 from grid import Cell, as_flags
 from machine import machine
 
-from megalong.command_line import REPOSITORY
-from megalong.errors import UserError
 from megalong.training.metrics import read_metrics, training_records
+from megalong.utils.command_line import REPOSITORY
+from megalong.utils.errors import UserError
 from tools.evaluate import parse_arguments as parse_evaluation
 
 TRAINING_SHARE = 0.85  # of a cell's minutes: the rest is for the evaluation

@@ -15,8 +15,8 @@ from grid import Cell, as_flags
 from megalong.config import Config
 from megalong.config.arguments import parse_arguments
 from megalong.config.recipe import parse_run
-from megalong.errors import UserError
 from megalong.model.flops import executed_flops
+from megalong.utils.errors import UserError
 
 _MANY = 10**6  # iterations, where it is not known yet how many there will be
 

@@ -40,10 +40,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not
 
 from overlap import records, seen_shares
 
-from megalong.command_line import ArgumentParser, run
 from megalong.data.text.source_file import texts_of_folder
-from megalong.errors import UserError
-from megalong.wording import counted
+from megalong.utils.command_line import ArgumentParser, run
+from megalong.utils.errors import UserError, counted
 
 PACKAGES = ("linux-source-6.12", "gcc-14-source", "rust-src")
 # In Debian's part "non-free", which many machines have not.
@@ -213,7 +212,7 @@ def candidates(package: str, root: Path) -> Iterator[Candidate]:
 
 def write(found: list[Candidate], args: argparse.Namespace) -> dict[str, dict]:
     """Writes both files. Returns counts and bytes of each. Raises UserError where one is empty."""
-    from megalong.progress import progress_bar
+    from megalong.utils.progress import progress_bar
 
     room = {"train": args.max_bytes, "held_out": args.max_held_out_bytes}
     sizes = Counter()

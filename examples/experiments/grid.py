@@ -37,8 +37,7 @@ import yaml
 from measures import MEASURES
 
 from megalong.config import Config
-from megalong.errors import UserError
-from megalong.wording import did_you_mean
+from megalong.utils.errors import UserError, did_you_mean
 
 KEYS = {"title", "question", "measure", "equal", "common", "axes", "scales"}
 SCALE_KEYS = {"seeds", "minutes", "common", "axes"}

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from megalong.command_line import REPOSITORY
+from megalong.utils.command_line import REPOSITORY
 
 _PACKAGES = ("torch", "triton", "deepspeed", "megatron-core")
 

@@ -19,10 +19,9 @@ from measures import (
 from plots import PLOTS
 from statistics_of_seeds import PowerLaw, Spread
 
-from megalong.disk import writable_folder
-from megalong.errors import UserError
-from megalong.progress import clock
-from megalong.wording import counted
+from megalong.utils.errors import UserError, counted
+from megalong.utils.files import writable_folder
+from megalong.utils.progress import clock
 
 
 def read_cells(folder: Path) -> list[Cell]:

@@ -31,8 +31,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
 
-from megalong.command_line import ArgumentParser, needed_packages
-from megalong.command_line import run as run_main
+from megalong.utils.command_line import ArgumentParser, needed_packages
+from megalong.utils.command_line import run as run_main
 
 with needed_packages():
     from another_seed import check_others, write_check
@@ -42,9 +42,8 @@ with needed_packages():
     from machine import machine, processors
     from report import read_cells, write_report
 
-from megalong.errors import UserError
-from megalong.progress import clock, progress_bar
-from megalong.wording import counted, did_you_mean
+from megalong.utils.errors import UserError, counted, did_you_mean
+from megalong.utils.progress import clock, progress_bar
 
 ON_THE_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # where there is a GPU, too
 JOBS = {"cpu": 2}  # cells at a time, of a scale; else one

@@ -19,8 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
 
-from megalong.command_line import ArgumentParser, run
-from megalong.errors import UserError
+from megalong.utils.command_line import ArgumentParser, run
+from megalong.utils.errors import UserError
 
 SHUFFLE_SEED = 1234
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
 
-from megalong.command_line import ArgumentParser, run
+from megalong.utils.command_line import ArgumentParser, run
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def mean_loss(result: dict, start: int, stop: int) -> float:
 def gzip_bits_per_byte(run_folder: Path) -> float:
     """Bits per byte that gzip -9 needs for the text of the run's test split, as one file."""
     from megalong.config.arguments import parse_arguments
-    from megalong.log_filters import filter_library_logs
+    from megalong.utils.command_line import filter_library_logs
 
     filter_library_logs()
     from megalong.training.run_data import open_run_data

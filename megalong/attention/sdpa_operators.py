@@ -2,7 +2,7 @@
 
 Which of them runs depends on device, dtype and head_dim; where none does, a blockwise one of
 PyTorch's elementary operations. PyTorch documents none of the fused ones. Their names, all of
-`torch.ops.aten`, stand in this file and not in `megalong.torch_private`, since the attention
+`torch.ops.aten`, stand in this file and not in `megalong.utils.torch_private`, since the attention
 imports nothing else of megalong.
 
 Shape suffixes: f batch, h heads, n rows, d head_dim.

@@ -15,7 +15,8 @@ A run folder holds
 
 The tensors go by canonical parameter names (`megalong.model.parameters`), whole, in float32:
 `weights.<name>` (the master weights, of which the model's own are a rounding),
-the optimizer's moments (`exp_avg.<name>` and `exp_avg_sq.<name>` of Adam; `megalong.optimizers`),
+the optimizer's moments (Adam's `exp_avg.<name>` and `exp_avg_sq.<name>`;
+`megalong.model.optimizers`),
 and `random.<rank>.<generator>`.
 So nothing in a checkpoint depends on the layout that wrote it.
 

@@ -17,7 +17,7 @@ from megalong.checkpoint.texts import texts_of
 from megalong.checkpoint.tokenizer import tokenizer_files
 from megalong.checkpoint.writing import HashingWriter
 from megalong.config import Config
-from megalong.disk import written_aside
+from megalong.utils.files import written_aside
 
 
 def write_first_checkpoint(

@@ -15,8 +15,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from megalong.checkpoint.manifest import MANIFEST, no_manifest
-from megalong.disk import UNFINISHED, flush_to_disk
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
+from megalong.utils.files import UNFINISHED, flush_to_disk
 
 _POINTER, _BEST = "latest", "best"
 _NAME = re.compile(r"iter_(\d{7,})")

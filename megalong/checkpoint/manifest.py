@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megalong.errors import UserError
-from megalong.progress import progress_bar
+from megalong.utils.errors import UserError
+from megalong.utils.progress import progress_bar
 
 MANIFEST = "manifest.json"
 TENSOR_FILES = ".distcp"

@@ -3,7 +3,7 @@ they are random states, and whose."""
 
 from __future__ import annotations
 
-WEIGHTS = "weights"  # the other kinds are the moments of the optimizer (`megalong.optimizers`)
+WEIGHTS = "weights"  # other kinds: the optimizer's moments (`megalong.model.optimizers`)
 
 
 def tensor_name(kind: str, parameter: str) -> str:

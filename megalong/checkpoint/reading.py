@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from megalong.checkpoint.manifest import DamagedCheckpoint, reading
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.texts import read_progress
-from megalong.torch_private import CHECKPOINT_CLASSES, slice_of_file
+from megalong.utils.torch_private import CHECKPOINT_CLASSES, slice_of_file
 
 
 class CheckpointReader:

@@ -23,7 +23,7 @@ from megalong.checkpoint.texts import texts_of
 from megalong.checkpoint.tokenizer import tokenizer_files
 from megalong.checkpoint.writing import write_checkpoint
 from megalong.config import Config
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 
 class Saver:

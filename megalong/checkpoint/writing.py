@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 
 from megalong.checkpoint.folder import aside, clear_leftovers, publish
 from megalong.checkpoint.manifest import TENSOR_FILES, FileRecord, Manifest, record_of
-from megalong.disk import flush_to_disk
+from megalong.utils.files import flush_to_disk
 
 
 def write_checkpoint(

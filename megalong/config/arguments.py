@@ -26,13 +26,12 @@ from typing import Any
 
 import yaml
 
-from megalong.command_line import ArgumentParser
 from megalong.config import Config, flag_name
 from megalong.config.flags import shown, whole_number
 from megalong.config.preset import over_preset, preset_file, preset_names
 from megalong.config.yaml_file import YamlFile
-from megalong.errors import UserError
-from megalong.wording import did_you_mean
+from megalong.utils.command_line import ArgumentParser
+from megalong.utils.errors import UserError, did_you_mean
 
 # Where one start of a run begins.
 ONE_START = ("load", "finetune", "pretrained_checkpoint", "load_optim", "load_rng", "new_data")

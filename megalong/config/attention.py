@@ -16,7 +16,7 @@ from megalong.attention.local_pattern import LocalPattern
 from megalong.attention.matched_flops import matching_sparse, matching_window
 from megalong.attention.sparse_pattern import SparsePattern
 from megalong.config.flags import flag, flag_name, shown
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 if TYPE_CHECKING:
     from megalong.attention.passes import Passes

@@ -10,7 +10,7 @@ from megalong.data.length_upsampling import LengthUpsampling
 from megalong.data.loss_mask import may_mask_loss
 from megalong.data.sources import SourceSpec, sources_of_file, sources_of_flag
 from megalong.data.tokenizers.tokenizer import TOKENIZERS
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 SPLIT = "969,30,1"
 _SEPARATE = ("train_data_path", "valid_data_path", "test_data_path")

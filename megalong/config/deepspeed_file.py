@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 
 def read_deepspeed_file(path: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import re
 from dataclasses import field
 from typing import Any
 
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 
 def flag(default: Any, help: str, **options: Any) -> Any:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from megalong.config.flags import flag, flag_name, largest_divisor, require_positive
 from megalong.config.model import ModelConfig
 from megalong.config.parallel import ParallelConfig
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 # The pieces that --memory-path turns on and off.
 PIECES = ("linear_cross_entropy", "tiled_mlp", "tiled_attention", "offload_activations")

@@ -14,7 +14,7 @@ from megalong.config.flags import (
     require_positive,
 )
 from megalong.config.rope import check_rope, rope_parameters
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 
 @dataclass(frozen=True)

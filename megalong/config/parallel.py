@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 from megalong.config.flags import flag, largest_divisor, require_positive
 from megalong.config.model import ModelConfig
-from megalong.errors import UserError
-from megalong.wording import counted
+from megalong.utils.errors import UserError, counted
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from megalong.config.flags import flag_name, shown
 from megalong.config.model import ModelConfig
 from megalong.config.rope import ROPE_FIELDS
 from megalong.config.training import TrainingConfig
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 FOLDER = Path(__file__).parent / "presets"
 

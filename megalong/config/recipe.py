@@ -22,7 +22,7 @@ from megalong.config.samples import SamplesConfig
 from megalong.config.stages import HOW, TRAINING_DATA, WHAT, Recipe, StageSettings
 from megalong.config.tasks import TasksConfig
 from megalong.config.yaml_file import YamlFile
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 # What a stage may set besides.
 _WATCHED = (

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from megalong.config.flags import flag_name, require_more_than_zero, require_positive
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 if TYPE_CHECKING:
     from megalong.config.model import ModelConfig

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from megalong.config.flags import default, flag, flag_name, require_more_than_zero, require_positive
 from megalong.config.training import TrainingConfig
-from megalong.errors import UserError
-from megalong.wording import counted
+from megalong.utils.errors import UserError, counted
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from megalong.config.flags import default, flag, flag_name, require_positive
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 
 @dataclass(frozen=True)

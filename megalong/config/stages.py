@@ -42,8 +42,7 @@ from megalong.config.memory import MemoryConfig
 from megalong.config.parallel import ParallelConfig
 from megalong.config.rope import FACTORS, ROPE_FIELDS, fields_of_scaling, lost_fields
 from megalong.config.yaml_file import YamlFile
-from megalong.errors import UserError
-from megalong.wording import counted
+from megalong.utils.errors import UserError, counted
 
 
 def _fields(*sections: type) -> tuple[str, ...]:

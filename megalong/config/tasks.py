@@ -6,9 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from megalong.config.flags import default, flag, flag_name, require_positive
-from megalong.errors import UserError
-from megalong.tasks import STYLES, TASKS
-from megalong.wording import counted
+from megalong.evals import STYLES, TASKS
+from megalong.utils.errors import UserError, counted
 
 
 @dataclass(frozen=True)

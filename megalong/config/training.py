@@ -14,7 +14,7 @@ from megalong.config.flags import (
     require_more_than_zero,
     require_positive,
 )
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 MASK_RATE = 0.15  # BERT's
 

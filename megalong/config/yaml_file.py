@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from megalong.errors import UserError
-from megalong.yaml_text import read_yaml
+from megalong.utils.errors import UserError
+from megalong.utils.files import read_yaml
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import torch
 from megalong.data.masking import IGNORE_INDEX, Masking
 from megalong.data.samples import Samples
 from megalong.data.stream import TokenStream
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 Batch = dict[str, torch.Tensor]
 Row = tuple[np.ndarray, np.ndarray]  # tokens and labels of a sample, int64

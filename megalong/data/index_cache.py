@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megalong.disk import writable_folder
-from megalong.errors import system_errors_of
+from megalong.utils.errors import system_errors_of
+from megalong.utils.files import writable_folder
 
 LARGE = 100_000  # elements; what is smaller is made in no time
 _FLAG = "--data-cache-path"

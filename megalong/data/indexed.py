@@ -16,7 +16,7 @@ import numpy as np
 
 from megalong.data import loss_mask
 from megalong.data.preprocessing.writer import DTYPES, HEADER, MAGIC, VERSION
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset

@@ -19,8 +19,7 @@ from megalong.data.indexed import Pair, check_megatron_core
 from megalong.data.shards import pair_prefixes
 from megalong.data.stream import Documents
 from megalong.data.tokenizers.tokenizer import Tokenizer
-from megalong.errors import UserError
-from megalong.wording import counted
+from megalong.utils.errors import UserError, counted
 
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 CONTEXT = "\u27e6{}\u27e7"  # in white square brackets: what does not count in the loss

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 SUFFIX = ".loss"
 KEY = "loss_mask"  # in PREFIX.json

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 if TYPE_CHECKING:
     from megalong.data.stream import Documents

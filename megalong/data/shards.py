@@ -20,7 +20,7 @@ import numpy as np
 
 from megalong.data import loss_mask
 from megalong.data.indexed import Pair, checked_stop
-from megalong.errors import UserError, system_errors_of
+from megalong.utils.errors import UserError, system_errors_of
 
 OPEN_FILES = 128
 _OPENING_THREADS = 8  # a network file system takes milliseconds, and answers several at once

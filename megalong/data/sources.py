@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from megalong.errors import UserError
-from megalong.wording import did_you_mean
-from megalong.yaml_text import read_yaml
+from megalong.utils.errors import UserError, did_you_mean
+from megalong.utils.files import read_yaml
 
 _AMOUNTS = ("weight", "tokens", "epochs")
 _KEYS = ("name", "path", *_AMOUNTS)

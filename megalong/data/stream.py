@@ -19,7 +19,7 @@ from megalong.data.document_order import DocumentOrder, find_epoch
 from megalong.data.index_cache import IndexCache
 from megalong.data.length_upsampling import LengthUpsampling
 from megalong.data.samples import place_type
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 
 class Documents(Protocol):

@@ -6,8 +6,8 @@ and compute. Exit code 0 where training can work, 1 otherwise.
 
 from __future__ import annotations
 
-from megalong.command_line import ArgumentParser, run
 from megalong.doctor.checks import Finding, all_checks, can_train
+from megalong.utils.command_line import ArgumentParser, run
 
 
 def report(section: str, findings: list[Finding]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from megalong.master_port import free_port
+from megalong.utils.machine import free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 GET_ALL = "python -m pip install -r requirements.txt"
@@ -199,7 +199,7 @@ def attention_backends() -> list[Finding]:
     import torch
 
     from megalong.attention.backends import AUTO, BACKENDS
-    from megalong.device import use_gpu
+    from megalong.utils.machine import use_gpu
 
     device = torch.device("cuda" if use_gpu() else "cpu")
     dtype = torch.bfloat16 if use_gpu() else torch.float32

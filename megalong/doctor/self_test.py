@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from megalong.attention import DilatedPattern, dilated_attention, dilated_attention_reference
-from megalong.device import use_gpu
-from megalong.log_filters import filter_library_logs
+from megalong.utils.command_line import filter_library_logs
+from megalong.utils.machine import use_gpu
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ from megalong.config import Config
 from megalong.config.attention import PATTERN_FIELDS
 from megalong.config.flags import flag_name, shown
 from megalong.data.tokenizers.tokenizer import Tokenizer
-from megalong.errors import UserError
 from megalong.hf.rotary_configs import rotary_values
+from megalong.utils.errors import UserError
 
 # Transformers' and torch's names of number formats, and what training's --precision is of them.
 DTYPES = ("float32", "bfloat16", "float16")

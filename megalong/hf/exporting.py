@@ -19,8 +19,6 @@ from megalong.attention import pattern
 from megalong.checkpoint.stored_model import StoredModel
 from megalong.config import Config
 from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
-from megalong.disk import written_aside
-from megalong.errors import UserError
 from megalong.hf.configs import (
     DTYPE_OF_PRECISION,
     longnet_config,
@@ -31,7 +29,9 @@ from megalong.hf.model_card import model_card
 from megalong.hf.names import Entry, check_names, check_shape, check_vocabulary, entries
 from megalong.model import rope_scaling
 from megalong.model.parameters import count_parameters
-from megalong.progress import progress_bar
+from megalong.utils.errors import UserError
+from megalong.utils.files import written_aside
+from megalong.utils.progress import progress_bar
 
 # The code that travels with a model. Of the pattern, and of the rotary frequencies, there is one
 # file only, that of the training.

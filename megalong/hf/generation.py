@@ -13,7 +13,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.streamers import BaseStreamer
 
 from megalong.hf.loaded_model import LoadedModel
-from megalong.progress import progress_bar
+from megalong.utils.progress import progress_bar
 
 
 def continue_text(

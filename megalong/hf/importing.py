@@ -20,11 +20,11 @@ from megalong.config import Config
 from megalong.config.arguments import config_from_values, to_yaml
 from megalong.config.rope import FACTORS, fields_of_scaling
 from megalong.data.tokenizers.tokenizer import build_tokenizer
-from megalong.errors import UserError
 from megalong.hf.configs import DTYPE_OF_PRECISION, megalong_values
 from megalong.hf.names import Entry, check_names, check_shape, entries
 from megalong.hf.tokenizer_files import begins_with_bos, open_tokenizer, tokenizer_of_export
-from megalong.progress import progress_bar
+from megalong.utils.errors import UserError
+from megalong.utils.progress import progress_bar
 
 TIED_COPY, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 

@@ -15,10 +15,10 @@ from megalong.checkpoint.folder import is_checkpoint_or_run
 from megalong.checkpoint.stored_model import StoredModel
 from megalong.data.tokenizers.huggingface_tokenizer import text_ids
 from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
-from megalong.errors import UserError
 from megalong.hf.configs import longnet_config
 from megalong.hf.names import check_names, check_vocabulary, entries
 from megalong.hf.tokenizer_files import begins_with_bos, open_tokenizer, plain_ids
+from megalong.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from megalong.config import ModelConfig
-from megalong.errors import UserError
 from megalong.model.parameters import Packing, parameters, sizes, used_rows
+from megalong.utils.errors import UserError
 
 
 @dataclass(frozen=True)

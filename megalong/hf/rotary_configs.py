@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from megalong.config.flags import flag_name
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 # What a scaling has in Transformers' file, besides what all have.
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}

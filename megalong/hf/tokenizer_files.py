@@ -23,7 +23,7 @@ from megalong.data.tokenizers.tokenizer import (
     Tokenizer,
     build_tokenizer,
 )
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 if TYPE_CHECKING:
     from megalong.data.tokenizers.tiktoken_tokenizer import TiktokenTokenizer

@@ -17,8 +17,9 @@ from megatron.core.transformer import TransformerConfig
 
 from megalong.attention.backends import choose_backend
 from megalong.config import Config, ModelConfig
-from megalong.device import use_gpu
-from megalong.errors import UserError
+from megalong.model.chunked.likeliest import is_likeliest
+from megalong.model.chunked.offload import HostOffload
+from megalong.model.chunked.tensor_ranks import TensorRanks
 from megalong.model.core_attention import CoreAttention
 from megalong.model.layer_spec import get_longnet_block_spec, use_transformer_engine
 from megalong.model.names import parameter_places
@@ -40,9 +41,8 @@ from megalong.model.tensor_slices import cut_dimension, tensor_slice
 from megalong.model.tiled_layer import has_pieces, recomputes_by_itself, tensor_ranks
 from megalong.parallel.cpu import cuda_means_cpu
 from megalong.parallel.mesh import Mesh
-from megalong.tiling.likeliest import is_likeliest
-from megalong.tiling.offload import HostOffload
-from megalong.tiling.tensor_ranks import TensorRanks
+from megalong.utils.errors import UserError
+from megalong.utils.machine import use_gpu
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

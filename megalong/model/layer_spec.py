@@ -22,12 +22,12 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 
-from megalong.device import use_gpu
-from megalong.errors import UserError
+from megalong.model.chunked.tensor_ranks import TensorRanks
 from megalong.model.norms import LayerNorm, RMSNorm
 from megalong.model.sub_layer_norm import add_sub_layer_norms
 from megalong.model.tiled_layer import TiledTransformerLayer
-from megalong.tiling.tensor_ranks import TensorRanks
+from megalong.utils.errors import UserError
+from megalong.utils.machine import use_gpu
 
 
 def get_longnet_layer_spec(

@@ -24,14 +24,13 @@ import torch.distributed as dist
 from megalong.config import Config
 from megalong.config.deepspeed_file import keeps_optimizer_on_host
 from megalong.config.memory import USABLE
-from megalong.errors import UserError
-from megalong.host_memory import host_bytes_available
 from megalong.model.flops import executed_flops
+from megalong.model.optimizers import optimizer_of
 from megalong.model.output import tokens_of_a_chunk
 from megalong.model.parameters import is_layer_matrix, parameters
-from megalong.optimizers import optimizer_of
 from megalong.parallel.mesh import Mesh
-from megalong.wording import counted
+from megalong.utils.errors import UserError, counted
+from megalong.utils.machine import host_bytes_available
 
 MARGIN = 1.05  # on what is estimated
 GIB = 2**30

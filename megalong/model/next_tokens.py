@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from megalong.tiling.likeliest import likeliest
-from megalong.tiling.rows import wide_product
-from megalong.tiling.tensor_ranks import TensorRanks
+from megalong.model.chunked.likeliest import likeliest
+from megalong.model.chunked.rows import wide_product
+from megalong.model.chunked.tensor_ranks import TensorRanks
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from megalong.tiling.norms import tiled_norm
+from megalong.model.chunked.norms import tiled_norm
 
 MOST_ELEMENTS = 2**31 - 1  # of a tensor that a kernel gets
 

@@ -11,14 +11,14 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 
 from megalong.config import Config
+from megalong.model.chunked.cross_entropy import places
+from megalong.model.chunked.likeliest import linear_is_likeliest
+from megalong.model.chunked.linear_cross_entropy import linear_cross_entropy
+from megalong.model.chunked.tensor_ranks import TensorRanks
 from megalong.model.next_tokens import NextTokens
 from megalong.model.norms import LayerNorm, RMSNorm
 from megalong.model.tiled_layer import tensor_ranks
 from megalong.parallel.mesh import Mesh
-from megalong.tiling.cross_entropy import places
-from megalong.tiling.likeliest import linear_is_likeliest
-from megalong.tiling.linear_cross_entropy import linear_cross_entropy
-from megalong.tiling.tensor_ranks import TensorRanks
 
 # At a time, where --loss-chunk-size is not given: up to 1 GiB in float32. Fewer rows would have the
 # weight's gradient, which every chunk adds to, cost more than the product that it comes from.
@@ -83,7 +83,7 @@ class LossLayer(torch.nn.Module):
         weight: torch.Tensor | None = None,
         beside: str | NextTokens | None = None,
     ) -> torch.Tensor:
-        """Token losses, (s, b): see `megalong.tiling.linear_cross_entropy`; (2, s, b) with what
+        """Token losses, (s, b): see `chunked/linear_cross_entropy.py`; (2, s, b) with what
         `PipelineStage.forward` has beside them."""
         weight = self.weight if weight is None else weight
         chunks = {"chunk_size": self.chunk_size, "ranks": self.ranks}

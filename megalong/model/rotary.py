@@ -15,8 +15,8 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 
 from megalong.config import ModelConfig
 from megalong.config.model import XPOS_GAMMA
+from megalong.model.chunked.rows import tiles
 from megalong.model.rope_scaling import rope_frequencies
-from megalong.tiling.rows import tiles
 
 PIECE = 2**16  # positions at a time in float64: temporaries that do not grow with the sequence
 
@@ -25,7 +25,7 @@ class LongRotaryEmbedding(RotaryEmbedding):
     """Angles of the rotary encoding for the positions `first_position`, `first_position` + 1, ...
 
     A drop-in for GPTModel's `rotary_pos_emb` (RoPE, arXiv 2104.09864; half-rotation layout).
-    one_per_pair: each angle once, as `megalong.tiling.rotary` takes them; Megatron-core's own
+    one_per_pair: each angle once, as `chunked/rotary.py` takes them; Megatron-core's own
     rotation wants them twice.
     """
 

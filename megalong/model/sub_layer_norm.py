@@ -12,10 +12,10 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from megalong.model.chunked.divided_norms import divided_norm
+from megalong.model.chunked.tensor_ranks import TensorRanks
+from megalong.model.chunked.weights import Norm
 from megalong.model.norms import LayerNorm, RMSNorm
-from megalong.tiling.divided_norms import divided_norm
-from megalong.tiling.tensor_ranks import TensorRanks
-from megalong.tiling.weights import Norm
 
 
 def add_sub_layer_norms(layer: ModuleSpec, ranks: TensorRanks) -> None:

@@ -1,4 +1,4 @@
-"""A Transformer layer of Megatron-core's modules that computes with `megalong.tiling`.
+"""A Transformer layer of Megatron-core's modules that computes with `megalong.model.chunked`.
 
 The modules hold the parameters; of the two halves of the layer, those that are tiled are computed
 from these, the other as Megatron-core does.
@@ -18,15 +18,15 @@ from megatron.core.transformer import TransformerConfig, TransformerLayer
 
 from megalong.attention.documents import Documents
 from megalong.config import Config
-from megalong.errors import UserError
+from megalong.model.chunked.activations import GELU, SWIGLU
+from megalong.model.chunked.attention import TiledAttention
+from megalong.model.chunked.layer import TiledLayer
+from megalong.model.chunked.mlp import TiledMLP
+from megalong.model.chunked.offload import HostMemoryError, HostOffload
+from megalong.model.chunked.tensor_ranks import TensorRanks
+from megalong.model.chunked.weights import AttentionWeights, MLPWeights, Norm
 from megalong.parallel.mesh import Mesh
-from megalong.tiling.activations import GELU, SWIGLU
-from megalong.tiling.attention import TiledAttention
-from megalong.tiling.layer import TiledLayer
-from megalong.tiling.mlp import TiledMLP
-from megalong.tiling.offload import HostMemoryError, HostOffload
-from megalong.tiling.tensor_ranks import TensorRanks
-from megalong.tiling.weights import AttentionWeights, MLPWeights, Norm
+from megalong.utils.errors import UserError
 
 
 def recomputes_by_itself(config: Config) -> bool:
@@ -42,7 +42,7 @@ def has_pieces(config: Config) -> bool:
 
 
 def tensor_ranks(config: Config, mesh: Mesh) -> TensorRanks:
-    """The ranks that share this one's matrices, for `megalong.tiling`."""
+    """The ranks that share this one's matrices, for `megalong.model.chunked`."""
     return TensorRanks(
         mesh.tensor_parallel_size,
         mesh.tensor_parallel_rank,

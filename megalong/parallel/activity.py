@@ -19,7 +19,7 @@ from types import FrameType
 
 import torch
 
-from megalong.torch_private import collective_counts, open_collectives
+from megalong.utils.torch_private import collective_counts, open_collectives
 
 # Where a thread of a rank may stand as long as it likes: what is written to slow disks and to
 # services, and compilers.

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megalong.device import use_gpu
 from megalong.parallel.megatron_private import replace_random_states
+from megalong.utils.machine import use_gpu
 
 
 def enable_megatron_without_gpu() -> None:

@@ -20,12 +20,11 @@ import torch.distributed as dist
 
 from megalong.attention.exchange import SequenceGroup
 from megalong.config import Config
-from megalong.device import use_gpu
-from megalong.errors import UserError
-from megalong.master_port import port_is_taken
 from megalong.parallel.cpu import enable_megatron_without_gpu
 from megalong.parallel.deepspeed_private import skip_shared_memory_kernels
-from megalong.torch_private import process_groups
+from megalong.utils.errors import UserError
+from megalong.utils.machine import port_is_taken, use_gpu
+from megalong.utils.torch_private import process_groups
 
 
 @dataclass(frozen=True)

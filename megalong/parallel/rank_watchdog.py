@@ -30,11 +30,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megalong.config.run import RunConfig
-from megalong.errors import UserError
 from megalong.parallel.activity import Activity, Report, find_hung, pause
 from megalong.parallel.mesh import Mesh
-from megalong.torch_private import write_collectives
-from megalong.wording import counted
+from megalong.utils.errors import UserError, counted
+from megalong.utils.torch_private import write_collectives
 
 # What the ranks say, a line each: "report" and a report, "leaving" or "failing"; and rank 0 to
 # them: "alive", "leaving", or the news, which is one of three words and then what is known of it.

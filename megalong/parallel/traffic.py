@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalong.torch_private import COLLECTIVES, TorchDispatchMode
+from megalong.utils.torch_private import COLLECTIVES, TorchDispatchMode
 
 Counts = dict[str, dict[str, dict[str, int]]]
 

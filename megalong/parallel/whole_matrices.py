@@ -34,7 +34,7 @@ class DividedMatrix:
 
 
 class DividedMatrices:
-    """All matrices of which this rank has a piece: a `megalong.optimizers.WholeMatrices`.
+    """All matrices of which this rank has a piece: a `megalong.model.optimizers.WholeMatrices`.
 
     partition: elements of a partition. replica_group: the ranks with the other partitions of the
     same slices; tensor_group: those with other slices of the same matrices.

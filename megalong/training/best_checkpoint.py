@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from megalong.checkpoint.folder import best, checkpoint_folder, iteration_of, link_best
 from megalong.checkpoint.saving import Saver
-from megalong.errors import system_errors_of
 from megalong.training.evaluation import Evaluation
 from megalong.training.metrics import read_metrics
+from megalong.utils.errors import system_errors_of
 
 
 class BestCheckpoint:

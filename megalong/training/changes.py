@@ -15,7 +15,7 @@ from megalong.config.flags import shown
 from megalong.config.memory import PIECES
 from megalong.config.rope import ROPE_FIELDS
 from megalong.data.sources import sources_of_flag
-from megalong.optimizers import optimizer_of
+from megalong.model.optimizers import optimizer_of
 from megalong.training.learning_rate import learning_rate
 
 # What the learning rate of an iteration hangs on.

@@ -11,10 +11,9 @@ from typing import Any
 
 from megalong.config import Config
 from megalong.config.deepspeed_file import read_deepspeed_file
-from megalong.errors import UserError
-from megalong.optimizers import optimizer_of
+from megalong.model.optimizers import optimizer_of
 from megalong.training.deepspeed_keys import check_keys
-from megalong.wording import did_you_mean
+from megalong.utils.errors import UserError, did_you_mean
 
 # Gradients that are reduced together at most, out of a buffer of so many numbers: DeepSpeed's
 # default; and of ZeRO 1, whose buffer is float32 beside 16-bit weights, 200 MB instead of 2 GB.

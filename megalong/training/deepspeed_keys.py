@@ -12,8 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megalong.errors import UserError
-from megalong.wording import did_you_mean
+from megalong.utils.errors import UserError, did_you_mean
 
 # By `deepspeed.initialize`, before it makes its configuration.
 _READ_ELSEWHERE = {"data_parallel_size", "sequence_parallel_size"}

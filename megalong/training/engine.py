@@ -21,10 +21,9 @@ import torch
 
 from megalong.config import Config
 from megalong.data.batches import IGNORE_INDEX, Batch
-from megalong.errors import UserError
 from megalong.model.next_tokens import NextTokens
+from megalong.model.optimizers import optimizer_of
 from megalong.model.stage import PipelineStage
-from megalong.optimizers import optimizer_of
 from megalong.parallel.deepspeed_private import (
     full_shape,
     one_optimizer_for_zero_1,
@@ -46,6 +45,7 @@ from megalong.training.parameter_groups import (
 )
 from megalong.training.step_result import StepResult
 from megalong.training.training_loss import TrainingLoss, held_out_losses, next_tokens
+from megalong.utils.errors import UserError
 
 
 class TrainingEngine:

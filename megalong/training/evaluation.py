@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from megalong.data.batches import Batch
+from megalong.evals.position_losses import PositionLosses, perplexity, position_edges
 from megalong.parallel.mesh import Mesh
-from megalong.position_losses import PositionLosses, perplexity, position_edges
 from megalong.training.engine import TrainingEngine
 
 

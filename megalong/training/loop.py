@@ -23,12 +23,10 @@ from megalong.data.batches import (
     training_batches,
 )
 from megalong.data.prefetch import made_ahead
-from megalong.errors import UserError
+from megalong.evals.trials import Trials
 from megalong.model.build import build_model
 from megalong.model.memory_path import settle_memory_path
 from megalong.parallel.mesh import Mesh
-from megalong.progress import progress_bar
-from megalong.tasks.trials import Trials
 from megalong.training.best_checkpoint import BestCheckpoint
 from megalong.training.changes import moves_the_loss
 from megalong.training.engine import TrainingEngine, weights_divider
@@ -46,6 +44,8 @@ from megalong.training.stages import begun, check_is_of
 from megalong.training.step_result import StepResult
 from megalong.training.stopping import FAILED_SAVE, Stopped, StopRequest
 from megalong.training.task_evaluation import batches_of, evaluate_task
+from megalong.utils.errors import UserError
+from megalong.utils.progress import progress_bar
 
 
 class Trainer:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megalong.config import Config
-from megalong.errors import system_errors_of
 from megalong.model.flops import PARTS
 from megalong.training.weights_and_biases import WandbBoard
+from megalong.utils.errors import system_errors_of
 
 TRAINING_CURVES = (
     "loss",
@@ -63,7 +63,7 @@ class MetricsLog:
     that goes on at an iteration that was evaluated keeps that record; one of the same iteration, on
     the same tokens, takes its place.
     Evaluations on tasks have iteration, consumed_tokens, style ("text" or "ids"), and what
-    `megalong.tasks.scores.TaskScore` has, task, length, accuracy and so on; in all else they are
+    `megalong.evals.scores.TaskScore` has, task, length, accuracy and so on; in all else they are
     like evaluations.
     The first record of any kind after a save has save_seconds, save_blocking_seconds: how long
     it took until it was on the disk, and how long the training stood still for it.

@@ -11,10 +11,10 @@ import torch
 from megalong.config import Config
 from megalong.model.matrices import holds_queries, join_matrices, split_matrices
 from megalong.model.names import named_parameters
+from megalong.model.optimizers import Optimizer
 from megalong.model.parameters import decays, is_layer_matrix
 from megalong.model.stage import PipelineStage
 from megalong.model.tensor_slices import join_slices, tensor_slice
-from megalong.optimizers import Optimizer
 from megalong.parallel.deepspeed_private import (
     link_state,
     partitions,

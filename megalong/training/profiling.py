@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from megalong.config import Config
 from megalong.parallel.mesh import Mesh
-from megalong.torch_private import (
+from megalong.utils.torch_private import (
     forget_memory_history,
     record_memory_history,
     write_memory_history,

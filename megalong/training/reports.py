@@ -20,14 +20,13 @@ from megalong.config.rope import scaling_oddities
 from megalong.config.stages import Stage
 from megalong.data.blend import Blend, shown_shares
 from megalong.data.tokenizers.tokenizer import Tokenizer
+from megalong.evals.position_losses import FEW_TOKENS, position_edges
+from megalong.evals.scores import TaskScore
 from megalong.model.build import DTYPES
 from megalong.model.flops import step_flops
 from megalong.model.parameters import count_parameters
 from megalong.model.peak_flops import peak_flops
 from megalong.parallel.mesh import Mesh
-from megalong.position_losses import FEW_TOKENS, position_edges
-from megalong.progress import clock, human_bytes, human_flops
-from megalong.tasks.scores import TaskScore
 from megalong.training.changes import other_ways
 from megalong.training.evaluation import Evaluation
 from megalong.training.meter import Meter
@@ -35,7 +34,8 @@ from megalong.training.metrics import MetricsLog
 from megalong.training.run_data import RunData, describe_training
 from megalong.training.sample_prompts import Prompt
 from megalong.training.step_result import StepResult
-from megalong.wording import counted
+from megalong.utils.errors import counted
+from megalong.utils.progress import clock, human_bytes, human_flops
 
 SOURCES_SHOWN = 6  # in a log line; all are in the metrics
 WORTH_A_WORD = 0.05  # waiting for data, and growth of the peak memory, as a share, in the log line

@@ -32,9 +32,9 @@ from megalong.config.flags import shown
 from megalong.config.rope import FACTORS, ROPE_FIELDS, lost_fields
 from megalong.config.stages import HOW, WHAT, Stage
 from megalong.data.blend import History
-from megalong.errors import UserError, system_errors_of
 from megalong.training.changes import config_of, differences, with_schedule_of
 from megalong.training.run_folder import same_folder
+from megalong.utils.errors import UserError, system_errors_of
 
 
 def starting_point(config: Config, stage: Stage | None = None) -> tuple[Config, Path | None]:

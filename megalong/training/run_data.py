@@ -31,11 +31,10 @@ from megalong.data.shards import pair_prefixes
 from megalong.data.sources import SourceSpec, shares_of
 from megalong.data.stream import Documents, TokenStream, split_documents
 from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
-from megalong.errors import UserError, system_errors_of
-from megalong.tasks.trials import Trials
+from megalong.evals.trials import Trials
 from megalong.training.run_tasks import trials_of
 from megalong.training.sample_prompts import Prompt, prompts_of
-from megalong.wording import counted, did_you_mean
+from megalong.utils.errors import UserError, counted, did_you_mean, system_errors_of
 
 FILES_OF_A_PAIR, OTHER_FILES = 4, 256  # open at a time, of a .bin/.idx pair and of all else
 

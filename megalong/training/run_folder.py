@@ -16,8 +16,8 @@ from typing import IO
 from megalong.checkpoint.folder import has_pointer
 from megalong.config import Config
 from megalong.config.arguments import to_yaml
-from megalong.disk import writable_folder
-from megalong.errors import UserError, system_errors_of
+from megalong.utils.errors import UserError, system_errors_of
+from megalong.utils.files import writable_folder
 
 
 def prepare_run_folder(config: Config) -> None:

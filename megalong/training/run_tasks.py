@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from megalong.config import Config
 from megalong.data.tokenizers.tokenizer import Tokenizer
-from megalong.errors import UserError
-from megalong.tasks.trials import Trials, language_of
+from megalong.evals.trials import Trials, language_of
+from megalong.utils.errors import UserError
 
 
 def trials_of(config: Config, tokenizer: Tokenizer) -> list[Trials]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megalong.config import Config
 from megalong.data.tokenizers.tokenizer import Tokenizer
-from megalong.errors import UserError, system_errors_of
+from megalong.utils.errors import UserError, system_errors_of
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from megalong.config.stages import DATA_TO_COME, Recipe, Stage
 from megalong.config.unused import unused
 from megalong.data.tokenizers.tokenizer import build_tokenizer
 from megalong.model.flops import executed_flops
-from megalong.progress import human_flops
 from megalong.training.learning_rate import learning_rate
-from megalong.wording import aligned, counted
+from megalong.utils.errors import aligned, counted
+from megalong.utils.progress import human_flops
 
 _HEAD = ("stage", "sequence", "batch", "iterations", "tokens", "FLOPs executed", "share")
 # What is said besides of what is read, and how it is computed, where it is not the default.

@@ -14,10 +14,10 @@ from megalong.config import Config, ModelConfig, flag_name
 from megalong.config.flags import shown
 from megalong.config.rope import ROPE_FIELDS
 from megalong.config.stages import WHAT, Stage
-from megalong.errors import UserError
-from megalong.optimizers import optimizer_of
+from megalong.model.optimizers import optimizer_of
 from megalong.training.changes import comparable_settings
 from megalong.training.resuming import found_checkpoint
+from megalong.utils.errors import UserError
 
 # What a record has that is older than one of these settings.
 _POSITIONS_BEFORE = {name: getattr(ModelConfig, name) for name in ROPE_FIELDS}

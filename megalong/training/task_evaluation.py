@@ -1,4 +1,4 @@
-"""The tasks of `megalong.tasks` in the training: by teacher forcing, in one forward pass, so that
+"""The tasks of `megalong.evals` in the training: by teacher forcing, in one forward pass, so that
 it goes in every layout."""
 
 from __future__ import annotations
@@ -7,10 +7,10 @@ from collections.abc import Callable
 from itertools import islice
 
 from megalong.data.prefetch import made_ahead
+from megalong.evals.batches import num_task_batches, task_batches
+from megalong.evals.scores import AnswerSums, TaskScore
+from megalong.evals.trials import Trials
 from megalong.parallel.mesh import Mesh
-from megalong.tasks.batches import num_task_batches, task_batches
-from megalong.tasks.scores import AnswerSums, TaskScore
-from megalong.tasks.trials import Trials
 from megalong.training.engine import TrainingEngine
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megalong.config import Config
-from megalong.errors import UserError, system_errors_of
+from megalong.utils.errors import UserError, system_errors_of
 
 RUN_ID = "wandb_run_id"  # file in the run folder: a run that goes on is the same one there
 

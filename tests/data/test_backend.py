@@ -20,9 +20,9 @@ from megalong.data.text.sample import sample_texts
 from megalong.data.tokenizers import backend
 from megalong.data.tokenizers.backend import FastTokenizer, perhaps_fast, proven
 from megalong.data.tokenizers.tokenizer import build_tokenizer
-from megalong.errors import UserError
-from megalong.host_memory import resident_bytes
-from megalong.progress import progress_bar
+from megalong.utils.errors import UserError
+from megalong.utils.machine import resident_bytes
+from megalong.utils.progress import progress_bar
 from tests.data.test_tokenizer import TEXTS
 
 

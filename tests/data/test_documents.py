@@ -15,7 +15,7 @@ from megalong.data.formats import raw_documents, texts
 from megalong.data.text import files
 from megalong.data.text.documents import BrokenDocument, Reading
 from megalong.data.text.files import find_files, is_stream, total_size
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 
 def read(path, keys=("text",), say=lambda line: None):

@@ -10,7 +10,7 @@ import pytest
 from megalong.data import index_cache
 from megalong.data.index_cache import IndexCache
 from megalong.data.stream import TokenStream
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 
 class Many:

@@ -10,7 +10,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megalong.data.indexed import IndexedDocuments
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 DOCUMENTS = [[5, 6, 7], [], [8], [9, 10, 11, 12]]
 

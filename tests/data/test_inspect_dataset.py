@@ -9,7 +9,7 @@ import pytest
 
 from megalong.data.preprocessing.writer import DocumentWriter
 from megalong.data.tokenizers.tokenizer import ByteTokenizer
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "inspect_dataset.py"
 TEXTS = ["short", "a longer document, of some words", "x" * 300, "é"]
@@ -28,7 +28,7 @@ def inspect(tool, monkeypatch, capsys):
     """Runs the tool; gives what it printed."""
 
     def run(*arguments) -> str:
-        monkeypatch.setattr("megalong.log_filters.filter_library_logs", lambda: None)
+        monkeypatch.setattr("megalong.utils.command_line.filter_library_logs", lambda: None)
         monkeypatch.setattr("sys.argv", ["inspect_dataset.py", *map(str, arguments)])
         tool.main()
         return capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 from megalong.data.document_order import DocumentOrder
 from megalong.data.length_upsampling import LengthUpsampling
 from megalong.data.stream import TokenStream
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 LENGTHS = np.random.default_rng(1).integers(0, 200, 97)
 

@@ -21,7 +21,7 @@ from megalong.data.length_upsampling import LengthUpsampling
 from megalong.data.loss_mask import description, may_mask_loss
 from megalong.data.preprocessing.writer import DocumentWriter
 from megalong.data.stream import TokenStream, split_documents
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 N, EOD = 32, 999
 

@@ -16,8 +16,8 @@ from megalong.data.preprocessing.partition import partition as partition_of
 from megalong.data.preprocessing.repeats import SeenTexts, text_hashes
 from megalong.data.text.documents import Reading
 from megalong.data.text.files import find_files
-from megalong.errors import UserError
-from megalong.progress import progress_bar
+from megalong.utils.errors import UserError
+from megalong.utils.progress import progress_bar
 
 SUFFIXES = (".bin", ".idx", ".json")
 

@@ -6,7 +6,7 @@ import pytest
 
 from megalong.data.formats import raw_documents, texts
 from megalong.data.text.documents import BrokenDocument, Reading
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

@@ -11,7 +11,7 @@ from megalong.data.batches import training_batches
 from megalong.data.indexed import IndexedDocuments
 from megalong.data.prefetch import made_ahead
 from megalong.data.stream import TokenStream
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 CPU = torch.device("cpu")
 

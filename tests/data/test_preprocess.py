@@ -187,7 +187,7 @@ def test_many_broken_documents_do_not_flood_the_terminal(tmp_path, run_tool):
 
 def test_large_vocabularies_are_int32(tmp_path, monkeypatch):
     from megalong.data.preprocessing import preprocess as module
-    from megalong.progress import progress_bar
+    from megalong.utils.progress import progress_bar
 
     class Large:
         vocab_size, eod, fingerprint = 65_500, 65_499, "f"

@@ -8,7 +8,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megalong.data.tokenizers.tokenizer import build_tokenizer
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 from tests.launching import REPOSITORY, run
 
 SCRIPT = REPOSITORY / "tools" / "benchmarks" / "preprocess.py"

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from megalong.progress import clock, human_bytes, progress_bar, stopwatch
+from megalong.utils.progress import clock, human_bytes, progress_bar, stopwatch
 
 
 class Terminal(io.StringIO):

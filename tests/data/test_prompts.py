@@ -15,8 +15,8 @@ from megalong.data.preprocessing.partition import partition
 from megalong.data.text.documents import Reading
 from megalong.data.text.files import find_files
 from megalong.data.tokenizers.tokenizer import build_tokenizer
-from megalong.errors import UserError
-from megalong.progress import progress_bar
+from megalong.utils.errors import UserError
+from megalong.utils.progress import progress_bar
 
 SUFFIXES = (".bin", ".idx", ".json", ".loss")
 

@@ -18,8 +18,8 @@ from megalong.data.preprocessing import preprocess as module
 from megalong.data.preprocessing import unfinished
 from megalong.data.text import json_lines
 from megalong.data.text.documents import Reading
-from megalong.errors import UserError
-from megalong.progress import progress_bar
+from megalong.utils.errors import UserError
+from megalong.utils.progress import progress_bar
 
 TASK = module.TokenizingTask("ByteTokenizer", None, Reading(), append_eod=True)
 SUFFIXES = (".bin", ".idx", ".json")

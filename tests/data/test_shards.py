@@ -15,7 +15,7 @@ from megalong.data.indexed import IndexedDocuments
 from megalong.data.preprocessing.writer import DocumentWriter
 from megalong.data.shards import ShardedDocuments
 from megalong.data.stream import TokenStream
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 PARTS = {"part_0": [[1, 2, 3], [], [4]], "part_1": [], "part_2": [[5]], "other": [[], [6, 7], []]}
 

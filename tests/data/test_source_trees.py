@@ -8,7 +8,7 @@ import pytest
 
 from megalong.data.text.files import find_files, total_size
 from megalong.data.tokenizers.tokenizer import build_tokenizer
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 from tests.data.test_preprocess import BYTES, TOOL, read_texts
 
 

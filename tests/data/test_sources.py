@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 
 from megalong.data.sources import shares_of, sources_of_file, sources_of_flag
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 
 def test_paths_with_weights_and_names():

@@ -9,7 +9,7 @@ from megalong.checkpoint.tokenizer import kept_tokenizer, tokenizer_files
 from megalong.config import DataConfig
 from megalong.data.tokenizers.backend import FastTokenizer, perhaps_fast
 from megalong.data.tokenizers.tokenizer import build_tokenizer
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 from tests.data.test_tokenizer import TEXTS, check_exact
 
 pytest.importorskip("tiktoken")

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 
 from megalong.data.tokenizers.tokenizer import ByteTokenizer, build_tokenizer
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 TEXTS = [
     "",

@@ -14,8 +14,8 @@ from megalong.data.text import json_lines
 from megalong.data.text.documents import RawDocument, Reading
 from megalong.data.tokenizers.backend import FastTokenizer, proven
 from megalong.data.tokenizers.tokenizer import ByteTokenizer
-from megalong.errors import UserError
-from megalong.progress import progress_bar
+from megalong.utils.errors import UserError
+from megalong.utils.progress import progress_bar
 
 TASK = TokenizingTask("ByteTokenizer", None, Reading(), append_eod=True)
 TEXTS = ["one", "two", "three", "two and a half", "five"]

@@ -5,7 +5,7 @@ A process that has been given a fake GPU calls `attention_memory`; by hand:
     python tests/dry_run/attention_memory.py
 """
 
-from megalong.planning import fake_device
+from megalong.dry_run import fake_device
 
 if __name__ == "__main__":
     fake_device.load()
@@ -15,9 +15,9 @@ import torch.distributed as dist
 from megalong.attention.exchange import SequenceGroup
 from megalong.attention.passes import Passes
 from megalong.config.attention import AttentionConfig
-from megalong.planning.fake_tensors import fake_device_tensors
-from megalong.planning.memory import DeviceMemory
-from megalong.torch_private import FakeStore
+from megalong.dry_run.fake_tensors import fake_device_tensors
+from megalong.dry_run.memory import DeviceMemory
+from megalong.utils.torch_private import FakeStore
 
 HEADS, HEAD_DIM = 12, 64
 

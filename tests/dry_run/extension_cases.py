@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from megalong.planning import fake_device
+from megalong.dry_run import fake_device
 
 if __name__ == "__main__":
     fake_device.load()
@@ -117,7 +117,7 @@ def of_work(work) -> dict:
 
 def without_tables(work):
     """Without the index tables of a first step, which go to the device."""
-    from megalong.planning.work import TO_DEVICE, Work
+    from megalong.dry_run.work import TO_DEVICE, Work
 
     operations = {call: n for call, n in work.operations.items() if call.name != TO_DEVICE}
     return Work(operations, work.collectives)
@@ -125,18 +125,18 @@ def without_tables(work):
 
 def estimated(flags, ranks, microbatches) -> dict:
     """What is compared of an estimate."""
-    from megalong.model.parameters import count_parameters
-    from megalong.planning.cluster import load_cluster
-    from megalong.planning.estimate import (
+    from megalong.dry_run.cluster import load_cluster
+    from megalong.dry_run.estimate import (
         estimated_activations,
         estimated_seconds,
         model_work,
         one_stage,
         shares,
     )
-    from megalong.planning.extension import planned_step
-    from megalong.planning.ranks import ranks_to_plan
-    from megalong.planning.search import planned_layout
+    from megalong.dry_run.extension import planned_step
+    from megalong.dry_run.ranks import ranks_to_plan
+    from megalong.dry_run.search import planned_layout
+    from megalong.model.parameters import count_parameters
 
     cluster = load_cluster("h100")
     config = config_of(flags, ranks, microbatches).resolve(ranks)
@@ -161,9 +161,9 @@ def estimated(flags, ranks, microbatches) -> dict:
 
 def main(output: str) -> None:
     fake_device.pretend()
-    from megalong.planning.dry_run import dry_run
-    from megalong.planning.extension import planned_step
-    from megalong.planning.ranks import ranks_to_plan
+    from megalong.dry_run.extension import planned_step
+    from megalong.dry_run.ranks import ranks_to_plan
+    from megalong.dry_run.step import dry_run
 
     results = {}
     for name, (flags, rank, ranks, microbatches) in CASES.items():

@@ -97,9 +97,9 @@ def counting_calls(*owners):
 def main(output: str, *names: str) -> None:
     from megatron.core.transformer import TransformerLayer
 
+    from megalong.dry_run import dry_run as module
+    from megalong.dry_run.few_layers import LeavesSomething, few_layers
     from megalong.model.tiled_layer import TiledTransformerLayer
-    from megalong.planning import dry_run as module
-    from megalong.planning.few_layers import LeavesSomething, few_layers
 
     @contextlib.contextmanager
     def leaving_something(*args):

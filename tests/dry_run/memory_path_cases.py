@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from megalong.planning import fake_device
+from megalong.dry_run import fake_device
 
 if __name__ == "__main__":
     fake_device.load()
@@ -76,9 +76,9 @@ SELDOM = {
 def main(output: str, which: str) -> None:
     fake_device.pretend()
     from megalong.config.arguments import config_from_values
+    from megalong.dry_run.step import dry_run
     from megalong.model.flops import executed_flops
     from megalong.model.memory_path import needs
-    from megalong.planning.dry_run import dry_run
 
     results = {}
     for name, flags in {"usual": USUAL, "seldom": SELDOM}[which].items():

@@ -10,7 +10,7 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megalong.planning import fake_device
+from megalong.dry_run import fake_device
 
 if __name__ == "__main__":
     fake_device.load()
@@ -195,7 +195,7 @@ CASES["planted item in a pipeline"] = Case(LAYOUT, rank=4, ranks=8, plant="item"
 def dry_run_of(case: Case) -> dict[str, object]:
     """The dry run of a case, and how it ended."""
     from megalong.config.arguments import parse_arguments
-    from megalong.planning.dry_run import dry_run
+    from megalong.dry_run.step import dry_run
 
     words = []
     for name, value in (TINY | case.flags).items():
@@ -245,7 +245,7 @@ def dry_run_of(case: Case) -> dict[str, object]:
 
 def main(output: str) -> None:
     fake_device.pretend()
-    from megalong.planning.dry_run import ALLOWED
+    from megalong.dry_run.step import ALLOWED
 
     results: dict[str, object] = {"allowed": {wait.where: wait.why for wait in ALLOWED}}
     for name, case in CASES.items():

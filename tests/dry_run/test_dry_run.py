@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megalong.config.attention import AttentionConfig
-from megalong.planning import fake_device
-from megalong.planning.work import PARTS
+from megalong.dry_run import fake_device
+from megalong.dry_run.work import PARTS
 from tests.dry_run.run_cases import CASES, PLANTS
 from tests.forked import run_on_fake_gpu
 from tests.launching import made_once

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megalong.planning import fake_device
-from megalong.planning.search import DOUBT
+from megalong.dry_run import fake_device
+from megalong.dry_run.search import DOUBT
 from tests.dry_run.extension_cases import CASES, ESTIMATES, LAUNCHES
 from tests.launching import made_once, run
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megalong.planning import fake_device
+from megalong.dry_run import fake_device
 from tests.forked import run_on_fake_gpu
 
 pytestmark = pytest.mark.skipif(

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from megalong.planning import fake_device
-from megalong.planning.work import MEMORY
+from megalong.dry_run import fake_device
+from megalong.dry_run.work import MEMORY
 from tests.launching import REPOSITORY, run
 
 pytestmark = pytest.mark.skipif(

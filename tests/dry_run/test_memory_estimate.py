@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megalong.planning import fake_device
+from megalong.dry_run import fake_device
 from tests.dry_run.memory_path_cases import SELDOM, USUAL
 from tests.forked import run_on_fake_gpu
 from tests.launching import made_once

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 from tests.launching import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "examples" / "experiments"))

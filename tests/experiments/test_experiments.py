@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megalong.errors import UserError
-from megalong.tasks.trials import Trials, language_of
+from megalong.evals.trials import Trials, language_of
+from megalong.utils.errors import UserError
 from tests.launching import REPOSITORY, run, run_here
 
 FOLDER = REPOSITORY / "examples" / "experiments"

@@ -8,7 +8,7 @@ import tarfile
 
 import pytest
 
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 from tests.launching import REPOSITORY, run_here
 
 SCRIPT = REPOSITORY / "examples" / "experiments" / "fetch_corpus.py"

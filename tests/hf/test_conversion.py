@@ -19,12 +19,12 @@ from megalong.checkpoint.first import write_first_checkpoint
 from megalong.checkpoint.folder import checkpoint_folder, remove_old
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.checkpoint.stored_model import StoredModel
-from megalong.errors import UserError
 from megalong.hf.exporting import export, parse_size
 from megalong.hf.importing import import_model
 from megalong.hf.loaded_model import load_model
 from megalong.hf.names import check_names, check_vocabulary, entries
 from megalong.model.parameters import count_parameters
+from megalong.utils.errors import UserError
 from tests.hf.models import (
     VOCAB_SIZE,
     huggingface_model,

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from megalong.errors import UserError
+from megalong.evals.trials import Trials, language_of
 from megalong.hf.evaluation import (
     evaluate_texts,
     losses_by_prompt,
@@ -17,7 +17,7 @@ from megalong.hf.evaluation import (
     token_losses,
 )
 from megalong.hf.loaded_model import LoadedModel, load_model
-from megalong.tasks.trials import Trials, language_of
+from megalong.utils.errors import UserError
 from tests.hf.models import random_checkpoint
 from tests.hf.test_transformers import make_model
 from tests.launching import REPOSITORY, run_here

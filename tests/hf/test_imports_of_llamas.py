@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from megalong.checkpoint.stored_model import StoredModel
-from megalong.errors import UserError
 from megalong.hf.exporting import export
 from megalong.hf.importing import SafetensorsReader, import_model
 from megalong.hf.loaded_model import load_model
+from megalong.utils.errors import UserError
 from tests.hf.models import (
     VOCAB_SIZE,
     random_checkpoint,

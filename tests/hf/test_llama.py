@@ -10,13 +10,13 @@ import torch
 from tokenizers import processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from megalong.errors import UserError
 from megalong.hf.evaluation import evaluate_texts
 from megalong.hf.exporting import export
 from megalong.hf.importing import import_model
 from megalong.hf.loaded_model import load_model
 from megalong.hf.tokenizer_files import export_tokenizer
 from megalong.training.metrics import read_metrics
+from megalong.utils.errors import UserError
 from tests.forked import run_ranks
 from tests.launching import PRETRAIN, REPOSITORY, run, run_here
 

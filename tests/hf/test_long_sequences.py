@@ -12,7 +12,7 @@ from megalong.hf import attention_longnet, evaluation, loss_longnet, modeling_lo
 from megalong.hf.generation import continue_text
 from megalong.hf.loaded_model import LoadedModel
 from megalong.hf.loss_longnet import next_token_loss
-from megalong.progress import progress_bar
+from megalong.utils.progress import progress_bar
 from tests.forked import REPOSITORY, run_ranks
 from tests.hf.test_transformers import batch_of, make_model, sequences
 
@@ -194,7 +194,7 @@ def test_the_prompt_and_what_follows_are_printed_alike(capsys, monkeypatch):
             self.seen.append(count)
             return super().update(count)
 
-    monkeypatch.setattr("megalong.progress.tqdm", Bar)
+    monkeypatch.setattr("megalong.utils.progress.tqdm", Bar)
     monkeypatch.setattr(
         "megalong.hf.generation.progress_bar", functools.partial(progress_bar, interval=0)
     )

@@ -20,7 +20,6 @@ from megalong.checkpoint.names import WEIGHTS, tensor_name
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.data.tokenizers.tokenizer import ByteTokenizer, build_tokenizer
 from megalong.data.tokenizers.tokenizer_training import train_sentencepiece
-from megalong.errors import UserError
 from megalong.hf.bidirectional_longnet import bidirectional_attention, bidirectional_probabilities
 from megalong.hf.configs import longnet_config
 from megalong.hf.configuration_longnet import LongNetConfig
@@ -36,6 +35,7 @@ from megalong.model.names import named_parameters
 from megalong.model.parameters import EMBEDDING
 from megalong.parallel import launch
 from megalong.training.engine_state import load_checkpoint
+from megalong.utils.errors import UserError
 from tests.hf.models import (
     megatron_logits,
     megatron_model,

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megalong.errors import UserError
 from megalong.hf.exporting import export
 from megalong.hf.importing import import_model
 from megalong.hf.loaded_model import load_model
+from megalong.utils.errors import UserError
 from tests.hf.models import random_checkpoint, random_tokens
 from tests.launching import REPOSITORY, run_here
 

@@ -3,8 +3,8 @@
 import pytest
 
 from megalong.config import ModelConfig
-from megalong.errors import UserError
 from megalong.hf.rotary_configs import rotary_values
+from megalong.utils.errors import UserError
 
 LENGTH = {"max_position_embeddings": 64}
 FOUR = {"rope_type": "yarn", "factor": 4.0}

@@ -12,11 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megalong.checkpoint.stored_model import StoredModel
-from megalong.errors import UserError
 from megalong.hf.exporting import export
 from megalong.hf.importing import import_model
-from megalong.master_port import free_port
 from megalong.training.metrics import read_metrics
+from megalong.utils.errors import UserError
+from megalong.utils.machine import free_port
 from tests.launching import REPOSITORY, made_once, run, run_here
 
 TOOLS = REPOSITORY / "tools"

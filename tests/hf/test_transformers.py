@@ -9,13 +9,13 @@ from megalong.attention.pattern import DilatedPattern
 from megalong.attention.reference import dilated_attention_reference
 from megalong.config import AttentionConfig
 from megalong.config.attention import PATTERN_FIELDS
-from megalong.errors import UserError
 from megalong.hf.attention_longnet import probabilities
 from megalong.hf.configuration_longnet import LongNetConfig
 from megalong.hf.evaluation import token_losses
 from megalong.hf.loaded_model import LoadedModel
 from megalong.hf.modeling_longnet import LongNetForCausalLM
 from megalong.hf.parts_longnet import parts_of
+from megalong.utils.errors import UserError
 
 SEGMENTS = {"segment_lengths": [8, 16, 24], "dilation_rates": [1, 2, 5]}
 

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from megalong.config.arguments import config_from_values
-from megalong.errors import UserError
 from megalong.model.memory_path import Room, choose_memory_path, needs
+from megalong.utils.errors import UserError
 
 GIB = 2**30
 VOCABULARY = 32000

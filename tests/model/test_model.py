@@ -10,7 +10,6 @@ from torch.utils._pytree import tree_leaves
 
 from megalong.config import ModelConfig
 from megalong.config.arguments import parse_arguments
-from megalong.errors import UserError
 from megalong.model import norms
 from megalong.model.build import (
     DTYPES,
@@ -23,6 +22,7 @@ from megalong.model.names import canonical_name, named_parameters
 from megalong.model.parameters import count_parameters, decays, parameters
 from megalong.model.tiled_layer import attention_weights, mlp_weights
 from megalong.parallel import launch
+from megalong.utils.errors import UserError
 from tests.launching import small_run_flags
 
 VOCAB_SIZE = 257

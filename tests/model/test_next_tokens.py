@@ -2,8 +2,8 @@
 
 import torch
 
+from megalong.model.chunked.tensor_ranks import ALONE
 from megalong.model.next_tokens import NextTokens
-from megalong.tiling.tensor_ranks import ALONE
 
 S, B, H, V = 7, 3, 8, 11
 

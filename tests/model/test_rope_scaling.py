@@ -7,10 +7,10 @@ import torch
 from transformers import LlamaConfig, modeling_rope_utils
 
 from megalong.config import ModelConfig
-from megalong.device import use_gpu
 from megalong.model.rope_scaling import rope_frequencies
 from megalong.model.rotary import LongRotaryEmbedding, rotary_frequencies, score_scale
 from megalong.parallel.cpu import enable_megatron_without_gpu
+from megalong.utils.machine import use_gpu
 
 
 @pytest.fixture(scope="module", autouse=True)

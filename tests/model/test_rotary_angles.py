@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megalong.config import ModelConfig
-from megalong.device import use_gpu
 from megalong.model.rotary import LongRotaryEmbedding
 from megalong.parallel.cpu import enable_megatron_without_gpu
+from megalong.utils.machine import use_gpu
 
 
 @pytest.fixture(scope="module", autouse=True)

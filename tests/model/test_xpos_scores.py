@@ -8,9 +8,9 @@ import torch
 from megalong.attention import DilatedPattern, dilated_attention
 from megalong.config import ModelConfig
 from megalong.config.model import longest_xpos
+from megalong.model.chunked.rotary import rotate_
+from megalong.model.chunked.xpos import scale_, scaled
 from megalong.model.rotary import XposScales, rotary_frequencies
-from megalong.tiling.rotary import rotate_
-from megalong.tiling.xpos import scale_, scaled
 
 
 def angles_of(model, first, length):

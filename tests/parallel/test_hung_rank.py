@@ -16,9 +16,9 @@ import torch
 
 from megalong.config import Config
 from megalong.config.run import RunConfig
-from megalong.errors import UserError
 from megalong.parallel import rank_watchdog
 from megalong.parallel.activity import Activity, Report, find_hung
+from megalong.utils.errors import UserError
 from tests.forked import run_ranks, started_ranks
 from tests.launching import PRETRAIN, REPOSITORY, small_run_flags
 

@@ -10,23 +10,23 @@ import importlib
 import pytest
 import torch
 
-from megalong import torch_private
 from megalong.parallel import deepspeed_private
+from megalong.utils import torch_private
 from tests.forked import run_ranks
 from tests.launching import REPOSITORY
 
 WORKER = __file__.replace("test_private_names", "private_names_worker")
 ATTENTION = "megalong/attention/sdpa_operators.py"  # of torch.ops.aten
-OFFLOAD = "megalong/tiling/offload.py"  # of torch.Tensor
+OFFLOAD = "megalong/model/chunked/offload.py"  # of torch.Tensor
 TENSOR_CACHE = "megalong/attention/tensor_cache.py"  # of torch.Tensor
-COMMANDS = "megalong/command_line.py"  # of argparse.ArgumentParser
+COMMANDS = "megalong/utils/command_line.py"  # of argparse.ArgumentParser
 GIGATOKEN = (
     "megalong/data/tokenizers/gigatoken_encoder.py"  # of a version's tokenizer, if it has it
 )
 FENCES = {
     "megalong/parallel/deepspeed_private.py",
     "megalong/parallel/megatron_private.py",
-    "megalong/torch_private.py",
+    "megalong/utils/torch_private.py",
     ATTENTION,
     OFFLOAD,
     TENSOR_CACHE,
@@ -112,7 +112,7 @@ def test_pytorch_has_its_own(taken):
     for name in torch_private.COLLECTIVES:
         assert hasattr(torch.ops.c10d, name), name
     listed, with_nccl = torch_private.NAMES, torch_private.NAMES_WITH_NCCL
-    assert {name for _, name in listed + with_nccl} == taken["megalong/torch_private.py"]
+    assert {name for _, name in listed + with_nccl} == taken["megalong/utils/torch_private.py"]
     operators = [(torch.ops.aten, name) for name in taken[ATTENTION]]
     of_tensors = [(torch.Tensor, name) for name in taken[OFFLOAD] | taken[TENSOR_CACHE]]
     installed = listed + with_nccl if torch.distributed.is_nccl_available() else listed

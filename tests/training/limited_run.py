@@ -7,7 +7,7 @@ import sys
 
 import pretrain_longnet
 from megalong.checkpoint import saving
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 LARGEST = 100_000  # bytes: metrics fit, tensors do not
 

@@ -28,10 +28,10 @@ import torch.distributed as dist
 import yaml
 
 import pretrain_longnet
-from megalong import master_port
 from megalong.config import world_size
 from megalong.parallel import process_group, temporary_mesh
 from megalong.training import loop, run, stopping
+from megalong.utils import machine
 
 COMMON = {
     "num_layers": 2,
@@ -221,7 +221,7 @@ def main(corpus: str, folder: str) -> None:
         run.process_group = lambda minutes: contextlib.nullcontext(device)
         run.build_mesh = temporary_mesh
         run.Trainer = Trainer
-        master_port.check_master_port = lambda: None
+        machine.check_master_port = lambda: None
         stopping.StopRequest = Moments
         of_ranks = {1: on_one_rank, 2: on_two_ranks}[world_size()]
         of_ranks(corpus, Path(folder))

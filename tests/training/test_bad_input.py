@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from megalong.checkpoint.progress import Progress
-from megalong.errors import UserError
 from megalong.training.loop import Trainer
+from megalong.utils.errors import UserError
 from tests.forked import run_ranks
 from tests.launching import PRETRAIN, ranks_command, run, small_run_flags
 

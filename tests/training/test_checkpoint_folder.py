@@ -21,7 +21,7 @@ from megalong.checkpoint.folder import (
 from megalong.checkpoint.manifest import DamagedCheckpoint, Manifest
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.config import Config, RunConfig
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 
 def make_checkpoints(run, iterations):

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from megalong.config.arguments import parse_arguments
-from megalong.errors import UserError
 from megalong.training.deepspeed_config import deepspeed_config
+from megalong.utils.errors import UserError
 
 FLAGS = ["--data-path", "d", "--tokenizer-type", "ByteTokenizer", "--micro-batch-size", "2"]
 FLAGS += ["--global-batch-size", "16", "--lr", "1e-3", "--zero-stage", "2"]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from megalong.evals.trials import Trials, language_of
 from megalong.hf.evaluation import task_score
 from megalong.hf.loaded_model import load_model
-from megalong.tasks.trials import Trials, language_of
 from megalong.training.metrics import read_metrics
 from tests.forked import run_ranks
 from tests.launching import PRETRAIN, small_run_flags

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from megalong.config.arguments import parse_arguments
-from megalong.errors import UserError
 from megalong.training import meter as meter_module
 from megalong.training import profiling, weights_and_biases
 from megalong.training.meter import Meter
@@ -22,6 +21,7 @@ from megalong.training.metrics import MetricsLog, read_metrics
 from megalong.training.profiling import Profiler
 from megalong.training.reports import Reports
 from megalong.training.weights_and_biases import check_wandb
+from megalong.utils.errors import UserError
 from tests.forked import run_ranks
 from tests.launching import small_run_flags
 

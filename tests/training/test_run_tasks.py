@@ -8,12 +8,12 @@ import torch
 from megalong.config import Config
 from megalong.config.arguments import parse_arguments
 from megalong.config.run import RunConfig
-from megalong.errors import UserError
+from megalong.evals.trials import Trials, language_of
 from megalong.hf.evaluation import task_score
 from megalong.hf.loaded_model import load_model
-from megalong.tasks.trials import Trials, language_of
 from megalong.training.metrics import MetricsLog, read_metrics, training_records
 from megalong.training.run_data import open_run_data
+from megalong.utils.errors import UserError
 from tests.forked import run_ranks
 from tests.launching import PRETRAIN, REPOSITORY, run_here, small_run_flags
 

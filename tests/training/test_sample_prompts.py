@@ -6,10 +6,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megalong.config.arguments import parse_arguments
-from megalong.errors import UserError
 from megalong.hf.loaded_model import load_model
 from megalong.training.metrics import read_metrics, training_records
 from megalong.training.run_data import open_run_data
+from megalong.utils.errors import UserError
 from tests.forked import run_ranks
 from tests.launching import PRETRAIN, small_run_flags
 

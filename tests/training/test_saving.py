@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megalong.checkpoint import saving
 from megalong.checkpoint.progress import Progress
 from megalong.config import Config, RunConfig
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from megalong.config.recipe import parse_run
-from megalong.errors import UserError
 from megalong.training.stage_table import print_stages, stage_table
+from megalong.utils.errors import UserError
 from tests.recipe_file import changed, stages_of, write_recipe
 
 

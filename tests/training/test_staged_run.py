@@ -11,10 +11,10 @@ import yaml
 from megalong.checkpoint.folder import checkpoint_folder, checkpoints, latest
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.config.recipe import parse_run
-from megalong.errors import UserError
 from megalong.training.metrics import read_metrics, training_records
 from megalong.training.resuming import starting_point
 from megalong.training.stages import stages_ahead
+from megalong.utils.errors import UserError
 from tests.forked import run_ranks
 from tests.launching import PRETRAIN, made_once, run_here
 from tests.training.staged_worker import ENDS, RESUMED, STAGES, STOPS, write_settings

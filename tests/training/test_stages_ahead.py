@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from megalong.checkpoint.progress import Progress
-from megalong.errors import UserError
 from megalong.training import stages as stages_of_run
 from megalong.training.stages import begun, stages_ahead
+from megalong.utils.errors import UserError
 from tests.recipe_file import changed, stages_of, write_recipe
 
 

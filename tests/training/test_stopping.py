@@ -85,7 +85,7 @@ def test_the_launcher_is_told(corpus, tmp_path, launcher, number, reason):
 
 EARLY_SIGNAL = """
 import os, signal
-from megalong.early_signals import remember_requests
+from megalong.utils.command_line import remember_requests
 asked = remember_requests()
 os.kill(os.getpid(), signal.SIGUSR1)
 print(*asked, flush=True)

@@ -5,8 +5,8 @@
 One process is one rank of a launch of any size: its shard has the length that it would have, plan
 and kernels are the program's own, and the training step is that of the training's engine. Only the
 other ranks are not there: the rows that would come from them are made up, right in number and place
-(megalong/planning/share.py). With their true rows the share is the slice of the whole, to rounding
-(tests/planning/test_share.py). So what is measured is what this rank computes, holds and receives;
+(megalong/dry_run/share.py). With their true rows the share is the slice of the whole, to rounding
+(tests/dry_run/test_share.py). So what is measured is what this rank computes, holds and receives;
 not how long the network takes, for which see communication.py.
 
 The model is narrow by default, so that a CPU can have a million tokens a rank; a GPU takes a real
@@ -37,14 +37,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
 
-from megalong.command_line import needed_packages
+from megalong.utils.command_line import needed_packages
 
 with needed_packages():
     from billion_report import total, write_report
 
     from megalong.attention.pattern import DilatedPattern
     from megalong.config.flags import whole_number
-    from megalong.device import use_gpu
+    from megalong.utils.machine import use_gpu
 
 PLACES = ("first", "middle", "last")
 # The C library gives freed memory back at once, as a GPU's allocator would give it to the next

@@ -25,11 +25,8 @@ from megalong.attention.sequence_plan import make_plan, subgroup_sizes
 from megalong.attention.shard_rows import shard_rows
 from megalong.attention.shards import Shards, pairs_of_rank
 from megalong.config.arguments import config_from_values
-from megalong.device import use_gpu
-from megalong.model.build import build_model
-from megalong.parallel.traffic import CountTraffic
-from megalong.planning.neighbours import SyntheticRows
-from megalong.planning.share import (
+from megalong.dry_run.neighbours import SyntheticRows
+from megalong.dry_run.share import (
     Clock,
     answered,
     lone_rank,
@@ -37,7 +34,10 @@ from megalong.planning.share import (
     numbered_batches,
     share,
 )
+from megalong.model.build import build_model
+from megalong.parallel.traffic import CountTraffic
 from megalong.training.engine import TrainingEngine
+from megalong.utils.machine import use_gpu
 
 # What the time of a run goes to: the functions of a backend, by what they attend to.
 PARTS = {

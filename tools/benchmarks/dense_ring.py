@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
 
-from megalong.command_line import needed_packages
+from megalong.utils.command_line import needed_packages
 
 with needed_packages():
     import torch

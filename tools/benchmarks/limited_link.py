@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 # Of an Ethernet frame with an MTU of 1,500: the headers of Ethernet, IP and TCP (with timestamps).
 GOODPUT = 1448 / 1514

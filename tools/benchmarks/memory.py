@@ -26,9 +26,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from megalong.command_line import ArgumentParser, run
-from megalong.errors import UserError
-from megalong.wording import did_you_mean
+from megalong.utils.command_line import ArgumentParser, run
+from megalong.utils.errors import UserError, did_you_mean
 
 
 def main() -> int | None:
@@ -89,7 +88,7 @@ def require_known(flag: str, given: list[str] | None, known: Collection[str]) ->
 
 
 def ladder(arguments: Namespace) -> None:
-    from megalong.planning import fake_device
+    from megalong.dry_run import fake_device
 
     fake_device.load()
     import torch  # noqa: F401
@@ -98,7 +97,7 @@ def ladder(arguments: Namespace) -> None:
     import memory_ladder as dry
     import memory_report as report
 
-    from megalong.progress import progress_bar
+    from megalong.utils.progress import progress_bar
 
     plan = arguments.plan
     pairs = [
@@ -124,7 +123,7 @@ def measured(arguments: Namespace) -> int:
     import memory_measured as real
     import memory_report as report
 
-    from megalong.progress import progress_bar
+    from megalong.utils.progress import progress_bar
 
     path = arguments.output / "measured.json"
     rows = json.loads(path.read_text()) if path.exists() else []

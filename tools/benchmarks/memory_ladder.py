@@ -21,7 +21,7 @@ from shapes import SHAPES, VOCABULARY
 
 from megalong.config import Config
 from megalong.config.arguments import config_from_values
-from megalong.planning.work import MEMORY
+from megalong.dry_run.work import MEMORY
 
 GIB = 2**30
 USABLE = 76 * GIB  # of a device of 80 GiB: the rest is for CUDA's context, NCCL and fragments
@@ -134,7 +134,7 @@ class Cells:
         return json.loads(path.read_text())
 
     def _run(self, cell: Cell) -> dict[str, Any]:
-        from megalong.planning.dry_run import dry_run  # imports torch
+        from megalong.dry_run.step import dry_run  # imports torch
 
         ranks = RANKS.get(cell.shape, 1)
         config = configuration(

@@ -165,9 +165,9 @@ def engine(values: dict[str, Any], device: Any, vocabulary: int = VOCABULARY) ->
     import torch
 
     from megalong.config.arguments import config_from_values
+    from megalong.dry_run.step import host_batches
     from megalong.model.build import build_model
     from megalong.parallel import build_mesh
-    from megalong.planning.dry_run import host_batches
     from megalong.training.engine import TrainingEngine
 
     config = config_from_values(values).resolve(1)
@@ -198,7 +198,7 @@ def resident(which: str) -> int:
 
 def dry_step(values: dict[str, Any], vocabulary: int) -> dict[str, Any]:
     """The peak of the dry run, of what kind it is, and pinned memory of the host."""
-    from megalong.planning import fake_device
+    from megalong.dry_run import fake_device
 
     fake_device.load()
     import torch  # noqa: F401
@@ -206,7 +206,7 @@ def dry_step(values: dict[str, Any], vocabulary: int) -> dict[str, Any]:
     fake_device.pretend()
     from megalong.attention import sdpa_operators
     from megalong.config.arguments import config_from_values
-    from megalong.planning.dry_run import dry_run
+    from megalong.dry_run.step import dry_run
 
     config = config_from_values(values).resolve(1)
     with mock.patch.object(sdpa_operators, "operator_for", lambda _: sdpa_operators.CPU):

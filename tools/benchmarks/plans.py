@@ -21,9 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
 
-from megalong.command_line import REPOSITORY, ArgumentParser, run
-from megalong.errors import UserError
-from megalong.wording import did_you_mean
+from megalong.utils.command_line import REPOSITORY, ArgumentParser, run
+from megalong.utils.errors import UserError, did_you_mean
 
 MODELS = {"125m": "longnet-llama-125m", "1.3b": "longnet-llama-1.3b"}
 SIZES = {2**20: (1, 8, 64), 2**30: (1024,)}  # tokens -> GPUs

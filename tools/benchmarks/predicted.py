@@ -29,9 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from predicted_cases import EXACT, RANKING, Case
 
-from megalong.command_line import ArgumentParser, run
-from megalong.errors import UserError
-from megalong.wording import did_you_mean
+from megalong.utils.command_line import ArgumentParser, run
+from megalong.utils.errors import UserError, did_you_mean
 
 
 def main() -> int:

@@ -74,7 +74,7 @@ def real(folders: list[Path]) -> None:
 
 def real_case(folder: Path, device: Any, ranks: int, values: dict, vocabulary: int) -> None:
     from megalong.config.arguments import config_from_values
-    from megalong.planning.memory import DeviceMemory
+    from megalong.dry_run.memory import DeviceMemory
 
     smaller = config_from_values(values | SMALLER).resolve(ranks)
     besides = besides_tensors(smaller, device)
@@ -98,7 +98,7 @@ def real_case(folder: Path, device: Any, ranks: int, values: dict, vocabulary: i
 
 def besides_tensors(smaller: Any, device: Any) -> int:
     """Resident bytes that this process will have besides the tensors of its next engine."""
-    from megalong.planning.memory import DeviceMemory
+    from megalong.dry_run.memory import DeviceMemory
 
     for _ in range(2):  # the first has libraries load what they keep
         before = resident("VmRSS")
@@ -127,7 +127,7 @@ def dry_case(folder: Path, ranks: int, values: dict, vocabulary: int) -> None:
     from predicted_times import saved
 
     from megalong.config.arguments import config_from_values
-    from megalong.planning.dry_run import dry_run
+    from megalong.dry_run.step import dry_run
 
     config = config_from_values(values).resolve(ranks)
     for rank in range(ranks):
@@ -142,8 +142,8 @@ def timed(folders: list[Path]) -> None:
     import torch.distributed as dist
 
     from megalong.config.arguments import config_from_values
+    from megalong.dry_run.step import host_batches
     from megalong.parallel import process_group
-    from megalong.planning.dry_run import host_batches
 
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"]) % len(cores)]})
@@ -177,10 +177,10 @@ def read(folder: Path) -> dict[str, Any]:
 def some_steps(trainer: Any, config: Any) -> Any:
     """Steps up to that whose traffic the engine counts, the first that is like all that follow;
     what that one did."""
-    from megalong.planning.dry_run import host_batches
-    from megalong.planning.kernels import InsideAttention
-    from megalong.planning.parts import Parts
-    from megalong.planning.recorder import WorkRecorder
+    from megalong.dry_run.kernels import InsideAttention
+    from megalong.dry_run.parts import Parts
+    from megalong.dry_run.recorder import WorkRecorder
+    from megalong.dry_run.step import host_batches
 
     batches, parts = host_batches(config, trainer.mesh), Parts()
     for _ in range(trainer.counted_step - 1):

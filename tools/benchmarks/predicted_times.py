@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megalong.config.arguments import config_from_values
-from megalong.planning.cluster import load_cluster
-from megalong.planning.cost import step_cost
-from megalong.planning.work import Collective, Operation, Work
+from megalong.dry_run.cluster import load_cluster
+from megalong.dry_run.cost import step_cost
+from megalong.dry_run.work import Collective, Operation, Work
 
 
 def predicted_seconds(folder: Path, cluster: str) -> dict[str, Any]:

@@ -39,11 +39,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
 
-from megalong.command_line import REPOSITORY, ArgumentParser, needed_packages
-from megalong.command_line import run as run_command
 from megalong.data.text.source_file import texts_of_folder
 from megalong.data.tokenizers.tokenizer import TOKENIZERS, build_tokenizer
-from megalong.errors import UserError
+from megalong.utils.command_line import REPOSITORY, ArgumentParser, needed_packages
+from megalong.utils.command_line import run as run_command
+from megalong.utils.errors import UserError
 
 with needed_packages():
     import numpy as np

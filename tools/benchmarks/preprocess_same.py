@@ -19,8 +19,7 @@ import numpy as np
 
 from megalong.data.indexed import Pair
 from megalong.data.tokenizers.tokenizer import SENTENCEPIECE_SPACE, Tokenizer
-from megalong.errors import UserError
-from megalong.wording import counted
+from megalong.utils.errors import UserError, counted
 
 LIBRARYS_OWN = frozenset(("library", "megatron"))  # whose ids of such documents are the library's
 

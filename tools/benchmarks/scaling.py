@@ -38,8 +38,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from megalong.command_line import ArgumentParser, run
-from megalong.errors import UserError
+from megalong.utils.command_line import ArgumentParser, run
+from megalong.utils.errors import UserError
 
 HERE = Path(__file__).resolve().parent
 OURS, DENSE = "dilated (sdpa)", "dense (flash)"
@@ -170,8 +170,8 @@ def billion(flags: str, folder: Path) -> dict[str, Any]:
 
 
 def link(arguments: Namespace) -> None:
-    from megalong.planning.calibration.description import raw_description
-    from megalong.planning.cluster import load_cluster
+    from megalong.dry_run.calibration.description import raw_description
+    from megalong.dry_run.cluster import load_cluster
 
     if not load_cluster(arguments.cluster).calibrated:
         raise UserError(
@@ -195,7 +195,7 @@ def link(arguments: Namespace) -> None:
 
 
 def weak(arguments: Namespace) -> None:
-    from megalong.planning import fake_device
+    from megalong.dry_run import fake_device
 
     fake_device.load()
     import torch
@@ -204,8 +204,8 @@ def weak(arguments: Namespace) -> None:
     torch.set_num_threads(1)
     import scaling_weak
 
-    from megalong.log_filters import filter_library_logs
-    from megalong.progress import progress_bar
+    from megalong.utils.command_line import filter_library_logs
+    from megalong.utils.progress import progress_bar
 
     filter_library_logs()
     warnings.simplefilter("ignore")  # of libraries, about tensors that have no data

@@ -103,7 +103,7 @@ def predicted(
     import yaml
     from predicted_times import loaded, predicted_seconds
 
-    from megalong.planning.calibration.links import THROUGH
+    from megalong.dry_run.calibration.links import THROUGH
 
     file = folder / "cluster.yaml"
     file.write_text(yaml.safe_dump(with_link(calibrated, ranks, rate), sort_keys=False))
@@ -164,8 +164,8 @@ def main(folder: str, network: str, settings: str) -> None:
     import torch.distributed as dist
 
     from megalong.config.arguments import config_from_values
+    from megalong.dry_run.step import host_batches
     from megalong.parallel import process_group
-    from megalong.planning.dry_run import host_batches
 
     torch.set_num_threads(1)
     cores = sorted(os.sched_getaffinity(0))

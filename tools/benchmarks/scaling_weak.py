@@ -10,9 +10,9 @@ from memory_ladder import configuration
 from shapes import SHAPES, VOCABULARY
 
 from megalong.attention import DilatedPattern
-from megalong.errors import UserError
-from megalong.planning.cluster import load_cluster
-from megalong.planning.search import planned_layout
+from megalong.dry_run.cluster import load_cluster
+from megalong.dry_run.search import planned_layout
+from megalong.utils.errors import UserError
 
 FIRST_SEGMENT, RATIO = 2048, 4
 PATTERNS = {

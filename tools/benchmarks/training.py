@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import memory_measured
 from shapes import SHAPES, VOCABULARY, flags
 
-from megalong.command_line import REPOSITORY, ArgumentParser, run
+from megalong.utils.command_line import REPOSITORY, ArgumentParser, run
 
 MODEL_125M = (
     f"{flags(SHAPES['125M'])} --seq-length 32768"
@@ -190,7 +190,7 @@ def rows(arguments: Namespace, _: Path) -> dict[str, object]:
     from megalong.attention.exchange import SequenceGroup
     from megalong.attention.sequence_parallel import sequence_parallel_attention
     from megalong.attention.sequence_plan import subgroup_sizes
-    from megalong.torch_private import FakeStore
+    from megalong.utils.torch_private import FakeStore
 
     result: dict[str, object] = {"errors": rows_errors(arguments)}
     shard, heads = (256, 2) if arguments.tiny else (32768, 12)

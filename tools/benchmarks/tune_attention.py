@@ -27,7 +27,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
 
-from megalong.command_line import needed_packages
+from megalong.utils.command_line import needed_packages
 
 with needed_packages():
     import torch

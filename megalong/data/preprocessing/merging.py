@@ -28,8 +28,7 @@ from megalong.data.preprocessing.output import (
 )
 from megalong.data.preprocessing.unfinished import Unfinished
 from megalong.data.preprocessing.writer import SUFFIXES, refuse_existing
-from megalong.errors import UserError
-from megalong.wording import counted
+from megalong.utils.errors import UserError, counted
 
 PART_BYTES = 1 << 30
 _CHUNK_TOKENS, _CHUNK_DOCUMENTS = 1 << 23, 1 << 18

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megalong.data.text.files import is_stream, shown, total_size
-from megalong.errors import UserError
-from megalong.progress import human_bytes
-from megalong.wording import counted
+from megalong.utils.errors import UserError, counted
+from megalong.utils.progress import human_bytes
 
 _UNEVEN = 2  # times the mean share
 _LISTED = 16  # shares, in a line

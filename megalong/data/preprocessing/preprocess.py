@@ -42,9 +42,8 @@ from megalong.data.text.documents import RawDocument, Remarks
 from megalong.data.text.files import is_stream, shown, total_size
 from megalong.data.tokenizers.backend import perhaps_fast, proven
 from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
-from megalong.errors import UserError
-from megalong.progress import human_bytes
-from megalong.wording import counted
+from megalong.utils.errors import UserError, counted
+from megalong.utils.progress import human_bytes
 
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 4096

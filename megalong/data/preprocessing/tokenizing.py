@@ -26,7 +26,7 @@ from megalong.data.preprocessing.writer import token_dtype
 from megalong.data.text.documents import BrokenDocument, LeftOut, RawDocument, Reading
 from megalong.data.tokenizers.backend import FastTokenizer
 from megalong.data.tokenizers.tokenizer import Tokenizer
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 BATCHES_PER_WORKER = 3
 PICKLED = "tokenizer.pickle"  # in the folder of an unfinished run

@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megalong.disk import flush_to_disk, writable_folder
-from megalong.errors import UserError
-from megalong.progress import human_bytes
+from megalong.utils.errors import UserError
+from megalong.utils.files import flush_to_disk, writable_folder
+from megalong.utils.progress import human_bytes
 
 SUFFIX = ".unfinished"
 INDEX = ".idx"  # of the output; readers take its presence for completeness

@@ -21,7 +21,7 @@ import numpy as np
 
 from megalong.data import loss_mask
 from megalong.data.preprocessing.unfinished import Unfinished, disk_errors, write_durably
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 try:
     from compression import zstd  # from Python 3.14 on

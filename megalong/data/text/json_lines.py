@@ -16,7 +16,7 @@ from megalong.data.text.files import (
     shown,
 )
 from megalong.data.text.parquet import MAGIC as PARQUET
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 NAME = "JSON lines"
 _KINDS = {

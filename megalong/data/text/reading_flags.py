@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megalong.data.text.documents import DOCUMENTS, Reading
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 
 def add_reading_flags(parser: argparse.ArgumentParser) -> None:

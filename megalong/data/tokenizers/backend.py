@@ -12,9 +12,8 @@ from megalong.data.text.documents import Reading
 from megalong.data.text.files import is_stream, shown
 from megalong.data.text.sample import sample_texts
 from megalong.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer
-from megalong.errors import UserError
-from megalong.host_memory import give_back_memory, resident_bytes
-from megalong.wording import counted
+from megalong.utils.errors import UserError, counted
+from megalong.utils.machine import give_back_memory, resident_bytes
 
 if TYPE_CHECKING:
     import numpy as np

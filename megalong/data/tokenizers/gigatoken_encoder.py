@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megalong.data.tokenizers.tokenizer import SENTENCEPIECE_SPACE
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 if TYPE_CHECKING:
     from megalong.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megalong.data.tokenizers.tokenizer import SENTENCEPIECE_SPACE, Tokenizer
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 # Ways to split a text before it is merged (GPT-2's, GPT-4's and Llama 3's, Qwen 2's, GPT-4o's) for
 # which a text may be cut behind the end of a line: where neither line has a space there, nor the

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from megalong.data.tokenizers.tokenizer import EOD_PIECE, MASK_PIECE, SENTENCEPIECE_SPACE, Tokenizer
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 _CUT_CHARACTERS = 4096
 _WORD_END = re.compile("[^ ] ")

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from megalong.data.tokenizers.tokenizer import Tokenizer
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 _END = "<|endoftext|>"
 _FILL = {"<|fim_prefix|>": 0, "<|fim_middle|>": 1, "<|fim_suffix|>": 2}

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from megalong.data.tokenizers.tokenizer import EOD_PIECE
-from megalong.errors import UserError
+from megalong.utils.errors import UserError
 
 CHUNK_CHARACTERS = 4096
 # The trainer uses the tab itself to mark boundaries and never learns a piece with it.

@@ -1,0 +1,182 @@
+"""The layouts that a launch may have: what was given stays, what was left open is tried.
+
+A *division* says how the ranks share the work: tensor, sequence and pipeline degrees, layers in a
+chunk of the interleaved schedule, the micro batch. Each can be had with several *rungs*: a ZeRO
+stage, recomputation and the memory path.
+
+What is not tried: tensor parallelism over several nodes, degrees that do not divide the ranks,
+interleaved chunks of several layers, micro batches that are no power of two, and where the global
+batch is open any but one sequence; recomputation of the attention alone, of the first layers or of
+several together, single pieces of the memory path. Whoever gives one of these has it: the others
+are tried around it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megalong.config import Config, flag_name
+from megalong.config.arguments import config_from_values
+from megalong.config.flags import require_positive
+from megalong.utils.errors import UserError, counted
+
+# Settings of a division, and of a rung.
+DIVISION = (
+    "tensor_model_parallel_size",
+    "sequence_parallel_size",
+    "pipeline_model_parallel_size",
+    "num_layers_per_virtual_pipeline_stage",
+    "micro_batch_size",
+)
+RUNG = ("zero_stage", "recompute_granularity", "memory_path")
+
+# What is computed again, and what is held.
+_MEMORY = (
+    {"recompute_granularity": None, "memory_path": "off"},
+    {"recompute_granularity": None, "memory_path": "on", "offload_activations": False},
+    {"recompute_granularity": "full", "memory_path": "off"},
+    {"recompute_granularity": "full", "memory_path": "on", "offload_activations": False},
+    {"recompute_granularity": None, "memory_path": "on"},
+    {"recompute_granularity": "full", "memory_path": "on"},
+)
+_LARGEST_MICRO_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Division:
+    """How the ranks share the work, and what else is to be decided.
+
+    settings: of `DIVISION`, by name. rungs: resolved configurations, at least one.
+    """
+
+    settings: Mapping[str, Any]
+    rungs: tuple[Config, ...]
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """divisions: those that can be. refused: messages of the configuration about the others, and
+    how many layouts each is about."""
+
+    divisions: tuple[Division, ...]
+    refused: Counter[str]
+
+
+def possible_layouts(
+    values: Mapping[str, Any], ranks: int, ranks_per_node: int, on_gpu: bool = True
+) -> Layouts:
+    """All layouts of `ranks` ranks in which the given settings stand.
+
+    values: settings by field name, as given: those of `DIVISION` and `RUNG` among them are not
+        varied, but for `--memory-path auto`, which leaves it open. Raises UserError where no layout
+        can be: the configuration's own message where there is one for all.
+    on_gpu: on CPUs nothing is offloaded, as the host's memory is the device's.
+    """
+    if not on_gpu:
+        values = {"offload_activations": False, **values}
+    values = {name: v for name, v in values.items() if (name, v) != ("memory_path", "auto")}
+    divisions, refused = [], Counter()
+    for settings in _divisions(values, ranks, ranks_per_node):
+        rungs = []
+        for rung in _rungs(values, settings, ranks):
+            try:
+                rungs.append(config_from_values({**values, **settings, **rung}).resolve(ranks))
+            except UserError as error:
+                refused[str(error)] += 1
+        if rungs:
+            divisions.append(Division(settings, tuple(dict.fromkeys(rungs))))
+    if not divisions:
+        raise UserError(_nothing(values, refused, ranks))
+    return Layouts(tuple(divisions), refused)
+
+
+def _divisions(
+    values: Mapping[str, Any], ranks: int, ranks_per_node: int
+) -> Iterator[dict[str, Any]]:
+    given = config_from_values(dict(values))
+    model = given.model.resolve()
+    require_positive(given.parallel, *DIVISION[:3])
+
+    def choices(name: str, otherwise: list[int]) -> list[int]:
+        return [values[name]] if name in values else otherwise
+
+    tensor_sizes = [
+        size
+        for size in _divisors(min(ranks, ranks_per_node))
+        if model.num_query_groups % size == 0 and ranks % size == 0
+    ]
+    for tensor in choices(DIVISION[0], tensor_sizes):
+        pipelines = [size for size in _divisors(model.num_layers) if ranks % (tensor * size) == 0]
+        for pipeline in choices(DIVISION[2], pipelines):
+            left = ranks // (tensor * pipeline) if ranks % (tensor * pipeline) == 0 else 1
+            sequences = [size for size in _divisors(left) if model.seq_length % size == 0]
+            for sequence in choices(DIVISION[1], sequences):
+                replicas = max(1, left // sequence)
+                for micro in choices(DIVISION[4], _micro_batches(values, replicas)):
+                    for chunk in choices(DIVISION[3], _chunks(model.num_layers, pipeline)):
+                        sizes = (tensor, sequence, pipeline, chunk, micro)
+                        yield dict(zip(DIVISION, sizes, strict=True))
+
+
+def _micro_batches(values: Mapping[str, Any], replicas: int) -> list[int]:
+    """Where the global batch was left open, it is a micro batch a replica: of one sequence."""
+    batch = values.get("global_batch_size")
+    if batch is None:
+        return [1]
+    sizes = [2**i for i in range(_LARGEST_MICRO_BATCH.bit_length())]
+    return [size for size in sizes if batch % (size * replicas) == 0] or [1]
+
+
+def _chunks(layers: int, stages: int) -> list[int | None]:
+    """Layers in a chunk: all of the stage, or one, where the schedule may be interleaved."""
+    return [None, 1] if 1 < stages < layers else [None]
+
+
+def _rungs(
+    values: Mapping[str, Any], settings: Mapping[str, Any], ranks: int
+) -> Iterator[dict[str, Any]]:
+    """ZeRO stages that can do something beside this division, with all of `_MEMORY`."""
+    model_ranks = settings[DIVISION[0]] * settings[DIVISION[2]]
+    divides = settings[DIVISION[2]] == 1 and ranks > model_ranks
+    seen = []
+    for memory in _MEMORY:
+        for stage in (1, 2, 3) if divides else (1,):
+            rung = {"zero_stage": stage, **memory}
+            rung = {name: value for name, value in rung.items() if name not in values}
+            if rung not in seen:
+                seen.append(rung)
+                yield rung
+
+
+def _nothing(values: Mapping[str, Any], refused: Counter[str], ranks: int) -> str:
+    if not refused:  # the given degrees have no layout of so many ranks
+        given = {name: values[name] for name in DIVISION[:3] if name in values}
+        words = " x ".join(f"{flag_name(name)} {size}" for name, size in given.items())
+        sizes = ", ".join(map(str, _divisors(ranks)))
+        return f"--gpus {ranks} does not divide by {words}: set a divisor of it, one of {sizes}"
+    message, _ = refused.most_common(1)[0]
+    if len(refused) == 1:
+        return message
+    return (
+        f"no layout of {ranks} ranks can be: {message} (and"
+        f" {counted(len(refused) - 1, 'other reason')})"
+    )
+
+
+def _divisors(value: int) -> list[int]:
+    return [size for size in range(1, value + 1) if value % size == 0]
+
+
+def searched_settings(config: Config) -> dict[str, Any]:
+    """What of a configuration `possible_layouts` may vary, by name."""
+    sections = config.parallel, config.training, config.memory
+    found = {}
+    for section in sections:
+        for field in dataclasses.fields(section):
+            if field.name in DIVISION + RUNG:
+                found[field.name] = getattr(section, field.name)
+    return found
