@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
+from megalong.config import unused
 from megalong.config.arguments import parse_arguments
-from megalong.config.rope import scaling_oddities
-from megalong.config.unused import unused
+from megalong.config.model import scaling_oddities
 from megalong.utils.errors import UserError
 from tests.flags import NEEDED, resolve
 

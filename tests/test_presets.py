@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from megalong.config.arguments import parse_arguments, read_yaml
-from megalong.config.preset import ARCHITECTURE, FOLDER, preset_file, preset_names
+from megalong.config.files import ARCHITECTURE, FOLDER, preset_file, preset_names
 from megalong.model.parameters import count_parameters
 from megalong.utils.errors import UserError
 from tests.launching import REPOSITORY

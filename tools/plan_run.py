@@ -140,7 +140,7 @@ def _data(values: dict[str, Any]) -> dict[str, Any]:
 def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> int:
     """Search, print, and write what is asked for; the exit status. given: settings by name."""
     from megalong.config.arguments import config_from_values
-    from megalong.config.deepspeed_file import keeps_optimizer_on_host
+    from megalong.config.training import keeps_optimizer_on_host
     from megalong.dry_run import fake_device
     from megalong.dry_run.launch_files import check_emit
     from megalong.dry_run.layouts import possible_layouts

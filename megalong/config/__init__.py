@@ -9,37 +9,32 @@ never changes after that; the resolved one is written into the run folder and ca
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from megalong.config.attention import AttentionConfig
 from megalong.config.data import DataConfig
-from megalong.config.flags import flag_name
+from megalong.config.flags import changed_fields, flag_name, shown
 from megalong.config.memory import MemoryConfig
 from megalong.config.model import ModelConfig
 from megalong.config.parallel import ParallelConfig, world_size
-from megalong.config.run import RunConfig
-from megalong.config.samples import SamplesConfig
-from megalong.config.tasks import TasksConfig
+from megalong.config.run import RunConfig, SamplesConfig, TasksConfig
 from megalong.config.training import TrainingConfig
 
 __all__ = [
-    "AttentionConfig",
-    "Config",
-    "DataConfig",
-    "MemoryConfig",
-    "ModelConfig",
-    "ParallelConfig",
-    "SamplesConfig",
-    "TasksConfig",
-    "TrainingConfig",
-    "flag_name",
+    "AttentionConfig", "Config", "DataConfig", "MemoryConfig", "ModelConfig", "ParallelConfig",
+    "RunConfig", "SamplesConfig", "TasksConfig", "TrainingConfig", "flag_name", "unused",
     "world_size",
-]
+]  # fmt: skip
+
+# Of each optimizer that has settings of its own, who uses them: Muon steps the rest with AdamW.
+_USERS = {"adam": ("adam", "muon"), "sgd": ("sgd",), "muon": ("muon",)}
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run is, by section."""
+    """The settings of a run, by section."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -52,7 +47,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def resolve(self, world_size: int) -> Config:
-        """This configuration, with every default that depends on another field filled in.
+        """Fill in every default that depends on another field.
 
         Raises UserError where the result cannot work on `world_size` ranks.
         """
@@ -68,7 +63,7 @@ class Config:
             samples=self.samples.resolve(self.run.eval_interval),
             run=self.run.resolve(),
         )
-        model, training = resolved.model, resolved.training
+        model, training, parallel = resolved.model, resolved.training, resolved.parallel
         model.check()
         model.check_positions(training.precision, training.causal)
         heads = model.num_attention_heads, model.num_query_groups, model.seq_length
@@ -77,14 +72,12 @@ class Config:
             resolved, attention=resolved.attention.with_matched_flops(*heads, training.causal)
         )
         training.check(data_parallel_size)
-        resolved.parallel.check(
-            model, training.global_batch_size, resolved.num_microbatches(data_parallel_size)
-        )
-        training.check_optimizer(resolved.parallel.zero_stage)
-        resolved.memory.check(model, resolved.parallel)
-        resolved = dataclasses.replace(
-            resolved, memory=resolved.memory.resolve(model, resolved.parallel)
-        )
+        microbatches = resolved.num_microbatches(data_parallel_size)
+        parallel.check(model, training.global_batch_size, microbatches)
+        training.check_optimizer(parallel.zero_stage)
+        resolved.memory.check(model, parallel)
+        memory = resolved.memory.resolve(model, parallel)
+        resolved = dataclasses.replace(resolved, memory=memory)
         resolved.run.check(training, world_size)
         resolved.data.check(training.causal, model.seq_length)
         resolved.tasks.check(model.seq_length, training.causal)
@@ -92,8 +85,42 @@ class Config:
         return resolved
 
     def num_microbatches(self, data_parallel_size: int) -> int:
-        """Micro batches of one optimizer step on one rank (after `resolve`)."""
+        """Return the micro batches of an optimizer step on one rank (after `resolve`)."""
         assert self.training.global_batch_size is not None
         return self.training.global_batch_size // (
             self.training.micro_batch_size * data_parallel_size
         )
+
+
+def unused(given: Config) -> Iterator[str]:
+    """Say, a line each, what was set and does nothing beside the other settings: presets and files
+    for several runs may have it. given: as it was set, before it was resolved."""
+
+    def lines(section: Any, names: Iterable[str], why: str) -> Iterator[str]:
+        for name in changed_fields(section, *names):
+            value = getattr(section, name)
+            words = "" if value is True else f" {shown(value)}"
+            yield f"{flag_name(name)}{words} is not used: {why}"
+
+    training, model, run = given.training, given.model, given.run
+    for optimizer, users in _USERS.items():
+        names = [name for name in vars(training) if name.startswith(f"{optimizer}_")]
+        if training.optimizer not in users:
+            yield from lines(training, names, f"--optimizer is {training.optimizer}")
+    style = f"--lr-decay-style is {training.lr_decay_style}"
+    if training.lr_decay_style == "constant":
+        yield from lines(training, ["min_lr", "lr_decay_iters"], style)
+    if training.lr_decay_style != "polynomial":
+        yield from lines(training, ["lr_decay_power"], style)
+    if training.precision != "fp16":
+        names = ["loss_scale", "initial_loss_scale"]
+        yield from lines(training, names, f"--precision is {training.precision}")
+    positions = f"--position-embedding-type is {model.position_embedding_type}"
+    if model.position_embedding_type != "xpos":
+        yield from lines(model, ["xpos_scale_base"], positions)
+    if model.position_embedding_type == "none":
+        yield from lines(model, ["rotary_base"], positions)
+    if run.load is None and run.pretrained_checkpoint is None:
+        why = "there is no --load"
+        yield from lines(training, ["use_checkpoint_opt_param_scheduler"], why)
+        yield from lines(run, ["load_fallback"], why)

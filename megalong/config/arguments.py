@@ -19,7 +19,7 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -27,17 +27,13 @@ from typing import Any
 import yaml
 
 from megalong.config import Config, flag_name
+from megalong.config.files import YamlFile, over_preset, preset_file, preset_names
 from megalong.config.flags import shown, whole_number
-from megalong.config.preset import over_preset, preset_file, preset_names
-from megalong.config.yaml_file import YamlFile
 from megalong.utils.command_line import ArgumentParser
 from megalong.utils.errors import UserError, did_you_mean
 
 # Where one start of a run begins.
 ONE_START = ("load", "finetune", "pretrained_checkpoint", "load_optim", "load_rng", "new_data")
-
-# What a file may have that is no setting.
-_STAGES = MappingProxyType({"stages": None})
 
 # Megatron's flags that we have not, and what to do instead.
 INSTEAD = MappingProxyType(
@@ -60,7 +56,7 @@ INSTEAD = MappingProxyType(
 
 
 def parse_arguments(arguments: list[str], description: str | None = None) -> Config:
-    """The configuration that a command line describes, not yet resolved.
+    """Return the configuration that a command line describes, not yet resolved.
 
     Raises UserError for an unknown flag, an unreadable file, an unknown key, a value of the wrong
     type, or one that contradicts a preset.
@@ -70,7 +66,8 @@ def parse_arguments(arguments: list[str], description: str | None = None) -> Con
 
 
 def given_values(given: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a command line gives, by field name, with those of its file and its preset.
+    """Return the settings that a command line gives, by field name, with those of its file and its
+    preset.
 
     given: what `build_parser`'s parser found; other flags than the configuration's are left out.
     Raises UserError as `parse_arguments` does.
@@ -81,15 +78,15 @@ def given_values(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_preset(preset: str | None, values: dict[str, Any]) -> dict[str, Any]:
-    """These settings, and below them those of the preset of this name, if any. Raises UserError
-    where they contradict it."""
+    """Put these settings over those of the preset of this name, if any. Raises UserError where they
+    contradict it."""
     if preset is None:
         return values
     return over_preset(preset, read_yaml(str(preset_file(preset))), values)
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
-    """The parser: one group of flags per section; a flag that is not given leaves no trace."""
+    """Make the parser: one group of flags per section; a flag that is not given leaves no trace."""
     parser = ArgumentParser(
         description, INSTEAD, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
@@ -99,7 +96,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     presets = preset_names()
     parser.add_argument(
         "--preset",
-        type=functools.partial(_one_of, tuple(presets)),
+        type=_reader(functools.partial(_one_of, presets)),
         metavar="NAME",
         help=f"a model, and what trains it; other settings win over its own: {', '.join(presets)}",
     )
@@ -116,31 +113,49 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
 
 def _add_flag(group: Any, setting: _Setting) -> None:
     options: dict[str, Any] = {"dest": setting.name, "help": setting.help.replace("%", "%%")}
-    if setting.kind is bool:
+    kind = setting.item or setting.kind
+    options["type"] = whole_number if kind is int else kind
+    if setting.item is not None:
+        options |= {"nargs": "+", "metavar": kind.__name__.upper()}
+    if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
-    elif setting.item is not None:
-        options |= {"nargs": "+", "type": _parser(setting.item)}
-        options["metavar"] = setting.item.__name__.upper()
-        if setting.choices is not None:
-            options |= {"type": functools.partial(_one_of, setting.choices), "metavar": "KIND"}
-            options["help"] += f": {', '.join(setting.choices)}"
+        del options["type"]
     elif setting.is_json:
         options |= {"type": _json_or_word, "metavar": "RULE"}
-    elif setting.kind is str and setting.choices is not None:
-        options["type"] = functools.partial(_one_of, setting.choices, aliases=setting.aliases)
+    elif setting.choices is not None and kind is str:
+        options["type"] = _reader(setting.known)
         options["metavar"] = f"{{{','.join(setting.choices)}}}"
+        if setting.item is not None:
+            options["metavar"] = "KIND"
+            options["help"] += f": {', '.join(setting.choices)}"
     else:
-        options |= {"type": _parser(setting.kind), "choices": setting.choices}
+        options["choices"] = setting.choices
     group.add_argument(flag_name(setting.name), **options)
 
 
-def _parser(kind: Any) -> Any:
-    """What makes a value of this type of a word of the command line."""
-    return whole_number if kind is int else kind
+def _reader(check: Callable[[str], str]) -> Callable[[str], str]:
+    """Make the `type` of a flag of what checks its words with UserErrors."""
+
+    def read(word: str) -> str:
+        try:
+            return check(word)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
+
+
+def _json_or_word(text: str) -> Any:
+    if not text.lstrip().startswith("["):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not a JSON table: {error}") from error
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The settings of a YAML file as one flat dict by field name.
+    """Return the settings of a YAML file as one flat dict by field name.
 
     Raises UserError naming the file, and the key and its line where one is unknown or out of place.
     """
@@ -150,8 +165,9 @@ def read_yaml(path: str) -> dict[str, Any]:
             f"{file.where('stages')}: stages: a run of several is for pretrain_longnet.py and"
             " tools/plan_run.py: give the settings of one of them"
         )
-    # Whoever misspells `stages` is told so.
-    return {name: found.value for name, found in settings_in(file, others=_STAGES).items()}
+    # `stages` is no setting, and yet what a misspelt key may have meant.
+    found = settings_in(file, others={"stages": None})
+    return {name: value.value for name, value in found.items()}
 
 
 @dataclass(frozen=True)
@@ -169,10 +185,10 @@ def settings_in(
     others: Mapping[str, str | None] = MappingProxyType({}),
     of: str = "",
 ) -> dict[str, FileValue]:
-    """The settings in a part of a YAML file, by field name, whether they stand in sections or not.
+    """Return the settings in a part of a YAML file, by field name, in sections or not.
 
     content: of the part; by default all of it. place: where that stands. others: further names that
-    there may be, whose values nobody looks at here, and the section that each may stand in. of:
+    there may be, whose values are not checked here, and the section that each may stand in. of:
     what an error begins with. Raises UserError as `read_yaml` does.
     """
     sections = _sections()
@@ -185,7 +201,7 @@ def settings_in(
             if name in values:
                 raise UserError("given twice")
             if name not in others or section not in (None, others[name]):
-                value = _checked(value, _setting_of(name, section, others))
+                value = _setting_of(name, section, others).checked(value)
             values[name] = FileValue(value, here)
         except UserError as error:
             words = f"{section}.{key}" if section else key
@@ -203,8 +219,8 @@ def settings_in(
 
 
 def _setting_of(name: str, section: str | None, others: Iterable[str]) -> _Setting:
-    """The setting that a key of a file names. section: the one that it stands in, if any. others:
-    names that may have been meant. Raises UserError."""
+    """Return the setting that a key of a file names. section: the one that it stands in, if any.
+    others: names that may have been meant. Raises UserError."""
     settings = _settings()
     if flag_name(name) in INSTEAD:
         raise UserError(INSTEAD[flag_name(name)])
@@ -216,7 +232,7 @@ def _setting_of(name: str, section: str | None, others: Iterable[str]) -> _Setti
 
 
 def config_from_values(values: dict[str, Any]) -> Config:
-    """The configuration with these fields set, by name, and the defaults for the others."""
+    """Return the configuration with these fields set, by name, and the defaults for the others."""
     sections: dict[str, dict[str, Any]] = {section: {} for section in _sections()}
     settings = _settings()
     for name, value in values.items():
@@ -225,37 +241,40 @@ def config_from_values(values: dict[str, Any]) -> Config:
     return Config(**{name: kind(**sections[name]) for name, kind in _sections().items()})
 
 
+def _freeze(value: Any) -> Any:
+    return tuple(map(_freeze, value)) if isinstance(value, list) else value
+
+
 def to_yaml(config: Config, leave_out: str | None = None) -> str:
-    """The configuration as text that `--config` reads back to the same configuration.
+    """Return the configuration as text that `--config` reads back to the same configuration.
 
     leave_out: "open" leaves out what has no value yet, and what belongs to one start, `load` say:
         text that starts a like run; "defaults" all that has its default value.
     """
-    settings = _settings()
 
     def wanted(name: str, value: Any) -> bool:
         if leave_out == "open":
             return value is not None and name not in ONE_START
-        return leave_out is None or value != settings[name].default
+        return leave_out is None or value != _settings()[name].default
 
-    content = {
-        section: {
-            name: _thaw(value)
-            for name, value in vars(getattr(config, section)).items()
-            if wanted(name, value)
-        }
-        for section in _sections()
-    }
-    content = {section: values for section, values in content.items() if values}
+    content: dict[str, dict[str, Any]] = {}
+    for section in _sections():
+        for name, value in vars(getattr(config, section)).items():
+            if wanted(name, value):
+                content.setdefault(section, {})[name] = _thaw(value)
     return yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
+
+
+def _thaw(value: Any) -> Any:
+    return list(map(_thaw, value)) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """One field of one section, as the command line and YAML need to know it.
+    """A field of a section, as the command line and YAML need to know it.
 
     kind: the type of its value, `int` for `int | None`; item: the type of a list's items; aliases:
-    other words for its choices, which nobody but the reader of flags and files gets to see.
+    other words for its choices, which only the reader of flags and files gets to see.
     """
 
     section: str
@@ -263,10 +282,60 @@ class _Setting:
     kind: Any
     default: Any
     help: str
-    choices: tuple | None
-    aliases: Mapping[str, str]
-    item: type | None
-    is_json: bool
+    choices: tuple | None = None
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    item: type | None = None
+    is_json: bool = False
+
+    def checked(self, value: Any) -> Any:
+        """Return a value from YAML in the setting's own type. Raises UserError where it is of
+        another."""
+        if value is None:
+            if self.default is not None:
+                raise UserError("has no value")
+            return None
+        if self.is_json:
+            if not isinstance(value, str | list):
+                raise UserError(f"expected a word or a table, found {value!r}")
+            return value  # DilatedPattern looks at what is in it
+        if self.item is None:
+            found, value = value, self._typed(self.kind, value)
+            if type(value) is not self.kind:
+                raise UserError(f"expected {self.kind.__name__}, found {found!r}")
+            return self.known(value)
+        values = [value] if self.item is str and not isinstance(value, list) else value
+        if isinstance(values, list):
+            values = [self._typed(self.item, item) for item in values]
+        if not isinstance(values, list) or any(type(item) is not self.item for item in values):
+            raise UserError(f"expected a list of {self.item.__name__}, found {value!r}")
+        return [self.known(item) for item in values]
+
+    def _typed(self, kind: type, value: Any) -> Any:
+        """Convert what YAML takes for another type: 6e-4, without a point, 2**20 and 1Mi for text;
+        a weight in a list of words for a number. Anything else stays as it is."""
+        if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+            with contextlib.suppress(ValueError):
+                return float(value)
+        if kind is int and isinstance(value, str):
+            with contextlib.suppress(argparse.ArgumentTypeError):
+                return whole_number(value)
+        if self.item is str and type(value) in (int, float):
+            return str(value)
+        return value
+
+    def known(self, value: Any) -> Any:
+        """Return the choice that a value, or an alias, is. Raises UserError where it is none."""
+        value = self.aliases.get(value, value)
+        return value if self.choices is None else _one_of(self.choices, value)
+
+
+def _one_of(choices: Iterable[Any], value: Any) -> Any:
+    if value not in choices:
+        words = [str(choice) for choice in choices]
+        raise UserError(
+            f"{value!r} is not one of {', '.join(words)}{did_you_mean(str(value), words)}"
+        )
+    return value
 
 
 def _sections() -> dict[str, Any]:
@@ -282,98 +351,8 @@ def _settings() -> dict[str, _Setting]:
             kind = hints[field.name]
             if isinstance(kind, types.UnionType):
                 kind = next(k for k in kind.__args__ if k is not type(None))
-            settings[field.name] = _Setting(
-                section=section,
-                name=field.name,
-                kind=kind,
-                default=field.default,
-                help=field.metadata["help"] + _default_in_words(field.default),
-                choices=field.metadata.get("choices"),
-                aliases=field.metadata.get("aliases", {}),
-                item=field.metadata.get("item"),
-                is_json=field.metadata.get("is_json", False),
-            )
+            options = dict(field.metadata)
+            if field.default is not None:
+                options["help"] += f" (default: {shown(field.default)})"
+            settings[field.name] = _Setting(section, field.name, kind, field.default, **options)
     return settings
-
-
-def _default_in_words(default: Any) -> str:
-    return "" if default is None else f" (default: {shown(default)})"
-
-
-def _checked(value: Any, setting: _Setting) -> Any:
-    """A value from YAML in the setting's own type; UserError where it is of another."""
-    if value is None:
-        if setting.default is not None:
-            raise UserError("has no value")
-        return None
-    if setting.is_json:
-        if not isinstance(value, str | list):
-            raise UserError(f"expected a word or a table, found {value!r}")
-        return value  # DilatedPattern looks at what is in it
-    if setting.item is not None:
-        if setting.item is str:  # also a number, such as a weight
-            words = value if isinstance(value, list) else [value]
-            value = [str(word) if type(word) in (int, float) else word for word in words]
-        if setting.item is int and isinstance(value, list):
-            value = [_as_whole(item) for item in value]
-        if not isinstance(value, list) or any(type(item) is not setting.item for item in value):
-            raise UserError(f"expected a list of {setting.item.__name__}, found {value!r}")
-        for item in value:
-            _check_choice(item, setting)
-        return value
-    if setting.kind is float and isinstance(value, int | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
-            value = float(value)  # YAML takes 6e-4, without a point, for text
-    if setting.kind is int:
-        value = _as_whole(value)
-    if type(value) is not setting.kind:
-        raise UserError(f"expected {setting.kind.__name__}, found {value!r}")
-    value = setting.aliases.get(value, value)
-    _check_choice(value, setting)
-    return value
-
-
-def _as_whole(value: Any) -> Any:
-    """2**20 and 1Mi, which YAML takes for text, as numbers; anything else as it is."""
-    if isinstance(value, str):
-        with contextlib.suppress(argparse.ArgumentTypeError):
-            return whole_number(value)
-    return value
-
-
-def _check_choice(value: Any, setting: _Setting) -> None:
-    if setting.choices is not None and value not in setting.choices:
-        choices = ", ".join(map(str, setting.choices))
-        raise UserError(
-            f"{value!r} is not one of {choices}"
-            f"{did_you_mean(str(value), map(str, setting.choices))}"
-        )
-
-
-def _one_of(
-    choices: tuple[str, ...], word: str, aliases: Mapping[str, str] = MappingProxyType({})
-) -> str:
-    word = aliases.get(word, word)
-    if word not in choices:
-        known = ", ".join(choices)
-        raise argparse.ArgumentTypeError(
-            f"{word!r} is not one of {known}{did_you_mean(word, choices)}"
-        )
-    return word
-
-
-def _json_or_word(text: str) -> Any:
-    if not text.lstrip().startswith("["):
-        return text
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"not a JSON table: {error}") from error
-
-
-def _freeze(value: Any) -> Any:
-    return tuple(_freeze(item) for item in value) if isinstance(value, list) else value
-
-
-def _thaw(value: Any) -> Any:
-    return [_thaw(item) for item in value] if isinstance(value, tuple) else value

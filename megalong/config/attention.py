@@ -15,7 +15,14 @@ from megalong.attention.dense_pattern import DensePattern
 from megalong.attention.local_pattern import LocalPattern
 from megalong.attention.matched_flops import matching_sparse, matching_window
 from megalong.attention.sparse_pattern import SparsePattern
-from megalong.config.flags import flag, flag_name, shown
+from megalong.config.flags import (
+    changed_fields,
+    flag,
+    flag_name,
+    refuse_without,
+    require_positive,
+    shown,
+)
 from megalong.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,14 +31,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """What is known of a kind of attention; whoever needs to know asks here.
+    """A kind of attention.
 
-    pattern: which positions attend to which, from the settings; integers only. Raises ValueError.
-        Asked of it: `at_layer`, `for_heads`, `attention_pairs`, `cached_rows` and
-        `partial_rows`, as of DilatedPattern.
-    describe: the pattern in words, for logs and model cards.
-    passes: the class that computes it (`megalong.attention.passes`), imported when it is first
-        needed, because it needs torch.
+    pattern: makes the pattern, which positions attend to which, of the settings; it has the methods
+        of DilatedPattern. Raises ValueError.
+    describe: puts the pattern into words, for logs and model cards.
+    passes: the class that computes it (`megalong.attention.passes`), which needs torch.
     fields: the settings that the pattern is made of.
     """
 
@@ -41,6 +46,7 @@ class AttentionKind:
     fields: tuple[str, ...] = ()
 
     def passes_class(self) -> type[Passes]:
+        """Import the class that computes it."""
         return resolve_name(self.passes)
 
 
@@ -54,7 +60,9 @@ def _describe_branches(pattern: DilatedPattern) -> str:
 KINDS = MappingProxyType(
     {
         "dilated": AttentionKind(
-            pattern=lambda config: config.dilated_pattern(),
+            pattern=lambda config: DilatedPattern(
+                config.segment_lengths, config.dilation_rates, config.head_offsets
+            ),
             describe=_describe_branches,
             passes="megalong.attention.dilated_passes:DilatedPasses",
             fields=("segment_lengths", "dilation_rates", "head_offsets"),
@@ -130,25 +138,25 @@ class AttentionConfig:
             object.__setattr__(self, "attention", (self.attention,))
 
     def name(self, layer: int) -> str:
-        """That of the kind of a layer, from 0."""
+        """Return the name of the kind of a layer, from 0."""
         return self.attention[layer % len(self.attention)]
 
     def kind(self, layer: int) -> AttentionKind:
-        """That of a layer, from 0."""
+        """Return the kind of a layer, from 0."""
         return KINDS[self.name(layer)]
 
     def pattern(self, layer: int) -> Any:
-        """Which positions attend to which in a layer, from 0 (after `resolve`)."""
+        """Return which positions attend to which in a layer, from 0 (after `resolve`)."""
         return self.kind(layer).pattern(self).at_layer(layer)
 
     @property
     def kinds(self) -> dict[str, AttentionKind]:
-        """Those that there are, by name, each once."""
+        """The kinds that there are, by name, each once."""
         return {name: KINDS[name] for name in self.attention}
 
     @property
     def patterns(self) -> dict[str, Any]:
-        """That of each kind, as its first layer has it (after `resolve`)."""
+        """The pattern of each kind, as its first layer has it (after `resolve`)."""
         return {name: kind.pattern(self) for name, kind in self.kinds.items()}
 
     @property
@@ -159,14 +167,8 @@ class AttentionConfig:
             return words[0]
         return f"layers {' '.join(self.attention)}, and so on: {'; '.join(words)}"
 
-    def dilated_pattern(self) -> DilatedPattern:
-        """The dilated pattern that these fields describe (after `resolve`)."""
-        assert self.segment_lengths is not None and self.dilation_rates is not None
-        return DilatedPattern(self.segment_lengths, self.dilation_rates, self.head_offsets)
-
     def resolve(self, seq_length: int) -> AttentionConfig:
-        """These settings, with branches where none are given. Raises UserError where half of them
-        is given."""
+        """Fill in branches where none are given. Raises UserError where half of them is."""
         lengths, rates = self.segment_lengths, self.dilation_rates
         if (lengths is None) != (rates is None):
             names = ("--segment-lengths", "--dilation-rates")
@@ -182,11 +184,12 @@ class AttentionConfig:
     def with_matched_flops(
         self, heads: int, kv_heads: int, seq_length: int, causal: bool
     ) -> AttentionConfig:
-        """With `match_flops`: window, columns and block that cost as much as the dilated branches
-        (after `check`). Raises UserError where none comes within 2%."""
+        """With `match_flops`, take window, columns and block that cost as much as the dilated
+        branches (after `check`). Raises UserError where none comes within 2%."""
         if not self.match_flops:
             return self
-        pairs = self.dilated_pattern().attention_pairs(seq_length, heads, kv_heads, causal)
+        dilated = KINDS["dilated"].pattern(self)
+        pairs = dilated.attention_pairs(seq_length, heads, kv_heads, causal)
         changed = self
         if "local" in self.attention:
             window = matching_window(pairs, seq_length, heads, causal)
@@ -209,8 +212,8 @@ class AttentionConfig:
         return changed
 
     def changed_by_matching(self, resolved: AttentionConfig) -> list[str]:
-        """What `match_flops` has made of these settings that was given otherwise, in lines.
-        resolved: what became of them."""
+        """Say what `match_flops` has changed of these settings, in lines. resolved: what became of
+        them."""
         given, block = self.sparse_block_size, resolved.sparse_block_size
         if block == given:
             return []
@@ -220,7 +223,7 @@ class AttentionConfig:
         ]
 
     def oddities(self, seq_length: int) -> list[str]:
-        """What can be computed, and yet is hardly what was meant; a line each (after `resolve`)."""
+        """Say what can be computed and yet is hardly meant, a line each (after `resolve`)."""
         assert self.segment_lengths is not None
         lines = []
         longer = [length for length in self.segment_lengths if length > seq_length]
@@ -242,11 +245,9 @@ class AttentionConfig:
                     f"{flag_name(name)} {size}: the whole of --seq-length {seq_length}, so that"
                     f" {kind} attention is dense"
                 )
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for kind in KINDS.keys() - {*self.attention, "dilated"}:  # exports keep those branches
-            for name in KINDS[kind].fields:
-                if getattr(self, name) != defaults[name]:
-                    lines.append(f"{flag_name(name)} is of {kind} attention, which no layer has")
+            for name in changed_fields(self, *KINDS[kind].fields):
+                lines.append(f"{flag_name(name)} is of {kind} attention, which no layer has")
         return lines
 
     def check(self, heads: int, kv_heads: int, seq_length: int, num_layers: int) -> None:
@@ -268,8 +269,7 @@ class AttentionConfig:
                 f"--segment-lengths has {len(lengths)} values and --dilation-rates {len(rates)}:"
                 " a branch is one of each"
             )
-        for name in ("segment_lengths", "dilation_rates"):
-            values = getattr(self, name)
+        for name, values in (("segment_lengths", lengths), ("dilation_rates", rates)):
             if values and min(values) < 1:
                 raise UserError(f"{flag_name(name)} {shown(values)}: each must be at least 1")
         for length, rate in zip(lengths, rates, strict=True):
@@ -282,19 +282,15 @@ class AttentionConfig:
                     f" would take part: set {min(length, seq_length)} or less"
                 )
         try:
-            self.dilated_pattern().offsets(heads, kv_heads)
+            KINDS["dilated"].pattern(self).offsets(heads, kv_heads)
         except ValueError as error:
             raise UserError(
                 f"--segment-lengths, --dilation-rates or --head-offsets: {error}"
             ) from error
-        for name in ("window_size", "sparse_block_size", "sparse_columns"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{flag_name(name)} {getattr(self, name)} must be positive")
-        if self.match_flops and not {"local", "sparse"} & {*self.attention}:
-            raise UserError(
-                "--match-flops is about local and sparse attention: set --attention local, say, or"
-                " leave it out"
-            )
+        require_positive(self, "window_size", "sparse_block_size", "sparse_columns")
+        if not {"local", "sparse"} & {*self.attention}:
+            what = "local and sparse attention"
+            refuse_without(what, "--attention local, say", self, "match_flops")
         if self.sparse_columns > self.sparse_block_size:
             raise UserError(
                 f"--sparse-columns {self.sparse_columns} is above --sparse-block-size"
@@ -302,9 +298,10 @@ class AttentionConfig:
             )
 
 
-# What a model is made with: checkpoints and exports keep it.
+# What a model is made with: checkpoints and exports keep it. Every backend computes the same, and
+# --match-flops is in what it has chosen.
 PATTERN_FIELDS = tuple(
     field.name
     for field in dataclasses.fields(AttentionConfig)
-    if field.name not in ("attention_backend", "match_flops")  # the one computes the same, and
-)  # the other is in what it has chosen
+    if field.name not in ("attention_backend", "match_flops")
+)

@@ -1,4 +1,4 @@
-"""What a step holds in memory of a long sequence, and what it computes again instead.
+"""Tensors of a step that long sequences make large, and how little of them is held at a time.
 
 The pieces are exact, and each has its flag. Left to themselves they follow `--memory-path`: "on" is
 all of them, "off" none, and "auto" is decided by tokens per rank and the memory of device and host,
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from megalong.config.flags import flag, flag_name, largest_divisor, require_positive
+from megalong.config.flags import default, flag, flag_name, largest_divisor, require_positive
 from megalong.config.model import ModelConfig
 from megalong.config.parallel import ParallelConfig
 from megalong.utils.errors import UserError
@@ -23,12 +23,12 @@ SIZES = {
     "loss_chunk_size": ("linear_cross_entropy",),
     "attention_head_groups": ("tiled_attention",),
 }
-# What is taken where nothing else is said.
 HEAD_GROUPS = 4  # of attention, if the heads divide
 TILE_NUMBERS = 2**26  # inner values of the MLP in a tile
 SMALLEST_TILE, LARGEST_TILE = 2**12, 2**14  # tokens
 # Of the device's memory and of the host's: the rest is for CUDA's context, NCCL, fragments, others.
 USABLE = 0.9
+_FOLLOWS = "(default: as --memory-path says)"
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,16 @@ class MemoryConfig:
         choices=("auto", "on", "off"),
     )
     linear_cross_entropy: bool | None = flag(
-        None, "losses without logits of the whole sequence (default: as --memory-path says)"
+        None, f"losses without logits of the whole sequence {_FOLLOWS}"
     )
     loss_chunk_size: int | None = flag(
         None, "tokens whose logits exist at a time (default: 4096, or as many as make 256M logits)"
     )
-    tiled_mlp: bool | None = flag(
-        None, "norm and MLP over tiles of the sequence (default: as --memory-path says)"
-    )
+    tiled_mlp: bool | None = flag(None, f"norm and MLP over tiles of the sequence {_FOLLOWS}")
     tiled_attention: bool | None = flag(
         None,
         "attention for some heads at a time, norm and projections over tiles of the sequence"
-        " (default: as --memory-path says)",
+        f" {_FOLLOWS}",
     )
     tile_size: int | None = flag(
         None,
@@ -63,19 +61,15 @@ class MemoryConfig:
         None, "with --tiled-attention: groups of heads, one at a time (default: up to 4)"
     )
     offload_activations: bool | None = flag(
-        None,
-        "keep what the backward pass needs of a layer in the host's memory (default: as"
-        " --memory-path says)",
+        None, f"keep what the backward pass needs of a layer in the host's memory {_FOLLOWS}"
     )
 
     def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
         """Raise UserError where these settings cannot be (resolved configurations)."""
-        for name in SIZES:
-            if getattr(self, name) is not None:
-                require_positive(self, name)
+        require_positive(self, *SIZES)
         if self.attention_head_groups is None:
             return
-        heads = kv_heads_of_a_rank(model, parallel)
+        heads = _kv_heads_of_a_rank(model, parallel)
         if heads % self.attention_head_groups:
             fitting = largest_divisor(heads, self.attention_head_groups)
             raise UserError(
@@ -84,7 +78,7 @@ class MemoryConfig:
             )
 
     def unused(self, settled: MemoryConfig, parallel: ParallelConfig) -> list[str]:
-        """What was given and does nothing in the run, a line each.
+        """Say what was given and does nothing in the run, a line each.
 
         settled: these settings with nothing left open. parallel: the run's.
         """
@@ -94,9 +88,8 @@ class MemoryConfig:
             for size, pieces in SIZES.items()
             if getattr(self, size) is not None and getattr(settled, size) is None
         ]
-        offload = self.offload_activations
-        offload = self.memory_path == "on" if offload is None else offload
-        if offload and not settled.offload_activations:
+        wanted = default(self.offload_activations, self.memory_path == "on")
+        if wanted and not settled.offload_activations:
             lines.append(
                 "--offload-activations is not used: on a CPU the host's memory is the device's"
             )
@@ -108,7 +101,7 @@ class MemoryConfig:
         return lines
 
     def resolve(self, model: ModelConfig, parallel: ParallelConfig) -> MemoryConfig:
-        """These settings with nothing left open but what "auto" decides later."""
+        """Settle all but what "auto" decides later."""
         if self.memory_path == "auto":
             return self
         return self.with_pieces(self.memory_path == "on", model, parallel)
@@ -116,28 +109,24 @@ class MemoryConfig:
     def with_pieces(
         self, on: bool, model: ModelConfig, parallel: ParallelConfig, offload: bool | None = None
     ) -> MemoryConfig:
-        """These settings with nothing left open: what is not given is as `on` says, and the
-        offload, where it is not given, as `offload` says if that is not None."""
-        values = {name: getattr(self, name) for name in PIECES}
-        values = {name: on if value is None else value for name, value in values.items()}
-        if self.offload_activations is None and offload is not None:
-            values["offload_activations"] = offload
+        """Settle all: what is not given is as `on` says, and the offload, where it is not given, as
+        `offload` says if that is not None."""
+        pieces = {name: default(getattr(self, name), on) for name in PIECES}
+        pieces["offload_activations"] = default(self.offload_activations, default(offload, on))
         most = HEAD_GROUPS
         if parallel.divides_norms:
             # Each group gathers the rows of all tensor ranks, which have fewer heads each.
             most = max(HEAD_GROUPS // parallel.tensor_model_parallel_size, 1)
-        groups = self.attention_head_groups or largest_divisor(
-            kv_heads_of_a_rank(model, parallel), most
-        )
-        tiled = any(values[p] for p in ("tiled_mlp", "tiled_attention", "linear_cross_entropy"))
-        return dataclasses.replace(
-            self,
-            memory_path="on" if on else "off",
-            attention_head_groups=groups if values["tiled_attention"] else None,
-            loss_chunk_size=self.loss_chunk_size if values["linear_cross_entropy"] else None,
-            tile_size=(self.tile_size or _tile_size(model, parallel)) if tiled else None,
-            **values,
-        )
+        sizes = {
+            "tile_size": self.tile_size or _tile_size(model, parallel),
+            "loss_chunk_size": self.loss_chunk_size,
+            "attention_head_groups": self.attention_head_groups
+            or largest_divisor(_kv_heads_of_a_rank(model, parallel), most),
+        }
+        for size, users in SIZES.items():
+            if not any(pieces[user] for user in users):
+                sizes[size] = None
+        return dataclasses.replace(self, memory_path="on" if on else "off", **sizes, **pieces)
 
 
 def _tile_size(model: ModelConfig, parallel: ParallelConfig) -> int:
@@ -149,7 +138,6 @@ def _tile_size(model: ModelConfig, parallel: ParallelConfig) -> int:
     return 2 ** (min(max(TILE_NUMBERS // width, SMALLEST_TILE), LARGEST_TILE).bit_length() - 1)
 
 
-def kv_heads_of_a_rank(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Key/value heads that a tensor-parallel rank has (resolved)."""
+def _kv_heads_of_a_rank(model: ModelConfig, parallel: ParallelConfig) -> int:
     assert model.num_query_groups is not None
     return model.num_query_groups // parallel.tensor_model_parallel_size

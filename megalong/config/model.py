@@ -1,19 +1,25 @@
-"""The Transformer: what the weights are."""
+"""The Transformer, and the scalings of its rotary positions beyond their first training's length.
+
+`megalong.model.rotary` and `megalong.model.rope_scaling` compute what the settings say.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from megalong.config.flags import (
+    changed_fields,
     default,
     flag,
+    flag_name,
+    refuse_without,
     require_more_than_zero,
     require_positive,
 )
-from megalong.config.rope import check_rope, rope_parameters
 from megalong.utils.errors import UserError
 
 
@@ -126,8 +132,7 @@ class ModelConfig:
     )
 
     def resolve(self) -> ModelConfig:
-        """These settings, with the sizes that were left open derived from the others. Raises
-        UserError where one cannot be."""
+        """Derive the sizes that are open from the others. Raises UserError where one cannot be."""
         require_positive(self, "num_layers", "hidden_size", "num_attention_heads", "seq_length")
         ffn_hidden_size, kv_channels = self.ffn_hidden_size, self.kv_channels
         if ffn_hidden_size is None:
@@ -156,15 +161,43 @@ class ModelConfig:
     @property
     def rope_parameters(self) -> dict[str, Any]:
         """The rotary positions as Transformers writes them (after `resolve`)."""
-        return rope_parameters(self)
+        base = self.rotary_base
+        if self.rotary_ntk_factor is not None:
+            # The slowest pair becomes slower by the factor, the fastest stays: as of another base.
+            base *= self.rotary_ntk_factor ** (self.kv_channels / (self.kv_channels - 2))
+        if self.rotary_seq_len_interpolation_factor is not None:
+            scaling = {"rope_type": "linear", "factor": self.rotary_seq_len_interpolation_factor}
+        elif self.rope_scaling_factor is not None:
+            scaling = {
+                "rope_type": "llama3",
+                "factor": self.rope_scaling_factor,
+                "low_freq_factor": self.rope_low_freq_factor,
+                "high_freq_factor": self.rope_high_freq_factor,
+                "original_max_position_embeddings": self.rope_original_length,
+            }
+        elif _has_yarn(self):
+            scaling = {
+                "rope_type": "yarn",
+                "factor": self.yarn_rotary_scaling_factor,
+                "original_max_position_embeddings": self.yarn_original_max_position_embeddings,
+                "beta_fast": self.yarn_beta_fast,
+                "beta_slow": self.yarn_beta_slow,
+                "attention_factor": self.yarn_attention_factor,
+                "mscale": self.yarn_mscale,
+                "mscale_all_dim": self.yarn_mscale_all_dim,
+                "truncate": self.yarn_correction_range_round_to_int,
+            }
+            scaling = {name: value for name, value in scaling.items() if value is not None}
+        else:
+            scaling = {"rope_type": "default"}
+        return {"rope_theta": base, **scaling}
 
     def vocabulary_rows(self, ids: int) -> int:
-        """Rows of the embedding for a tokenizer of `ids` ids. Raises UserError where they are too
-        few."""
+        """Return the rows of the embedding for so many ids of a tokenizer. Raises UserError where
+        they are too few."""
         if self.padded_vocab_size is None:
-            return math.ceil(ids / self.make_vocab_size_divisible_by) * (
-                self.make_vocab_size_divisible_by
-            )
+            multiple = self.make_vocab_size_divisible_by
+            return math.ceil(ids / multiple) * multiple
         if self.padded_vocab_size < ids:
             raise UserError(
                 f"--padded-vocab-size {self.padded_vocab_size} is less than the {ids} ids of the"
@@ -176,15 +209,11 @@ class ModelConfig:
         """Raise UserError where these sizes make no model (after `resolve`)."""
         assert self.num_query_groups is not None and self.kv_channels is not None
         require_positive(
-            self,
-            "ffn_hidden_size",
-            "kv_channels",
-            "num_query_groups",
-            "make_vocab_size_divisible_by",
-            "xpos_scale_base",
-        )
+            self, "ffn_hidden_size", "kv_channels", "num_query_groups",
+            "make_vocab_size_divisible_by", "xpos_scale_base",
+        )  # fmt: skip
         require_more_than_zero(self, "norm_epsilon", "init_method_std")
-        check_rope(self)
+        _check_scaling(self)
         if self.num_attention_heads % self.num_query_groups:
             raise UserError(
                 f"--num-attention-heads {self.num_attention_heads} does not divide by"
@@ -220,6 +249,161 @@ class ModelConfig:
             )
 
 
+# The factor that turns each scaling on: at most one of these.
+FACTORS = (
+    "rotary_ntk_factor",
+    "rotary_seq_len_interpolation_factor",
+    "rope_scaling_factor",
+    "yarn_rotary_scaling_factor",
+)
+# What Llama 3.1's scaling has besides, and YaRN.
+LLAMA3 = ("rope_original_length", "rope_low_freq_factor", "rope_high_freq_factor")
+YARN = (
+    "yarn_original_max_position_embeddings",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_attention_factor",
+    "yarn_mscale",
+    "yarn_mscale_all_dim",
+    "yarn_correction_range_round_to_int",
+)
+# All fields of rotary positions: none is about the shape of a weight.
+ROPE_FIELDS = ("rotary_base", *FACTORS, *LLAMA3, *YARN)
+
+
+def fields_of_scaling(factor: str) -> tuple[str, ...]:
+    """Return the factor of a scaling, one of `FACTORS`, and what has an effect with it alone."""
+    others = {"rope_scaling_factor": LLAMA3, "yarn_rotary_scaling_factor": YARN}
+    return factor, *others.get(factor, ())
+
+
+def _is_on(model: ModelConfig, factor: str) -> bool:
+    """Whether it is set, to another value than 1, which stretches nothing."""
+    if factor == "yarn_rotary_scaling_factor" and model.yarn_attention_factor is not None:
+        return getattr(model, factor) is not None  # it changes the scores besides
+    return getattr(model, factor) not in (None, 1)
+
+
+def _has_yarn(model: ModelConfig) -> bool:
+    """Whether there is all of it, if with a factor of 1, or there should be."""
+    given = model.yarn_rotary_scaling_factor is not None
+    whole = given and model.yarn_original_max_position_embeddings is not None
+    return whole or _is_on(model, "yarn_rotary_scaling_factor")
+
+
+def lost_fields(ours: ModelConfig, theirs: ModelConfig, given: Collection[str]) -> list[str]:
+    """Return the fields of rotary positions that have their default here, another value there, and
+    are missing: not those of a scaling that is turned off here, or has another in its place.
+
+    given: names of fields that were set here, to whatever value, which are not missing.
+    """
+    scaled = any(_is_on(ours, factor) for factor in FACTORS)
+    free = {
+        name
+        for factor in FACTORS
+        if not _is_on(theirs, factor)
+        or (not _is_on(ours, factor) and (scaled or factor in given or getattr(ours, factor)))
+        for name in fields_of_scaling(factor)
+    }
+    return [
+        name
+        for name in changed_fields(theirs, *ROPE_FIELDS)
+        if name not in {*free, *given, *changed_fields(ours, name)}
+    ]
+
+
+def scaling_oddities(model: ModelConfig) -> list[str]:
+    """Say where a scaling fits the sequence badly, a line each; model: resolved."""
+    if not model.has_rotary_positions:
+        return []
+    lengths = {
+        "rope_scaling_factor": "rope_original_length",
+        "yarn_rotary_scaling_factor": "yarn_original_max_position_embeddings",
+    }
+    lines = []
+    for factor, original in lengths.items():
+        if not _is_on(model, factor):
+            continue
+        times, length = getattr(model, factor), getattr(model, original)
+        set_to = f"{flag_name(factor)} {times:g} with {flag_name(original)} {length}"
+        if length >= model.seq_length:
+            lines.append(f"{set_to}: --seq-length {model.seq_length} is not beyond that length")
+        elif times * length < model.seq_length:
+            lines.append(
+                f"{set_to}: --seq-length {model.seq_length} is beyond"
+                f" {times * length:g}, as far as that stretches the positions"
+            )
+    return lines
+
+
+def _check_scaling(model: ModelConfig) -> None:
+    require_positive(model, "rope_original_length")
+    require_more_than_zero(model, "rotary_base")
+    given = [name for name in FACTORS if getattr(model, name) is not None]
+    for name in given:
+        value = getattr(model, name)
+        if model.position_embedding_type != "rope":
+            raise UserError(
+                f"{flag_name(name)} {value} is about rotary positions: set"
+                " --position-embedding-type rope, or leave it out"
+            )
+        if not 1 <= value < math.inf:
+            raise UserError(f"{flag_name(name)} {value} must be at least 1")
+    if len(given) > 1:
+        raise UserError(
+            f"{' and '.join(map(flag_name, given))} are different scalings of the rotary positions:"
+            " set one of them (what is not among the flags stands in the file of --config: take it"
+            " out there)"
+        )
+    if model.rotary_ntk_factor is not None and model.kv_channels == 2:
+        raise UserError(
+            "--rotary-ntk-factor slows the pairs of channels but the first, and a head of 2"
+            " channels has no others: set a larger --kv-channels, or"
+            " --rotary-seq-len-interpolation-factor"
+        )
+    if model.rope_scaling_factor is None:
+        refuse_without("Llama 3.1's scaling", "--rope-scaling-factor too", model, *LLAMA3)
+    _check_turns(model, "rope_low_freq_factor", "rope_high_freq_factor")
+    if model.yarn_rotary_scaling_factor is None:
+        refuse_without("YaRN", "--yarn-rotary-scaling-factor too", model, *YARN)
+    elif _has_yarn(model):
+        _check_yarn(model)
+
+
+def _check_turns(model: ModelConfig, slow: str, fast: str) -> None:
+    require_more_than_zero(model, slow, fast)
+    if getattr(model, fast) <= getattr(model, slow):
+        raise UserError(
+            f"{flag_name(fast)} {getattr(model, fast)} must be more than {flag_name(slow)}"
+            f" {getattr(model, slow)}: turns in the original length above which a pair of channels"
+            " stays, and below which it is slowed down"
+        )
+
+
+def _check_yarn(model: ModelConfig) -> None:
+    if model.yarn_original_max_position_embeddings is None:
+        raise UserError(
+            f"--yarn-rotary-scaling-factor {model.yarn_rotary_scaling_factor} scales positions from"
+            " the length of an earlier training: set --yarn-original-max-position-embeddings to"
+            " that"
+        )
+    require_positive(model, "yarn_original_max_position_embeddings")
+    require_more_than_zero(model, "yarn_attention_factor", "yarn_mscale", "yarn_mscale_all_dim")
+    _check_turns(model, "yarn_beta_slow", "yarn_beta_fast")
+    if model.rotary_base <= 1:
+        raise UserError(f"--rotary-base {model.rotary_base} must be more than 1 with YaRN")
+    if (model.yarn_mscale is None) != (model.yarn_mscale_all_dim is None):
+        raise UserError(
+            "--yarn-mscale and --yarn-mscale-all-dim are two halves of a ratio: set both, or"
+            " neither"
+        )
+    if model.yarn_mscale is not None and model.yarn_attention_factor is not None:
+        raise UserError(
+            "--yarn-attention-factor says what --yarn-mscale and --yarn-mscale-all-dim would: set"
+            " it, or these two"
+        )
+
+
 # xPos (arXiv 2212.10554): pair j of the d / 2 of a head decays by ((2 j / d + G) / (1 + G)) in
 # --xpos-scale-base positions.
 XPOS_GAMMA = 0.4
@@ -229,7 +413,7 @@ SMALLEST_EXPONENT = {"fp32": -126, "bf16": -126, "fp16": -14}
 
 
 def longest_xpos(precision: str, scale_base: float) -> float:
-    """The longest sequence that xPos can scale, in proportion to its base.
+    """Return the longest sequence that xPos can scale, in proportion to its base.
 
     Positions count from the middle of the sequence, so that queries and keys at its ends are
     scaled by (1 + 1 / G) ^ +-(length / 2 / scale_base), in the pair that decays fastest. That may

@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from megalong.config.flags import flag, largest_divisor, require_positive
+from megalong.config.flags import flag, flag_name, largest_divisor, refuse_without, require_positive
 from megalong.config.model import ModelConfig
 from megalong.utils.errors import UserError, counted
 
@@ -71,44 +72,41 @@ class ParallelConfig:
         )
 
     def chunks_per_stage(self, model: ModelConfig) -> int:
-        """Chunks of layers that a pipeline stage holds: one, unless the schedule is interleaved."""
+        """Return the chunks of layers that a pipeline stage holds: one, unless interleaved."""
         if self.num_layers_per_virtual_pipeline_stage is None:
             return 1
         stage = model.num_layers // self.pipeline_model_parallel_size
         return stage // self.num_layers_per_virtual_pipeline_stage
 
     def virtual_pipeline_size(self, model: ModelConfig) -> int | None:
-        """Chunks per stage in Megatron-core's words, in which one is None."""
+        """Return the chunks per stage in Megatron-core's words, in which one is None."""
         chunks = self.chunks_per_stage(model)
         return chunks if chunks > 1 else None
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Replicas of the model among `world_size` ranks; UserError unless that is whole."""
-        require_positive(
-            self,
+        """Return the replicas of the model among `world_size` ranks; UserError unless whole."""
+        names = (
             "tensor_model_parallel_size",
             "sequence_parallel_size",
             "pipeline_model_parallel_size",
         )
+        require_positive(self, *names)
         if world_size % self.ranks_per_replica:
             others = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
             way_out = "make the three smaller"
             if world_size % others == 0:
                 fitting = largest_divisor(world_size // others, self.sequence_parallel_size)
                 way_out = f"set --sequence-parallel-size {fitting}"
+            product = " x ".join(f"{flag_name(name)} {getattr(self, name)}" for name in names)
             raise UserError(
-                f"{counted(world_size, 'rank')} cannot be shared by --tensor-model-parallel-size"
-                f" {self.tensor_model_parallel_size} x --sequence-parallel-size"
-                f" {self.sequence_parallel_size} x --pipeline-model-parallel-size"
-                f" {self.pipeline_model_parallel_size}: start a multiple of"
+                f"{counted(world_size, 'rank')} cannot be shared by {product}: start a multiple of"
                 f" {counted(self.ranks_per_replica, 'rank')}, or {way_out}"
             )
         return world_size // self.ranks_per_replica
 
     def resolve(self) -> ParallelConfig:
-        """These settings, with a ZeRO stage that can be had: DeepSpeed cannot run a backward pass
-        that it does not own without a ZeRO optimizer; stage 1 on one rank is the same
-        arithmetic."""
+        """Take ZeRO stage 1 for 0: DeepSpeed cannot run a backward pass that it does not own
+        without a ZeRO optimizer, and stage 1 on one rank is the same arithmetic."""
         return dataclasses.replace(self, zero_stage=max(1, self.zero_stage))
 
     def check(self, model: ModelConfig, global_batch_size: int, num_microbatches: int) -> None:
@@ -116,38 +114,27 @@ class ParallelConfig:
 
         num_microbatches: of one optimizer step, on one rank.
         """
+        require_positive(self, "num_layers_per_virtual_pipeline_stage", "recompute_num_layers")
         self._check_tensor(model)
         self._check_sequence(model)
-        self._check_pipeline(model, global_batch_size, num_microbatches)
+        self._check_pipeline(model)
+        self._check_interleaved(model, global_batch_size, num_microbatches)
         self._check_recompute(model)
 
     def _check_tensor(self, model: ModelConfig) -> None:
         size = self.tensor_model_parallel_size
-        rows = "--make-vocab-size-divisible-by", model.make_vocab_size_divisible_by
-        if model.padded_vocab_size is not None:
-            rows = "--padded-vocab-size", model.padded_vocab_size
-        for flag_, value in (
-            ("--num-attention-heads", model.num_attention_heads),
-            ("--num-query-groups", model.num_query_groups),
-            ("--ffn-hidden-size", model.ffn_hidden_size),
-            rows,
-        ):
-            if value % size:
-                fitting = math.gcd(value, size)  # any divisor of the size divides the ranks
-                raise UserError(
-                    f"{flag_} {value} does not divide by --tensor-model-parallel-size {size}, whose"
-                    f" ranks share it: set --tensor-model-parallel-size {fitting}, or {flag_}"
-                    f" {_next_multiple(value, size)}"
-                )
+        rows = "padded_vocab_size"
+        if model.padded_vocab_size is None:
+            rows = "make_vocab_size_divisible_by"
+        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", rows):
+            if getattr(model, name) % size:
+                # Any divisor of the size divides the ranks.
+                raise _odd(model, name, self, "tensor_model_parallel_size", math.gcd)
 
     def _check_sequence(self, model: ModelConfig) -> None:
         size, length = self.sequence_parallel_size, model.seq_length
         if length % size:
-            raise UserError(
-                f"--seq-length {length} does not divide by --sequence-parallel-size {size}: set"
-                f" --seq-length {_next_multiple(length, size)}, or --sequence-parallel-size"
-                f" {largest_divisor(length, size)}"
-            )
+            raise _odd(model, "seq_length", self, "sequence_parallel_size", largest_divisor)
         shard, tensor = length // size, self.tensor_model_parallel_size
         if self.divides_norms and shard % tensor:
             raise UserError(
@@ -157,16 +144,10 @@ class ParallelConfig:
                 " --no-sequence-parallel"
             )
 
-    def _check_pipeline(
-        self, model: ModelConfig, global_batch_size: int, num_microbatches: int
-    ) -> None:
-        size, layers = self.pipeline_model_parallel_size, model.num_layers
-        if layers % size:
-            raise UserError(
-                f"--num-layers {layers} does not divide by --pipeline-model-parallel-size {size}:"
-                f" set --pipeline-model-parallel-size {largest_divisor(layers, size)}, or"
-                f" --num-layers {_next_multiple(layers, size)}"
-            )
+    def _check_pipeline(self, model: ModelConfig) -> None:
+        size = self.pipeline_model_parallel_size
+        if model.num_layers % size:
+            raise _odd(model, "num_layers", self, "pipeline_model_parallel_size", largest_divisor)
         if size > 1 and self.zero_stage > 1:
             raise UserError(
                 f"--zero-stage {self.zero_stage} does not work with --pipeline-model-parallel-size"
@@ -174,16 +155,14 @@ class ParallelConfig:
                 " Set --zero-stage 1, or --pipeline-model-parallel-size 1 and share the model over"
                 f" --tensor-model-parallel-size {self.tensor_model_parallel_size * size} instead"
             )
-        self._check_interleaved(layers // size, global_batch_size, num_microbatches)
 
     def _check_interleaved(
-        self, stage_layers: int, global_batch_size: int, num_microbatches: int
+        self, model: ModelConfig, global_batch_size: int, num_microbatches: int
     ) -> None:
         flag_, size = "--num-layers-per-virtual-pipeline-stage", self.pipeline_model_parallel_size
-        if self.num_layers_per_virtual_pipeline_stage is None:
+        layers, stage_layers = self.num_layers_per_virtual_pipeline_stage, model.num_layers // size
+        if layers is None:
             return
-        require_positive(self, "num_layers_per_virtual_pipeline_stage")
-        layers = self.num_layers_per_virtual_pipeline_stage
         if size == 1:
             raise UserError(
                 f"{flag_} {layers} interleaves the stages of a pipeline, and there is one: set"
@@ -208,15 +187,10 @@ class ParallelConfig:
             )
 
     def _check_recompute(self, model: ModelConfig) -> None:
-        require_positive(self, "recompute_num_layers")
         count = self.recompute_num_layers
         if self.recompute_granularity != "full":
-            if count > 1:
-                raise UserError(
-                    f"--recompute-num-layers {count} is for whole layers: set"
-                    " --recompute-granularity full, or leave it out"
-                )
-            return
+            missing = "--recompute-granularity full"
+            return refuse_without("whole layers", missing, self, "recompute_num_layers")
         layers = model.num_layers // self.pipeline_model_parallel_size
         layers //= self.chunks_per_stage(model)
         if count > layers or (self.recompute_method == "uniform" and layers % count):
@@ -228,7 +202,7 @@ class ParallelConfig:
 
 
 def world_size() -> int:
-    """Number of processes of this launch, as torchrun and the deepspeed launcher announce it.
+    """Return the processes of this launch, as torchrun and the deepspeed launcher announce them.
 
     Raises UserError where SLURM started several processes that do not know of each other.
     """
@@ -241,6 +215,23 @@ def world_size() -> int:
             " torchrun a node (srun --ntasks-per-node=1 torchrun ...), or set the three"
         )
     return 1
+
+
+def _odd(
+    model: ModelConfig,
+    name: str,
+    parallel: ParallelConfig,
+    degree: str,
+    fitting: Callable[[int, int], int],
+) -> UserError:
+    """Make the error on a size of the model whose ranks cannot share it. fitting: computes a degree
+    that works of the size and the degree."""
+    value, size = getattr(model, name), getattr(parallel, degree)
+    return UserError(
+        f"{flag_name(name)} {value} does not divide by {flag_name(degree)} {size}, whose ranks"
+        f" share it: set {flag_name(degree)} {fitting(value, size)}, or {flag_name(name)}"
+        f" {_next_multiple(value, size)}"
+    )
 
 
 def _next_multiple(value: int, of: int) -> int:

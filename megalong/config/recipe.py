@@ -17,11 +17,10 @@ from megalong.config.arguments import (
     settings_in,
     with_preset,
 )
+from megalong.config.files import YamlFile
 from megalong.config.flags import flag_name, whole_number
-from megalong.config.samples import SamplesConfig
+from megalong.config.run import SamplesConfig, TasksConfig
 from megalong.config.stages import HOW, TRAINING_DATA, WHAT, Recipe, StageSettings
-from megalong.config.tasks import TasksConfig
-from megalong.config.yaml_file import YamlFile
 from megalong.utils.errors import UserError
 
 # What a stage may set besides.

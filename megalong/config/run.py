@@ -1,4 +1,4 @@
-"""Where a run keeps its things, and how often it looks up."""
+"""Where a run keeps its things, how often it looks up, and what it is evaluated on beside text."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ import dataclasses
 import os
 from dataclasses import dataclass
 
-from megalong.config.flags import default, flag, flag_name, require_more_than_zero, require_positive
+from megalong.config.flags import (
+    default,
+    flag,
+    refuse_without,
+    require_more_than_zero,
+    require_not_negative,
+    require_positive,
+)
 from megalong.config.training import TrainingConfig
+from megalong.evals import STYLES, TASKS
 from megalong.utils.errors import UserError, counted
 
 
@@ -99,7 +107,7 @@ class RunConfig:
         return self.load_optim and not self.finetune
 
     def resolve(self) -> RunConfig:
-        """These settings with the TensorBoard folder and the time of a hang filled in."""
+        """Fill in the TensorBoard folder and the time of a hang."""
         folder = None if self.save is None else os.path.join(self.save, "tensorboard")
         return dataclasses.replace(
             self,
@@ -112,16 +120,10 @@ class RunConfig:
     def check(self, training: TrainingConfig, world_size: int) -> None:
         """Raise UserError where these settings contradict each other, or such a training on so many
         ranks."""
-        if self.finetune and self.load is None:
-            raise UserError("--finetune begins with the weights of a checkpoint: set --load")
-        if self.new_data and self.load is None:
-            raise UserError("--new-data is about a run that goes on: set --load, or leave it out")
-        for name in ("load_optim", "load_rng"):
-            if not getattr(self, name) and self.load is None:
-                raise UserError(
-                    f"--no-{flag_name(name)[2:]} is about a run that goes on: set --load, or leave"
-                    " it out"
-                )
+        if self.load is None:
+            going_on = ("load_optim", "load_rng", "new_data")
+            refuse_without("a run that goes on", "--load", self, *going_on)
+            refuse_without("the weights of a checkpoint", "--load", self, "finetune")
         if self.new_data and self.finetune:
             raise UserError(
                 "--new-data is about a run that goes on, and --finetune begins a new one, on any"
@@ -133,40 +135,38 @@ class RunConfig:
                 " --use-checkpoint-opt-param-scheduler its schedule: leave one of the two out"
             )
         self._check_checkpoints()
-        self._check_reports()
-        self._check_hang_timeout()
+        seconds, minutes = self.hang_timeout_seconds, self.distributed_timeout_minutes
+        assert seconds is not None
+        if not 0 <= seconds < 60 * minutes:
+            raise UserError(
+                f"--hang-timeout-seconds {seconds:g} has to be less than"
+                f" --distributed-timeout-minutes {minutes}, after which the wait is over anyway:"
+                f" set --hang-timeout-seconds {30 * minutes}, or 0 for no such watch"
+            )
         if self.profile:
             self._check_profile(training.train_iters, world_size)
 
     def _check_checkpoints(self) -> None:
         require_positive(
-            self, "save_interval", "log_interval", "eval_interval", "distributed_timeout_minutes"
-        )
-        if self.exit_duration_in_mins is not None:
-            require_more_than_zero(self, "exit_duration_in_mins")
-        for name in ("keep_last", "keep_every"):
-            if getattr(self, name) is not None:
-                require_positive(self, name)
-        for name in ("async_save", "keep_last", "keep_every", "keep_best"):
-            if getattr(self, name) and self.save is None:
-                raise UserError(
-                    f"{flag_name(name)} is about checkpoints: set --save, or leave it out"
-                )
-        if self.keep_every is not None and self.keep_last is None:
-            raise UserError(
-                f"--keep-every {self.keep_every} says which old checkpoints stay, and without"
-                " --keep-last all do: set --keep-last too"
-            )
+            self, "save_interval", "log_interval", "eval_interval", "distributed_timeout_minutes",
+            "keep_last", "keep_every",
+        )  # fmt: skip
+        require_more_than_zero(self, "exit_duration_in_mins", "peak_tflops")
+        require_not_negative(self, "eval_iters")
+        if self.save is None:
+            kept = ("async_save", "keep_last", "keep_every", "keep_best")
+            refuse_without("checkpoints", "--save", self, *kept)
+        if self.keep_last is None:
+            refuse_without("which old checkpoints stay", "--keep-last too", self, "keep_every")
+        if not self.keep_best:
+            refuse_without("what --keep-best goes by", "--keep-best", self, "keep_best_by")
+        if self.wandb_project is None:
+            refuse_without("a run in a project", "--wandb-project", self, "wandb_exp_name")
         if self.keep_every is not None and self.keep_every % self.save_interval:
             raise UserError(
                 f"--keep-every {self.keep_every} is not a multiple of --save-interval"
                 f" {self.save_interval}: set --keep-every"
                 f" {-(-self.keep_every // self.save_interval) * self.save_interval}"
-            )
-        if self.keep_best_by is not None and not self.keep_best:
-            raise UserError(
-                f"--keep-best-by {self.keep_best_by} says what --keep-best goes by: set"
-                " --keep-best, or leave it out"
             )
         if self.keep_best and self.eval_interval % self.save_interval:
             raise UserError(
@@ -178,29 +178,6 @@ class RunConfig:
             raise UserError(
                 "--keep-best compares evaluations on the same tokens, and --full-validation makes"
                 " the last one on others: set --eval-iters 0, or leave one of the two out"
-            )
-        if self.eval_iters < 0:
-            raise UserError(
-                f"--eval-iters {self.eval_iters} must not be negative; 0 is the whole split"
-            )
-
-    def _check_reports(self) -> None:
-        if self.peak_tflops is not None:
-            require_more_than_zero(self, "peak_tflops")
-        if self.wandb_exp_name is not None and self.wandb_project is None:
-            raise UserError(
-                f"--wandb-exp-name {self.wandb_exp_name} names a run in a project: set"
-                " --wandb-project, or leave it out"
-            )
-
-    def _check_hang_timeout(self) -> None:
-        seconds, minutes = self.hang_timeout_seconds, self.distributed_timeout_minutes
-        assert seconds is not None
-        if not 0 <= seconds < 60 * minutes:
-            raise UserError(
-                f"--hang-timeout-seconds {seconds:g} has to be less than"
-                f" --distributed-timeout-minutes {minutes}, after which the wait is over anyway:"
-                f" set --hang-timeout-seconds {30 * minutes}, or 0 for no such watch"
             )
 
     def _check_profile(self, train_iters: int, world_size: int) -> None:
@@ -224,3 +201,115 @@ class RunConfig:
                     f"--profile-ranks {rank}: this launch has {counted(world_size, 'rank')},"
                     " numbered from 0"
                 )
+
+
+@dataclass(frozen=True)
+class TasksConfig:
+    """Tasks that a run is evaluated on beside held-out text."""
+
+    eval_tasks: tuple[str, ...] | None = flag(
+        None,
+        "tasks, made on the fly, that ask for what was said long before",
+        item=str,
+        choices=tuple(TASKS),
+    )
+    eval_task_style: str | None = flag(
+        None,
+        "what they are made of: text of the tokenizer (the default), or bare token ids, for a model"
+        " that is trained on such",
+        choices=STYLES,
+    )
+    eval_task_lengths: tuple[int, ...] | None = flag(
+        None, "tokens of their samples (default: --seq-length)", item=int
+    )
+    eval_task_samples: int | None = flag(None, "samples of each task and length (default: 32)")
+    eval_task_interval: int | None = flag(
+        None, "iterations between their evaluations (default: --eval-interval)"
+    )
+
+    def description(self, seq_length: int) -> str:
+        """Say what is evaluated on, and how much there is to read (after `resolve`)."""
+        assert self.eval_tasks is not None and self.eval_task_lengths is not None
+        lengths = ", ".join(f"{length:,}" for length in self.eval_task_lengths)
+        made_of = "text" if self.eval_task_style == "text" else "bare ids"
+        sequences = len(self.eval_tasks) * len(self.eval_task_lengths) * self.eval_task_samples
+        return (
+            f"tasks: {', '.join(self.eval_tasks)}, of {made_of}, {lengths} tokens,"
+            f" {counted(self.eval_task_samples, 'sample')} of each, every"
+            f" {counted(self.eval_task_interval, 'iteration')}: an evaluation reads"
+            f" {counted(sequences, 'sequence')} of {seq_length:,},"
+            f" {counted(sequences * seq_length, 'token')}"
+        )
+
+    def resolve(self, seq_length: int, eval_interval: int) -> TasksConfig:
+        """Fill in what is open where there are tasks; an empty list of them is none."""
+        if not self.eval_tasks:
+            return dataclasses.replace(self, eval_tasks=None)
+        return dataclasses.replace(
+            self,
+            eval_tasks=tuple(dict.fromkeys(self.eval_tasks)),
+            eval_task_style=default(self.eval_task_style, "text"),
+            eval_task_lengths=tuple(dict.fromkeys(default(self.eval_task_lengths, (seq_length,)))),
+            eval_task_samples=default(self.eval_task_samples, 32),
+            eval_task_interval=default(self.eval_task_interval, eval_interval),
+        )
+
+    def check(self, seq_length: int, causal: bool) -> None:
+        """Raise UserError where these settings are not for such a run (after `resolve`)."""
+        if self.eval_tasks is None:
+            return refuse_without("tasks", "--eval-tasks", self, *vars(self))
+        if not causal:
+            raise UserError(
+                "--eval-tasks are about predicting the next token: with --objective mlm leave them"
+                " out"
+            )
+        require_positive(self, "eval_task_samples", "eval_task_interval")
+        assert self.eval_task_lengths is not None
+        for length in self.eval_task_lengths:
+            if length > seq_length:
+                raise UserError(
+                    f"--eval-task-lengths {length} is longer than --seq-length {seq_length}: leave"
+                    " it out; tools/evaluate.py tries a checkpoint at other lengths"
+                )
+
+
+@dataclass(frozen=True)
+class SamplesConfig:
+    """Texts that a run continues while it trains, to be read."""
+
+    sample_prompts: tuple[str, ...] | None = flag(
+        None,
+        "texts to continue now and then, or .txt files with one in each line; every new token takes"
+        " a forward pass over a whole sequence",
+        item=str,
+    )
+    sample_interval: int | None = flag(
+        None, "iterations between such samples (default: --eval-interval)"
+    )
+    sample_tokens: int | None = flag(None, "tokens of a continuation (default: 32)")
+    sample_temperature: float | None = flag(
+        None, "of the draws of their tokens; 0, the default, takes the likeliest always"
+    )
+
+    def resolve(self, eval_interval: int) -> SamplesConfig:
+        """Fill in what is open where there are prompts; an empty list of them is none."""
+        if not self.sample_prompts:
+            return dataclasses.replace(self, sample_prompts=None)
+        return dataclasses.replace(
+            self,
+            sample_interval=default(self.sample_interval, eval_interval),
+            sample_tokens=default(self.sample_tokens, 32),
+            sample_temperature=default(self.sample_temperature, 0.0),
+        )
+
+    def check(self, causal: bool) -> None:
+        """Raise UserError where these settings are not for such a run (after `resolve`)."""
+        if self.sample_prompts is None:
+            return refuse_without("samples", "--sample-prompts", self, *vars(self))
+        if not causal:
+            raise UserError(
+                "--sample-prompts are continued token by token, which a masked-language model does"
+                " not: with --objective mlm leave them out"
+            )
+        require_positive(self, "sample_interval", "sample_tokens")
+        require_not_negative(self, "sample_temperature")

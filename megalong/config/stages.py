@@ -38,10 +38,10 @@ from megalong.config.arguments import (
     to_yaml,
 )
 from megalong.config.attention import AttentionConfig
+from megalong.config.files import YamlFile
 from megalong.config.memory import MemoryConfig
+from megalong.config.model import FACTORS, ROPE_FIELDS, fields_of_scaling, lost_fields
 from megalong.config.parallel import ParallelConfig
-from megalong.config.rope import FACTORS, ROPE_FIELDS, fields_of_scaling, lost_fields
-from megalong.config.yaml_file import YamlFile
 from megalong.utils.errors import UserError, counted
 
 

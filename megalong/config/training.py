@@ -1,17 +1,26 @@
-"""Batches, optimizer, schedule, precision."""
+"""Batches, optimizer, schedule, precision; what the user's own DeepSpeed file says of them.
+
+What may stand in that file, and how it is merged with the flags:
+`megalong.training.deepspeed_config`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from megalong.config.deepspeed_file import keeps_optimizer_on_host
 from megalong.config.flags import (
     default,
     flag,
     flag_name,
+    largest_divisor,
+    refuse_without,
     require_more_than_zero,
+    require_not_negative,
     require_positive,
 )
 from megalong.utils.errors import UserError
@@ -116,13 +125,13 @@ class TrainingConfig:
 
     @property
     def causal(self) -> bool:
-        """Whether a token is told from those before it alone; else attention looks both ways, and
-        tokens are masked."""
+        """Whether a token is told from those before it alone, and not masked tokens from both
+        sides."""
         return self.objective == "causal"
 
     def resolve(self, data_parallel_size: int) -> TrainingConfig:
-        """These settings; where they were left open, the batch is one micro batch a replica, and
-        the decay ends with the last iteration."""
+        """Fill in what is open: a batch is one micro batch a replica, and the decay ends with the
+        last iteration."""
         require_positive(self, "micro_batch_size", "train_iters")
         if not 0 <= self.lr_begin_iters < self.train_iters:
             raise UserError(
@@ -147,35 +156,24 @@ class TrainingConfig:
             share, odd = divmod(self.global_batch_size, data_parallel_size)
             smaller = ""
             if share > 0 and not odd:
-                smaller = f"--micro-batch-size {_divisor(share, self.micro_batch_size)}, or "
+                smaller = f"--micro-batch-size {largest_divisor(share, self.micro_batch_size)}, or "
             raise UserError(
                 f"--global-batch-size {self.global_batch_size} does not divide by"
                 f" --micro-batch-size {self.micro_batch_size} x {data_parallel_size} data-parallel"
                 f" ranks: set {smaller}--global-batch-size {larger}, or change the layout"
             )
         self._check_objective()
-        require_more_than_zero(self, "lr", "lr_decay_power")
+        require_more_than_zero(self, "lr", "lr_decay_power", "loss_scale")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed} must lie in [0, 2^32)")
-        if not 0 <= self.lr_warmup_iters <= self.lr_decay_iters:
-            raise UserError(
-                f"--lr-warmup-iters {self.lr_warmup_iters} must lie between 0 and"
-                f" {self._decay_end_in_words}"
-            )
-        self._check_wsd()
-        if not 0 <= self.min_lr <= self.lr:
-            raise UserError(f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr}")
+        self._check_schedule()
         self._check_loss_spikes()
         require_positive(self, "muon_num_ns_steps")
         require_more_than_zero(self, "muon_extra_scale_factor")
         for name in ("adam_beta1", "adam_beta2", "sgd_momentum", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{flag_name(name)} must lie in [0, 1)")
-        for name in ("clip_grad", "weight_decay", "adam_eps", "z_loss_coeff"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{flag_name(name)} must be a number and not negative")
-        if self.loss_scale is not None and self.loss_scale <= 0:
-            raise UserError(f"--loss-scale {self.loss_scale} must be positive")
+        require_not_negative(self, "clip_grad", "weight_decay", "adam_eps", "z_loss_coeff")
         if self.initial_loss_scale < 1 or math.log2(self.initial_loss_scale) % 1:
             raise UserError(
                 f"--initial-loss-scale {self.initial_loss_scale:g} must be a power of two"
@@ -198,61 +196,54 @@ class TrainingConfig:
             )
 
     def _check_loss_spikes(self) -> None:
-        factor, window = self.skip_loss_spikes, self.loss_spike_window
+        factor = self.skip_loss_spikes
         require_positive(self, "loss_spike_window")
-        if factor is None and window != 128:
-            raise UserError(
-                f"--loss-spike-window {window} is about --skip-loss-spikes: set that, 2 say, or"
-                " leave it out"
-            )
-        if factor is not None and not 1 < factor < math.inf:
+        if factor is None:
+            what = "--skip-loss-spikes"
+            return refuse_without(what, "that, 2 say", self, "loss_spike_window")
+        if not 1 < factor < math.inf:
             raise UserError(
                 f"--skip-loss-spikes {factor:g} must be more than 1: half of all losses are above"
                 " their median"
             )
-        if factor is not None and keeps_optimizer_on_host(self.deepspeed_config):
+        if keeps_optimizer_on_host(self.deepspeed_config):
             raise UserError(
                 f"--skip-loss-spikes leaves out no update of an optimizer on the host, where"
                 f" --deepspeed-config {self.deepspeed_config} has it: leave out one of the two"
             )
 
-    def _check_wsd(self) -> None:
-        iterations, style = self.lr_wsd_decay_iters, self.lr_wsd_decay_style
+    def _check_schedule(self) -> None:
+        # The last iteration of the decay, by the flag that says it.
+        end = f"--train-iters {self.train_iters}"
+        if self.lr_begin_iters:
+            end += f" - --lr-begin-iters {self.lr_begin_iters}"
+        if self.lr_decay_iters != self.train_iters - self.lr_begin_iters:
+            end = f"--lr-decay-iters {self.lr_decay_iters}"
+        room = self.lr_decay_iters - self.lr_warmup_iters
+        if self.lr_warmup_iters < 0 or room < 0:
+            raise UserError(
+                f"--lr-warmup-iters {self.lr_warmup_iters} must lie between 0 and {end}"
+            )
+        if not 0 <= self.min_lr <= self.lr:
+            raise UserError(f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr}")
         if self.lr_decay_style != "WSD":
-            if iterations is not None or style != "exponential":
-                name = f"--lr-wsd-decay-style {style}"
-                name = name if iterations is None else f"--lr-wsd-decay-iters {iterations}"
-                raise UserError(f"{name} is about WSD: set --lr-decay-style WSD, or leave it out")
-            return
+            names = ("lr_wsd_decay_iters", "lr_wsd_decay_style")
+            return refuse_without("WSD", "--lr-decay-style WSD", self, *names)
+        iterations = self.lr_wsd_decay_iters
         if iterations is None:
             raise UserError(
                 "--lr-decay-style WSD is stable until its decay: set --lr-wsd-decay-iters to the"
                 " iterations of that"
             )
-        room = self.lr_decay_iters - self.lr_warmup_iters
         if not 0 < iterations <= room:
             raise UserError(
                 f"--lr-wsd-decay-iters {iterations} must be at least 1, and at most {room}, the"
-                f" iterations from the warm-up to {self._decay_end_in_words}"
+                f" iterations from the warm-up to {end}"
             )
-
-    @property
-    def _decay_end_in_words(self) -> str:
-        """The last iteration of the decay, by the flag that says it: that of the run, unless it is
-        another."""
-        if self.lr_decay_iters != self.train_iters - self.lr_begin_iters:
-            return f"--lr-decay-iters {self.lr_decay_iters}"
-        begin = f" - --lr-begin-iters {self.lr_begin_iters}" if self.lr_begin_iters else ""
-        return f"--train-iters {self.train_iters}{begin}"
 
     def _check_objective(self) -> None:
-        if self.mask_rate is None:
-            return
         if self.causal:
-            raise UserError(
-                f"--mask-rate {self.mask_rate:g} is about masked tokens: set --objective mlm, or"
-                " leave it out"
-            )
+            return refuse_without("masked tokens", "--objective mlm", self, "mask_rate")
         if not 0 < self.mask_rate < 1:
             raise UserError(
                 f"--mask-rate {self.mask_rate:g} must lie between 0 and 1: with 0 there is nothing"
@@ -260,6 +251,25 @@ class TrainingConfig:
             )
 
 
-def _divisor(number: int, most: int) -> int:
-    """The largest that is no larger than `most`."""
-    return next(size for size in range(most, 0, -1) if number % size == 0)
+def read_deepspeed_file(path: str) -> dict[str, Any]:
+    """Read the file of --deepspeed-config. Raises UserError where it is no JSON object."""
+    try:
+        settings = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"--deepspeed-config {path}: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--deepspeed-config {path}: not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"--deepspeed-config {path}: expected a JSON object")
+    return settings
+
+
+def keeps_optimizer_on_host(path: str | None) -> bool:
+    """Return whether the file asks for ZeRO-Offload: master weights and moments in the host's
+    memory, or on its disks, and the update on its processors. path: None is no file."""
+    zero = read_deepspeed_file(path).get("zero_optimization") if path is not None else None
+    if not isinstance(zero, dict):
+        return False
+    offload = zero.get("offload_optimizer")
+    here = isinstance(offload, dict) and offload.get("device", "none") != "none"
+    return here or bool(zero.get("cpu_offload"))  # the older name, which DeepSpeed still takes

@@ -7,7 +7,7 @@ elsewhere, or divided between the two, neither it nor the cost model knows.
 from __future__ import annotations
 
 from megalong.config import Config
-from megalong.config.deepspeed_file import read_deepspeed_file
+from megalong.config.training import read_deepspeed_file
 from megalong.utils.errors import UserError
 
 # Settings of offload_optimizer under which it is not the whole update that the host computes.

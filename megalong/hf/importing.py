@@ -18,7 +18,7 @@ from megalong.checkpoint.first import write_first_checkpoint
 from megalong.checkpoint.tokenizer import HUGGINGFACE_FILES, SENTENCEPIECE_FILE
 from megalong.config import Config
 from megalong.config.arguments import config_from_values, to_yaml
-from megalong.config.rope import FACTORS, fields_of_scaling
+from megalong.config.model import FACTORS, fields_of_scaling
 from megalong.data.tokenizers.tokenizer import build_tokenizer
 from megalong.hf.configs import DTYPE_OF_PRECISION, megalong_values
 from megalong.hf.names import Entry, check_names, check_shape, entries

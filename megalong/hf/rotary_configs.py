@@ -56,7 +56,7 @@ def rotary_values(
 
     Transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling; either is
     read as Transformers 5 does. where: the file, for errors. instead: factors of scalings, of
-    `megalong.config.rope.FACTORS`, that take the place of the file's: of one of another kind the
+    `megalong.config.model.FACTORS`, that take the place of the file's: of one of another kind the
     base alone is read. Raises UserError for positions that megalong has not, and where the factor
     is missing.
     """

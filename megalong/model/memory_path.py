@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 
 from megalong.config import Config
-from megalong.config.deepspeed_file import keeps_optimizer_on_host
 from megalong.config.memory import USABLE
+from megalong.config.training import keeps_optimizer_on_host
 from megalong.model.flops import executed_flops
 from megalong.model.optimizers import optimizer_of
 from megalong.model.output import tokens_of_a_chunk

@@ -13,7 +13,7 @@ from megalong.config.arguments import config_from_values
 from megalong.config.attention import PATTERN_FIELDS
 from megalong.config.flags import shown
 from megalong.config.memory import PIECES
-from megalong.config.rope import ROPE_FIELDS
+from megalong.config.model import ROPE_FIELDS
 from megalong.data.sources import sources_of_flag
 from megalong.model.optimizers import optimizer_of
 from megalong.training.learning_rate import learning_rate

@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from megalong.config import Config
-from megalong.config.deepspeed_file import read_deepspeed_file
+from megalong.config.training import read_deepspeed_file
 from megalong.model.optimizers import optimizer_of
 from megalong.training.deepspeed_keys import check_keys
 from megalong.utils.errors import UserError, did_you_mean

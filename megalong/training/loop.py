@@ -12,10 +12,9 @@ from pathlib import Path
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.checkpoint.saving import Saver
-from megalong.config import Config
+from megalong.config import Config, unused
 from megalong.config.arguments import to_yaml
 from megalong.config.stages import Stage
-from megalong.config.unused import unused
 from megalong.data.batches import (
     Batch,
     evaluation_batches,

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.saving import Saver
 from megalong.config import Config
-from megalong.config.rope import scaling_oddities
+from megalong.config.model import scaling_oddities
 from megalong.config.stages import Stage
 from megalong.data.blend import Blend, shown_shares
 from megalong.data.tokenizers.tokenizer import Tokenizer

@@ -29,7 +29,7 @@ from megalong.checkpoint.texts import read_progress
 from megalong.config import Config, ModelConfig, flag_name
 from megalong.config.attention import PATTERN_FIELDS
 from megalong.config.flags import shown
-from megalong.config.rope import FACTORS, ROPE_FIELDS, lost_fields
+from megalong.config.model import FACTORS, ROPE_FIELDS, lost_fields
 from megalong.config.stages import HOW, WHAT, Stage
 from megalong.data.blend import History
 from megalong.training.changes import config_of, differences, with_schedule_of

@@ -7,12 +7,11 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from megalong.config import Config, DataConfig, ModelConfig, world_size
+from megalong.config import Config, DataConfig, ModelConfig, unused, world_size
 from megalong.config.flags import shown
 from megalong.config.memory import PIECES
-from megalong.config.rope import ROPE_FIELDS, scaling_oddities
+from megalong.config.model import ROPE_FIELDS, scaling_oddities
 from megalong.config.stages import DATA_TO_COME, Recipe, Stage
-from megalong.config.unused import unused
 from megalong.data.tokenizers.tokenizer import build_tokenizer
 from megalong.model.flops import executed_flops
 from megalong.training.learning_rate import learning_rate

@@ -12,7 +12,7 @@ from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.texts import read_progress
 from megalong.config import Config, ModelConfig, flag_name
 from megalong.config.flags import shown
-from megalong.config.rope import ROPE_FIELDS
+from megalong.config.model import ROPE_FIELDS
 from megalong.config.stages import WHAT, Stage
 from megalong.model.optimizers import optimizer_of
 from megalong.training.changes import comparable_settings
