@@ -161,10 +161,8 @@ def read_yaml(path: str) -> dict[str, Any]:
     """
     file = YamlFile.read(path)
     if "stages" in file.content:
-        raise UserError(
-            f"{file.where('stages')}: stages: a run of several is for pretrain_longnet.py and"
-            " tools/plan_run.py: give the settings of one of them"
-        )
+        words = "stages: a run of several is for pretrain_longnet.py and tools/plan_run.py"
+        raise file.error(f"{words}: give the settings of one of them", "stages")
     # `stages` is no setting, and yet what a misspelt key may have meant.
     found = settings_in(file, others={"stages": None})
     return {name: value.value for name, value in found.items()}
@@ -205,14 +203,14 @@ def settings_in(
             values[name] = FileValue(value, here)
         except UserError as error:
             words = f"{section}.{key}" if section else key
-            raise UserError(f"{file.where(*here)}: {of}{words}: {error}") from None
+            raise file.error(f"{of}{words}: {error}", *here) from None
 
     for key, value in (file.content if content is None else content).items():
         if key in sections and isinstance(value, dict | None):
             for inner, inner_value in (value or {}).items():
                 take(inner, inner_value, key)
         elif key in sections and key not in _settings():
-            raise UserError(f"{file.where(*place, key)}: {of}{key} is a section, found {value!r}")
+            raise file.error(f"{of}{key} is a section, found {value!r}", *place, key)
         else:
             take(key, value, None)
     return values

@@ -72,6 +72,10 @@ class YamlFile:
             elif isinstance(node, yaml.SequenceNode):
                 nodes += [(item, (*place, number)) for number, item in enumerate(node.value)]
 
+    def error(self, words: str, *place: Hashable) -> UserError:
+        """Make the error on what stands in a place."""
+        return UserError(f"{self.where(*place)}: {words}")
+
     def where(self, *place: Hashable) -> str:
         """Return "--config FILE, line 12" of a place, the keys and list indices that lead to it; of
         one that stands in no line (it was merged in by `<<`), of the innermost around it."""

@@ -1,13 +1,11 @@
-"""The file of a run of several stages, read and checked (`megalong.config.stages`)."""
+"""Reader of a command line whose file may have several stages (`megalong.config.stages`)."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
-import math
 from collections.abc import Iterator
-from types import MappingProxyType
 from typing import Any
 
 from megalong.config.arguments import (
@@ -20,33 +18,30 @@ from megalong.config.arguments import (
 from megalong.config.files import YamlFile
 from megalong.config.flags import flag_name, whole_number
 from megalong.config.run import SamplesConfig, TasksConfig
-from megalong.config.stages import HOW, TRAINING_DATA, WHAT, Recipe, StageSettings
+from megalong.config.stages import HOW, TRAINING_DATA, WHAT, Recipe, StageSettings, fields_of
 from megalong.utils.errors import UserError
 
-# What a stage may set besides.
-_WATCHED = (
+# The settings that a stage may have; the last ones are about what is watched in it.
+OF_A_STAGE = frozenset([
+    *HOW, *WHAT, *fields_of(TasksConfig, SamplesConfig),
     "valid_data_path", "test_data_path", "save_interval", "log_interval", "eval_interval",
     "eval_iters", "full_validation", "keep_best_by",
-    *(each.name for each in dataclasses.fields(TasksConfig)),
-    *(each.name for each in dataclasses.fields(SamplesConfig)),
-)  # fmt: skip
-OF_A_STAGE = frozenset([*HOW, *WHAT, *_WATCHED])
+])  # fmt: skip
 _LENGTHS = ("train_iters", "train_tokens")
 _NO_COMMON = {
     "train_iters": "each stage has its own: set it there",
     "train_tokens": "each stage has its own: set it there",
     "lr_begin_iters": "the schedule of a stage begins with the stage: leave it out",
 }
-_OTHERS = MappingProxyType({"name": None, "train_tokens": "training"})
-_NOT_HERE = ("config", "preset")  # read already, and to be laid under each stage
+# Keys of a stage that are no settings, and the section that one may stand in.
+_OTHERS = {"name": None, "train_tokens": "training"}
 
 
 def parse_run(arguments: list[str], description: str | None = None) -> Recipe:
-    """What a command line of pretrain_longnet.py describes.
+    """Return what a command line of pretrain_longnet.py describes.
 
-    Raises UserError as `parse_arguments` does, and where the stages of its file are none: one
-    without a name or a length, two of one name, one that sets what all have to have in common, or
-    what the command line sets otherwise.
+    Raises UserError as `parse_arguments` does, and for a stage without a name or a length, with the
+    name of another, or with what all have to have in common or the command line sets otherwise.
     """
     parser = build_parser(description)
     parser.add_argument(
@@ -66,7 +61,7 @@ def parse_run(arguments: list[str], description: str | None = None) -> Recipe:
 
 
 def recipe_of(given: dict[str, Any]) -> Recipe:
-    """`parse_run` of what `build_parser`'s parser found, `given`; other flags than the
+    """Do `parse_run` of what `build_parser`'s parser found, `given`; other flags than the
     configuration's are left out. Raises UserError as that does."""
     file = YamlFile.read(given["config"]) if "config" in given else None
     if file is None or "stages" not in file.content:
@@ -74,54 +69,61 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
         # No flags.yaml of a run has a null.
         meant = {name for name, value in values.items() if name in given or value is None}
         return Recipe((StageSettings(None, values, meant=frozenset(meant)),))
-    file.check_keys(lambda place: _stage_at(file, place))
+    entries = file.content["stages"]
+
+    def of(place: tuple[Any, ...]) -> str:
+        """Return "stage NAME: " of a place in one that has a name."""
+        inside = len(place) > 1 and place[0] == "stages" and isinstance(place[1], int)
+        entry = entries[place[1]] if inside else None
+        named = isinstance(entry, dict) and entry.get("name") is not None
+        return f"stage {entry['name']}: " if named else ""
+
+    file.check_keys(of)
+    if not isinstance(entries, list) or not entries:
+        raise file.error("stages: a list is expected, each with `name: ...`", "stages")
     return Recipe(tuple(_stages_of(file, given)))
 
 
-def _stage_at(file: YamlFile, place: tuple[Any, ...]) -> str:
-    """ "stage NAME: " of a place in one that has a name."""
-    match place:
-        case ("stages", int(number), *_):
-            entry = file.content["stages"][number]
-            if isinstance(entry, dict) and entry.get("name") is not None:
-                return f"stage {entry['name']}: "
-    return ""
-
-
 def _stages_of(file: YamlFile, given: dict[str, Any]) -> Iterator[StageSettings]:
-    """The stages of a file. given: what the parser found on the command line."""
+    """Read the stages of a file. given: what the parser found on the command line."""
     common = settings_in(
         file,
         {key: value for key, value in file.content.items() if key != "stages"},
         others={"train_tokens": "training"},
     )
-    flags = given_values({name: value for name, value in given.items() if name not in _NOT_HERE})
+    # The file is read already, and the preset is to be laid under each stage.
+    flags = {name: value for name, value in given.items() if name not in ("config", "preset")}
+    flags = given_values(flags)
     for name, why in _NO_COMMON.items():
         if name in common:
-            raise UserError(f"{file.where(*common[name].place)}: {name} beside `stages:`: {why}")
+            raise file.error(f"{name} beside `stages:`: {why}", *common[name].place)
         if name in flags:
             raise UserError(f"{flag_name(name)} beside stages: {why}")
     shared = {name: found.value for name, found in common.items()} | flags
     if shared.get("save") is None:
-        raise UserError(
-            f"{file.where('stages')}: stages: each goes on from the checkpoint that the one before"
-            " it has left: set --save"
-        )
+        words = "each goes on from the checkpoint that the one before it has left: set --save"
+        raise file.error(f"stages: {words}", "stages")
     if shared.get("use_checkpoint_opt_param_scheduler"):
         raise UserError(
             "--use-checkpoint-opt-param-scheduler keeps the schedule of a checkpoint, and each"
             " stage has its own: leave it out"
         )
-    names: dict[str, int] = {}
-    for number, (name, own, place) in enumerate(_own_settings(file)):
+    names: list[str] = []
+    for number, entry in enumerate(file.content["stages"]):
+        place = ("stages", number)
+        name = _name(file, entry, place)
+        own = settings_in(file, entry, place, _OTHERS, f"stage {name}: ")
         if name in names:
-            raise UserError(
-                f"{file.where(*own['name'].place)}: stages: {name} is the name of another stage"
-                f" already, of number {names[name] + 1}: choose another"
-            )
-        names[name] = number
-        _check_own(file, name, own, flags, number)
-        values = _over(shared, {key: found.value for key, found in own.items()})
+            words = f"stages: {name} is the name of another stage already, of number"
+            words += f" {names.index(name) + 1}: choose another"
+            raise file.error(words, *own["name"].place)
+        names.append(name)
+        own |= _length(file, name, own)
+        _check_own(file, name, own, flags, is_first=number == 0)
+        values = dict(shared)
+        if any(key in own for key in TRAINING_DATA):  # one way to say it replaces the others
+            values = {key: value for key, value in shared.items() if key not in TRAINING_DATA}
+        values |= {key: found.value for key, found in own.items()}
         values |= {key: value for key, value in flags.items() if key in HOW}
         if number > 0:
             values |= {"finetune": False, "pretrained_checkpoint": None}
@@ -136,94 +138,62 @@ def _stages_of(file: YamlFile, given: dict[str, Any]) -> Iterator[StageSettings]
         yield dataclasses.replace(settings, values=values)
 
 
-def _own_settings(
-    file: YamlFile,
-) -> Iterator[tuple[str, dict[str, FileValue], tuple[Any, ...]]]:
-    """Name, settings and place of each stage."""
-    entries = file.content["stages"]
-    if not isinstance(entries, list) or not entries:
-        raise UserError(
-            f"{file.where('stages')}: stages: a list is expected, each with `name: ...`"
-        )
-    for number, entry in enumerate(entries):
-        place = ("stages", number)
-        if not isinstance(entry, dict):
-            raise UserError(
-                f"{file.where(*place)}: stages: expected `name: ...` and settings, found {entry!r}"
-            )
-        name = entry.get("name")
-        if name is None or name == "" or str(name).isspace():
-            raise UserError(f"{file.where(*place)}: stages: one without a name: set `name: ...`")
-        if not isinstance(name, str | int) or isinstance(name, bool):
-            where = file.where(*place, "name")
-            raise UserError(f"{where}: stages: a name is text, found {name!r}: put it in quotes")
-        name = str(name).strip()
-        yield name, settings_in(file, entry, place, _OTHERS, f"stage {name}: "), place
+def _name(file: YamlFile, entry: Any, place: tuple[Any, ...]) -> str:
+    """Return the name of a stage, an entry of the list in the file."""
+    if not isinstance(entry, dict):
+        words = f"stages: expected `name: ...` and settings, found {entry!r}"
+        raise file.error(words, *place)
+    name = entry.get("name")
+    if name is None or name == "" or str(name).isspace():
+        raise file.error("stages: one without a name: set `name: ...`", *place)
+    if not isinstance(name, str | int) or isinstance(name, bool):
+        words = f"stages: a name is text, found {name!r}: put it in quotes"
+        raise file.error(words, *place, "name")
+    return str(name).strip()
+
+
+def _length(file: YamlFile, name: str, own: dict[str, FileValue]) -> dict[str, FileValue]:
+    """Return the length of a stage, of its own settings, as a whole number: 2000000000 or 2.0e9 in
+    the file, or 2e9, 2**31 or 2Gi, which YAML takes for text."""
+    lengths = [key for key in _LENGTHS if key in own]
+    if not lengths:
+        words = f"stage {name} has no length: set train_iters, or train_tokens"
+        raise file.error(words, *own["name"].place)
+    if len(lengths) > 1:
+        words = f"stage {name} has train_iters and train_tokens: keep one of them"
+        raise file.error(words, *own["train_tokens"].place)
+    [length] = lengths
+    found, value = own[length], 0
+    with contextlib.suppress(ValueError, OverflowError):
+        number = float(str(found.value))
+        value = int(number) if number == int(number) else 0
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        value = whole_number(str(found.value))
+    if value < 1:
+        words = f"{length}: expected a positive whole number, found {found.value!r}"
+        raise file.error(f"stage {name}: {words}", *found.place)
+    return {length: FileValue(value, found.place)}
 
 
 def _check_own(
-    file: YamlFile, name: str, own: dict[str, FileValue], flags: dict[str, Any], number: int
+    file: YamlFile, name: str, own: dict[str, FileValue], flags: dict[str, Any], is_first: bool
 ) -> None:
-    """Raise UserError where a stage sets what it may not, or nothing of its length, or what the
-    command line sets, too."""
+    """Raise UserError where a stage sets what it may not, or what the command line sets, too."""
     for key, found in own.items():
-        where = f"{file.where(*found.place)}: stage {name}: {key}"
+        why = None
         if key == "pretrained_checkpoint":
-            if number > 0 and found.value is not None:
-                raise UserError(
-                    f"{where}: only the first stage begins with another model: the others go on"
-                    " from the stage before them"
-                )
+            if not is_first and found.value is not None:
+                why = "only the first stage begins with another model: the others go on from the"
+                why += " stage before them"
         elif key in _NO_COMMON and key not in _LENGTHS:
-            raise UserError(f"{where}: {_NO_COMMON[key]}")
+            why = _NO_COMMON[key]
         elif key not in _OTHERS and key not in OF_A_STAGE:
-            raise UserError(f"{where}: is the same in all stages: set it beside `stages:`")
-        same = TRAINING_DATA if key in TRAINING_DATA else (key,)
-        for flag in same:
+            why = "is the same in all stages: set it beside `stages:`"
+        if why is not None:
+            raise file.error(f"stage {name}: {key}: {why}", *found.place)
+        for flag in TRAINING_DATA if key in TRAINING_DATA else (key,):
             if flag in flags and key not in HOW:
                 raise UserError(
                     f"{flag_name(flag)} holds for all stages, and {name} has {key} of its own"
                     f" ({file.where(*found.place)}): leave one of the two out"
                 )
-    lengths = [key for key in _LENGTHS if key in own]
-    if not lengths:
-        place = own["name"].place
-        raise UserError(
-            f"{file.where(*place)}: stage {name} has no length: set train_iters, or train_tokens"
-        )
-    if len(lengths) > 1:
-        where = file.where(*own["train_tokens"].place)
-        raise UserError(f"{where}: stage {name} has train_iters and train_tokens: keep one of them")
-    [length] = lengths
-    found = own[length]
-    value = _whole(found.value)
-    if value is None or value < 1:
-        where = file.where(*found.place)
-        raise UserError(
-            f"{where}: stage {name}: {length}: expected a positive whole number, found"
-            f" {found.value!r}"
-        )
-    own[length] = FileValue(value, found.place)
-
-
-def _whole(value: Any) -> int | None:
-    """The whole number that stands in a file, as 2000000000 or 2.0e9, or as 2e9, 2**31 or 2Gi,
-    which YAML takes for text; None where it is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    if isinstance(value, str):
-        with contextlib.suppress(argparse.ArgumentTypeError):
-            return whole_number(value)
-    with contextlib.suppress(ValueError):
-        number = float(value)
-        if math.isfinite(number) and number == int(number):
-            return int(value) if isinstance(value, int) else int(number)
-    return None
-
-
-def _over(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """A stage's own settings over those of all; its data in the place of theirs, whichever of the
-    ways to say it both take."""
-    if any(name in own for name in TRAINING_DATA):
-        shared = {name: value for name, value in shared.items() if name not in TRAINING_DATA}
-    return shared | own

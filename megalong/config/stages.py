@@ -1,4 +1,4 @@
-"""The stages of a run: what they have in common, and what each has of its own, in one YAML file.
+"""The stages of a run: the settings that they have in common, and those of each, in one YAML file.
 
     lr: 6.0e-4                    # the settings of --config FILE.yaml, of all stages
     save: runs/recipe
@@ -24,19 +24,14 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from megalong.config import Config, ModelConfig
-from megalong.config.arguments import (
-    ONE_START,
-    FileValue,
-    config_from_values,
-    to_yaml,
-)
+from megalong.config.arguments import ONE_START, FileValue, config_from_values, to_yaml
 from megalong.config.attention import AttentionConfig
 from megalong.config.files import YamlFile
 from megalong.config.memory import MemoryConfig
@@ -45,17 +40,18 @@ from megalong.config.parallel import ParallelConfig
 from megalong.utils.errors import UserError, counted
 
 
-def _fields(*sections: type) -> tuple[str, ...]:
+def fields_of(*sections: type) -> tuple[str, ...]:
+    """Return the names of the settings of these sections."""
     return tuple(each.name for section in sections for each in dataclasses.fields(section))
 
 
 # How a stage is computed, which changes nothing of what comes out: on the command line it holds for
 # this start, whatever the stages say.
-HOW = frozenset([*_fields(ParallelConfig, MemoryConfig), "micro_batch_size", "attention_backend"])
+HOW = frozenset([*fields_of(ParallelConfig, MemoryConfig), "micro_batch_size", "attention_backend"])
 # What the result of a stage hangs on, and a stage may set.
 WHAT = (
     "seq_length", "xpos_scale_base", *ROPE_FIELDS,
-    *(name for name in _fields(AttentionConfig) if name != "attention_backend"),
+    *(name for name in fields_of(AttentionConfig) if name != "attention_backend"),
     "global_batch_size", "train_iters", "lr", "min_lr", "lr_decay_style", "lr_decay_power",
     "lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_decay_iters", "lr_warmup_iters", "mask_rate",
     "weight_decay", "z_loss_coeff", "skip_loss_spikes", "loss_spike_window", "clip_grad",
@@ -88,66 +84,39 @@ class StageSettings:
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
-        """Inside, a UserError says of which stage it is, and which line of the file has the setting
-        that it names."""
+        """Make a UserError inside say of which stage it is, and which line of the file has the
+        setting that it names."""
         try:
             yield
         except UserError as error:
             if self.file is None:
                 raise
-            flags = re.findall(r"--([a-z0-9-]+)", str(error))
-            names = [flag.replace("-", "_") for flag in flags]
+            names = [flag.replace("-", "_") for flag in re.findall(r"--([a-z0-9-]+)", str(error))]
             found = [of[name] for of in (self.own, self.common) for name in names if name in of]
-            where = self.file.where(*(found[0].place if found else self.place))
-            raise UserError(f"{where}: stage {self.name}: {error}") from error
-
-    def without_idle_scalings(self, scalings: Iterable[str]) -> dict[str, Any]:
-        """Its settings, without what all have in common of a scaling that other stages have and it
-        has not. scalings: factors of those that some stage has."""
-        idle = {
-            name
-            for factor in scalings
-            if self.values.get(factor) is None
-            for name in fields_of_scaling(factor)
-        }
-        return {n: value for n, value in self.values.items() if n in self.own or n not in idle}
+            place = found[0].place if found else self.place
+            raise self.file.error(f"stage {self.name}: {error}", *place) from error
 
     def iterations(self) -> tuple[int, list[str]]:
-        """Its own, and what is to be said of how they were counted."""
+        """Return its own, and what is to be said of how they were counted. Raises UserError where
+        they cannot be, or are too few for what is to happen in them."""
+        iterations, notes = 1, []
         if self.tokens is None:
-            return self.own["train_iters"].value, []
-        batch = self.values.get("global_batch_size")
-        if batch is None:
-            raise UserError(
-                "train_tokens is a number of iterations only where --global-batch-size is set, and"
-                " not left to the number of ranks: set it"
-            )
-        length = self.values.get("seq_length", ModelConfig.seq_length)
-        if min(batch, length) < 1:
-            return 1, []  # an error, soon
-        iterations = math.ceil(self.tokens / (batch * length))
-        tokens = iterations * batch * length
-        if tokens == self.tokens:
-            return iterations, []
-        return iterations, [
-            f"stage {self.name}: train_tokens {self.tokens:,} are rounded up to {tokens:,},"
-            f" {counted(iterations, 'iteration')} of {batch * length:,}"
-        ]
-
-    def check_positions(self, config: Config, before: Stage) -> None:
-        """Raise UserError where the stage, resolved, would forget rotary positions that the one
-        before it was trained with: what is about one stage is of no other."""
-        for name in lost_fields(config.model, before.config.model, self.own):
-            here, there = (
-                json.dumps(getattr(each.model, name)) for each in (config, before.config)
-            )
-            raise UserError(
-                f"{name}: {there} of the stage before it, {before.name}, is not of this one: set"
-                f" it here too, or {name}: {here}, the default, if that is meant"
-            )
-
-    def check(self, iterations: int) -> None:
-        """Raise UserError where so many are too few for what is to happen in them."""
+            iterations = self.own["train_iters"].value
+        else:
+            batch = self.values.get("global_batch_size")
+            if batch is None:
+                raise UserError(
+                    "train_tokens is a number of iterations only where --global-batch-size is set,"
+                    " and not left to the number of ranks: set it"
+                )
+            length = self.values.get("seq_length", ModelConfig.seq_length)
+            if min(batch, length) > 0:  # else an error, soon
+                iterations = math.ceil(self.tokens / (batch * length))
+            if (tokens := iterations * batch * length) > self.tokens:
+                notes.append(
+                    f"stage {self.name}: train_tokens {self.tokens:,} are rounded up to"
+                    f" {tokens:,}, {counted(iterations, 'iteration')} of {batch * length:,}"
+                )
         warmup = self.values.get("lr_warmup_iters", 0)
         if warmup > iterations:
             raise UserError(
@@ -160,6 +129,7 @@ class StageSettings:
                 f"--lr-wsd-decay-iters {decay} is more than the {iterations - warmup} of the"
                 f" stage's {counted(iterations, 'iteration')} that its warm-up leaves"
             )
+        return iterations, notes
 
 
 @dataclass(frozen=True)
@@ -188,19 +158,19 @@ class Stage:
 
     @property
     def iterations(self) -> int:
-        """Its own."""
+        """The iterations of the stage itself."""
         return self.end - self.begin
 
     @property
     def tokens(self) -> int:
-        """That it is trained on."""
+        """The tokens that it is trained on."""
         batch = self.config.training.global_batch_size
         assert batch is not None
         return self.iterations * batch * self.config.model.seq_length
 
     def following(self, load: str | None) -> Stage:
-        """This stage where the process that has done the one before it goes on to it, with what
-        stands in the folder `load`: what is about one start was about that."""
+        """Return this stage as the process that has done the one before it goes on to it, with the
+        checkpoint in the folder `load`: what is about one start was about that."""
         run = dataclasses.replace(
             self.config.run, load=load, load_optim=True, load_rng=True, new_data=False
         )
@@ -219,30 +189,30 @@ class Recipe:
     dry_run: int | None = None
 
     def with_data_to_come(self) -> Recipe:
-        """This one for what reads no data: with some where a stage has none."""
-        return dataclasses.replace(self, stages=tuple(map(_with_data_to_come, self.stages)))
+        """Return this run for what reads no data: with some where a stage has none."""
+        stages = (
+            dataclasses.replace(stage, values=stage.values | data_to_come(stage.values))
+            for stage in self.stages
+        )
+        return dataclasses.replace(self, stages=tuple(stages))
 
     def resolve(self, world_size: int) -> tuple[Stage, ...]:
-        """The stages on so many ranks. Raises UserError where one cannot work."""
+        """Return the stages on so many ranks. Raises UserError where one cannot work."""
+        if self.stages[0].name is None:
+            settings = self.stages[0]
+            given = config_from_values(settings.values)
+            config, flags = given.resolve(world_size), to_yaml(given, leave_out="open")
+            return (Stage(None, 1, 1, 0, given, config, settings, flags=flags),)
         stages: list[Stage] = []
-        scalings = self._scalings()
         begin, last = 0, len(self.stages)
         for number, settings in enumerate(self.stages, 1):
-            if settings.name is None:
-                given = config_from_values(settings.values)
-                only = Stage(None, 1, 1, 0, given, given.resolve(world_size), settings)
-                return (dataclasses.replace(only, flags=to_yaml(given, leave_out="open")),)
             with settings.errors():
                 iterations, notes = settings.iterations()
-                settings.check(iterations)
-                given = config_from_values(
-                    _of_the_run(
-                        settings.without_idle_scalings(scalings), begin, iterations, number == last
-                    )
-                )
+                values = self._values(settings, begin, iterations, is_last=number == last)
+                given = config_from_values(values)
                 config = given.resolve(world_size)
                 if stages:
-                    settings.check_positions(config, stages[-1])
+                    _check_positions(settings, config, stages[-1])
             stage = Stage(settings.name, number, last, begin, given, config, settings, (*notes,))
             stages.append(stage)
             begin += iterations
@@ -250,7 +220,8 @@ class Recipe:
         return tuple(dataclasses.replace(stage, flags=flags) for stage in stages)
 
     def stage(self, name: str | None) -> StageSettings:
-        """That of this name: None in a run without stages. Raises UserError where none has it."""
+        """Return the stage of this name: None in a run without stages. Raises UserError where none
+        has it."""
         names = [settings.name for settings in self.stages]
         if name in names:
             return self.stages[names.index(name)]
@@ -262,22 +233,33 @@ class Recipe:
         raise UserError(f"--stage {name}: no such stage: set one of {there}")
 
     def alone(self, stage: StageSettings) -> dict[str, Any]:
-        """The settings of one of the stages by field name, as those of a run that has no other.
-        Raises UserError where its length is none."""
+        """Return the settings of one of the stages by field name, as those of a run that has no
+        other. Raises UserError where its length is none."""
         if stage.name is None:
             return stage.values
         iterations, _ = stage.iterations()
-        stage.check(iterations)
-        values = stage.without_idle_scalings(self._scalings())
-        return _of_the_run(values, 0, iterations, is_last=False)
+        return self._values(stage, 0, iterations, is_last=False)
 
-    def _scalings(self) -> list[str]:
-        """The factors of those of rotary positions that some stage has."""
-        return [
-            factor
+    def _values(
+        self, stage: StageSettings, begin: int, iterations: int, is_last: bool
+    ) -> dict[str, Any]:
+        """Return the settings of a stage as those of a run that goes on from iteration `begin`:
+        without what is beside the stages for a scaling that others have and it has not."""
+        idle = {
+            name
             for factor in FACTORS
-            if any(settings.values.get(factor) is not None for settings in self.stages)
-        ]
+            if stage.values.get(factor) is None
+            and any(other.values.get(factor) is not None for other in self.stages)
+            for name in fields_of_scaling(factor)
+        }
+        values = {n: value for n, value in stage.values.items() if n in stage.own or n not in idle}
+        end = begin + iterations
+        values |= {"train_iters": end, "lr_begin_iters": begin}
+        if values.get("profile"):
+            run = config_from_values(values).run
+            overlaps = begin < run.profile_step_end - 1
+            values["profile"] = overlaps and (run.profile_step_start <= end or is_last)
+        return values
 
     @property
     def fewest_ranks(self) -> int:
@@ -286,57 +268,45 @@ class Recipe:
         return math.lcm(*(max(config.parallel.ranks_per_replica, 1) for config in configs))
 
 
-def _with_data_to_come(settings: StageSettings) -> StageSettings:
-    return dataclasses.replace(settings, values=settings.values | data_to_come(settings.values))
-
-
 def data_to_come(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What stands in the place of the data to train on, by field name, for what reads none: nothing
-    where settings have some."""
+    """Return what stands in the place of the data to train on, by field name, for what reads none:
+    nothing where settings have some."""
     if any(values.get(name) for name in TRAINING_DATA):
         return {}
     divided = not (values.get("valid_data_path") or values.get("test_data_path"))
     return {"data_path" if divided else "train_data_path": [DATA_TO_COME]}
 
 
-def _of_the_run(
-    values: dict[str, Any], begin: int, iterations: int, is_last: bool
-) -> dict[str, Any]:
-    """The settings of a stage as those of a run that goes on from iteration `begin`."""
-    end = begin + iterations
-    values = values | {"train_iters": end, "lr_begin_iters": begin}
-    if values.get("profile"):
-        run = config_from_values(values).run
-        overlaps = begin < run.profile_step_end - 1
-        values["profile"] = overlaps and (run.profile_step_start <= end or is_last)
-    return values
+def _check_positions(settings: StageSettings, config: Config, before: Stage) -> None:
+    """Raise UserError where a stage, resolved, would forget rotary positions that the one before it
+    was trained with: what is about one stage is of no other."""
+    for name in lost_fields(config.model, before.config.model, settings.own):
+        here, there = (json.dumps(getattr(each.model, name)) for each in (config, before.config))
+        raise UserError(
+            f"{name}: {there} of the stage before it, {before.name}, is not of this one: set it"
+            f" here too, or {name}: {here}, the default, if that is meant"
+        )
 
 
 def _flags(stages: list[Stage]) -> str:
-    """The YAML text that starts a like run: what the stages have in common as the first has it, and
-    of each what it has otherwise."""
+    """Return the YAML text that starts a like run: what the stages have in common as the first has
+    it, and of each what it has otherwise."""
     lengths = {"train_iters", "lr_begin_iters"}
-    skipped = {*ONE_START, *lengths, "profile"}
     contents = [yaml.safe_load(to_yaml(stage.given)) for stage in stages]
     flat = [{k: v for section in each.values() for k, v in section.items()} for each in contents]
     differing = {
         name
-        for name in flat[0]
-        if name not in skipped and any(each[name] != flat[0][name] for each in flat)
+        for name in flat[0].keys() - {*ONE_START, *lengths, "profile"}
+        if any(each[name] != flat[0][name] for each in flat)
     }
-    left_out = differing | lengths
-    common = yaml.safe_load(to_yaml(stages[0].given, leave_out="open"))
     content: dict[str, Any] = {
-        section: {name: value for name, value in values.items() if name not in left_out}
-        for section, values in common.items()
+        section: {name: v for name, v in values.items() if name not in differing | lengths}
+        for section, values in yaml.safe_load(to_yaml(stages[0].given, leave_out="open")).items()
     }
     content["run"]["profile"] = any(stage.given.run.profile for stage in stages)
     content["stages"] = [
-        {
-            "name": stage.name,
-            "train_iters": stage.iterations,
-            **{name: each[name] for name in each if name in differing},
-        }
+        {"name": stage.name, "train_iters": stage.iterations}
+        | {name: value for name, value in each.items() if name in differing}
         for stage, each in zip(stages, flat, strict=True)
     ]
     return yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
