@@ -1,4 +1,4 @@
-"""The training loop: step, log, save, evaluate."""
+"""A run from its checkpoint to its end, stage after stage: step, log, save, evaluate."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import contextlib
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from megalong.checkpoint.progress import Progress
+import torch
+
+from megalong.checkpoint.content import Progress
+from megalong.checkpoint.folder import checkpoint_folder
 from megalong.checkpoint.reading import CheckpointReader
-from megalong.checkpoint.saving import Saver
+from megalong.checkpoint.writing import Saver
 from megalong.config import Config
 from megalong.config.arguments import to_yaml
 from megalong.config.stages import Stage
@@ -24,26 +27,46 @@ from megalong.data.batches import (
 )
 from megalong.data.prefetch import made_ahead
 from megalong.evals.trials import Trials
-from megalong.model.build import build_model
+from megalong.model.build import build_model, check_backend
 from megalong.model.memory_path import settle_memory_path
+from megalong.parallel import build_mesh, process_group, temporary_mesh, watch_ranks
 from megalong.parallel.mesh import Mesh
-from megalong.training.best_checkpoint import BestCheckpoint
-from megalong.training.changes import moves_the_loss
+from megalong.training.deepspeed_config import deepspeed_config
 from megalong.training.engine import TrainingEngine, weights_divider
 from megalong.training.engine_state import load_checkpoint, progress_to_save, tensors_to_save
-from megalong.training.evaluation import evaluate
+from megalong.training.evaluation import batches_of, continued, evaluate, evaluate_task
 from megalong.training.learning_rate import learning_rate
 from megalong.training.profiling import Profiler
 from megalong.training.reports import Reports, say
-from megalong.training.resuming import check_agreement, sound_checkpoint
-from megalong.training.run_blend import blend_from, next_sample, repeated
-from megalong.training.run_data import RunData, best_set, check_same_masks, validation_sets
-from megalong.training.run_folder import leave_unfinished, open_run_folder, same_folder
-from megalong.training.samples import continued
-from megalong.training.stages import begun, check_is_of
-from megalong.training.step_result import StepResult
+from megalong.training.resuming import (
+    check_agreement,
+    moves_the_loss,
+    sound_checkpoint,
+    starting_point,
+)
+from megalong.training.run_data import (
+    RunData,
+    best_set,
+    check_same_masks,
+    open_run_data,
+    validation_sets,
+)
+from megalong.training.run_folder import (
+    BestCheckpoint,
+    leave_unfinished,
+    open_run_folder,
+    same_folder,
+)
+from megalong.training.stages import (
+    begun,
+    blend_from,
+    check_is_of,
+    make_orders,
+    next_sample,
+    repeated,
+)
 from megalong.training.stopping import FAILED_SAVE, Stopped, StopRequest
-from megalong.training.task_evaluation import batches_of, evaluate_task
+from megalong.training.training_loss import StepResult
 from megalong.utils.errors import UserError
 from megalong.utils.progress import progress_bar
 
@@ -352,3 +375,82 @@ def _with_losses_of(
         before = sums.get(name, (0.0, 0.0))
         sums[name] = before[0] + loss, before[1] + count
     return sums
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """All that has to be there before a stage is trained: what it reads, and the checkpoint that it
+    goes on from, or None."""
+
+    stage: Stage
+    data: RunData
+    checkpoint: Path | None
+
+    @classmethod
+    def of(cls, stage: Stage, data: RunData) -> Beginning:
+        """That of the stage with which this start of a run begins. Raises UserError."""
+        config, checkpoint = starting_point(stage.config, stage)
+        make_orders(data.train, checkpoint, config)
+        return cls(dataclasses.replace(stage, config=config), data, checkpoint)
+
+    @classmethod
+    def after(cls, before: Beginning, stage: Stage, saved: bool) -> Beginning:
+        """That of the next stage. saved: whether the one before has left a checkpoint in the run's
+        folder; else there was nothing to train any more, and its own is gone on from."""
+        run, checkpoint = before.stage.config.run, before.checkpoint
+        stage = stage.following(run.save if saved else run.load)
+        if saved:
+            checkpoint = checkpoint_folder(Path(str(run.save)), stage.begin)
+        data = open_run_data(stage.config)
+        make_orders(data.train, checkpoint, stage.config)
+        return cls(stage, data, checkpoint)
+
+
+def checked_data(stage: Stage, world_size: int) -> RunData:
+    """What a stage reads. Raises UserError where something of it is not there, or the stage cannot
+    run on this machine: for all stages before the first one begins."""
+    config = stage.config
+    with stage.settings.errors():
+        check_backend(config)
+        deepspeed_config(config, config.parallel.data_parallel_size(world_size))
+        return open_run_data(config)
+
+
+def train_stages(
+    beginning: Beginning, later: Sequence[Stage], request: Callable[[], StopRequest]
+) -> None:
+    """Join the processes of this launch, and train a stage and those after it, each as a run that
+    goes on from the checkpoint that the one before has left, until one is asked to stop.
+
+    request: makes what says whether that is so.
+    """
+    minutes = beginning.stage.config.run.distributed_timeout_minutes
+    with process_group(minutes) as device, contextlib.ExitStack() as held:
+        stop = None
+        for following in [*later, None]:
+            mesh_of = build_mesh if following is None else temporary_mesh
+            config = beginning.stage.config
+            with mesh_of(config, device) as mesh, watch_ranks(mesh, config.run):
+                if stop is None:
+                    stop = held.enter_context(request())
+                done, saved = _train(beginning, mesh, stop, is_last=following is None)
+            if not done or following is None:
+                return
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            beginning = Beginning.after(beginning, following, saved)
+
+
+def _train(beginning: Beginning, mesh: Mesh, stop: StopRequest, is_last: bool) -> tuple[bool, bool]:
+    """Train one stage; whether it came to its end, and whether there is a checkpoint of that."""
+    stage = beginning.stage
+    try:
+        trainer = Trainer(
+            stage.config, stage.given, beginning.data, beginning.checkpoint, mesh, stop, stage
+        )
+    except Stopped:  # all is said
+        return False, False
+    done = trainer.train()
+    if not is_last:
+        trainer.engine.destroy()
+    return done, trainer.saved_iteration is not None

@@ -1,5 +1,4 @@
-"""The tokenizer and the token streams of a run, opened before any process group exists, so that bad
-input ends the run at once."""
+"""Open all that a run reads before any process group exists: bad input ends the run at once."""
 
 from __future__ import annotations
 
@@ -8,6 +7,7 @@ import resource
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,10 +31,80 @@ from megalong.data.shards import pair_prefixes
 from megalong.data.sources import SourceSpec, shares_of
 from megalong.data.stream import Documents, TokenStream, split_documents
 from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
-from megalong.evals.trials import Trials
-from megalong.training.run_tasks import trials_of
-from megalong.training.sample_prompts import Prompt, prompts_of
+from megalong.evals.trials import Trials, language_of
 from megalong.utils.errors import UserError, counted, did_you_mean, system_errors_of
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to continue, and its tokens as the beginning of a document."""
+
+    text: str
+    tokens: tuple[int, ...]
+
+
+def prompts_of(config: Config, tokenizer: Tokenizer) -> list[Prompt]:
+    """What `--sample-prompts` has. Raises UserError for a file that cannot be read or has no text,
+    and where a prompt is too long to be continued."""
+    samples, seq_length = config.samples, config.model.seq_length
+    if samples.sample_prompts is None:
+        return []
+    first = tokenizer.bos if config.data.prepend_bos else tokenizer.eod
+    assert first is not None and samples.sample_tokens is not None
+    found = []
+    for text in _texts(samples.sample_prompts):
+        try:
+            tokens = (first, *tokenizer.encode(text))
+        except UnicodeEncodeError:
+            raise UserError(f"--sample-prompts {text!r}: not a text of UTF-8") from None
+        if len(tokens) + samples.sample_tokens > seq_length:
+            raise UserError(
+                f"--sample-prompts {text[:20]!r}: {len(tokens)} tokens, and --sample-tokens"
+                f" {samples.sample_tokens} more, are longer than --seq-length {seq_length}: shorten"
+                " one of the two"
+            )
+        found.append(Prompt(text, tokens))
+    return found
+
+
+def _texts(given: Iterable[str]) -> Iterable[str]:
+    for text in given:
+        if not text.endswith(".txt"):
+            yield text
+            continue
+        try:
+            with system_errors_of("--sample-prompts", text):
+                lines = [line for line in Path(text).read_text("utf-8").splitlines() if line]
+        except UnicodeDecodeError as error:
+            raise UserError(f"--sample-prompts {text}: not UTF-8 (byte {error.start})") from None
+        if not lines:
+            raise UserError(f"--sample-prompts {text}: there is no text in it")
+        yield from lines
+
+
+def trials_of(config: Config, tokenizer: Tokenizer) -> list[Trials]:
+    """What `--eval-tasks` asks for: each task at each length.
+
+    Raises UserError where a length is too short for a task, or the vocabulary too small.
+    """
+    tasks = config.tasks
+    if not tasks.eval_tasks:
+        return []
+    first = tokenizer.bos if config.data.prepend_bos else tokenizer.eod
+    assert first is not None
+    style = tasks.eval_task_style
+    try:
+        language = language_of(style, tokenizer.encode, tokenizer.text_ids, first)
+    except UserError as error:
+        raise UserError(f"--eval-task-style {style}: {error}") from None
+    found = []
+    for task in tasks.eval_tasks:
+        for length in tasks.eval_task_lengths:
+            trials = Trials(task, language, length, tasks.eval_task_samples)
+            trials.check("--eval-tasks", "--eval-task-lengths")
+            found.append(trials)
+    return found
+
 
 FILES_OF_A_PAIR, OTHER_FILES = 4, 256  # open at a time, of a .bin/.idx pair and of all else
 

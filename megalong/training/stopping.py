@@ -1,13 +1,13 @@
-"""Stopping on request: a signal to any rank, or the clock, ends a run after the step under way.
+"""Stop a run on request: a signal to any rank, or the clock, ends it after the step under way.
 
-Schedulers announce the end of a job by a signal: SLURM sends SIGTERM, and with `--signal` SIGUSR1
-some minutes before; a user presses Ctrl-C, or kills the launcher. It may reach one rank or all of
-them, at different moments, so the ranks agree on it after each step, and all of them stop at the
-same iteration.
+SLURM sends SIGTERM at the end of a job, and with `--signal` SIGUSR1 some minutes before; a user
+presses Ctrl-C, or kills the launcher. That may reach one rank or all, at different moments, so the
+ranks agree on it after each step, and all of them stop at the same iteration.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -16,12 +16,60 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
-from megalong.training.launchers import Launchers
+COMMAND = {"deepspeed", "ds", "deepspeed.launcher.runner"}
+
+
+class Launchers:
+    """The launchers of this process, if it has any. To be made early: one that has gone before is
+    missed.
+
+    are_deepspeed: whether DeepSpeed's are what started it.
+    """
+
+    def __init__(self) -> None:
+        self.are_deepspeed = False
+        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._command: int | None = None
+        if "LOCAL_RANK" not in os.environ:
+            return
+        # A parent that has just died cannot be asked, nor one outside of this container.
+        with contextlib.suppress(psutil.Error):
+            parent = psutil.Process(os.getppid())
+            if "deepspeed.launcher.launch" in _words(parent):
+                self.are_deepspeed, self._parent = True, parent.pid
+                command = parent.parent()
+                if command and COMMAND & {*_words(command)}:
+                    self._command = command.pid
+
+    @property
+    def are_gone(self) -> bool:
+        """Whether one of them has ended: what it had started has another parent now."""
+        if self._parent is None:
+            return False
+        if os.getppid() != self._parent:
+            return True
+        if self._command is None:
+            return False
+        try:
+            return psutil.Process(self._parent).ppid() != self._command
+        except psutil.Error:
+            return True
+
+
+def _words(process: psutil.Process) -> list[str]:
+    """Its program and the first arguments, without folders."""
+    try:
+        return [Path(word).name for word in process.cmdline()[:5]]
+    except psutil.Error:
+        return []
+
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 CLOCK, FAILED_SAVE, LAUNCHER = 1000, 1001, 1002  # further reasons, beside the numbers of signals
