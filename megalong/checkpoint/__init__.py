@@ -20,7 +20,7 @@ the optimizer's moments (Adam's `exp_avg.<name>` and `exp_avg_sq.<name>`;
 and `random.<rank>.<generator>`.
 So nothing in a checkpoint depends on the layout that wrote it.
 
-content.py: the names of tensors, and what stands beside them; folder.py names checkpoints, publishes
+content.py: names of tensors, and what stands beside them; folder.py names checkpoints, publishes
 and removes them; manifest.py finds damage; writing.py writes those of a run, in the background if
 asked to, and the one of an import; reading.py reads tensor by tensor, or a model without an engine.
 

@@ -72,13 +72,10 @@ from megalong.utils.progress import progress_bar
 
 
 class Trainer:
-    """One run: from the configuration and the data to the trained model in the run folder.
+    """One run, or one stage of it, to the trained model in the run folder.
 
-    given: the configuration before it was resolved, to be written down beside `config`.
-    checkpoint: where to go on from (`megalong.training.resuming.open_checkpoint`), or None.
-    stop: asked after each step, and before the model is built, whether the run has to end early.
-        In the latter case this raises Stopped.
-    stage: which one of a run this is; None: there is but one.
+    given: the configuration before it was resolved. checkpoint: where to go on from, or None.
+    stop: asked after each step, and before the model is built, where this raises Stopped.
     """
 
     def __init__(
@@ -112,9 +109,15 @@ class Trainer:
                 reader = CheckpointReader(checkpoint)
                 self.progress = load_checkpoint(reader, self.engine, config)
                 check_is_of(stage, self.progress, checkpoint)
-            self.blend, news = blend_from(data.train, self.progress, checkpoint, config)
-            if checkpoint is not None and (news or moves_the_loss(checkpoint, config)):
-                news += self._forget_usual_losses()
+            self.blend, news = blend_from(data.train, self.progress, config)
+            spikes = self.engine.spikes
+            moved = checkpoint is not None and (news or moves_the_loss(checkpoint, config))
+            if moved and spikes is not None and spikes.losses:
+                spikes.losses.clear()
+                news.append(
+                    "--skip-loss-spikes looks back on losses from here on: those before are of"
+                    " other data or other settings"
+                )
         self.progress = begun(self.progress, stage, config)
         nothing_new = checkpoint is None or same_folder(config.run.load, config.run.save)
         self.saved_iteration = self.progress.iteration if nothing_new else None
@@ -132,38 +135,22 @@ class Trainer:
         choices += [*unused(given), *repeated(self.blend, self.progress, config)]
         self.reports.announce(checkpoint, self.progress, choices, news)
 
-    def _forget_usual_losses(self) -> list[str]:
-        """Measure spikes by the losses from here on alone. Returns what is to be told of that."""
-        spikes = self.engine.spikes
-        if spikes is None or not spikes.losses:
-            return []
-        spikes.losses.clear()
-        return [
-            "--skip-loss-spikes looks back on losses from here on: those before are of other data"
-            " or other settings"
-        ]
-
     def train(self) -> bool:
-        """Train from where the run stands to `--train-iters`, then evaluate; whether all that was
-        done.
-
-        A run that is asked to stop saves a checkpoint and returns early. Another one may go on in
-        the folder then.
-        """
+        """Train from where the run stands to `--train-iters`, then evaluate. Returns whether all
+        that was done: a run that is asked to stop saves a checkpoint and returns early."""
         with self.lock or contextlib.nullcontext(), self.saver, self.reports.running():
             try:
-                with self.profiler:
-                    self._train()
+                with (
+                    self.profiler,
+                    made_ahead(self._training_batches(), self.mesh.device) as batches,
+                ):
+                    self._train(self.reports.meter.timed(batches))
             except Stopped as request:
                 self._end_early(str(request))
                 return False
         return True
 
-    def _train(self) -> None:
-        with made_ahead(self._training_batches(), self.mesh.device) as batches:
-            self._train_on(self.reports.meter.timed(batches))
-
-    def _train_on(self, batches: Iterator[Batch]) -> None:
+    def _train(self, batches: Iterator[Batch]) -> None:
         training, run = self.config.training, self.config.run
         self._check_stop()
         if self.progress.iteration > self.begin:
@@ -188,7 +175,7 @@ class Trainer:
         training = self.config.training
         return training_batches(
             self.blend,
-            consumed_samples=self._next_sample,
+            consumed_samples=next_sample(self.progress, self.config),
             global_batch_size=training.global_batch_size,
             micro_batch_size=training.micro_batch_size,
             data_parallel_rank=self.mesh.data_parallel_rank,
@@ -197,10 +184,6 @@ class Trainer:
             masking=self.data.masking,
             documents=self.data.documents,
         )
-
-    @property
-    def _next_sample(self) -> int:
-        return next_sample(self.progress, self.config)
 
     def _stop_before_the_building(self) -> None:
         """Raise Stopped, with all said, where the run was asked to stop while it was starting."""
@@ -260,11 +243,15 @@ class Trainer:
             if result.loss == 0 and self.blend.masks_loss:
                 self.reports.nothing_predicted(iteration)
                 losses = []
+            by_source = dict(self.progress.losses_by_source)
+            for name, (loss, count) in result.by_source.items():
+                before = by_source.get(name, (0.0, 0.0))
+                by_source[name] = before[0] + loss, before[1] + count
             self.progress = dataclasses.replace(
                 self.progress,
                 skipped_spikes=self.progress.skipped_spikes + spike,
                 losses=[*self.progress.losses, *losses],
-                losses_by_source=_with_losses_of(result, self.progress.losses_by_source),
+                losses_by_source=by_source,
             )
 
     def _due(self, iteration: int, interval: int) -> bool:
@@ -280,7 +267,7 @@ class Trainer:
         self._read_results()
         with self.reports.saving():
             self.saver.wait()  # before there is a second copy in memory
-            blend = self.blend.history(self._next_sample).values()
+            blend = self.blend.history(next_sample(self.progress, self.config)).values()
             self.progress = dataclasses.replace(self.progress, blend=blend)
             progress = progress_to_save(self.engine, self.progress)
             self.saver.save(progress, tensors_to_save(self.engine, self.config))
@@ -366,21 +353,9 @@ class Trainer:
                 yield on_batch
 
 
-def _with_losses_of(
-    result: StepResult, sums: dict[str, tuple[float, float]]
-) -> dict[str, tuple[float, float]]:
-    """The losses of the sources since the last log, and those of one more step."""
-    sums = dict(sums)
-    for name, (loss, count) in result.by_source.items():
-        before = sums.get(name, (0.0, 0.0))
-        sums[name] = before[0] + loss, before[1] + count
-    return sums
-
-
 @dataclasses.dataclass(frozen=True)
 class Beginning:
-    """All that has to be there before a stage is trained: what it reads, and the checkpoint that it
-    goes on from, or None."""
+    """All that has to be there before a stage is trained."""
 
     stage: Stage
     data: RunData
@@ -395,8 +370,8 @@ class Beginning:
 
     @classmethod
     def after(cls, before: Beginning, stage: Stage, saved: bool) -> Beginning:
-        """That of the next stage. saved: whether the one before has left a checkpoint in the run's
-        folder; else there was nothing to train any more, and its own is gone on from."""
+        """Return that of the next stage. saved: whether the one before has left a checkpoint; else
+        there was nothing to train any more, and its own is gone on from."""
         run, checkpoint = before.stage.config.run, before.checkpoint
         stage = stage.following(run.save if saved else run.load)
         if saved:
@@ -407,8 +382,7 @@ class Beginning:
 
 
 def checked_data(stage: Stage, world_size: int) -> RunData:
-    """What a stage reads. Raises UserError where something of it is not there, or the stage cannot
-    run on this machine: for all stages before the first one begins."""
+    """Open what a stage reads. Raises UserError where it cannot run on this machine."""
     config = stage.config
     with stage.settings.errors():
         check_backend(config)
@@ -419,11 +393,8 @@ def checked_data(stage: Stage, world_size: int) -> RunData:
 def train_stages(
     beginning: Beginning, later: Sequence[Stage], request: Callable[[], StopRequest]
 ) -> None:
-    """Join the processes of this launch, and train a stage and those after it, each as a run that
-    goes on from the checkpoint that the one before has left, until one is asked to stop.
-
-    request: makes what says whether that is so.
-    """
+    """Join the processes of this launch, and train a stage and those after it, each from the
+    checkpoint that the one before has left, until one is asked to stop, as `request` tells."""
     minutes = beginning.stage.config.run.distributed_timeout_minutes
     with process_group(minutes) as device, contextlib.ExitStack() as held:
         stop = None
@@ -433,24 +404,18 @@ def train_stages(
             with mesh_of(config, device) as mesh, watch_ranks(mesh, config.run):
                 if stop is None:
                     stop = held.enter_context(request())
-                done, saved = _train(beginning, mesh, stop, is_last=following is None)
-            if not done or following is None:
-                return
+                try:
+                    trainer = Trainer(
+                        config, beginning.stage.given, beginning.data, beginning.checkpoint, mesh,
+                        stop, beginning.stage,
+                    )  # fmt: skip
+                except Stopped:  # all is said
+                    return
+                if not trainer.train() or following is None:
+                    return
+                trainer.engine.destroy()
+                saved = trainer.saved_iteration is not None
+                del trainer
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             beginning = Beginning.after(beginning, following, saved)
-
-
-def _train(beginning: Beginning, mesh: Mesh, stop: StopRequest, is_last: bool) -> tuple[bool, bool]:
-    """Train one stage; whether it came to its end, and whether there is a checkpoint of that."""
-    stage = beginning.stage
-    try:
-        trainer = Trainer(
-            stage.config, stage.given, beginning.data, beginning.checkpoint, mesh, stop, stage
-        )
-    except Stopped:  # all is said
-        return False, False
-    done = trainer.train()
-    if not is_last:
-        trainer.engine.destroy()
-    return done, trainer.saved_iteration is not None

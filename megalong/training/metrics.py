@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megalong.config import Config
 from megalong.model.flops import PARTS
@@ -81,7 +81,7 @@ class MetricsLog:
         self._resumed_iteration = resumed_iteration
         self._system_errors = partial(system_errors_of, "--save", str(run.save))
         self._file = self._samples = None
-        self._boards: list[Board] = []
+        self._boards: list[_TensorBoard | WandbBoard] = []
         if run.save is not None:
             path = Path(run.save) / "metrics.jsonl"
             self._samples = path.with_name("samples.jsonl")
@@ -172,22 +172,6 @@ class MetricsLog:
         values = {f"{group}/{n}": record[n] for n in names if record.get(n) is not None}
         for board in self._boards if values else []:
             board.scalars(record["iteration"], values)
-
-
-class Board(Protocol):
-    """Where curves are drawn."""
-
-    def scalars(self, iteration: int, values: dict[str, float]) -> None:
-        """A point of each of these curves."""
-
-    def text(self, iteration: int, name: str, text: str) -> None:
-        """A text, as it stands."""
-
-    def flush(self) -> None:
-        """Write out what is held back."""
-
-    def close(self, failed: bool) -> None:
-        """The run ends; failed: by an error."""
 
 
 class _TensorBoard:

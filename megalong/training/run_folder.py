@@ -28,11 +28,8 @@ from megalong.utils.files import writable_folder
 
 
 def prepare_run_folder(config: Config) -> None:
-    """Make the folders of `--save` and `--tensorboard-dir`.
-
-    Raises UserError where one cannot be made or written to, or where `--save` holds a run that this
-    one would overwrite because `--load` does not name it.
-    """
+    """Make the folders of `--save` and `--tensorboard-dir`. Raises UserError where that fails, or
+    where `--save` holds a run that `--load` does not name."""
     run = config.run
     for flag, folder in (("--save", run.save), ("--tensorboard-dir", run.tensorboard_dir)):
         if folder is not None:
@@ -55,9 +52,8 @@ def same_folder(one: str | None, other: str | None) -> bool:
 def open_run_folder(config: Config, flags: str) -> IO[str] | None:
     """Take the folder of `--save` and write down the configuration; by the main process only.
 
-    flags: the YAML text that starts a like run.
-    Returns the locked file, to be kept open as long as the run lasts (a killed process lets go of
-    it). Raises UserError while another run holds the folder.
+    flags: the YAML text that starts a like run. Returns the locked file, to be kept open as long as
+    the run lasts. Raises UserError while another run holds the folder.
     """
     if config.run.save is None:
         return None
@@ -84,10 +80,10 @@ def leave_unfinished(config: Config, why: str) -> None:
 
 
 class BestCheckpoint:
-    """What is best so far in a run folder, by the link and the run's metrics; every rank has one.
+    """The best so far of a run folder, or of a stage, which begins after iteration `since`: what
+    was evaluated before it may have been other sequences. Every rank has one.
 
-    say: called on rank 0 when there is a better one. split: the held-out set that decides. since:
-    the iteration with which the stage begins, up to which nothing counts; stage: its name, if any.
+    split: the held-out set that decides.
     """
 
     def __init__(
@@ -106,9 +102,8 @@ class BestCheckpoint:
         self._loss_and_tokens = found[0]
 
     def evaluated(self, iteration: int, split: str, result: Evaluation) -> None:
-        """There is a checkpoint of this iteration, and this is its loss on a held-out set. Called
-        by every rank. What was evaluated on another number of tokens cannot be compared, and counts
-        no more; what is not finite never does."""
+        """Compare the loss of a checkpoint; called by every rank. What was evaluated on another
+        number of tokens counts no more; what is not finite never does."""
         if split != self._split or not math.isfinite(result.loss):
             return
         words = self._best

@@ -7,7 +7,6 @@ ranks agree on it after each step, and all of them stop at the same iteration.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import signal
@@ -16,37 +15,26 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 
-COMMAND = {"deepspeed", "ds", "deepspeed.launcher.runner"}
-
 
 class Launchers:
-    """The launchers of this process, if it has any. To be made early: one that has gone before is
-    missed.
+    """The programs that started this rank, torchrun or deepspeed, if any did. To be made early: one
+    that has gone before is missed.
 
-    are_deepspeed: whether DeepSpeed's are what started it.
+    A launcher that is killed leaves its ranks running. DeepSpeed's is two programs: the `deepspeed`
+    command, which only waits, and on each node the launcher, the parent of the ranks.
     """
 
     def __init__(self) -> None:
-        self.are_deepspeed = False
-        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self._command: int | None = None
-        if "LOCAL_RANK" not in os.environ:
-            return
-        # A parent that has just died cannot be asked, nor one outside of this container.
-        with contextlib.suppress(psutil.Error):
-            parent = psutil.Process(os.getppid())
-            if "deepspeed.launcher.launch" in _words(parent):
-                self.are_deepspeed, self._parent = True, parent.pid
-                command = parent.parent()
-                if command and COMMAND & {*_words(command)}:
-                    self._command = command.pid
+        torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        self.are_deepspeed = "CROSS_RANK" in os.environ and not torchrun
+        self._parent = os.getppid() if torchrun or self.are_deepspeed else None
+        self._command = _parent_of(self._parent) if self.are_deepspeed else None
 
     @property
     def are_gone(self) -> bool:
@@ -55,20 +43,15 @@ class Launchers:
             return False
         if os.getppid() != self._parent:
             return True
-        if self._command is None:
-            return False
-        try:
-            return psutil.Process(self._parent).ppid() != self._command
-        except psutil.Error:
-            return True
+        return self._command is not None and _parent_of(self._parent) != self._command
 
 
-def _words(process: psutil.Process) -> list[str]:
-    """Its program and the first arguments, without folders."""
+def _parent_of(process: int) -> int | None:
+    """The parent of a process; None where it is gone or outside of this container."""
     try:
-        return [Path(word).name for word in process.cmdline()[:5]]
+        return psutil.Process(process).ppid() or None
     except psutil.Error:
-        return []
+        return None
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

@@ -49,7 +49,7 @@ def test_the_orders_made_are_those_that_the_run_begins_with(tmp_path, monkeypatc
     monkeypatch.setattr(stages, "read_progress", lambda checkpoint: progress)
     make_orders(blend, Path("checkpoint"), config)
     assert new() == 2
-    resumed, news = blend_from(blend, progress, Path("checkpoint"), config)
+    resumed, news = blend_from(blend, progress, config)
     samples = [resumed.sample(i).tolist() for i in range(AT, AT + 3)]
     assert not news and {resumed.source(i) for i in range(AT, AT + 3)} == {0, 1}
     assert new() == 0
