@@ -28,7 +28,7 @@ def main(arguments: list[str], asked: Sequence[int] = ()) -> None:
     allow it."""
     from megalong.config import world_size
     from megalong.config.recipe import parse_run
-    from megalong.training.launchers import Launchers
+    from megalong.training.stopping import Launchers
     from megalong.utils.machine import check_master_port
 
     launchers = Launchers()
@@ -47,11 +47,11 @@ def main(arguments: list[str], asked: Sequence[int] = ()) -> None:
 
     filter_library_logs()
     from megalong.parallel import check_precision, set_gpu_defaults
-    from megalong.training.run import Beginning, checked_data, train_stages
+    from megalong.training.loop import Beginning, checked_data, train_stages
+    from megalong.training.metrics import check_wandb
     from megalong.training.run_folder import prepare_run_folder
     from megalong.training.stages import stages_ahead
     from megalong.training.stopping import StopRequest
-    from megalong.training.weights_and_biases import check_wandb
 
     set_gpu_defaults()
     first, *later = stages_ahead(stages)

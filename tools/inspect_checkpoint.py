@@ -55,8 +55,7 @@ def describe(reader: CheckpointReader, manifest: Manifest) -> dict[str, Any]:
     """All there is to know, without the tensors' values."""
     import yaml
 
-    from megalong.checkpoint.names import WEIGHTS, parameter_of
-    from megalong.checkpoint.texts import read_config_text, read_settings
+    from megalong.checkpoint.content import WEIGHTS, parameter_of, read_config_text, read_settings
 
     progress, settings = reader.progress(), read_settings(reader.checkpoint)
     tensors = {

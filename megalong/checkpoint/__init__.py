@@ -20,11 +20,9 @@ the optimizer's moments (Adam's `exp_avg.<name>` and `exp_avg_sq.<name>`;
 and `random.<rank>.<generator>`.
 So nothing in a checkpoint depends on the layout that wrote it.
 
-names.py has the tensors' names, texts.py and tokenizer.py what stands beside them. folder.py names
-checkpoints, publishes and removes them; manifest.py finds damage; writing.py writes one checkpoint,
-saving.py those of a run one after the other, in the background if asked to, first.py the one of an
-import. reading.py reads tensor by tensor; stored_model.py is for who wants a model and not an
-engine.
+content.py: names of tensors, and what stands beside them; folder.py names checkpoints, publishes
+and removes them; manifest.py finds damage; writing.py writes those of a run, in the background if
+asked to, and the one of an import; reading.py reads tensor by tensor, or a model without an engine.
 
 Nobody outside of this folder knows a file's name or what is in it.
 """

@@ -1,4 +1,4 @@
-"""A checkpoint is read: one whole tensor at a time, by whoever wants it, without other ranks.
+"""Read checkpoints without an engine or other ranks: one whole tensor at a time.
 
 PyTorch keeps the list of tensors as a pickle, which may run any code; here it may name nothing but
 the classes that such a list is made of. The tensors themselves are loaded as weights only.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import pickle
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,9 +16,19 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megalong.checkpoint.manifest import DamagedCheckpoint, reading
-from megalong.checkpoint.progress import Progress
-from megalong.checkpoint.texts import read_progress
+from megalong.checkpoint.content import (
+    WEIGHTS,
+    Progress,
+    kept_tokenizer,
+    parameter_of,
+    read_progress,
+    read_settings,
+    tensor_name,
+)
+from megalong.checkpoint.folder import being_read, find_checkpoint
+from megalong.checkpoint.manifest import DamagedCheckpoint, check_files, check_share, reading
+from megalong.config import Config
+from megalong.config.arguments import config_from_values
 from megalong.utils.torch_private import CHECKPOINT_CLASSES, slice_of_file
 
 
@@ -78,3 +89,38 @@ class _MetadataUnpickler(pickle.Unpickler):
         if is_dtype or (module, name) in CHECKPOINT_CLASSES:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a list of tensors")
+
+
+class StoredModel:
+    """What a checkpoint holds of a model: its configuration, and its weights by canonical name.
+
+    path: a run folder (the checkpoint in force) or one checkpoint's folder. verify: compare its
+        files with their hashes.
+    Raises UserError naming the folder and what is wrong with it.
+    """
+
+    def __init__(self, path: Path, verify: bool = True):
+        self.folder = find_checkpoint(path)
+        # While this object lives, a run that goes on does not remove the checkpoint.
+        self._held = ExitStack()
+        self._held.enter_context(being_read(self.folder))
+        manifest = check_files(self.folder)
+        if verify:
+            check_share(self.folder, manifest)
+        self.config: Config = config_from_values(read_settings(self.folder))
+        self._reader = CheckpointReader(self.folder)
+        self.progress: Progress = self._reader.progress()
+        self.shapes: dict[str, tuple[int, ...]] = {
+            parameter: tuple(entry.size)
+            for name, entry in self._reader.tensors.items()
+            if (parameter := parameter_of(name, WEIGHTS)) is not None
+        }
+
+    @property
+    def tokenizer_model(self) -> str | None:
+        """Where its tokenizer is, `tokenizer_model` of `build_tokenizer`."""
+        return kept_tokenizer(self.folder, self.config.data)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One weight, whole, float32."""
+        return self._reader.read(tensor_name(WEIGHTS, name))

@@ -17,7 +17,7 @@ def made_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Itera
     of the context its thread is gone, and a batch that nobody took is forgotten.
 
     Where a run stands in its data does not hang on it: what was trained on counts, not what was
-    made (`megalong.checkpoint.progress`).
+    made (`megalong.checkpoint.content`).
 
     batches: read by the thread alone from now on. What it raises is raised by the new iterator,
         where the batch would have come.

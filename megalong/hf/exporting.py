@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import megalong
 from megalong.attention import pattern
-from megalong.checkpoint.stored_model import StoredModel
+from megalong.checkpoint.reading import StoredModel
 from megalong.config import Config
 from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megalong.hf.configs import (

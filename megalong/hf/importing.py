@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from megalong.checkpoint.first import write_first_checkpoint
-from megalong.checkpoint.tokenizer import HUGGINGFACE_FILES, SENTENCEPIECE_FILE
+from megalong.checkpoint.content import HUGGINGFACE_FILES, SENTENCEPIECE_FILE
+from megalong.checkpoint.writing import write_first_checkpoint
 from megalong.config import Config
 from megalong.config.arguments import config_from_values, to_yaml
 from megalong.config.model import FACTORS, fields_of_scaling

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megalong.checkpoint.folder import is_checkpoint_or_run
-from megalong.checkpoint.stored_model import StoredModel
+from megalong.checkpoint.reading import StoredModel
 from megalong.data.tokenizers.huggingface_tokenizer import text_ids
 from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megalong.hf.configs import longnet_config

@@ -1,12 +1,12 @@
 """Ranks and groups: the mesh, DeepSpeed's view of it, and Megatron-core without a GPU."""
 
-from megalong.parallel.gpu_environment import set_gpu_defaults
 from megalong.parallel.mesh import (
     Mesh,
     build_mesh,
     check_precision,
     launch,
     process_group,
+    set_gpu_defaults,
     temporary_mesh,
 )
 from megalong.parallel.rank_watchdog import watch_ranks

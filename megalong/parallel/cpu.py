@@ -8,13 +8,28 @@ these names are pointed at the CPU here, and nowhere else; with one, nothing is 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megalong.parallel.megatron_private import replace_random_states
 from megalong.utils.machine import use_gpu
+
+NAMES = {
+    "megatron.core.tensor_parallel.random": {
+        "_get_cuda_rng_state": "how recomputation and dropout read the random state",
+        "_set_cuda_rng_state": "and set it; both ask for a GPU",
+    },
+}
+
+
+def replace_random_states(get_state: Callable, set_state: Callable) -> None:
+    """Have Megatron-core read and set the random states of its device with these functions."""
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state
 
 
 def enable_megatron_without_gpu() -> None:

@@ -26,6 +26,41 @@ from megalong.utils.errors import UserError
 from megalong.utils.machine import port_is_taken, use_gpu
 from megalong.utils.torch_private import process_groups
 
+# Whichever is set, it is the user's word on PyTorch's allocator. CUDA's is the older name of the
+# first, and wins where both are set.
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+ALLOCATOR_SETTINGS = "expandable_segments:True"
+
+_DUMP_MILLISECONDS = "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"
+DUMP_SECONDS = 15
+# That many times PyTorch's watchdog waits between an error of NCCL and the end of the process.
+_DUMPS = 4
+
+
+def set_gpu_defaults() -> None:
+    """Set what training wants otherwise than PyTorch, unless the user has set it.
+
+    To be called before anything asks for a GPU. Two settings:
+
+    Expandable segments: sequences of many lengths and layers that come and go otherwise leave holes
+    in the memory that nothing fits into.
+
+    Time for the watch over the ranks (`rank_watchdog`). When a rank dies, NCCL between nodes sees
+    its connections close at the same moment as the watch does, and PyTorch then ends this process
+    by an abort with pages of C++ frames. Before that it gives its flight recorder four times this
+    setting, on every rank, a minute in all; within that the watch has said in one line which rank
+    was lost, and has ended the process. (TORCH_NCCL_ASYNC_ERROR_HANDLING stays as it is: with
+    PyTorch's milder modes a process goes on with numbers that a failed collective has left.)
+    """
+    if not any(name in os.environ for name in _ALLOCATOR):
+        os.environ["PYTORCH_ALLOC_CONF"] = ALLOCATOR_SETTINGS
+    os.environ.setdefault(_DUMP_MILLISECONDS, str(1000 * DUMP_SECONDS))
+
+
+def seconds_until_abort() -> float:
+    """Between an error of NCCL, or its time limit, and the moment when PyTorch aborts."""
+    return _DUMPS * DUMP_SECONDS
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -295,3 +330,79 @@ def _single_process_environment() -> Iterator[None]:
     finally:
         for name in values:
             os.environ.pop(name)
+
+
+class DeepSpeedMPU:
+    """The mesh as `deepspeed.initialize(mpu=...)` wants to see it: for each of its axes a group
+    (`get_..._group`), this rank's place in it (`get_..._rank`), and its size
+    (`get_..._world_size`).
+
+    tensor_model_parallel, pipeline_model_parallel: Megatron-core's axes. model_parallel: the
+    ranks that hold the parts of one replica. data_parallel: those that see different samples.
+    sequence_parallel: those that see different positions of the same samples.
+    sequence_data_parallel: those that hold the same part of the weights, which ZeRO partitions.
+    `..._src_rank` and `..._group_ranks` are numbers of ranks in the whole launch.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._mesh = mesh
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.tensor_group
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return dist.get_rank(self._mesh.tensor_group)
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._mesh.tensor_group)
+
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        return dist.get_process_group_ranks(self._mesh.tensor_group)[0]
+
+    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.pipeline_group
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return dist.get_rank(self._mesh.pipeline_group)
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._mesh.pipeline_group)
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.model_group
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(self._mesh.model_group)
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._mesh.model_group)
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.data_group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self._mesh.data_group)
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self._mesh.data_group)
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._mesh.data_group)
+
+    def get_sequence_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.sequence.group
+
+    def get_sequence_parallel_rank(self) -> int:
+        return dist.get_rank(self._mesh.sequence.group)
+
+    def get_sequence_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._mesh.sequence.group)
+
+    def get_sequence_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.replica_group
+
+    def get_sequence_data_parallel_rank(self) -> int:
+        return dist.get_rank(self._mesh.replica_group)
+
+    def get_sequence_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._mesh.replica_group)

@@ -9,7 +9,7 @@ Over the same connections the ranks report what they are doing (`activity`), and
 the one that the others wait for; if that is rank 0 itself, the others notice its silence.
 
 All that takes less time than PyTorch gives a process between an error of NCCL and its abort
-(`gpu_environment`), so that what comes first is the line that says which rank it was.
+(`set_gpu_defaults`), so that what comes first is the line that says which rank it was.
 """
 
 from __future__ import annotations

@@ -32,19 +32,27 @@ from megalong.parallel.deepspeed_private import (
     steps_made,
     was_skipped,
 )
-from megalong.parallel.gradients import TiedEmbedding, sum_divided_gradients
 from megalong.parallel.mesh import Mesh
-from megalong.parallel.schedule import ScheduleModule, run_schedule
+from megalong.parallel.schedule import (
+    ScheduleModule,
+    TiedEmbedding,
+    run_schedule,
+    sum_divided_gradients,
+)
 from megalong.parallel.traffic import Counts, CountTraffic
 from megalong.training.deepspeed_config import deepspeed_config
-from megalong.training.loss_spikes import LossSpikes
 from megalong.training.parameter_groups import (
     create_state,
     parameter_groups,
     show_whole_matrices,
 )
-from megalong.training.step_result import StepResult
-from megalong.training.training_loss import TrainingLoss, held_out_losses, next_tokens
+from megalong.training.training_loss import (
+    LossSpikes,
+    StepResult,
+    TrainingLoss,
+    held_out_losses,
+    next_tokens,
+)
 from megalong.utils.errors import UserError
 
 
@@ -62,7 +70,7 @@ class TrainingEngine:
     ):
         import deepspeed
 
-        from megalong.parallel.deepspeed_mpu import DeepSpeedMPU
+        from megalong.parallel.mesh import DeepSpeedMPU
 
         training = config.training
         self.mesh = mesh
@@ -301,7 +309,7 @@ def _divide_weights(
     """
     import deepspeed
 
-    from megalong.parallel.deepspeed_mpu import DeepSpeedMPU
+    from megalong.parallel.mesh import DeepSpeedMPU
 
     return deepspeed.zero.Init(
         module=module,

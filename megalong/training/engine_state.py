@@ -15,9 +15,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+from megalong.checkpoint.content import WEIGHTS, Progress, random_state_name, tensor_name
 from megalong.checkpoint.manifest import DamagedCheckpoint
-from megalong.checkpoint.names import WEIGHTS, random_state_name, tensor_name
-from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.config import Config, ModelConfig
 from megalong.data.masking import ADD_A_ROW

@@ -1,19 +1,27 @@
-"""Held-out loss: perplexity, bits per byte, and the loss against the position in the context."""
+"""Evaluate a model while it is trained, in every layout: held-out loss, tasks, sample texts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 import torch
 
-from megalong.data.batches import Batch
+from megalong.config import Config
+from megalong.data.batches import Batch, starts_behind_first
+from megalong.data.masking import IGNORE_INDEX
+from megalong.data.prefetch import made_ahead
+from megalong.evals.batches import num_task_batches, task_batches
 from megalong.evals.position_losses import PositionLosses, perplexity, position_edges
+from megalong.evals.scores import AnswerSums, TaskScore
+from megalong.evals.trials import Trials
+from megalong.model.next_tokens import NextTokens
 from megalong.parallel.mesh import Mesh
 from megalong.training.engine import TrainingEngine
+from megalong.training.run_data import Prompt
 
 
 @dataclass(frozen=True)
@@ -77,3 +85,124 @@ def evaluate(
         bits_per_byte=bits / size if size else None,
         loss_by_position=losses_by_position.by_position,
     )
+
+
+def evaluate_task(
+    engine: TrainingEngine,
+    trials: Trials,
+    mesh: Mesh,
+    on_batch: Callable[[], None] = lambda: None,
+    first_apart: bool = False,
+) -> TaskScore:
+    """The score of the model on these samples, on every rank. Called by all ranks alike.
+
+    on_batch: called after each micro batch, to show progress. first_apart: see `task_batches`.
+    """
+    sums = AnswerSums(trials, mesh.device)
+    batches = task_batches(
+        trials,
+        sums,
+        micro_batch_size=engine.micro_batch_size,
+        data_parallel_rank=mesh.data_parallel_rank,
+        data_parallel_size=mesh.data_parallel_size,
+        sequence_range=mesh.sequence_range(engine.seq_length),
+        first_apart=first_apart,
+    )
+    with made_ahead(batches, mesh.device) as ahead:
+        # As many at a time as fill the pipeline.
+        while some := list(islice(ahead, mesh.pipeline_parallel_size)):
+            # Stages before the last have no scores.
+            for batch, (losses, right, _) in zip(some, engine.token_scores(some), strict=False):
+                rows = batch["answer"].to(mesh.device, non_blocking=True)
+                sums.add(rows, right, losses)
+            for _ in some:
+                on_batch()
+    mesh.sum_of_losses(sums.sums)
+    return sums.score()
+
+
+def batches_of(engine: TrainingEngine, trials: Trials, mesh: Mesh) -> int:
+    """How often `evaluate_task` calls `on_batch`."""
+    return num_task_batches(trials, engine.micro_batch_size, mesh.data_parallel_size)
+
+
+def continued(
+    engine: TrainingEngine,
+    prompts: Sequence[Prompt],
+    config: Config,
+    mesh: Mesh,
+    end: int,
+    iteration: int,
+    on_token: Callable[[], None] = lambda: None,
+) -> list[list[int]]:
+    """The tokens that follow each prompt, on every rank: at most `--sample-tokens`, the last one
+    `end` where the model ends the document before. Called by all ranks alike.
+
+    iteration: draws hang on it. on_token: called after each forward pass.
+    """
+    samples = config.samples
+    texts = [list(prompt.tokens) for prompt in prompts]
+    together = engine.micro_batch_size * mesh.data_parallel_size
+    beside = {}
+    if config.data.first_token_is_apart:
+        start, stop = mesh.sequence_range(engine.seq_length)
+        beside["document_start"] = starts_behind_first(engine.micro_batch_size, start, stop)
+    for start in range(0, len(prompts), together):
+        numbers = range(start, min(start + together, len(prompts)))
+        first = start + mesh.data_parallel_rank * engine.micro_batch_size
+        mine = range(first, min(first + engine.micro_batch_size, len(prompts)))
+        going_on = set(numbers)
+        for _ in range(samples.sample_tokens):
+            batch = _batch([texts[number] for number in mine], engine, mesh) | beside
+            places = [len(texts[number]) - 1 for number in mine]
+            seeds = [
+                _seed(config.training.seed, iteration, number, place)
+                for number, place in zip(mine, places, strict=True)
+            ]
+            wanted = _wanted(places, seeds, engine, mesh, samples.sample_temperature)
+            tokens = engine.next_tokens(batch, wanted)
+            of_all = torch.zeros(len(prompts), dtype=torch.int64, device=mesh.device)
+            if tokens is not None and mine:
+                of_all[mine.start : mine.stop] = tokens[: len(mine)].clamp(min=0)
+            mesh.sum_of_losses(of_all)
+            for number, token in enumerate(of_all.tolist()):
+                if number in going_on:
+                    texts[number].append(token)
+                    going_on -= {number} if token == end else set()
+            on_token()
+            if not going_on:
+                break
+    return [text[len(p.tokens) :] for text, p in zip(texts, prompts, strict=True)]
+
+
+def _batch(texts: Sequence[Sequence[int]], engine: TrainingEngine, mesh: Mesh) -> Batch:
+    """This rank's part of a micro batch of texts, each at the beginning of a sequence; behind it,
+    and in rows without one, are zeros, which causal attention keeps from it."""
+    start, stop = mesh.sequence_range(engine.seq_length)
+    tokens = torch.zeros(engine.micro_batch_size, stop - start, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        part = torch.tensor(text[start:stop], dtype=torch.int64)
+        tokens[row, : len(part)] = part
+    return {
+        "tokens": tokens,
+        "labels": torch.full_like(tokens, IGNORE_INDEX),
+        "positions": torch.arange(start, stop),
+    }
+
+
+def _wanted(
+    places: Sequence[int],
+    seeds: Sequence[int],
+    engine: TrainingEngine,
+    mesh: Mesh,
+    temperature: float,
+) -> NextTokens:
+    """places: of the last tokens of the texts, in whole sequences."""
+    start, stop = mesh.sequence_range(engine.seq_length)
+    rows = [place - start if start <= place < stop else None for place in places]
+    empty = engine.micro_batch_size - len(rows)
+    return NextTokens((*rows, *[None] * empty), temperature, (*seeds, *[0] * empty))
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -1,4 +1,4 @@
-"""The training loop: step, log, save, evaluate."""
+"""A run from its checkpoint to its end, stage after stage: step, log, save, evaluate."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import contextlib
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from megalong.checkpoint.progress import Progress
+import torch
+
+from megalong.checkpoint.content import Progress
+from megalong.checkpoint.folder import checkpoint_folder
 from megalong.checkpoint.reading import CheckpointReader
-from megalong.checkpoint.saving import Saver
+from megalong.checkpoint.writing import Saver
 from megalong.config import Config, unused
 from megalong.config.arguments import to_yaml
 from megalong.config.stages import Stage
@@ -23,38 +26,55 @@ from megalong.data.batches import (
 )
 from megalong.data.prefetch import made_ahead
 from megalong.evals.trials import Trials
-from megalong.model.build import build_model
+from megalong.model.build import build_model, check_backend
 from megalong.model.memory_path import settle_memory_path
+from megalong.parallel import build_mesh, process_group, temporary_mesh, watch_ranks
 from megalong.parallel.mesh import Mesh
-from megalong.training.best_checkpoint import BestCheckpoint
-from megalong.training.changes import moves_the_loss
+from megalong.training.deepspeed_config import deepspeed_config
 from megalong.training.engine import TrainingEngine, weights_divider
 from megalong.training.engine_state import load_checkpoint, progress_to_save, tensors_to_save
-from megalong.training.evaluation import evaluate
+from megalong.training.evaluation import batches_of, continued, evaluate, evaluate_task
 from megalong.training.learning_rate import learning_rate
 from megalong.training.profiling import Profiler
 from megalong.training.reports import Reports, say
-from megalong.training.resuming import check_agreement, sound_checkpoint
-from megalong.training.run_blend import blend_from, next_sample, repeated
-from megalong.training.run_data import RunData, best_set, check_same_masks, validation_sets
-from megalong.training.run_folder import leave_unfinished, open_run_folder, same_folder
-from megalong.training.samples import continued
-from megalong.training.stages import begun, check_is_of
-from megalong.training.step_result import StepResult
+from megalong.training.resuming import (
+    check_agreement,
+    moves_the_loss,
+    sound_checkpoint,
+    starting_point,
+)
+from megalong.training.run_data import (
+    RunData,
+    best_set,
+    check_same_masks,
+    open_run_data,
+    validation_sets,
+)
+from megalong.training.run_folder import (
+    BestCheckpoint,
+    leave_unfinished,
+    open_run_folder,
+    same_folder,
+)
+from megalong.training.stages import (
+    begun,
+    blend_from,
+    check_is_of,
+    make_orders,
+    next_sample,
+    repeated,
+)
 from megalong.training.stopping import FAILED_SAVE, Stopped, StopRequest
-from megalong.training.task_evaluation import batches_of, evaluate_task
+from megalong.training.training_loss import StepResult
 from megalong.utils.errors import UserError
 from megalong.utils.progress import progress_bar
 
 
 class Trainer:
-    """One run: from the configuration and the data to the trained model in the run folder.
+    """One run, or one stage of it, to the trained model in the run folder.
 
-    given: the configuration before it was resolved, to be written down beside `config`.
-    checkpoint: where to go on from (`megalong.training.resuming.open_checkpoint`), or None.
-    stop: asked after each step, and before the model is built, whether the run has to end early.
-        In the latter case this raises Stopped.
-    stage: which one of a run this is; None: there is but one.
+    given: the configuration before it was resolved. checkpoint: where to go on from, or None.
+    stop: asked after each step, and before the model is built, where this raises Stopped.
     """
 
     def __init__(
@@ -88,9 +108,15 @@ class Trainer:
                 reader = CheckpointReader(checkpoint)
                 self.progress = load_checkpoint(reader, self.engine, config)
                 check_is_of(stage, self.progress, checkpoint)
-            self.blend, news = blend_from(data.train, self.progress, checkpoint, config)
-            if checkpoint is not None and (news or moves_the_loss(checkpoint, config)):
-                news += self._forget_usual_losses()
+            self.blend, news = blend_from(data.train, self.progress, config)
+            spikes = self.engine.spikes
+            moved = checkpoint is not None and (news or moves_the_loss(checkpoint, config))
+            if moved and spikes is not None and spikes.losses:
+                spikes.losses.clear()
+                news.append(
+                    "--skip-loss-spikes looks back on losses from here on: those before are of"
+                    " other data or other settings"
+                )
         self.progress = begun(self.progress, stage, config)
         nothing_new = checkpoint is None or same_folder(config.run.load, config.run.save)
         self.saved_iteration = self.progress.iteration if nothing_new else None
@@ -108,38 +134,22 @@ class Trainer:
         choices += [*unused(given), *repeated(self.blend, self.progress, config)]
         self.reports.announce(checkpoint, self.progress, choices, news)
 
-    def _forget_usual_losses(self) -> list[str]:
-        """Measure spikes by the losses from here on alone. Returns what is to be told of that."""
-        spikes = self.engine.spikes
-        if spikes is None or not spikes.losses:
-            return []
-        spikes.losses.clear()
-        return [
-            "--skip-loss-spikes looks back on losses from here on: those before are of other data"
-            " or other settings"
-        ]
-
     def train(self) -> bool:
-        """Train from where the run stands to `--train-iters`, then evaluate; whether all that was
-        done.
-
-        A run that is asked to stop saves a checkpoint and returns early. Another one may go on in
-        the folder then.
-        """
+        """Train from where the run stands to `--train-iters`, then evaluate. Returns whether all
+        that was done: a run that is asked to stop saves a checkpoint and returns early."""
         with self.lock or contextlib.nullcontext(), self.saver, self.reports.running():
             try:
-                with self.profiler:
-                    self._train()
+                with (
+                    self.profiler,
+                    made_ahead(self._training_batches(), self.mesh.device) as batches,
+                ):
+                    self._train(self.reports.meter.timed(batches))
             except Stopped as request:
                 self._end_early(str(request))
                 return False
         return True
 
-    def _train(self) -> None:
-        with made_ahead(self._training_batches(), self.mesh.device) as batches:
-            self._train_on(self.reports.meter.timed(batches))
-
-    def _train_on(self, batches: Iterator[Batch]) -> None:
+    def _train(self, batches: Iterator[Batch]) -> None:
         training, run = self.config.training, self.config.run
         self._check_stop()
         if self.progress.iteration > self.begin:
@@ -164,7 +174,7 @@ class Trainer:
         training = self.config.training
         return training_batches(
             self.blend,
-            consumed_samples=self._next_sample,
+            consumed_samples=next_sample(self.progress, self.config),
             global_batch_size=training.global_batch_size,
             micro_batch_size=training.micro_batch_size,
             data_parallel_rank=self.mesh.data_parallel_rank,
@@ -173,10 +183,6 @@ class Trainer:
             masking=self.data.masking,
             documents=self.data.documents,
         )
-
-    @property
-    def _next_sample(self) -> int:
-        return next_sample(self.progress, self.config)
 
     def _stop_before_the_building(self) -> None:
         """Raise Stopped, with all said, where the run was asked to stop while it was starting."""
@@ -236,11 +242,15 @@ class Trainer:
             if result.loss == 0 and self.blend.masks_loss:
                 self.reports.nothing_predicted(iteration)
                 losses = []
+            by_source = dict(self.progress.losses_by_source)
+            for name, (loss, count) in result.by_source.items():
+                before = by_source.get(name, (0.0, 0.0))
+                by_source[name] = before[0] + loss, before[1] + count
             self.progress = dataclasses.replace(
                 self.progress,
                 skipped_spikes=self.progress.skipped_spikes + spike,
                 losses=[*self.progress.losses, *losses],
-                losses_by_source=_with_losses_of(result, self.progress.losses_by_source),
+                losses_by_source=by_source,
             )
 
     def _due(self, iteration: int, interval: int) -> bool:
@@ -256,7 +266,7 @@ class Trainer:
         self._read_results()
         with self.reports.saving():
             self.saver.wait()  # before there is a second copy in memory
-            blend = self.blend.history(self._next_sample).values()
+            blend = self.blend.history(next_sample(self.progress, self.config)).values()
             self.progress = dataclasses.replace(self.progress, blend=blend)
             progress = progress_to_save(self.engine, self.progress)
             self.saver.save(progress, tensors_to_save(self.engine, self.config))
@@ -342,12 +352,69 @@ class Trainer:
                 yield on_batch
 
 
-def _with_losses_of(
-    result: StepResult, sums: dict[str, tuple[float, float]]
-) -> dict[str, tuple[float, float]]:
-    """The losses of the sources since the last log, and those of one more step."""
-    sums = dict(sums)
-    for name, (loss, count) in result.by_source.items():
-        before = sums.get(name, (0.0, 0.0))
-        sums[name] = before[0] + loss, before[1] + count
-    return sums
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """All that has to be there before a stage is trained."""
+
+    stage: Stage
+    data: RunData
+    checkpoint: Path | None
+
+    @classmethod
+    def of(cls, stage: Stage, data: RunData) -> Beginning:
+        """That of the stage with which this start of a run begins. Raises UserError."""
+        config, checkpoint = starting_point(stage.config, stage)
+        make_orders(data.train, checkpoint, config)
+        return cls(dataclasses.replace(stage, config=config), data, checkpoint)
+
+    @classmethod
+    def after(cls, before: Beginning, stage: Stage, saved: bool) -> Beginning:
+        """Return that of the next stage. saved: whether the one before has left a checkpoint; else
+        there was nothing to train any more, and its own is gone on from."""
+        run, checkpoint = before.stage.config.run, before.checkpoint
+        stage = stage.following(run.save if saved else run.load)
+        if saved:
+            checkpoint = checkpoint_folder(Path(str(run.save)), stage.begin)
+        data = open_run_data(stage.config)
+        make_orders(data.train, checkpoint, stage.config)
+        return cls(stage, data, checkpoint)
+
+
+def checked_data(stage: Stage, world_size: int) -> RunData:
+    """Open what a stage reads. Raises UserError where it cannot run on this machine."""
+    config = stage.config
+    with stage.settings.errors():
+        check_backend(config)
+        deepspeed_config(config, config.parallel.data_parallel_size(world_size))
+        return open_run_data(config)
+
+
+def train_stages(
+    beginning: Beginning, later: Sequence[Stage], request: Callable[[], StopRequest]
+) -> None:
+    """Join the processes of this launch, and train a stage and those after it, each from the
+    checkpoint that the one before has left, until one is asked to stop, as `request` tells."""
+    minutes = beginning.stage.config.run.distributed_timeout_minutes
+    with process_group(minutes) as device, contextlib.ExitStack() as held:
+        stop = None
+        for following in [*later, None]:
+            mesh_of = build_mesh if following is None else temporary_mesh
+            config = beginning.stage.config
+            with mesh_of(config, device) as mesh, watch_ranks(mesh, config.run):
+                if stop is None:
+                    stop = held.enter_context(request())
+                try:
+                    trainer = Trainer(
+                        config, beginning.stage.given, beginning.data, beginning.checkpoint, mesh,
+                        stop, beginning.stage,
+                    )  # fmt: skip
+                except Stopped:  # all is said
+                    return
+                if not trainer.train() or following is None:
+                    return
+                trainer.engine.destroy()
+                saved = trainer.saved_iteration is not None
+                del trainer
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            beginning = Beginning.after(beginning, following, saved)

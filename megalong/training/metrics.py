@@ -1,19 +1,21 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases."""
+"""A run's numbers in metrics.jsonl, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import html
+import importlib.util
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megalong.config import Config
 from megalong.model.flops import PARTS
-from megalong.training.weights_and_biases import WandbBoard
-from megalong.utils.errors import system_errors_of
+from megalong.utils.errors import UserError, system_errors_of
 
 TRAINING_CURVES = (
     "loss",
@@ -35,42 +37,31 @@ TASK_CURVES = ("accuracy", "token_accuracy", "loss")
 
 
 class MetricsLog:
-    """Writes records to `metrics.jsonl` in the run folder, and their curves to the boards.
+    """Records in `metrics.jsonl` in the run folder, one JSON object a line, and their curves on the
+    boards; the main process has one.
 
-    One JSON object a line. Training records, the means of the iterations since the last, have
-        iteration, consumed_samples, consumed_tokens, loss, learning_rate, grad_norm,
-        tokens_per_second;
-        stage, in a run of several: the name of the one it is in (evaluations and samples have it,
-            too);
-        z_loss, with --z-loss-coeff: what that adds to the loss, in the last of these iterations;
-        skipped_spikes, with --skip-loss-spikes: updates left out since the run began;
+    Training records are means since the last one: iteration, consumed_samples, consumed_tokens,
+    loss, learning_rate, grad_norm, tokens_per_second, and
+        stage: of a run of several, its name (in evaluations and samples too);
+        z_loss (--z-loss-coeff), of the last iteration; skipped_spikes (--skip-loss-spikes), in all;
         mfu, mfu_dense_equivalent: share of all ranks' peak FLOP/s that the model FLOPs of the
             executed attention are, and those of dense attention would be (`megalong.model.flops`);
         data_share: share of the time in which this process waited for data;
         peak_memory_bytes: of this process: on a GPU what its tensors took at most since the last
-            record (and peak_reserved_bytes, what PyTorch had reserved for them), on a CPU the
-            largest resident set since the start;
-        sources, where there are several: by name the loss, the share of the samples since the blend
-            is as it is, and how many epochs of it were read since the run began.
-    One training record of every start of a run has
-        flops: model FLOPs of a step by part, the total of its dense equivalent, the peak FLOP/s of
-            all ranks together, and where that is from;
-    and one traffic: what the main process sent and received in a step, by axis and collective
-    (`megalong.parallel.traffic`).
-    Evaluations have iteration, split ("validation", "test", or "validation/NAME" where there are
-    several), consumed_tokens, loss, perplexity, bits_per_byte, tokens (of
-    which these are, with --objective mlm the masked ones), position_edges, loss_by_position. A run
-    that goes on at an iteration that was evaluated keeps that record; one of the same iteration, on
-    the same tokens, takes its place.
-    Evaluations on tasks have iteration, consumed_tokens, style ("text" or "ids"), and what
-    `megalong.evals.scores.TaskScore` has, task, length, accuracy and so on; in all else they are
-    like evaluations.
-    The first record of any kind after a save has save_seconds, save_blocking_seconds: how long
-    it took until it was on the disk, and how long the training stood still for it.
-    Samples (`--sample-prompts`) go into `samples.jsonl` beside it: iteration, consumed_tokens, the
-    number of the prompt, prompt, text, which follows it, tokens, and whether the model ended the
-    document. Those that a run makes again where it goes on take the place of the earlier ones.
-    Only the main process has one.
+            record (and peak_reserved_bytes, what PyTorch had reserved), on a CPU the largest
+            resident set since the start;
+        sources, where there are several: by name the loss, the share of the samples of this blend,
+            and the epochs since the run began;
+        flops, once after a start: of a step by part, of its dense equivalent, and the peak;
+        traffic, once after a start: of the main process in a step, by axis and collective.
+    Evaluations have iteration, split ("validation", "test", or "validation/NAME"), consumed_tokens,
+    loss, perplexity, bits_per_byte, tokens (predicted ones), position_edges, loss_by_position;
+    those on tasks iteration, consumed_tokens, style, and `megalong.evals.scores.TaskScore`. One of
+    the iteration at which a run goes on takes the place of the same one before.
+    The first record after a save has save_seconds (until it was on the disk) and
+    save_blocking_seconds (for which the training stood still).
+    Samples are in `samples.jsonl`: iteration, consumed_tokens, the number of the prompt, prompt,
+    text, tokens, and whether the model ended the document.
     """
 
     def __init__(self, config: Config, resumed_iteration: int, say: Callable[[str], None]):
@@ -79,7 +70,7 @@ class MetricsLog:
         self._resumed_iteration = resumed_iteration
         self._system_errors = partial(system_errors_of, "--save", str(run.save))
         self._file = self._samples = None
-        self._boards: list[Board] = []
+        self._boards: list[_TensorBoard | WandbBoard] = []
         if run.save is not None:
             path = Path(run.save) / "metrics.jsonl"
             self._samples = path.with_name("samples.jsonl")
@@ -172,22 +163,6 @@ class MetricsLog:
             board.scalars(record["iteration"], values)
 
 
-class Board(Protocol):
-    """Where curves are drawn."""
-
-    def scalars(self, iteration: int, values: dict[str, float]) -> None:
-        """A point of each of these curves."""
-
-    def text(self, iteration: int, name: str, text: str) -> None:
-        """A text, as it stands."""
-
-    def flush(self) -> None:
-        """Write out what is held back."""
-
-    def close(self, failed: bool) -> None:
-        """The run ends; failed: by an error."""
-
-
 class _TensorBoard:
     def __init__(self, folder: str, resumed_iteration: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -224,8 +199,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def forget_after(path: Path, iteration: int) -> None:
-    """Drop what a run resumed at `iteration` writes again: all that came after its checkpoint, but
-    for evaluations of `iteration` itself, which may not be made again."""
+    """Drop what a run resumed at `iteration` writes again, all that came after its checkpoint."""
     if path.exists():
         _replace(path, [r for r in read_metrics(path) if r["iteration"] <= iteration])
 
@@ -247,3 +221,83 @@ def _same_evaluation(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def training_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those of logged iterations."""
     return [record for record in records if "split" not in record and "task" not in record]
+
+
+RUN_ID = "wandb_run_id"  # file in the run folder: a run that goes on is the same one there
+
+
+def check_wandb(config: Config) -> None:
+    """Raise UserError on rank 0 where `--wandb-project` is given and the package is not there."""
+    project = config.run.wandb_project
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"--wandb-project {project} needs the package wandb: pip install wandb, or leave the"
+            " flag out"
+        )
+
+
+class WandbBoard:
+    """Curves on Weights & Biases, by iteration. Raises UserError where the service cannot be had;
+    one that fails later ends no training."""
+
+    def __init__(self, config: Config, say: Callable[[str], None]):
+        import wandb
+
+        run = config.run
+        self._say, self._failed = say, False
+        id_file = None if run.save is None else Path(run.save) / RUN_ID
+        with system_errors_of("--save", str(run.save)):
+            known = id_file.read_text() if id_file is not None and id_file.exists() else ""
+        try:
+            self._run = wandb.init(
+                project=run.wandb_project,
+                name=run.wandb_exp_name,
+                dir=run.save,
+                id=known.strip() or None,
+                resume="allow",
+                config=dataclasses.asdict(config),
+            )
+            # Its own count of steps only grows; a resumed run goes back to its checkpoint's
+            # iteration.
+            self._run.define_metric("iteration")
+            self._run.define_metric("*", step_metric="iteration")
+        except Exception as error:
+            raise UserError(f"--wandb-project {run.wandb_project}: {error}") from error
+        if id_file is not None:
+            with system_errors_of("--save", run.save):
+                aside = id_file.with_suffix(".tmp")
+                aside.write_text(self._run.id)
+                os.replace(aside, id_file)
+
+    def scalars(self, iteration: int, values: dict[str, float]) -> None:
+        """A point of each of these curves."""
+        with self._failure_said():
+            self._run.log({"iteration": iteration, **values})
+
+    def text(self, iteration: int, name: str, text: str) -> None:
+        """A text, as it stands."""
+        import wandb
+
+        with self._failure_said():
+            page = wandb.Html(f"<pre>{html.escape(text)}</pre>")
+            self._run.log({"iteration": iteration, name: page})
+
+    def flush(self) -> None:
+        """wandb writes to its own file on the disk at once."""
+
+    def close(self, failed: bool) -> None:
+        """The run ends; failed: by an error."""
+        with self._failure_said():
+            self._run.finish(exit_code=int(failed))
+
+    @contextlib.contextmanager
+    def _failure_said(self) -> Iterator[None]:
+        """Inside, an error is said, the first time, and no more comes of it."""
+        try:
+            yield
+        except Exception as error:
+            if not self._failed:
+                self._say(f"--wandb-project: curves are missing there: {error}")
+            self._failed = True

@@ -1,9 +1,10 @@
-"""All that a run says: announcements and log lines on the terminal, records in its metrics."""
+"""Report what a run does: lines on the terminal, records in its metrics, times of its steps."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalong.checkpoint.progress import Progress
-from megalong.checkpoint.saving import Saver
+from megalong.checkpoint.content import Progress
+from megalong.checkpoint.writing import Saver
 from megalong.config import Config
 from megalong.config.model import scaling_oddities
 from megalong.config.stages import Stage
+from megalong.data.batches import Batch
 from megalong.data.blend import Blend, shown_shares
 from megalong.data.tokenizers.tokenizer import Tokenizer
 from megalong.evals.position_losses import FEW_TOKENS, position_edges
@@ -27,15 +29,93 @@ from megalong.model.flops import step_flops
 from megalong.model.parameters import count_parameters
 from megalong.model.peak_flops import peak_flops
 from megalong.parallel.mesh import Mesh
-from megalong.training.changes import other_ways
 from megalong.training.evaluation import Evaluation
-from megalong.training.meter import Meter
 from megalong.training.metrics import MetricsLog
-from megalong.training.run_data import RunData, describe_training
-from megalong.training.sample_prompts import Prompt
-from megalong.training.step_result import StepResult
+from megalong.training.resuming import other_ways
+from megalong.training.run_data import Prompt, RunData, describe_training
+from megalong.training.training_loss import StepResult
 from megalong.utils.errors import counted
 from megalong.utils.progress import clock, human_bytes, human_flops
+
+
+class Meter:
+    """Measures the training on this rank; `take` gives what was measured since the last time.
+
+    The clock runs all the time but in `pause`: a step's seconds are those between two steps, so
+    that they hold whatever a GPU computes while the host is ahead of it.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._save: tuple[float, float] | None = None  # begin, and seconds of standstill
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was measured so far."""
+        self._steps, self._waited, self._paused = 0, 0.0, 0.0
+        self._start = time.perf_counter()
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches; until one is there, the training waits for data."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches)
+            self._waited += time.perf_counter() - start
+            yield batch
+
+    def step(self) -> None:
+        """One step is done."""
+        self._steps += 1
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is done inside is no training: a save, an evaluation."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Inside, a checkpoint is saved, or copied to be written in the background."""
+        begin = time.perf_counter()
+        with self.pause():
+            yield
+        self._save = begin, time.perf_counter() - begin
+
+    def take_save(self, durable_at: float | None) -> dict[str, float]:
+        """The times of the last save, once: nothing before it is on the disk, nor afterwards.
+
+        durable_at: `time.perf_counter()` when the last checkpoint was on the disk.
+        """
+        if self._save is None or durable_at is None or durable_at < self._save[0]:
+            return {}
+        (begin, blocking), self._save = self._save, None
+        return {"save_seconds": durable_at - begin, "save_blocking_seconds": blocking}
+
+    def take(self) -> tuple[float, float]:
+        """Seconds of a step, mean over those since the last call, and the share of them that was
+        spent waiting for data."""
+        seconds = time.perf_counter() - self._start - self._paused
+        result = seconds / self._steps, self._waited / seconds
+        self.restart()
+        return result
+
+    def take_memory(self) -> dict[str, Any]:
+        """The peak of this process's memory, in bytes: on a GPU, since the last call, what its
+        tensors took (peak_memory_bytes) and what PyTorch had reserved for them; on a CPU, since
+        the start, the resident set."""
+        if self._device.type == "cuda":
+            peaks = {
+                "peak_memory_bytes": torch.cuda.max_memory_allocated(self._device),
+                "peak_reserved_bytes": torch.cuda.max_memory_reserved(self._device),
+            }
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return peaks
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {"peak_memory_bytes": resident * 1024}  # Linux counts in KiB
+
 
 SOURCES_SHOWN = 6  # in a log line; all are in the metrics
 WORTH_A_WORD = 0.05  # waiting for data, and growth of the peak memory, as a share, in the log line

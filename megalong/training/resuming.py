@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the one in force, if it is sound and of the same run.
+"""Find the checkpoint that a run goes on from, and say what the run does otherwise than that one's.
 
 What a look at the files shows is found before anything is launched; their hashes the ranks share,
 afterwards.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from megalong.checkpoint.content import Progress, read_progress, read_settings
 from megalong.checkpoint.folder import (
     being_read,
     has_pointer,
@@ -24,27 +25,156 @@ from megalong.checkpoint.folder import (
     set_aside,
 )
 from megalong.checkpoint.manifest import DamagedCheckpoint, check_files, check_share
-from megalong.checkpoint.progress import Progress
-from megalong.checkpoint.texts import read_progress
-from megalong.config import Config, ModelConfig, flag_name
+from megalong.config import Config, ModelConfig, TrainingConfig, flag_name
+from megalong.config.arguments import config_from_values
 from megalong.config.attention import PATTERN_FIELDS
 from megalong.config.flags import shown
+from megalong.config.memory import PIECES
 from megalong.config.model import FACTORS, ROPE_FIELDS, lost_fields
 from megalong.config.stages import HOW, WHAT, Stage
 from megalong.data.blend import History
-from megalong.training.changes import config_of, differences, with_schedule_of
+from megalong.data.sources import sources_of_flag
+from megalong.model.optimizers import optimizer_of
+from megalong.training.learning_rate import learning_rate
 from megalong.training.run_folder import same_folder
 from megalong.utils.errors import UserError, system_errors_of
 
+# What the learning rate of an iteration hangs on.
+SCHEDULE = (
+    "lr", "min_lr", "lr_decay_style", "lr_decay_power", "lr_decay_iters", "lr_warmup_iters",
+    "lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_begin_iters",
+)  # fmt: skip
+_DATA = (
+    "split", "valid_data_path", "test_data_path", "sample_mode", "length_upsampling",
+)  # fmt: skip
+_STEP = (
+    "seq_length", "global_batch_size", "precision", "loss_scale", "clip_grad", "weight_decay",
+    "z_loss_coeff", "skip_loss_spikes", "loss_spike_window",
+)  # fmt: skip
+# What moves the loss of a batch from one step to the next; and so do other sources.
+_MOVES_THE_LOSS = (
+    "objective", "mask_rate", "eod_mask_loss", "document_attention", "seq_length", "split",
+    "sample_mode", "length_upsampling", "xpos_scale_base", *PATTERN_FIELDS, *ROPE_FIELDS,
+)  # fmt: skip
+
+
+def config_of(checkpoint: Path) -> Config:
+    """The configuration that a checkpoint was written with.
+
+    Raises UserError where it cannot be read.
+    """
+    return config_from_values(read_settings(checkpoint))
+
+
+def differences(ours: Config, theirs: Config, names: list[str]) -> dict[str, tuple[Any, Any]]:
+    """The values of these fields that differ, in two configurations."""
+    here, there = _values(ours), _values(theirs)
+    return {
+        name: (here[name], there[name])
+        for name in names
+        if _comparable(name, here[name]) != _comparable(name, there[name])
+    }
+
+
+def comparable_settings(config: Config, names: Iterable[str]) -> dict[str, Any]:
+    """The values of these fields as they are compared: the data to train on is "sources", a list of
+    names and amounts."""
+    values = _values(config)
+    data = ("data_path", "data_blend", "train_data_path")
+    found = {name: _comparable(name, values[name]) for name in names if name not in data}
+    sources = config.data.training_sources()
+    return found | {"sources": [[each.name, str(each.amount), each.unit] for each in sources]}
+
+
+def other_ways(checkpoint: Path, config: Config, new_stage: bool = False) -> list[str]:
+    """Say what a run does otherwise than that of the checkpoint, and may, a line each.
+
+    config: with its memory path settled. new_stage: whether a stage begins, with its own schedule.
+    """
+    theirs, iteration = config_of(checkpoint), read_progress(checkpoint).iteration
+    names = ["objective", *PATTERN_FIELDS, *ROPE_FIELDS, "xpos_scale_base", "document_attention"]
+    goes_on = iteration > 0 and not config.run.finetune  # an imported model has seen no data
+    if goes_on:
+        of_optimizer = optimizer_of(config.training).flags
+        names += ["mask_rate", "eod_mask_loss", "seed", "optimizer", *_DATA, *_STEP]
+        names += [name for name in vars(config.training) if name.startswith(of_optimizer)]
+        names += [] if new_stage else ["train_iters", *SCHEDULE]
+    found = differences(config, theirs, names)
+    if found.get("train_iters") == found.get("lr_decay_iters"):
+        found.pop("lr_decay_iters", None)  # follows from the other
+    lines = [
+        f"{flag_name(name)} is {shown(now)}; the checkpoint was written"
+        f" {'without' if before is None else f'with {shown(before)}'}"
+        for name, (now, before) in found.items()
+    ]
+    if goes_on:
+        if not new_stage:
+            lines += _learning_rate_change(iteration, config.training, theirs.training)
+        lines += _memory_path_change(config, theirs)
+    return lines
+
+
+def moves_the_loss(checkpoint: Path, config: Config) -> bool:
+    """Whether a run that goes on has other losses from its first step on, for the same weights.
+    Of its sources `Blend.continued` tells."""
+    return bool(differences(config, config_of(checkpoint), [*_MOVES_THE_LOSS]))
+
+
+def with_schedule_of(checkpoint: Path, config: Config) -> Config:
+    """The configuration with the checkpoint's schedule of the learning rate."""
+    theirs = read_settings(checkpoint)
+    schedule = {name: theirs[name] for name in SCHEDULE}
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **schedule))
+
+
+def _learning_rate_change(
+    iteration: int, ours: TrainingConfig, theirs: TrainingConfig
+) -> list[str]:
+    rate, kept = (learning_rate(iteration + 1, training) for training in (ours, theirs))
+    if rate == kept or iteration >= ours.train_iters:
+        return []
+    return [
+        f"the learning rate goes from {learning_rate(iteration, theirs):.3e} at iteration"
+        f" {iteration} to {rate:.3e} at iteration {iteration + 1}; with the checkpoint's schedule"
+        f" (--use-checkpoint-opt-param-scheduler) to {kept:.3e}"
+    ]
+
+
+def _memory_path_change(ours: Config, theirs: Config) -> list[str]:
+    before, now = _memory_path(theirs), _memory_path(ours)
+    if theirs.memory.memory_path == "auto" or before == now:
+        return []
+    return [f"the memory path is {now}; that of the checkpoint's run was {before}"]
+
+
+def _memory_path(config: Config) -> str:
+    flags = [flag_name(piece) for piece in PIECES if getattr(config.memory, piece)]
+    if config.parallel.recompute_granularity is not None:
+        flags.append(f"--recompute-granularity {config.parallel.recompute_granularity}")
+    return " ".join(flags) or "off"
+
+
+def _values(config: Config) -> dict[str, Any]:
+    sections = (config.model, config.attention, config.training, config.data)
+    return {name: value for section in sections for name, value in vars(section).items()}
+
+
+def _comparable(name: str, value: Any) -> Any:
+    """Data and tokenizers may have moved to another folder since."""
+    if value is None:
+        return None
+    if name.endswith("data_path"):
+        return [source.name for source in sources_of_flag(value, flag_name(name))]
+    return Path(value).name if name == "tokenizer_model" else value
+
 
 def starting_point(config: Config, stage: Stage | None = None) -> tuple[Config, Path | None]:
-    """The checkpoint that the run begins with (see `open_checkpoint`), and the configuration with
-    what hangs on that: what `--pretrained-checkpoint` stands for, and whose schedule it is.
-
-    stage: in which the run is. Raises UserError as `open_checkpoint` does.
-    """
+    """Find the checkpoint that the run begins with, and complete the configuration by it: what
+    `--pretrained-checkpoint` stands for, and whose schedule it is. Raises UserError."""
     run = config.run
-    if run.pretrained_checkpoint is not None and not _has_checkpoint(run.load):
+    with system_errors_of("--load", str(run.load)):
+        goes_on = run.load is not None and is_checkpoint_or_run(Path(run.load))
+    if run.pretrained_checkpoint is not None and not goes_on:
         run = dataclasses.replace(run, load=run.pretrained_checkpoint, finetune=True)
         training = dataclasses.replace(config.training, use_checkpoint_opt_param_scheduler=False)
         config = dataclasses.replace(config, run=run, training=training)
@@ -55,11 +185,8 @@ def starting_point(config: Config, stage: Stage | None = None) -> tuple[Config, 
 
 
 def open_checkpoint(config: Config, stage: Stage | None = None) -> Path | None:
-    """The checkpoint that `--load` names (see `found_checkpoint`), if it is of the same run.
-
-    Raises UserError where it is one of another model or, in the same folder, of a run on other
-    data.
-    """
+    """Find the checkpoint that `--load` names (see `found_checkpoint`). Raises UserError where it
+    is one of another model or, in the same folder, of a run on other data."""
     checkpoint = found_checkpoint(config)
     if checkpoint is not None:
         with system_errors_of(_flag(config), str(config.run.load)), _of(stage):
@@ -68,13 +195,9 @@ def open_checkpoint(config: Config, stage: Stage | None = None) -> Path | None:
 
 
 def found_checkpoint(config: Config) -> Path | None:
-    """The checkpoint that `--load` names: of a run the one in force; or None for a run that starts
-    at the beginning.
-
-    A run that is started again with the same `--save` and `--load` may have been killed before its
-    first checkpoint; anything else that is not there is an error, and so is a damaged checkpoint:
-    UserError. With `--load-fallback` it is the newest one whose files are all there.
-    """
+    """Find the checkpoint that `--load` names: of a run the one in force, with `--load-fallback`
+    the newest whose files are all there. None for a run that starts at the beginning: one with the
+    same `--save` and `--load` may have been killed before its first. Raises UserError."""
     load = config.run.load
     if load is None:
         return None
@@ -112,21 +235,15 @@ def _flag(config: Config) -> str:
     return "--pretrained-checkpoint" if from_others else "--load"
 
 
-def _has_checkpoint(load: str | None) -> bool:
-    with system_errors_of("--load", str(load)):
-        return load is not None and is_checkpoint_or_run(Path(load))
-
-
 @contextlib.contextmanager
 def sound_checkpoint(
     config: Config, say: Callable[[str], None], stage: Stage | None = None
 ) -> Iterator[Path]:
-    """The checkpoint that the run goes on from, sound down to its hashes (unless
-    `--no-verify-checkpoint`), of which each rank compares a share. Inside, no other run removes it.
+    """Hold the checkpoint that the run goes on from, sound down to its hashes (unless
+    `--no-verify-checkpoint`), of which each rank compares a share: no other run removes it.
 
-    Called by every rank where `open_checkpoint`, which looks at the files' sizes, has found one.
-    say: where rank 0 says what is damaged, if `--load-fallback` goes past it; a run that goes on in
-    the same folder sets that aside. stage: in which the run is. Raises UserError on every rank.
+    Called by every rank where `open_checkpoint` has found one. say: tells what is damaged, if
+    `--load-fallback` goes past it. Raises UserError on every rank.
     """
     with contextlib.ExitStack() as held:
 
@@ -141,25 +258,17 @@ def sound_checkpoint(
             with _of(stage):
                 _check_same_run(checkpoint, config, stage)
             if damage and dist.get_rank() == 0:
-                _go_past(damage, checkpoint, config, say)
+                for line in damage.values():
+                    say(f"{line}: going on from {checkpoint.name} (--load-fallback)")
+                if same_folder(config.run.load, config.run.save):
+                    point_at(checkpoint)
+                    for damaged in damage:
+                        set_aside(damaged)
         yield checkpoint
 
 
-def _go_past(
-    damage: dict[Path, str], checkpoint: Path, config: Config, say: Callable[[str], None]
-) -> None:
-    """Say what is damaged; in the run's own folder, put the sound one before it in force."""
-    for line in damage.values():
-        say(f"{line}: going on from {checkpoint.name} (--load-fallback)")
-    if same_folder(config.run.load, config.run.save):
-        point_at(checkpoint)
-        for damaged in damage:
-            set_aside(damaged)
-
-
 def check_agreement(config: Config, checkpoint: Path | None) -> None:
-    """That all ranks have found a checkpoint to go on from, or none has. Raises UserError on every
-    rank."""
+    """Raise UserError on every rank where only some have found a checkpoint to go on from."""
     found: list[bool] = [False] * dist.get_world_size()
     dist.all_gather_object(found, checkpoint is not None and not config.run.finetune)
     if len(set(found)) > 1:
@@ -263,25 +372,20 @@ def _check_same_run(checkpoint: Path, config: Config, stage: Stage | None) -> No
             way_out = "--save into another folder"
         if name == "optimizer":
             way_out = "set --no-load-optim"
-        if name in ROPE_FIELDS:
+        if name in ROPE_FIELDS and not config.run.finetune:
             way_out = "set --finetune, to begin a new run with the same weights at other positions"
-            if config.run.finetune:
-                way_out = _how_to_mean(name, here)
+        elif name in FACTORS:  # the default is no forgotten flag
+            way_out = "to 1 to turn it off"
+        elif name in ROPE_FIELDS and here is None:
+            way_out = "to null in a file"
+        elif name in ROPE_FIELDS:
+            way_out = f"to {shown(here)} on the command line, if that is meant"
         if name in ("make_vocab_size_divisible_by", "padded_vocab_size"):
             way_out += ", or, for an imported model, import it with another one"
         raise UserError(
             f"{flag_name(name)} is {shown(here)}, but the checkpoint {checkpoint} was written with"
             f" {shown(there)}: set it to that, or {way_out}"
         )
-
-
-def _how_to_mean(name: str, value: Any) -> str:
-    """What to do where the default of a field of rotary positions is no forgotten flag."""
-    if name in FACTORS:
-        return "to 1 to turn it off"
-    if value is None:
-        return "to null in a file"
-    return f"to {shown(value)} on the command line, if that is meant"
 
 
 def _check_has_stages(checkpoint: Path, progress: Progress, stage: Stage | None) -> None:
@@ -296,15 +400,11 @@ def _check_has_stages(checkpoint: Path, progress: Progress, stage: Stage | None)
 
 
 def _check_same_data(checkpoint: Path, config: Config) -> None:
-    """Raise UserError where a run in the same folder would share no source with the checkpoint:
-    shares may change, and sources come and go, but all at once is hardly what is meant."""
+    """Raise UserError where a run in the same folder would share no source with the checkpoint."""
     blend = read_progress(checkpoint).blend
-    if blend is not None:
-        known = list(History.from_values(blend).epoch_tokens)
-    elif read_progress(checkpoint).consumed_tokens:
-        known = [source.name for source in config_of(checkpoint).data.training_sources()]
-    else:
+    if blend is None:  # nothing was read yet
         return
+    known = list(History.from_values(blend).epoch_tokens)
     ours = [source.name for source in config.data.training_sources()]
     if not set(known) & set(ours):
         raise UserError(

@@ -1,5 +1,4 @@
-"""The tokenizer and the token streams of a run, opened before any process group exists, so that bad
-input ends the run at once."""
+"""Open all that a run reads before any process group exists: bad input ends the run at once."""
 
 from __future__ import annotations
 
@@ -8,6 +7,7 @@ import resource
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,10 +31,76 @@ from megalong.data.shards import pair_prefixes
 from megalong.data.sources import SourceSpec, shares_of
 from megalong.data.stream import Documents, TokenStream, split_documents
 from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
-from megalong.evals.trials import Trials
-from megalong.training.run_tasks import trials_of
-from megalong.training.sample_prompts import Prompt, prompts_of
+from megalong.evals.trials import Trials, language_of
 from megalong.utils.errors import UserError, counted, did_you_mean, system_errors_of
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to continue, and its tokens as the beginning of a document."""
+
+    text: str
+    tokens: tuple[int, ...]
+
+
+def prompts_of(config: Config, tokenizer: Tokenizer) -> list[Prompt]:
+    """Read what `--sample-prompts` has. Raises UserError, also for a prompt that is too long."""
+    samples, seq_length = config.samples, config.model.seq_length
+    if samples.sample_prompts is None:
+        return []
+    first = tokenizer.bos if config.data.prepend_bos else tokenizer.eod
+    assert first is not None and samples.sample_tokens is not None
+    found = []
+    for text in _texts(samples.sample_prompts):
+        try:
+            tokens = (first, *tokenizer.encode(text))
+        except UnicodeEncodeError:
+            raise UserError(f"--sample-prompts {text!r}: not a text of UTF-8") from None
+        if len(tokens) + samples.sample_tokens > seq_length:
+            raise UserError(
+                f"--sample-prompts {text[:20]!r}: {len(tokens)} tokens, and --sample-tokens"
+                f" {samples.sample_tokens} more, are longer than --seq-length {seq_length}: shorten"
+                " one of the two"
+            )
+        found.append(Prompt(text, tokens))
+    return found
+
+
+def _texts(given: Iterable[str]) -> Iterable[str]:
+    for text in given:
+        if not text.endswith(".txt"):
+            yield text
+            continue
+        try:
+            with system_errors_of("--sample-prompts", text):
+                lines = [line for line in Path(text).read_text("utf-8").splitlines() if line]
+        except UnicodeDecodeError as error:
+            raise UserError(f"--sample-prompts {text}: not UTF-8 (byte {error.start})") from None
+        if not lines:
+            raise UserError(f"--sample-prompts {text}: there is no text in it")
+        yield from lines
+
+
+def trials_of(config: Config, tokenizer: Tokenizer) -> list[Trials]:
+    """Make what `--eval-tasks` asks for: each task at each length. Raises UserError."""
+    tasks = config.tasks
+    if not tasks.eval_tasks:
+        return []
+    first = tokenizer.bos if config.data.prepend_bos else tokenizer.eod
+    assert first is not None
+    style = tasks.eval_task_style
+    try:
+        language = language_of(style, tokenizer.encode, tokenizer.text_ids, first)
+    except UserError as error:
+        raise UserError(f"--eval-task-style {style}: {error}") from None
+    found = []
+    for task in tasks.eval_tasks:
+        for length in tasks.eval_task_lengths:
+            trials = Trials(task, language, length, tasks.eval_task_samples)
+            trials.check("--eval-tasks", "--eval-task-lengths")
+            found.append(trials)
+    return found
+
 
 FILES_OF_A_PAIR, OTHER_FILES = 4, 256  # open at a time, of a .bin/.idx pair and of all else
 
@@ -43,13 +109,10 @@ FILES_OF_A_PAIR, OTHER_FILES = 4, 256  # open at a time, of a .bin/.idx pair and
 class RunData:
     """What a run reads.
 
-    train: as it is at the beginning of a run. held_out: the streams of "validation" and "test", or
-    of "validation/NAME" where there are several, or where they were named.
-    oddities: what can be trained on, and yet is hardly what was meant; a line each.
+    train: as it is at the beginning of a run. held_out: by "validation" and "test", or by
+    "validation/NAME" where there are several or they were named. oddities: a line each.
     token_bytes: UTF-8 bytes that each token id stands for, int32 (vocab size,).
-    masking: how tokens are masked; None: the next ones are predicted.
-    documents: what their borders mean.
-    tasks: what it is evaluated on besides. prompts: texts that it continues.
+    masking: None where next tokens are predicted. documents: what their borders mean.
     """
 
     tokenizer: Tokenizer
@@ -64,8 +127,8 @@ class RunData:
 
 
 def check_same_masks(data: RunData) -> None:
-    """That all ranks find the same loss masks beside the data: whether there are any decides what
-    they count together. Called by every rank; raises UserError on all."""
+    """Raise UserError on every rank where they find different loss masks beside the data: whether
+    there are any decides what they count together."""
     held_out = [name for name, stream in data.held_out.items() if stream.masks_loss]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, [*data.train.masked, *held_out])
@@ -79,10 +142,7 @@ def check_same_masks(data: RunData) -> None:
 
 
 def open_run_data(config: Config) -> RunData:
-    """Open everything that `config.data` names.
-
-    Raises UserError naming the flag or the file where that fails.
-    """
+    """Open everything that `config.data` names. Raises UserError naming the flag or the file."""
     data = config.data
     tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model)
     of_texts, masking = tokenizer, None
@@ -125,7 +185,7 @@ def open_run_data(config: Config) -> RunData:
 
 
 def describe_training(blend: Blend, config: Config) -> Iterator[str]:
-    """What the training data is like, in lines; it looks at the lengths of all documents."""
+    """Describe the training data in lines, by the lengths of all documents."""
     mode, upsampling = config.data.sample_mode, config.data.upsampling
     if upsampling is not None:
         for name, part in zip(blend.sources, blend.parts, strict=True):
@@ -250,7 +310,7 @@ def _open_training(
 
 
 def _amounts(specs: list[SourceSpec], blend: Blend, config: Config) -> list[str]:
-    """How much of each source was asked for, where the run takes as much as it does anyway."""
+    """Say how much of the sources was asked for, where the run takes as much as it does anyway."""
     if any(spec.unit == "weight" for spec in specs):
         return []
     training = config.training
@@ -267,8 +327,7 @@ def _amounts(specs: list[SourceSpec], blend: Blend, config: Config) -> list[str]
 
 
 def _allow_open_files(config: Config) -> None:
-    """Raise this process's limit of open files, if its sources need that. Raises UserError where
-    the system does not let it."""
+    """Raise this process's limit of open files, if its sources need that. Raises UserError."""
     paths = [config.data.training_sources(), *config.data.held_out_sources().values()]
     needed = FILES_OF_A_PAIR * sum(map(len, paths)) + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -305,11 +364,7 @@ def _check_best(held_out: dict[str, TokenStream], config: Config) -> None:
 
 
 def _check_predictions(
-    label: str,
-    part: TokenStream,
-    masking: Masking | None,
-    rules: DocumentRules,
-    config: Config,
+    label: str, part: TokenStream, masking: Masking | None, rules: DocumentRules, config: Config
 ) -> None:
     """Raise UserError where an evaluation would have nothing to predict."""
     size = config.run.eval_iters * config.training.global_batch_size
@@ -321,15 +376,12 @@ def _check_predictions(
         return
     split = f" of --split {config.data.split}" if config.data.divided else ""
     of = f"of the {part.tokens_per_epoch:,} tokens{split} for {label} none would be"
-    if masking is None:
-        raise UserError(
-            f"{part.documents.prefix}: {of} predicted in an evaluation, by its loss mask: give it"
-            " more, or raise --eval-iters"
-        )
-    raise UserError(
-        f"--mask-rate {config.training.mask_rate:g}: {of} masked in an evaluation: give it more, or"
-        " raise --mask-rate or --eval-iters"
-    )
+    what = f"{part.documents.prefix}: {of} predicted in an evaluation, by its loss mask"
+    raises = "--eval-iters"
+    if masking is not None:
+        what = f"--mask-rate {config.training.mask_rate:g}: {of} masked in an evaluation"
+        raises = "--mask-rate or --eval-iters"
+    raise UserError(f"{what}: give it more, or raise {raises}")
 
 
 def _oddities(train: Blend, config: Config, tokenizer: Tokenizer) -> list[str]:

@@ -1,35 +1,75 @@
-"""In which of its stages a run is, by the checkpoint that it goes on from."""
+"""Find where a run goes on, by its checkpoint: in which stage, and where in its blend."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megalong.checkpoint.progress import Progress
-from megalong.checkpoint.texts import read_progress
-from megalong.config import Config, ModelConfig, flag_name
+from megalong.checkpoint.content import Progress, read_progress
+from megalong.checkpoint.manifest import DamagedCheckpoint
+from megalong.config import Config, flag_name
 from megalong.config.flags import shown
-from megalong.config.model import ROPE_FIELDS
 from megalong.config.stages import WHAT, Stage
+from megalong.data.blend import Blend, History
 from megalong.model.optimizers import optimizer_of
-from megalong.training.changes import comparable_settings
-from megalong.training.resuming import found_checkpoint
+from megalong.training.resuming import comparable_settings, found_checkpoint
 from megalong.utils.errors import UserError
 
-# What a record has that is older than one of these settings.
-_POSITIONS_BEFORE = {name: getattr(ModelConfig, name) for name in ROPE_FIELDS}
+REPEATS = 4  # epochs, after which more of the same text teaches little (arXiv 2305.16264)
+
+
+def next_sample(progress: Progress, config: Config) -> int:
+    """The first sample of the blend that was not trained on. A run that goes on with longer
+    sequences goes on at the same place."""
+    return -(-progress.consumed_tokens // config.model.seq_length)
+
+
+def blend_from(blend: Blend, progress: Progress, config: Config) -> tuple[Blend, list[str]]:
+    """Return what is trained on from here on, and what is new about it since the checkpoint."""
+    if not progress.consumed_tokens:
+        return blend, []
+    history = History.from_values(progress.blend)
+    return blend.continued(next_sample(progress, config), history)
+
+
+def repeated(blend: Blend, progress: Progress, config: Config) -> list[str]:
+    """Say which sources the run reads more often than helps until the end of its stage."""
+    training, length = config.training, config.model.seq_length
+    samples = (training.train_iters - progress.iteration) * training.global_batch_size
+    lines = []
+    for name, (_, epochs) in blend.realised(next_sample(progress, config)).items():
+        tokens = blend.epoch_tokens[name]
+        epochs += float(blend.shares[name]) * samples * length / tokens
+        if epochs > REPEATS:
+            lines.append(
+                f"source {name}: {tokens:,} tokens, which are read {epochs:.1f} times until"
+                f" iteration {training.train_iters}: beyond {REPEATS} times text teaches little"
+            )
+    return lines
+
+
+def make_orders(blend: Blend, checkpoint: Path | None, config: Config) -> None:
+    """Put into the cache, if there is one, what the run will first read of each source, while
+    nobody waits for this rank."""
+    if config.data.data_cache_path is None:
+        return
+    progress = Progress()
+    if checkpoint is not None and not config.run.finetune:
+        with contextlib.suppress(DamagedCheckpoint):  # which all ranks will find together
+            progress = read_progress(checkpoint)
+    blend, _ = blend_from(blend, progress, config)
+    blend.make_orders(next_sample(progress, config))
 
 
 def stages_ahead(stages: Sequence[Stage]) -> Sequence[Stage]:
-    """The stage that a run goes on in, and those after it: all of them where there is no checkpoint
-    yet. A checkpoint at the end of a stage is of that stage, whose last evaluation may be missing.
+    """Return the stage that a run goes on in, and those after it.
 
-    Raises UserError where the stages contradict those that the checkpoint has seen: a stage that is
-    done is another one now, or gone, or elsewhere; or one that has begun counts its tokens in other
-    batches.
+    A checkpoint at the end of a stage is of that stage, whose last evaluation may be missing.
+    Raises UserError where the stages contradict those that the checkpoint has seen.
     """
     first = stages[0]
     if first.name is None or first.config.run.finetune:
@@ -74,8 +114,7 @@ def begun(progress: Progress, stage: Stage | None, config: Config) -> Progress:
 
 
 def check_is_of(stage: Stage | None, progress: Progress, checkpoint: Path) -> None:
-    """Raise UserError where a checkpoint is older than the stage: `--load-fallback` has gone past
-    all that are of it."""
+    """Raise UserError where `--load-fallback` has gone past all checkpoints of the stage."""
     if stage is not None and progress.iteration < stage.begin:
         raise UserError(
             f"{checkpoint.name} is the newest sound checkpoint, and older than the stage"
@@ -84,17 +123,10 @@ def check_is_of(stage: Stage | None, progress: Progress, checkpoint: Path) -> No
 
 
 def what_counts(config: Config) -> dict[str, Any]:
-    """The settings that the result of a stage hangs on, as JSON has them; also those that all
-    stages have in common, and a run may go on with others of."""
+    """Return the settings that the result of a stage hangs on, as JSON has them."""
     of_optimizer = optimizer_of(config.training).flags
     common = [name for name in vars(config.training) if name.startswith(of_optimizer)]
     return json.loads(json.dumps(comparable_settings(config, [*WHAT, "precision", *common])))
-
-
-def _source_in_words(source: Sequence[str]) -> str:
-    """As --data-path would have it, of what `comparable_settings` has."""
-    name, amount, unit = source
-    return f"{amount} {name}" if unit == "weight" else f"{name} ({amount} {unit})"
 
 
 def _check_name(
@@ -120,8 +152,7 @@ def _check_name(
 
 
 def _check_counted_tokens(stage: Stage, record: dict[str, Any], checkpoint: Path) -> None:
-    """Raise UserError where a stage that has begun would have another number of iterations, with
-    other tokens in each, for the same tokens: some of them are done."""
+    """Raise UserError where a stage that has begun would count its tokens in other batches."""
     ours, before = what_counts(stage.config), record["settings"]
     for name in ("global_batch_size", "seq_length"):
         if stage.settings.tokens is not None and ours[name] != before[name]:
@@ -134,14 +165,19 @@ def _check_counted_tokens(stage: Stage, record: dict[str, Any], checkpoint: Path
 
 
 def _check_settings(stage: Stage, record: dict[str, Any], end: int, checkpoint: Path) -> None:
-    """Raise UserError where a stage that is done was another one. end: its last iteration, which
-    may be before that of its record where the stage has been made shorter."""
+    """Raise UserError where a stage that is done was another one. end: its last iteration, before
+    that of its record where the stage has been made shorter."""
     ours = what_counts(stage.config)
-    before = _POSITIONS_BEFORE | record["settings"]
+    before = dict(record["settings"])
     follows = before["lr_decay_iters"] == before["train_iters"] - record["begin"]
     if follows and ours["lr_decay_iters"] == stage.iterations:  # which is compared by itself
         before["lr_decay_iters"] = stage.iterations
     before["train_iters"] = end
+
+    def in_words(source: Sequence[str]) -> str:
+        name, amount, unit = source
+        return f"{amount} {name}" if unit == "weight" else f"{name} ({amount} {unit})"
+
     if stage.given.training.global_batch_size is None:  # it hangs on the number of ranks
         del ours["global_batch_size"]
     for name, then in before.items():
@@ -153,7 +189,7 @@ def _check_settings(stage: Stage, record: dict[str, Any], end: int, checkpoint: 
         what = flag_name(name)
         if name == "sources":
             what = "its training data"
-            now, then = (" ".join(map(_source_in_words, sources)) for sources in (now, then))
+            now, then = (" ".join(map(in_words, sources)) for sources in (now, then))
         with stage.settings.errors():
             raise UserError(
                 f"is done in the checkpoint {checkpoint}, where {what} was {shown(then)}, and"

@@ -1,9 +1,8 @@
-"""Stopping on request: a signal to any rank, or the clock, ends a run after the step under way.
+"""Stop a run on request: a signal to any rank, or the clock, ends it after the step under way.
 
-Schedulers announce the end of a job by a signal: SLURM sends SIGTERM, and with `--signal` SIGUSR1
-some minutes before; a user presses Ctrl-C, or kills the launcher. It may reach one rank or all of
-them, at different moments, so the ranks agree on it after each step, and all of them stop at the
-same iteration.
+SLURM sends SIGTERM at the end of a job, and with `--signal` SIGUSR1 some minutes before; a user
+presses Ctrl-C, or kills the launcher. That may reach one rank or all, at different moments, so the
+ranks agree on it after each step, and all of them stop at the same iteration.
 """
 
 from __future__ import annotations
@@ -18,10 +17,42 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
-from megalong.training.launchers import Launchers
+
+class Launchers:
+    """The programs that started this rank, torchrun or deepspeed, if any did. To be made early: one
+    that has gone before is missed.
+
+    A launcher that is killed leaves its ranks running. DeepSpeed's is two programs: the `deepspeed`
+    command, which only waits, and on each node the launcher, the parent of the ranks.
+    """
+
+    def __init__(self) -> None:
+        torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        self.are_deepspeed = "CROSS_RANK" in os.environ and not torchrun
+        self._parent = os.getppid() if torchrun or self.are_deepspeed else None
+        self._command = _parent_of(self._parent) if self.are_deepspeed else None
+
+    @property
+    def are_gone(self) -> bool:
+        """Whether one of them has ended: what it had started has another parent now."""
+        if self._parent is None:
+            return False
+        if os.getppid() != self._parent:
+            return True
+        return self._command is not None and _parent_of(self._parent) != self._command
+
+
+def _parent_of(process: int) -> int | None:
+    """The parent of a process; None where it is gone or outside of this container."""
+    try:
+        return psutil.Process(process).ppid() or None
+    except psutil.Error:
+        return None
+
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 CLOCK, FAILED_SAVE, LAUNCHER = 1000, 1001, 1002  # further reasons, beside the numbers of signals

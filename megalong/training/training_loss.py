@@ -1,7 +1,11 @@
-"""From the token losses of a micro batch to what is minimised, and to what is reported."""
+"""The loss of a step: what is minimised, what is reported, and which losses are spikes."""
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,3 +86,96 @@ def held_out_losses(losses: torch.Tensor, mask: torch.Tensor, source: None):
     losses, likeliest = (losses, None) if losses.dim() == 2 else (losses[0], losses[1] > 0)
     losses = losses.float() * mask
     return losses.sum(), (losses, likeliest, mask)
+
+
+class StepResult:
+    """What one optimizer step reports. Its numbers may be read while the next step runs: who reads
+    one waits until the device has come that far.
+
+    skipped: the weights were left alone. Where there is no `usual_loss`, DeepSpeed did so since the
+        gradients were not finite: an overflow of fp16, after which the loss scale is lowered, or
+        with any other precision a run gone wrong.
+    usual_loss: what the loss was too far above for an update (`megalong.training.training_loss`);
+        None: it was not.
+    """
+
+    def __init__(
+        self,
+        loss: torch.Tensor,
+        grad_norm: torch.Tensor | float,
+        skipped: bool,
+        z_loss: torch.Tensor | None = None,
+        sources: Sequence[str] = (),
+        by_source: torch.Tensor | None = None,
+        usual_loss: float | None = None,
+    ):
+        """loss, grad_norm, z_loss: scalars; by_source: sums of losses, and predictions, (2,
+        sources); all copied to the host from now on, without waiting. sources: their names."""
+        # With the optimizer on the host, the norm is there.
+        norm = torch.as_tensor(grad_norm).to(loss.device, non_blocking=True)
+        self._has_z_loss = z_loss is not None
+        z_loss = torch.zeros_like(loss) if z_loss is None else z_loss
+        numbers = torch.stack([loss.double(), norm.double(), z_loss.double()])
+        if by_source is not None:
+            numbers = torch.cat([numbers, by_source.flatten()])
+        self.skipped, self.usual_loss, self._sources = skipped, usual_loss, sources
+        self._host, self._arrived = numbers, None
+        if numbers.is_cuda:
+            self._host = torch.empty_like(numbers, device="cpu", pin_memory=True)
+            self._host.copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of a prediction over the global batch, in nats."""
+        return self._read()[0]
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The L2 norm of the global gradient before clipping; None where the step was skipped."""
+        return None if self.skipped else self._read()[1]
+
+    @property
+    def z_loss(self) -> float | None:
+        """What --z-loss-coeff adds to the loss in what is minimised; None where it is off."""
+        return self._read()[2] if self._has_z_loss else None
+
+    @property
+    def by_source(self) -> dict[str, tuple[float, float]]:
+        """Of each source, by name, the sum of the losses of its predictions in the global batch, in
+        nats, and how many these were; empty where there is one source."""
+        numbers = self._read()[3:]
+        if not numbers:
+            return {}
+        count = len(self._sources)
+        sums = zip(numbers[:count], numbers[count:], strict=True)
+        return dict(zip(self._sources, sums, strict=True))
+
+    def _read(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host.tolist()
+
+
+class LossSpikes:
+    """The losses of the last steps, and which new one is a spike: one above `factor` times their
+    median.
+
+    The losses of spikes are among them, so that a loss that stays high is the usual one after half
+    a window. Until half a window is full, none is a spike. One that is not finite never is: that is
+    a run gone wrong. One of 0, of a step with nothing to predict, says nothing of the usual one.
+    """
+
+    def __init__(self, factor: float, window: int, losses: Iterable[float] = ()):
+        """window: of how many losses the median is. losses: those before, the oldest first."""
+        self.factor, self.window = factor, window
+        self.losses = deque(losses, window)
+
+    def usual_loss(self, loss: float) -> float | None:
+        """Take the loss of a step in, in nats. Returns the median that it is too far above, or None
+        where it is no spike."""
+        median = statistics.median(self.losses) if 2 * len(self.losses) >= self.window else math.inf
+        if loss:
+            self.losses.append(loss)
+        return median if math.isfinite(loss) and loss > self.factor * median else None

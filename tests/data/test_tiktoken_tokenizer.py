@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from megalong.checkpoint.tokenizer import kept_tokenizer, tokenizer_files
+from megalong.checkpoint.content import kept_tokenizer, tokenizer_files
 from megalong.config import DataConfig
 from megalong.data.tokenizers.backend import FastTokenizer, perhaps_fast
 from megalong.data.tokenizers.tokenizer import build_tokenizer

@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import load_file
 
-from megalong.checkpoint.first import write_first_checkpoint
+from megalong.checkpoint.writing import write_first_checkpoint
 from megalong.config.arguments import parse_arguments
 from megalong.data.tokenizers.tokenizer import ByteTokenizer
 from megalong.hf.configs import longnet_config

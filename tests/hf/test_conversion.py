@@ -14,11 +14,10 @@ from transformers import (
 )
 
 import megalong.attention.pattern
-from megalong.checkpoint import first
-from megalong.checkpoint.first import write_first_checkpoint
+from megalong.checkpoint import writing
 from megalong.checkpoint.folder import checkpoint_folder, remove_old
-from megalong.checkpoint.reading import CheckpointReader
-from megalong.checkpoint.stored_model import StoredModel
+from megalong.checkpoint.reading import CheckpointReader, StoredModel
+from megalong.checkpoint.writing import write_first_checkpoint
 from megalong.hf.exporting import export, parse_size
 from megalong.hf.importing import import_model
 from megalong.hf.loaded_model import load_model
@@ -312,7 +311,7 @@ def test_what_is_read_is_not_removed_meanwhile(tmp_path):
 
 def test_one_tensor_at_a_time_is_in_memory(tmp_path, monkeypatch):
     """An import is written without holding on to what is written already."""
-    made, original = [], first._MakeWhenWritten.resolve_data
+    made, original = [], writing._MakeWhenWritten.resolve_data
 
     def watched(self, item):
         tensor = original(self, item)
@@ -320,7 +319,7 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path, monkeypatch):
         made.append(tensor)
         return tensor
 
-    monkeypatch.setattr(first._MakeWhenWritten, "resolve_data", watched)
+    monkeypatch.setattr(writing._MakeWhenWritten, "resolve_data", watched)
     _, weights = random_checkpoint(tmp_path / "run")
     assert len(made) == len(weights)
     stored = StoredModel(tmp_path / "run")

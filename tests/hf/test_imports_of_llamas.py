@@ -16,7 +16,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megalong.checkpoint.stored_model import StoredModel
+from megalong.checkpoint.reading import StoredModel
 from megalong.hf.exporting import export
 from megalong.hf.importing import SafetensorsReader, import_model
 from megalong.hf.loaded_model import load_model

@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoModelForCausalLM
 
-from megalong.checkpoint.stored_model import StoredModel
+from megalong.checkpoint.reading import StoredModel
 from megalong.config.arguments import parse_arguments
 from megalong.hf.exporting import export
 from megalong.model.build import build_model

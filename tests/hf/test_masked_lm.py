@@ -15,8 +15,8 @@ from transformers import (
     pipeline,
 )
 
+from megalong.checkpoint.content import WEIGHTS, tensor_name
 from megalong.checkpoint.manifest import DamagedCheckpoint
-from megalong.checkpoint.names import WEIGHTS, tensor_name
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.data.tokenizers.tokenizer import ByteTokenizer, build_tokenizer
 from megalong.data.tokenizers.tokenizer_training import train_sentencepiece

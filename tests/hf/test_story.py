@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megalong.checkpoint.stored_model import StoredModel
+from megalong.checkpoint.reading import StoredModel
 from megalong.hf.exporting import export
 from megalong.hf.importing import import_model
 from megalong.training.metrics import read_metrics

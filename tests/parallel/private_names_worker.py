@@ -14,15 +14,14 @@ from megalong.config.arguments import parse_arguments
 from megalong.data.batches import training_batches
 from megalong.model.build import build_model
 from megalong.parallel import (
+    cpu,
     deepspeed_private,
-    megatron_private,
     process_group,
     temporary_mesh,
 )
 from megalong.training.engine import TrainingEngine
-from megalong.training.loss_spikes import LossSpikes
 from megalong.training.run_data import open_run_data
-from megalong.training.training_loss import TrainingLoss
+from megalong.training.training_loss import LossSpikes, TrainingLoss
 from tests.launching import small_run_flags
 
 # (ZeRO stage, precision) -> what `NAMES` calls the optimizer and the parameters.
@@ -38,7 +37,7 @@ ENGINES = {
 
 
 def main(corpus: str) -> None:
-    for module, names in megatron_private.NAMES.items():
+    for module, names in cpu.NAMES.items():
         for name in names:
             assert callable(getattr(importlib.import_module(module), name)), name
     accelerator = get_accelerator()

@@ -11,8 +11,8 @@ import pytest
 import torch
 from deepspeed.comm.torch import TorchBackend
 
-from megalong.parallel import gpu_environment, rank_watchdog
-from megalong.parallel.gpu_environment import set_gpu_defaults
+from megalong.parallel import mesh, rank_watchdog
+from megalong.parallel.mesh import set_gpu_defaults
 
 NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC")
 
@@ -54,7 +54,7 @@ torch._C._accelerator_setAllocatorSettings("{1}")
 
 def test_pytorch_reads_the_setting_after_its_import_and_knows_it():
     environment = {name: value for name, value in os.environ.items() if name not in NAMES}
-    ours = gpu_environment.ALLOCATOR_SETTINGS
+    ours = mesh.ALLOCATOR_SETTINGS
     for first, second, message in ((ours, ours, ""), ("expandable_segments:Perhaps", ours, "True")):
         done = subprocess.run(
             [sys.executable, "-c", ALLOCATOR.format(first, second)],
@@ -69,7 +69,7 @@ def test_the_watch_speaks_before_pytorch_aborts():
     alive = rank_watchdog.KEEP_ALIVE
     probes = alive["TCP_KEEPIDLE"] + alive["TCP_KEEPINTVL"] * alive["TCP_KEEPCNT"]
     silence = max(probes, rank_watchdog.UNANSWERED / 1000)
-    assert silence + rank_watchdog.OWN_WORDS < gpu_environment.seconds_until_abort()
+    assert silence + rank_watchdog.OWN_WORDS < mesh.seconds_until_abort()
 
 
 def test_this_pytorch_knows_the_variable():

@@ -25,7 +25,7 @@ GIGATOKEN = (
 )
 FENCES = {
     "megalong/parallel/deepspeed_private.py",
-    "megalong/parallel/megatron_private.py",
+    "megalong/parallel/cpu.py",
     "megalong/utils/torch_private.py",
     ATTENTION,
     OFFLOAD,

@@ -6,7 +6,7 @@ import resource
 import sys
 
 import pretrain_longnet
-from megalong.checkpoint import saving
+from megalong.checkpoint import writing
 from megalong.utils.errors import UserError
 
 LARGEST = 100_000  # bytes: metrics fit, tensors do not
@@ -14,7 +14,7 @@ LARGEST = 100_000  # bytes: metrics fit, tensors do not
 
 def limit_files(saves: int) -> None:
     """From the `saves`-th save on."""
-    original, begun = saving.write_checkpoint, 0
+    original, begun = writing.write_checkpoint, 0
 
     def wrapped(*arguments):
         nonlocal begun
@@ -23,7 +23,7 @@ def limit_files(saves: int) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST, resource.RLIM_INFINITY))
         original(*arguments)
 
-    saving.write_checkpoint = wrapped
+    writing.write_checkpoint = wrapped
 
 
 if __name__ == "__main__":

@@ -26,11 +26,9 @@ from megalong.model.names import named_parameters
 from megalong.model.tensor_slices import join_slices
 from megalong.parallel import process_group, temporary_mesh
 from megalong.training.engine import TrainingEngine, weights_divider
-from megalong.training.evaluation import evaluate
+from megalong.training.evaluation import continued, evaluate, evaluate_task
 from megalong.training.learning_rate import learning_rate
 from megalong.training.run_data import open_run_data
-from megalong.training.samples import continued
-from megalong.training.task_evaluation import evaluate_task
 from tests.launching import small_run_flags
 from tests.training.parity_cases import LAYOUTS, cases, cases_of_kinds, flags_of
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megalong.checkpoint.content import Progress
 from megalong.checkpoint.folder import checkpoints, has_pointer, iteration_of, latest
 from megalong.checkpoint.manifest import check_files, check_share
-from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.reading import CheckpointReader
-from megalong.checkpoint.saving import Saver
+from megalong.checkpoint.writing import Saver
 from megalong.config import Config, RunConfig
 
 

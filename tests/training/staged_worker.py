@@ -30,7 +30,7 @@ import yaml
 import pretrain_longnet
 from megalong.config import world_size
 from megalong.parallel import process_group, temporary_mesh
-from megalong.training import loop, run, stopping
+from megalong.training import loop, stopping
 from megalong.utils import machine
 
 COMMON = {
@@ -138,7 +138,7 @@ class Moments(stopping.StopRequest):
         super().check(group)
 
 
-class Trainer(run.Trainer):
+class Trainer(loop.Trainer):
     """Tells the iterations to `Moments`."""
 
     def _advance(self, iteration, result):
@@ -218,9 +218,9 @@ def on_two_ranks(corpus: str, folder: Path) -> None:
 def main(corpus: str, folder: str) -> None:
     with process_group() as device:
         # Many runs in one launch, one after the other.
-        run.process_group = lambda minutes: contextlib.nullcontext(device)
-        run.build_mesh = temporary_mesh
-        run.Trainer = Trainer
+        loop.process_group = lambda minutes: contextlib.nullcontext(device)
+        loop.build_mesh = temporary_mesh
+        loop.Trainer = Trainer
         machine.check_master_port = lambda: None
         stopping.StopRequest = Moments
         of_ranks = {1: on_one_rank, 2: on_two_ranks}[world_size()]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megalong.checkpoint.progress import Progress
+from megalong.checkpoint.content import Progress
 from megalong.training.loop import Trainer
 from megalong.utils.errors import UserError
 from tests.forked import run_ranks

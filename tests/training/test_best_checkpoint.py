@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from megalong.checkpoint.folder import best
-from megalong.training.best_checkpoint import BestCheckpoint
+from megalong.training.run_folder import BestCheckpoint
 
 
 @pytest.fixture

@@ -5,15 +5,19 @@ import dataclasses
 
 import pytest
 
-from megalong.checkpoint.progress import Progress
-from megalong.checkpoint.texts import texts_of
+from megalong.checkpoint.content import Progress, texts_of
 from megalong.config.arguments import parse_arguments
 from megalong.config.flags import flag_name
 from megalong.config.recipe import parse_run
 from megalong.config.stages import WHAT
-from megalong.training.changes import moves_the_loss, other_ways, with_schedule_of
 from megalong.training.learning_rate import learning_rate
-from megalong.training.resuming import open_checkpoint, starting_point
+from megalong.training.resuming import (
+    moves_the_loss,
+    open_checkpoint,
+    other_ways,
+    starting_point,
+    with_schedule_of,
+)
 from megalong.utils.errors import UserError
 from tests.hf.models import random_checkpoint
 from tests.launching import small_run_flags

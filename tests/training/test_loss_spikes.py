@@ -4,8 +4,8 @@ import statistics
 
 import pytest
 
-from megalong.training.loss_spikes import LossSpikes
 from megalong.training.metrics import read_metrics
+from megalong.training.training_loss import LossSpikes
 from tests.forked import run_ranks
 from tests.launching import PRETRAIN, small_run_flags
 

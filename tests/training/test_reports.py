@@ -14,13 +14,11 @@ import pytest
 import torch
 
 from megalong.config.arguments import parse_arguments
-from megalong.training import meter as meter_module
-from megalong.training import profiling, weights_and_biases
-from megalong.training.meter import Meter
-from megalong.training.metrics import MetricsLog, read_metrics
+from megalong.training import metrics, profiling
+from megalong.training import reports as meter_module
+from megalong.training.metrics import MetricsLog, check_wandb, read_metrics
 from megalong.training.profiling import Profiler
-from megalong.training.reports import Reports
-from megalong.training.weights_and_biases import check_wandb
+from megalong.training.reports import Meter, Reports
 from megalong.utils.errors import UserError
 from tests.forked import run_ranks
 from tests.launching import small_run_flags
@@ -134,7 +132,7 @@ def test_weights_and_biases_hears_of_the_run_and_of_its_continuation(run, tmp_pa
 def test_without_the_package_wandb(monkeypatch):
     config = resolved(wandb_project="tests")
     check_wandb(resolved())
-    monkeypatch.setattr(weights_and_biases.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--wandb-project tests needs the package wandb: pip "):
         check_wandb(config)
     monkeypatch.setenv("RANK", "1")  # draws nothing

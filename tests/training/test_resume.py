@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-import yaml
 
 from megalong.checkpoint.folder import best, latest
-from megalong.checkpoint.manifest import Manifest, record_of
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.config.arguments import parse_arguments
 from megalong.data.blend import History
@@ -131,30 +129,6 @@ def test_killed_runs_continue_bit_for_bit(corpus, tmp_path, ranks, changes, kill
     for _ in range(2):  # starting a finished run again changes nothing
         run_ranks(ranks, PRETRAIN, *again)
         assert_same_run(killed, whole)
-
-
-def test_a_checkpoint_written_when_there_was_no_optimizer_but_adam(corpus, tmp_path):
-    """It calls the optimizer's updates Adam's steps, and its configuration names no optimizer."""
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    train(1, corpus, whole, train_iters=6)
-    checkpoint = whole / "iter_0000003"
-    progress = json.loads((checkpoint / "progress.json").read_text())
-    progress["adam_step"] = progress.pop("updates")
-    (checkpoint / "progress.json").write_text(json.dumps(progress))
-    config = yaml.safe_load((checkpoint / "config.yaml").read_text())
-    del config["training"]["optimizer"], config["training"]["sgd_momentum"]
-    (checkpoint / "config.yaml").write_text(yaml.safe_dump(config))
-    manifest = Manifest.read(checkpoint)
-    changed = {name: record_of(checkpoint / name) for name in ("progress.json", "config.yaml")}
-    Manifest(manifest.ranks, manifest.files | changed).write(checkpoint)
-    (whole / "latest").write_text(checkpoint.name)
-    other = flags(corpus, whole, train_iters=6)
-    other[other.index("--save") + 1] = str(resumed)
-    run_ranks(1, PRETRAIN, *other)
-    (whole / "latest").write_text("iter_0000006")
-    ours, theirs = final_tensors(resumed), final_tensors(whole)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def test_more_iterations_continue_the_same_stream(corpus, tmp_path):

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalong.checkpoint.progress import Progress
+from megalong.checkpoint.content import Progress
 from megalong.config.arguments import parse_arguments
 from megalong.data import index_cache
 from megalong.data.preprocessing.writer import DocumentWriter
-from megalong.training import run_blend
-from megalong.training.run_blend import blend_from, make_orders
+from megalong.training import stages
 from megalong.training.run_data import open_run_data
+from megalong.training.stages import blend_from, make_orders
 from tests.launching import small_run_flags
 
 AT = 100  # the sample it goes on with, in a later epoch of both sources
@@ -46,10 +46,10 @@ def test_the_orders_made_are_those_that_the_run_begins_with(tmp_path, monkeypatc
     make_orders(blend, None, config)
     assert new() == 2  # the first epoch of each
     progress = Progress(consumed_tokens=AT * 128, blend=blend.history(AT).values())
-    monkeypatch.setattr(run_blend, "read_progress", lambda checkpoint: progress)
+    monkeypatch.setattr(stages, "read_progress", lambda checkpoint: progress)
     make_orders(blend, Path("checkpoint"), config)
     assert new() == 2
-    resumed, news = blend_from(blend, progress, Path("checkpoint"), config)
+    resumed, news = blend_from(blend, progress, config)
     samples = [resumed.sample(i).tolist() for i in range(AT, AT + 3)]
     assert not news and {resumed.source(i) for i in range(AT, AT + 3)} == {0, 1}
     assert new() == 0

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megalong.checkpoint.progress import Progress
+from megalong.checkpoint.content import Progress
 from megalong.config.arguments import parse_arguments
 from megalong.hf.tokenizer_files import export_tokenizer
-from megalong.training.run_blend import repeated
 from megalong.training.run_data import check_same_masks, describe_training, open_run_data
+from megalong.training.stages import repeated
 from megalong.utils.errors import UserError
 from tests.launching import small_run_flags
 

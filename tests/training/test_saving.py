@@ -6,8 +6,8 @@ import time
 import pytest
 import torch.distributed as dist
 
-from megalong.checkpoint import saving
-from megalong.checkpoint.progress import Progress
+from megalong.checkpoint import writing
+from megalong.checkpoint.content import Progress
 from megalong.config import Config, RunConfig
 from megalong.utils.errors import UserError
 
@@ -24,7 +24,7 @@ class SlowDisk:
 
     def __init__(self, monkeypatch):
         self.events, self.let = [], threading.Semaphore(0)
-        monkeypatch.setattr(saving, "write_checkpoint", self)
+        monkeypatch.setattr(writing, "write_checkpoint", self)
 
     def __call__(self, checkpoint, *_):
         assert self.let.acquire(timeout=60)
@@ -36,7 +36,7 @@ class SlowDisk:
 def test_in_the_background(one_rank, monkeypatch, tmp_path):
     disk = SlowDisk(monkeypatch)
     config = Config(run=RunConfig(save=str(tmp_path), async_save=True))
-    with saving.Saver(config, disk.events.append) as saver:
+    with writing.Saver(config, disk.events.append) as saver:
         saver.save(Progress(iteration=1), {})
         assert disk.events == []  # training goes on
 
@@ -60,7 +60,7 @@ def test_an_error_comes_to_the_training(one_rank, monkeypatch, tmp_path):
     disk = SlowDisk(monkeypatch)
     config = Config(run=RunConfig(save=str(tmp_path), async_save=True))
     refusal = pytest.raises(UserError, match="iter_0000003 could not be written: No space left")
-    with refusal, saving.Saver(config, disk.events.append) as saver:
+    with refusal, writing.Saver(config, disk.events.append) as saver:
         saver.save(Progress(iteration=3), {})
         assert not saver.failed
         disk.let.release()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megalong.checkpoint.progress import Progress
+from megalong.checkpoint.content import Progress
 from megalong.training import stages as stages_of_run
 from megalong.training.stages import begun, stages_ahead
 from megalong.utils.errors import UserError

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from megalong.training import stopping
-from megalong.training.launchers import Launchers
+from megalong.training.stopping import Launchers
 from tests.forked import run_ranks, started_ranks
 from tests.launching import (
     PRETRAIN,
