@@ -13,9 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from megalong.data import loss_mask
-from megalong.data.context import BOUNDS, short
 from megalong.data.formats import SHARDS, token_format
 from megalong.data.indexed import Pair, check_megatron_core
+from megalong.data.samples import BOUNDS, short
 from megalong.data.shards import pair_prefixes
 from megalong.data.stream import Documents
 from megalong.data.tokenizers.tokenizer import Tokenizer

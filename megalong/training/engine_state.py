@@ -20,7 +20,7 @@ from megalong.checkpoint.names import WEIGHTS, random_state_name, tensor_name
 from megalong.checkpoint.progress import Progress
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.config import Config, ModelConfig
-from megalong.data.masking import ADD_A_ROW
+from megalong.data.batches import ADD_A_ROW
 from megalong.model.names import named_parameters
 from megalong.model.optimizers import Optimizer
 from megalong.model.parameters import EMBEDDING, is_layer_matrix

@@ -19,10 +19,10 @@ from megalong.config.unused import unused
 from megalong.data.batches import (
     Batch,
     evaluation_batches,
+    made_ahead,
     num_evaluation_batches,
     training_batches,
 )
-from megalong.data.prefetch import made_ahead
 from megalong.evals.trials import Trials
 from megalong.model.build import build_model
 from megalong.model.memory_path import settle_memory_path

@@ -15,21 +15,21 @@ import torch.distributed as dist
 
 from megalong.config import Config
 from megalong.data.batches import (
+    ADD_A_ROW,
     IGNORE_INDEX,
     NO_BORDERS,
     DocumentRules,
+    Masking,
     evaluation_batches,
     num_evaluation_batches,
 )
 from megalong.data.blend import Blend, Source
+from megalong.data.document_order import IndexCache
 from megalong.data.document_samples import DocumentSamples
 from megalong.data.formats import SHARDS, open_documents, token_format
-from megalong.data.index_cache import IndexCache
-from megalong.data.masking import ADD_A_ROW, Masking
-from megalong.data.provenance import check_tokenizer
 from megalong.data.shards import pair_prefixes
 from megalong.data.sources import SourceSpec, shares_of
-from megalong.data.stream import Documents, TokenStream, split_documents
+from megalong.data.stream import Documents, TokenStream, check_tokenizer, split_documents
 from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megalong.evals.trials import Trials
 from megalong.training.run_tasks import trials_of

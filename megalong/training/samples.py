@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from megalong.config import Config
-from megalong.data.batches import Batch, starts_behind_first
-from megalong.data.masking import IGNORE_INDEX
+from megalong.data.batches import IGNORE_INDEX, Batch, starts_behind_first
 from megalong.model.next_tokens import NextTokens
 from megalong.parallel.mesh import Mesh
 from megalong.training.engine import TrainingEngine

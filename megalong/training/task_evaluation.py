@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import islice
 
-from megalong.data.prefetch import made_ahead
+from megalong.data.batches import made_ahead
 from megalong.evals.batches import num_task_batches, task_batches
 from megalong.evals.scores import AnswerSums, TaskScore
 from megalong.evals.trials import Trials

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from megalong.data import formats
-from megalong.data.preprocessing.partition import partition
-from megalong.data.preprocessing.preprocess import preprocess
+from megalong.data.preprocessing.preprocess import partition, preprocess
 from megalong.data.preprocessing.tokenizing import TokenizingTask
 from megalong.data.text.documents import Reading
 from megalong.data.text.sample import sample_texts

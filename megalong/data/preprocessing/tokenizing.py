@@ -19,8 +19,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from megalong.data.formats import texts
-from megalong.data.preprocessing.output import HASHED, KeyResult, Problem
-from megalong.data.preprocessing.repeats import text_hashes
+from megalong.data.preprocessing.output import HASHED, KeyResult, Problem, text_hashes
 from megalong.data.preprocessing.unfinished import disk_errors
 from megalong.data.preprocessing.writer import token_dtype
 from megalong.data.text.documents import BrokenDocument, LeftOut, RawDocument, Reading
