@@ -79,8 +79,8 @@ def main() -> None:
     from megalong.utils.command_line import filter_library_logs
 
     filter_library_logs()
-    from megalong.data.formats import open_documents
     from megalong.data.inspection import describe, open_pairs
+    from megalong.data.shards import open_documents
 
     plots = []
     if args.output is not None:

@@ -34,14 +34,13 @@ from megalong.data.preprocessing.output import KeySummary, Output
 from megalong.data.preprocessing.tokenizing import (
     BatchResult,
     TokenizingTask,
-    WorkerDied,
     Workers,
 )
 from megalong.data.preprocessing.unfinished import DiskFull, InputSpent, Unfinished
 from megalong.data.preprocessing.writer import refuse_existing, token_dtype
 from megalong.data.text.documents import RawDocument, Reading, Remarks
 from megalong.data.text.files import content_files, is_stream, shown, total_size
-from megalong.data.tokenizers.backend import perhaps_fast, proven
+from megalong.data.tokenizers.backend import choose_backend
 from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megalong.utils.errors import UserError, counted
 from megalong.utils.progress import human_bytes
@@ -305,22 +304,16 @@ class _Run:
             )
             progress.update(summary.bytes_read)
         finished = summary.bytes_read
-        reading, backend, say = self._task.reading, self._task.backend, self._remarks.say
-        tokenizer = perhaps_fast(self._tokenizer, backend, say)
+        task = self._task
+        tokenizer = choose_backend(
+            self._tokenizer, task.backend, self._files, task.reading, self._remarks.say
+        )
         # The workers must be gone when an error is reported.
         with (
             Workers(self._task, tokenizer, workers, self._job.folder) as pool,
             InputHashes(self._files, self._sizes, self._place.file) as hashes,
         ):
-            try:
-                tokenizer = proven(tokenizer, backend, self._files, reading, say, pool.agree)
-            except WorkerDied as died:  # of the fast library, perhaps
-                if backend == "fast":
-                    raise
-                say(f"tokenizer backend: the usual library; comparing gigatoken's ids, {died}")
-                tokenizer = self._tokenizer
-                pool.start_anew(tokenizer)
-            results = pool.tokenized(self._batches(hashes), tokenizer)
+            results = pool.tokenized(self._batches(hashes))
             for (self._place, self._stream), result in results:
                 self._write(result, strict)
                 rate = (first.documents - summary.resumed) / (time.monotonic() - start + 1e-9)
