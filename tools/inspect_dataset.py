@@ -79,8 +79,8 @@ def main() -> None:
     from megalong.utils.command_line import filter_library_logs
 
     filter_library_logs()
-    from megalong.data.formats import open_documents
     from megalong.data.inspection import describe, open_pairs
+    from megalong.data.shards import open_documents
 
     plots = []
     if args.output is not None:
@@ -108,7 +108,7 @@ def main() -> None:
 
 def describe_training(documents: Documents, args: argparse.Namespace) -> dict[str, Any]:
     """What training with these flags makes of a pair."""
-    from megalong.data.length_upsampling import LengthUpsampling
+    from megalong.data.sources import LengthUpsampling
 
     upsampling = args.length_upsampling and LengthUpsampling.parse(args.length_upsampling)
     found: dict[str, Any] = {"seq_length": args.seq_length, "split": args.split, "modes": {}}
@@ -134,7 +134,7 @@ def training_samples(
 ) -> TokenStream | DocumentSamples:
     """The samples of a training on this pair alone."""
     from megalong.data.document_samples import DocumentSamples
-    from megalong.data.length_upsampling import LengthUpsampling
+    from megalong.data.sources import LengthUpsampling
     from megalong.data.stream import TokenStream, split_documents
 
     stream = TokenStream(
@@ -202,7 +202,7 @@ def decoded(
 def tokenizer_of(documents: Documents, pairs: list[Pair], args: argparse.Namespace) -> Tokenizer:
     """That of the flags, or else that which made the data, where it says which, and it is there.
     Raises UserError where it is not the one that made the data."""
-    from megalong.data.provenance import check_tokenizer
+    from megalong.data.stream import check_tokenizer
     from megalong.data.tokenizers.tokenizer import build_tokenizer
 
     made = pairs[0].description

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
-from megalong.data.text.reading_flags import add_reading_flags, reading_of
+from megalong.data.text.documents import add_reading_flags, reading_of
 from megalong.data.tokenizers.backend import BACKENDS
 from megalong.data.tokenizers.tokenizer import TOKENIZERS
 from megalong.utils.command_line import ArgumentParser, run
@@ -161,8 +161,12 @@ def print_summary(summary: Summary, kind: str) -> None:
 
 def main() -> int | None:
     args = parse_arguments()
-    from megalong.data.preprocessing.partition import partition
-    from megalong.data.preprocessing.preprocess import TokenizingTask, goes_on, preprocess
+    from megalong.data.preprocessing.preprocess import (
+        TokenizingTask,
+        goes_on,
+        partition,
+        preprocess,
+    )
     from megalong.data.text.files import find_files, total_size
     from megalong.utils.progress import progress_bar
 

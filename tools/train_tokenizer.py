@@ -20,9 +20,15 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
 from megalong.data.formats import raw_documents, texts
-from megalong.data.text.documents import BrokenDocument, LeftOut, Reading, Remarks
+from megalong.data.text.documents import (
+    BrokenDocument,
+    LeftOut,
+    Reading,
+    Remarks,
+    add_reading_flags,
+    reading_of,
+)
 from megalong.data.text.files import find_files, total_size
-from megalong.data.text.reading_flags import add_reading_flags, reading_of
 from megalong.utils.command_line import ArgumentParser, run
 from megalong.utils.errors import UserError, counted
 

@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not
 
 from overlap import records, seen_shares
 
-from megalong.data.text.source_file import texts_of_folder
+from megalong.data.formats import texts_of_folder
 from megalong.utils.command_line import ArgumentParser, run
 from megalong.utils.errors import UserError, counted
 

@@ -6,7 +6,7 @@ sequence. labels are IGNORE_INDEX where there is nothing to predict: where the n
 count in the loss (`megalong.data.loss_mask`), say. Of several sources there is
 source too, int64 (micro_batch,): which of them each row is from.
 
-With masks (`megalong.data.masking`) labels[t] is what stood in the place of tokens[t], where that
+With masks (`megalong.data.batches`) labels[t] is what stood in the place of tokens[t], where that
 is to be told. How many that are hangs on the tokens, as it does where not all of them count, or
 where nothing is predicted from the end of a document: micro batches of the training have
 "predicted" too, int64 (), how many this rank's micro batches of the whole step have.
@@ -17,17 +17,70 @@ each token's document, and of the one after its last (`TokenStream.document_boun
 sequence has 2^31 tokens or more, which attention refuses.
 """
 
+from __future__ import annotations
+
+import contextlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 import torch
 
-from megalong.data.masking import IGNORE_INDEX, Masking
 from megalong.data.samples import Samples
 from megalong.data.stream import TokenStream
+from megalong.data.tokenizers.tokenizer import Tokenizer
 from megalong.utils.errors import UserError
+
+IGNORE_INDEX = -100
+
+# What to do where a vocabulary has as many rows as its tokenizer has ids without the mask token.
+ADD_A_ROW = (
+    "the mask token needs one row more: import the model (one of megalong: export it first) with"
+    " tools/convert_from_hf.py --objective mlm --make-vocab-size-divisible-by 128"
+)
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How tokens are masked.
+
+    rate: the share that is chosen. mask: id of the mask token. is_text: of each id whether it
+    stands for text, bool (vocab size,).
+    """
+
+    rate: float
+    mask: int
+    is_text: np.ndarray
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, rate: float) -> Masking:
+        """For a tokenizer with a mask token (`Tokenizer.with_mask`)."""
+        assert tokenizer.mask is not None
+        return cls(rate, tokenizer.mask, tokenizer.token_bytes() > 0)
+
+    def masked(self, tokens: np.ndarray, begin: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """What the model sees of consecutive tokens, and the labels: the token where it was chosen,
+        else IGNORE_INDEX. All int64 (length,); begin: the first one's position in the stream."""
+        words, text = _random_words(seed, begin, len(tokens)), np.flatnonzero(self.is_text)
+        chosen = (words >> 32 < round(self.rate * 2**32)) & self.is_text[tokens]
+        # The lower half of a word says which tenth it is in, and where in it.
+        tenth, place = np.divmod((words & 0xFFFFFFFF) * 10, 2**32)
+        other = text[(place * len(text)) >> 32]
+        seen = np.where(tenth < 8, self.mask, np.where(tenth < 9, other, tokens))
+        return np.where(chosen, seen, tokens), np.where(chosen, tokens, IGNORE_INDEX)
+
+
+def _random_words(seed: int, begin: int, count: int) -> np.ndarray:
+    """64 random bits of each position, uint64 (count,).
+
+    Philox makes four words of each value of its counter; numpy promises that they stay the same.
+    """
+    skipped = begin % 4
+    bits = np.random.Philox(key=seed, counter=begin // 4)
+    return bits.random_raw(skipped + count)[skipped:]
+
 
 Batch = dict[str, torch.Tensor]
 Row = tuple[np.ndarray, np.ndarray]  # tokens and labels of a sample, int64
@@ -296,3 +349,38 @@ def _checked_range(samples: Samples, sequence_range: tuple[int, int] | None) -> 
 def _check_rank(rank: int, size: int) -> None:
     if not 0 <= rank < size:
         raise ValueError(f"data-parallel rank {rank} of {size}")
+
+
+@contextlib.contextmanager
+def made_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Iterator[Batch]]:
+    """Yields an iterator of the same batches, each made while the one before is in use; at the end
+    of the context its thread is gone, and a batch that nobody took is forgotten.
+
+    Where a run stands in its data does not hang on it: what was trained on counts, not what was
+    made (`megalong.checkpoint.progress`).
+
+    batches: read by the thread alone from now on. What it raises is raised by the new iterator,
+        where the batch would have come.
+    device: where the batches go. For a GPU they are put into pinned memory, from which a copy runs
+        beside the computation (`Tensor.to(non_blocking=True)`).
+    """
+    pinned = device.type == "cuda"
+
+    def make() -> Batch | None:
+        batch = next(batches, None)
+        if batch is not None and pinned:
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        return batch
+
+    # Pinned memory belongs to the current device, which every thread has to set for itself.
+    begin = {"initializer": torch.cuda.set_device, "initargs": (device,)} if pinned else {}
+    with ThreadPoolExecutor(1, thread_name_prefix="data", **begin) as thread:
+        first = thread.submit(make)
+
+        def ahead() -> Iterator[Batch]:
+            following = first
+            while (batch := following.result()) is not None:
+                following = thread.submit(make)
+                yield batch
+
+        yield ahead()

@@ -29,9 +29,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megalong.data.context import ContextReport, runs_of
 from megalong.data.document_order import find_epoch
-from megalong.data.samples import place_type
+from megalong.data.samples import ContextReport, place_type, runs_of
 from megalong.data.stream import TokenStream
 
 # What is had for tokens [start, stop) of a document.

@@ -13,10 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from megalong.data import loss_mask
-from megalong.data.context import BOUNDS, short
-from megalong.data.formats import SHARDS, token_format
 from megalong.data.indexed import Pair, check_megatron_core
-from megalong.data.shards import pair_prefixes
+from megalong.data.samples import BOUNDS, short
+from megalong.data.shards import is_sharded, pair_prefixes
 from megalong.data.stream import Documents
 from megalong.data.tokenizers.tokenizer import Tokenizer
 from megalong.utils.errors import UserError, counted
@@ -28,7 +27,7 @@ _SCANNED = 1 << 24  # tokens at a time
 
 def open_pairs(path: str) -> list[Pair]:
     """The pair of a prefix, or those of a folder or pattern. Raises UserError."""
-    prefixes = pair_prefixes(path, path) if token_format(path) == SHARDS else [path]
+    prefixes = pair_prefixes(path, path) if is_sharded(path) else [path]
     return [Pair.open(prefix, path) for prefix in prefixes]
 
 

@@ -19,11 +19,31 @@ from typing import Any
 import numpy as np
 
 from megalong.data import loss_mask
-from megalong.data.indexed import Pair, checked_stop
+from megalong.data.indexed import IndexedDocuments, Pair, checked_stop
 from megalong.utils.errors import UserError, system_errors_of
 
 OPEN_FILES = 128
 _OPENING_THREADS = 8  # a network file system takes milliseconds, and answers several at once
+
+
+def open_documents(path: str, place: str | None = None) -> IndexedDocuments | ShardedDocuments:
+    """Open the pair of a prefix, or the many of a folder or a pattern.
+
+    Args:
+        place: the flag, or the file, that names the path, and the path, for errors; None:
+            --data-path.
+
+    Raises:
+        UserError: there are none, or what is wrong with them.
+    """
+    return (ShardedDocuments if is_sharded(path) else IndexedDocuments)(path, place)
+
+
+def is_sharded(path: str) -> bool:
+    """Tell whether a path is a folder or a pattern of pairs, and not the prefix of one."""
+    if os.path.isfile(path + ".idx"):
+        return False
+    return os.path.isdir(path) or any(sign in path for sign in "*?[")
 
 
 class ShardedDocuments:

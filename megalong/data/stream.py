@@ -7,19 +7,22 @@ stored per sample, and any slice of a sample, say one sequence rank's, is found 
 in the cumulative lengths of the epoch's documents. So is where its documents begin and end.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from megalong.data.context import ContextReport, runs_of
-from megalong.data.document_order import DocumentOrder, find_epoch
-from megalong.data.index_cache import IndexCache
-from megalong.data.length_upsampling import LengthUpsampling
-from megalong.data.samples import place_type
+from megalong.data.document_order import DocumentOrder, IndexCache, find_epoch
+from megalong.data.samples import ContextReport, place_type, runs_of
+from megalong.data.sources import LengthUpsampling
 from megalong.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from megalong.data.tokenizers.tokenizer import Tokenizer
 
 
 class Documents(Protocol):
@@ -308,4 +311,32 @@ class TokenStream:
             f"{self.documents.place(document)} holds token id {tokens[where]} (its token {place}),"
             f" but the vocabulary has {self.vocab_size} ids: was the data made with "
             "another tokenizer (--tokenizer-type, --tokenizer-model)?"
+        )
+
+
+def check_tokenizer(
+    documents: Documents, tokenizer: Tokenizer, tokenizer_flag: str, place: str | None = None
+) -> None:
+    """Raise UserError where the documents were made with another tokenizer.
+
+    tokenizer: as it is for texts, without the mask token of a masked-language model.
+    tokenizer_flag: what names it, with its value. place: what names the documents; None:
+    --data-path. Data that does not say what made it passes,
+    where the numbers of ids agree.
+    """
+    ids, made_with = documents.vocab_size, documents.made_with
+    place = place or f"--data-path {documents.prefix}"
+    if ids is not None and ids != tokenizer.vocab_size:
+        raise UserError(
+            f"{place} was made with a tokenizer of {ids} ids, and"
+            f" {tokenizer_flag} has {tokenizer.vocab_size}: give the same"
+        )
+    there = made_with.get("tokenizer_sha256")
+    if there is not None and there != tokenizer.fingerprint:
+        file, sidecar = made_with.get("tokenizer_model"), f"{documents.prefix}.json"
+        where = f" ({sidecar})" if os.path.isfile(sidecar) else ""  # not of a folder of pairs
+        raise UserError(
+            f"{place} was made with another tokenizer than {tokenizer_flag}:"
+            f" with {f'{file}, ' if file else 'that '}of sha256 {there[:12]} and not"
+            f" {tokenizer.fingerprint[:12]}{where}: give the same"
         )

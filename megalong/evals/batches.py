@@ -11,8 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from megalong.data.batches import starts_behind_first
-from megalong.data.masking import IGNORE_INDEX
+from megalong.data.batches import IGNORE_INDEX, starts_behind_first
 from megalong.evals.language import Ids
 from megalong.evals.scores import AnswerSums
 from megalong.evals.trials import Trials

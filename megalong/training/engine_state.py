@@ -19,7 +19,7 @@ from megalong.checkpoint.content import WEIGHTS, Progress, random_state_name, te
 from megalong.checkpoint.manifest import DamagedCheckpoint
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.config import Config, ModelConfig
-from megalong.data.masking import ADD_A_ROW
+from megalong.data.batches import ADD_A_ROW
 from megalong.model.names import named_parameters
 from megalong.model.optimizers import Optimizer
 from megalong.model.parameters import EMBEDDING, is_layer_matrix

@@ -11,9 +11,7 @@ import numpy as np
 import torch
 
 from megalong.config import Config
-from megalong.data.batches import Batch, starts_behind_first
-from megalong.data.masking import IGNORE_INDEX
-from megalong.data.prefetch import made_ahead
+from megalong.data.batches import IGNORE_INDEX, Batch, made_ahead, starts_behind_first
 from megalong.evals.batches import num_task_batches, task_batches
 from megalong.evals.position_losses import PositionLosses, perplexity, position_edges
 from megalong.evals.scores import AnswerSums, TaskScore

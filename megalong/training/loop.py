@@ -21,10 +21,10 @@ from megalong.config.stages import Stage
 from megalong.data.batches import (
     Batch,
     evaluation_batches,
+    made_ahead,
     num_evaluation_batches,
     training_batches,
 )
-from megalong.data.prefetch import made_ahead
 from megalong.evals.trials import Trials
 from megalong.model.build import build_model, check_backend
 from megalong.model.memory_path import settle_memory_path

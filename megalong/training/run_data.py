@@ -15,21 +15,20 @@ import torch.distributed as dist
 
 from megalong.config import Config
 from megalong.data.batches import (
+    ADD_A_ROW,
     IGNORE_INDEX,
     NO_BORDERS,
     DocumentRules,
+    Masking,
     evaluation_batches,
     num_evaluation_batches,
 )
 from megalong.data.blend import Blend, Source
+from megalong.data.document_order import IndexCache
 from megalong.data.document_samples import DocumentSamples
-from megalong.data.formats import SHARDS, open_documents, token_format
-from megalong.data.index_cache import IndexCache
-from megalong.data.masking import ADD_A_ROW, Masking
-from megalong.data.provenance import check_tokenizer
-from megalong.data.shards import pair_prefixes
+from megalong.data.shards import is_sharded, open_documents, pair_prefixes
 from megalong.data.sources import SourceSpec, shares_of
-from megalong.data.stream import Documents, TokenStream, split_documents
+from megalong.data.stream import Documents, TokenStream, check_tokenizer, split_documents
 from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megalong.evals.trials import Trials, language_of
 from megalong.utils.errors import UserError, counted, did_you_mean, system_errors_of
@@ -420,10 +419,8 @@ def _seen_in_training(config: Config) -> Iterator[str]:
 
 def _pairs_of(spec: SourceSpec) -> list[str]:
     """The prefixes of a source's pairs, the same however their folders are named."""
-    if token_format(spec.path) == SHARDS:
-        prefixes = pair_prefixes(spec.path, spec.place)
-    else:
-        prefixes = [spec.path]
+    sharded = is_sharded(spec.path)
+    prefixes = pair_prefixes(spec.path, spec.place) if sharded else [spec.path]
     folders = {folder: os.path.realpath(folder) for folder in map(os.path.dirname, prefixes)}
     return [os.path.join(folders[os.path.dirname(p)], os.path.basename(p)) for p in prefixes]
 

@@ -5,8 +5,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from megalong.data import apportionment
-from megalong.data.apportionment import Apportionment
+from megalong.data import blend
+from megalong.data.blend import Apportionment
 
 
 def random_shares(random: np.random.Generator) -> list[Fraction]:
@@ -40,8 +40,8 @@ def test_shares_are_exact_after_any_number_of_samples(seed):
 @pytest.mark.parametrize("seed", range(10))
 def test_any_turn_may_be_asked_for_at_any_time(seed, monkeypatch):
     """With few states kept, and from a state that was kept elsewhere."""
-    monkeypatch.setattr(apportionment, "BLOCK", 16)
-    monkeypatch.setattr(apportionment, "_STATES", 4)
+    monkeypatch.setattr(blend, "BLOCK", 16)
+    monkeypatch.setattr(blend, "_STATES", 4)
     random = np.random.default_rng(seed)
     shares = random_shares(random)
     whole = Apportionment(shares)

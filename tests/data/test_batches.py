@@ -10,12 +10,12 @@ import torch
 from megalong.data.batches import (
     IGNORE_INDEX,
     DocumentRules,
+    Masking,
     evaluation_batches,
     num_evaluation_batches,
     training_batches,
 )
 from megalong.data.indexed import IndexedDocuments
-from megalong.data.masking import Masking
 from megalong.data.stream import TokenStream
 
 N = 12

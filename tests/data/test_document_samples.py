@@ -5,7 +5,7 @@ import pytest
 
 from megalong.data.document_samples import DocumentSamples
 from megalong.data.indexed import IndexedDocuments
-from megalong.data.length_upsampling import LengthUpsampling
+from megalong.data.sources import LengthUpsampling
 from megalong.data.stream import TokenStream
 
 BASE = 1000  # token = document * BASE + its place

@@ -7,8 +7,8 @@ from functools import partial
 import numpy as np
 import pytest
 
-from megalong.data import index_cache
-from megalong.data.index_cache import IndexCache
+from megalong.data import document_order
+from megalong.data.document_order import IndexCache
 from megalong.data.stream import TokenStream
 from megalong.utils.errors import UserError
 
@@ -25,7 +25,7 @@ class Many:
 
 @pytest.fixture(autouse=True)
 def three_thousand_are_many(monkeypatch):
-    monkeypatch.setattr(index_cache, "LARGE", 1000)
+    monkeypatch.setattr(document_order, "LARGE", 1000)
 
 
 def stream(folder, documents=None, **options) -> TokenStream:
@@ -54,13 +54,13 @@ def test_a_broken_file_is_made_anew(tmp_path):
 
 
 def test_small_ones_leave_no_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_cache, "LARGE", 3001)
+    monkeypatch.setattr(document_order, "LARGE", 3001)
     stream(tmp_path).sample(0)
     assert list(tmp_path.iterdir()) == []
 
 
 def _sample(folder, made, results):
-    index_cache.LARGE = 1000
+    document_order.LARGE = 1000
     original = TokenStream._index
 
     def counted(self, epoch):
@@ -88,7 +88,7 @@ def test_of_many_processes_one_makes_it(tmp_path):
 def test_a_folder_that_users_share(tmp_path, monkeypatch):
     """A lock of another user's can be read, and not written to."""
     (tmp_path / "lock").touch(0o444)
-    monkeypatch.setattr(index_cache.os, "open", partial(read_only, os.open))
+    monkeypatch.setattr(document_order.os, "open", partial(read_only, os.open))
     expected = stream(None).sample(0).tolist()
     assert stream(tmp_path).sample(0).tolist() == expected
     assert len(list(tmp_path.glob("*.npy"))) == 1

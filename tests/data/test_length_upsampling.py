@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megalong.data.document_order import DocumentOrder
-from megalong.data.length_upsampling import LengthUpsampling
+from megalong.data.sources import LengthUpsampling
 from megalong.data.stream import TokenStream
 from megalong.utils.errors import UserError
 

@@ -16,10 +16,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megalong.data.batches import IGNORE_INDEX, DocumentRules, evaluation_batches, training_batches
 from megalong.data.blend import Blend, History, Source
 from megalong.data.document_samples import DocumentSamples
-from megalong.data.formats import open_documents
-from megalong.data.length_upsampling import LengthUpsampling
 from megalong.data.loss_mask import description, may_mask_loss
 from megalong.data.preprocessing.writer import DocumentWriter
+from megalong.data.shards import open_documents
+from megalong.data.sources import LengthUpsampling
 from megalong.data.stream import TokenStream, split_documents
 from megalong.utils.errors import UserError
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megalong.data.batches import IGNORE_INDEX, evaluation_batches, training_batches
+from megalong.data.batches import IGNORE_INDEX, Masking, evaluation_batches, training_batches
 from megalong.data.indexed import IndexedDocuments
-from megalong.data.masking import Masking
 from megalong.data.stream import TokenStream
 from megalong.data.tokenizers.tokenizer import ByteTokenizer
 

@@ -11,9 +11,8 @@ import pytest
 from megalong.data.preprocessing import merging, output
 from megalong.data.preprocessing import preprocess as module
 from megalong.data.preprocessing.merging import find_prefixes, merge
-from megalong.data.preprocessing.output import LISTED
-from megalong.data.preprocessing.partition import partition as partition_of
-from megalong.data.preprocessing.repeats import SeenTexts, text_hashes
+from megalong.data.preprocessing.output import LISTED, SeenTexts, text_hashes
+from megalong.data.preprocessing.preprocess import partition as partition_of
 from megalong.data.text.documents import Reading
 from megalong.data.text.files import find_files
 from megalong.utils.errors import UserError

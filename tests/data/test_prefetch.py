@@ -7,9 +7,8 @@ import time
 import pytest
 import torch
 
-from megalong.data.batches import training_batches
+from megalong.data.batches import made_ahead, training_batches
 from megalong.data.indexed import IndexedDocuments
-from megalong.data.prefetch import made_ahead
 from megalong.data.stream import TokenStream
 from megalong.utils.errors import UserError
 

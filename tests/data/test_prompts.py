@@ -11,7 +11,7 @@ import pytest
 from megalong.data.preprocessing import merging
 from megalong.data.preprocessing import preprocess as module
 from megalong.data.preprocessing.merging import merge
-from megalong.data.preprocessing.partition import partition
+from megalong.data.preprocessing.preprocess import partition
 from megalong.data.text.documents import Reading
 from megalong.data.text.files import find_files
 from megalong.data.tokenizers.tokenizer import build_tokenizer

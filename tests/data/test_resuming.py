@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from megalong.data import formats
 from megalong.data.preprocessing import preprocess as module
 from megalong.data.preprocessing import unfinished
-from megalong.data.text import json_lines
 from megalong.data.text.documents import Reading
 from megalong.utils.errors import UserError
 from megalong.utils.progress import progress_bar
@@ -282,7 +282,7 @@ def test_a_file_that_can_no_longer_be_read_as_far_is_refused(tmp_path, inputs, m
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"unreadable.*had been"):
-        patch.setattr(json_lines, "open_file", fails)
+        patch.setattr(formats, "open_file", fails)
         preprocess(inputs[:1], prefix)
     assert preprocess(inputs[:1], prefix).resumed > 10
     preprocess(inputs[:1], tmp_path / "whole")

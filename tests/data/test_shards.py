@@ -10,10 +10,9 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megalong.data import shards
-from megalong.data.formats import open_documents
 from megalong.data.indexed import IndexedDocuments
 from megalong.data.preprocessing.writer import DocumentWriter
-from megalong.data.shards import ShardedDocuments
+from megalong.data.shards import ShardedDocuments, open_documents
 from megalong.data.stream import TokenStream
 from megalong.utils.errors import UserError
 

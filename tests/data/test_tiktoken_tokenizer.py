@@ -7,7 +7,8 @@ import pytest
 
 from megalong.checkpoint.content import kept_tokenizer, tokenizer_files
 from megalong.config import DataConfig
-from megalong.data.tokenizers.backend import FastTokenizer, perhaps_fast
+from megalong.data.text.documents import Reading
+from megalong.data.tokenizers.backend import FastTokenizer, choose_backend
 from megalong.data.tokenizers.tokenizer import build_tokenizer
 from megalong.utils.errors import UserError
 from tests.data.test_tokenizer import TEXTS, check_exact
@@ -131,11 +132,11 @@ def test_a_piece_that_no_two_others_make_is_not_for_the_fast_library(description
         lines.write(f"{base64.b64encode(bytes([1, 2, 3])).decode()} {len(ranks) + 8}\n")
     usual, said = build_tokenizer("TikTokenizer", str(description)), []
     check_exact(usual, "a\1\2\3")
-    assert perhaps_fast(usual, "auto", said.append) is usual
+    assert choose_backend(usual, "auto", [], Reading(), said.append) is usual
     assert said[0].startswith("tokenizer backend: the usual library; gigatoken does not do this")
     assert "\n" not in said[0]
     with pytest.raises(UserError, match="--tokenizer-backend fast: gigatoken does not do this"):
-        perhaps_fast(usual, "fast", said.append)
+        choose_backend(usual, "fast", [], Reading(), said.append)
 
 
 def test_what_is_no_encoding_is_refused(description, tmp_path):

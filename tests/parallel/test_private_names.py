@@ -20,9 +20,7 @@ ATTENTION = "megalong/attention/sdpa_operators.py"  # of torch.ops.aten
 OFFLOAD = "megalong/model/chunked/offload.py"  # of torch.Tensor
 TENSOR_CACHE = "megalong/attention/tensor_cache.py"  # of torch.Tensor
 COMMANDS = "megalong/utils/command_line.py"  # of argparse.ArgumentParser
-GIGATOKEN = (
-    "megalong/data/tokenizers/gigatoken_encoder.py"  # of a version's tokenizer, if it has it
-)
+GIGATOKEN = "megalong/data/tokenizers/backend.py"  # of a version's tokenizer, if it has it
 FENCES = {
     "megalong/parallel/deepspeed_private.py",
     "megalong/parallel/cpu.py",

@@ -7,7 +7,7 @@ import pytest
 
 from megalong.checkpoint.content import Progress
 from megalong.config.arguments import parse_arguments
-from megalong.data import index_cache
+from megalong.data import document_order
 from megalong.data.preprocessing.writer import DocumentWriter
 from megalong.training import stages
 from megalong.training.run_data import open_run_data
@@ -25,7 +25,7 @@ def write(prefix, documents: int):
 
 @pytest.mark.parametrize("mode", ["stream", "document"])
 def test_the_orders_made_are_those_that_the_run_begins_with(tmp_path, monkeypatch, mode):
-    monkeypatch.setattr(index_cache, "LARGE", 1)
+    monkeypatch.setattr(document_order, "LARGE", 1)
     for name, documents in (("code", 40), ("books", 30)):
         write(tmp_path / name, documents)
     cache = tmp_path / "cache"

@@ -14,10 +14,13 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
+import os
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -28,22 +31,133 @@ from megalong import __version__
 from megalong.data.formats import raw_documents
 from megalong.data.preprocessing.input_hashes import InputHashes
 from megalong.data.preprocessing.output import KeySummary, Output
-from megalong.data.preprocessing.partition import Partition
-from megalong.data.preprocessing.read_inputs import INPUTS, changed_input, file_state, removal
 from megalong.data.preprocessing.tokenizing import (
     BatchResult,
     TokenizingTask,
-    WorkerDied,
     Workers,
 )
-from megalong.data.preprocessing.unfinished import DiskFull, Unfinished
+from megalong.data.preprocessing.unfinished import DiskFull, InputSpent, Unfinished
 from megalong.data.preprocessing.writer import refuse_existing, token_dtype
-from megalong.data.text.documents import RawDocument, Remarks
-from megalong.data.text.files import is_stream, shown, total_size
-from megalong.data.tokenizers.backend import perhaps_fast, proven
+from megalong.data.text.documents import RawDocument, Reading, Remarks
+from megalong.data.text.files import content_files, is_stream, shown, total_size
+from megalong.data.tokenizers.backend import choose_backend
 from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megalong.utils.errors import UserError, counted
 from megalong.utils.progress import human_bytes
+
+_UNEVEN = 2  # times the mean share
+_LISTED = 16  # shares, in a line
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Share `number`, from 1, of `count`. of: what tells the whole input from another; files,
+    bytes: how large that is."""
+
+    number: int
+    count: int
+    of: str
+    files: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+
+def partition(
+    files: list[str], share: str, say: Callable[[str], object]
+) -> tuple[list[str], Partition]:
+    """The files of a share such as "3/16", which stand together; the files of all shares, in order,
+    are all files. Cut by size: a file goes where its middle lies.
+
+    say: hears how much that is, and where shares are uneven, since files are not cut.
+    Raises UserError naming --partition.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", share)
+    number, count = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= number <= count:
+        raise UserError(f"--partition {share}: k/n is expected, with k from 1 to n")
+    stream = next(filter(is_stream, files), None)
+    if stream is not None:
+        raise UserError(
+            f"--partition {share}: {shown(stream)} is no file, and cannot be cut by size"
+        )
+    sizes = [total_size([file]) or 0 for file in files]
+    digest = hashlib.sha256(repr(list(zip(files, sizes, strict=True))).encode()).hexdigest()
+    total, end, chosen, shares = sum(sizes), 0, [], [0] * count
+    for file, size in zip(files, sizes, strict=True):
+        middle = 2 * end + size  # of twice the total; 0 only where nothing has come yet
+        end += size
+        place = min(count * middle // (2 * total), count - 1) if total else 0
+        shares[place] += size
+        if place + 1 == number:
+            chosen.append(file)
+    name = f"--partition {share}"
+    size = human_bytes(shares[number - 1])
+    say(f"{name}: {len(chosen):,} of {counted(len(files), 'input file')}, {size}")
+    if max(shares) * count > _UNEVEN * total or 0 in shares:
+        more = f" and {count - _LISTED:,} more" if count > _LISTED else ""
+        say(
+            f"{name}: files are not cut, and so the shares are uneven:"
+            f" {', '.join(map(human_bytes, shares[:_LISTED]))}{more}, the largest"
+            f" {human_bytes(max(shares))}: take fewer shares, or cut the largest files in several"
+        )
+    return chosen, Partition(number, count, digest[:16], len(files), total)
+
+
+INPUTS = "inputs.jsonl"  # in the folder of an unfinished run
+
+
+def file_state(path: str) -> dict:
+    """What tells that a file, or a folder of files, has changed. Nothing is known of a stream."""
+    try:
+        stats = None if is_stream(path) else [os.stat(file) for file in content_files(path)]
+    except OSError:
+        stats = None
+    if stats is None:
+        return {"path": path, "size": None, "modified": None}
+    modified = max((stat.st_mtime_ns for stat in stats), default=None)
+    return {"path": path, "size": sum(stat.st_size for stat in stats), "modified": modified}
+
+
+def changed_input(
+    files: list[str], reading: Reading, bar: tqdm, folder: Path, progress: dict
+) -> str | None:
+    """Which of the files that have been read is no longer what it was. Raises InputSpent for a
+    stream."""
+    done = progress["place"][0]
+    try:
+        with open(folder / INPUTS, encoding="utf-8") as lines:
+            states = [json.loads(line) for line in itertools.islice(lines, done)]
+    except (OSError, ValueError) as error:
+        return f"{INPUTS} is damaged ({error})"
+    for path, then in zip(files, [*states, *progress["current"]], strict=False):
+        now = file_state(path)
+        if (now["size"], now["modified"]) != (then["size"], then["modified"]):
+            return f"{path} has changed since it was read"
+    # Last: once they are read, the job cannot begin anew.
+    for path, then in zip(files, states, strict=False):
+        if is_stream(path):
+            bar.write(f"{shown(path)}: read to see that it gives the same again", file=sys.stderr)
+            if stream_sha256(path, reading) != then["sha256"]:
+                raise InputSpent(
+                    f"{folder}: {shown(path)} gives something else than when it was read: give the"
+                    f" same as then to go on, or {removal(folder)}"
+                )
+    return None
+
+
+def stream_sha256(path: str, reading: Reading) -> str:
+    """The hash of all that a stream gives, as `_Run` takes it."""
+    digest = hashlib.sha256()
+    for document in raw_documents(path, reading, lambda line: None):
+        digest.update(document.data or b"")
+    return digest.hexdigest()
+
+
+def removal(folder: Path) -> str:
+    return f"remove {folder} to begin anew"
+
 
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 4096
@@ -190,22 +304,16 @@ class _Run:
             )
             progress.update(summary.bytes_read)
         finished = summary.bytes_read
-        reading, backend, say = self._task.reading, self._task.backend, self._remarks.say
-        tokenizer = perhaps_fast(self._tokenizer, backend, say)
+        task = self._task
+        tokenizer = choose_backend(
+            self._tokenizer, task.backend, self._files, task.reading, self._remarks.say
+        )
         # The workers must be gone when an error is reported.
         with (
             Workers(self._task, tokenizer, workers, self._job.folder) as pool,
             InputHashes(self._files, self._sizes, self._place.file) as hashes,
         ):
-            try:
-                tokenizer = proven(tokenizer, backend, self._files, reading, say, pool.agree)
-            except WorkerDied as died:  # of the fast library, perhaps
-                if backend == "fast":
-                    raise
-                say(f"tokenizer backend: the usual library; comparing gigatoken's ids, {died}")
-                tokenizer = self._tokenizer
-                pool.start_anew(tokenizer)
-            results = pool.tokenized(self._batches(hashes), tokenizer)
+            results = pool.tokenized(self._batches(hashes))
             for (self._place, self._stream), result in results:
                 self._write(result, strict)
                 rate = (first.documents - summary.resumed) / (time.monotonic() - start + 1e-9)

@@ -19,8 +19,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from megalong.data.formats import texts
-from megalong.data.preprocessing.output import HASHED, KeyResult, Problem
-from megalong.data.preprocessing.repeats import text_hashes
+from megalong.data.preprocessing.output import HASHED, KeyResult, Problem, text_hashes
 from megalong.data.preprocessing.unfinished import disk_errors
 from megalong.data.preprocessing.writer import token_dtype
 from megalong.data.text.documents import BrokenDocument, LeftOut, RawDocument, Reading
@@ -31,7 +30,6 @@ from megalong.utils.errors import UserError
 BATCHES_PER_WORKER = 3
 PICKLED = "tokenizer.pickle"  # in the folder of an unfinished run
 BYTES_UNDER_WAY = 64 << 20  # of text; one batch may have more
-_TEXTS_AT_ONCE = 4  # that a worker compares, of a sample
 End = TypeVar("End")
 
 
@@ -91,7 +89,6 @@ class WorkerDied(UserError):
 class Workers:
     """Processes that make tokens; with a number of 1 it is this process. A context manager.
 
-    tokenizer: of the workers. Where that is a FastTokenizer, its usual one may be used instead.
     folder: for a file that they are given the tokenizer by, until they end.
     Raises WorkerDied from any method where a worker dies.
     """
@@ -110,37 +107,19 @@ class Workers:
     def __exit__(self, *exception) -> None:
         self._end()
 
-    def start_anew(self, tokenizer: Tokenizer) -> None:
-        """Other processes, with another tokenizer, where these have died."""
-        self._end()
-        self._tokenizer = tokenizer
-        self._start()
-
-    def agree(self, texts: list[str]) -> Iterator[bool]:
-        """Yields for every text whether both libraries of the FastTokenizer have the same ids."""
-        if self._pool is None:
-            yield from map(self._tokenizer.agrees, texts)
-            return
-        with _death_told():
-            yield from self._pool.map(_agrees_in_worker, texts, chunksize=_TEXTS_AT_ONCE)
-
     def tokenized(
-        self, batches: Iterator[tuple[list[RawDocument], End]], tokenizer: Tokenizer
+        self, batches: Iterator[tuple[list[RawDocument], End]]
     ) -> Iterator[tuple[End, BatchResult]]:
-        """Yields the result of every batch, in order, with what tells where the batch ends.
-
-        tokenizer: that of the workers, or the usual one of it.
-        """
+        """Yield the result of every batch, in order, with what tells where the batch ends."""
         if self._pool is None:
             for documents, end in batches:
-                yield end, tokenize_batch(documents, self._task, tokenizer)
+                yield end, tokenize_batch(documents, self._task, self._tokenizer)
             return
-        usual = tokenizer is not self._tokenizer
         under_way: collections.deque[_UnderWay] = collections.deque()
         with _death_told(under_way):
             for documents, end in batches:
                 weight = sum(document.weight for document in documents)
-                future = self._pool.submit(_tokenize_in_worker, documents, usual)
+                future = self._pool.submit(_tokenize_in_worker, documents)
                 under_way.append(_UnderWay(end, documents[0].place, weight, future))
                 while (
                     len(under_way) >= BATCHES_PER_WORKER * self._number
@@ -166,6 +145,10 @@ class Workers:
         # Spawned, not forked: the caller may have threads. A worker is given the tokenizer as it is
         # and imports neither Transformers nor torch, which would take hundreds of MB in each. It
         # comes by a file: a start with as much in its pipe would wait for the new process to read.
+        if isinstance(self._tokenizer, FastTokenizer):
+            # The fast library, which looks all over large tables, takes 15% less time in large
+            # pages, which processes that start now have.
+            os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
         with disk_errors(self._pickled), open(self._pickled, "wb") as file:
             pickle.dump(self._tokenizer, file)
         self._pool = ProcessPoolExecutor(
@@ -174,8 +157,7 @@ class Workers:
             _start_worker,
             (self._task, self._pickled),
         )
-        fast = isinstance(self._tokenizer, FastTokenizer)
-        with _large_pages() if fast else contextlib.nullcontext(), _death_told():
+        with _death_told():
             for _ in range(self._number):
                 self._pool.submit(_ready)
 
@@ -189,21 +171,6 @@ def _death_told(under_way: collections.deque[_UnderWay] = ()) -> Iterator[None]:
         raise WorkerDied(
             f"a tokenizing worker died{near} (killed, or out of memory: try fewer --workers)"
         ) from None
-
-
-@contextlib.contextmanager
-def _large_pages() -> Iterator[None]:
-    """Processes that start now have large tables in large pages, where glibc and the kernel do
-    that: the fast library, which looks all over them, takes 15% less time so."""
-    name = "GLIBC_TUNABLES"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = "glibc.malloc.hugetlb=1"
-    try:
-        yield
-    finally:
-        del os.environ[name]
 
 
 _worker: tuple[TokenizingTask, Tokenizer] | None = None  # set once in every worker process
@@ -227,13 +194,8 @@ def _ready() -> None:
     """Asks for a worker to be there."""
 
 
-def _agrees_in_worker(text: str) -> bool:
-    return _worker[1].agrees(text)
-
-
-def _tokenize_in_worker(batch: list[RawDocument], usual: bool) -> BatchResult:
-    task, tokenizer = _worker
-    return tokenize_batch(batch, task, tokenizer.usual if usual else tokenizer)
+def _tokenize_in_worker(batch: list[RawDocument]) -> BatchResult:
+    return tokenize_batch(batch, *_worker)
 
 
 def tokenize_batch(

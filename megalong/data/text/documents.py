@@ -5,12 +5,14 @@ Which files there are: `megalong.data.text.files`. Their formats: `megalong.data
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from megalong.data.text.files import COMPRESSIONS, shown
+from megalong.utils.errors import UserError
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -132,3 +134,49 @@ def as_text(data: bytes, document: RawDocument) -> str:
             if compression.begins(data):
                 problem = f"compressed with {compression.name}"
         raise BrokenDocument(f"{document.place}: {problem}") from None
+
+
+def add_reading_flags(parser: argparse.ArgumentParser) -> None:
+    """--input and what belongs to it."""
+    add = parser.add_argument
+    default = Reading()
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        help="files, folders, glob patterns, and JSON lines from - (standard input), <(command)"
+        " or a named pipe",
+    )
+    add(
+        "--json-keys",
+        nargs="+",
+        default=list(default.json_keys),
+        help="keys of JSON lines, or columns of Parquet, that hold text; of preprocess_data.py one"
+        " output each. Any other text goes to the first",
+    )
+    add(
+        "--documents",
+        choices=DOCUMENTS,
+        default=default.documents,
+        help="what is a document. auto: a line of JSON lines, a row of Parquet, any other file;"
+        " file: a file, whatever its name (source code; of a stream, plain text);"
+        " repository: all files of a folder, each behind a line with its path. An input folder"
+        " with files of its own is a repository, one of folders only stands for these",
+    )
+    add(
+        "--max-file-size",
+        type=int,
+        default=default.max_file_size,
+        help="bytes; larger files are left out where --documents is file or repository, and so are"
+        " binary ones",
+    )
+
+
+def reading_of(args: argparse.Namespace) -> Reading:
+    """How the flags say that text is read. Raises UserError."""
+    keys = args.json_keys
+    if len(set(keys)) != len(keys):
+        raise UserError(f"--json-keys {' '.join(keys)}: a key is named twice")
+    if args.max_file_size < 1:
+        raise UserError("--max-file-size must be positive")
+    return Reading(tuple(keys), args.documents, args.max_file_size)

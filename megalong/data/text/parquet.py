@@ -50,19 +50,6 @@ def raw_documents(path: str, reading: Reading) -> Iterator[RawDocument]:
         yield _cut_short(path, row + 1, lost)
 
 
-def raw_documents_from(path: str, reading: Reading, share: float) -> Iterator[RawDocument]:
-    """The rows of the row group that this share of a file's rows lies in."""
-    import pyarrow
-    import pyarrow.parquet
-
-    with contextlib.suppress(OSError, pyarrow.ArrowException), _open(path) as file:
-        columns = _columns(file, reading)
-        group = int(file.num_row_groups * share)
-        for batch in _batches(file, columns, [group]):
-            for data in _rows(batch, columns):
-                yield RawDocument(NAME, path, None, data, None, 0)
-
-
 def texts(document: RawDocument, reading: Reading) -> dict[str, str | BrokenDocument]:
     """The texts of a row."""
     return {key: _text(document, key) for key in reading.keys}

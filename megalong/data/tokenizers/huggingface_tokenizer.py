@@ -124,9 +124,9 @@ class HuggingFaceTokenizer(Tokenizer):
         return [token.content for token in self.library.get_added_tokens_decoder().values()]
 
     def fast_encoder(self) -> Callable[[str], np.ndarray]:
-        from megalong.data.tokenizers import gigatoken_encoder
+        from megalong.data.tokenizers.backend import of_tokenizer_json
 
-        return gigatoken_encoder.of_tokenizer_json(self.library.to_str())
+        return of_tokenizer_json(self.library.to_str())
 
 
 def _may_cut(described: dict) -> bool:

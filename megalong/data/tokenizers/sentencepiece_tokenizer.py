@@ -83,9 +83,9 @@ class SentencePieceTokenizer(Tokenizer):
         return [piece for i, piece in enumerate(pieces) if not self.pieces[i]]
 
     def fast_encoder(self) -> Callable[[str], np.ndarray]:
-        from megalong.data.tokenizers import gigatoken_encoder
+        from megalong.data.tokenizers.backend import of_sentencepiece
 
-        return gigatoken_encoder.of_sentencepiece(self)
+        return of_sentencepiece(self.model_bytes, self.stand_in_ids)
 
     @property
     def model_bytes(self) -> bytes:

@@ -49,6 +49,9 @@ PATTERNS = MappingProxyType(
     }
 )
 
+# gigatoken's names of the ways to split a text.
+_SCHEMES = {"r50k_base": "gpt2", "cl100k_base": "gpt4", "o200k_base": "o200k"}
+
 # By the SHA-256 of the file: the pattern, and the special tokens.
 _PUBLISHED = MappingProxyType(
     {
@@ -145,9 +148,14 @@ class TiktokenTokenizer(Tokenizer):
         return list(self.special_tokens)
 
     def fast_encoder(self) -> Callable[[str], np.ndarray]:
-        from megalong.data.tokenizers import gigatoken_encoder
+        from megalong.data.tokenizers.backend import of_ranks
 
-        return gigatoken_encoder.of_tiktoken(self)
+        schemes = {PATTERNS[name]: scheme for name, scheme in _SCHEMES.items()}
+        if self.pattern not in schemes:
+            raise UserError(
+                "gigatoken does not know the pattern that this encoding splits texts by"
+            )
+        return of_ranks(self.ranks, schemes[self.pattern])
 
 
 def _read(path: Path, flag: str) -> tuple[Description, dict[bytes, int]]:
