@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from megalong.data.batches import Batch
-from megalong.evals.position_losses import PositionLosses, perplexity, position_edges
+from megalong.evals.scores import PositionLosses, perplexity, position_edges
 from megalong.parallel.mesh import Mesh
 from megalong.training.engine import TrainingEngine
 

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from itertools import islice
 
 from megalong.data.prefetch import made_ahead
-from megalong.evals.batches import num_task_batches, task_batches
 from megalong.evals.scores import AnswerSums, TaskScore
-from megalong.evals.trials import Trials
+from megalong.evals.trials import Trials, num_task_batches, task_batches
 from megalong.parallel.mesh import Mesh
 from megalong.training.engine import TrainingEngine
 
