@@ -23,7 +23,7 @@ from megalong.data.batches import training_batches
 from megalong.data.document_samples import DocumentSamples
 from megalong.data.stream import TokenStream
 from megalong.dry_run.share import answered, lone_rank, lone_sequence
-from megalong.evals.position_losses import PositionLosses, position_edges
+from megalong.evals.scores import PositionLosses, position_edges
 from megalong.hf.configuration_longnet import LongNetConfig
 from megalong.hf.positions_longnet import rotary_angles
 from megalong.model.rotary import LongRotaryEmbedding

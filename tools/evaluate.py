@@ -152,7 +152,7 @@ def _read(file: str, max_bytes: int | None) -> Iterator[str]:
 def evaluate(loaded: LoadedModel, texts: list[str], args: argparse.Namespace) -> dict:
     """Every measurement that the flags ask for, printed as it is made."""
     trials_of_tasks = _trials(loaded, args)  # what cannot be made is refused before it takes time
-    from megalong.evals.position_losses import FEW_TOKENS, position_edges
+    from megalong.evals.scores import FEW_TOKENS, position_edges
     from megalong.hf.evaluation import evaluate_texts, losses_by_prompt, passkey, task_score
     from megalong.utils.progress import progress_bar
 
@@ -315,7 +315,7 @@ def plot(results: dict, path: Path) -> None:
     tasks by distance, side by side."""
     from matplotlib.figure import Figure
 
-    from megalong.evals.plots import plot_by_distance
+    from megalong.evals.scores import plot_by_distance
 
     draw = {
         "texts": _plot_positions,

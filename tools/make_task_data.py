@@ -66,8 +66,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     from megalong import __version__
-    from megalong.evals.dataset import data_salt, write_dataset
-    from megalong.evals.trials import Trials, language_of
+    from megalong.evals.trials import Trials, data_salt, language_of, write_dataset
     from megalong.utils.progress import progress_bar
 
     tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model)

@@ -125,7 +125,7 @@ def plot_tasks(records: list[dict], config: dict, path: Path) -> None:
     """Accuracy on each task against tokens seen, and of the last evaluation against distance."""
     from matplotlib.figure import Figure
 
-    from megalong.evals.plots import plot_by_distance
+    from megalong.evals.scores import plot_by_distance
 
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     seen, distances = figure.subplots(1, 2)

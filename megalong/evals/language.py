@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from enum import IntEnum, unique
 from functools import cache
 from random import Random
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from megalong.evals.words import ADJECTIVES, NOUNS
 from megalong.utils.errors import UserError
 
 STYLES = ("text", "ids")
@@ -25,6 +24,34 @@ MARKS = 12  # ids that stand for phrases, two of them for phrases to come
 HAYSTACK = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 )
+
+
+# An adjective and a noun, "brave-otter", make a key.
+_ADJECTIVES = """
+    able amber ancient bold brave bright brisk broad calm careful cheerful clear clever cold
+    curious dark deep distant eager early easy empty faint famous fancy fast fierce fine firm
+    fresh friendly gentle glad golden grand great green happy heavy hidden honest humble icy
+    jolly keen kind large late lively lonely loud lucky mellow merry mighty mild modern narrow
+    neat noble old pale patient plain polite proud quick quiet rapid rare ready red rich rough
+    round royal sharp shiny short shy silent silver simple sleepy slow small smooth soft solid
+    spare steady steep strange strong sunny sweet swift tall tame tender thick thin tidy tiny
+    tough true vast warm wary wide wild wise witty young zealous
+"""
+_NOUNS = """
+    anchor apple arrow badger barrel basket beacon bear beaver bell bird boat bottle branch
+    bread bridge brook bucket button cabin camel candle canyon carpet castle cedar chair
+    cherry circle clock cloud coast coin comet copper coral cottage cricket crow crown dancer
+    desert dolphin door dragon drum eagle engine falcon farmer feather fern ferry field finch
+    fire flag flute forest fox frog garden gate ghost glacier goose grape hammer harbor hat
+    hawk heron hill horse house island jacket jewel kettle key kite ladder lake lamp lantern
+    leaf lemon lion lizard lobster magnet maple marble market meadow mirror monkey moon moose
+    mountain mouse needle nest oak ocean olive orange orchard otter owl paddle paper parrot
+    peach pebble pencil penguin pepper piano pigeon pillow pine planet plum pocket pony potato
+    puppet rabbit raven ribbon river robin rocket rose saddle sailor salmon sparrow spider
+    spoon squirrel stone stove swan table teapot temple tiger timber tower train trumpet tulip
+    tunnel turtle valley violin wagon walnut whale wheel willow window wolf zebra
+"""
+ADJECTIVES, NOUNS = _ADJECTIVES.split(), _NOUNS.split()
 
 
 @unique
@@ -59,32 +86,6 @@ class Said(NamedTuple):
 
     tokens: list[int]
     words: list[tuple[int, int]]
-
-
-class Language(Protocol):
-    """first: the token that a sample begins with. num_keys, num_values: how many there are.
-    haystack_size: tokens of a piece of haystack."""
-
-    first: int
-    num_keys: int
-    num_values: int
-    haystack_size: int
-
-    def keys(self, count: int, draw: Random) -> list[Word]:
-        """So many of them, no two alike. Raises UserError where there are not so many."""
-        ...
-
-    def values(self, count: int, draw: Random) -> list[Word]:
-        """The same of values."""
-        ...
-
-    def say(self, phrase: Phrase, *words: Word) -> Said:
-        """The phrase with these words in it."""
-        ...
-
-    def haystack(self, pieces: int, draw: Random, before: Sequence[int]) -> list[int]:
-        """So many pieces, one after the other, behind the tokens `before`, at least one."""
-        ...
 
 
 class Text:
@@ -174,3 +175,6 @@ def _distinct(what: str, known: int, count: int, draw: Random) -> list[int]:
             " with more ids"
         )
     return draw.sample(range(known), count)
+
+
+Language = Text | Ids

@@ -1,16 +1,27 @@
-"""The samples of one task at one length, by number: nothing but that decides what they are."""
+"""The samples of one task at one length, by number: nothing but that decides what they are. As
+micro batches of an evaluation, and as a dataset to train on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from random import Random
+from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+
+from megalong.data.batches import IGNORE_INDEX, starts_behind_first
+from megalong.data.preprocessing.writer import DocumentWriter, token_dtype
+from megalong.data.tokenizers.tokenizer import Tokenizer
 from megalong.evals import TASKS
 from megalong.evals.language import Ids, Language, Text
 from megalong.evals.sample import Answer, Draft, Sample
 from megalong.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from megalong.evals.scores import AnswerSums
 
 EVALUATION = "evaluation"
 
@@ -73,3 +84,103 @@ class Trials:
         draw = Random(f"{self.salt} {self.task} {i}")  # so that a length long enough stays so
         depth = (i + 0.5) / self.samples if self.spread else draw.random()
         return TASKS[self.task](self.language, self.length, depth, draw), draw
+
+
+def task_batches(
+    trials: Trials,
+    sums: AnswerSums,
+    *,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    sequence_range: tuple[int, int],
+    first_apart: bool = False,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields num_task_batches() micro batches on every rank, with the part of each sequence that is
+    in `sequence_range`. A sample stands at the beginning of a sequence; behind it, and in rows
+    without a sample, are zeros, which causal attention keeps from it.
+
+    first_apart: the first token belongs to a document before it, which the text does not see. A
+    sample of bare ids is one document in any case, as it is in data of `megalong.evals.dataset`,
+    which only such models know."""
+    start, stop = sequence_range
+    apart = first_apart and not isinstance(trials.language, Ids)
+    beside = {"document_start": starts_behind_first(micro_batch_size, start, stop)} if apart else {}
+    for batch in range(num_task_batches(trials, micro_batch_size, data_parallel_size)):
+        first = (batch * data_parallel_size + data_parallel_rank) * micro_batch_size
+        tokens = np.zeros((micro_batch_size, stop - start), dtype=np.int64)
+        labels, rows = np.full_like(tokens, IGNORE_INDEX), np.full_like(tokens, -1)
+        for row, number in enumerate(range(first, min(first + micro_batch_size, trials.samples))):
+            sample = trials.sample(number).tokens
+            part = sample[start:stop]
+            tokens[row, : len(part)] = part
+            places, of_answers = sums.places(number, start, stop)
+            places = np.array(places, dtype=np.int64)
+            labels[row, places - start] = sample[places + 1]
+            rows[row, places - start] = of_answers
+        yield {
+            "tokens": torch.from_numpy(tokens),
+            "labels": torch.from_numpy(labels),
+            "positions": torch.arange(start, stop),
+            "answer": torch.from_numpy(rows),
+            **beside,
+        }
+
+
+def num_task_batches(trials: Trials, micro_batch_size: int, data_parallel_size: int) -> int:
+    """Micro batches that task_batches() yields on every rank."""
+    return -(-trials.samples // (micro_batch_size * data_parallel_size))
+
+
+# Which tokens of a sample count in the loss. Haystack and answers follow from what is before them,
+# facts and questions do not.
+LOSSES: dict[str, Callable[[Sample], np.ndarray] | None] = {
+    "all": None,
+    "predictable": lambda sample: sample.answered | sample.hay,
+    "answers": lambda sample: sample.answered,
+}
+_CHUNK = 256  # samples that are written at once
+
+
+def data_salt(seed: int) -> str:
+    """Of `Trials`: samples to train on, drawn apart from those of evaluations."""
+    return f"data {seed}"
+
+
+def write_dataset(
+    prefix: str,
+    trials: Sequence[Trials],
+    tokenizer: Tokenizer,
+    description: dict,
+    *,
+    loss: str = "all",
+    overwrite: bool = False,
+    on_samples: Callable[[int], object] = lambda count: None,
+) -> None:
+    """Writes PREFIX.bin, .idx and .json: the first sample of each of these trials, the second of
+    each, and so on, a document each.
+
+    loss: which tokens count, one of LOSSES; but for "all" with a PREFIX.loss
+    (`megalong.data.loss_mask`). description: what PREFIX.json says besides. on_samples: hears how
+    many more are written.
+    Raises UserError where an output is there already and `overwrite` is not set.
+    """
+    dtype, counts_of = token_dtype(tokenizer.vocab_size), LOSSES[loss]
+    masks = counts_of is not None
+    order = [(one, i) for i in range(max(t.samples for t in trials)) for one in trials]
+    order = [(one, i) for one, i in order if i < one.samples]
+    with DocumentWriter(prefix, dtype, overwrite=overwrite, masks_loss=masks) as writer:
+        for start in range(0, len(order), _CHUNK):
+            samples = [one.sample(i) for one, i in order[start : start + _CHUNK]]
+            tokens = np.concatenate([sample.tokens for sample in samples]).astype(dtype)
+            counts = np.concatenate(list(map(counts_of, samples))) if masks else None
+            writer.add(tokens, [len(sample.tokens) for sample in samples], counts)
+            on_samples(len(samples))
+        writer.commit(
+            {
+                "tokenizer_sha256": tokenizer.fingerprint,
+                "vocab_size": tokenizer.vocab_size,
+                "eod": tokenizer.eod,
+                **description,
+            }
+        )

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from megalong.evals.language import Ids
-from megalong.evals.position_losses import PositionLosses, perplexity
-from megalong.evals.scores import AnswerSums, TaskScore
+from megalong.evals.scores import AnswerSums, PositionLosses, TaskScore, perplexity
 from megalong.evals.trials import Trials
 from megalong.hf.loaded_model import LoadedModel
 from megalong.hf.modeling_longnet import LongNetModel
@@ -165,7 +164,7 @@ def task_score(
     """How well the model does on the samples of a task, by teacher forcing.
 
     on_tokens: hears how many more tokens are read. A sample of bare ids is one document, as it is
-    in data of `megalong.evals.dataset`, which only such models know; text stands behind its first
+    in data of `megalong.evals.trials`, which only such models know; text stands behind its first
     token as it does elsewhere.
     """
     one_document = isinstance(trials.language, Ids)

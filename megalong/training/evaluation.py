@@ -13,8 +13,7 @@ import torch
 from megalong.config import Config
 from megalong.data.batches import IGNORE_INDEX, Batch, made_ahead, starts_behind_first
 from megalong.evals.batches import num_task_batches, task_batches
-from megalong.evals.position_losses import PositionLosses, perplexity, position_edges
-from megalong.evals.scores import AnswerSums, TaskScore
+from megalong.evals.scores import AnswerSums, PositionLosses, TaskScore, perplexity, position_edges
 from megalong.evals.trials import Trials
 from megalong.model.next_tokens import NextTokens
 from megalong.parallel.mesh import Mesh

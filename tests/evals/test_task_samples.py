@@ -8,7 +8,7 @@ import pytest
 
 from megalong.evals import STYLES, TASKS
 from megalong.evals.language import MARKS, Ids, Mark
-from megalong.evals.needles import NEEDLE
+from megalong.evals.tasks import NEEDLE
 from megalong.evals.trials import Trials, language_of
 from megalong.utils.errors import UserError
 

@@ -6,11 +6,8 @@ from itertools import product
 import pytest
 import torch
 
-from megalong.evals.batches import num_task_batches, task_batches
-from megalong.evals.plots import plot_by_distance
-from megalong.evals.position_losses import position_edges
-from megalong.evals.scores import AnswerSums
-from megalong.evals.trials import Trials, language_of
+from megalong.evals.scores import AnswerSums, plot_by_distance, position_edges
+from megalong.evals.trials import Trials, language_of, num_task_batches, task_batches
 
 LENGTH, ALL = 120, (0, 128)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megalong.data.batches import IGNORE_INDEX
-from megalong.evals.position_losses import position_edges
+from megalong.evals.scores import position_edges
 from megalong.training.evaluation import evaluate
 
 

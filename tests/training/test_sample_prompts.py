@@ -87,5 +87,5 @@ def test_a_file_without_text_is_refused(corpus, tmp_path):
 
 
 def test_settings_of_samples_want_prompts(corpus):
-    with pytest.raises(UserError, match="--sample-tokens .*--sample-prompts"):
+    with pytest.raises(UserError, match=r"--sample-tokens .*--sample-prompts"):
         parse_arguments(small_run_flags(corpus, sample_tokens=3)).resolve(1)
