@@ -97,7 +97,7 @@ def counting_calls(*owners):
 def main(output: str, *names: str) -> None:
     from megatron.core.transformer import TransformerLayer
 
-    from megalong.dry_run import step as dry_run as module
+    from megalong.dry_run import step as module
     from megalong.dry_run.few_layers import LeavesSomething, few_layers
     from megalong.model.tiled_layer import TiledTransformerLayer
 
