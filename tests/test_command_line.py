@@ -34,12 +34,8 @@ COMMANDS = {
 BENCHMARKS = {
     "attention.py": "--output y",
     "communication.py": "--output y",
-    "decode_cache.py": "--output y",
-    "dense_ring.py": "--output y",
     "memory.py": "ladder --output y",
-    "scaling.py": "weak --output y",
     "training.py": "--output y",
-    "tune_attention.py": "--output y",
 }
 
 

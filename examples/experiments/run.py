@@ -9,8 +9,8 @@ The experiments are the grids beside this file. A grid's cells are a training an
 each, some at a time; each that ends leaves OUTPUT/EXPERIMENT_SCALE/cells/CELL.json, and is not run
 again. Killed, the same command goes on with the rest, and with the trainings that were under way
 from their last checkpoints. --plan only says what there is to do. In the end, and with --report of
-what there is so far, OUTPUT/EXPERIMENT_SCALE has report.md, report.json and plots, made of those
-files alone. A cell that takes longer than its minutes is cut, left out of the means, and said; a
+what there is so far, OUTPUT/EXPERIMENT_SCALE has cells.csv, made of those files, and report.md and a
+plot, made of cells.csv alone. A cell that takes longer than its minutes is cut, left out of the means, and said; a
 larger --minutes lets it go on. --check-seed runs chosen cells with a seed that the grid has not, in
 OUTPUT/EXPERIMENT_SCALE/another_seed, and says in another_seed.md whether they lie where the others
 would have them.
@@ -35,12 +35,11 @@ from megalong.utils.command_line import ArgumentParser, needed_packages
 from megalong.utils.command_line import run as run_main
 
 with needed_packages():
-    from another_seed import check_others, write_check
     from commands import OutOfTime, Place, Training, evaluate, evaluation_command
     from cost import cost_of
     from grid import Cell, Grid, read_grid
     from machine import machine, processors
-    from report import read_cells, write_report
+    from report import check_others, table_of, write_check, write_report
 
 from megalong.utils.errors import UserError, counted, did_you_mean
 from megalong.utils.progress import clock, progress_bar
@@ -104,11 +103,11 @@ def main() -> None:
         if args.plan:
             return
     if checked is not None and not failed:
-        print(write_check(folder, checked))
-    elif checked is None and read_cells(folder / "cells"):
-        write_report(folder)
+        print(write_check(folder, grid, checked))
+    elif checked is None and table_of(folder):
+        write_report(folder, grid)
         print((folder / "report.md").read_text())
-        print(f"{folder}: report.md, report.json and plots")
+        print(f"{folder}: report.md, cells.csv and a plot")
     elif not failed:
         raise UserError(f"{folder}: no cell has been run: leave --report out")
     if failed:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+# Two-sided 95% quantiles of Student's t by degrees of freedom (any table of it has them).
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
 NEARLY = 1e-9  # share by which rounding may carry compute beyond what was measured
 
 

@@ -9,7 +9,7 @@
 
 That is a GPU. Without the fake device the rank is one of a launch on the CPU, as training itself
 takes the CPU where there is no GPU (or DS_ACCELERATOR is cpu): other attention, another optimizer,
-other temporaries, all as that launch has them (tools/benchmarks/predicted.py compares the two).
+other temporaries, all as that launch has them (tests/dry_run/test_predictions.py compares the two).
 
 The step is the training's own: TrainingEngine, Megatron-core's schedule, DeepSpeed's optimizer.
 Its collectives send nothing. So what it says of memory and traffic cannot differ from the code, and

@@ -159,17 +159,6 @@ def test_pairs_in_documents_of_the_other_kinds(module):
         assert module.pairs_in_documents(pattern, 200, 8, 2, 9) == lse[0].exp().sum().round()
 
 
-def test_benchmark_of_documents(tmp_path):
-    command = [sys.executable, TOOLS / "documents.py", "--length", "256", "--head-dim", "8"]
-    command += ["--first-segment-length", "32", "--documents", "1", "40", "--repeats", "1"]
-    subprocess.run([*command, "--both-ways", "--output", tmp_path], check=True, timeout=300)
-    rows = json.loads((tmp_path / "documents.json").read_text())["results"]
-    assert [row["documents"] for row in rows] == [0, 1, 40] * 2 * 4
-    assert all(row["seconds"]["backward"] > 0 for row in rows)
-    assert (tmp_path / "documents.md").read_text().count("| A both ways |") == 3
-    assert (tmp_path / "documents.png").stat().st_size > 1000
-
-
 @pytest.mark.long
 def test_benchmark_measures_and_reports(tmp_path):
     command = [sys.executable, str(TOOLS / "attention.py"), "--quick", "--kv-heads", "2"]

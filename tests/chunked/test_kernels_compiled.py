@@ -63,7 +63,7 @@ def compiled(kernel, constants, generation, dtype, *, integers="i32", aligned=Tr
 
 @pytest.fixture(scope="module")
 def resources():
-    place = Path(__file__).parents[2] / "tools" / "benchmarks" / "kernel_resources.py"
+    place = Path(__file__).parents[1] / "attention" / "triton" / "kernel_resources.py"
     spec = importlib.util.spec_from_file_location("kernel_resources", place)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tests.launching import REPOSITORY
 
-RANKS_SCRIPT = str(REPOSITORY / "tools" / "benchmarks" / "predicted_ranks.py")
+RANKS_SCRIPT = str(REPOSITORY / "tests" / "dry_run" / "predicted_ranks.py")
 VOCABULARY = 300
 TINY = {
     "num_layers": 4,

@@ -2,9 +2,8 @@
 
 The choice follows from what ptxas says about the compiled kernels (registers, spills, shared
 memory), which the tests check for every line on sm_80 and sm_90; a line that starts to spill, or
-outgrows the shared memory, fails there and not on a user's GPU. Nothing is timed at run time:
-tools/benchmarks/tune_attention.py does that once, for the GPU at hand, and writes lines of this
-table into a file that the environment variable MEGALONG_TRITON_CONFIGURATIONS can name.
+outgrows the shared memory, fails there and not on a user's GPU. Nothing is timed at run time;
+lines of another table can stand in a file that MEGALONG_TRITON_CONFIGURATIONS names.
 
 The table knows no warp specialisation. Triton 3.6 to 3.9 specialise only loops whose operands come
 through tensor descriptors (NVGPUWarpSpecialization stops at our loads with "unsupported load type

@@ -21,7 +21,6 @@ from megalong.attention.triton.tile_sizes import (
 )
 from tests.launching import run_here
 
-TOOLS = Path(__file__).parents[3] / "tools" / "benchmarks"
 ITEMS = {d: [f"{kernel}:{d}" for kernel in ("forward", "dq", "dkdv")] for d in (16, 64, 128, 256)}
 # Bytes of stack allowed, (sparse, base). Whatever is not here must not spill at all.
 STACK = {
@@ -51,13 +50,10 @@ def fresh_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def run(tool, *arguments):
-    """The lines that a tool prints."""
-    return [json.loads(line) for line in run_here(TOOLS / tool, *arguments).stdout.splitlines()]
-
-
 def compiled(generation, dtype, items):
-    return run("kernel_resources.py", generation, dtype, *items)
+    """The lines that kernel_resources.py prints."""
+    done = run_here(Path(__file__).with_name("kernel_resources.py"), generation, dtype, *items)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -141,16 +137,6 @@ def test_lines_compile_for_newer_gpus():
         for line in compiled(generation, "bfloat16", ["forward:128"]):
             assert line["tile"] == list(sizes_of("forward", 128, torch.bfloat16, lines))
             assert line["shared"] <= shared, line
-
-
-@pytest.mark.long
-def test_tuning_says_what_the_compiler_makes_of_candidates():
-    """Without a GPU; the times need one."""
-    options = ["--generation", "80", "--head-dim", "64", "--kernels", "dq", "--most", "2"]
-    lines = run("tune_attention.py", "--compile-only", *options)
-    assert len(lines) == 4
-    for line in lines:
-        assert line["tile"][:3] == [64, 32, 4] and line["fits"] and line["hmma"] > 0
 
 
 def test_lines_from_a_file(tmp_path, monkeypatch):
