@@ -1,10 +1,13 @@
-"""A small run of two stages in a file, which tests change and read again."""
+"""Configurations for tests: of flags, and of a small run of two stages in a file."""
 
 from pathlib import Path
 
+from megalong.config import Config
+from megalong.config.arguments import parse_arguments
 from megalong.config.recipe import parse_run
 from megalong.config.stages import Stage
 
+NEEDED = ["--data-path", "data", "--tokenizer-type", "ByteTokenizer"]
 RECIPE = """\
 model:
   num_layers: 2
@@ -41,6 +44,12 @@ stages:
     lr_wsd_decay_iters: 2
     sequence_parallel_size: 2
 """
+
+
+def resolve(*flags: object, ranks: int | None = 1) -> Config:
+    """Return the configuration of these flags, resolved on so many ranks; None: not resolved."""
+    config = parse_arguments([*NEEDED, *map(str, flags)])
+    return config if ranks is None else config.resolve(ranks)
 
 
 def write_recipe(folder: Path) -> Path:

@@ -1,22 +1,27 @@
-"""How flags, YAML and defaults make a configuration."""
+"""Configurations of flags, YAML and defaults; what is odd in one, or does nothing, is told."""
+
+import dataclasses
 
 import pytest
 import yaml
 
 from megalong.attention import DilatedPattern
-from megalong.config import TasksConfig
+from megalong.config import TasksConfig, unused
 from megalong.config.arguments import build_parser, parse_arguments, to_yaml
-from megalong.utils.errors import UserError
-from tests.flags import NEEDED, resolve
+from megalong.config.model import scaling_oddities
+from tests.recipe_file import NEEDED, resolve
+
+YARN = "--yarn-rotary-scaling-factor 4 --yarn-original-max-position-embeddings 4096"
 
 
-def test_every_flag_has_help():
+def read_back(config, file):
+    file.write_text(to_yaml(config))
+    return parse_arguments(["--config", str(file)])
+
+
+def test_help_shows_every_flag_with_its_default_as_it_is_typed():
     for action in build_parser()._actions:
-        assert action.help, action.option_strings
-        assert "(default: (" not in action.help  # values as one types them
-
-
-def test_help_shows_defaults_as_they_are_typed():
+        assert action.help and "(default: (" not in action.help, action.option_strings
     text = " ".join(build_parser().format_help().split())
     for default in ("GELU (default: on)", "linear layers (default: off)", "traced (default: 0)"):
         assert default in text
@@ -32,6 +37,15 @@ def test_defaults_that_depend_on_others():
     assert config.training.lr_decay_iters == config.training.train_iters
     assert resolve("--micro-batch-size", 3, ranks=4).training.global_batch_size == 12
     assert resolve("--zero-stage", 0).parallel.zero_stage == 1
+    assert resolve().training.mask_rate is None
+    assert resolve("--objective", "mlm").training.mask_rate == 0.15
+    assert resolve("--eval-tasks", "copy").tasks == TasksConfig(
+        ("copy",), "text", (8192,), 32, 1000
+    )
+    assert parse_arguments(["--optimizer", "adamw"]) == parse_arguments([])
+    for ranks in (1, 6):
+        layout = resolve("--sequence-parallel-size", 2, ranks=2 * ranks).parallel
+        assert layout.data_parallel_size(2 * ranks) == ranks
 
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
@@ -39,55 +53,36 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     file.write_text(
         "model:\n  num_layers: 3\n  hidden-size: 96\nlr: 6e-4\nsegment_lengths: [16, 64]\n"
         "dilation-rates: [1, 4]\nhead_offsets: [[0, 0], [0, 1]]\nswiglu: false\n"
+        "eval_tasks: []\noptimizer: adamw\n"
     )
-    config = parse_arguments(["--config", str(file), "--num-layers", "5", *NEEDED])
-    assert config.model.num_layers == 5
-    assert config.model.hidden_size == 96
-    assert config.training.lr == 6e-4
-    assert not config.model.swiglu
+    config = resolve("--config", file, "--num-layers", 5, "--num-attention-heads", 2)
+    assert (config.model.num_layers, config.model.hidden_size) == (5, 96)
+    assert (config.training.lr, config.training.optimizer) == (6e-4, "adam")
+    assert not config.model.swiglu and config.tasks.eval_tasks is None
     assert config.attention.head_offsets == ((0, 0), (0, 1))
     assert config.attention.segment_lengths == (16, 64)
 
 
-def test_whole_numbers_may_be_powers(tmp_path):
+def test_words_that_yaml_takes_for_other_types(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("seq_length: 2**20\nsegment_lengths: [2048, 2**20]\ndilation_rates: [1, 512]\n")
     flags = ["--seq-length", "2**20", "--segment-lengths", "2Ki", "2**20"]
     typed = resolve(*flags, "--dilation-rates", 1, 512)
     assert typed.model.seq_length == 2**20 and typed.attention.segment_lengths == (2048, 2**20)
     assert resolve("--config", file) == typed
+    file.write_text("data_path: [0.7, code=a, 0.3, b]\nvalid_data_path: c\n")
+    data = parse_arguments(["--config", str(file)]).data
+    assert data.data_path == ("0.7", "code=a", "0.3", "b") and data.valid_data_path == ("c",)
 
 
 def test_the_resolved_configuration_reads_back(tmp_path):
     config = resolve("--head-offsets", "[[0,0],[0,1]]", "--num-attention-heads", 2,
                      "--segment-lengths", 8, 32, "--dilation-rates", 1, 2)  # fmt: skip
-    file = tmp_path / "config.yaml"
-    file.write_text(to_yaml(config))
-    assert parse_arguments(["--config", str(file)]) == config
-    assert parse_arguments(["--config", str(file)]).resolve(1) == config
-    assert set(yaml.safe_load(file.read_text())) == set(vars(config))
-    # Also once the memory path is settled.
-    off = resolve("--memory-path", "off")
-    file.write_text(to_yaml(off))
-    assert parse_arguments(["--config", str(file)]).resolve(1) == off
-
-
-def test_no_task_at_all_is_none(tmp_path):
-    """An empty list in a file, say; otherwise defaults are filled in."""
-    file = tmp_path / "run.yaml"
-    file.write_text("eval_tasks: []")
-    assert parse_arguments(["--config", str(file), *NEEDED]).resolve(1) == resolve()
-    assert resolve("--eval-tasks", "copy").tasks == TasksConfig(
-        ("copy",), "text", (8192,), 32, 1000
-    )
-
-
-def test_adamw_is_another_word_for_adam(tmp_path):
-    """On the command line and in a file; no configuration has it."""
-    (tmp_path / "run.yaml").write_text("optimizer: adamw")
-    for flags in (["--optimizer", "adamw"], ["--config", str(tmp_path / "run.yaml")]):
-        config = parse_arguments(flags)
-        assert config == parse_arguments([]) and config.training.optimizer == "adam"
+    again = read_back(config, tmp_path / "config.yaml")
+    assert again == config and again.resolve(1) == config
+    assert set(yaml.safe_load(to_yaml(config))) == set(vars(config))
+    off = resolve("--memory-path", "off")  # once the memory path is settled, too
+    assert read_back(off, tmp_path / "config.yaml").resolve(1) == off
 
 
 def test_what_starts_a_like_run_is_written_without_what_follows_from_it(tmp_path):
@@ -117,29 +112,17 @@ def test_matched_costs_are_within_two_percent_and_stay_when_they_are_read_again(
     ]
     assert max(pairs) <= 1.02 * pairs[0] and min(pairs) >= 0.98 * pairs[0]
     assert config.attention.window_size != 2048
-    file = tmp_path / "config.yaml"
-    file.write_text(to_yaml(config))
-    assert parse_arguments(["--config", str(file)]).resolve(1) == config
+    assert read_back(config, tmp_path / "config.yaml").resolve(1) == config
 
 
-def test_the_objective():
-    assert resolve().training.causal and resolve().training.mask_rate is None
-    masked = resolve("--objective", "mlm").training
-    with pytest.raises(UserError, match=r"xpos is for causal attention.*rope"):
-        resolve("--objective", "mlm", "--position-embedding-type", "xpos")
-    assert not masked.causal and masked.mask_rate == 0.15
-    with pytest.raises(UserError, match=r"--mask-rate 0.3 .*set --objective mlm"):
-        resolve("--mask-rate", 0.3)
-    for rate in (0, 1, -0.1, 1.5):
-        with pytest.raises(UserError, match=f"--mask-rate {rate} must lie between 0 and 1"):
-            resolve("--objective", "mlm", "--mask-rate", rate)
-
-
-def test_the_backend_of_the_attention():
-    assert resolve().attention.attention_backend == "auto"
-    assert resolve("--attention-backend", "sdpa").attention.attention_backend == "sdpa"
-    with pytest.raises(UserError, match=r"--attention-backend: 'fast' is not one of .*reference"):
-        resolve("--attention-backend", "fast")
+@pytest.mark.parametrize("block, told", [(2048, False), (16384, True)])
+def test_a_block_that_matched_costs_change_is_told(block, told):
+    flags = ["--attention", "sparse", "--match-flops", "--seq-length", 32768]
+    config = resolve(*flags, "--sparse-block-size", block).attention
+    given = dataclasses.replace(config, sparse_block_size=block)
+    lines = given.changed_by_matching(config)
+    assert bool(lines) == told == (config.sparse_block_size != block)
+    assert all(f"--sparse-block-size {block}" in line for line in lines)
 
 
 def test_the_pieces_of_the_memory_path_follow_it_where_they_are_not_given():
@@ -154,17 +137,93 @@ def test_the_pieces_of_the_memory_path_follow_it_where_they_are_not_given():
     assert given("--memory-path", "off") == [False] * 4
     assert given("--memory-path", "on", "--no-tiled-mlp") == [True, False, True, True]
     assert given("--memory-path", "off", "--tiled-attention") == [False, False, True, False]
-    assert resolve("--memory-path", "on").memory.attention_head_groups == 4
-    assert (
-        resolve("--memory-path", "on", "--num-query-groups", "3").memory.attention_head_groups == 3
-    )
+    for heads, groups in ((12, 4), (3, 3)):
+        memory = resolve("--memory-path", "on", "--num-query-groups", heads).memory
+        assert memory.attention_head_groups == groups
 
 
-def test_paths_and_weights_in_yaml(tmp_path):
-    file = tmp_path / "run.yaml"
-    file.write_text("data_path: [0.7, code=a, 0.3, b]\nvalid_data_path: c\n")
-    data = parse_arguments(["--config", str(file)]).data
-    assert data.data_path == ("0.7", "code=a", "0.3", "b") and data.valid_data_path == ("c",)
-    file.write_text("data_path: [true]\n")
-    with pytest.raises(UserError, match="data_path: expected a list of str"):
-        parse_arguments(["--config", str(file)])
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        ("", None),
+        ("--rope-scaling-factor 4", "--rope-original-length 8192: --seq-length 512 is not beyond"),
+        ("--rope-scaling-factor 4 --rope-original-length 128", None),
+        (f"{YARN} --seq-length 16384", None),
+        (f"{YARN} --seq-length 16385", "--seq-length 16385 is beyond 16384, as far as that"),
+        ("--yarn-rotary-scaling-factor 1", None),
+    ],
+)
+def test_scalings_that_fit_badly_are_told(flags, told):
+    lines = scaling_oddities(resolve("--seq-length", 512, *flags.split()).model)
+    assert len(lines) == (told is not None)
+    assert not lines or told in lines[0]
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        ("--segment-lengths 16 64 128 --dilation-rates 1 4 8", "--segment-lengths 128"),
+        ("--segment-lengths 16 64 128 --dilation-rates 1 4 8 --attention dense", None),
+        ("--segment-lengths 16 32 --dilation-rates 1 4", "beyond its segment of 32"),
+        ("--segment-lengths 16 32 --dilation-rates 1 4 --attention dilated dense", None),
+        ("--attention local --window-size 64", "local attention is dense"),
+        ("--attention dense --window-size 7", "--window-size is of local attention, which"),
+        ("", None),
+    ],
+)
+def test_patterns_that_are_hardly_meant_are_told(flags, told):
+    lines = resolve("--seq-length", 64, *flags.split()).attention.oddities(64)
+    assert len(lines) == (told is not None)
+    assert not lines or told in lines[0]
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        ("--memory-path off", ["--tile-size", "--loss-chunk-size", "--attention-head-groups"]),
+        ("--memory-path on --no-tiled-attention", ["--attention-head-groups"]),
+        ("--memory-path on", []),
+        ("--memory-path on --recompute-granularity selective", ["--recompute-granularity"]),
+    ],
+)
+def test_settings_of_memory_that_do_nothing_are_told(flags, told):
+    sizes = ["--tile-size", "512", "--loss-chunk-size", "512", "--attention-head-groups", "2"]
+    given = parse_arguments([*NEEDED, *sizes, *flags.split()])
+    settled = given.resolve(1)
+    lines = given.memory.unused(settled.memory, settled.parallel)
+    assert [line.split()[0] for line in lines] == told
+
+
+@pytest.mark.parametrize("flags", ["--offload-activations", "--memory-path on"])
+def test_that_nothing_is_offloaded_on_a_cpu_is_said(flags):
+    given = parse_arguments([*NEEDED, *flags.split()])
+    memory = given.memory.with_pieces(True, (of := given.resolve(1)).model, of.parallel)
+    on_cpu = dataclasses.replace(memory, offload_activations=False)
+    [line] = given.memory.unused(on_cpu, of.parallel)
+    assert line.startswith("--offload-activations is not used: on a CPU")
+    assert not given.memory.unused(memory, of.parallel)
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        ("--optimizer muon --muon-momentum 0.5 --adam-beta2 0.9", []),
+        (
+            "--muon-momentum 0.5 --no-muon-nesterov --sgd-momentum 0.1",
+            ["--sgd-momentum 0.1", "--muon-momentum 0.5", "--muon-nesterov off"],
+        ),
+        (
+            "--lr-decay-style constant --min-lr 1e-5 --lr-decay-iters 5 --lr-decay-power 2",
+            ["--min-lr 1e-05", "--lr-decay-iters 5", "--lr-decay-power 2.0"],
+        ),
+        ("--loss-scale 8", ["--loss-scale 8.0"]),
+        ("--loss-scale 8 --precision fp16", []),
+        ("--xpos-scale-base 9", ["--xpos-scale-base 9"]),
+        ("--position-embedding-type none --rotary-base 7", ["--rotary-base 7.0"]),
+        ("--use-checkpoint-opt-param-scheduler", ["--use-checkpoint-opt-param-scheduler"]),
+        ("--use-checkpoint-opt-param-scheduler --load-fallback --load run", []),
+    ],
+)
+def test_settings_that_do_nothing_are_told(flags, told):
+    found = unused(parse_arguments([*NEEDED, *flags.split()]))
+    assert [line.partition(" is not used: ")[0] for line in found] == told

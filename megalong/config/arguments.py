@@ -350,6 +350,8 @@ def _settings() -> dict[str, _Setting]:
             if isinstance(kind, types.UnionType):
                 kind = next(k for k in kind.__args__ if k is not type(None))
             options = dict(field.metadata)
+            if typing.get_origin(kind) is tuple:
+                options["item"] = kind.__args__[0]
             if field.default is not None:
                 options["help"] += f" (default: {shown(field.default)})"
             settings[field.name] = _Setting(section, field.name, kind, field.default, **options)

@@ -96,19 +96,14 @@ class AttentionConfig:
 
     attention: tuple[str, ...] = flag(
         ("dilated",),
-        "kind of attention; several: of one layer after the other, and so on over the layers",
-        item=str,
+        "kind of attention; several: of one layer after the other, over and over",
         choices=tuple(KINDS),
     )
     segment_lengths: tuple[int, ...] | None = flag(
         None,
-        "dilated: segment length of each branch (default: a ladder 2048 x 4^k up to the sequence"
-        " length, with dilation rates 4^k)",
-        item=int,
+        "dilated: segment length of each branch (default: 2048 x 4^k, with dilation rates 4^k)",
     )
-    dilation_rates: tuple[int, ...] | None = flag(
-        None, "dilated: dilation rate of each branch", item=int
-    )
+    dilation_rates: tuple[int, ...] | None = flag(None, "dilated: dilation rate of each branch")
     head_offsets: str | tuple[tuple[int, ...], ...] = flag(
         "mod",
         "dilated: which positions a head takes in a branch: mod (kv head mod r, the paper's rule),"
@@ -123,13 +118,13 @@ class AttentionConfig:
     )
     match_flops: bool = flag(
         False,
-        "local: take the window, sparse: take the columns (and, where that is too coarse, the next"
-        " smaller block) that cost as much as the dilated branches",
+        "take the window of local, the columns of sparse attention (or the next smaller block) that"
+        " cost as much as the dilated branches",
     )
     attention_backend: str = flag(
         "auto",
-        "what computes it: Triton kernels, PyTorch's operators, or the plain definition; auto takes"
-        " the first of the first two that runs, for dense attention PyTorch's",
+        "Triton kernels, PyTorch's operators, or the plain definition; auto: the first that runs,"
+        " for dense attention PyTorch's",
         choices=("auto", *BACKENDS),
     )
 

@@ -24,65 +24,49 @@ class DataConfig:
         "what to train and to evaluate on, divided by --split: the prefix of the .bin/.idx pair of"
         " tools/preprocess_data.py, a folder of pairs, or a pattern; of several, each as much as"
         " it has tokens, or WEIGHT PATH WEIGHT PATH ...; NAME=PATH names a source",
-        item=str,
     )
     data_blend: str | None = flag(
-        None,
-        "YAML file instead of --data-path or --train-data-path: a list of sources, each with path,"
-        " name, and one of weight, tokens, epochs",
+        None, "YAML file instead of these paths: a list of path, name, and weight, tokens or epochs"
     )
     train_data_path: tuple[str, ...] | None = flag(
-        None, "as --data-path, all of it to train on: instead of --data-path and --split", item=str
+        None, "as --data-path, all of it to train on: instead of --data-path and --split"
     )
     valid_data_path: tuple[str, ...] | None = flag(
         None,
-        "what to validate on, beside --train-data-path or --data-blend: PATH, or several by name,"
-        " NAME=PATH NAME=PATH ..., each evaluated by itself",
-        item=str,
+        "what to validate on, beside --train-data-path or --data-blend: PATH, or NAME=PATH ...",
     )
     test_data_path: tuple[str, ...] | None = flag(
-        None, "what to test on at the end, as --valid-data-path", item=str
+        None, "what to test on at the end, as --valid-data-path"
     )
     split: str | None = flag(
-        None,
-        "shares of the documents of each source for training, validation, test (default: 969,30,1)",
+        None, "shares of each source's documents to train, validate, test on (default: 969,30,1)"
     )
     data_cache_path: str | None = flag(
-        None,
-        "folder, of a node or of all, where the order of many documents is kept: made once, shared"
-        " by the processes of a node (default: each makes it in memory)",
+        None, "folder, of a node or of all, to keep the order of documents in (default: in memory)"
     )
     sample_mode: str = flag(
         "stream",
-        "where the sequences of the training begin: stream, wherever the one before ended;"
-        " document, at the beginning of a document where that is as long as a sequence",
+        "a sequence begins where the one before ended, or with a document that is long enough",
         choices=("stream", "document"),
     )
     length_upsampling: tuple[str, ...] | None = flag(
         None,
-        "TOKENS:WEIGHT (in YAML in quotes): how often the training sees documents of at least so"
-        " many tokens in an epoch, such as 0:1 32768:5; shorter ones than the least once",
-        item=str,
+        "TOKENS:WEIGHT (in YAML in quotes), such as 0:1 32768:5: how often an epoch has documents"
+        " of at least so many tokens; shorter ones than the least once",
     )
-    tokenizer_type: str = flag(
-        "SentencePieceTokenizer",
-        "tokenizer",
-        choices=tuple(TOKENIZERS),
-    )
+    tokenizer_type: str = flag("SentencePieceTokenizer", "tokenizer", choices=tuple(TOKENIZERS))
     tokenizer_model: str | None = flag(None, "file (or folder) of the tokenizer")
     prepend_bos: bool = flag(
         False, "the documents begin with a beginning-of-text token: preprocess_data's --prepend-bos"
     )
     document_attention: str = flag(
         "mixed",
-        "whether a token sees the documents before its own in the sequence (mixed), or its own"
-        " document alone (isolated)",
+        "a token sees the documents before its own in the sequence, too, or its own alone",
         choices=("mixed", "isolated"),
     )
     eod_mask_loss: bool = flag(
         False,
-        "do not count how the first token of a document is predicted from the end-of-document token"
-        " before it, in training and in evaluation",
+        "leave the first token of a document, after an end-of-document token, out of the loss",
     )
 
     @property

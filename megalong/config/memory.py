@@ -37,7 +37,7 @@ class MemoryConfig:
 
     memory_path: str = flag(
         "auto",
-        "the pieces below that bound memory on long sequences: on, off, or as memory requires",
+        "the pieces below that bound memory: on, off, or as memory requires",
         choices=("auto", "on", "off"),
     )
     linear_cross_entropy: bool | None = flag(
@@ -48,14 +48,10 @@ class MemoryConfig:
     )
     tiled_mlp: bool | None = flag(None, f"norm and MLP over tiles of the sequence {_FOLLOWS}")
     tiled_attention: bool | None = flag(
-        None,
-        "attention for some heads at a time, norm and projections over tiles of the sequence"
-        f" {_FOLLOWS}",
+        None, f"attention for some heads at a time, its projections over tiles {_FOLLOWS}"
     )
     tile_size: int | None = flag(
-        None,
-        "tokens in a tile, of all tensor ranks (default: 4096 to 16384, as many as make 64M numbers"
-        " in the MLP)",
+        None, "tokens in a tile, of all tensor ranks (default: 4096 to 16384, by the MLP's width)"
     )
     attention_head_groups: int | None = flag(
         None, "with --tiled-attention: groups of heads, one at a time (default: up to 4)"

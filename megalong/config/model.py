@@ -47,9 +47,7 @@ class ModelConfig:
     )
     qk_layernorm: bool = flag(False, "a norm of each head's queries and keys")
     sub_layer_norm: bool = flag(
-        False,
-        "a norm before each matrix that writes to the residual stream, too, with initial weights to"
-        " match (MAGNETO)",
+        False, "a norm before each matrix that writes to the residual stream, too (MAGNETO)"
     )
     position_embedding_type: str = flag(
         "rope", "position encoding", choices=("rope", "xpos", "none")
@@ -60,8 +58,7 @@ class ModelConfig:
     rotary_base: float = flag(10000.0, "base of the rotary frequencies")
     rotary_ntk_factor: float | None = flag(
         None,
-        "the base becomes larger, so that the slowest rotary frequency is slower by this factor:"
-        " NTK-aware scaling (default: no)",
+        "the slowest rotary frequency becomes slower by this factor: NTK scaling (default: no)",
     )
     rotary_seq_len_interpolation_factor: float | None = flag(
         None, "all rotary frequencies become slower by this factor: linear scaling (default: no)"
@@ -73,19 +70,13 @@ class ModelConfig:
         8192, "with --rope-scaling-factor: tokens in a sequence before the scaling"
     )
     rope_low_freq_factor: float = flag(
-        1.0,
-        "with --rope-scaling-factor: what makes fewer turns in the original length is slower by the"
-        " whole factor",
+        1.0, "with --rope-scaling-factor: fewer turns in that length are slower by the whole factor"
     )
     rope_high_freq_factor: float = flag(
-        4.0,
-        "with --rope-scaling-factor: what makes more turns in the original length keeps its"
-        " frequency",
+        4.0, "with --rope-scaling-factor: more turns in that length keep their frequency"
     )
     yarn_rotary_scaling_factor: float | None = flag(
-        None,
-        "slow rotary frequencies become slower by this factor, and scores sharper: YaRN (default:"
-        " no)",
+        None, "YaRN: slow frequencies become slower by this factor, scores sharper (default: no)"
     )
     yarn_original_max_position_embeddings: int | None = flag(
         None, "YaRN: tokens in a sequence before the scaling"
@@ -97,9 +88,7 @@ class ModelConfig:
         1.0, "YaRN: what makes fewer turns in the original length is slower by the whole factor"
     )
     yarn_attention_factor: float | None = flag(
-        None,
-        "YaRN: what cosines and sines are multiplied by, scores by its square (default:"
-        " 0.1 ln(factor) + 1)",
+        None, "YaRN: factor of cosines and sines (default: 0.1 ln(factor) + 1)"
     )
     yarn_mscale: float | None = flag(
         None, "YaRN: weight of the logarithm in the attention factor, with --yarn-mscale-all-dim"
@@ -115,19 +104,16 @@ class ModelConfig:
     )
     init_method_std: float = flag(
         0.02,
-        "standard deviation of the initial weights (divided by sqrt(2 x layers) for the"
-        " projections that write to the residual stream); with --sub-layer-norm of the embedding"
-        " alone",
+        "standard deviation of the initial weights (over sqrt(2 x layers) where they write to the"
+        " residual stream); with --sub-layer-norm of the embedding alone",
     )
     make_vocab_size_divisible_by: int = flag(128, "pad the vocabulary to a multiple of this")
     padded_vocab_size: int | None = flag(
-        None,
-        "rows of the vocabulary, all of them the model's own, as in models that were imported"
-        " (default: the tokenizer's ids, padded; the padding is not exported)",
+        None, "rows of an imported model's vocabulary (default: the tokenizer's ids, padded)"
     )
     transformer_impl: str = flag(
         "local",
-        "layer modules; auto takes Transformer Engine where it is installed and there is a GPU",
+        "layer modules; auto: Transformer Engine's where it is installed and there is a GPU",
         choices=("local", "transformer_engine", "auto"),
     )
 

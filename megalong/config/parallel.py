@@ -29,9 +29,7 @@ class ParallelConfig:
         None, "layers in a chunk of the interleaved pipeline schedule"
     )
     sequence_parallel: bool = flag(
-        True,
-        "with tensor parallelism, divide norms and residuals over the tensor ranks too (Megatron's"
-        " sequence parallelism)",
+        True, "divide norms and residuals over the tensor ranks too (Megatron's)"
     )
     zero_stage: int = flag(1, "ZeRO stage; 0 is taken for 1", choices=(0, 1, 2, 3))
     recompute_granularity: str | None = flag(

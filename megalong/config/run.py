@@ -26,35 +26,25 @@ class RunConfig:
     save: str | None = flag(None, "run folder: checkpoints, metrics.jsonl, config.yaml")
     load: str | None = flag(None, "run folder, or checkpoint, to resume from")
     finetune: bool = flag(
-        False,
-        "with --load: begin a new run with the checkpoint's weights, and nothing else of it",
+        False, "with --load: begin a new run with the checkpoint's weights, and nothing else of it"
     )
     pretrained_checkpoint: str | None = flag(
-        None,
-        "run folder, or checkpoint, to --finetune from as long as --load has no checkpoint",
+        None, "run folder, or checkpoint, to --finetune from as long as --load has no checkpoint"
     )
     load_optim: bool = flag(
-        True,
-        "load the optimizer's state (--no-load-optim: it begins with none, at every start: to be"
-        " taken out after the first checkpoint)",
+        True, "load the optimizer's state; take --no-load-optim out after the first checkpoint"
     )
     load_rng: bool = flag(
-        True,
-        "load the states of the random generators (--no-load-rng: those of the seed, at every"
-        " start)",
+        True, "load the states of the random generators (--no-load-rng: take the seed's)"
     )
     new_data: bool = flag(
         False,
-        "with --load: go on in the same run folder on training data that is all other; to be taken"
-        " out after the first checkpoint on them",
+        "with --load: go on, on all other training data; take it out after the first checkpoint",
     )
     load_fallback: bool = flag(
         False, "where the newest checkpoint is damaged, go on from the newest sound one before it"
     )
-    verify_checkpoint: bool = flag(
-        True,
-        "compare a checkpoint with its hashes before loading it (--no-verify-checkpoint: don't)",
-    )
+    verify_checkpoint: bool = flag(True, "compare a checkpoint with its hashes before loading it")
     save_interval: int = flag(1000, "iterations between checkpoints; the last is always saved")
     async_save: bool = flag(
         False, "copy a checkpoint to host memory, and write it while the training goes on"
@@ -64,9 +54,7 @@ class RunConfig:
         None, "with --keep-last: keep also those whose iteration is a multiple of this"
     )
     keep_best: bool = flag(
-        False,
-        "keep the checkpoint of the lowest validation loss too, which `best` points to; of a run of"
-        " stages that of the stage that is trained",
+        False, "keep the checkpoint of the lowest validation loss too (of a stage), as `best`"
     )
     keep_best_by: str | None = flag(
         None, "with --keep-best: the name of the validation set it goes by (default: the first)"
@@ -81,14 +69,12 @@ class RunConfig:
     wandb_project: str | None = flag(None, "project on Weights & Biases (needs the package wandb)")
     wandb_exp_name: str | None = flag(None, "name of the run there (default: wandb chooses one)")
     peak_tflops: float | None = flag(
-        None,
-        "peak TFLOP/s of one device, of which MFU is a share (default: from a table; of a CPU"
-        " measured)",
+        None, "peak TFLOP/s of a device, for MFU (default: from a table; of a CPU measured)"
     )
     profile: bool = flag(False, "trace some iterations with torch.profiler, into the run folder")
     profile_step_start: int = flag(10, "with --profile: first iteration in the trace")
     profile_step_end: int = flag(12, "with --profile: first iteration after it")
-    profile_ranks: tuple[int, ...] = flag((0,), "with --profile: ranks that are traced", item=int)
+    profile_ranks: tuple[int, ...] = flag((0,), "with --profile: ranks that are traced")
     exit_duration_in_mins: float | None = flag(
         None, "minutes after which the run saves a checkpoint and ends, as it does on SIGTERM"
     )
@@ -97,8 +83,8 @@ class RunConfig:
     )
     hang_timeout_seconds: float | None = flag(
         None,
-        "seconds that all ranks wait for one that does not move before they end and say which it"
-        " is; 0 is never (default: half of --distributed-timeout-minutes)",
+        "seconds that ranks wait for one that does not move before they end and name it; 0: ever"
+        " (default: half of --distributed-timeout-minutes)",
     )
 
     @property
@@ -208,19 +194,15 @@ class TasksConfig:
     """Tasks that a run is evaluated on beside held-out text."""
 
     eval_tasks: tuple[str, ...] | None = flag(
-        None,
-        "tasks, made on the fly, that ask for what was said long before",
-        item=str,
-        choices=tuple(TASKS),
+        None, "tasks, made on the fly, that ask for what was said long before", choices=tuple(TASKS)
     )
     eval_task_style: str | None = flag(
         None,
-        "what they are made of: text of the tokenizer (the default), or bare token ids, for a model"
-        " that is trained on such",
+        "of text of the tokenizer (the default), or of bare ids, for a model trained on such",
         choices=STYLES,
     )
     eval_task_lengths: tuple[int, ...] | None = flag(
-        None, "tokens of their samples (default: --seq-length)", item=int
+        None, "tokens of their samples (default: --seq-length)"
     )
     eval_task_samples: int | None = flag(None, "samples of each task and length (default: 32)")
     eval_task_interval: int | None = flag(
@@ -278,10 +260,7 @@ class SamplesConfig:
     """Texts that a run continues while it trains, to be read."""
 
     sample_prompts: tuple[str, ...] | None = flag(
-        None,
-        "texts to continue now and then, or .txt files with one in each line; every new token takes"
-        " a forward pass over a whole sequence",
-        item=str,
+        None, "texts to continue now and then, or .txt files with one in each line"
     )
     sample_interval: int | None = flag(
         None, "iterations between such samples (default: --eval-interval)"

@@ -34,8 +34,7 @@ class TrainingConfig:
 
     objective: str = flag(
         "causal",
-        "what is learned: causal, to tell the next token; mlm, masked-language modelling, to tell"
-        " hidden tokens from those on both sides",
+        "causal: tell the next token; mlm: tell masked tokens from those on both sides",
         choices=("causal", "mlm"),
     )
     mask_rate: float | None = flag(
@@ -50,9 +49,8 @@ class TrainingConfig:
     min_lr: float = flag(0.0, "learning rate after the decay")
     lr_decay_style: str = flag(
         "polynomial",
-        "shape of the decay; inverse-square-root: --lr x sqrt(warm-up / iterations done), which"
-        " falls fast without a warm-up; WSD: stable, then --lr-wsd-decay-iters of"
-        " --lr-wsd-decay-style",
+        "shape of the decay; inverse-square-root: --lr x sqrt(warm-up / iterations); WSD: stable,"
+        " then --lr-wsd-decay-iters of --lr-wsd-decay-style",
         choices=("polynomial", "linear", "cosine", "inverse-square-root", "WSD", "constant"),
     )
     lr_decay_power: float = flag(1.0, "power of the polynomial decay; 1 is linear")
@@ -69,30 +67,23 @@ class TrainingConfig:
     )
     lr_warmup_iters: int = flag(0, "iterations of linear warm-up")
     lr_begin_iters: int = flag(
-        0,
-        "iterations of the run before its schedule of the learning rate begins, from which"
-        " --lr-warmup-iters and --lr-decay-iters count: for a run that goes on with a new one",
+        0, "iterations before the schedule of the learning rate begins, for a run with a new one"
     )
     use_checkpoint_opt_param_scheduler: bool = flag(
         False, "with --load: the schedule of the learning rate is that of the checkpoint's run"
     )
     optimizer: str = flag(
         "adam",
-        "adam, or adamw: AdamW; sgd: SGD with momentum; muon: Muon for the matrices of the layers,"
-        " and AdamW for the rest",
+        "adam, or adamw: AdamW; sgd: with momentum; muon: of the layers' matrices, the rest AdamW",
         choices=("adam", "sgd", "muon"),
         aliases={"adamw": "adam"},
     )
     weight_decay: float = flag(0.01, "weight decay, on matrices only")
     z_loss_coeff: float = flag(
-        0.0,
-        "add this times the mean square of the logits' logsumexp to the loss that is minimised"
-        " (z-loss; PaLM's is 1e-4)",
+        0.0, "z-loss: weight of the mean square of the logits' logsumexp (PaLM's is 1e-4)"
     )
     skip_loss_spikes: float | None = flag(
-        None,
-        "leave out the update of a batch whose loss is above this times the median of the last"
-        " --loss-spike-window losses (default: never)",
+        None, "leave out updates whose loss is above this times the median before (default: never)"
     )
     loss_spike_window: int = flag(128, "losses that --skip-loss-spikes looks back on")
     clip_grad: float = flag(1.0, "clip the global gradient norm to this; 0 turns it off")

@@ -1,9 +1,9 @@
-"""How every command begins and ends: its parser, and its last line.
+"""The beginning and the end of every command: its parser, its signals, its logs, its last line.
 
-A command is a function. What the user can mend ends it with one line, `error: ...`, on standard
-error and exit status 2; anything else is a bug and shows its traceback. What is slow to import or
-may be missing, commands import inside their functions, so that `--help` is quick and a Python
-without the packages is told what to do. This module needs nothing but the standard library.
+A command is a function. A mistake that the user can mend ends it with one line, `error: ...`, and
+exit status 2; anything else is a bug and shows its traceback. Commands import what is slow or may
+be missing inside their functions: `--help` is quick, and a Python without the packages is told what
+to do. This module needs nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from megalong.utils.errors import UserError, did_you_mean
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 # What our modules import: of requirements.txt, and of the extra "hf" of pyproject.toml.
-REQUIRED = ("torch", "triton", "deepspeed", "megatron", "numpy", "sentencepiece", "tensorboard")
-REQUIRED += ("yaml", "tqdm", "matplotlib")
+REQUIRED = (
+    "torch", "triton", "deepspeed", "megatron", "numpy", "sentencepiece", "tensorboard", "yaml",
+    "tqdm", "matplotlib",
+)  # fmt: skip
 HUGGING_FACE = ("transformers", "tokenizers", "safetensors")
 
 _WARNINGS = (
@@ -46,8 +48,7 @@ _WITHOUT_GPU = (r".*CUDA_DEVICE_MAX_CONNECTIONS",)  # a setting that Megatron-co
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Shows a docstring as it is written, and makes one line of a mistake, not the usage of fifty
-    flags."""
+    """A parser that shows a docstring as it is written, and makes one line of a mistake."""
 
     def __init__(
         self, description: str | None, instead: Mapping[str, str] | None = None, **options: Any
@@ -58,7 +59,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=description, **options)
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
-        """The help of a flag ends with its default, unless it speaks of that itself."""
+        """Add a flag whose help ends with its default, unless it speaks of that itself."""
         action = super().add_argument(*names, **options)
         default = action.default
         if action.help and "(default" not in action.help and default not in (None, [], SUPPRESS):
@@ -69,7 +70,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return action
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does; a flag that is misspelt is found before one that is then missing."""
+        """Parse as argparse does; a misspelt flag is found before one that is then missing."""
         options = self._option_string_actions
         if self._subparsers is not None:  # they have options of their own
             return super().parse_args(args, namespace)
@@ -91,13 +92,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def run(command: Callable[[], int | None], system_errors: bool = True) -> NoReturn:
     """Call a command and end the process: with the status that it returns (None is 0), or with 2
-    after the one line of a mistake.
+    after the one line of a mistake, a UserError or a requirement that is not installed.
 
-    Mistakes are UserErrors and our requirements that are not installed. Ctrl-C ends it without a
-    traceback.
-    system_errors: errors of the operating system that name a file, too; not in a command that makes
-        UserErrors of those of its flags itself (`system_errors_of`), where others are of a library,
-        such as no compiler for Triton.
+    system_errors: an error of the operating system that names a file is a mistake, too; not in a
+        command that makes UserErrors of those of its flags itself (`system_errors_of`), where
+        others are of a library, such as no compiler for Triton.
     """
     try:
         with needed_packages():
@@ -117,15 +116,22 @@ def run(command: Callable[[], int | None], system_errors: bool = True) -> NoRetu
 
 @contextlib.contextmanager
 def needed_packages() -> Iterator[None]:
-    """Inside, one of our requirements that is not installed ends the process with the one line that
-    says how to get it: for imports at the beginning of a script."""
+    """End the process with the one line that says how to get it where a requirement of ours that is
+    imported inside is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:
         # A module inside an installed package, or one that only such a package needs, is a bug.
         if error.name not in REQUIRED + HUGGING_FACE:
             raise
-        _end(_how_to_get(error.name))
+        message = f"{error.name} is not installed for {sys.executable}: "
+        environment = REPOSITORY / ".venv"
+        if error.name in HUGGING_FACE:
+            _end(message + "pip install -e '.[hf]'")
+        if environment.exists() and Path(sys.prefix).resolve() != environment.resolve():
+            _end(message + f"`. {environment}/bin/activate` enters the environment that has it")
+        made = f"`make setup` in {REPOSITORY} makes .venv, `. .venv/bin/activate` enters it"
+        _end(message + made)
 
 
 def _end(message: str) -> NoReturn:
@@ -133,33 +139,19 @@ def _end(message: str) -> NoReturn:
     # when the first process is gone. What only this rank has found, it says all the same.
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5 if os.environ.get("LOCAL_RANK") == "0" else 15)
-    print(f"error: {message}", file=sys.stderr)
-    _tell_torchrun(f"error: {message}")
-    sys.exit(2)
-
-
-def _tell_torchrun(line: str) -> None:
-    """Have torchrun end what it prints of a failed rank with this line."""
+    line = f"error: {message}"
+    print(line, file=sys.stderr)
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
+    if path:  # torchrun ends what it prints of a failed rank with this line
         told = {"py_callstack": line, "timestamp": str(int(time.time()))}
         with contextlib.suppress(OSError):
             Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": told}}))
-
-
-def _how_to_get(package: str) -> str:
-    """What to do where a package is missing."""
-    message = f"{package} is not installed for {sys.executable}: "
-    if package in HUGGING_FACE:
-        return message + "pip install -e '.[hf]'"
-    environment = REPOSITORY / ".venv"
-    if environment.exists() and Path(sys.prefix).resolve() != environment.resolve():
-        return message + f"`. {environment}/bin/activate` enters the environment that has it"
-    return message + f"`make setup` in {REPOSITORY} makes .venv, `. .venv/bin/activate` enters it"
+    sys.exit(2)
 
 
 def filter_library_logs() -> None:
-    """Silence them in this process. Called before megatron.core and deepspeed are imported."""
+    """Silence wrong warnings of libraries in this process, before it imports megatron.core and
+    deepspeed."""
     from megalong.utils.machine import use_gpu
 
     for message in _WARNINGS if use_gpu() else _WARNINGS + _WITHOUT_GPU:
@@ -178,11 +170,8 @@ def filter_library_logs() -> None:
 
 
 def remember_requests() -> list[int]:
-    """From now on SIGUSR1, by which schedulers ask a run to stop, is kept in the list that this
-    returns, and SIGINT ends the process at once, without a traceback.
-
-    SIGTERM does so anyway: by it launchers end the other ranks when one has found a mistake.
-    """
+    """Keep SIGUSR1, by which schedulers ask a run to stop, in the list that this returns, and let
+    SIGINT end the process at once, as SIGTERM does, by which launchers end the other ranks."""
     asked: list[int] = []
     signal.signal(signal.SIGUSR1, lambda number, frame: asked.append(number))
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell sets for background jobs

@@ -1,4 +1,4 @@
-"""Read YAML, and write files and folders that survive a power cut."""
+"""Readers of YAML, and writers of files and folders that survive a power cut."""
 
 from __future__ import annotations
 
@@ -25,25 +25,23 @@ def flush_to_disk(path: Path) -> None:
 
 
 def writable_folder(flag: str, folder: Path) -> None:
-    """Make the folder of a flag, where it is not there, and see that a file can be made in it.
-    Raises UserError: before the work whose result belongs there, not after it."""
+    """Make the folder of a flag, where it is not there, and a file in it, before the work whose
+    result belongs there. Raises UserError where that cannot be."""
+    what = "cannot be made"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag} {folder}: cannot be made: {error.strerror}") from error
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:  # names the file that is gone
-        raise UserError(f"{flag} {folder}: no file can be made there: {error.strerror}") from error
+        what = "no file can be made there"
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:  # may name a file that is gone
+        raise UserError(f"{flag} {folder}: {what}: {error.strerror}") from error
 
 
 @contextmanager
 def written_aside(folder: Path, replaces: bool = False) -> Iterator[Path]:
-    """A new folder to write into, `.tmp` until the block ends, on the disk, then `folder`.
+    """Make a new folder to write into, `.tmp` until the block ends, on the disk, then `folder`.
 
-    replaces: in the place of the one that is there. Raises UserError where there is one and it is
-    not to be replaced; leaves nothing behind on an error, and the old one untouched.
+    replaces: it may take the place of one, which stays untouched on an error. Raises UserError
+    where there is one that it may not.
     """
     if os.path.lexists(folder) and not replaces:
         raise UserError(f"{folder} is there already: choose another folder, or --overwrite")
@@ -68,10 +66,9 @@ def written_aside(folder: Path, replaces: bool = False) -> Iterator[Path]:
 
 
 def read_yaml(place: str, path: str | Path, loader: type | None = None) -> tuple[str, Any]:
-    """Text and content.
+    """Return the text and the content of a file. Raises UserError, with the line that is no YAML.
 
     place: how messages begin, the flag with the file. loader: of PyYAML, default its safe one.
-    Raises UserError, with the line that is no YAML.
     """
     import yaml  # not for --help
 

@@ -22,19 +22,17 @@ GROUP_FILES = (
 
 
 def use_gpu() -> bool:
-    """True where there is a GPU, unless DeepSpeed's variable DS_ACCELERATOR says cpu."""
+    """Return whether there is a GPU, unless DeepSpeed's variable DS_ACCELERATOR says cpu."""
     import torch  # not for --help
 
     return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
 
 
 def host_bytes_available(root: Path = Path("/")) -> int:
-    """Bytes that this process and others can still get before the host, or a container or a job
-    that they are in, swaps or kills: Linux's MemAvailable, and what is left in each of the
-    process's control groups, whichever is least.
+    """Return the bytes that the processes of this host, container or job can still get before it
+    swaps or kills: Linux's MemAvailable, or what is left in one of the process's control groups.
 
     root: where /proc and /sys are. On other systems: the pages that are free, or all.
-    Ranks that share a host share these bytes.
     """
     found = [*_machine(root / "proc/meminfo"), *_groups(root)]
     if not found:
@@ -51,11 +49,8 @@ def _machine(meminfo: Path) -> Iterator[int]:
 
 
 def _groups(root: Path) -> Iterator[int]:
-    """What is left in the process's memory groups and in those around them.
-
-    In a container the process may be told the path of its group on the host, which it does not see:
-    its own is then the root.
-    """
+    """Return what is left in the process's memory groups and in those around them: in a container,
+    which may be told the path of its group on the host and not see it, of the root."""
     with contextlib.suppress(OSError):
         for line in root.joinpath("proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -83,7 +78,7 @@ def _left(group: Path) -> Iterator[int]:
 
 
 def resident_bytes() -> int:
-    """Memory of this process; 0 on systems that do not have it in /proc."""
+    """Return the memory of this process; 0 on systems that do not have it in /proc."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -92,8 +87,7 @@ def resident_bytes() -> int:
 
 
 def give_back_memory() -> None:
-    """Has glibc return to the system what is free between blocks that are not; nothing with other C
-    libraries."""
+    """Have glibc return to the system what is free between blocks that are not."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -119,10 +113,10 @@ def check_master_port() -> None:
 
 
 def free_port() -> int:
-    """The number of a port that no program of this machine listens on.
+    """Return a port that no program of this machine listens on, drawn anew by each call.
 
-    It lies below those that Linux hands out to whoever asks for any port, and each call draws anew:
-    hardly anybody takes it before who asked for it listens there.
+    It lies below those that Linux hands out to whoever asks for any port: hardly anybody takes it
+    before who asked for it listens there.
     """
     draw = random.SystemRandom()  # whatever seeds are set
     while True:
@@ -137,7 +131,7 @@ def free_port() -> int:
 
 
 def port_is_taken(port: str) -> UserError:
-    """What to say where another program listens on the ranks' port."""
+    """Make the error on a port of the ranks that another program listens on."""
     return UserError(
         f"port {port}, where the ranks meet, is taken, by another run perhaps: give the launcher"
         " another --master_port"

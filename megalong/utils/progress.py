@@ -1,4 +1,4 @@
-"""How far a job is: tqdm's bar on a terminal, plain lines in a log file."""
+"""Progress of a job, tqdm's bar on a terminal and lines in a log file; times and sizes in words."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ def progress_bar(
     stream: TextIO | None = None,
     bar_format: str | None = None,
 ) -> tqdm:
-    """A bar with rate and time left, on standard error; use it as a context manager.
+    """Make a bar with rate and time left, on standard error: a context manager.
 
     total: the amount of work in `unit`, None where it is not known; "B" is shown as kB, MB, GB.
     interval: seconds between two lines where the stream is not a terminal, and before the first.
     enabled: False makes it silent (all ranks but one).
-    bar_format: tqdm's, for another line than the usual one.
     """
     stream = sys.stderr if stream is None else stream
     common = {"total": total, "unit": unit, "desc": description, "disable": not enabled}
@@ -40,16 +39,15 @@ def progress_bar(
 
 @contextlib.contextmanager
 def stopwatch(description: str, *, tick: float = 1.0, **options: Any) -> Iterator[None]:
-    """Inside, the time gone by, for a job that does not say how far it is. tick: seconds between
-    two looks at the clock. options: of `progress_bar`."""
+    """Show the time gone by inside, for a job that does not say how far it is. tick: seconds
+    between two looks at the clock. options: of `progress_bar`."""
     done = threading.Event()
 
     def count(bar: tqdm) -> None:
         while not done.wait(tick):
             bar.update()
 
-    line = "{desc}: {elapsed}"
-    with progress_bar(None, "s", description, bar_format=line, **options) as bar:
+    with progress_bar(None, "s", description, bar_format="{desc}: {elapsed}", **options) as bar:
         counting = threading.Thread(target=count, args=(bar,), daemon=True)
         counting.start()
         try:
@@ -73,7 +71,7 @@ class _Lines:
 
 
 def human_bytes(value: float) -> str:
-    """1234567 -> "1.2 MB" (powers of 1000)."""
+    """Return bytes in words: 1234567 is "1.2 MB" (powers of 1000)."""
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
             return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
@@ -82,16 +80,16 @@ def human_bytes(value: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """3725 -> "1:02:05"; 65 -> "1:05"."""
+    """Return a time in words: 3725 is "1:02:05", 65 is "1:05"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def human_flops(value: float) -> str:
-    """1.234e13 -> "12.3 TFLOP"."""
-    prefixes = iter(("", "k", "M", "G", "T", "P", "E", "Z", "Y", "R"))
-    prefix = next(prefixes)
-    while value >= 1000:
-        value, prefix = value / 1000, next(prefixes)
-    return f"{value:.3g} {prefix}FLOP"
+    """Return operations in words: 1.234e13 is "12.3 TFLOP"."""
+    for prefix in ("", "k", "M", "G", "T", "P", "E", "Z", "Y"):
+        if value < 1000:
+            return f"{value:.3g} {prefix}FLOP"
+        value /= 1000
+    return f"{value:.3g} RFLOP"

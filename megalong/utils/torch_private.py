@@ -8,12 +8,12 @@ other file uses such a name.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch._subclasses.fake_tensor import (
+from torch._subclasses.fake_tensor import (  # noqa: F401  # for others to import from here
     DataDependentOutputException,  # what a fake tensor says to `.item()`
     DynamicOutputShapeException,  # and to an index of booleans
     FakeTensor,
@@ -21,39 +21,9 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.checkpoint import FileSystemReader
-from torch.testing._internal.distributed.fake_pg import FakeStore  # also makes the backend "fake"
-from torch.utils._python_dispatch import TorchDispatchMode  # sees every operator, as it is called
-from torch.utils._pytree import tree_leaves
-
-__all__ = [
-    "CHECKPOINT_CLASSES",
-    "COLLECTIVES",
-    "EFFICIENT_ATTENTION",
-    "FLASH_ATTENTION",
-    "NAMES",
-    "NAMES_WITH_NCCL",
-    "READ_VALUE",
-    "TO_COPY",
-    "TO_PINNED",
-    "DataDependentOutputException",
-    "DynamicOutputShapeException",
-    "FakeStore",
-    "FakeTensor",
-    "FakeTensorMode",
-    "TorchDispatchMode",
-    "collective_counts",
-    "current_node",
-    "forget_memory_history",
-    "is_going_backward",
-    "open_collectives",
-    "process_groups",
-    "record_memory_history",
-    "slice_of_file",
-    "tree_leaves",
-    "write_collectives",
-    "write_memory_history",
-    "written_arguments",
-]
+from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: F401  # and backend "fake"
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401  # sees every operator
+from torch.utils._pytree import tree_leaves  # noqa: F401
 
 # (owner, name) of what this file takes as an attribute or imports.
 NAMES = (
@@ -110,46 +80,44 @@ COLLECTIVES = {
 }
 
 # (module, name) of what torch.distributed.checkpoint pickles as its list of tensors.
-_METADATA = "torch.distributed.checkpoint.metadata"
+_METADATA = (
+    "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties",
+    "BytesStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING",
+)  # fmt: skip
 CHECKPOINT_CLASSES = {
-    (_METADATA, name)
-    for name in (
-        "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties",
-        "BytesStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING",
-    )
-} | {
+    *(("torch.distributed.checkpoint.metadata", name) for name in _METADATA),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
-}  # fmt: skip
+}
 
 
 def process_groups() -> list[ProcessGroup]:
-    """Those that this process is a member of, in the order in which they were made."""
+    """Return the groups that this process is a member of, in the order in which they were made."""
     return list(distributed_c10d._world.pg_map)
 
 
 def slice_of_file(reader: FileSystemReader, file: IO[bytes], piece: Any) -> IO[bytes]:
-    """The part of a checkpoint's file that is one tensor, as a file that `torch.load` reads.
+    """Return the part of a checkpoint's file that is one tensor, as a file for `torch.load`.
 
-    piece: what the list of tensors says of where it is (`Metadata.storage_data`).
+    piece: where it is, of the checkpoint's list of tensors (`Metadata.storage_data`).
     """
     return reader._slice_file(file, piece)
 
 
 def is_going_backward() -> bool:
-    """Whether autograd is computing gradients right now, recomputation for them included."""
+    """Return whether autograd computes gradients right now, recomputation for them included."""
     return torch._C._current_graph_task_id() != -1
 
 
 def current_node() -> Any:
-    """The node of autograd's graph whose gradient is being computed right now; None if none is."""
+    """Return the node of autograd's graph whose gradient is computed right now, if any."""
     return torch._C._current_autograd_node()
 
 
 def written_arguments(operator: Any, args: Any, kwargs: dict[str, Any]) -> list[tuple[Any, bool]]:
-    """What an operator of `torch.ops` is given to write into, and whether it is for results alone
-    (out=)."""
+    """Return what an operator of `torch.ops` is given to write into, and whether it is for results
+    alone (out=)."""
     if not operator._schema.is_mutable:
         return []
     found = []
@@ -176,26 +144,14 @@ def forget_memory_history() -> None:
 
 
 def collective_counts() -> dict[str, Any]:
-    """How many collectives this process has begun and ended, by process group."""
-    counts = {}
-    for backend, dump in _flight_recorders().items():
-        recorded = pickle.loads(
-            dump(includeCollectives=False, includeStackTraces=False, onlyActive=True)
-        )
-        counts[backend] = recorded["pg_status"]
-    return counts
+    """Count the collectives that this process has begun and ended, by process group."""
+    return {backend: found["pg_status"] for backend, found in _recorded(False).items()}
 
 
 def open_collectives() -> Iterator[tuple[str, str]]:
-    """The collectives that this process has begun and that have not ended, the oldest first: their
-    name, such as "all_reduce", and the name of the process group. Takes a while: the recorder
-    keeps thousands."""
-    entries = []
-    for dump in _flight_recorders().values():
-        recorded = pickle.loads(
-            dump(includeCollectives=True, includeStackTraces=False, onlyActive=True)
-        )
-        entries += [entry for entry in recorded["entries"] if not entry["retired"]]
+    """Return the collectives that have begun and not ended, the oldest first: their name, such as
+    "all_reduce", and that of the process group. Takes a while: the recorder keeps thousands."""
+    entries = [e for f in _recorded(True).values() for e in f["entries"] if not e["retired"]]
     for entry in sorted(entries, key=lambda entry: entry["time_created_ns"]):
         yield entry["profiling_name"].partition(":")[2], entry["process_group"][0]
 
@@ -206,8 +162,10 @@ def write_collectives(path: Path) -> None:
     path.write_bytes(dump(includeCollectives=True, includeStackTraces=True, onlyActive=False))
 
 
-def _flight_recorders() -> dict[str, Callable[..., bytes]]:
+def _recorded(collectives: bool) -> dict[str, Any]:
+    """Return what PyTorch's flight recorders know of what is under way, by backend."""
     recorders = {"gloo": torch._C._distributed_c10d._dump_fr_trace}
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
         recorders["nccl"] = torch._C._distributed_c10d._dump_nccl_trace
-    return recorders
+    options = {"includeCollectives": collectives, "includeStackTraces": False, "onlyActive": True}
+    return {backend: pickle.loads(dump(**options)) for backend, dump in recorders.items()}
