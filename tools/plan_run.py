@@ -142,11 +142,10 @@ def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> i
     from megalong.config.arguments import config_from_values
     from megalong.config.deepspeed_file import keeps_optimizer_on_host
     from megalong.dry_run import fake_device
-    from megalong.dry_run.launch_files import check_emit
     from megalong.dry_run.layouts import possible_layouts
-    from megalong.dry_run.plan_text import Training, explained, rejected, table
+    from megalong.dry_run.plan_text import Training, check_emit, explained, rejected, table
     from megalong.dry_run.search import Search, search
-    from megalong.dry_run.zero_offload import check_offload
+    from megalong.dry_run.step import check_offload
     from megalong.utils.progress import progress_bar
 
     values = given | _data(given)
@@ -244,8 +243,8 @@ def layout_settings(layout: PlannedLayout) -> dict[str, Any]:
 
 def _ways_out(values: dict[str, Any], vocab_size: int, cluster: Cluster, ranks: int) -> str:
     """A line for each thing that would make the model fit."""
+    from megalong.dry_run.layouts import ways_out
     from megalong.dry_run.plan_text import layout_name
-    from megalong.dry_run.way_out import ways_out
 
     found = ways_out(values, vocab_size, cluster, ranks)
     if not found:
@@ -336,8 +335,7 @@ def emit(
 ) -> None:
     """Write what starts a layout, and say what it lacks. given: settings by name."""
     from megalong.config.arguments import config_from_values
-    from megalong.dry_run.launch_files import write_launch_files
-    from megalong.dry_run.plan_text import duration, layout_name
+    from megalong.dry_run.plan_text import duration, layout_name, write_launch_files
 
     config = config_from_values({**given, **layout_settings(layout)})
     predicted = ""

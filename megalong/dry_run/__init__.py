@@ -4,8 +4,8 @@
     fake_device.load()  # before torch is imported
     import torch
     fake_device.pretend()
-    from megalong.dry_run.extension import planned_step
-    from megalong.dry_run.ranks import ranks_to_plan
+    from megalong.dry_run.step import planned_step
+    from megalong.dry_run.layouts import ranks_to_plan
     for place in ranks_to_plan(config, ranks):
         step = planned_step(config, vocab_size, rank=place.rank, ranks=ranks)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from unittest import mock
 
 from megalong.config.arguments import config_from_values
-from megalong.dry_run import dry_run as module
+from megalong.dry_run import step as module
 
 BASE = {
     "num_layers": 2,

@@ -14,8 +14,15 @@ from megalong.config.arguments import config_from_values, parse_arguments
 from megalong.config.memory import USABLE
 from megalong.dry_run.cluster import load_cluster
 from megalong.dry_run.cost import StepCost
-from megalong.dry_run.launch_files import write_launch_files
-from megalong.dry_run.plan_text import Training, duration, explained, layout_name, rejected, table
+from megalong.dry_run.plan_text import (
+    Training,
+    duration,
+    explained,
+    layout_name,
+    rejected,
+    table,
+    write_launch_files,
+)
 from megalong.dry_run.search import NotRun, PlannedLayout, Search, Slower
 from megalong.utils.errors import UserError
 

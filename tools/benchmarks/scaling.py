@@ -170,7 +170,7 @@ def billion(flags: str, folder: Path) -> dict[str, Any]:
 
 
 def link(arguments: Namespace) -> None:
-    from megalong.dry_run.calibration.description import raw_description
+    from megalong.dry_run.calibration import raw_description
     from megalong.dry_run.cluster import load_cluster
 
     if not load_cluster(arguments.cluster).calibrated:

@@ -103,7 +103,7 @@ def predicted(
     import yaml
     from predicted_times import loaded, predicted_seconds
 
-    from megalong.dry_run.calibration.links import THROUGH
+    from megalong.dry_run.calibration import THROUGH
 
     file = folder / "cluster.yaml"
     file.write_text(yaml.safe_dump(with_link(calibrated, ranks, rate), sort_keys=False))
