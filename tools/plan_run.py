@@ -21,7 +21,6 @@ import json
 import signal
 import sys
 import textwrap
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +142,7 @@ def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> i
     from megalong.config.deepspeed_file import keeps_optimizer_on_host
     from megalong.dry_run import fake_device
     from megalong.dry_run.layouts import possible_layouts
-    from megalong.dry_run.plan_text import Training, check_emit, explained, rejected, table
+    from megalong.dry_run.plan_text import Training, as_json, check_emit, explained, rejected, table
     from megalong.dry_run.search import Search, search
     from megalong.dry_run.step import check_offload
     from megalong.utils.progress import progress_bar
@@ -276,58 +275,6 @@ def _tokens(values: dict[str, Any], ranks: int, found: Search) -> int:
     config = found.planned[0].config
     training = config.training
     return training.train_iters * training.global_batch_size * config.model.seq_length
-
-
-def as_json(found: Search, training: Training, vocab_size: int) -> dict[str, Any]:
-    """All of a plan: sizes in bytes, times in seconds."""
-    from megalong.dry_run.layouts import searched_settings
-    from megalong.dry_run.plan_text import layout_name
-
-    def cost_of(layout: PlannedLayout) -> dict[str, Any] | None:
-        if layout.cost is None:
-            return None
-        cost = {
-            name: dict(value) if isinstance(value, Mapping) else value
-            for name, value in vars(layout.cost).items()
-        }
-        return cost | {"days": training.days(layout), "dollars": training.dollars(layout)}
-
-    def row(layout: PlannedLayout) -> dict[str, Any]:
-        return {
-            "layout": layout_name(layout.config, training.ranks),
-            "settings": searched_settings(layout.config),
-            "global_batch_size": layout.config.training.global_batch_size,
-            "fits": layout.fits,
-            "memory": dict(layout.memory),
-            "host": layout.host,
-            "traffic": layout.traffic,
-            "flops": {f"{part}, {way}": n for (part, way), n in layout.flops.items()},
-            "kernels": layout.kernels,
-            "cost": cost_of(layout),
-        }
-
-    return {
-        "cluster": training.cluster.name,
-        "calibrated": training.cluster.calibrated,
-        "gpus": training.ranks,
-        "gpus_per_node": training.cluster.gpus_per_node,
-        "tokens": training.tokens,
-        "vocab_size": vocab_size,
-        "layouts": [row(layout) for layout in found.planned],
-        "not_run": [
-            {
-                "layout": layout_name(each.config, training.ranks),
-                "estimate": each.estimate,
-                "activations": each.activations,
-            }
-            for each in found.not_run
-        ],
-        "slower": [
-            {"layout": layout_name(each.config, training.ranks), "estimate": each.estimate}
-            for each in found.slower
-        ],
-        "refused": dict(found.refused),
-    }
 
 
 def emit(

@@ -12,7 +12,6 @@ import statistics
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,21 +60,24 @@ class Clock:
         On a CPU it is the time that the core worked for it, so that others, who may be using the
         machine as well, do not count; a call has to be single-threaded.
         """
+        return self._measured(call, time.thread_time, statistics.median)
+
+    def seconds_together(self, call: Callable[[], object]) -> float:
+        """Return the seconds of a call in which ranks wait for each other: on a CPU the shortest
+        of repeated ones, where others may be in the way."""
+        return self._measured(call, time.perf_counter, min)
+
+    def _measured(
+        self,
+        call: Callable[[], object],
+        now: Callable[[], float],
+        chosen: Callable[[list[float]], float],
+    ) -> float:
         call()
         calls = self._calls(self._once(call, 1))
         if self.device.type == "cuda":  # the host runs ahead: the device has no gaps
             return self.slowest(min(self._once(call, calls) for _ in range(3)) / calls)
-        times = [self._once(call, 1, time.thread_time) for _ in range(calls)]
-        return self.slowest(statistics.median(times))
-
-    def seconds_together(self, call: Callable[[], object]) -> float:
-        """Of a call in which ranks wait for each other, on the slowest rank: the shortest of
-        repeated ones on a CPU, where others may be in the way."""
-        call()
-        calls = self._calls(self._once(call, 1))
-        if self.device.type == "cuda":
-            return self.slowest(min(self._once(call, calls) for _ in range(3)) / calls)
-        return self.slowest(min(self._once(call, 1) for _ in range(calls)))
+        return self.slowest(chosen([self._once(call, 1, now) for _ in range(calls)]))
 
     def _calls(self, once: float) -> int:
         return max(FEWEST, min(MOST, round(self.budget / max(self.slowest(once), 1e-9))))
@@ -106,6 +108,8 @@ class Clock:
 
 # (size of the call, seconds of it)
 Rows = list[tuple[float, float]]
+# (FLOPs of the call, bytes read and written, seconds of it)
+Calls = list[tuple[float, float, float]]
 
 PRODUCTS = {"cpu": (64, 128, 256, 512, 1024), "cuda": (512, 1024, 2048, 4096, 8192)}
 LENGTHS = {"cpu": (128, 512, 1024, 2048, 4096), "cuda": (512, 2048, 8192, 16384)}
@@ -126,16 +130,7 @@ def products(clock: Clock, dtype: torch.dtype) -> Rows:
     return rows
 
 
-@dataclass(frozen=True)
-class Attention:
-    """A timed call: its FLOPs, bytes read and written, and seconds."""
-
-    flops: float
-    bytes: float
-    seconds: float
-
-
-def attention(clock: Clock, dtype: torch.dtype) -> tuple[list[Attention], list[Attention]]:
+def attention(clock: Clock, dtype: torch.dtype) -> tuple[Calls, Calls]:
     """Causal attention of one segment, head_dim 64, by the backend that training takes: calls of
     the forward pass, and of the backward pass."""
     heads, forward, backward = HEADS[clock.device.type], [], []
@@ -150,8 +145,8 @@ def attention(clock: Clock, dtype: torch.dtype) -> tuple[list[Attention], list[A
             operators.backward, grad, q, k, v, out, lse, DilatedPattern((n,), (1,)), **options
         )
         flops = 4.0 * 64 * heads * n * (n + 1) / 2
-        forward.append(Attention(flops, 4 * q.nbytes + lse.nbytes, clock.seconds(here)))
-        backward.append(Attention(2.5 * flops, 8 * q.nbytes + lse.nbytes, clock.seconds(back)))
+        forward.append((flops, 4 * q.nbytes + lse.nbytes, clock.seconds(here)))
+        backward.append((2.5 * flops, 8 * q.nbytes + lse.nbytes, clock.seconds(back)))
     return forward, backward
 
 
@@ -356,11 +351,11 @@ def shares(rows: Rows, peak: float) -> list[list[float]]:
     return [[float(f"{n:.4g}"), rounded(min(1.0, n / seconds / peak))] for n, seconds in rows]
 
 
-def attention_shares(calls: Sequence[Attention], peak: float) -> list[list[float]]:
-    """[FLOPs for each byte, share of the peak]."""
+def attention_shares(calls: Calls, peak: float) -> list[list[float]]:
+    """Return [FLOPs for each byte, share of the peak] of each call."""
     return [
-        [rounded(call.flops / call.bytes), rounded(min(1.0, call.flops / call.seconds / peak))]
-        for call in calls
+        [rounded(flops / size), rounded(min(1.0, flops / seconds / peak))]
+        for flops, size, seconds in calls
     ]
 
 
@@ -404,13 +399,8 @@ def rounded(value: float) -> float:
 
 def write(values: dict[str, Any], path: Path, says: Sequence[str]) -> None:
     """says: lines at the top about where its figures are from."""
-    wrap = textwrap.TextWrapper(
-        98,
-        initial_indent="# ",
-        subsequent_indent="#   ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    options = {"initial_indent": "# ", "subsequent_indent": "#   ", "break_long_words": False}
+    wrap = textwrap.TextWrapper(98, break_on_hyphens=False, **options)
     comment = [line for said in (HEADER, *says) for line in wrap.wrap(said)]
     text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=100)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -430,7 +420,9 @@ def measured_device(
         squares = products(clock, dtype)
         forward, backward = attention(clock, dtype)
         if is_all:
-            peaks[name] = best([*squares, *((c.flops, c.seconds) for c in forward + backward)])
+            peaks[name] = best(
+                [*squares, *((flops, taken) for flops, _, taken in forward + backward)]
+            )
         tables[name] = {
             "product": shares(squares, peaks[name]),
             "attention_forward": attention_shares(forward, peaks[name]),

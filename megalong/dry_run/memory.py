@@ -129,16 +129,6 @@ class DeviceMemory(TorchDispatchMode):
             by_kind[self._kind_of(block)] += size
         return Counter({kind: size for kind, size in by_kind.items() if size})
 
-    @property
-    def most_activations(self) -> int:
-        """Bytes of activations, where there are most of them: perhaps not at the peak."""
-        now = most = 0
-        for block, size in self._log:
-            if self._kind_of(block) == "activations":
-                now += size
-                most = max(most, now)
-        return most
-
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
         if is_going_backward() != self._backward:

@@ -127,67 +127,29 @@ def check_offload(config: Config) -> None:
 
 # Where a step waits for the device, and why: but for what a flag asks for, none of it is ours.
 # Everything else is an error.
-ALLOWED = (
-    Wait(
-        "megalong/training/engine.py:_usual_loss",
-        "--skip-loss-spikes has to know the loss before the update",
-    ),
-    Wait(
-        "deepspeed/runtime/utils.py:mask_nan_or_inf_with_val_inplace",
-        "DeepSpeed copies the number -1, which stands for a norm that is not finite, to the device",
-    ),
-    Wait(
-        "deepspeed/runtime/utils.py:is_invalid_grad_norm",
-        "DeepSpeed asks whether the norm is finite, and leaves out the update if not",
-    ),
-    Wait(
-        "deepspeed/runtime/zero/stage_1_and_2.py:has_overflow",
-        "DeepSpeed's ZeRO 1 and 2 ask whether all gradients are finite, in any precision",
-    ),
-    Wait(
-        "deepspeed/runtime/zero/stage_1_and_2.py:get_grad_norm_direct",
-        "DeepSpeed's ZeRO 1 and 2 make a zero on the host where a rank counts no norm of a group",
-    ),
-    Wait(
-        "deepspeed/runtime/zero/stage3.py:independent_gradient_partition_epilogue",
-        "DeepSpeed's ZeRO 3 waits for the stream that reduces gradients, at the end of backward",
-    ),
-    Wait(
-        "deepspeed/runtime/zero/stage3.py:get_grad_norm_direct",
-        "DeepSpeed's ZeRO 3 makes numbers on the host to sum up the norms of its groups",
-    ),
-    *(
-        Wait(
-            f"deepspeed/runtime/zero/{where}",
-            f"DeepSpeed, with the optimizer on the host, {what}",
-        )
-        for where, what in (
-            (
-                "stage_1_and_2.py:update_offload_overflow_tracker",
-                "asks of each gradient whether it is finite",
-            ),
-            (
-                "stage_1_and_2.py:_wait_for_offload_copies",
-                "waits for a gradient that it copies there before it copies another",
-            ),
-            (
-                "stage_1_and_2.py:complete_grad_norm_calculation_for_cpu_offload",
-                "adds up the norms of gradients there",
-            ),
-            (
-                "stage3.py:complete_grad_norm_calculation_for_cpu_offload",
-                "adds up the norms of gradients there",
-            ),
-            (
-                "stage3.py:_reassign_or_swap_out_partitioned_parameters",
-                "copies the weights to the device after the update",
-            ),
-        )
-    ),
-    Wait(
-        "deepspeed/accelerator/cuda_accelerator.py:synchronize",
-        "DeepSpeed's ZeRO 3 waits for the small weights that each rank keeps, after the update",
-    ),
+ALLOWED = tuple(
+    Wait(where, why)
+    for where, why in {
+        "megalong/training/engine.py:_usual_loss": "--skip-loss-spikes needs the loss",
+        **{
+            f"deepspeed/runtime/{where}": why
+            for where, why in {
+                "utils.py:mask_nan_or_inf_with_val_inplace": "a number is copied to the device",
+                "utils.py:is_invalid_grad_norm": "whether the norm is finite",
+                "zero/stage_1_and_2.py:has_overflow": "whether all gradients are finite",
+                "zero/stage_1_and_2.py:get_grad_norm_direct": "a zero is made on the host",
+                "zero/stage3.py:independent_gradient_partition_epilogue": "for its own stream",
+                "zero/stage3.py:get_grad_norm_direct": "sums of norms are made on the host",
+                # With the optimizer on the host:
+                "zero/stage_1_and_2.py:update_offload_overflow_tracker": "finite gradients",
+                "zero/stage_1_and_2.py:_wait_for_offload_copies": "a copy before the next one",
+                "zero/stage_1_and_2.py:complete_grad_norm_calculation_for_cpu_offload": "norms",
+                "zero/stage3.py:complete_grad_norm_calculation_for_cpu_offload": "norms",
+                "zero/stage3.py:_reassign_or_swap_out_partitioned_parameters": "new weights",
+            }.items()
+        },
+        "deepspeed/accelerator/cuda_accelerator.py:synchronize": "ZeRO 3's small weights",
+    }.items()
 )
 
 # What the last stage does after the last micro batch for each of them.
@@ -215,7 +177,6 @@ class DryRun:
 
     work: its operations and collectives.
     memory: bytes of the device at the peak, by kind (`megalong.dry_run.work.MEMORY`).
-    activations: bytes of them, where there are most: the peak may be in the update.
     host: bytes of the host's memory at the peak of a step: activations that wait there, with
         --offload-activations, and an optimizer that a DeepSpeed file has put there.
     another: what one more micro batch adds to the work, or of the interleaved schedule one more
@@ -225,7 +186,6 @@ class DryRun:
 
     work: Work
     memory: Counter[str]
-    activations: int
     host: int
     another: Work | None = None
     waits: Counter[str] = field(default_factory=Counter)
@@ -305,7 +265,6 @@ def dry_run(
     return DryRun(
         work=recorder.work,
         memory=memory.peak,
-        activations=memory.most_activations,
         host=memory.host_peak,
         another=another,
         waits=syncs.counts,

@@ -8,18 +8,13 @@ import pytest
 import torch
 
 from megalong.dry_run import calibration
-from megalong.dry_run.calibration import link_shares, raw_description, shares, write
+from megalong.dry_run.calibration import link_shares, raw_description, write
 from megalong.dry_run.cluster import load_cluster
 from megalong.utils.errors import UserError
 from tests.forked import run_ranks
 from tests.launching import REPOSITORY, ranks_command, run, run_here
 
 TOOL = REPOSITORY / "tools" / "calibrate_device.py"
-
-
-def test_shares_of_a_peak():
-    rows = [(100.0, 0.1), (2000.0, 0.1), (30_000.0, 1.0)]
-    assert shares(rows, 20_000.0) == [[100.0, 0.05], [2000.0, 1.0], [30_000.0, 1.0]]
 
 
 def test_shares_of_a_link():
