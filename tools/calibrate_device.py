@@ -38,9 +38,7 @@ from megalong.utils.errors import UserError, system_errors_of
 if TYPE_CHECKING:
     import torch
 
-    from megalong.dry_run.calibration.clock import Clock
-
-DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16", "float32")}
+    from megalong.dry_run.calibration import Clock
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -105,7 +103,7 @@ def cluster_with_this_card(args: argparse.Namespace) -> str | None:
 
 def description_beside(args: argparse.Namespace) -> dict[str, Any] | None:
     """What is not measured; None on a CPU without --cluster, where nothing more is needed."""
-    from megalong.dry_run.calibration.description import raw_description
+    from megalong.dry_run.calibration import raw_description
     from megalong.dry_run.cluster import load_cluster
 
     if args.cluster is None:
@@ -134,8 +132,7 @@ def measure(args: argparse.Namespace, base: dict[str, Any] | None) -> None:
     import torch
     import torch.distributed as dist
 
-    from megalong.dry_run.calibration.clock import Clock
-    from megalong.dry_run.calibration.description import write
+    from megalong.dry_run.calibration import Clock, write
     from megalong.utils.command_line import filter_library_logs
 
     warnings.filterwarnings("ignore")  # of names of collectives, and of what is not installed
@@ -165,13 +162,17 @@ def described(
     args: argparse.Namespace, clock: Clock, base: dict[str, Any] | None, say
 ) -> tuple[dict[str, Any], list[str]]:
     """The content of the file, and which of its keys were measured."""
-    from megalong.dry_run.calibration.description import rounded
-    from megalong.dry_run.calibration.device import host_bandwidth
+    from megalong.dry_run.calibration import (
+        host_bandwidth,
+        measured_device,
+        measured_links,
+        rounded,
+    )
 
     values = base or cpu_description(args)
     card = card_name(clock.device)
     say(f"{card}, {args.ranks} at the same time")
-    values["device"] = measured_device(args, clock, values["device"], base is None, say)
+    values["device"] = measured_device(clock, values["device"], base is None, say)
     ranks = f"{args.ranks} rank{'s' if args.ranks > 1 else ''}"
     values["device"]["calibrated"] = f"{datetime.date.today()}, {card}, {ranks} at a time"
     measured = ["device.attainable", "device.kernel_seconds"]
@@ -202,81 +203,6 @@ def not_measured(args: argparse.Namespace) -> list[str]:
         "As the machine says: device.memory (an even share of it), host.memory.",
         f"Assumed, and yours to set: {', '.join(assumed)}.",
     ]
-
-
-def measured_device(args, clock: Clock, values: dict[str, Any], is_all: bool, say) -> dict:
-    """A device's section: these values, but for what is measured. is_all: peaks, too."""
-    import torch
-
-    from megalong.dry_run.calibration import device as of_device
-    from megalong.dry_run.calibration.description import (
-        attention_shares,
-        best,
-        rounded,
-        shares,
-    )
-    from megalong.dry_run.calibration.host import call_seconds
-
-    tables, peaks = {}, dict(values["peak_flops"])
-    for name in DTYPES[args.device]:
-        if not is_all and name not in peaks:  # a share of what
-            continue
-        say(f"products and attention in {name}")
-        dtype = getattr(torch, name)
-        products = of_device.products(clock, dtype)
-        forward, backward = of_device.attention(clock, dtype)
-        if is_all:
-            peaks[name] = best([*products, *((c.flops, c.seconds) for c in forward + backward)])
-        tables[name] = {
-            "product": shares(products, peaks[name]),
-            "attention_forward": attention_shares(forward, peaks[name]),
-            "attention_backward": attention_shares(backward, peaks[name]),
-        }
-    say("memory and calls")
-    rows = of_device.memory(clock)
-    bandwidth = best(rows) if is_all else values["memory_bandwidth"]
-    attainable: dict[str, Any] = {
-        kind: {name: found[kind] for name, found in tables.items()}
-        for kind in ("product", "attention_forward", "attention_backward")
-    }
-    attainable["memory_bandwidth"] = shares(rows, bandwidth)
-    call, kernel = call_seconds(clock), 0.0
-    if args.device == "cuda":
-        kernel = of_device.kernel_seconds(clock)
-    else:  # the host is the device
-        call, kernel = 0.0, call
-    return {
-        **values,
-        "peak_flops": {name: peaks[name] for name in tables},
-        "memory_bandwidth": bandwidth,
-        "attainable": attainable,
-        "kernel_seconds": rounded(kernel),
-        "launch_seconds": rounded(call),
-    }
-
-
-def measured_links(clock: Clock) -> tuple[float, float, dict[str, Any]]:
-    """The share that computation hides, what every collective takes, and a link's section."""
-    import statistics
-
-    from megalong.dry_run.calibration import links
-    from megalong.dry_run.calibration.description import link_shares, rounded
-
-    through = {name: of(clock.ranks) for name, of in links.THROUGH.items()}
-    small = links.SMALL * clock.ranks
-    of_small = {name: links.seconds(clock, name, small) for name in through}
-    latency = of_small["send"]
-    call = statistics.median(
-        max(0.0, taken - through[name][1] * latency) for name, taken in of_small.items()
-    )
-    fixed = {name: call + steps * latency for name, (_, steps) in through.items()}
-    sizes = links.SIZES[clock.device.type]
-    seconds = {
-        name: [(size, links.seconds(clock, name, size)) for size in sizes] for name in through
-    }
-    bandwidth, attainable = link_shares(seconds, through, fixed)
-    link = {"bandwidth": bandwidth, "attainable": attainable, "latency": rounded(latency)}
-    return rounded(links.overlap(clock)), rounded(call), link
 
 
 def cpu_description(args: argparse.Namespace) -> dict[str, Any]:

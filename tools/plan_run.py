@@ -21,7 +21,6 @@ import json
 import signal
 import sys
 import textwrap
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,11 +141,10 @@ def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> i
     from megalong.config.arguments import config_from_values
     from megalong.config.training import keeps_optimizer_on_host
     from megalong.dry_run import fake_device
-    from megalong.dry_run.launch_files import check_emit
     from megalong.dry_run.layouts import possible_layouts
-    from megalong.dry_run.plan_text import Training, explained, rejected, table
+    from megalong.dry_run.plan_text import Training, as_json, check_emit, explained, rejected, table
     from megalong.dry_run.search import Search, search
-    from megalong.dry_run.zero_offload import check_offload
+    from megalong.dry_run.step import check_offload
     from megalong.utils.progress import progress_bar
 
     values = given | _data(given)
@@ -244,8 +242,8 @@ def layout_settings(layout: PlannedLayout) -> dict[str, Any]:
 
 def _ways_out(values: dict[str, Any], vocab_size: int, cluster: Cluster, ranks: int) -> str:
     """A line for each thing that would make the model fit."""
+    from megalong.dry_run.layouts import ways_out
     from megalong.dry_run.plan_text import layout_name
-    from megalong.dry_run.way_out import ways_out
 
     found = ways_out(values, vocab_size, cluster, ranks)
     if not found:
@@ -279,65 +277,12 @@ def _tokens(values: dict[str, Any], ranks: int, found: Search) -> int:
     return training.train_iters * training.global_batch_size * config.model.seq_length
 
 
-def as_json(found: Search, training: Training, vocab_size: int) -> dict[str, Any]:
-    """All of a plan: sizes in bytes, times in seconds."""
-    from megalong.dry_run.layouts import searched_settings
-    from megalong.dry_run.plan_text import layout_name
-
-    def cost_of(layout: PlannedLayout) -> dict[str, Any] | None:
-        if layout.cost is None:
-            return None
-        cost = {
-            name: dict(value) if isinstance(value, Mapping) else value
-            for name, value in vars(layout.cost).items()
-        }
-        return cost | {"days": training.days(layout), "dollars": training.dollars(layout)}
-
-    def row(layout: PlannedLayout) -> dict[str, Any]:
-        return {
-            "layout": layout_name(layout.config, training.ranks),
-            "settings": searched_settings(layout.config),
-            "global_batch_size": layout.config.training.global_batch_size,
-            "fits": layout.fits,
-            "memory": dict(layout.memory),
-            "host": layout.host,
-            "traffic": layout.traffic,
-            "flops": {f"{part}, {way}": n for (part, way), n in layout.flops.items()},
-            "kernels": layout.kernels,
-            "cost": cost_of(layout),
-        }
-
-    return {
-        "cluster": training.cluster.name,
-        "calibrated": training.cluster.calibrated,
-        "gpus": training.ranks,
-        "gpus_per_node": training.cluster.gpus_per_node,
-        "tokens": training.tokens,
-        "vocab_size": vocab_size,
-        "layouts": [row(layout) for layout in found.planned],
-        "not_run": [
-            {
-                "layout": layout_name(each.config, training.ranks),
-                "estimate": each.estimate,
-                "activations": each.activations,
-            }
-            for each in found.not_run
-        ],
-        "slower": [
-            {"layout": layout_name(each.config, training.ranks), "estimate": each.estimate}
-            for each in found.slower
-        ],
-        "refused": dict(found.refused),
-    }
-
-
 def emit(
     layout: PlannedLayout, given: dict[str, Any], args: argparse.Namespace, training: Training
 ) -> None:
     """Write what starts a layout, and say what it lacks. given: settings by name."""
     from megalong.config.arguments import config_from_values
-    from megalong.dry_run.launch_files import write_launch_files
-    from megalong.dry_run.plan_text import duration, layout_name
+    from megalong.dry_run.plan_text import duration, layout_name, write_launch_files
 
     config = config_from_values({**given, **layout_settings(layout)})
     predicted = ""

@@ -8,7 +8,7 @@ factor is a number in the cluster's file. What is assumed:
   a dtype that has no peak of its own are refused.
 - The host launches kernels and collectives ahead of the device. A step takes `launch_seconds` for
   each of them at least; what that is more than the device needs is "launches".
-- Collectives: `megalong.dry_run.collectives`; nobody is late. Those of an axis run one after the
+- Collectives: `megalong.dry_run.cost`; nobody is late. Those of an axis run one after the
   other; what runs beside computation is in the table below, and of it the share `overlap` of the
   shorter of the two is hidden. The rest is exposed.
 - A stage of a pipeline sends while it receives, so the longer of the two counts.
@@ -43,21 +43,125 @@ what is computed again, all of the tiled layers) is exposed.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megalong.config import Config
-from megalong.dry_run.cluster import Cluster, Device
-from megalong.dry_run.collectives import collective_seconds
-from megalong.dry_run.work import TO_DEVICE, TO_HOST, Operation, Work
-from megalong.model.flops import step_flops
+from megalong.dry_run.cluster import Cluster, Device, Link
+from megalong.dry_run.work import TO_DEVICE, TO_HOST, Collective, Operation, Work
+from megalong.model.flops import executed_flops, step_flops
+from megalong.model.parameters import count_parameters
 from megalong.training.deepspeed_config import deepspeed_config
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the ranks of a group are. ranks: how many; nodes: on how many; fewest, most: on one."""
+
+    ranks: int
+    nodes: int
+    fewest: int
+    most: int
+
+    @classmethod
+    def of(cls, ranks: tuple[int, ...], gpus_per_node: int) -> Placement:
+        """Of global ranks."""
+        on_node = Counter(rank // gpus_per_node for rank in ranks).values()
+        return cls(len(ranks), len(on_node), min(on_node), max(on_node))
+
+
+def collective_seconds(collective: Collective, cluster: Cluster) -> float:
+    """Of one call, in which nobody waits for somebody else to come; 0 for a group of one."""
+    place = Placement.of(collective.ranks, cluster.gpus_per_node)
+    if place.ranks == 1:
+        return 0.0
+    return cluster.collective_seconds + _FORMULAS[collective.name](
+        place, collective.name, collective.bytes, cluster
+    )
+
+
+def _all_gather(place: Placement, name: str, size: int, cluster: Cluster) -> float:
+    share = (place.ranks - 1) / place.ranks
+    return _ring_latency(place, cluster) + share * size / _ring_rate(place, name, size, cluster)
+
+
+def _all_reduce(place: Placement, name: str, size: int, cluster: Cluster) -> float:
+    ring = 2 * _all_gather(place, name, size, cluster)
+    across = math.ceil(math.log2(place.nodes)) * _between(place, cluster).latency
+    steps = (place.most - 1) * cluster.within_node.latency + across
+    tree = 2 * (steps + size / _ring_rate(place, name, size, cluster))
+    return min(ring, tree)
+
+
+def _broadcast(place: Placement, name: str, size: int, cluster: Cluster) -> float:
+    return _ring_latency(place, cluster) + size / _ring_rate(place, name, size, cluster)
+
+
+def _all_to_all(place: Placement, name: str, size: int, cluster: Cluster) -> float:
+    """What goes to other nodes and what stays in one go at the same time."""
+    inside = place.fewest - 1 if place.nodes > 1 else place.ranks - 1
+    outside, within, between = place.ranks - 1 - inside, cluster.within_node, None
+    seconds = inside / place.ranks * size / within.rate(name, size)
+    if outside:
+        between = _between(place, cluster)
+        share = between.adapters / cluster.gpus_per_node
+        crossing = outside / place.ranks * size / (share * between.rate(name, size))
+        seconds = max(seconds, crossing)
+    return inside * within.latency + outside * (between.latency if between else 0) + seconds
+
+
+def _send(place: Placement, name: str, size: int, cluster: Cluster) -> float:
+    link = _between(place, cluster)
+    share = link.adapters / cluster.gpus_per_node if place.nodes > 1 else 1
+    return link.latency + size / (share * link.rate(name, size))
+
+
+_FORMULAS = {
+    "all_gather": _all_gather,
+    "reduce_scatter": _all_gather,
+    "all_reduce": _all_reduce,
+    "broadcast": _broadcast,
+    "reduce": _broadcast,
+    "all_to_all": _all_to_all,
+    "send": _send,
+    "receive": _send,
+}
+
+
+def _between(place: Placement, cluster: Cluster) -> Link:
+    """The slowest link of the group."""
+    if place.nodes == 1:
+        return cluster.within_node
+    assert cluster.between_nodes is not None, "check_gpus comes first"
+    return cluster.between_nodes
+
+
+def _ring_latency(place: Placement, cluster: Cluster) -> float:
+    """Of the n - 1 steps from a rank to the one before it."""
+    across = place.nodes - 1
+    inside = (place.ranks - 1 - across) * cluster.within_node.latency
+    return inside + (across * _between(place, cluster).latency if across else 0)
+
+
+def _ring_rate(place: Placement, name: str, size: int, cluster: Cluster) -> float:
+    """Bytes/s that go through each rank."""
+    within = cluster.within_node.rate(name, size)
+    if place.nodes == 1:
+        return within
+    link = _between(place, cluster)
+    across = place.fewest / cluster.gpus_per_node * link.adapters * link.rate(name, size)
+    return min(within, across) if place.most > 1 else across
+
 
 # Attention of a shard to itself. Where a direction has none of these, it is all of its attention:
 # the ring's is of one shard while the next arrives, a window's rows of neighbours are few.
 _LOCAL_ATTENTION = ("megalong.dilated_attention", "megalong.dilated_attention_backward")
 _COPIES = (TO_HOST, TO_DEVICE)
+# Of `rough_seconds`, about as dry runs have it: tensors of the width of the residual that a layer
+# reads or writes in a pass, and kernels that it launches.
+_TENSORS_OF_A_LAYER, _KERNELS_OF_A_LAYER = 60, 60
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -301,3 +405,48 @@ def _host_seconds(work: Work, direction: str, cluster: Cluster) -> float:
         if operation.name in _COPIES and operation.direction == direction
     )
     return moved / cluster.host_bandwidth
+
+
+def rough_seconds(config: Config, vocab_size: int, cluster: Cluster, ranks: int) -> float:
+    """Return seconds of a step by closed formulas, which rank layouts before any is run.
+
+    Counted are FLOPs at the rate of large products, weights and activations at the memory's
+    bandwidth, launches, and the collectives of the axes, none of them hidden.
+    config: resolved, nothing left open in its memory section.
+    """
+    parallel, model, training = config.parallel, config.model, config.training
+    tensor, sequence = parallel.tensor_model_parallel_size, parallel.sequence_parallel_size
+    stages, replicas = parallel.pipeline_model_parallel_size, parallel.data_parallel_size(ranks)
+    device, cluster = cluster.device, cluster.used_by(ranks)
+    micro_batches = config.num_microbatches(replicas)
+    layers, dtype = model.num_layers / stages, _DTYPES[training.precision]
+    size = 4 if training.precision == "fp32" else 2
+    row = model.hidden_size * size * training.micro_batch_size
+    rows = model.seq_length // sequence
+    weights = count_parameters(model, vocab_size).used // (tensor * stages)
+
+    def called(name: str, nbytes: float, members: range) -> float:
+        return collective_seconds(Collective("", "", name, int(nbytes), tuple(members)), cluster)
+
+    flops = sum(executed_flops(config, vocab_size).values()) / ranks
+    seconds = flops / (device.peak(dtype) * device.product[dtype].points[-1][1])
+    passes = 2 if parallel.recompute_granularity == "full" else 1
+    touched = _TENSORS_OF_A_LAYER * (1 + passes) * rows * row / tensor + 8 * weights / layers
+    bandwidth = device.memory_bandwidth * device.memory_share.points[-1][1]
+    launches = (
+        _KERNELS_OF_A_LAYER * (2 + passes) * max(device.launch_seconds, device.kernel_seconds)
+    )
+    of_layer = max(touched / bandwidth, launches)
+    of_layer += 2 * (1 + passes) * called("all_reduce", rows * row, range(tensor))
+    if sequence > 1:
+        gathered = max(p.partial_rows(sequence) for p in config.attention.patterns.values())
+        pair = range(0, tensor * sequence, tensor)
+        of_layer += (2 + passes) * called("all_gather", 2 * gathered * rows * row / tensor, pair)
+    seconds += of_layer * layers * micro_batches
+    seconds *= 1 + (stages - 1) / micro_batches / parallel.chunks_per_stage(model)
+    group = range(0, ranks // stages, tensor)
+    reduced = 1 if parallel.zero_stage == 1 else micro_batches
+    gathers = 2 * micro_batches if parallel.zero_stage == 3 else 1
+    seconds += reduced * called("all_reduce", size * weights, group)
+    seconds += gathers * called("all_gather", size * weights, group)
+    return seconds + (36 + 102 / len(group)) * weights / bandwidth

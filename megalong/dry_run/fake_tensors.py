@@ -8,15 +8,22 @@ Where the CPU itself is what a launch trains on, its numbers are fake, and its t
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
+import sys
 import weakref
-from collections.abc import Iterator
-from functools import cache
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
 import torch
 
+from megalong.attention.operators import IMPLEMENTATIONS
+from megalong.dry_run import fake_device
 from megalong.utils.machine import use_gpu
 from megalong.utils.torch_private import (
     EFFICIENT_ATTENTION,
@@ -24,10 +31,215 @@ from megalong.utils.torch_private import (
     READ_VALUE,
     TO_COPY,
     TO_PINNED,
+    DataDependentOutputException,
+    DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    TorchDispatchMode,
     tree_leaves,
 )
+
+
+def forget_tables() -> None:
+    """Have attention make the tables on the device anew that it keeps for later calls, so that what
+    a run holds and does is not less for the runs that came before it in this process."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megalong.attention."):
+            for function in list(vars(module).values()):
+                if hasattr(function, "cache_clear"):
+                    function.cache_clear()
+
+
+class InsideAttention(TorchDispatchMode):
+    """Runs what attention's operators are made of, so that modes that are entered before see it.
+
+    recorder: is told of each operator and of each launch (`megalong.dry_run.recorder`)."""
+
+    def __init__(self, recorder: Any = None) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self._patches = contextlib.ExitStack()
+
+    def __enter__(self) -> InsideAttention:
+        if find_spec("triton") is not None:
+            from megalong.attention.triton import launch
+
+            start = partial(self._launch, launch.launch)
+            self._patches.enter_context(mock.patch.object(launch, "launch", start))
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        self._patches.close()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.overloadpacket.__name__
+        ours = operator.namespace == "megalong" and name in IMPLEMENTATIONS
+        if not ours or not self._opens(args[0]):
+            return operator(*args, **(kwargs or {}))
+        compute = IMPLEMENTATIONS[name]
+        with _InParts():
+            if self._recorder is None:
+                return compute(*args, **(kwargs or {}))
+            return self._recorder.attention(operator, args, kwargs or {}, compute)
+
+    def _opens(self, tensor: torch.Tensor) -> bool:
+        return True
+
+    def _launch(self, start: Any, kernel: Any, programs: int, device: Any, *args: Any, **names):
+        if programs and self._recorder is not None:
+            self._recorder.launched(args)
+        self._start(start, kernel, programs, device, *args, **names)
+
+    def _start(self, start: Any, *launch: Any, **names: Any) -> None:
+        start(*launch, **names)
+
+
+class NoKernels(InsideAttention):
+    """The same of fake tensors, without the kernels. To be entered inside a FakeTensorMode."""
+
+    def _opens(self, tensor: torch.Tensor) -> bool:
+        return isinstance(tensor, FakeTensor)
+
+    def _start(self, *_: Any, **__: Any) -> None:
+        """There is nothing to compute with."""
+
+
+class _InParts(TorchDispatchMode):
+    """Takes composite operators (`.to` is one) apart, as autograd does above the modes: they know
+    the parts."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs, result = kwargs or {}, NotImplemented
+        if operator.namespace == "aten":
+            with self:
+                result = operator.decompose(*args, **kwargs)
+        return operator(*args, **kwargs) if result is NotImplemented else result
+
+
+aten = torch.ops.aten
+
+
+class HostSync(RuntimeError):
+    """The host would wait for the device."""
+
+
+class WrongDevice(RuntimeError):
+    """A tensor is not where those who use it need it to be."""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """A wait that is known and allowed.
+
+    where: the function that waits: the end of its file's path, a colon, its name.
+    why: what it needs to know. What it is told is zero.
+    """
+
+    where: str
+    why: str
+
+    def covers(self, frame: Any) -> bool:
+        """Whether this is the function of a frame."""
+        path, _, name = self.where.partition(":")
+        return frame.f_code.co_name == name and frame.f_code.co_filename.endswith(path)
+
+
+class HostSyncs(TorchDispatchMode):
+    """Raises HostSync at the first wait that is not allowed, and WrongDevice where a collective
+    gets a tensor of the host; inside a FakeTensorMode, which itself raises where devices are mixed.
+
+    allowed: None is everything, as where tables are made that all later steps use.
+    counts: how often the host waited, by `Wait.where`.
+    """
+
+    def __init__(self, allowed: Iterable[Wait] | None = ()):
+        super().__init__()
+        self.allowed = None if allowed is None else tuple(allowed)
+        self.counts: Counter[str] = Counter()
+        self._patches = contextlib.ExitStack()
+
+    def __enter__(self) -> HostSyncs:
+        waiters = [(torch.cuda, "torch.cuda.synchronize"), (fake_device.Stream, "a stream")]
+        for owner, what in (*waiters, (fake_device.Event, "an event")):
+
+            def synchronize(*_: Any, what: str = what, **__: Any) -> None:
+                self._wait(f"the host waits for {what}")
+
+            self._patches.enter_context(mock.patch.object(owner, "synchronize", synchronize))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patches.close()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if operator is READ_VALUE and args[0].device.type == "cuda":
+            self._wait("the host reads a value (as .item() does)")
+            return zero(args[0].dtype)
+        if operator.namespace == "c10d" and use_gpu():
+            _check_collective(operator, args)
+        elif operator in (TO_COPY, aten.copy_.default):
+            self._check_copy(operator, args, kwargs)
+        elif operator in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+            indices = [x for x in args[1] if x is not None]
+            if args[0].device.type == "cuda" and any(x.device.type == "cpu" for x in indices):
+                self._wait("an index on the host is copied to the device")
+        try:
+            return operator(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise HostSync(f"the host has to know what {operator} finds{_at(_caller())}") from error
+
+    def _check_copy(self, operator: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if operator is TO_COPY:
+            [source], target = args, torch.device(kwargs.get("device") or args[0].device)
+            non_blocking, pinned = kwargs.get("non_blocking", False), True  # if it is to the host
+        else:
+            target, source = args[0].device, args[1]
+            non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+            pinned = is_pinned(args[0])
+        if {source.device.type, target.type} != {"cpu", "cuda"}:
+            return
+        to = "to the device" if target.type == "cuda" else "to the host"
+        if not non_blocking:
+            self._wait(f"a copy {to} of {tuple(source.shape)} is not non_blocking")
+        elif target.type == "cpu" and not pinned:
+            self._wait(f"a copy {to} of {tuple(source.shape)} goes to memory that is not pinned")
+
+    def _wait(self, what: str) -> None:
+        if self.allowed is None:
+            return
+        caller = _caller()
+        for wait in self.allowed:
+            if wait.covers(caller):
+                self.counts[wait.where] += 1
+                return
+        raise HostSync(what + _at(caller))
+
+
+def _caller() -> Any:
+    """The frame that asked for it: the innermost outside of PyTorch, of other dispatch modes and of
+    this file."""
+    frame = inspect.currentframe()
+    while frame.f_back is not None:
+        code = frame.f_code
+        between = code.co_filename == __file__ or code.co_name == "__torch_dispatch__"
+        if not between and not code.co_filename.startswith(torch.__path__[0]):
+            break
+        frame = frame.f_back
+    return frame
+
+
+def _at(frame: Any) -> str:
+    return f", in {frame.f_code.co_name} at {frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _check_collective(operator: Any, args: Any) -> None:
+    for tensor in tree_leaves(args):
+        if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+            raise WrongDevice(f"{operator} gets a tensor of the CPU, which NCCL cannot send")
+
 
 LARGE = 2**20  # bytes of the host from which on it is fake: no table of that kind is that large
 RANGES = (torch.ops.aten.arange, torch.ops.aten.linspace)  # what tables are made of

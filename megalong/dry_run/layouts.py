@@ -14,6 +14,7 @@ are tried around it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,8 +22,84 @@ from typing import Any
 
 from megalong.config import Config, flag_name
 from megalong.config.arguments import config_from_values
-from megalong.config.flags import require_positive
+from megalong.config.flags import require_positive, shown
+from megalong.config.memory import PIECES, USABLE
+from megalong.dry_run.cluster import Cluster
 from megalong.utils.errors import UserError, counted
+
+
+@dataclass(frozen=True)
+class PlannedRank:
+    """A rank, its pipeline stage and place in a sequence, and how many ranks, this one with them,
+    do as it does or, along the sequence, a little less."""
+
+    rank: int
+    stage: int
+    shard: int
+    count: int
+
+
+def ranks_to_plan(config: Config, ranks: int) -> list[PlannedRank]:
+    """The ranks of a launch of `ranks` that stand for all.
+
+    Stages: the first, the last, and of those between the first of each sequence of attentions: it
+    has the most micro batches under way. Shards of a sequence: the first, which attends to nothing
+    before it, and the one that stands furthest in all segments, which attends to most. Tensor and
+    data ranks do alike, but for where ZeRO cuts its partitions.
+
+    config: resolved for as many ranks.
+    """
+    parallel = config.parallel
+    tensor, shards = parallel.tensor_model_parallel_size, parallel.sequence_parallel_size
+    stages = parallel.pipeline_model_parallel_size
+    alike = ranks // (shards * stages)  # tensor and data ranks of a stage and a shard
+    return [
+        PlannedRank(
+            tensor * shard + ranks // stages * stage, stage, shard, alike * stage_count * count
+        )
+        for stage, stage_count in _stages(config).items()
+        for shard, count in _shards(config).items()
+    ]
+
+
+def layers_of_stage(config: Config, stage: int) -> list[int]:
+    """Numbers of the layers of a pipeline stage, from 0, chunk after chunk."""
+    model, parallel = config.model, config.parallel
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.chunks_per_stage(model)
+    count = model.num_layers // (stages * chunks)
+    starts = ((chunk * stages + stage) * count for chunk in range(chunks))
+    return [layer for start in starts for layer in range(start, start + count)]
+
+
+def _stages(config: Config) -> dict[int, int]:
+    """Stage -> how many are like it."""
+    stages = config.parallel.pipeline_model_parallel_size
+    found: dict[object, list[int]] = {}
+    for stage in range(stages):
+        kinds = tuple(config.attention.kind(layer) for layer in layers_of_stage(config, stage))
+        found.setdefault((stage == 0, stage == stages - 1, kinds), []).append(stage)
+    return {alike[0]: len(alike) for alike in found.values()}
+
+
+def _shards(config: Config) -> dict[int, int]:
+    """Place in the sequence -> how many are like it."""
+    size = config.parallel.sequence_parallel_size
+    shard = config.model.seq_length // size
+    if size == 1:
+        return {0: 1}
+    groups = {
+        number
+        for name, kind in config.attention.kinds.items()
+        for number in kind.passes_class().subgroup_sizes(
+            config.attention.patterns[name], shard, size
+        )
+    }
+    first = [place for place in range(size) if not any(place % number for number in groups)]
+    furthest = max(range(size), key=lambda place: (sum(place % n for n in groups), place))
+    if furthest in first:  # nothing is exchanged
+        return {0: size}
+    return {0: len(first), furthest: size - len(first)}
+
 
 # Settings of a division, and of a rung.
 DIVISION = (
@@ -44,6 +121,7 @@ _MEMORY = (
     {"recompute_granularity": "full", "memory_path": "on"},
 )
 _LARGEST_MICRO_BATCH = 8
+_DOUBLINGS = 10
 
 
 @dataclass(frozen=True)
@@ -179,4 +257,64 @@ def searched_settings(config: Config) -> dict[str, Any]:
         for field in dataclasses.fields(section):
             if field.name in DIVISION + RUNG:
                 found[field.name] = getattr(section, field.name)
+    return found
+
+
+def replicas_of(config: Config, ranks: int) -> int:
+    """Return how many ranks hold the same weights."""
+    parallel = config.parallel
+    return ranks // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+
+
+def ways_out(
+    values: Mapping[str, Any], vocab_size: int, cluster: Cluster, ranks: int
+) -> list[tuple[str, Config, int]]:
+    """Return what would make a model fit, by the estimate of `--memory-path auto`.
+
+    values: settings as given.
+    Returns: words ("without --zero-stage 1", "512 GPUs", "--seq-length 65536"), the layout that
+        needs least, and its ranks: each given setting that is alone in the way, or else all of
+        them, the fewest GPUs and the longest sequence. Empty where nothing helps.
+    """
+    given = [name for name in (*DIVISION, *RUNG, *PIECES) if name in values]
+    sets = [[name] for name in given] + [given] * (len(given) > 1)
+    flags = {name: flag_name(name) + f" {shown(values[name])}" for name in given}
+    flags |= {name: f"--no-{flag_name(name)[2:]}" for name in given if values[name] is False}
+    flags |= {name: flag_name(name) for name in given if values[name] is True}
+    found = []
+    for names in sets:
+        fewer = {name: value for name, value in values.items() if name not in names}
+        least = None if names == given and found else _smallest(fewer, vocab_size, cluster, ranks)
+        if least is not None:
+            found.append((f"without {' '.join(flags[n] for n in names)}", least, ranks))
+    lengths = [values.get("seq_length", 0) >> i for i in range(1, _DOUBLINGS + 1)]
+    changes = [
+        [(counted(ranks << i, "GPU"), values, ranks << i) for i in range(1, _DOUBLINGS + 1)],
+        [(f"--seq-length {n}", {**values, "seq_length": n}, ranks) for n in lengths if n >= 512],
+    ]
+    for tried in changes:
+        leasts = ((what, _smallest(v, vocab_size, cluster, n), n) for what, v, n in tried)
+        found += itertools.islice((each for each in leasts if each[1] is not None), 1)
+    return found
+
+
+def _smallest(
+    values: Mapping[str, Any], vocab_size: int, cluster: Cluster, ranks: int
+) -> Config | None:
+    """Return the layout with the smallest estimate, if that fits."""
+    from megalong.model.memory_path import needs
+
+    on_gpu = cluster.device.on_gpu
+    try:
+        cluster.check_gpus(ranks)
+        layouts = possible_layouts(values, ranks, cluster.gpus_per_node, on_gpu)
+    except UserError:
+        return None
+    least, found = USABLE * cluster.device.memory, None
+    for config in (rung for division in layouts.divisions for rung in division.rungs):
+        needed = needs(config, vocab_size, replicas_of(config, ranks), on_gpu=on_gpu)
+        on_node = needed.host * min(ranks, cluster.gpus_per_node)
+        fits = needed.device <= least and on_node <= USABLE * cluster.host_memory
+        if fits and (found is None or needed.device < least):
+            least, found = needed.device, config
     return found

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 
 from megalong.dry_run.fake_tensors import is_pinned
-from megalong.dry_run.parts import is_accumulating_weights
 from megalong.utils.machine import use_gpu
 from megalong.utils.torch_private import (
     FakeTensor,
@@ -57,7 +56,6 @@ class DeviceMemory(TorchDispatchMode):
         self._kind: str | None = None
         self._seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self._log: list[Change] = []
-        self._tells_birth = self._tells_end = True
         self._backward = False  # what the last operator was
         self._updating = False
         self._passes = self._updates = 0  # backward passes, and updates, that have begun
@@ -102,7 +100,7 @@ class DeviceMemory(TorchDispatchMode):
     @property
     def now(self) -> int:
         """Bytes of the device that are held."""
-        return sum(size for _, size, _ in self._log)
+        return sum(size for _, size in self._log)
 
     @property
     def moment(self) -> int:
@@ -113,71 +111,23 @@ class DeviceMemory(TorchDispatchMode):
         """Say that what was between two moments happens so many times in succession: what was made
         there and is still held is held as often, from the second moment on."""
         made = [c for c in self._log[start:stop] if c.size > 0 and c.block.end is None]
-        for block, size, _ in made:
+        for block, size in made:
             block.others += size * (times - 1)
         self._log[stop:stop] = [c._replace(size=c.size * (times - 1)) for c in made]
-
-    def since(self, moment: int) -> list[Change]:
-        """What has been made since then, and what has ended, but for what the accumulation of the
-        weights' gradients did."""
-        return [change for change in self._log[moment:] if not change.accumulating]
-
-    def again(self, changes: Iterable[Change], blocks: dict[Block, Block]) -> None:
-        """These happen once more, now. blocks: those that have others in their place this time, in
-        the same collectives."""
-        for block, mine in blocks.items():
-            mine.axes |= block.axes
-        for block, size, accumulating in changes:
-            if block in blocks:
-                block = blocks[block]
-                if size < 0:
-                    block.end = self._passes, self._updates
-            self._log.append(Change(block, size, accumulating))
-
-    @contextlib.contextmanager
-    def silent(self, *, ends: bool) -> Iterator[None]:
-        """Inside, what is made is held by nobody, but that its end is told, where `ends`."""
-        before = self._tells_birth, self._tells_end
-        self._tells_birth, self._tells_end = False, ends
-        try:
-            yield
-        finally:
-            self._tells_birth, self._tells_end = before
-
-    def block_of(self, tensor: torch.Tensor) -> Block:
-        """The life of a tensor of the device."""
-        return self._seen[tensor.untyped_storage()]
-
-    def hand_over(self, tensor: torch.Tensor) -> Block:
-        """The life of a tensor of which somebody else tells the end from now on (`again`)."""
-        block = self.block_of(tensor)
-        if block.finalizer is not None:
-            block.finalizer.detach()
-        return block
 
     @property
     def peak(self) -> Counter[str]:
         """Bytes of the device by kind, at the time when they are most in total."""
         now = most = 0
         position = -1
-        for number, (_, size, _) in enumerate(self._log):
+        for number, (_, size) in enumerate(self._log):
             now += size
             if now > most:
                 most, position = now, number
         by_kind: Counter[str] = Counter()
-        for block, size, _ in self._log[: position + 1]:
+        for block, size in self._log[: position + 1]:
             by_kind[self._kind_of(block)] += size
         return Counter({kind: size for kind, size in by_kind.items() if size})
-
-    @property
-    def most_activations(self) -> int:
-        """Bytes of activations, where there are most of them: perhaps not at the peak."""
-        now = most = 0
-        for block, size, _ in self._log:
-            if self._kind_of(block) == "activations":
-                now += size
-                most = max(most, now)
-        return most
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
@@ -203,14 +153,12 @@ class DeviceMemory(TorchDispatchMode):
         born = "update" if self._updating else "backward" if self._backward else "forward"
         block = Block(self._kind, born, self._passes, self._updates)
         self._seen[storage] = block
-        if self._tells_birth:
-            self._log.append(Change(block, size, is_accumulating_weights()))
-        if self._tells_end:
-            block.finalizer = weakref.finalize(storage, self._forget, block, size)
+        self._log.append(Change(block, size))
+        weakref.finalize(storage, self._forget, block, size)
 
     def _forget(self, block: Block, size: int) -> None:
         block.end = self._passes, self._updates
-        self._log.append(Change(block, -size - block.others, is_accumulating_weights()))
+        self._log.append(Change(block, -size - block.others))
 
     def _kind_of(self, block: Block) -> str:
         if "data" in block.axes and block.kind in (None, "optimizer"):
@@ -247,7 +195,7 @@ class DeviceMemory(TorchDispatchMode):
 class Block:
     """The life of a storage: of what kind somebody says that it is, in which pass it was born, how
     many backward passes and updates had begun by then, and by its end; the axes of the collectives
-    that used it; bytes of others that it stands for; what will tell of its end."""
+    that used it; bytes of others that it stands for."""
 
     kind: str | None
     born: str
@@ -256,13 +204,10 @@ class Block:
     end: tuple[int, int] | None = None
     axes: frozenset[str] = frozenset()
     others: int = 0
-    finalizer: weakref.finalize | None = None
 
 
 class Change(NamedTuple):
-    """A storage is made, or ends: its bytes, and those of what it stands for, negative at the end.
-    accumulating: while a weight's gradient was added to what there was of it."""
+    """A storage is made, or ends: its bytes, negative at the end."""
 
     block: Block
     size: int
-    accumulating: bool

@@ -3,25 +3,164 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from megalong.dry_run.memory import DeviceMemory
-from megalong.dry_run.parts import Parts, is_accumulating_weights
 from megalong.dry_run.work import TO_DEVICE, TO_HOST, Collective, Operation, Work
+from megalong.model.chunked.attention import TiledAttention
+from megalong.model.chunked.mlp import TiledMLP
+from megalong.model.stage import PipelineStage
 from megalong.parallel.traffic import Call, call_of
 from megalong.utils.machine import use_gpu
 from megalong.utils.torch_private import (
     FakeTensor,
     TorchDispatchMode,
+    current_node,
     is_going_backward,
     tree_leaves,
     written_arguments,
 )
+
+if TYPE_CHECKING:
+    from megalong.dry_run.memory import DeviceMemory
+
+MARK = "megalong part"
+
+# Functions that are a part of a node: class -> its methods by part. The projections are with the
+# norm and the rotation of the tile that they are made of; attention itself is an operator.
+FUNCTIONS = {
+    TiledMLP: {"mlp": ("forward_tile", "backward_tile")},
+    TiledAttention: {
+        "projections": ("attend", "output_tile", "output_backward_tile", "backward"),
+    },
+}
+
+# Modules of a layer, and of a chunk of the model.
+OF_LAYER = {
+    "self_attention": "attention",
+    "self_attention.linear_qkv": "projections",
+    "self_attention.linear_proj": "projections",
+    "mlp": "mlp",
+}
+OF_CHUNK = {"embedding": "embedding", "rotary_pos_emb": "attention", "output_layer": "logits"}
+
+
+class Parts:
+    """Knows the part that is running.
+
+    now(): its name; "other" outside of all.
+    """
+
+    def __init__(self) -> None:
+        self._open: list[str] = []
+
+    def now(self) -> str:
+        if self._open:
+            return self._open[-1]
+        node = current_node()
+        if node is None:
+            return "other"
+        if accumulates(node):
+            return "optimizer"
+        return node.metadata.get(MARK, "other")
+
+    @contextlib.contextmanager
+    def watch(self, model: PipelineStage) -> Iterator[None]:
+        """Inside, the modules of this stage say when they run."""
+        with contextlib.ExitStack() as stack:
+            for owner, parts in FUNCTIONS.items():
+                for part, names in parts.items():
+                    for name in names:
+                        function = self._scoped(getattr(owner, name), part)
+                        stack.enter_context(mock.patch.object(owner, name, function))
+            modules = dict(pair for chunk in model.chunks for pair in _modules(chunk))
+            for module, part in modules.items():  # chunks share one for the angles of positions
+                for handle in self._hook(module, part):
+                    stack.callback(handle.remove)
+            for chunk in model.chunks:
+                loss = self._marking(chunk.compute_language_model_loss, "logits")
+                stack.enter_context(mock.patch.object(chunk, "compute_language_model_loss", loss))
+            yield
+
+    def _hook(self, module: torch.nn.Module, part: str) -> list[Any]:
+        inside: list[dict[int, Any]] = []
+
+        def before(_, args: Any, kwargs: Any) -> None:
+            inside.append(_nodes((args, kwargs)))
+            self._open.append(part)
+
+        def after(_, args: Any, output: Any) -> None:
+            self._open.pop()
+            _mark(output, part, inside.pop())
+
+        return [
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after),
+        ]
+
+    def _scoped(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        @wraps(function)
+        def scoped(*args: Any, **kwargs: Any) -> Any:
+            self._open.append(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._open.pop()
+
+        return scoped
+
+    def _marking(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        scoped = self._scoped(function, part)
+
+        @wraps(function)
+        def marking(*args: Any, **kwargs: Any) -> Any:
+            output = scoped(*args, **kwargs)
+            _mark(output, part, _nodes((args, kwargs)))
+            return output
+
+        return marking
+
+
+def accumulates(node: Any) -> bool:
+    """Whether a node of autograd's graph is the end of a path: a parameter's gradient."""
+    return node.name().endswith("AccumulateGrad")
+
+
+def _modules(chunk: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str]]:
+    for name, part in OF_CHUNK.items():
+        module = getattr(chunk, name, None)
+        if isinstance(module, torch.nn.Module):
+            yield module, part
+    for layer in chunk.decoder.layers:
+        for name, part in OF_LAYER.items():
+            yield layer.get_submodule(name), part
+
+
+def _nodes(values: Any) -> dict[int, Any]:
+    """The nodes that these come from, by id: an id stays theirs as long as they are held."""
+    tensors = (x for x in tree_leaves(values) if isinstance(x, torch.Tensor))
+    return {id(x.grad_fn): x.grad_fn for x in tensors if x.grad_fn is not None}
+
+
+def _mark(outputs: Any, part: str, stop: dict[int, Any]) -> None:
+    """Give the nodes between inputs and outputs a part, unless they have one already."""
+    seen, coming = dict(stop), list(_nodes(outputs).values())
+    while coming:
+        node = coming.pop()
+        if id(node) in seen:
+            continue
+        seen[id(node)] = node
+        if accumulates(node):
+            continue
+        node.metadata.setdefault(MARK, part)
+        coming += [following for following, _ in node.next_functions if following is not None]
+
 
 # Operators that make a tensor and write nothing, or that are views which do not say so.
 NO_WORK = {
@@ -59,7 +198,6 @@ class WorkRecorder(TorchDispatchMode):
         }
         self._formulas = FlopCounterMode(display=False).flop_registry
         self._times = 1
-        self._besides: Work | None = None
         self._attention: list[int] | None = None  # bytes and launches of the call that is running
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -81,16 +219,6 @@ class WorkRecorder(TorchDispatchMode):
             yield
         finally:
             self._times //= times
-
-    def write_besides(self, work: Work | None) -> None:
-        """Write into this one too, from now on, but not what the accumulation of the weights'
-        gradients does; None: into no other."""
-        self._besides = work
-
-    def again(self, work: Work) -> None:
-        """This is done once more."""
-        self.work.operations.update(work.operations)
-        self.work.collectives.update(work.collectives)
 
     def attention(self, operator: Any, args: Any, kwargs: Any, compute: Any) -> Any:
         """An operator of `megalong.attention.operators`, computed by a function that may launch
@@ -158,8 +286,6 @@ class WorkRecorder(TorchDispatchMode):
         direction = self._direction()
         key = Operation(part, direction, kind, name, dtype, flops, nbytes, kernels)
         self.work.operations[key] += self._times
-        if self._besides is not None and not is_accumulating_weights():
-            self._besides.operations[key] += self._times
 
     def _direction(self) -> str:
         if self.updating:
@@ -186,8 +312,6 @@ class WorkRecorder(TorchDispatchMode):
             ranks = sorted((me, peer))
         key = Collective(axis, direction, call.name, call.bytes, tuple(sorted(ranks)))
         self.work.collectives[key] += self._times
-        if self._besides is not None and not is_accumulating_weights():
-            self._besides.collectives[key] += self._times
 
 
 def _factors(args: Any) -> torch.Tensor:

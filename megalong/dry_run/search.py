@@ -3,48 +3,99 @@
 The rungs of a division of `megalong.dry_run.layouts` are tried from the one that computes least
 on, of those that compute the same from the lowest ZeRO stage on, which sends least, until one fits.
 What needs far too much by the closed estimate of `megalong.model.memory_path` is not run, nor what
-does not fit for the activations alone that `megalong.dry_run.estimate` expects, or that a run with
-another ZeRO stage has held.
+another ZeRO stage was found to have no room for the activations of.
 
-Which division comes next is what `megalong.dry_run.estimate` says of the time of its next rung,
-than which those behind it are hardly faster. The search is over when as many layouts fit as are
-wanted, and those still to come are slower by more than the estimate may be wrong. Whether a layout
-fits is seen on its fullest rank, how long it takes on the slowest of each pipeline stage.
+Which division comes next is what `megalong.dry_run.cost.rough_seconds` says of its next rung. The
+search is over when as many layouts fit as are wanted, and those still to come are slower by more
+than the estimate may be wrong. Whether a layout fits is seen on its fullest rank, how long it takes
+on the slowest of each pipeline stage.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import heapq
 import itertools
 import math
+import os
+import signal
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import active_children, get_context
 from typing import TYPE_CHECKING, Any
 
 from megalong.config import Config
 from megalong.config.memory import USABLE
 from megalong.dry_run.cluster import Cluster
-from megalong.dry_run.layouts import Division, searched_settings
-from megalong.dry_run.pool import planning_processes
+from megalong.dry_run.layouts import Division, replicas_of, searched_settings
 from megalong.utils.errors import UserError
+
+
+@contextlib.contextmanager
+def planning_processes(
+    on_gpu: bool, processes: int | None = None
+) -> Iterator[Callable[..., Future]]:
+    """Inside, a function that has one of these processes call a function with some arguments.
+
+    processes: how many; default, as many as this one may use cores. An exception, Ctrl-C too, ends
+    them in the midst of what they do.
+    """
+    count = processes or len(os.sched_getaffinity(0))
+    before = active_children()
+    pool = ProcessPoolExecutor(count, get_context("spawn"), initializer=_start, initargs=(on_gpu,))
+
+    def submit(function: Callable, *arguments) -> Future:
+        # This may start a process, which a terminal would send Ctrl-C to as well: not its affair.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return pool.submit(function, *arguments)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    try:
+        yield submit
+    except BaseException:
+        for process in active_children():
+            if process not in before:
+                process.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start(on_gpu: bool) -> None:
+    """What such a process does first."""
+    if on_gpu:
+        from megalong.dry_run import fake_device
+
+        fake_device.load()
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import torch
+
+    torch.set_num_threads(1)
+    if on_gpu:
+        fake_device.pretend()
+    from megalong.utils.command_line import filter_library_logs
+
+    filter_library_logs()
+    warnings.simplefilter("ignore")  # of libraries, about tensors that have no data
+
 
 if TYPE_CHECKING:
     from megalong.dry_run.cost import StepCost
-    from megalong.dry_run.estimate import Shares
     from megalong.dry_run.step import DryRun
 
 # By the estimate of its memory, in units of what there is, what is not run. Tests hold the estimate
 # to be at most 1.7 times the peak of dry runs.
 HOPELESS = 1.75
-# How much slower than what is known a layout may be estimated and still be run, and how many more
-# activations than there is room for it may be estimated to hold. For twelve layouts of four layers
-# of the 1.3B model, on 8 ranks, the estimate was 0.92 to 1.004 of a dry run's time; tests hold time
-# and activations to be at most so much of it for models that are all launches.
-DOUBT = 1.1
+# How much slower than the slowest of the wanted a layout may be estimated, and still be
+# run: so far may the estimates of two layouts be off from each other.
+DOUBT = 1.3
 # Runs that are decided upon together at most, whatever the processes: the result does not hang on
 # those.
 _TOGETHER = 4
@@ -151,31 +202,6 @@ def search(
     return result
 
 
-class _Ladder:
-    """The rungs of a division that may fit and were not tried, in the order in which they are.
-
-    seconds: of a step of the next one, as estimated; 0 where nobody knows.
-    """
-
-    def __init__(self, rungs: Sequence[Config]):
-        self.rungs, self.seconds = list(rungs), 0.0
-
-    @property
-    def config(self) -> Config:
-        """The rung that comes next."""
-        return self.rungs[0]
-
-    def with_other_zero_stages(self) -> list[Config]:
-        """Those that differ from the next one only in how much of the weights, gradients and
-        optimizer a rank holds."""
-
-        def rest(rung: Config) -> Config:
-            parallel = dataclasses.replace(rung.parallel, zero_stage=1)
-            return dataclasses.replace(rung, parallel=parallel)
-
-        return [rung for rung in self.rungs[1:] if rest(rung) == rest(self.config)]
-
-
 class _Searching:
     """A search that goes on."""
 
@@ -188,26 +214,35 @@ class _Searching:
         progress: Callable[[int], Any],
         result: Search,
     ):
-        self.in_process, self.vocab_size = submit, vocab_size
+        self.submit, self.vocab_size = submit, vocab_size
         self.cluster, self.ranks = cluster, ranks
         self.progress, self.done = progress, 0
         self.result = result
-        self.shares: dict[Config, Shares | None] = {}
+        self.estimates: dict[Config, float] = {}  # seconds of a sequence, of what fits
         self.numbers = itertools.count()  # of what was put into the queue
 
     def run(self, divisions: Iterable[Division], wanted: int) -> None:
         """See `search`."""
-        queue: list[tuple[float, int, _Ladder]] = []
-        ladders = map(self.ladder, divisions)
-        self.put(queue, [ladder for ladder in ladders if ladder.rungs])
+        queue: list[tuple[float, int, list[Config]]] = []
+        for division in divisions:
+            self.put(queue, self.ladder(division))
         while chosen := self.most_promising(queue, wanted):
-            jobs = [self.submit(_planned, ladder.config) for ladder in chosen]
-            pairs = zip(chosen, map(self.wait, jobs), strict=True)
-            self.put(queue, [ladder for ladder, outcome in pairs if self.goes_on(ladder, outcome)])
-        self.result.slower += [Slower(ladder.config, ladder.seconds) for _, _, ladder in queue]
+            jobs = [
+                self.submit(_planned, rungs[0], self.vocab_size, self.cluster, self.ranks)
+                for _, rungs in chosen
+            ]
+            for (seconds, rungs), job in zip(chosen, jobs, strict=True):
+                outcome = job.result()
+                self.done += 1
+                self.progress(self.done)
+                self.put(queue, self.rest(rungs, seconds, outcome))
+        self.result.slower += [
+            Slower(rungs[0], seconds * rungs[0].training.global_batch_size)
+            for seconds, _, rungs in queue
+        ]
 
-    def ladder(self, division: Division) -> _Ladder:
-        """Of the rungs of a division that are not hopeless."""
+    def ladder(self, division: Division) -> list[Config]:
+        """Return the rungs of a division that are not hopeless, in the order of trial."""
         from megalong.model.flops import executed_flops
         from megalong.model.memory_path import needs
 
@@ -217,104 +252,62 @@ class _Searching:
 
         rungs = []
         for rung in sorted(division.rungs, key=order):
-            parallel = rung.parallel
-            model_ranks = parallel.ranks_per_replica // parallel.sequence_parallel_size
-            replicas, on_gpu = self.ranks // model_ranks, self.cluster.device.on_gpu
+            replicas = replicas_of(rung, self.ranks)
+            on_gpu = self.cluster.device.on_gpu
             needed = needs(rung, self.vocab_size, replicas, on_gpu=on_gpu).device
             if needed > HOPELESS * USABLE * self.cluster.device.memory:
                 self.result.not_run.append(NotRun(rung, needed))
             else:
                 rungs.append(rung)
-        return _Ladder(rungs)
+        return rungs
 
-    def put(self, queue: list[tuple[float, int, _Ladder]], ladders: list[_Ladder]) -> None:
-        """Into the queue, by the time that a sequence takes in the first of their rungs that may
-        have room for its activations."""
-        from megalong.dry_run.estimate import estimated_activations, one_stage
+    def put(self, queue: list[tuple[float, int, list[Config]]], rungs: list[Config]) -> None:
+        """Put a division into the queue, by the estimate of a sequence in its next rung."""
+        from megalong.dry_run.cost import rough_seconds
 
-        while ladders:
-            keys = [one_stage(ladder.config) for ladder in ladders]
-            jobs = {
-                key: self.submit(_shares, key)
-                for key in dict.fromkeys(keys)
-                if key is not None and key not in self.shares
-            }
-            self.shares |= {key: self.wait(job) for key, job in jobs.items()}
-            shorter = []
-            for ladder, key in zip(ladders, keys, strict=True):
-                of = None if key is None else self.shares[key]
-                held = 0.0
-                if of is not None:
-                    held = estimated_activations(ladder.config, of, self.ranks)
-                if held > DOUBT * USABLE * self.cluster.device.memory:
-                    self.without_room(ladder, held, first=True)
-                    shorter.append(ladder)
-                else:
-                    ladder.seconds = self.seconds(ladder.config, of)
-                    seconds = ladder.seconds / ladder.config.training.global_batch_size
-                    heapq.heappush(queue, (seconds, next(self.numbers), ladder))
-            ladders = [ladder for ladder in shorter if ladder.rungs]
+        if rungs:
+            seconds = rough_seconds(rungs[0], self.vocab_size, self.cluster, self.ranks)
+            seconds /= rungs[0].training.global_batch_size
+            heapq.heappush(queue, (seconds, next(self.numbers), rungs))
 
-    def seconds(self, config: Config, of: Shares | None) -> float:
-        """Of a step, as estimated; 0 where nobody knows."""
-        from megalong.dry_run.estimate import estimated_seconds
-        from megalong.model.parameters import count_parameters
-
-        if of is None:
-            return 0.0
-        count = count_parameters(config.model, self.vocab_size).used
-        return estimated_seconds(config, of, count, self.cluster, self.vocab_size, self.ranks)
-
-    def without_room(self, ladder: _Ladder, held: float, first: bool = False) -> None:
-        """Note that activations of so many bytes are held with any ZeRO stage, and do not fit, and
-        take those rungs away. first: the next one too, else it was run."""
-        for rung in [ladder.config] * first + ladder.with_other_zero_stages():
-            self.result.not_run.append(NotRun(rung, held, activations=True))
-            ladder.rungs.remove(rung)
-
-    def most_promising(self, queue: list[tuple[float, int, _Ladder]], wanted: int) -> list[_Ladder]:
-        """Taken from the queue: some that may be among the wanted ones; none when all is known."""
-        seconds = sorted(layout.seconds for layout in self.result.fitting)
-        limit, most = math.inf, min(_TOGETHER, wanted - len(seconds))
+    def most_promising(
+        self, queue: list[tuple[float, int, list[Config]]], wanted: int
+    ) -> list[tuple[float, list[Config]]]:
+        """Take from the queue some that may be among the wanted ones; none when all is known."""
+        fitting = sorted(self.result.fitting, key=lambda layout: layout.seconds)
+        limit, most = math.inf, min(_TOGETHER, wanted - len(fitting))
         if most <= 0:
-            limit, most = DOUBT * seconds[wanted - 1], _TOGETHER
-        chosen: list[_Ladder] = []
+            best = max(self.estimates[layout.config] for layout in fitting[:wanted])
+            limit, most = DOUBT * best, _TOGETHER
+        chosen = []
         while queue and len(chosen) < most and queue[0][0] <= limit:
-            chosen.append(heapq.heappop(queue)[2])
+            seconds, _, rungs = heapq.heappop(queue)
+            chosen.append((seconds, rungs))
         return chosen
 
-    def goes_on(self, ladder: _Ladder, outcome: PlannedLayout | str) -> bool:
-        """Note how a run ended, with a layout or a message; whether the next rung is tried."""
+    def rest(
+        self, rungs: list[Config], seconds: float, outcome: PlannedLayout | str
+    ) -> list[Config]:
+        """Note how a run ended, with a layout or a message; return the rungs still to be tried."""
+        tried, *others = rungs
         if isinstance(outcome, str):
             self.result.refused[outcome] += 1
-        else:
-            self.result.planned.append(outcome)
-            if outcome.fits:
-                return False
-            held = outcome.memory.get("activations", 0)
-            if held > USABLE * self.cluster.device.memory:
-                self.without_room(ladder, held)
-        del ladder.rungs[0]
-        return bool(ladder.rungs)
-
-    def submit(self, function: Callable[..., Any], config: Config) -> Future:
-        return self.in_process(function, config, self.vocab_size, self.cluster, self.ranks)
-
-    def wait(self, job: Future) -> Any:
-        result = job.result()
-        self.done += 1
-        self.progress(self.done)
-        return result
+            return others
+        self.result.planned.append(outcome)
+        if outcome.fits:
+            self.estimates[tried] = seconds
+            return []
+        held = outcome.memory.get("activations", 0)
+        if held > USABLE * self.cluster.device.memory:  # with any ZeRO stage
+            without = [rung for rung in others if _with_zero_1(rung) == _with_zero_1(tried)]
+            self.result.not_run += [NotRun(rung, held, activations=True) for rung in without]
+            others = [rung for rung in others if rung not in without]
+        return others
 
 
-def _shares(config: Config, vocab_size: int, cluster: Cluster, ranks: int) -> Shares | None:
-    """In a process of the pool; None where it cannot be run: then a run of the layout will tell."""
-    from megalong.dry_run.estimate import shares
-
-    try:
-        return shares(config, vocab_size)
-    except Exception:
-        return None
+def _with_zero_1(config: Config) -> Config:
+    parallel = dataclasses.replace(config.parallel, zero_stage=1)
+    return dataclasses.replace(config, parallel=parallel)
 
 
 def _planned(config: Config, vocab_size: int, cluster: Cluster, ranks: int) -> PlannedLayout | str:
@@ -329,13 +322,13 @@ def _planned(config: Config, vocab_size: int, cluster: Cluster, ranks: int) -> P
 
 def planned_layout(config: Config, vocab_size: int, cluster: Cluster, ranks: int) -> PlannedLayout:
     """Run the ranks of a layout that stand for the others, in a process of
-    `megalong.dry_run.pool`.
+    `megalong.dry_run.search`.
 
     config: resolved.
     """
     from megalong.dry_run.cost import Overlap, phase_cost, step_cost
-    from megalong.dry_run.extension import planned_step
-    from megalong.dry_run.ranks import ranks_to_plan
+    from megalong.dry_run.layouts import ranks_to_plan
+    from megalong.dry_run.step import planned_step
 
     cluster = cluster.used_by(ranks)
 

@@ -19,11 +19,12 @@ what would stop a GPU (`host_syncs`) or fail on one (tensors on the wrong device
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -34,18 +35,19 @@ from megalong.config import Config
 from megalong.config.training import keeps_optimizer_on_host
 from megalong.data.batches import Batch
 from megalong.dry_run import fake_device
-from megalong.dry_run.fake_tensors import fake_device_tensors
-from megalong.dry_run.few_layers import LeavesSomething, few_layers
-from megalong.dry_run.few_tiles import few_tiles
-from megalong.dry_run.host_syncs import HostSyncs, Wait
-from megalong.dry_run.kernels import NoKernels, forget_tables
-from megalong.dry_run.memory import DeviceMemory
-from megalong.dry_run.parts import Parts
-from megalong.dry_run.recorder import WorkRecorder
+from megalong.dry_run.fake_tensors import (
+    HostSyncs,
+    NoKernels,
+    Wait,
+    fake_device_tensors,
+    forget_tables,
+)
+from megalong.dry_run.memory import BLOCK, DeviceMemory
+from megalong.dry_run.recorder import Parts, WorkRecorder
 from megalong.dry_run.share import lone_mesh
 from megalong.dry_run.work import Operation, Work
-from megalong.dry_run.zero_offload import check_offload
 from megalong.model.build import build_model
+from megalong.model.chunked import rows
 from megalong.model.memory_path import Room, choose_memory_path
 from megalong.parallel.deepspeed_private import (
     held,
@@ -56,71 +58,98 @@ from megalong.parallel.mesh import Mesh
 from megalong.parallel.schedule import run_schedule
 from megalong.parallel.traffic import Counts
 from megalong.training.engine import TrainingEngine, weights_divider
+from megalong.utils.errors import UserError
 from megalong.utils.machine import use_gpu
+
+
+@contextlib.contextmanager
+def few_tiles(memory: DeviceMemory, recorder: WorkRecorder) -> Iterator[None]:
+    """Inside, every loop over more than three tiles has three, and what memory and recorder see of
+    the middle one counts as often as there are tiles between the first and the last."""
+
+    def few(count: int, size: int) -> Iterator[slice]:
+        every = list(rows.tiles(count, size))
+        if len(every) <= 3:
+            yield from every
+            return
+        yield every[0]
+        between, start = len(every) - 2, memory.moment
+        with recorder.repeating(between):
+            yield every[1]
+        stop = memory.moment
+        yield every[-1]
+        # Only now nothing of the middle tile is held but what the loop keeps of every tile.
+        memory.repeat(start, stop, between)
+
+    loaded = [module for name, module in sys.modules.items() if name.startswith("megalong.")]
+    with contextlib.ExitStack() as stack:
+        for module in loaded:
+            if module is not rows and getattr(module, "tiles", None) is rows.tiles:
+                stack.enter_context(mock.patch.object(module, "tiles", few))
+        yield
+
+
+# Settings of offload_optimizer under which it is not the whole update that the host computes.
+_WHOLE = {"ratio": 1.0, "super_offload": False}
+
+
+def check_offload(config: Config) -> None:
+    """Raise UserError where the DeepSpeed file offloads what cannot be planned."""
+    file = config.training.deepspeed_config
+    if file is None:
+        return
+    zero = read_deepspeed_file(file).get("zero_optimization")
+    if not isinstance(zero, dict):
+        return
+
+    def refuse(key: str, instead: str) -> None:
+        raise UserError(
+            f"--deepspeed-config {file}: zero_optimization.{key} cannot be planned: {instead}"
+        )
+
+    weights, optimizer = (
+        given if isinstance(given := zero.get(key), dict) else {}
+        for key in ("offload_param", "offload_optimizer")
+    )
+    for old in ("cpu_offload", "cpu_offload_param"):
+        if zero.get(old):
+            refuse(old, "set offload_optimizer instead, which took its place")
+    if weights.get("device", "none") != "none":
+        refuse("offload_param", "leave it out; --zero-stage 3 divides the weights over the ranks")
+    if optimizer.get("device") == "nvme":
+        refuse("offload_optimizer.device nvme", "set it to cpu, or leave offload_optimizer out")
+    for key, usual in _WHOLE.items():
+        if optimizer.get("device") == "cpu" and optimizer.get(key, usual) != usual:
+            refuse(f"offload_optimizer.{key}", "leave it out")
+    if "zenflow" in zero:
+        refuse("zenflow", "leave it out")
+
 
 # Where a step waits for the device, and why: but for what a flag asks for, none of it is ours.
 # Everything else is an error.
-ALLOWED = (
-    Wait(
-        "megalong/training/engine.py:_usual_loss",
-        "--skip-loss-spikes has to know the loss before the update",
-    ),
-    Wait(
-        "deepspeed/runtime/utils.py:mask_nan_or_inf_with_val_inplace",
-        "DeepSpeed copies the number -1, which stands for a norm that is not finite, to the device",
-    ),
-    Wait(
-        "deepspeed/runtime/utils.py:is_invalid_grad_norm",
-        "DeepSpeed asks whether the norm is finite, and leaves out the update if not",
-    ),
-    Wait(
-        "deepspeed/runtime/zero/stage_1_and_2.py:has_overflow",
-        "DeepSpeed's ZeRO 1 and 2 ask whether all gradients are finite, in any precision",
-    ),
-    Wait(
-        "deepspeed/runtime/zero/stage_1_and_2.py:get_grad_norm_direct",
-        "DeepSpeed's ZeRO 1 and 2 make a zero on the host where a rank counts no norm of a group",
-    ),
-    Wait(
-        "deepspeed/runtime/zero/stage3.py:independent_gradient_partition_epilogue",
-        "DeepSpeed's ZeRO 3 waits for the stream that reduces gradients, at the end of backward",
-    ),
-    Wait(
-        "deepspeed/runtime/zero/stage3.py:get_grad_norm_direct",
-        "DeepSpeed's ZeRO 3 makes numbers on the host to sum up the norms of its groups",
-    ),
-    *(
-        Wait(
-            f"deepspeed/runtime/zero/{where}",
-            f"DeepSpeed, with the optimizer on the host, {what}",
-        )
-        for where, what in (
-            (
-                "stage_1_and_2.py:update_offload_overflow_tracker",
-                "asks of each gradient whether it is finite",
-            ),
-            (
-                "stage_1_and_2.py:_wait_for_offload_copies",
-                "waits for a gradient that it copies there before it copies another",
-            ),
-            (
-                "stage_1_and_2.py:complete_grad_norm_calculation_for_cpu_offload",
-                "adds up the norms of gradients there",
-            ),
-            (
-                "stage3.py:complete_grad_norm_calculation_for_cpu_offload",
-                "adds up the norms of gradients there",
-            ),
-            (
-                "stage3.py:_reassign_or_swap_out_partitioned_parameters",
-                "copies the weights to the device after the update",
-            ),
-        )
-    ),
-    Wait(
-        "deepspeed/accelerator/cuda_accelerator.py:synchronize",
-        "DeepSpeed's ZeRO 3 waits for the small weights that each rank keeps, after the update",
-    ),
+ALLOWED = tuple(
+    Wait(where, why)
+    for where, why in {
+        "megalong/training/engine.py:_usual_loss": "--skip-loss-spikes needs the loss",
+        **{
+            f"deepspeed/runtime/{where}": why
+            for where, why in {
+                "utils.py:mask_nan_or_inf_with_val_inplace": "a number is copied to the device",
+                "utils.py:is_invalid_grad_norm": "whether the norm is finite",
+                "zero/stage_1_and_2.py:has_overflow": "whether all gradients are finite",
+                "zero/stage_1_and_2.py:get_grad_norm_direct": "a zero is made on the host",
+                "zero/stage3.py:independent_gradient_partition_epilogue": "for its own stream",
+                "zero/stage3.py:get_grad_norm_direct": "sums of norms are made on the host",
+                # With the optimizer on the host:
+                "zero/stage_1_and_2.py:update_offload_overflow_tracker": "finite gradients",
+                "zero/stage_1_and_2.py:_wait_for_offload_copies": "a copy before the next one",
+                "zero/stage_1_and_2.py:complete_grad_norm_calculation_for_cpu_offload": "norms",
+                "zero/stage3.py:complete_grad_norm_calculation_for_cpu_offload": "norms",
+                "zero/stage3.py:_reassign_or_swap_out_partitioned_parameters": "new weights",
+            }.items()
+        },
+        "deepspeed/accelerator/cuda_accelerator.py:synchronize": "ZeRO 3's small weights",
+    }.items()
 )
 
 # What the last stage does after the last micro batch for each of them.
@@ -148,7 +177,6 @@ class DryRun:
 
     work: its operations and collectives.
     memory: bytes of the device at the peak, by kind (`megalong.dry_run.work.MEMORY`).
-    activations: bytes of them, where there are most: the peak may be in the update.
     host: bytes of the host's memory at the peak of a step: activations that wait there, with
         --offload-activations, and an optimizer that a DeepSpeed file has put there.
     another: what one more micro batch adds to the work, or of the interleaved schedule one more
@@ -158,7 +186,6 @@ class DryRun:
 
     work: Work
     memory: Counter[str]
-    activations: int
     host: int
     another: Work | None = None
     waits: Counter[str] = field(default_factory=Counter)
@@ -190,31 +217,14 @@ def dry_run(
     config: resolved for as many ranks; data and tokenizer are not opened. `--memory-path auto` is
         what it is on such a device, with a host that has room for everything.
     prepare: is given the engine before its first step.
-    quick: no evaluation, nobody looks for waits, three tiles of many (`few_tiles`), of layers that
-        are alike a few (`few_layers`), and one step where the second does the same (two with ZeRO
-        3, which has to see what it will be asked for): the rest of the result is the same, with the
-        small operations besides in which a first step makes tables.
+    quick: no evaluation, nobody looks for waits, three tiles of many (`few_tiles`), and one step
+        where the second does the same (two with ZeRO 3, which has to see what it will be asked
+        for): the rest of the result is the same, with the small operations besides in which a first
+        step makes tables.
     Raises HostSync, WrongDevice, or PyTorch's FakeTensorDeviceMismatchError; UserError where a
     DeepSpeed file offloads what cannot be planned (`zero_offload`).
     """
     check_offload(config)
-    run = partial(_dry_run, config, vocab_size, rank, ranks, prepare, quick)
-    if quick:
-        with contextlib.suppress(LeavesSomething):
-            return run(few_layers)
-    return run(lambda *_: contextlib.nullcontext())
-
-
-def _dry_run(
-    config: Config,
-    vocab_size: int,
-    rank: int,
-    ranks: int,
-    prepare: Callable[[TrainingEngine], None],
-    quick: bool,
-    layers: Callable[..., contextlib.AbstractContextManager],
-) -> DryRun:
-    """`dry_run`; layers: `few_layers`, or another context in its place."""
     forget_tables()
     memory = DeviceMemory(unpinned=keeps_optimizer_on_host(config.training.deepspeed_config))
     parts = Parts()
@@ -241,7 +251,6 @@ def _dry_run(
                     stack.enter_context(_telling_when_updating(engine, memory, recorder))
                     if quick:
                         stack.enter_context(few_tiles(memory, recorder))
-                        stack.enter_context(layers(config, engine.model, memory, recorder))
                     engine.train_step(_noting(batches, recorder, begun), config.training.lr)
                 memory.end_update()
         if not quick:
@@ -256,11 +265,36 @@ def _dry_run(
     return DryRun(
         work=recorder.work,
         memory=memory.peak,
-        activations=memory.most_activations,
         host=memory.host_peak,
         another=another,
         waits=syncs.counts,
     )
+
+
+def planned_step(config: Config, vocab_size: int, *, rank: int = 0, ranks: int = 1) -> DryRun:
+    """Return the `dry_run` of a step of this rank, with few of its micro batches run.
+
+    Run are as many as fill the pipeline, and a few more; each further one does what one in the
+    middle did (`DryRun.another`), and the peak of memory has come by then.
+    """
+    replicas = config.parallel.data_parallel_size(ranks)
+    microbatches = config.num_microbatches(replicas)
+    stages = config.parallel.pipeline_model_parallel_size
+    stage = rank * stages // ranks
+    first, group = steady_microbatches(config, stage)
+    few = min(first + group + 1, microbatches)
+    batch = few * replicas * config.training.micro_batch_size
+    training = dataclasses.replace(config.training, global_batch_size=batch)
+    short = dataclasses.replace(config, training=training)
+    step = dry_run(short, vocab_size, rank=rank, ranks=ranks, quick=True)
+    if few == microbatches:
+        return step
+    assert step.another is not None
+    work = step.work.plus(step.another, (microbatches - few) // group)
+    memory = step.memory.copy()
+    if stage == stages - 1:
+        memory["activations"] += BLOCK * (microbatches - few)  # the losses to report
+    return dataclasses.replace(step, work=work, memory=memory)
 
 
 def steady_microbatches(config: Config, stage: int) -> tuple[int, int]:

@@ -59,8 +59,7 @@ CASES = {
 
 def main() -> None:
     fake_device.pretend()
-    from megalong.dry_run.fake_tensors import fake_device_tensors
-    from megalong.dry_run.host_syncs import HostSyncs
+    from megalong.dry_run.fake_tensors import HostSyncs, fake_device_tensors
     from megalong.dry_run.memory import DeviceMemory
 
     peaks = {}

@@ -19,8 +19,7 @@ if __name__ == "__main__":
 else:
     import torch
 
-from megalong.dry_run.fake_tensors import fake_device_tensors
-from megalong.dry_run.host_syncs import HostSync, HostSyncs
+from megalong.dry_run.fake_tensors import HostSync, HostSyncs, fake_device_tensors
 from megalong.dry_run.memory import DeviceMemory
 from megalong.model.chunked.offload import CudaTransfers, HostOffload
 

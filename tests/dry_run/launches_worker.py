@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from megalong.dry_run.calibration.clock import Clock
-from megalong.dry_run.calibration.host import (
+from megalong.dry_run.calibration import (
     VOCABULARY,
+    Clock,
     small_config,
     small_engine,
     step_launches,

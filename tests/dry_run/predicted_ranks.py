@@ -70,9 +70,8 @@ def read(folder: Path) -> dict[str, Any]:
 def some_steps(trainer: Any, config: Any) -> Any:
     """Steps up to that whose traffic the engine counts, the first that is like all that follow;
     what that one did."""
-    from megalong.dry_run.kernels import InsideAttention
-    from megalong.dry_run.parts import Parts
-    from megalong.dry_run.recorder import WorkRecorder
+    from megalong.dry_run.fake_tensors import InsideAttention
+    from megalong.dry_run.recorder import Parts, WorkRecorder
     from megalong.dry_run.step import host_batches
 
     batches, parts = host_batches(config, trainer.mesh), Parts()

@@ -7,19 +7,14 @@ from unittest import mock
 import pytest
 import torch
 
-from megalong.dry_run.calibration import clock, device, host, links
-from megalong.dry_run.calibration.description import link_shares, raw_description, shares, write
+from megalong.dry_run import calibration
+from megalong.dry_run.calibration import link_shares, raw_description, write
 from megalong.dry_run.cluster import load_cluster
 from megalong.utils.errors import UserError
 from tests.forked import run_ranks
 from tests.launching import REPOSITORY, ranks_command, run, run_here
 
 TOOL = REPOSITORY / "tools" / "calibrate_device.py"
-
-
-def test_shares_of_a_peak():
-    rows = [(100.0, 0.1), (2000.0, 0.1), (30_000.0, 1.0)]
-    assert shares(rows, 20_000.0) == [[100.0, 0.05], [2000.0, 1.0], [30_000.0, 1.0]]
 
 
 def test_shares_of_a_link():
@@ -33,15 +28,15 @@ def test_shares_of_a_link():
 
 
 def test_what_is_measured_of_links_is_what_the_cost_model_says(tmp_path):
-    """Ranks, bytes and steps of `links.THROUGH` are those of `collectives`."""
+    """Ranks, bytes and steps of `calibration.THROUGH` are those of `collectives`."""
     from megalong.dry_run.cluster import Cluster, Curve, Device, Link
-    from megalong.dry_run.collectives import collective_seconds
+    from megalong.dry_run.cost import collective_seconds
     from megalong.dry_run.work import Collective
 
-    one = dict.fromkeys(links.THROUGH, Curve(((1.0, 1.0),)))
+    one = dict.fromkeys(calibration.THROUGH, Curve(((1.0, 1.0),)))
     nobody = Device("d", 1, {}, 1, {}, {}, {}, Curve(((1.0, 1.0),)), 0, 0, 0)
     cluster = Cluster("c", nobody, 8, Link("l", 1.0, 1e-3, one), None, 0.0, 1, 1, 0)
-    for name, of in links.THROUGH.items():
+    for name, of in calibration.THROUGH.items():
         for n in (2, 3, 8) if name != "send" else (2,):
             share, steps = of(n)
             found = collective_seconds(Collective("data", "f", name, 1, tuple(range(n))), cluster)
@@ -52,12 +47,12 @@ def test_what_is_measured_of_links_is_what_the_cost_model_says(tmp_path):
 
 # Less to measure, and no training in this process.
 SMALL = (
-    mock.patch.object(device, "COLD", 2**20),
-    mock.patch.object(host, "call_seconds", lambda clock: 2e-5),
-    mock.patch.dict(device.PRODUCTS, cpu=(16, 32)),
-    mock.patch.dict(device.LENGTHS, cpu=(16, 32)),
-    mock.patch.dict(device.MEMORY, cpu=(1000, 10_000)),
-    mock.patch.object(clock, "FEWEST", 2),
+    mock.patch.object(calibration, "COLD", 2**20),
+    mock.patch.object(calibration, "call_seconds", lambda clock: 2e-5),
+    mock.patch.dict(calibration.PRODUCTS, cpu=(16, 32)),
+    mock.patch.dict(calibration.LENGTHS, cpu=(16, 32)),
+    mock.patch.dict(calibration.MEMORY, cpu=(1000, 10_000)),
+    mock.patch.object(calibration, "FEWEST", 2),
 )
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from megalong.dry_run.cluster import COLLECTIVES, Cluster, Curve, Device, Link
-from megalong.dry_run.collectives import Placement, collective_seconds
+from megalong.dry_run.cost import Placement, collective_seconds
 from megalong.dry_run.work import Collective
 
 

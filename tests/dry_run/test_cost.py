@@ -94,11 +94,6 @@ def test_every_kernel_takes_something_beside_its_work():
     assert seconds == pytest.approx(2.3)
 
 
-def test_small_products_are_slower():
-    curve = {"float32": Curve(((100.0, 0.1), (10_000.0, 0.5)))}
-    assert operation_seconds(operation(), device(product=curve)) == pytest.approx(1 / 0.3)
-
-
 def test_attention_of_few_rows_is_slower():
     curve = {"float32": Curve(((10.0, 0.1), (1000.0, 0.5)))}
     few = operation("attention", 1000, 100, name="megalong.dilated_attention")
@@ -230,20 +225,6 @@ def test_an_update_on_the_host_waits_for_the_copies():
         phase_cost(done, ["update"], cluster(), Overlap())
 
 
-@pytest.mark.parametrize(
-    ("stages", "micro_batches", "chunks", "expected"),
-    [
-        ([8.0], 4, 1, 0.0),
-        ([8.0] * 4, 8, 1, 3.0),  # (p - 1) / m of the work
-        ([8.0] * 4, 8, 2, 1.5),
-        ([8.0, 4.0], 4, 1, 1.0),
-        ([8.0, 4.0], 1, 1, 4.0),  # one micro batch: one stage after the other
-    ],
-)
-def test_the_bubble(stages, micro_batches, chunks, expected):
-    assert pipeline_bubble(stages, micro_batches, chunks) == pytest.approx(expected)
-
-
 def simulated(forward, backward, micro_batches):
     """Seconds of 1F1B (Narayanan et al., section 2.2), event by event: each stage does its own
     list of passes in order, and each pass waits for its neighbour's."""
@@ -279,12 +260,6 @@ def test_the_bubble_is_that_of_1f1b(stages, micro_batches):
     total = [3.0 * micro_batches] * stages
     predicted = max(total) + pipeline_bubble(total, micro_batches)
     assert predicted == pytest.approx(simulated([1.0] * stages, [2.0] * stages, micro_batches))
-
-
-def test_the_bubble_of_a_slow_last_stage_is_that_of_1f1b():
-    total = [3.0 * 8] * 3 + [4.5 * 8]  # the logits
-    predicted = max(total) + pipeline_bubble(total, 8)
-    assert predicted == pytest.approx(simulated([1, 1, 1, 1.5], [2, 2, 2, 3], 8))
 
 
 def test_a_pipeline():

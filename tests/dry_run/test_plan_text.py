@@ -14,8 +14,15 @@ from megalong.config.arguments import config_from_values, parse_arguments
 from megalong.config.memory import USABLE
 from megalong.dry_run.cluster import load_cluster
 from megalong.dry_run.cost import StepCost
-from megalong.dry_run.launch_files import write_launch_files
-from megalong.dry_run.plan_text import Training, duration, explained, layout_name, rejected, table
+from megalong.dry_run.plan_text import (
+    Training,
+    duration,
+    explained,
+    layout_name,
+    rejected,
+    table,
+    write_launch_files,
+)
 from megalong.dry_run.search import NotRun, PlannedLayout, Search, Slower
 from megalong.utils.errors import UserError
 
@@ -103,6 +110,7 @@ def test_an_explanation_adds_up(training):
     assert sum(seconds.values()) == 2.0
     assert "hidden behind computation: sequence axis" in text
     assert "8 calls  3.0 GB" in text and "not calibrated" in text
+    assert "1.35 to 2.6 times too short" in " ".join(text.split())
 
 
 def test_what_does_not_fit_says_by_how_much(training):
@@ -122,8 +130,7 @@ def test_what_does_not_fit_says_by_how_much(training):
         line = rf"1 layout not run that would not fit in {usable:.1f} GiB by .*{reason}.*:\n"
         assert re.search(rf"{line}    {needed}\.0 GiB: {re.escape(name)}$", text, re.MULTILINE)
     assert "3 x --zero-stage 2 cannot" in text
-    # 8 sequences of 4,096 tokens in 16 seconds.
-    assert "2 other ways to share the work not run" in text and "2,048 tokens/s at the most" in text
+    assert "2 other ways to share the work not run" in text
 
 
 @pytest.mark.parametrize(("ranks", "nodes"), [(4, 1), (32, 4)])

@@ -3,7 +3,7 @@
 from megalong.config.arguments import config_from_values
 from megalong.config.memory import USABLE
 from megalong.dry_run.cluster import load_cluster
-from megalong.dry_run.way_out import ways_out
+from megalong.dry_run.layouts import ways_out
 from megalong.model.memory_path import needs
 
 VALUES = {

@@ -25,9 +25,9 @@ from megalong.attention.sequence_plan import make_plan, subgroup_sizes
 from megalong.attention.shard_rows import shard_rows
 from megalong.attention.shards import Shards, pairs_of_rank
 from megalong.config.arguments import config_from_values
-from megalong.dry_run.neighbours import SyntheticRows
 from megalong.dry_run.share import (
     Clock,
+    SyntheticRows,
     answered,
     lone_rank,
     lone_sequence,

@@ -1,8 +1,8 @@
 """Steps that are planned beside steps that are run, in a process with a fake GPU.
 
 Writes {case: {"planned", "run"}} as JSON to the file it is given, of each its operations,
-collectives, memory and pinned memory; under "launches" of small ones, for every rank, what it does;
-and under "estimates" what a step is estimated from, and how long it takes.
+collectives, memory and pinned memory; and under "launches" of small ones, for every rank, what it
+does.
 """
 
 import json
@@ -67,26 +67,6 @@ LAUNCHES = {
     "pp4 sp2": ({**PIPELINE, "sequence_parallel_size": 2}, 8),
 }
 
-# What a step is estimated from, and the estimate: name -> flags, ranks, micro batches
-ESTIMATES = {
-    "one": ({}, 1, 4),
-    "hybrid, recomputed, two replicas": ({**HYBRID, **FULL}, 2, 4),
-    "tp2 sp2, memory path": (
-        {**ON, "tensor_model_parallel_size": 2, "sequence_parallel_size": 2}, 4, 2,
-    ),
-    "pp4 sp2, two sequences": (
-        {**PIPELINE, "sequence_parallel_size": 2, "num_layers": 8, "micro_batch_size": 2}, 8, 8,
-    ),
-    "pp2 sp2, chunks of one layer, recomputed": (
-        {**INTERLEAVED, **FULL, "sequence_parallel_size": 2, "num_layers": 12}, 4, 8,
-    ),
-    "pp2, chunks of one layer": ({**INTERLEAVED, "num_layers": 8}, 2, 4),
-    "sp2 dp2, ZeRO 3": ({"sequence_parallel_size": 2, "zero_stage": 3}, 4, 2),
-    "Muon, tp2 dp2, ZeRO 2": (
-        {"tensor_model_parallel_size": 2, "zero_stage": 2, "optimizer": "muon"}, 4, 2,
-    ),
-}  # fmt: skip
-
 
 def config_of(flags, ranks, microbatches):
     from megalong.config.arguments import config_from_values
@@ -115,55 +95,10 @@ def of_work(work) -> dict:
     }
 
 
-def without_tables(work):
-    """Without the index tables of a first step, which go to the device."""
-    from megalong.dry_run.work import TO_DEVICE, Work
-
-    operations = {call: n for call, n in work.operations.items() if call.name != TO_DEVICE}
-    return Work(operations, work.collectives)
-
-
-def estimated(flags, ranks, microbatches) -> dict:
-    """What is compared of an estimate."""
-    from megalong.dry_run.cluster import load_cluster
-    from megalong.dry_run.estimate import (
-        estimated_activations,
-        estimated_seconds,
-        model_work,
-        one_stage,
-        shares,
-    )
-    from megalong.dry_run.extension import planned_step
-    from megalong.dry_run.ranks import ranks_to_plan
-    from megalong.dry_run.search import planned_layout
-    from megalong.model.parameters import count_parameters
-
-    cluster = load_cluster("h100")
-    config = config_of(flags, ranks, microbatches).resolve(ranks)
-    one = one_stage(config)
-    of = shares(one, VOCABULARY)
-    names = (config.attention.attention * config.model.num_layers)[: config.model.num_layers]
-    kinds = {name: names.count(name) for name in set(names)}
-    count = count_parameters(config.model, VOCABULARY).used
-    places = [place for place in ranks_to_plan(config, ranks) if place.stage == 0]
-    steps = [planned_step(config, VOCABULARY, rank=p.rank, ranks=ranks) for p in places]
-    return {
-        "shares": of_work(without_tables(of.of_stage(kinds, (True, True)))),
-        "run": of_work(without_tables(model_work(one, VOCABULARY))),
-        "estimated": estimated_seconds(config, of, count, cluster, VOCABULARY, ranks),
-        "planned": planned_layout(config, VOCABULARY, cluster, ranks).cost.total,
-        "activations": [
-            estimated_activations(config, of, ranks),
-            max(step.activations for step in steps),
-        ],
-    }
-
-
 def main(output: str) -> None:
     fake_device.pretend()
-    from megalong.dry_run.extension import planned_step
-    from megalong.dry_run.ranks import ranks_to_plan
-    from megalong.dry_run.step import dry_run
+    from megalong.dry_run.layouts import ranks_to_plan
+    from megalong.dry_run.step import dry_run, planned_step
 
     results = {}
     for name, (flags, rank, ranks, microbatches) in CASES.items():
@@ -184,11 +119,7 @@ def main(output: str) -> None:
             "memory": [step.memory.total() for step in steps],
             "planned": [vars(place) for place in ranks_to_plan(config, ranks)],
         }
-    estimates = {}
-    for name, (flags, ranks, microbatches) in ESTIMATES.items():
-        print(name, file=sys.stderr, flush=True)
-        estimates[name] = estimated(flags, ranks, microbatches)
-    everything = {"steps": results, "launches": launches, "estimates": estimates}
+    everything = {"steps": results, "launches": launches}
     Path(output).write_text(json.dumps(everything))
 
 
