@@ -171,7 +171,7 @@ class RunConfig:
         if not 1 <= start < end:
             raise UserError(
                 f"--profile-step-start {start} must be at least 1, --profile-step-end {end} larger:"
-                f" set --profile-step-start {max(start, 1)} --profile-step-end {max(start, 1) + 2}"
+                f" set --profile-step-end {max(start, 1) + 2} and --profile-step-start {max(start, 1)}"
             )
         if start > train_iters:
             raise UserError(
