@@ -169,9 +169,10 @@ class RunConfig:
         if self.save is None:
             raise UserError("--profile writes a trace into the run folder: set --save")
         if not 1 <= start < end:
+            first = max(start, 1)
             raise UserError(
                 f"--profile-step-start {start} must be at least 1, --profile-step-end {end} larger:"
-                f" set --profile-step-end {max(start, 1) + 2} and --profile-step-start {max(start, 1)}"
+                f" set --profile-step-end {first + 2} and --profile-step-start {first}"
             )
         if start > train_iters:
             raise UserError(
