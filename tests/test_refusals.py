@@ -116,13 +116,13 @@ YARN --rotary-base 1 -> --rotary-base 1.0
 --save x --keep-best --eval-interval 5 --save-interval 2 -> --save-interval 5
 --save x --keep-best --full-validation -> --eval-iters 0
 --wandb-exp-name x -> --wandb-exp-name --wandb-project
---hang-timeout-seconds 600 -> --hang-timeout-seconds 300
+--hang-timeout-seconds 600 -> --hang-timeout-seconds 600 --distributed-timeout-minutes 10
 --profile -> --profile --save
 --profile --save x --profile-step-start 0 -> --profile-step-start 1 --profile-step-end 3
 --profile --save x --profile-ranks 1 -> --profile-ranks 1
 --sample-tokens 5 -> --sample-tokens 5 --sample-prompts
 --sample-prompts a --sample-temperature -1 -> --sample-temperature -1
---sample-prompts a --objective mlm -> --sample-prompts --objective mlm
+--sample-prompts a --objective mlm -> --sample-prompts --objective causal
 --document-attention isolated --seq-length 2**31 -> --document-attention mixed
 --optimizer muon --deepspeed-config OFFLOAD -> --optimizer adam
 --match-flops -> --match-flops --attention local

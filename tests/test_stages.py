@@ -9,7 +9,7 @@ from megalong.config.arguments import config_from_values, parse_arguments, to_ya
 from megalong.config.recipe import parse_run
 from megalong.training.learning_rate import learning_rate
 from megalong.utils.errors import UserError
-from tests.recipe_file import RECIPE, changed, stages_of, write_recipe
+from tests.recipe_file import NEEDED, RECIPE, changed, stages_of, write_recipe
 
 
 @pytest.fixture
@@ -36,10 +36,6 @@ def test_each_stage_is_a_run_that_goes_on_from_the_one_before(file):
     assert long.config.attention.attention == ("dilated", "dense")
     assert (short.config.model.rotary_base, long.config.model.rotary_base) == (10000.0, 50000.0)
     assert [s.config.parallel.sequence_parallel_size for s in (short, long)] == [1, 2]
-
-
-def test_the_schedule_of_a_stage_is_its_own(file):
-    short, long = stages_of()
     rates = [learning_rate(i, short.config.training) for i in range(1, 11)]
     assert rates == pytest.approx([5e-4, 1e-3, *(1e-3 * left / 8 for left in range(8, 0, -1))])
     rates = [learning_rate(i, long.config.training) for i in range(11, 16)]
@@ -47,8 +43,7 @@ def test_the_schedule_of_a_stage_is_its_own(file):
 
 
 def test_a_run_without_stages_is_one_without_a_name(file):
-    flags = [word for line in ("--data-path d", "--tokenizer-type ByteTokenizer", "--save run")
-             for word in line.split()]  # fmt: skip
+    flags = [*NEEDED, "--save", "run"]
     [only] = parse_run(flags).resolve(1)
     given = parse_arguments(flags)
     assert (only.name, only.begin, only.given, only.config) == (None, 0, given, given.resolve(1))
@@ -71,6 +66,7 @@ def test_what_starts_a_like_run_is_written_down(file):
 def test_what_is_written_of_a_scaling_and_of_samples_is_read_again(file):
     """Of what one stage has, the file written gives the others their default or nothing."""
     changed(file, ("rotary_base: 50000", "rope_scaling_factor: 4\n      rope_original_length: 64"),
+            ("    lr: 5.0e-4", "    lr: 5.0e-4\n    pretrained_checkpoint: null"),
             ("    train-iters: 10", "    train-iters: 10\n    sample_prompts: [a, b]\n"
              "    sample_interval: 3\n    keep_best_by: code"),
             ("save: run\n", "save: run\nkeep_best: true\n"))  # fmt: skip
@@ -85,16 +81,11 @@ def test_what_is_written_of_a_scaling_and_of_samples_is_read_again(file):
 
 @pytest.mark.parametrize(
     "tokens, iterations",
-    [("2**20", 1024), ("1Mi", 1024), ("1_048_576", 1024), ("'2048'", 2), ("4.0e3", 4), ("4e3", 4)],
+    [("2**20", 1024), ("1Mi", 1024), ("'2048'", 2), ("4.0e3", 4), ("4e3", 4)],
 )
 def test_how_tokens_may_be_written(file, tokens, iterations):
     changed(file, ("train_tokens: 5e3", f"train_tokens: {tokens}"))
     assert stages_of()[1].iterations == iterations
-
-
-def test_a_later_stage_may_say_that_it_begins_with_no_other_model(file):
-    changed(file, ("rotary_base: 50000", "rotary_base: 50000\n    pretrained_checkpoint: null"))
-    assert stages_of()[1].config.run.pretrained_checkpoint is None
 
 
 def test_how_a_stage_is_computed_the_command_line_decides(file):
@@ -138,14 +129,10 @@ def test_flags_that_do_not_go_with_the_stages(file, flags, message):
          "training.train_token: unknown key; did you mean train_tokens?"),
         (("rotary_base: 50000", "lr_wsd_decay_iters: 2"), 23, "belongs to the section training"),
         (("rotary_base: 50000", "seq-length: 2"), 23, "model.seq-length: given twice"),
-        (("rotary_base: 50000", "seq_length: 2"), 23, "stage long: seq_length: given twice"),
         (("lr: 5.0e-4", "min_lr: 0\n    min_lr: 0"), 32, "stage long: min_lr: given twice"),
         (("rotary_base: 50000", "hidden_size: 32"), 23,
          "stage long: hidden_size: is the same in all stages: set it beside `stages:`"),
         (("rotary_base: 50000", "rotary_base: fast"), 23, "expected float, found 'fast'"),
-        (("lr: 5.0e-4", "seed: 5"), 31, "stage long: seed: is the same in all stages"),
-        (("lr: 5.0e-4", "save: other"), 31, "stage long: save: is the same in all stages"),
-        (("lr: 5.0e-4", "optimizer: sgd"), 31, "stage long: optimizer: is the same"),
         (("lr: 5.0e-4", "lr_begin_iters: 1"), 31, "the schedule of a stage begins with the stage"),
         (("lr: 5.0e-4", "pretrained_checkpoint: x"), 31, "only the first stage begins with"),
         (("name: long", "name: short"), 20, "short is the name of another stage already"),
@@ -155,7 +142,6 @@ def test_flags_that_do_not_go_with_the_stages(file, flags, message):
         (("train_tokens: 5e3", "train_tokens: 2**x"), 29, "number, found '2**x'"),
         (("    train-iters: 10\n", ""), 14, "stage short has no length: set train_iters"),
         (("train-iters: 10", "train-iters: 0"), 18, "expected a positive whole number, found 0"),
-        (("train-iters: 10", "train-iters: 1.5"), 18, "train-iters: expected int, found 1.5"),
         (("train-iters: 10", "train_iters: 1\n    train_tokens: 64"), 19, "keep one of them"),
         (("train-iters: 10", "train-iters: 1"), 19,
          "stage short: --lr-warmup-iters 2 is more than the 1 iteration of the stage"),
@@ -165,10 +151,6 @@ def test_flags_that_do_not_go_with_the_stages(file, flags, message):
         (("rotary_base: 50000", "rope_original_length: 64"), 23, "--rope-scaling-factor"),
         (("save: run\n", "save: run\nrope_original_length: 64\n"), 12,
          "stage short: --rope-original-length 64"),
-        (("rotary_base: 50000", "yarn_original_max_position_embeddings: 64"), 23,
-         "--yarn-rotary-scaling-factor"),
-        (("rotary_base: 50000", "yarn_rotary_scaling_factor: 4"), 23,
-         "set --yarn-original-max-position-embeddings to that"),
         (("segment_lengths: [16, 64]", "segment_lengths: [16]"), 16,
          "stage short: --segment-lengths has 1 values and --dilation-rates 2"),
         (("lr: 1.0e-3\n", "lr: 1.0e-3\ntrain_iters: 5\n"), 6, "each stage has its own"),

@@ -254,8 +254,7 @@ class AttentionConfig:
             raise UserError("--attention names no kind: set one or more")
         if len(self.attention) > num_layers:
             raise UserError(
-                f"--attention has {len(self.attention)} kinds, more than --num-layers {num_layers}:"
-                " the last ones would be of no layer"
+                f"--attention has {len(self.attention)} kinds, more than --num-layers {num_layers}"
             )
         lengths, rates = self.segment_lengths, self.dilation_rates
         assert lengths is not None and rates is not None

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from megalong.config.flags import default, flag, flag_name
+from megalong.config.flags import default, flag, flag_name, refuse_without
+from megalong.data.length_upsampling import LengthUpsampling
 from megalong.data.loss_mask import may_mask_loss
 from megalong.data.sources import LengthUpsampling, SourceSpec, sources_of_file, sources_of_flag
 from megalong.data.tokenizers.tokenizer import TOKENIZERS
@@ -116,10 +118,7 @@ class DataConfig:
         for name in ("data_path", "train_data_path"):
             if getattr(self, name):
                 return sources_of_flag(getattr(self, name), flag_name(name))
-        raise UserError(
-            "--data-path is missing: the prefix that tools/preprocess_data.py wrote (or"
-            " --data-blend, or --train-data-path)"
-        )
+        raise UserError("--data-path is missing: set it, or --data-blend, or --train-data-path")
 
     def held_out_sources(self) -> dict[str, list[SourceSpec]]:
         """What is evaluated on where `--split` divides nothing: "validation" and "test". Raises
@@ -136,15 +135,12 @@ class DataConfig:
         a flag is of another objective. causal: whether next tokens are predicted."""
         if self.isolates_documents and seq_length >= 2**31:
             raise UserError(
-                "--document-attention isolated counts places in 32 bits, and --seq-length"
-                f" {seq_length} has more: set --document-attention mixed, or --seq-length"
-                f" {2**31 - 1} or less"
+                f"--document-attention isolated has room for {2**31 - 1} tokens, less than"
+                f" --seq-length {seq_length}: set --document-attention mixed, or fewer"
             )
-        if self.eod_mask_loss and not causal:
-            raise UserError(
-                "--eod-mask-loss is about predicting the next token: with --objective mlm leave it"
-                " out"
-            )
+        if not causal:
+            what = "predicting the next token"
+            refuse_without(what, "--objective causal", self, "eod_mask_loss")
         given = [
             flag_name(name)
             for name in ("data_path", "train_data_path", "data_blend")
@@ -168,7 +164,6 @@ class DataConfig:
         self.held_out_sources()
         if self.tokenizer_model is None and self.tokenizer_type != "ByteTokenizer":
             raise UserError(
-                f"--tokenizer-model is missing: {self.tokenizer_type} needs the file that"
-                " tools/train_tokenizer.py wrote (ByteTokenizer needs none)"
+                f"--tokenizer-model is missing: set it to the file of {self.tokenizer_type}"
             )
         _ = self.upsampling  # an error, where it is not understood

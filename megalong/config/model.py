@@ -203,8 +203,7 @@ class ModelConfig:
         if self.num_attention_heads % self.num_query_groups:
             raise UserError(
                 f"--num-attention-heads {self.num_attention_heads} does not divide by"
-                f" --num-query-groups {self.num_query_groups}: every key/value head serves the same"
-                " number of query heads"
+                f" --num-query-groups {self.num_query_groups}: change one of them"
             )
         if self.has_rotary_positions and self.kv_channels % 2:
             raise UserError(
@@ -338,14 +337,12 @@ def _check_scaling(model: ModelConfig) -> None:
     if len(given) > 1:
         raise UserError(
             f"{' and '.join(map(flag_name, given))} are different scalings of the rotary positions:"
-            " set one of them (what is not among the flags stands in the file of --config: take it"
-            " out there)"
+            " set one of them, in the file of --config, too"
         )
     if model.rotary_ntk_factor is not None and model.kv_channels == 2:
         raise UserError(
-            "--rotary-ntk-factor slows the pairs of channels but the first, and a head of 2"
-            " channels has no others: set a larger --kv-channels, or"
-            " --rotary-seq-len-interpolation-factor"
+            "--rotary-ntk-factor slows all pairs of channels but the first, the only one here: set"
+            " --kv-channels 4 or more, or --rotary-seq-len-interpolation-factor"
         )
     if model.rope_scaling_factor is None:
         refuse_without("Llama 3.1's scaling", "--rope-scaling-factor too", model, *LLAMA3)
@@ -361,17 +358,15 @@ def _check_turns(model: ModelConfig, slow: str, fast: str) -> None:
     if getattr(model, fast) <= getattr(model, slow):
         raise UserError(
             f"{flag_name(fast)} {getattr(model, fast)} must be more than {flag_name(slow)}"
-            f" {getattr(model, slow)}: turns in the original length above which a pair of channels"
-            " stays, and below which it is slowed down"
+            f" {getattr(model, slow)}"
         )
 
 
 def _check_yarn(model: ModelConfig) -> None:
     if model.yarn_original_max_position_embeddings is None:
         raise UserError(
-            f"--yarn-rotary-scaling-factor {model.yarn_rotary_scaling_factor} scales positions from"
-            " the length of an earlier training: set --yarn-original-max-position-embeddings to"
-            " that"
+            f"--yarn-rotary-scaling-factor {model.yarn_rotary_scaling_factor} scales the length of"
+            " an earlier training: set --yarn-original-max-position-embeddings to that"
         )
     require_positive(model, "yarn_original_max_position_embeddings")
     require_more_than_zero(model, "yarn_attention_factor", "yarn_mscale", "yarn_mscale_all_dim")
@@ -380,13 +375,11 @@ def _check_yarn(model: ModelConfig) -> None:
         raise UserError(f"--rotary-base {model.rotary_base} must be more than 1 with YaRN")
     if (model.yarn_mscale is None) != (model.yarn_mscale_all_dim is None):
         raise UserError(
-            "--yarn-mscale and --yarn-mscale-all-dim are two halves of a ratio: set both, or"
-            " neither"
+            "--yarn-mscale and --yarn-mscale-all-dim make a ratio: set both, or neither"
         )
     if model.yarn_mscale is not None and model.yarn_attention_factor is not None:
         raise UserError(
-            "--yarn-attention-factor says what --yarn-mscale and --yarn-mscale-all-dim would: set"
-            " it, or these two"
+            "--yarn-attention-factor stands for --yarn-mscale and --yarn-mscale-all-dim: set one"
         )
 
 

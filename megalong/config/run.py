@@ -83,7 +83,7 @@ class RunConfig:
     )
     hang_timeout_seconds: float | None = flag(
         None,
-        "seconds that ranks wait for one that does not move before they end and name it; 0: ever"
+        "seconds that ranks wait for one that does not move before they end and name it; 0: no end"
         " (default: half of --distributed-timeout-minutes)",
     )
 
@@ -112,13 +112,12 @@ class RunConfig:
             refuse_without("the weights of a checkpoint", "--load", self, "finetune")
         if self.new_data and self.finetune:
             raise UserError(
-                "--new-data is about a run that goes on, and --finetune begins a new one, on any"
-                " data: leave --new-data out"
+                "--new-data is about a run that goes on, and --finetune begins one: leave it out"
             )
         if self.finetune and training.use_checkpoint_opt_param_scheduler:
             raise UserError(
-                "--finetune takes the checkpoint's weights and nothing else of it, and"
-                " --use-checkpoint-opt-param-scheduler its schedule: leave one of the two out"
+                "--finetune takes weights alone, and --use-checkpoint-opt-param-scheduler the"
+                " checkpoint's schedule: leave one of the two out"
             )
         self._check_checkpoints()
         seconds, minutes = self.hang_timeout_seconds, self.distributed_timeout_minutes
@@ -126,8 +125,7 @@ class RunConfig:
         if not 0 <= seconds < 60 * minutes:
             raise UserError(
                 f"--hang-timeout-seconds {seconds:g} has to be less than"
-                f" --distributed-timeout-minutes {minutes}, after which the wait is over anyway:"
-                f" set --hang-timeout-seconds {30 * minutes}, or 0 for no such watch"
+                f" --distributed-timeout-minutes {minutes}: set {30 * minutes}, or 0 for no watch"
             )
         if self.profile:
             self._check_profile(training.train_iters, world_size)
@@ -171,10 +169,10 @@ class RunConfig:
         if self.save is None:
             raise UserError("--profile writes a trace into the run folder: set --save")
         if not 1 <= start < end:
+            first = max(start, 1)
             raise UserError(
-                f"--profile-step-start {start} and --profile-step-end {end} are the first iteration"
-                " that is traced and the first after it, counted from 1: set --profile-step-end"
-                f" {max(start, 1) + 2}" + (" and --profile-step-start 1" if start < 1 else "")
+                f"--profile-step-start {start} must be at least 1, --profile-step-end {end} larger:"
+                f" set --profile-step-end {first + 2} and --profile-step-start {first}"
             )
         if start > train_iters:
             raise UserError(
@@ -241,10 +239,8 @@ class TasksConfig:
         if self.eval_tasks is None:
             return refuse_without("tasks", "--eval-tasks", self, *vars(self))
         if not causal:
-            raise UserError(
-                "--eval-tasks are about predicting the next token: with --objective mlm leave them"
-                " out"
-            )
+            what = "predicting the next token"
+            refuse_without(what, "--objective causal", self, "eval_tasks")
         require_positive(self, "eval_task_samples", "eval_task_interval")
         assert self.eval_task_lengths is not None
         for length in self.eval_task_lengths:
@@ -286,9 +282,7 @@ class SamplesConfig:
         if self.sample_prompts is None:
             return refuse_without("samples", "--sample-prompts", self, *vars(self))
         if not causal:
-            raise UserError(
-                "--sample-prompts are continued token by token, which a masked-language model does"
-                " not: with --objective mlm leave them out"
-            )
+            what = "predicting the next token"
+            refuse_without(what, "--objective causal", self, "sample_prompts")
         require_positive(self, "sample_interval", "sample_tokens")
         require_not_negative(self, "sample_temperature")

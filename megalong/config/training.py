@@ -126,8 +126,7 @@ class TrainingConfig:
         require_positive(self, "micro_batch_size", "train_iters")
         if not 0 <= self.lr_begin_iters < self.train_iters:
             raise UserError(
-                f"--lr-begin-iters {self.lr_begin_iters} must be at least 0, and less than"
-                f" --train-iters {self.train_iters}"
+                f"--lr-begin-iters {self.lr_begin_iters} must lie in [0, {self.train_iters})"
             )
         return dataclasses.replace(
             self,
@@ -181,9 +180,8 @@ class TrainingConfig:
             )
         if keeps_optimizer_on_host(self.deepspeed_config):
             raise UserError(
-                "--optimizer muon multiplies matrices, for which a host is too slow: leave"
-                " offload_optimizer (cpu_offload of old) out of --deepspeed-config"
-                f" {self.deepspeed_config}, or set --optimizer adam"
+                "--optimizer muon is too slow on a host: leave offload_optimizer and cpu_offload"
+                f" out of --deepspeed-config {self.deepspeed_config}, or set --optimizer adam"
             )
 
     def _check_loss_spikes(self) -> None:
@@ -193,10 +191,7 @@ class TrainingConfig:
             what = "--skip-loss-spikes"
             return refuse_without(what, "that, 2 say", self, "loss_spike_window")
         if not 1 < factor < math.inf:
-            raise UserError(
-                f"--skip-loss-spikes {factor:g} must be more than 1: half of all losses are above"
-                " their median"
-            )
+            raise UserError(f"--skip-loss-spikes {factor:g} must be more than 1 median: set 2, say")
         if keeps_optimizer_on_host(self.deepspeed_config):
             raise UserError(
                 f"--skip-loss-spikes leaves out no update of an optimizer on the host, where"
@@ -223,8 +218,7 @@ class TrainingConfig:
         iterations = self.lr_wsd_decay_iters
         if iterations is None:
             raise UserError(
-                "--lr-decay-style WSD is stable until its decay: set --lr-wsd-decay-iters to the"
-                " iterations of that"
+                "--lr-decay-style WSD ends with a decay: set --lr-wsd-decay-iters to its length"
             )
         if not 0 < iterations <= room:
             raise UserError(
@@ -237,8 +231,7 @@ class TrainingConfig:
             return refuse_without("masked tokens", "--objective mlm", self, "mask_rate")
         if not 0 < self.mask_rate < 1:
             raise UserError(
-                f"--mask-rate {self.mask_rate:g} must lie between 0 and 1: with 0 there is nothing"
-                f" to tell, with 1 nothing to tell it from (BERT's is {MASK_RATE})"
+                f"--mask-rate {self.mask_rate:g} must lie between 0 and 1 (BERT's is {MASK_RATE})"
             )
 
 
