@@ -91,22 +91,6 @@ def test_what_changed_is_a_line_each(checkpoint, changes, told):
     assert other_ways(checkpoint, resolved(**changes)) == expected
 
 
-@pytest.mark.parametrize(
-    "changes, moves",
-    [
-        ({"lr": 0.5, "train_iters": 20, "global_batch_size": 16, "zero_stage": 2}, False),
-        ({"seed": 7, "precision": "bf16", "skip_loss_spikes": 2}, False),
-        ({"seq_length": 256}, True),
-        ({"document_attention": "isolated"}, True),
-        ({"dilation_rates": "1 2 4"}, True),
-        ({"split": "80,10,10"}, True),
-    ],
-    ids=str,
-)
-def test_what_moves_the_loss_of_a_batch(checkpoint, changes, moves):
-    assert moves_the_loss(checkpoint, resolved(**changes)) is moves
-
-
 # Of the sources `Blend.continued` tells, and what flops match is in the pattern that it makes.
 ELSEWHERE = {"data_path", "data_blend", "train_data_path", "match_flops"}
 

@@ -278,7 +278,7 @@ def test_each_stage_has_its_own_best(one_rank, tmp_path):
 
 
 SAVING_LOOP, LIMITED_RUN = (
-    str(Path(__file__).with_name(name)) for name in ("saving_loop.py", "limited_run.py")
+    str(Path(__file__).with_name(name)) for name in ("saving_loop.py", "killed_run.py")
 )
 INSPECT = REPOSITORY / "tools" / "inspect_checkpoint.py"
 
@@ -382,7 +382,7 @@ def test_one_rank_cannot_write(corpus, tmp_path):
     """In the background: all ranks hear of it and end, and the checkpoint before is untouched."""
     folder = tmp_path / "run"
     changes = {"async_save": True, "train_iters": 400}
-    line = refused(2, *flags(corpus, folder, **changes), script=LIMITED_RUN)
+    line = refused(2, "limit", 2, *flags(corpus, folder, **changes), script=LIMITED_RUN)
     assert f"the checkpoint {folder}/iter_0000004 could not be written: File too large" in line
     assert "iter_0000002 stays in force" in line
     assert_last_is_two(folder)

@@ -168,47 +168,20 @@ def test_a_run_and_its_continuation(corpus, tmp_path):
     assert (folder / "task_accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_evaluations_leave_the_training_as_it_is_and_score_the_checkpoint(corpus, tmp_path):
-    """A run with tasks trains as one without; its last scores are those of its checkpoint."""
-    kept = {}
-    # An export has no rows that fill up the vocabulary, which losses depend on.
-    like = {"train_iters": 4, "make_vocab_size_divisible_by": 1}
-    for name, tasks in (("with", TASKS | {"eval_task_interval": 1}), ("without", {})):
-        run_ranks(1, PRETRAIN, *small_run_flags(corpus, **like, **tasks, save=tmp_path / name))
-        kept[name] = read_metrics(tmp_path / name / "metrics.jsonl")
-    steps = {
-        name: [
-            {what: record[what] for what in ("iteration", "loss", "grad_norm", "learning_rate")}
-            for record in training_records(records)
-        ]
-        for name, records in kept.items()
-    }
-    assert len(steps["with"]) == 4 and steps["with"] == steps["without"]
-
-    loaded = load_model(tmp_path / "with", "cpu", torch.float32)
-    language = language_of("ids", loaded.encode, loaded.ids, loaded.first)
-    last = [record for record in kept["with"] if "task" in record][-2:]
-    assert [record["task"] for record in last] == TASKS["eval_tasks"].split()
-    for record in last:
-        score = task_score(loaded, Trials(record["task"], language, 128, 3)).record()
-        assert record["iteration"] == 4 and record["loss"] == pytest.approx(score["loss"], rel=1e-5)
-        assert {name: record[name] for name in score} == score | {"loss": record["loss"]}
-
-
 def test_a_task_has_its_curves_and_takes_the_place_of_the_same_one_only(tmp_path):
     score = {"task": "mqar", "length": 64, "samples": 3, "style": "ids", "iteration": 2}
     others = [score | {"length": 32}, score | {"style": "text"}, score | {"samples": 4}]
     config, points = Config(run=RunConfig(save=str(tmp_path))), {}
     with MetricsLog(config, 0, print) as log:
         for record in [*others, score | {"loss": 3.0}]:
-            log.task(record)
+            log.evaluation(record)
     with MetricsLog(config, 2, print) as log:
         log._boards.append(
             SimpleNamespace(
                 scalars=lambda iteration, values: points.update(values), close=lambda failed: None
             )
         )
-        log.task(score | {"accuracy": 0.5, "token_accuracy": 0.75, "loss": 1.0})
+        log.evaluation(score | {"accuracy": 0.5, "token_accuracy": 0.75, "loss": 1.0})
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert records[:3] == others and [record.get("accuracy") for record in records[3:]] == [0.5]
     assert points == {

@@ -18,14 +18,13 @@ from megalong.config import Config
 from megalong.config.arguments import parse_arguments
 from megalong.config.run import RunConfig
 from megalong.training import metrics, profiling
-from megalong.training import reports as meter_module
+from megalong.training import training_loss as meter_module
 from megalong.training.metrics import MetricsLog, check_wandb, forget_after, read_metrics
 from megalong.training.profiling import Profiler
-from megalong.training.reports import Meter
+from megalong.training.training_loss import Meter
 from megalong.utils.errors import UserError
 from tests.forked import run_ranks
 from tests.launching import small_run_flags
-from tools.plot_run import HELD_OUT_COLORS, held_out_colors
 
 WORKER = __file__
 PEAK = 0.05  # TFLOP/s of a rank
@@ -287,15 +286,6 @@ def test_a_trace_that_cannot_be_written_ends_no_training(tmp_path, gpu_calls, er
     assert gpu_calls[2:] == ["forget"]
 
 
-def test_memory_of_a_gpu_is_that_since_the_last_record(monkeypatch):
-    forgotten = []
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", forgotten.append)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 9)
-    assert Meter(GPU).take_memory() == {"peak_memory_bytes": 7, "peak_reserved_bytes": 9}
-    assert forgotten == [GPU]
-
-
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent / "stand_in"))
     assert importlib.util.find_spec("wandb")
@@ -377,11 +367,3 @@ def test_every_source_and_every_set_has_its_curves(tmp_path):
         "validation/code/loss": 3.0,
         "validation/code/perplexity": 20.0,
     }
-
-
-def test_held_out_sets_have_colors_of_their_own():
-    splits = ["validation/code", "validation/books", "test", "validation/code"]
-    colors = held_out_colors([{"split": split} for split in splits] + [{"loss": 1.0}])
-    assert list(colors) == ["validation/code", "validation/books", "test"]
-    assert colors["test"] == HELD_OUT_COLORS["test"]
-    assert len(set(colors.values())) == 3

@@ -230,10 +230,6 @@ def test_what_is_evaluated_on_and_trained_on_is_told(three):
     "changes, message",
     [
         (
-            {"data_path": None, "train_data_path": "{}/code"},
-            "--split 80,15,5 divides the sources, and --train-data-path names what is divided",
-        ),
-        (
             {"valid_data_path": "{}/code", "split": None},
             "--data-path is divided by --split, which --valid-data-path stands in for: set"
             " --train-data-path",
@@ -245,15 +241,6 @@ def test_what_is_evaluated_on_and_trained_on_is_told(three):
         (
             {"data_path": "0.5 {0}/code 0.5 {0}/nowhere"},
             "--data-path {}/nowhere: no file",
-        ),
-        (
-            {
-                "data_path": None,
-                "split": None,
-                "train_data_path": "{}/code",
-                "valid_data_path": "x={}/nowhere",
-            },
-            "--valid-data-path {}/nowhere: no file",
         ),
         (
             {"data_path": "0.5 {0}/code 0.5 {0}/one", "split": "1,9,0"},

@@ -54,31 +54,6 @@ def ahead(monkeypatch):
     return names
 
 
-def test_a_stage_may_be_made_as_short_as_it_is(file, ahead):
-    progress = at(6)
-    changed(file, ("train-iters: 10", "train-iters: 6"))
-    assert ahead(progress) == ["short", "long"]
-    changed(file, ("train-iters: 6", "train-iters: 6\n    lr_decay_iters: 10"))
-    assert ahead(progress) == ["short", "long"]
-    changed(file, ("lr_decay_iters: 10", "lr_decay_iters: 9"))
-    with pytest.raises(UserError, match=r"where --lr-decay-iters was 10, and here it is 9"):
-        ahead(progress)
-    changed(file, ("\n    lr_decay_iters: 9", ""))
-    # What the checkpoints after that have of it is as it was.
-    goes_on = begun(progress, stages_of()[1], stages_of()[1].config)
-    assert goes_on.stages[0]["settings"]["train_iters"] == 10
-    goes_on = dataclasses.replace(goes_on, iteration=8)
-    assert ahead(goes_on) == ["long"]
-    changed(file, ("\nlr: 1.0e-3", "\nlr: 2.0e-3"))
-    for reached in (progress, goes_on):
-        with pytest.raises(UserError, match=r"where --lr was 0.001, and here it is 0.002"):
-            ahead(reached)
-    changed(file, ("\nlr: 2.0e-3", "\nlr: 1.0e-3"), ("train-iters: 6", "train-iters: 10"))
-    with pytest.raises(UserError, match=r"where --train-iters was 6, and here it is 10: set it"):
-        ahead(goes_on)
-    assert ahead(progress) == ["short", "long"]
-
-
 @pytest.mark.parametrize(
     "change, flag",
     [

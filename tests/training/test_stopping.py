@@ -18,7 +18,7 @@ from tests.launching import (
 )
 from tests.training.test_resume import assert_same_run
 
-EARLY_RUN = __file__.replace("test_stopping", "early_run")
+EARLY_RUN = __file__.replace("test_stopping", "killed_run")
 ENDLESS = {"train_iters": 100_000, "lr_decay_iters": 100, "save_interval": 100_000}
 
 
@@ -99,7 +99,7 @@ def test_a_signal_in_the_first_moment(corpus, tmp_path):
     assert job.text() == f"{signal.SIGUSR1.value}\n"
     folder = tmp_path / "run"
     flags = small_run_flags(corpus, **ENDLESS, save=folder)
-    done = run_ranks(2, EARLY_RUN, signal.SIGUSR1.value, *flags)
+    done = run_ranks(2, EARLY_RUN, "asked", signal.SIGUSR1.value, *flags)
     line = "stopped by SIGUSR1 before the training began"
     assert done.stdout.splitlines()[-1].startswith(line)
     assert (folder / "stopped").read_text() == line + "\n"
