@@ -137,7 +137,7 @@ def test_the_table_needs_no_data_and_says_what_is_odd(file, capsys):
     assert "\nlearning rate    0.0006, constant\n" in told
 
 
-WORKER = __file__.replace("test_stages", "staged_worker")
+WORKER = __file__.replace("test_staged_run", "staged_worker")
 
 
 @pytest.fixture(scope="module")
