@@ -44,9 +44,7 @@ def test_the_watch_speaks_before_pytorch_aborts():
     alive = rank_watchdog.KEEP_ALIVE
     probes = alive["TCP_KEEPIDLE"] + alive["TCP_KEEPINTVL"] * alive["TCP_KEEPCNT"]
     silence = max(probes, rank_watchdog.UNANSWERED / 1000)
-    assert (
-        silence + rank_watchdog.OWN_WORDS < 4 * mesh.DUMP_SECONDS
-    )  # PyTorch waits so often
+    assert silence + rank_watchdog.OWN_WORDS < 4 * mesh.DUMP_SECONDS  # PyTorch waits so often
 
 
 def test_this_pytorch_knows_the_variable():
