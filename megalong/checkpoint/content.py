@@ -34,20 +34,14 @@ def random_state_name(rank: int, generator: str) -> str:
 class Progress:
     """How far a run has come.
 
-    consumed_tokens: where the run stands in the training stream, whatever the sequence length and
-        batch size were on the way.
-    losses: those of the iterations since the last one that was logged.
-    losses_by_source: since then too, for each source of the training blend the sum of the losses of
-        its predictions, and how many these were.
-    blend: where each source stands, and what the blend was so far (`megalong.data.blend.History`);
-        None: in the checkpoint of a run that knew one source only.
-    updates: steps of the optimizer; fewer than `iteration` where some were skipped.
-    skipped_spikes: those that were skipped for their loss.
-    recent_losses: what the next losses are measured by then (`megalong.training.loss_spikes`).
-    loss_scaler: state of the fp16 dynamic loss scaler.
-    stages: those of a run of several that have begun (`megalong.training.stages`): of each the
-        name, the iteration after which it began ("begin"), and what of its settings its result
-        hangs on ("settings"); of the last one, in which the run is, those of this checkpoint.
+    consumed_tokens: where the run stands in the training stream, whatever the sequence lengths.
+    losses: those of the iterations since the last one that was logged; losses_by_source: since then
+        too, by source the sum of the losses, and of how many predictions.
+    blend: where each source stands (`megalong.data.blend.History`); None: nothing was read.
+    updates: steps of the optimizer, without those skipped; skipped_spikes: for their loss.
+    recent_losses: what the next losses are measured by (`megalong.training.training_loss`).
+    stages: those that have begun: name, the iteration after which it began ("begin"), and the
+        settings that its result hangs on ("settings").
     """
 
     iteration: int = 0
@@ -79,10 +73,7 @@ def read_progress(checkpoint: Path) -> Progress:
 
 
 def read_settings(checkpoint: Path) -> dict[str, Any]:
-    """The fields of the resolved configuration by name, those that were known when it was written.
-
-    Raises UserError.
-    """
+    """Read the fields of the resolved configuration by name. Raises UserError."""
     return read_yaml(str(checkpoint / _CONFIG))
 
 
@@ -107,8 +98,8 @@ HUGGINGFACE_FILES = (
 
 
 def tokenizer_files(data: DataConfig) -> dict[str, bytes]:
-    """The files of a run's tokenizer by the names that they have in a checkpoint: those that it is
-    read from, and nothing else of its folder. None where it needs none, or has gone."""
+    """Return the files of a run's tokenizer by the names that they have in a checkpoint; none where
+    it needs none, or has gone."""
     model = Path(data.tokenizer_model or "")
     if data.tokenizer_type == "TikTokenizer":
         return _tiktoken_files(model) if model.is_file() else {}
@@ -122,8 +113,8 @@ def tokenizer_files(data: DataConfig) -> dict[str, bytes]:
 
 
 def kept_tokenizer(checkpoint: Path, data: DataConfig) -> str | None:
-    """Where the tokenizer of a checkpoint is: in it, or, of one without, where the training had it;
-    None for one that needs no file."""
+    """Return where the tokenizer of a checkpoint is: in it, or where the training had it; None for
+    one that needs no file."""
     if data.tokenizer_type == "SentencePieceTokenizer":
         kept = needed = checkpoint / SENTENCEPIECE_FILE
     elif data.tokenizer_type == "TikTokenizer":
@@ -135,8 +126,7 @@ def kept_tokenizer(checkpoint: Path, data: DataConfig) -> str | None:
 
 
 def _tiktoken_files(model: Path) -> dict[str, bytes]:
-    """A .tiktoken file, or a .json file: a description and the ranks that it names, or Megatron's
-    ranks."""
+    """A .tiktoken file; a description and the ranks that it names; or Megatron's ranks."""
     if model.suffix != ".json":
         return {TIKTOKEN_RANKS: model.read_bytes()}
     content = json.loads(model.read_bytes())

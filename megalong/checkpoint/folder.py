@@ -34,7 +34,7 @@ def iteration_of(checkpoint: Path) -> int:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Everything in the run folder that carries a checkpoint's name, the oldest first."""
+    """List all that carries a checkpoint's name, the oldest first."""
     found = [path for path in run.iterdir() if _NAME.fullmatch(path.name)]
     return sorted(found, key=iteration_of)
 
@@ -71,10 +71,7 @@ def is_checkpoint_or_run(path: Path) -> bool:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint in force of a run folder, or `path` itself where it is a checkpoint's.
-
-    Raises UserError where it is neither.
-    """
+    """Return the checkpoint in force of a run folder, or `path` itself. Raises UserError."""
     pointed = latest(path) if has_pointer(path) else None
     folder = pointed or (path.resolve() if path.is_symlink() else path)  # `best` is a link
     if (folder / MANIFEST).exists():
@@ -134,8 +131,7 @@ def remove(checkpoint: Path) -> None:
 
 
 def set_aside(checkpoint: Path) -> None:
-    """Take a damaged checkpoint's name away, so that it counts for nothing any more; its files stay
-    under the name with `.damaged` behind it."""
+    """Take a damaged checkpoint's name away; its files stay, with `.damaged` behind the name."""
     if checkpoint.exists():  # the pointer may name one that is gone
         target = checkpoint.with_name(checkpoint.name + _DAMAGED)
         shutil.rmtree(target, ignore_errors=True)
@@ -146,18 +142,13 @@ def set_aside(checkpoint: Path) -> None:
 def remove_old(
     newest: Path, keep_last: int, keep_every: int | None, others: Collection[int] = ()
 ) -> None:
-    """Remove the checkpoints before `newest`, complete and in force, that are not to be kept.
-
-    keep_last: how many to keep, with the newest. keep_every: keep those whose iteration is a
-    multiple of it; others: and those of these iterations. The best one stays, and one that somebody
-    is reading until the next time.
-    """
+    """Remove the checkpoints before `newest` but the last `keep_last` (with it), those of multiples
+    of `keep_every` and of `others`, the best one, and one that is being read."""
     older = [c for c in checkpoints(newest.parent) if iteration_of(c) < iteration_of(newest)]
     for checkpoint in older[: max(len(older) - (keep_last - 1), 0)]:
-        kept = keep_every is not None and iteration_of(checkpoint) % keep_every == 0
-        kept = kept or iteration_of(checkpoint) in others
-        kept = kept or checkpoint == best(newest.parent)
-        if not kept and not _is_read(checkpoint):
+        iteration = iteration_of(checkpoint)
+        kept = iteration in others or (keep_every is not None and iteration % keep_every == 0)
+        if not (kept or checkpoint == best(newest.parent) or _is_read(checkpoint)):
             remove(checkpoint)
 
 
@@ -171,8 +162,7 @@ def clear_leftovers(run: Path) -> None:
 
 @contextlib.contextmanager
 def being_read(checkpoint: Path) -> Iterator[None]:
-    """Inside, no run removes this checkpoint (where the file system has locks). Raises
-    DamagedCheckpoint where it has no manifest."""
+    """Inside, no run removes this checkpoint (where there are locks). Raises DamagedCheckpoint."""
     try:
         file = (checkpoint / MANIFEST).open()
     except FileNotFoundError:

@@ -92,10 +92,8 @@ def record_of(path: Path, on_bytes: Callable[[int], object] | None = None) -> Fi
 
 
 def check_files(checkpoint: Path) -> Manifest:
-    """That every file is there and as long as it was, and the small ones are what they were; quick.
-
-    Raises DamagedCheckpoint.
-    """
+    """Check, quickly, that every file is there and as long as it was, and the small ones are what
+    they were. Raises DamagedCheckpoint."""
     manifest = Manifest.read(checkpoint)
     for name, record in manifest.files.items():
         path = checkpoint / name
@@ -112,8 +110,8 @@ def check_files(checkpoint: Path) -> Manifest:
 
 
 def check_share(checkpoint: Path, manifest: Manifest, rank: int = 0, ranks: int = 1) -> None:
-    """That every `ranks`-th tensor file is bit for bit what was written, with a progress bar where
-    that takes long. Raises DamagedCheckpoint."""
+    """Check that every `ranks`-th tensor file is bit for bit what was written. Raises
+    DamagedCheckpoint."""
     names = sorted(name for name in manifest.files if name.endswith(TENSOR_FILES))[rank::ranks]
     size = sum(manifest.files[name].size for name in names)
     with progress_bar(

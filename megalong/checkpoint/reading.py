@@ -94,9 +94,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 class StoredModel:
     """What a checkpoint holds of a model: its configuration, and its weights by canonical name.
 
-    path: a run folder (the checkpoint in force) or one checkpoint's folder. verify: compare its
-        files with their hashes.
-    Raises UserError naming the folder and what is wrong with it.
+    path: a run folder or one checkpoint's. verify: compare files with hashes. Raises UserError.
     """
 
     def __init__(self, path: Path, verify: bool = True):

@@ -59,7 +59,7 @@ def write_checkpoint(
     """Write a checkpoint and put it in force; called by every rank of `group`, a gloo group.
 
     tensors: those that this rank has to write, on the CPU. others: further files; rank 0's count.
-    Raises OSError where a file cannot be written, on every rank.
+    Raises OSError on every rank.
     """
     is_main, new = dist.get_rank(group) == 0, aside(checkpoint)
 
@@ -173,10 +173,9 @@ def _of_some_rank(error: CheckpointException) -> BaseException:
 
 class Saver:
     """Writes checkpoints into the folder of `--save`; a context, which waits for the last at its
-    end. Every rank of the run has one, and calls its methods at the same points.
+    end. Every rank has one, and calls its methods at the same points.
 
-    announce: called on rank 0 with a line to be said: what was saved, once that is durable. kept:
-        iterations whose checkpoints are not removed when they are old.
+    announce: called on rank 0 once one is durable. kept: iterations that are not removed.
     """
 
     def __init__(self, config: Config, announce: Callable[[str], None], kept: Collection[int] = ()):
@@ -205,11 +204,8 @@ class Saver:
         return future is not None and future.done() and future.exception() is not None
 
     def save(self, progress: Progress, tensors: dict[str, torch.Tensor]) -> None:
-        """Write a checkpoint: now, or with `--async-save` from now on.
-
-        tensors: those that this rank has to write, on the CPU; nobody changes them any more.
-        Raises UserError where it, or the one before, could not be written.
-        """
+        """Write a checkpoint: now, or with `--async-save` from now on. tensors: those of this rank,
+        on the CPU. Raises UserError where it, or the one before, could not be written."""
         self.wait()
         if self._config.run.async_save:
             self._under_way = self._pool.submit(self._write, progress, tensors)
@@ -233,16 +229,13 @@ class Saver:
         self.durable_at = time.perf_counter()
         if dist.get_rank() == 0:
             self._announce(f"saved {checkpoint}")
-            self._remove_old(checkpoint)
-
-    def _remove_old(self, newest: Path) -> None:
-        run: Any = self._config.run
-        if run.keep_last is None:
-            return
-        try:
-            remove_old(newest, run.keep_last, run.keep_every, self._kept)
-        except OSError as error:
-            self._announce(f"--keep-last {run.keep_last}: old checkpoints stay ({error})")
+            keep_last, keep_every = self._config.run.keep_last, self._config.run.keep_every
+            if keep_last is None:
+                return
+            try:
+                remove_old(checkpoint, keep_last, keep_every, self._kept)
+            except OSError as error:
+                self._announce(f"--keep-last {keep_last}: old checkpoints stay ({error})")
 
 
 def _failure(run: Path, checkpoint: Path, error: OSError) -> str:
@@ -261,12 +254,10 @@ def write_first_checkpoint(
     shapes: dict[str, tuple[int, ...]],
     read: Callable[[str], torch.Tensor],
 ) -> Path:
-    """Write the checkpoint that a run begins with: iteration 0, weights alone. Before the first
-    update any optimizer's moments are zero, and nobody reads them.
+    """Write the checkpoint that a run begins with, by one process: iteration 0, weights alone.
 
     run_folder: has to be there. shapes: of all weights, by canonical name; read: makes one of them
-    when its turn comes. Returns the checkpoint's folder; `pretrain_longnet.py --load` takes
-    run_folder.
+    when its turn comes. Returns the checkpoint's folder.
     """
     folder = checkpoint_folder(run_folder, 0)
     with written_aside(folder) as aside:

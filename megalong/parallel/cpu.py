@@ -8,7 +8,6 @@ these names are pointed at the CPU here, and nowhere else; with one, nothing is 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,16 +23,9 @@ NAMES = {
 }
 
 
-def replace_random_states(get_state: Callable, set_state: Callable) -> None:
-    """Have Megatron-core read and set the random states of its device with these functions."""
-    import megatron.core.tensor_parallel.random as megatron_random
-
-    megatron_random._get_cuda_rng_state = get_state
-    megatron_random._set_cuda_rng_state = set_state
-
-
 def enable_megatron_without_gpu() -> None:
     """Point the `torch.cuda` functions that Megatron-core calls at the CPU. May be called again."""
+    import megatron.core.tensor_parallel.random as megatron_random
 
     def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
         return torch.get_rng_state()
@@ -45,7 +37,8 @@ def enable_megatron_without_gpu() -> None:
     torch.cuda.synchronize = lambda *args, **kwargs: None
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = get_state
     torch.cuda.manual_seed = torch.manual_seed
-    replace_random_states(get_state, set_state)
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state
 
 
 def cuda_means_cpu() -> contextlib.AbstractContextManager[Any]:

@@ -1,7 +1,6 @@
-"""What DeepSpeed does not document and we need all the same: its names stand here and nowhere else.
+"""Undocumented names of DeepSpeed that we need: they stand here and nowhere else.
 
-`NAMES` says of each where it lives and what for; a test looks for all of them in the installed
-DeepSpeed. The functions are what the rest of megalong calls.
+`NAMES` says of each where it lives and what for; a test looks for them in the installed DeepSpeed.
 """
 
 from __future__ import annotations
@@ -68,11 +67,10 @@ NAMES = {
 
 @contextlib.contextmanager
 def one_optimizer_for_zero_1() -> Iterator[None]:
-    """Around `deepspeed.initialize`: ZeRO 1 steps a bf16 model as it does one in fp16 or fp32.
+    """Around `deepspeed.initialize`: have ZeRO 1 step a bf16 model as one in fp16 or fp32.
 
-    Left to itself, DeepSpeed takes its BF16_Optimizer there, which holds the float32 gradients of
-    all parameters all the time, and copies them to reduce them: 15.5 bytes a parameter at the peak
-    on one of 8 ranks, and 7.5 between two steps, instead of 8 and 3.5.
+    DeepSpeed's BF16_Optimizer holds the float32 gradients of all parameters all the time, and
+    copies them to reduce them: 15.5 bytes a parameter at the peak of 8 ranks instead of 8.
     """
     from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION, DeepSpeedEngine
 
@@ -90,19 +88,15 @@ def one_optimizer_for_zero_1() -> Iterator[None]:
 
 
 def announce_backward(engine: Any) -> None:
-    """Another backward pass begins, of a loss that was scaled.
-
-    DeepSpeed takes the first from the forward pass before it, but a pipeline ends with several
-    backward passes in a row, of which it would overlook all but the first. And it looks for fp16's
-    loss scale on every rank, when the last stage has applied it for all.
-    """
+    """Tell that another backward pass begins, of a loss that was scaled: of several in a row, with
+    which a pipeline ends, DeepSpeed would overlook all but the first, and it looks for fp16's loss
+    scale on every rank, when the last stage has applied it for all."""
     engine.optimizer.clear_backward_seen_flag()
     engine._manual_backward_expected = True
 
 
 def step_without_update(engine: Any) -> None:
-    """What `engine.step()` does where gradients have overflowed: it forgets them, and leaves
-    weights and moments alone; but fp16's loss scale stays, too."""
+    """Do what `engine.step()` does where gradients have overflowed, but leave fp16's loss scale."""
     optimizer = engine.optimizer
 
     def overflows(*_: Any, **__: Any) -> bool:
@@ -114,20 +108,13 @@ def step_without_update(engine: Any) -> None:
         replaced |= {"check_grad_overflow": True, "check_overflow": overflows}
     else:
         replaced |= {"_overflow_check_and_loss_scale_update": overflows}
-    with _attributes(optimizer, replaced):
-        engine.step()
-
-
-@contextlib.contextmanager
-def _attributes(owner: Any, values: dict[str, Any]) -> Iterator[None]:
-    """Inside, an object has attributes of its own with these values; afterwards those of before."""
-    own = vars(owner)
-    before = {name: own[name] for name in values if name in own}
-    own.update(values)
+    own = vars(optimizer)
+    before = {name: own[name] for name in replaced if name in own}
+    own.update(replaced)
     try:
-        yield
+        engine.step()
     finally:
-        for name in values:
+        for name in replaced:
             del own[name]
         own.update(before)
 
@@ -203,8 +190,7 @@ def held_gradients(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
 def fill(
     engine: Any, parameter: torch.nn.Parameter, moment: str | None, value: torch.Tensor
 ) -> None:
-    """Set this rank's part of a moment, or of the master weight (None), whichever part ZeRO gave
-    it. value: the whole tensor."""
+    """Set this rank's part of a moment, or of the master weight (None), from the whole tensor."""
     if not hasattr(parameter, "ds_id"):
         parameter.set_full_hp_param(value, moment)
         return
@@ -248,8 +234,7 @@ def set_loss_scaler_state(engine: Any, state: dict[str, Any]) -> None:
 
 
 def count_once_in_norm(parameter: torch.nn.Parameter, is_copy: bool) -> None:
-    """Say before DeepSpeed sees it whether a parameter of this pipeline stage is another stage's
-    copy, which the norm of the gradient leaves out."""
+    """Mark a parameter that is a copy of another stage, which the gradient norm leaves out."""
     from deepspeed.runtime.constants import PIPE_REPLICATED
 
     setattr(parameter, PIPE_REPLICATED, is_copy)
@@ -262,8 +247,7 @@ def accumulated_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def skip_shared_memory_kernels() -> None:
-    """Keep DeepSpeed from compiling, at its start on a CPU, kernels that only inference uses: that
-    takes half a minute on a fresh machine and needs a C++ compiler."""
+    """Keep DeepSpeed from compiling, at its start on a CPU, kernels that only inference uses."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

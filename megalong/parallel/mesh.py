@@ -13,6 +13,8 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,47 +35,31 @@ ALLOCATOR_SETTINGS = "expandable_segments:True"
 
 _DUMP_MILLISECONDS = "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"
 DUMP_SECONDS = 15
-# That many times PyTorch's watchdog waits between an error of NCCL and the end of the process.
-_DUMPS = 4
 
 
 def set_gpu_defaults() -> None:
-    """Set what training wants otherwise than PyTorch, unless the user has set it.
+    """Set what training wants otherwise than PyTorch, unless the user has set it. To be called
+    before anything asks for a GPU.
 
-    To be called before anything asks for a GPU. Two settings:
-
-    Expandable segments: sequences of many lengths and layers that come and go otherwise leave holes
-    in the memory that nothing fits into.
-
-    Time for the watch over the ranks (`rank_watchdog`). When a rank dies, NCCL between nodes sees
-    its connections close at the same moment as the watch does, and PyTorch then ends this process
-    by an abort with pages of C++ frames. Before that it gives its flight recorder four times this
-    setting, on every rank, a minute in all; within that the watch has said in one line which rank
-    was lost, and has ended the process. (TORCH_NCCL_ASYNC_ERROR_HANDLING stays as it is: with
-    PyTorch's milder modes a process goes on with numbers that a failed collective has left.)
+    Expandable segments: else sequences of many lengths leave holes in the memory. And time for the
+    watch over the ranks: when a rank dies, PyTorch ends this process by an abort with pages of C++
+    frames, but first waits four times this setting; within that the watch has said which rank was
+    lost, and has ended the process. (TORCH_NCCL_ASYNC_ERROR_HANDLING stays as it is: with PyTorch's
+    milder modes a process goes on with numbers that a failed collective has left.)
     """
     if not any(name in os.environ for name in _ALLOCATOR):
         os.environ["PYTORCH_ALLOC_CONF"] = ALLOCATOR_SETTINGS
     os.environ.setdefault(_DUMP_MILLISECONDS, str(1000 * DUMP_SECONDS))
 
 
-def seconds_until_abort() -> float:
-    """Between an error of NCCL, or its time limit, and the moment when PyTorch aborts."""
-    return _DUMPS * DUMP_SECONDS
-
-
 @dataclass(frozen=True)
 class Mesh:
     """This process's place: sizes, ranks, groups and device.
 
-    sequence: the ranks that share this one's sequence, and its place among them.
-    data_parallel_size, data_parallel_rank: replicas of the model that see different sequences.
-    data_group: the ranks at this one's place in those replicas.
-    replica_group: the ranks that hold the same part of the weights, over data and sequence axis.
-    model_group: the ranks that hold the parts of one replica, over tensor and pipeline axis.
-    embedding_group: of a pipeline's first and last stage, which share a tied embedding; None on the
-        stages between them.
-    host_group: all ranks, over gloo, for words between them for which nobody waits for a GPU.
+    sequence: the ranks that share this one's sequence. data_group: those at this one's place in the
+    replicas. replica_group: those that hold the same weights, over data and sequence axis.
+    model_group: those that hold the parts of one replica. embedding_group: of a pipeline's first
+    and last stage, which share a tied embedding; None between them. host_group: all, over gloo.
     """
 
     sequence: SequenceGroup
@@ -184,14 +170,11 @@ def launch(config: Config) -> Iterator[Mesh]:
 
 @contextlib.contextmanager
 def process_group(timeout_minutes: int = 10) -> Iterator[torch.device]:
-    """Join the process group of this launch, and yield this process's device.
+    """Join the process group of this launch, and yield this process's device: a GPU each and NCCL
+    where there are GPUs, gloo otherwise. A plain `python` run is a group of one.
 
-    Under torchrun or the deepspeed launcher the environment names the ranks; a plain `python` run
-    is a group of one. NCCL and one GPU per process where there are GPUs, gloo otherwise. A
-    collective that takes longer than `timeout_minutes` is an error.
-
-    DeepSpeed binds the group to the GPU (PyTorch's `device_id`), so that NCCL connects at once, and
-    the groups that are made later are split off the first by ncclCommSplit.
+    A collective that takes longer than `timeout_minutes` is an error. DeepSpeed binds the group to
+    the GPU, so that later groups are split off the first by ncclCommSplit.
     """
     import deepspeed
 
@@ -313,10 +296,7 @@ def _host_group(config: Config) -> dist.ProcessGroup:
 
 @contextlib.contextmanager
 def _single_process_environment() -> Iterator[None]:
-    """Rendezvous variables for a process that no launcher started: a group of one, on any port.
-
-    A launcher's own variables are left alone.
-    """
+    """Set rendezvous variables, on any port, for a process that no launcher started."""
     if "RANK" in os.environ:
         yield
         return
@@ -335,74 +315,33 @@ def _single_process_environment() -> Iterator[None]:
 class DeepSpeedMPU:
     """The mesh as `deepspeed.initialize(mpu=...)` wants to see it: for each of its axes a group
     (`get_..._group`), this rank's place in it (`get_..._rank`), and its size
-    (`get_..._world_size`).
+    (`get_..._world_size`); `..._src_rank` and `..._group_ranks` number the whole launch.
 
-    tensor_model_parallel, pipeline_model_parallel: Megatron-core's axes. model_parallel: the
-    ranks that hold the parts of one replica. data_parallel: those that see different samples.
-    sequence_parallel: those that see different positions of the same samples.
-    sequence_data_parallel: those that hold the same part of the weights, which ZeRO partitions.
-    `..._src_rank` and `..._group_ranks` are numbers of ranks in the whole launch.
+    Not Megatron-core's `parallel_state`: DeepSpeed wants `get_model_parallel_*` to span everything
+    that holds different weights of one replica, without the sequence axis, which it calls
+    `get_sequence_parallel_*`, and `get_sequence_data_parallel_*`, the ranks that hold the same part
+    of the weights, which ZeRO partitions. It takes any object with an attribute
+    `initialize_sequence_parallel` for one without model parallelism.
     """
 
     def __init__(self, mesh: Mesh):
-        self._mesh = mesh
+        groups = {
+            "tensor_model_parallel": mesh.tensor_group,
+            "pipeline_model_parallel": mesh.pipeline_group,
+            "model_parallel": mesh.model_group,
+            "data_parallel": mesh.data_group,
+            "sequence_parallel": mesh.sequence.group,
+            "sequence_data_parallel": mesh.replica_group,
+        }
+        for axis, group in groups.items():
+            setattr(self, f"get_{axis}_group", partial(_identity, group))
+            setattr(self, f"get_{axis}_rank", partial(dist.get_rank, group))
+            setattr(self, f"get_{axis}_world_size", partial(dist.get_world_size, group))
+        first_of_tensor = dist.get_process_group_ranks(mesh.tensor_group)[0]
+        self.get_tensor_model_parallel_src_rank = partial(_identity, first_of_tensor)
+        ranks = dist.get_process_group_ranks(mesh.data_group)
+        self.get_data_parallel_group_ranks = partial(_identity, ranks)
 
-    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._mesh.tensor_group
 
-    def get_tensor_model_parallel_rank(self) -> int:
-        return dist.get_rank(self._mesh.tensor_group)
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return dist.get_world_size(self._mesh.tensor_group)
-
-    def get_tensor_model_parallel_src_rank(self) -> int:
-        return dist.get_process_group_ranks(self._mesh.tensor_group)[0]
-
-    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._mesh.pipeline_group
-
-    def get_pipeline_model_parallel_rank(self) -> int:
-        return dist.get_rank(self._mesh.pipeline_group)
-
-    def get_pipeline_model_parallel_world_size(self) -> int:
-        return dist.get_world_size(self._mesh.pipeline_group)
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._mesh.model_group
-
-    def get_model_parallel_rank(self) -> int:
-        return dist.get_rank(self._mesh.model_group)
-
-    def get_model_parallel_world_size(self) -> int:
-        return dist.get_world_size(self._mesh.model_group)
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._mesh.data_group
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        return dist.get_process_group_ranks(self._mesh.data_group)
-
-    def get_data_parallel_rank(self) -> int:
-        return dist.get_rank(self._mesh.data_group)
-
-    def get_data_parallel_world_size(self) -> int:
-        return dist.get_world_size(self._mesh.data_group)
-
-    def get_sequence_parallel_group(self) -> dist.ProcessGroup:
-        return self._mesh.sequence.group
-
-    def get_sequence_parallel_rank(self) -> int:
-        return dist.get_rank(self._mesh.sequence.group)
-
-    def get_sequence_parallel_world_size(self) -> int:
-        return dist.get_world_size(self._mesh.sequence.group)
-
-    def get_sequence_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._mesh.replica_group
-
-    def get_sequence_data_parallel_rank(self) -> int:
-        return dist.get_rank(self._mesh.replica_group)
-
-    def get_sequence_data_parallel_world_size(self) -> int:
-        return dist.get_world_size(self._mesh.replica_group)
+def _identity(value: Any) -> Any:
+    return value

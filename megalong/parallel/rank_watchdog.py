@@ -1,12 +1,10 @@
 """The watch over the other ranks: when one is gone or hangs, all end, and say which it was.
 
-A rank that dies leaves the others in a collective that will never finish. gloo notices a closed
-connection; NCCL inside a node notices nothing and waits out its time limit. So each rank keeps one
-connection to rank 0, which the kernel closes when the process at its end dies, however it dies, and
-when a whole node falls silent. Rank 0 tells the others.
-
-Over the same connections the ranks report what they are doing (`activity`), and rank 0 looks for
-the one that the others wait for; if that is rank 0 itself, the others notice its silence.
+gloo notices the closed connection of a rank that dies; NCCL inside a node notices nothing. So each
+rank keeps one connection to rank 0, which the kernel closes when the process at its end dies, and
+when a whole node falls silent; rank 0 tells the others. A rank that hangs cannot say so: over the
+same connections every rank reports what it does, and rank 0 looks for the one that the others wait
+for; if that is rank 0 itself, the others notice its silence.
 
 All that takes less time than PyTorch gives a process between an error of NCCL and its abort
 (`set_gpu_defaults`), so that what comes first is the line that says which rank it was.
@@ -16,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import linecache
 import os
 import secrets
 import selectors
@@ -24,16 +24,173 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 
+import torch
 import torch.distributed as dist
 
 from megalong.config.run import RunConfig
-from megalong.parallel.activity import Activity, Report, find_hung, pause
 from megalong.parallel.mesh import Mesh
 from megalong.utils.errors import UserError, counted
-from megalong.utils.torch_private import write_collectives
+from megalong.utils.torch_private import collective_counts, open_collectives, write_collectives
+
+# Where a thread of a rank may stand as long as it likes: what is written to slow disks and to
+# services, and compilers.
+PATIENT = (
+    "/megalong/checkpoint/", "/megalong/training/metrics.py", "/megalong/training/profiling.py",
+    "/deepspeed/ops/op_builder/", "/torch/_dynamo/convert_frame.py",
+    "/torch/_inductor/async_compile.py", "/torch/_inductor/compile_fx.py",
+    "/torch/utils/cpp_extension.py", "/triton/backends/", "/triton/compiler/",
+)  # fmt: skip
+COMPUTING = 0.05  # seconds of a CPU in a second, above which a rank that trains on it computes
+PACKAGE = str(Path(__file__).resolve().parent.parent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a rank says of itself: seconds since it last moved, the collective in which it waits,
+    where its main thread is, and whether a thread is where it may stay."""
+
+    still: float
+    waits_in: str = ""
+    place: str = ""
+    patient: bool = False
+
+
+class Activity:
+    """Looks at this process. It has moved if a thread is elsewhere than the last time, or if
+    collectives began or ended; or if it computes on the CPU, or allocates memory of a GPU.
+
+    axis_of_group: names of process groups -> those of their axes. interval: seconds between two
+    looks; after a `pause` of some the process itself was stopped, and the time begins anew.
+    """
+
+    def __init__(self, axis_of_group: Mapping[str, str], interval: float, device: torch.device):
+        self._axis_of_group, self._interval = axis_of_group, interval
+        self._main: int = threading.main_thread().ident
+        self._device = device
+        self._mark: object = None
+        self._moved = self._looked = time.monotonic()
+        self._computed, self._allocations = 0.0, 0
+
+    def look(self) -> Report:
+        """What this process is doing now."""
+        now, computed = time.monotonic(), self._seconds_computed()
+        frames = sys._current_frames()
+        stack = list(_stack(frames.pop(self._main, None)))
+        frames.pop(threading.get_ident(), None)
+        stacks = [stack, *(list(_stack(frame)) for _, frame in sorted(frames.items()))]
+        places = [[(frame.f_code, frame.f_lasti) for frame in each] for each in stacks]
+        mark = places, collective_counts()
+        files = {frame.f_code.co_filename for each in stacks for frame in each}
+        passed = now - self._looked
+        computes = self._device.type == "cpu" and computed - self._computed > COMPUTING * passed
+        if mark != self._mark or computes or passed > pause(self._interval):
+            self._moved = now
+        self._mark, self._looked, self._computed = mark, now, computed
+        still = now - self._moved
+        waits_in = self._collective(stack) if still > self._interval else ""
+        # The allocator may answer only after the GPU: not to be asked where that waits for a rank.
+        if still > self._interval and not waits_in and self._has_allocated():
+            self._moved, still = now, 0.0
+        return Report(
+            still=still,
+            waits_in=waits_in,
+            place=_place(stack),
+            patient=any(part in file for file in files for part in PATIENT),
+        )
+
+    def _seconds_computed(self) -> float:
+        """CPU time of the main thread: those of gloo use some for ever."""
+        if not hasattr(time, "pthread_getcpuclockid"):  # macOS
+            return time.process_time()
+        return time.clock_gettime(time.pthread_getcpuclockid(self._main))
+
+    def _has_allocated(self) -> bool:
+        """Whether memory of the GPU was allocated since this was asked the last time."""
+        if self._device.type != "cuda":
+            return False
+        before = self._allocations
+        stats = torch.cuda.memory_stats(self._device)
+        self._allocations = stats.get("allocation.all.allocated", before)
+        return self._allocations != before
+
+    def _collective(self, stack: list[FrameType]) -> str:
+        for name, group in open_collectives():
+            axis = self._axis_of_group.get(group)
+            return f"{name} of the {axis} axis" if axis else name
+        # gloo keeps no record of what is sent from one rank to another.
+        if not stack:
+            return ""
+        code = stack[0].f_code
+        if "/torch/distributed/" in code.co_filename:
+            return code.co_name
+        line = linecache.getline(code.co_filename, stack[0].f_lineno)
+        return "a receive" if ".wait(" in line and "/megatron/" in code.co_filename else ""
+
+
+def pause(interval: float) -> float:
+    """Return the seconds between two looks after which this process was held up."""
+    return 3 * interval
+
+
+def find_hung(seen: Mapping[str, tuple[float, Report]], limit: float) -> str | None:
+    """Say who hangs: a rank that was silent for `limit` seconds, or one that stands still outside
+    of any collective while another waits in one. None while a rank moves.
+
+    seen: names of ranks -> seconds since their last report, and what that was.
+    """
+    if any(age < limit and report.still < limit for age, report in seen.values()):
+        return None
+    silent = {name: age for name, (age, _) in seen.items() if age >= limit}
+    waiting = {name: r for name, (_, r) in seen.items() if r.waits_in and name not in silent}
+    stuck = {
+        name: report.still
+        for name, (_, report) in seen.items()
+        if not (name in silent or name in waiting or report.patient)
+    }
+    hung = silent or (stuck if waiting else {})
+    if not hung:
+        return None
+    words = []
+    for name, seconds in list(hung.items())[:4]:
+        what = "gives no sign of life" if silent else "does not move"
+        words.append(f"{name} {what} since {_clock(seconds)}, for {seconds:.0f} s")
+        if place := seen[name][1].place:
+            words[-1] += f", {'last seen ' if silent else ''}at {place}"
+    if len(hung) > 4:
+        words.append(f"nor do {len(hung) - 4} others")
+    for name, report in list(waiting.items())[:1]:
+        since = f"{report.waits_in} since {_clock(report.still)}"
+        words.append(f"{name} waits in {since}, at {report.place}")
+    return "; ".join(words)
+
+
+def _clock(seconds_ago: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(time.time() - seconds_ago))
+
+
+def _stack(frame: FrameType | None) -> Iterator[FrameType]:
+    """From the innermost frame outwards."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _place(stack: list[FrameType]) -> str:
+    """The innermost line that is not PyTorch's own, and the line of ours that led there."""
+    pytorchs = ("/torch/", "/typing_extensions.py")
+    outside = [f for f in stack if not any(part in f.f_code.co_filename for part in pytorchs)]
+    ours = [frame for frame in outside if frame.f_code.co_filename.startswith(PACKAGE)]
+    lines = {
+        f"{'/'.join(Path(frame.f_code.co_filename).parts[-3:])}:{frame.f_lineno}"
+        f" ({frame.f_code.co_name})": None
+        for frame in (*outside[:1], *ours[:1])
+    }
+    return ", from ".join(lines)
+
 
 # What the ranks say, a line each: "report" and a report, "leaving" or "failing"; and rank 0 to
 # them: "alive", "leaving", or the news, which is one of three words and then what is known of it.
@@ -48,12 +205,9 @@ LOOKS, INTERVAL = 10, 10.0  # looks in the time that makes a hang, and seconds b
 
 @contextlib.contextmanager
 def watch_ranks(mesh: Mesh, run: RunConfig) -> Iterator[None]:
-    """Inside, the death of any rank of the process group ends this one too, with exit code 1; so
-    does a rank that hangs for `--hang-timeout-seconds`, and then each rank that talks over NCCL
-    leaves a record of its last collectives in the run folder.
-
-    A UserError carries its whole message; any other error may be the consequence of a lost rank.
-    """
+    """Inside, the death of any rank ends this one too, with exit code 1; so does a rank that hangs
+    for `--hang-timeout-seconds`, and then each rank that talks over NCCL leaves a record of its
+    last collectives in the run folder."""
     if dist.get_world_size() == 1:
         yield
         return
@@ -79,9 +233,8 @@ def watch_ranks(mesh: Mesh, run: RunConfig) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class _Patience:
-    """How long a rank may keep the others waiting. limit: in seconds, 0 is for ever. interval:
-    between two looks. record: folder for the last collectives of all ranks, if they are to be
-    kept."""
+    """How long a rank may keep the others waiting: seconds (0 is for ever), those between two
+    looks, and the folder for the last collectives of all ranks, if they are to be kept."""
 
     limit: float
     interval: float
@@ -90,7 +243,6 @@ class _Patience:
 
     @classmethod
     def of(cls, mesh: Mesh, run: RunConfig) -> _Patience:
-        assert run.hang_timeout_seconds is not None
         interval = min(INTERVAL, run.hang_timeout_seconds / LOOKS)
         by_axis = mesh.groups_by_axis.items()
         axes = {group.group_name: axis for axis, groups in by_axis for group in groups}
@@ -101,7 +253,6 @@ class _Patience:
 
     @property
     def until_look(self) -> float | None:
-        """How long to listen before the next look; None is for ever."""
         return self.interval if self.limit else None
 
 
@@ -110,7 +261,9 @@ class _Spoke:
 
     def __init__(self, patience: _Patience) -> None:
         self.news, self._leaving, self._patience = threading.Event(), False, patience
-        [(port, token)] = _shared([None])
+        address = [None]
+        dist.broadcast_object_list(address, src=0)
+        [(port, token)] = address
         hub = os.environ["MASTER_ADDR"]
         try:
             connection = socket.create_connection((hub, port), timeout=60)
@@ -155,7 +308,7 @@ class _Spoke:
             self._heard = now  # it is this process that was away
         self._looked = now
         report = self._patience.activity.look()
-        self._hub.say(f"{REPORT} {report.to_line()}")
+        self._hub.say(f"{REPORT} {json.dumps(dataclasses.astuple(report))}")
         silence = now - self._heard
         seen = {_hub_name(): (silence, Report(silence)), _name(): (0.0, report)}
         words = find_hung(seen, self._patience.limit) if report.waits_in else None
@@ -166,7 +319,7 @@ class _Spoke:
         self.news.set()
         word, _, rest = line.partition(" ")
         # Rank 0 has said it already, unless it is the one.
-        speaks = first_hand and (dist.get_rank() == 1 or _first_of_node())
+        speaks = first_hand and (dist.get_rank() == 1 or os.environ.get("LOCAL_RANK", "0") == "0")
         _end(word, rest, speaks, self._patience.record)
 
 
@@ -175,9 +328,15 @@ class _Hub:
 
     def __init__(self, patience: _Patience) -> None:
         self.news, self._leaving, self._patience = threading.Event(), False, patience
-        server = _listening_socket(backlog=dist.get_world_size())
+        dual = socket.has_dualstack_ipv6()
+        server = socket.create_server(
+            ("", 0),
+            family=socket.AF_INET6 if dual else socket.AF_INET,
+            dualstack_ipv6=dual,
+            backlog=dist.get_world_size(),
+        )
         token = secrets.token_hex(16)
-        _shared([(server.getsockname()[1], token)])
+        dist.broadcast_object_list([(server.getsockname()[1], token)], src=0)
         self._selector = selectors.DefaultSelector()
         self._names: dict[_Line, str] = {}
         server.settimeout(60)
@@ -232,7 +391,7 @@ class _Hub:
         if line not in self._names:  # it has left
             return
         if word == REPORT:
-            self._reports[line] = time.monotonic(), Report.from_line(rest)
+            self._reports[line] = time.monotonic(), Report(*json.loads(rest))
             return
         self._selector.unregister(line.connection)
         self._reports.pop(line, None)
@@ -293,15 +452,8 @@ def _hub_name() -> str:
     return f"rank 0 on {os.environ['MASTER_ADDR']}"
 
 
-def _shared(value: list) -> list:
-    """Rank 0's list, on every rank."""
-    dist.broadcast_object_list(value, src=0)
-    return value
-
-
 def _end(word: str, rest: str, speaks: bool, record: Path | None) -> None:
-    """End this process because of another; `speaks`: and say so. record: folder for this rank's
-    last collectives, where another hangs."""
+    """End this process because of another, and say so if it `speaks`."""
     if word == FAILED:
         time.sleep(OWN_WORDS)
     if speaks:
@@ -314,33 +466,18 @@ def _end(word: str, rest: str, speaks: bool, record: Path | None) -> None:
 
 
 def _say(word: str, rest: str, record: Path | None) -> None:
-    if word == LOST:
-        message = f"{rest} was lost: its process was killed, or its node is gone"
-    elif word == FAILED:
-        message = f"{rest} failed, see its own error"
-    else:
-        message = f"hung: {rest}"
-        if record is not None:
-            command = f"torchfrtrace --allow-incomplete-ranks {record}"
-            message += f". `{command}` shows the last collectives of each rank"
-    print(
-        f"error: {message}. Ending all ranks; start again with --load to go on from the last"
-        " checkpoint",
-        file=sys.stderr,
-        flush=True,
-    )
-
-
-def _listening_socket(backlog: int) -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(
-            ("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog
+    message = {
+        LOST: f"{rest} was lost: its process was killed, or its node is gone",
+        FAILED: f"{rest} failed, see its own error",
+        HUNG: f"hung: {rest}",
+    }[word]
+    if word == HUNG and record is not None:
+        message += (
+            f". `torchfrtrace --allow-incomplete-ranks {record}` shows the last collectives of each"
+            " rank"
         )
-    return socket.create_server(("", 0), backlog=backlog)
-
-
-def _first_of_node() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    go_on = "start again with --load to go on from the last checkpoint"
+    print(f"error: {message}. Ending all ranks; {go_on}", file=sys.stderr, flush=True)
 
 
 def _keep_alive(connection: socket.socket) -> None:

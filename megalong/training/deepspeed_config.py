@@ -9,7 +9,7 @@ once, in a dictionary that notes which keys were looked for.
 from __future__ import annotations
 
 import json
-from collections.abc import ItemsView, Iterator, KeysView, ValuesView
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -203,8 +203,8 @@ class _Noting(dict):
         self.taken_whole = False  # by somebody who may look at any of it later
 
     def passed_over(self, at: str = "") -> Iterator[tuple[str, set[str]]]:
-        """The keys that nobody asked for, with the sections they are in, and what was asked for
-        beside each; of a section that is switched off, for which nobody looked further, none."""
+        """The keys that nobody asked for, and what was asked for beside each; none of a section
+        that is switched off."""
         if self.asked == {"enabled"} and dict.get(self, "enabled") is False:
             return
         for key, value in dict.items(self):
@@ -221,22 +221,11 @@ class _Noting(dict):
         self.asked.add(key)
         return super().__getitem__(key)
 
-    def get(self, key: str, default: Any = None) -> Any:
-        self.asked.add(key)
-        return super().get(key, default)
-
     def __iter__(self) -> Iterator[str]:
         self.taken_whole = True
         return super().__iter__()
 
-    def keys(self) -> KeysView[str]:
-        return KeysView(self)
-
-    def values(self) -> ValuesView[Any]:
-        return ValuesView(self)
-
-    def items(self) -> ItemsView[str, Any]:
-        return ItemsView(self)
+    get, keys, values, items = Mapping.get, Mapping.keys, Mapping.values, Mapping.items
 
     def __copy__(self) -> _Noting:
         self.taken_whole = True

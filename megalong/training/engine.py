@@ -57,11 +57,9 @@ from megalong.utils.errors import UserError
 
 
 class TrainingEngine:
-    """The model, its optimizer, and the two things that are done with them: a training step, and
-    the token losses of held-out batches.
+    """The model and its optimizer: training steps, and token losses of held-out batches.
 
-    sources: names of those of the training batches, whose losses are told apart where there are
-        several.
+    sources: names of those of the training batches, whose losses are told apart.
     counted_step: the number, from 1, of the step whose traffic is counted.
     """
 
@@ -124,8 +122,7 @@ class TrainingEngine:
         ]
 
     def destroy(self) -> None:
-        """Let go of the model and of the process groups, which DeepSpeed's hooks keep alive: for
-        another engine that this process builds after it."""
+        """Let go of the model and of the process groups, which DeepSpeed's hooks keep alive."""
         self.deepspeed.destroy()
 
     def train_step(self, batches: Iterator[Batch], learning_rate: float) -> StepResult:
@@ -146,9 +143,8 @@ class TrainingEngine:
         return result
 
     def take_traffic(self) -> dict[str, Any] | None:
-        """What this rank sent and received in a step (`megalong.parallel.traffic`): "per_step", by
-        axis and collective, and "per_layer", the bytes of the sequence axis by collective for one
-        layer and micro batch. Once, after it was counted; None before and afterwards."""
+        """Return once what this rank sent and received in the counted step: "per_step", by axis and
+        collective, and "per_layer", bytes of the sequence axis for one layer and micro batch."""
         counts, self.traffic = self.traffic, None
         if not counts:
             return None
@@ -168,7 +164,9 @@ class TrainingEngine:
         sums = self.mesh.sum_of_losses(sum(results, start=nothing))
         loss_sum, by_source, z_sum = loss_function.parts(sums)
         loss = loss_sum.double() / predictions
-        usual_loss = None if self.spikes is None else self._usual_loss(loss)
+        usual_loss = None
+        if self.spikes is not None:  # the host waits for it; on all ranks the same, to the last bit
+            usual_loss = self.spikes.usual_loss(self.mesh.of_main(loss).item())
         self.tied_embedding.sum_gradients()
         if usual_loss is None:
             self.deepspeed.step()
@@ -184,11 +182,6 @@ class TrainingEngine:
             usual_loss,
         )
 
-    def _usual_loss(self, loss: torch.Tensor) -> float | None:
-        """What this loss, of all ranks, is too far above, if it is: on all of them the same, to the
-        last bit. The host waits for it."""
-        return self.spikes.usual_loss(self.mesh.of_main(loss).item())
-
     def _predictions(self, batches: Iterator[Batch]) -> tuple[int | torch.Tensor, Iterator[Batch]]:
         """How many predictions the global batch has, at least 1, and its micro batches."""
         first = next(batches)
@@ -200,36 +193,32 @@ class TrainingEngine:
 
     @property
     def updates(self) -> int:
-        """Steps of the optimizer since the run began: fewer than were asked for where some were
-        skipped."""
+        """Steps of the optimizer since the run began, without those that were skipped."""
         return self._updates_before + steps_made(self.deepspeed)
 
     def resume_at(self, updates: int) -> None:
-        """Tell a new engine how many steps the moments that it was given are the result of."""
+        """Tell a new engine of how many steps its moments are the result."""
         self._updates_before = updates
         for state in stepping_optimizer(self.deepspeed).state.values():
             self.optimizer.set_step(state, updates)
 
     def token_losses(self, batches: list[Batch]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Losses of some micro batches without gradient; called by all ranks alike.
+        """Compute losses of some micro batches without gradient; called by all ranks alike.
 
         Returns for each the token losses in nats, float32 (micro batch, this rank's slice of the
-        sequence), zero where the label is IGNORE_INDEX, and the mask of the labels that count,
-        bool, same shape; nothing at all on pipeline stages before the last.
+        sequence), and the mask of the labels that count; nothing on stages before the last.
         """
         return [(losses, mask) for losses, _, mask in self._held_out(batches)]
 
     def token_scores(
         self, batches: list[Batch]
     ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """The same, and which of the labels are the likeliest tokens, bool, same shape: losses,
-        likeliest, mask. Where logits exist in chunks, these are made twice."""
+        """Return the same, and which labels are the likeliest tokens: losses, likeliest, mask."""
         return self._held_out(batches, "likeliest")
 
     def next_tokens(self, batch: Batch, wanted: NextTokens) -> torch.Tensor | None:
-        """The tokens that follow in a micro batch, int64 (micro batch,), -1 where another rank of
-        the sequence has the position; None on pipeline stages before the last. Called by all ranks
-        alike."""
+        """Return the tokens that follow in a micro batch, int64 (micro batch,), -1 where another
+        rank of the sequence has the position; None on stages before the last."""
         found = self._held_out([batch], wanted, next_tokens)
         return found[0] if found else None
 
@@ -262,8 +251,7 @@ class TrainingEngine:
 
 
 def _forward_step(device, loss_function, beside, batches: Iterator[Batch], module: torch.nn.Module):
-    """Megatron-core's forward step: the model's token losses, and what is wanted beside them, and
-    how to make a loss of them."""
+    """Megatron-core's forward step: the model's token losses, and how to make a loss of them."""
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
     labels = batch["labels"]
     mask = labels != IGNORE_INDEX
@@ -280,11 +268,8 @@ def _forward_step(device, loss_function, beside, batches: Iterator[Batch], modul
 
 
 def weights_divider(config: Config, mesh: Mesh) -> Callable[[torch.nn.Parameter], None] | None:
-    """What `build_model` does with each parameter that it has made: for ZeRO 3, divide it, so that
-    no rank ever holds the whole of its pipeline stage; else nothing.
-
-    Raises UserError where DeepSpeed refuses the settings.
-    """
+    """Return what `build_model` does with each parameter: for ZeRO 3, divide it, so that no rank
+    ever holds the whole of its stage; else nothing. Raises UserError."""
     if config.parallel.zero_stage != 3:
         return None
     settings = deepspeed_config(config, mesh.data_parallel_size)
@@ -301,12 +286,9 @@ def weights_divider(config: Config, mesh: Mesh) -> Callable[[torch.nn.Parameter]
 def _divide_weights(
     module: torch.nn.Module, settings: dict[str, Any], mesh: Mesh, swapper: Any = None
 ) -> Any:
-    """Divide the weights of a module for ZeRO 3 over all ranks that hold the same ones; those that
-    are divided already stay as they are. Returns DeepSpeed's swapper, `swapper` if there is one.
-
-    Left to itself, DeepSpeed divides them over the data-parallel ranks alone, and then forgets the
-    gradients of the other ranks of a sequence.
-    """
+    """Divide the weights of a module for ZeRO 3 over all ranks that hold the same ones. Returns
+    DeepSpeed's swapper. Left to itself, DeepSpeed divides them over the data-parallel ranks alone,
+    and then forgets the gradients of the other ranks of a sequence."""
     import deepspeed
 
     from megalong.parallel.mesh import DeepSpeedMPU

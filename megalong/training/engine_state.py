@@ -1,8 +1,5 @@
-"""Between the engine and a checkpoint: what a rank has to save, and how it gets back what it needs.
-
-A checkpoint holds whole tensors under canonical names, whatever the layout (`megalong.checkpoint`);
-a rank cuts its own part out of them.
-"""
+"""Between the engine and a checkpoint, which holds whole tensors under canonical names, whatever
+the layout: a rank cuts its own part out of them."""
 
 from __future__ import annotations
 
@@ -36,11 +33,8 @@ from megalong.training.engine import TrainingEngine
 
 
 def tensors_to_save(engine: TrainingEngine, config: Config) -> dict[str, torch.Tensor]:
-    """What this rank has to save, copied to the CPU; called by every rank.
-
-    The ranks of a pipeline stage put every tensor together, one after the other, and take turns
-    in keeping it: each has an equal share of the stage to hold in memory and to write.
-    """
+    """Copy to the CPU what this rank has to save; called by every rank. The ranks of a pipeline
+    stage put every tensor together, and take turns in keeping it: each has an equal share."""
     mesh, tensors = engine.mesh, {}
     for turn, (name, parameter) in enumerate(named_parameters(engine.model)):
         if name == EMBEDDING and not mesh.is_first_stage:
@@ -68,12 +62,8 @@ def progress_to_save(engine: TrainingEngine, progress: Progress) -> Progress:
 
 
 def load_checkpoint(reader: CheckpointReader, engine: TrainingEngine, config: Config) -> Progress:
-    """Fill the engine with a checkpoint: master weights, the optimizer's moments, the model's
-    weights, and this rank's random states, but for what the flags leave out. Returns how far the
-    run has come: with `--finetune` nowhere.
-
-    Called by every rank. Raises DamagedCheckpoint where the files do not hold what they should.
-    """
+    """Fill the engine with a checkpoint, but for what the flags leave out; called by every rank.
+    Returns how far the run has come: with `--finetune` nowhere. Raises DamagedCheckpoint."""
     progress = Progress() if config.run.finetune else reader.progress()
     if not config.run.loads_optimizer:
         progress = dataclasses.replace(progress, updates=0, loss_scaler=None)
@@ -95,12 +85,8 @@ def load_checkpoint(reader: CheckpointReader, engine: TrainingEngine, config: Co
 def _slices(
     reader: CheckpointReader, engine: TrainingEngine, config: Config, with_moments: bool
 ) -> Iterator[tuple[torch.nn.Parameter, str, torch.Tensor]]:
-    """This tensor-parallel rank's parts of the tensors of its pipeline stage: the parameter, the
-    kind, and the values, float32, on the device.
-
-    The ranks that want the same parts take turns in reading, and tell each other, so that a file
-    system that they share is not asked for everything by everyone.
-    """
+    """Yield this rank's parts of the tensors: the parameter, the kind, and the values, float32, on
+    the device. The ranks that want the same parts take turns in reading, and tell each other."""
     mesh = engine.mesh
     wanted = [
         (name, parameter, kind)

@@ -22,15 +22,13 @@ from megalong.training.run_data import Prompt
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out losses, in nats per token unless said otherwise.
+    """Held-out losses, in nats per token.
 
     tokens: predictions that counted.
-    bits_per_byte: total bits of all predictions / bytes of text that the predicted tokens stand
-        for, so that tokenizers can be compared; end-of-document tokens cost bits and stand for
-        no byte. None where no predicted token stands for any.
-    loss_by_position: mean loss in each bucket of `position_edges`, so that one can see whether the
-        model uses its context; None where a bucket held no prediction. Positions count from the
-        beginning of the sequence, or of the document where these are kept apart.
+    bits_per_byte: bits of all predictions / bytes of text that the predicted tokens stand for
+        (an end of a document stands for none). None where there are no bytes.
+    loss_by_position: mean loss in each bucket of `position_edges`, None where a bucket is empty;
+        from the beginning of the sequence, or of the document where these are kept apart.
     """
 
     loss: float
@@ -52,10 +50,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate on this rank's micro batches and reduce over all ranks: each gets the result.
 
-    batches: every rank gives the same number of micro batches (see
-        `megalong.data.batches.evaluation_batches`).
-    token_bytes: UTF-8 bytes that each token id stands for, (vocab size,).
-    on_batch: called after each micro batch, to show progress.
+    batches: every rank gives equally many. token_bytes: UTF-8 bytes of each token id.
+    on_batch: called after each micro batch.
     """
     bytes_of_token = torch.as_tensor(token_bytes, dtype=torch.float64, device=mesh.device)
     losses_by_position = PositionLosses(position_edges(engine.seq_length), mesh.device)
@@ -90,10 +86,7 @@ def evaluate_task(
     on_batch: Callable[[], None] = lambda: None,
     first_apart: bool = False,
 ) -> TaskScore:
-    """The score of the model on these samples, on every rank. Called by all ranks alike.
-
-    on_batch: called after each micro batch, to show progress. first_apart: see `task_batches`.
-    """
+    """Score the model on these samples, on every rank. Called by all ranks alike."""
     sums = AnswerSums(trials, mesh.device)
     batches = task_batches(
         trials,
@@ -118,7 +111,7 @@ def evaluate_task(
 
 
 def batches_of(engine: TrainingEngine, trials: Trials, mesh: Mesh) -> int:
-    """How often `evaluate_task` calls `on_batch`."""
+    """Return how often `evaluate_task` calls `on_batch`."""
     return num_task_batches(trials, engine.micro_batch_size, mesh.data_parallel_size)
 
 
@@ -131,11 +124,8 @@ def continued(
     iteration: int,
     on_token: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
-    """The tokens that follow each prompt, on every rank: at most `--sample-tokens`, the last one
-    `end` where the model ends the document before. Called by all ranks alike.
-
-    iteration: draws hang on it. on_token: called after each forward pass.
-    """
+    """Continue each prompt token by token, by forward passes over the whole sequence; on every
+    rank at most `--sample-tokens`, the last one `end` where the model ends the document before."""
     samples = config.samples
     texts = [list(prompt.tokens) for prompt in prompts]
     together = engine.micro_batch_size * mesh.data_parallel_size
@@ -155,7 +145,12 @@ def continued(
                 _seed(config.training.seed, iteration, number, place)
                 for number, place in zip(mine, places, strict=True)
             ]
-            wanted = _wanted(places, seeds, engine, mesh, samples.sample_temperature)
+            begin, stop = mesh.sequence_range(engine.seq_length)
+            rows = [place - begin if begin <= place < stop else None for place in places]
+            empty = engine.micro_batch_size - len(rows)
+            wanted = NextTokens(
+                (*rows, *[None] * empty), samples.sample_temperature, (*seeds, *[0] * empty)
+            )
             tokens = engine.next_tokens(batch, wanted)
             of_all = torch.zeros(len(prompts), dtype=torch.int64, device=mesh.device)
             if tokens is not None and mine:
@@ -184,20 +179,6 @@ def _batch(texts: Sequence[Sequence[int]], engine: TrainingEngine, mesh: Mesh) -
         "labels": torch.full_like(tokens, IGNORE_INDEX),
         "positions": torch.arange(start, stop),
     }
-
-
-def _wanted(
-    places: Sequence[int],
-    seeds: Sequence[int],
-    engine: TrainingEngine,
-    mesh: Mesh,
-    temperature: float,
-) -> NextTokens:
-    """places: of the last tokens of the texts, in whole sequences."""
-    start, stop = mesh.sequence_range(engine.seq_length)
-    rows = [place - start if start <= place < stop else None for place in places]
-    empty = engine.micro_batch_size - len(rows)
-    return NextTokens((*rows, *[None] * empty), temperature, (*seeds, *[0] * empty))
 
 
 def _seed(*numbers: int) -> int:

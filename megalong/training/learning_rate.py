@@ -12,12 +12,8 @@ def learning_rate(iteration: int, training: TrainingConfig) -> float:
 
     Linear warm-up to `lr`, which step `lr_warmup_iters` has; then a decay from `lr`, which the
     first step after the warm-up has, down to `min_lr`, which the first step after `lr_decay_iters`
-    would have: polynomial (LongNet, table 3), linear, cosine, WSD, which stays at `lr` until the
-    last `lr_wsd_decay_iters` steps, or inverse-square-root, which goes down to `min_lr` at once
-    where it has not come so far. Or constant. So no step of a run is wasted on a rate of zero.
-    After the warm-up this is Megatron's schedule, where the rate of a step is that of the steps
-    done before it; its warm-up begins with a step at zero, and is one behind.
-    All that counts from the step after `lr_begin_iters`; those up to there have the rate of that.
+    would have. After the warm-up this is Megatron's schedule, whose warm-up begins with a step at
+    zero, and is one behind. All that counts from the step after `lr_begin_iters`.
     """
     iteration = max(iteration - training.lr_begin_iters, 1)
     warmup, decay_end = training.lr_warmup_iters, training.lr_decay_iters

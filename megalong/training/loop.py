@@ -26,6 +26,7 @@ from megalong.data.batches import (
     training_batches,
 )
 from megalong.evals.trials import Trials
+from megalong.data.prefetch import made_ahead
 from megalong.model.build import build_model, check_backend
 from megalong.model.memory_path import settle_memory_path
 from megalong.parallel import build_mesh, process_group, temporary_mesh, watch_ranks
@@ -164,7 +165,10 @@ class Trainer:
             self._advance(iteration, result)
             self._read_results(all_but=1)  # the device may still be busy with the newest
             if self._due(iteration, run.log_interval):
-                self._log(rate, result)
+                self._read_results()
+                traffic = self.engine.take_traffic()
+                self.reports.iterations(self.progress, rate, result, traffic)
+                self.progress = dataclasses.replace(self.progress, losses=[], losses_by_source={})
             self._check_stop()
             if run.save is not None and self._due(iteration, run.save_interval):
                 self._save()
@@ -213,12 +217,12 @@ class Trainer:
 
     def _advance(self, iteration: int, result: StepResult) -> None:
         self._unread.append((iteration, result))
+        before, samples = self.progress, self.config.training.global_batch_size
         self.progress = dataclasses.replace(
-            self.progress,
+            before,
             iteration=iteration,
-            consumed_samples=self.progress.consumed_samples
-            + self.config.training.global_batch_size,
-            consumed_tokens=self.progress.consumed_tokens + self.engine.tokens_per_step,
+            consumed_samples=before.consumed_samples + samples,
+            consumed_tokens=before.consumed_tokens + self.engine.tokens_per_step,
         )
 
     def _read_results(self, all_but: int = 0) -> None:
@@ -256,12 +260,6 @@ class Trainer:
     def _due(self, iteration: int, interval: int) -> bool:
         return iteration % interval == 0 or iteration == self.config.training.train_iters
 
-    def _log(self, rate: float, result: StepResult) -> None:
-        """Report the iterations since the last log, and forget their losses."""
-        self._read_results()
-        self.reports.iterations(self.progress, rate, result, self.engine.take_traffic())
-        self.progress = dataclasses.replace(self.progress, losses=[], losses_by_source={})
-
     def _save(self) -> None:
         self._read_results()
         with self.reports.saving():
@@ -282,11 +280,23 @@ class Trainer:
                 self._evaluate(iteration, split, whole=False)
         for trials in self.data.tasks:
             if at_the_end or iteration % self.config.tasks.eval_task_interval == 0:
-                self._evaluate_task(trials)
+                self._read_results()
+                batches = batches_of(self.engine, trials, self.mesh)
+                with self._evaluating(batches, f"{trials.task} of {trials.length}") as on_batch:
+                    apart = self.config.data.first_token_is_apart
+                    score = evaluate_task(self.engine, trials, self.mesh, on_batch, apart)
+                self.reports.task(self.progress, score)
         if self.data.prompts and (
             at_the_end or iteration % self.config.samples.sample_interval == 0
         ):
-            self._continue_prompts(iteration)
+            self._read_results()
+            end = self.data.tokenizer.eod
+            with self.reports.meter.pause():
+                tokens = continued(
+                    self.engine, self.data.prompts, self.config, self.mesh, end, iteration,
+                    on_token=self._check_stop,
+                )  # fmt: skip
+            self.reports.samples(self.progress, tokens)
 
     def _evaluate(self, iteration: int, split: str, whole: bool) -> None:
         stream = self.data.held_out[split]
@@ -314,29 +324,6 @@ class Trainer:
         self.reports.evaluation(self.progress, split, result)
         if self.best is not None and iteration == self.saved_iteration:
             self.best.evaluated(iteration, split, result)
-
-    def _evaluate_task(self, trials: Trials) -> None:
-        self._read_results()
-        batches = batches_of(self.engine, trials, self.mesh)
-        with self._evaluating(batches, f"{trials.task} of {trials.length}") as on_batch:
-            apart = self.config.data.first_token_is_apart
-            score = evaluate_task(self.engine, trials, self.mesh, on_batch, apart)
-        self.reports.task(self.progress, score)
-
-    def _continue_prompts(self, iteration: int) -> None:
-        self._read_results()
-        prompts, tokenizer = self.data.prompts, self.data.tokenizer
-        with self.reports.meter.pause():
-            tokens = continued(
-                self.engine,
-                prompts,
-                self.config,
-                self.mesh,
-                tokenizer.eod,
-                iteration,
-                on_token=self._check_stop,
-            )
-        self.reports.samples(self.progress, prompts, tokens, tokenizer)
 
     @contextlib.contextmanager
     def _evaluating(self, batches: int, what: str) -> Iterator[Callable[[], None]]:

@@ -18,18 +18,9 @@ from megalong.model.flops import PARTS
 from megalong.utils.errors import UserError, system_errors_of
 
 TRAINING_CURVES = (
-    "loss",
-    "z_loss",
-    "learning_rate",
-    "grad_norm",
-    "skipped_spikes",
-    "tokens_per_second",
-    "mfu",
-    "mfu_dense_equivalent",
-    "data_share",
-    "peak_memory_bytes",
-    "peak_reserved_bytes",
-)
+    "loss", "z_loss", "learning_rate", "grad_norm", "skipped_spikes", "tokens_per_second", "mfu",
+    "mfu_dense_equivalent", "data_share", "peak_memory_bytes", "peak_reserved_bytes",
+)  # fmt: skip
 SOURCE_CURVES = ("loss", "share", "epochs")
 SAVE_CURVES = ("save_seconds", "save_blocking_seconds")
 HELD_OUT_CURVES = ("loss", "perplexity", "bits_per_byte")
@@ -84,7 +75,7 @@ class MetricsLog:
             self._boards.append(WandbBoard(config, say))
 
     def training(self, record: dict[str, Any]) -> None:
-        """One logged iteration."""
+        """Write one logged iteration."""
         self._write(record)
         self._draw(record, "train", TRAINING_CURVES + SAVE_CURVES)
         for name, its in record.get("sources", {}).items():
@@ -94,15 +85,20 @@ class MetricsLog:
             self._draw(parts, "flops", PARTS)
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        """One evaluation of one split."""
-        self._write_evaluation(record)
-        self._draw(record, record["split"], HELD_OUT_CURVES)
-        self._draw(record, "train", SAVE_CURVES)
-
-    def task(self, record: dict[str, Any]) -> None:
-        """One evaluation of one task at one length."""
-        self._write_evaluation(record)
-        self._draw(record, f"task/{record['task']}/{record['length']}", TASK_CURVES)
+        """Write one evaluation, of a split or of a task at one length."""
+        if self._file is not None and record["iteration"] == self._resumed_iteration:
+            with self._system_errors():
+                path = Path(self._file.name)
+                earlier = (r for r in read_metrics(path) if not _same_evaluation(r, record))
+                _replace(path, [*earlier, record])
+                self._file.close()
+                self._file = path.open("a")
+        else:
+            self._write(record)
+        if "task" in record:
+            self._draw(record, f"task/{record['task']}/{record['length']}", TASK_CURVES)
+        else:
+            self._draw(record, record["split"], HELD_OUT_CURVES)
         self._draw(record, "train", SAVE_CURVES)
 
     def sample(self, record: dict[str, Any]) -> None:
@@ -120,7 +116,7 @@ class MetricsLog:
             board.text(iteration, f"sample/{record['number']}", record["prompt"] + record["text"])
 
     def make_durable(self) -> None:
-        """Flush to the disk: what a checkpoint says was done is in the logs as well."""
+        """Flush to the disk, so that what a checkpoint says was done is in the logs as well."""
         if self._file is not None:
             with self._system_errors():
                 os.fsync(self._file.fileno())
@@ -139,17 +135,6 @@ class MetricsLog:
                 closing.callback(self._file.close)
             for board in self._boards:
                 closing.callback(board.close, failed=kind is not None)
-
-    def _write_evaluation(self, record: dict[str, Any]) -> None:
-        if self._file is not None and record["iteration"] == self._resumed_iteration:
-            with self._system_errors():
-                path = Path(self._file.name)
-                earlier = (r for r in read_metrics(path) if not _same_evaluation(r, record))
-                _replace(path, [*earlier, record])
-                self._file.close()
-                self._file = path.open("a")
-        else:
-            self._write(record)
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._file is not None:
@@ -190,12 +175,9 @@ class _TensorBoard:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; a last line cut short by a killed run is left out."""
-    records = []
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
-            records.append(json.loads(line))
-    return records
+    """Read a `metrics.jsonl`; a last line cut short by a killed run is left out."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def forget_after(path: Path, iteration: int) -> None:
@@ -285,7 +267,7 @@ class WandbBoard:
             self._run.log({"iteration": iteration, name: page})
 
     def flush(self) -> None:
-        """wandb writes to its own file on the disk at once."""
+        """Do nothing: wandb writes to its own file on the disk at once."""
 
     def close(self, failed: bool) -> None:
         """The run ends; failed: by an error."""

@@ -1,5 +1,4 @@
-"""What the engine's optimizer steps: the parameter groups, their state, and what is shown of them
-to an optimizer that needs whole matrices."""
+"""The engine's parameter groups and their state; whole matrices for optimizers that need them."""
 
 from __future__ import annotations
 
@@ -28,8 +27,8 @@ from megalong.parallel.whole_matrices import DividedMatrices, DividedMatrix
 def parameter_groups(
     model: PipelineStage, optimizer: Optimizer, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """The optimizer's parameter groups, as many on each pipeline stage: weight decay on matrices
-    only, not on norms and biases; those of the layers apart, where the optimizer wants it."""
+    """Make the parameter groups, as many on each pipeline stage: weight decay on matrices only;
+    those of the layers apart, where the optimizer wants it."""
     named = list(named_parameters(model))
     matrices = [parameter for name, parameter in named if decays(name)]
     vectors = [parameter for name, parameter in named if not decays(name)]
@@ -52,12 +51,8 @@ def _group(
 
 
 def create_state(engine: Any, optimizer: Optimizer, fused: bool) -> None:
-    """Give every partition its optimizer state now.
-
-    PyTorch's optimizer would do so at its first step, but ZeRO 1 and 2 tell each parameter where
-    its piece of the state is after the step of the first parameter group, when the other groups
-    have none yet.
-    """
+    """Give every partition its optimizer state now: at PyTorch's first step, ZeRO 1 and 2 would
+    ask for that of all groups when the first alone has it."""
     stepping = stepping_optimizer(engine)
     of_matrices = {
         id(partition)

@@ -23,14 +23,11 @@ MEMORY_EVENTS = 1_000_000  # allocations and releases that a snapshot remembers
 
 
 class Profiler:
-    """Profiles this rank's iterations from `--profile-step-start` on, up to that before
-    `--profile-step-end`, where `--profile` and `--profile-ranks` want it. A context around the
-    training: of one that ends early, what was traced until then is kept. Out of memory is where a
-    snapshot of it is wanted most.
+    """Profiles this rank's iterations as the `--profile` flags want it. A context around the
+    training: of one that ends early, out of memory say, what was traced until then is kept.
 
     Writes into the run folder profile/rank0_iterations_10-11.json.gz, which Perfetto and
     chrome://tracing show, and on a GPU ..._memory.pickle for https://pytorch.org/memory_viz.
-    say: called with a line to be said. pause: a context around what is no training.
     """
 
     def __init__(

@@ -1,10 +1,9 @@
-"""Report what a run does: lines on the terminal, records in its metrics, times of its steps."""
+"""Report what a run does: lines on the terminal, records in its metrics."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,10 +18,11 @@ from megalong.checkpoint.writing import Saver
 from megalong.config import Config
 from megalong.config.model import scaling_oddities
 from megalong.config.stages import Stage
-from megalong.data.batches import Batch
 from megalong.data.blend import Blend, shown_shares
 from megalong.data.tokenizers.tokenizer import Tokenizer
 from megalong.evals.scores import FEW_TOKENS, TaskScore, position_edges
+from megalong.evals.position_losses import FEW_TOKENS, position_edges
+from megalong.evals.scores import TaskScore
 from megalong.model.build import DTYPES
 from megalong.model.flops import step_flops
 from megalong.model.parameters import count_parameters
@@ -31,90 +31,11 @@ from megalong.parallel.mesh import Mesh
 from megalong.training.evaluation import Evaluation
 from megalong.training.metrics import MetricsLog
 from megalong.training.resuming import other_ways
-from megalong.training.run_data import Prompt, RunData, describe_training
-from megalong.training.training_loss import StepResult
+from megalong.training.run_data import RunData, describe_training
+from megalong.training.stages import next_sample
+from megalong.training.training_loss import Meter, StepResult
 from megalong.utils.errors import counted
 from megalong.utils.progress import clock, human_bytes, human_flops
-
-
-class Meter:
-    """Measures the training on this rank; `take` gives what was measured since the last time.
-
-    The clock runs all the time but in `pause`: a step's seconds are those between two steps, so
-    that they hold whatever a GPU computes while the host is ahead of it.
-    """
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._save: tuple[float, float] | None = None  # begin, and seconds of standstill
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget what was measured so far."""
-        self._steps, self._waited, self._paused = 0, 0.0, 0.0
-        self._start = time.perf_counter()
-
-    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches; until one is there, the training waits for data."""
-        while True:
-            start = time.perf_counter()
-            batch = next(batches)
-            self._waited += time.perf_counter() - start
-            yield batch
-
-    def step(self) -> None:
-        """One step is done."""
-        self._steps += 1
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """What is done inside is no training: a save, an evaluation."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._paused += time.perf_counter() - start
-
-    @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
-        """Inside, a checkpoint is saved, or copied to be written in the background."""
-        begin = time.perf_counter()
-        with self.pause():
-            yield
-        self._save = begin, time.perf_counter() - begin
-
-    def take_save(self, durable_at: float | None) -> dict[str, float]:
-        """The times of the last save, once: nothing before it is on the disk, nor afterwards.
-
-        durable_at: `time.perf_counter()` when the last checkpoint was on the disk.
-        """
-        if self._save is None or durable_at is None or durable_at < self._save[0]:
-            return {}
-        (begin, blocking), self._save = self._save, None
-        return {"save_seconds": durable_at - begin, "save_blocking_seconds": blocking}
-
-    def take(self) -> tuple[float, float]:
-        """Seconds of a step, mean over those since the last call, and the share of them that was
-        spent waiting for data."""
-        seconds = time.perf_counter() - self._start - self._paused
-        result = seconds / self._steps, self._waited / seconds
-        self.restart()
-        return result
-
-    def take_memory(self) -> dict[str, Any]:
-        """The peak of this process's memory, in bytes: on a GPU, since the last call, what its
-        tensors took (peak_memory_bytes) and what PyTorch had reserved for them; on a CPU, since
-        the start, the resident set."""
-        if self._device.type == "cuda":
-            peaks = {
-                "peak_memory_bytes": torch.cuda.max_memory_allocated(self._device),
-                "peak_reserved_bytes": torch.cuda.max_memory_reserved(self._device),
-            }
-            torch.cuda.reset_peak_memory_stats(self._device)
-            return peaks
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return {"peak_memory_bytes": resident * 1024}  # Linux counts in KiB
-
 
 SOURCES_SHOWN = 6  # in a log line; all are in the metrics
 WORTH_A_WORD = 0.05  # waiting for data, and growth of the peak memory, as a share, in the log line
@@ -122,11 +43,7 @@ WORTH_A_WORD = 0.05  # waiting for data, and growth of the peak memory, as a sha
 
 class Reports:
     """What a run says of itself, and the meter that it takes its numbers from. Every rank has one,
-    and the main process speaks.
-
-    blend: what is trained on. progress: where the run begins. saver: asked when a checkpoint was on
-    the disk. stage: which one of several this is, if so.
-    """
+    and the main process speaks."""
 
     def __init__(
         self,
@@ -139,28 +56,22 @@ class Reports:
         stage: Stage | None = None,
     ) -> None:
         self.stage = stage if stage is not None and stage.name is not None else None
-        self.config, self.mesh, self.saver, self.blend = config, mesh, saver, blend
+        self.config, self.data, self.blend = config, data, blend
+        self.mesh, self.saver = mesh, saver
         self.meter = Meter(mesh.device)
         self.tokens_per_step = config.training.global_batch_size * config.model.seq_length
-        self.parameters = count_parameters(config.model, data.tokenizer.vocab_size)
-        self.masking = data.masking
-        share = 1.0 if data.masking is None else data.masking.rate
-        self.held_out = {
-            split: round(share * part.tokens_per_epoch) for split, part in data.held_out.items()
-        }
-        self.oddities = [
-            *config.attention.oddities(config.model.seq_length),
-            *scaling_oddities(config.model),
-            *data.oddities,
-        ]
         self.flops = step_flops(config, data.tokenizer.vocab_size)
-        self.dense_flops = step_flops(config, data.tokenizer.vocab_size, dense=True)
+        self.total_flops = sum(self.flops.values())
+        dense = step_flops(config, data.tokenizer.vocab_size, dense=True)
+        self.dense_flops = sum(dense.values())
         self.peak, self.peak_source = _peak_of_all_ranks(config, mesh)
         self.metrics = MetricsLog(config, progress.iteration, say) if mesh.is_main else None
         self._first_iteration, self._begin = progress.iteration, time.perf_counter()
         self._says_flops = True  # in the first record
         self._said_peak = False  # that it is too low
         self._memory_before = 0  # the least peak since one was said
+        # What is predicted, in words.
+        self._predicted = "tokens" if data.masking is None else "masked tokens"
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -169,87 +80,93 @@ class Reports:
             yield
 
     def begin(self) -> None:
-        """The training begins now, after all that had to be built."""
+        """Begin to measure the training, after all that had to be built."""
         self._begin = time.perf_counter()
         self.meter.restart()
 
     def announce(
         self, checkpoint: Path | None, progress: Progress, choices: list[str], news: list[str]
     ) -> None:
-        """What is about to run. checkpoint: what the run goes on from, or None. choices: lines on
-        what was chosen by itself. news: on what is other about the training data than before the
-        checkpoint.
-        """
-        if not self.mesh.is_main:
-            return
-        config, mesh = self.config, self.mesh
-        training = config.training
-        say(
-            f"{self.parameters}, {training.precision}, on"
+        """Say what is about to run. choices: lines on what was chosen by itself. news: on what is
+        other about the training data than before the checkpoint."""
+        if self.mesh.is_main:
+            for line in self._announcement(checkpoint, progress, choices, news):
+                say(line)
+
+    def _announcement(
+        self, checkpoint: Path | None, progress: Progress, choices: list[str], news: list[str]
+    ) -> Iterator[str]:
+        config, mesh, data, stage = self.config, self.mesh, self.data, self.stage
+        training, run, length = config.training, config.run, config.model.seq_length
+        yield (
+            f"{count_parameters(config.model, data.tokenizer.vocab_size)}, {training.precision}, on"
             f" {counted(mesh.world_size, f'{mesh.device.type} rank')}:"
             f" sequence {mesh.sequence.size} x tensor {mesh.tensor_parallel_size}"
             f" x pipeline {mesh.pipeline_parallel_size} x data {mesh.data_parallel_size},"
             f" ZeRO {config.parallel.zero_stage}"
         )
-        say(config.attention.description + ("" if training.causal else ", bidirectional"))
-        for line in self.stage.notes if self.stage else ():
-            say(line)
-        say(
-            f"{self._which_iterations} of {counted(training.global_batch_size, 'sequence')} of"
-            f" {config.model.seq_length:,} tokens; one epoch is"
-            f" {self.blend.tokens_per_epoch:,} tokens"
+        yield config.attention.description + ("" if training.causal else ", bidirectional")
+        iterations = counted(training.train_iters, "iteration")
+        if stage is not None:
+            yield from stage.notes
+            iterations = (
+                f"stage {stage.name}, {stage.number} of {stage.count}: iterations"
+                f" {stage.begin + 1:,} to {stage.end:,},"
+            )
+        yield (
+            f"{iterations} of {counted(training.global_batch_size, 'sequence')} of {length:,}"
+            f" tokens; one epoch is {self.blend.tokens_per_epoch:,} tokens"
         )
         if len(self.blend.sources) > 1:
             sources = counted(len(self.blend.sources), "source")
-            say(f"{sources}, by their shares: {shown_shares(self.blend.shares)}")
-        for line in describe_training(self.blend, config):
-            say(line)
-        if self.masking is not None:
-            say(
-                f"masked-language modelling: {self.masking.rate:.3g} of the tokens are masked; the"
-                f" mask token has id {self.masking.mask}"
+            yield f"{sources}, by their shares: {shown_shares(self.blend.shares)}"
+        yield from describe_training(self.blend, config)
+        if data.masking is not None:
+            yield (
+                f"masked-language modelling: {data.masking.rate:.3g} of the tokens are masked; the"
+                f" mask token has id {data.masking.mask}"
             )
-        total, dense = sum(self.flops.values()), sum(self.dense_flops.values())
         parts = ", ".join(
-            f"{part.replace('_', ' ')} {flops / total:.0%}" for part, flops in self.flops.items()
+            f"{part.replace('_', ' ')} {flops / self.total_flops:.0%}"
+            for part, flops in self.flops.items()
         )
-        say(
-            f"{human_flops(total)} an iteration ({parts}), with dense attention"
-            f" {human_flops(dense)}; peak of {counted(mesh.world_size, 'rank')}"
+        yield (
+            f"{human_flops(self.total_flops)} an iteration ({parts}), with dense attention"
+            f" {human_flops(self.dense_flops)}; peak of {counted(mesh.world_size, 'rank')}"
             f" {human_flops(self.peak)}/s ({self.peak_source})"
         )
-        for line in choices:
-            say(line)
+        yield from choices
         if checkpoint is not None:
-            new_stage = self.stage is not None and progress.iteration == self.stage.begin > 0
-            how = f"stage {self.stage.name} begins with" if new_stage else _how_it_begins(config)
-            say(f"{how} {checkpoint}")
-            for line in [*other_ways(checkpoint, config, new_stage), *news]:
-                say(line)
-        elif config.run.load is not None:
-            say(f"no checkpoint in {config.run.load} yet: starting at the beginning")
-        if config.run.profile and progress.iteration >= config.run.profile_step_end - 1:
-            say(f"--profile: the run is past iteration {config.run.profile_step_end - 1} already")
-        for line in self.oddities:
-            say(line)
+            new_stage = stage is not None and progress.iteration == stage.begin > 0
+            how = f"stage {stage.name} begins with" if new_stage else _how_it_begins(config)
+            yield f"{how} {checkpoint}"
+            yield from other_ways(checkpoint, config, new_stage)
+            yield from news
+        elif run.load is not None:
+            yield f"no checkpoint in {run.load} yet: starting at the beginning"
+        if run.profile and progress.iteration >= run.profile_step_end - 1:
+            yield f"--profile: the run is past iteration {run.profile_step_end - 1} already"
+        yield from config.attention.oddities(length)
+        yield from scaling_oddities(config.model)
+        yield from data.oddities
         divides = f"--split {config.data.split} leaves" if config.data.divided else "there is"
-        if not self.held_out:
-            say(f"{divides} no document to evaluate on")
-        for split, tokens in self.held_out.items():
+        if not data.held_out:
+            yield f"{divides} no document to evaluate on"
+        share = 1.0 if data.masking is None else data.masking.rate
+        for split, part in data.held_out.items():
+            tokens = round(share * part.tokens_per_epoch)
             if tokens < FEW_TOKENS:
-                say(
+                yield (
                     f"{divides} only {tokens:,} {self._predicted} for {split}: below"
                     f" {FEW_TOKENS:,} chance alone moves its perplexity by some percent"
                 )
         if config.tasks.eval_tasks is not None:
-            say(config.tasks.description(config.model.seq_length))
-        if config.run.save is None:
-            say("without --save nothing is kept")
+            yield config.tasks.description(length)
+        if run.save is None:
+            yield "without --save nothing is kept"
         if progress.iteration >= training.train_iters:
             done = f"--train-iters {training.train_iters} are"
-            if self.stage is not None:
-                done = f"stage {self.stage.name} is"
-            say(f"{done} done: evaluating only")
+            yield f"{done if stage is None else f'stage {stage.name} is'} done: evaluating only"
 
     def iterations(
         self,
@@ -258,12 +175,10 @@ class Reports:
         result: StepResult,
         traffic: dict[str, Any] | None,
     ) -> None:
-        """The iterations since the last report. progress: their losses, and where the run stands;
-        result: of the last of them. traffic: of a step, where it was counted."""
+        """Report the iterations since the last report; result: of the last of them."""
         seconds, data_share = self.meter.take()
         if not self.mesh.is_main:
             return
-        total, dense = sum(self.flops.values()), sum(self.dense_flops.values())
         record = {
             **self._place(progress),
             "consumed_samples": progress.consumed_samples,
@@ -273,8 +188,8 @@ class Reports:
             "learning_rate": learning_rate,
             "grad_norm": result.grad_norm,
             "tokens_per_second": self.tokens_per_step / seconds,
-            "mfu": total / seconds / self.peak,
-            "mfu_dense_equivalent": dense / seconds / self.peak,
+            "mfu": self.total_flops / seconds / self.peak,
+            "mfu_dense_equivalent": self.dense_flops / seconds / self.peak,
             "data_share": data_share,
             **self.meter.take_memory(),
             **self.meter.take_save(self.saver.durable_at),
@@ -286,7 +201,7 @@ class Reports:
         if self._says_flops:
             record["flops"] = {
                 "per_step": self.flops,
-                "dense_equivalent": dense,
+                "dense_equivalent": self.dense_flops,
                 "peak_per_second": self.peak,
                 "peak_source": self.peak_source,
             }
@@ -299,47 +214,17 @@ class Reports:
             self._said_peak = True
             say(f"MFU above 100%: the peak ({self.peak_source}) is too low; --peak-tflops sets it")
 
-    def nothing_predicted(self, iteration: int) -> None:
-        """A step of whose tokens none counts in the loss."""
-        if self.mesh.is_main:
-            say(
-                f"iteration {iteration}: no token of its batch counts in the loss, by the loss"
-                " masks of the data: the loss and its gradients are 0"
-            )
-
-    def spike(self, iteration: int, result: StepResult) -> None:
-        """A step whose update was left out, for its loss."""
-        if self.mesh.is_main:
-            say(
-                f"iteration {iteration}: the loss is {result.loss:.4f}, more than"
-                f" {self.config.training.skip_loss_spikes:g} times the usual"
-                f" {result.usual_loss:.4f}: no update is made (--skip-loss-spikes)"
-            )
-
-    @property
-    def _which_iterations(self) -> str:
-        """Those of the run, or of its stage, in words."""
-        stage = self.stage
-        if stage is None:
-            return counted(self.config.training.train_iters, "iteration")
-        return (
-            f"stage {stage.name}, {stage.number} of {stage.count}: iterations {stage.begin + 1:,}"
-            f" to {stage.end:,},"
-        )
-
     def _place(self, progress: Progress) -> dict[str, Any]:
-        """Where a run stands, in a record of its metrics."""
         stage = {} if self.stage is None else {"stage": self.stage.name}
         return {"iteration": progress.iteration, **stage}
 
     def _sources(self, progress: Progress) -> dict[str, dict[str, float | None]]:
-        """Of each source of the training data the mean loss since the last report (None: it had no
-        sample), its share of the samples so far, and how many epochs of it were read."""
-        sums = progress.losses_by_source
-        read = -(-progress.consumed_tokens // self.config.model.seq_length)
+        """By source the mean loss since the last report (None: it had no sample), its share of the
+        samples so far, and how many epochs of it were read."""
         found = {}
+        read = next_sample(progress, self.config)
         for name, (share, epochs) in self.blend.realised(read).items():
-            total, count = sums.get(name, (0.0, 0.0))
+            total, count = progress.losses_by_source.get(name, (0.0, 0.0))
             loss = total / count if count else None
             found[name] = {"loss": loss, "share": share, "epochs": epochs}
         return found
@@ -374,66 +259,76 @@ class Reports:
         words.append(f"{clock(pace * (train_iters - iteration))} left")
         return " | ".join(words)
 
+    def nothing_predicted(self, iteration: int) -> None:
+        """Say that of a step's tokens none counts in the loss."""
+        if self.mesh.is_main:
+            say(
+                f"iteration {iteration}: no token of its batch counts in the loss, by the loss"
+                " masks of the data: the loss and its gradients are 0"
+            )
+
+    def spike(self, iteration: int, result: StepResult) -> None:
+        """Say that a step's update was left out, for its loss."""
+        if self.mesh.is_main:
+            say(
+                f"iteration {iteration}: the loss is {result.loss:.4f}, more than"
+                f" {self.config.training.skip_loss_spikes:g} times the usual"
+                f" {result.usual_loss:.4f}: no update is made (--skip-loss-spikes)"
+            )
+
     def evaluation(self, progress: Progress, split: str, result: Evaluation) -> None:
-        """An evaluation of one split."""
+        """Report an evaluation of one split."""
         if not self.mesh.is_main:
             return
-        self.metrics.evaluation(
-            {
-                **self._place(progress),
-                "split": split,
-                "consumed_tokens": progress.consumed_tokens,
-                "loss": result.loss,
-                "perplexity": result.perplexity,
-                "bits_per_byte": result.bits_per_byte,
-                "tokens": result.tokens,
-                "position_edges": position_edges(self.config.model.seq_length),
-                "loss_by_position": result.loss_by_position,
-                **(saved := self.meter.take_save(self.saver.durable_at)),
-            }
-        )
+        record = {
+            **self._place(progress),
+            "split": split,
+            "consumed_tokens": progress.consumed_tokens,
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+            "bits_per_byte": result.bits_per_byte,
+            "tokens": result.tokens,
+            "position_edges": position_edges(self.config.model.seq_length),
+            "loss_by_position": result.loss_by_position,
+            **self.meter.take_save(self.saver.durable_at),
+        }
+        self.metrics.evaluation(record)
+        bits = result.bits_per_byte
         words = [
             f"{split} at iteration {progress.iteration}",
             f"loss {result.loss:.4f}",
             f"perplexity {result.perplexity:.2f}",
+            *([] if bits is None else [f"{bits:.3f} bits per byte"]),
             f"{result.tokens:,} {self._predicted}",
         ]
-        if result.bits_per_byte is not None:
-            words.insert(-1, f"{result.bits_per_byte:.3f} bits per byte")
-        say(" | ".join(words + self._words_on_save(saved)))
+        say(" | ".join(words + self._words_on_save(record)))
 
     def task(self, progress: Progress, score: TaskScore) -> None:
-        """An evaluation of one task at one length."""
+        """Report an evaluation of one task at one length."""
         if not self.mesh.is_main:
             return
-        self.metrics.task(
-            {
-                **self._place(progress),
-                "consumed_tokens": progress.consumed_tokens,
-                "style": self.config.tasks.eval_task_style,
-                **score.record(),
-                **(saved := self.meter.take_save(self.saver.durable_at)),
-            }
-        )
+        record = {
+            **self._place(progress),
+            "consumed_tokens": progress.consumed_tokens,
+            "style": self.config.tasks.eval_task_style,
+            **score.record(),
+            **self.meter.take_save(self.saver.durable_at),
+        }
+        self.metrics.evaluation(record)
         words = [
             f"{score.task} of {score.length:,} tokens at iteration {progress.iteration}",
             f"{score.accuracy:.1%} of {counted(score.answers, 'answer')} right",
             f"{score.token_accuracy:.1%} of their tokens",
             f"loss {score.loss:.4f}",
         ]
-        say(" | ".join(words + self._words_on_save(saved)))
+        say(" | ".join(words + self._words_on_save(record)))
 
-    def samples(
-        self,
-        progress: Progress,
-        prompts: Sequence[Prompt],
-        continuations: Sequence[Sequence[int]],
-        tokenizer: Tokenizer,
-    ) -> None:
-        """What the model made of the prompts: tokens of each."""
+    def samples(self, progress: Progress, continuations: Sequence[Sequence[int]]) -> None:
+        """Report what the model made of the prompts: tokens of each."""
         if not self.mesh.is_main:
             return
-        for number, (prompt, tokens) in enumerate(zip(prompts, continuations, strict=True)):
+        tokenizer, pairs = self.data.tokenizer, zip(self.data.prompts, continuations, strict=True)
+        for number, (prompt, tokens) in enumerate(pairs):
             text = tokenizer.decode(tokens)
             self.metrics.sample(
                 {
@@ -447,11 +342,6 @@ class Reports:
                 }
             )
             say(f"sample at iteration {progress.iteration} | {prompt.text!r} | {text!r}")
-
-    @property
-    def _predicted(self) -> str:
-        """What is predicted, in words."""
-        return "tokens" if self.masking is None else "masked tokens"
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
@@ -470,13 +360,12 @@ class Reports:
         return [words]
 
     def stopped(self, reason: str, iteration: int) -> None:
-        """A run that was asked to stop has done so, after this iteration."""
+        """Say that a run has stopped on request after this iteration, and how to go on."""
         if not self.mesh.is_main:
             return
         run = self.config.run
-        if run.save is None:
-            then = "without --save nothing is kept"
-        else:
+        then = "without --save nothing is kept"
+        if run.save is not None:
             anew = run.finetune and run.pretrained_checkpoint is None
             flags = f"--load {run.save}" + (" and without --finetune" if anew else "")
             then = f"the same command with {flags} goes on from there"

@@ -258,18 +258,13 @@ class _Opened:
         self, documents: Documents, part: range, name: str, shuffle: bool, salt: int = 0
     ) -> TokenStream:
         """A range of them as a stream. Raises UserError where it holds nothing."""
+        config = self._config
+        upsampling, cache = (config.data.upsampling, self._cache) if shuffle else (None, None)
         return TokenStream(
-            documents,
-            part,
-            self._config.model.seq_length,
-            self._config.training.seed,
-            shuffle=shuffle,
-            upsampling=self._config.data.upsampling if shuffle else None,
-            vocab_size=self._tokenizer.vocab_size,
-            name=name,
-            salt=salt,
-            cache=self._cache if shuffle else None,
-        )
+            documents, part, config.model.seq_length, config.training.seed, shuffle=shuffle,
+            upsampling=upsampling, vocab_size=self._tokenizer.vocab_size, name=name, salt=salt,
+            cache=cache,
+        )  # fmt: skip
 
 
 def _open_training(

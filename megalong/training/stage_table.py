@@ -27,9 +27,8 @@ _COMPUTING = ("memory_path", *PIECES)
 
 
 def print_stages(recipe: Recipe) -> None:
-    """Print the table, on one rank of however many were started; what is trained on need not be
-    there, or said. Raises UserError where a stage cannot work, or there is no tokenizer, whose
-    vocabulary counts."""
+    """Print the table, on one rank; the data need not be there, or said. Raises UserError where a
+    stage cannot work, or there is no tokenizer, whose vocabulary counts."""
     launched = "RANK" in os.environ
     ranks = recipe.dry_run or (world_size() if launched else recipe.fewest_ranks)
     stages = recipe.with_data_to_come().resolve(ranks)
@@ -38,8 +37,7 @@ def print_stages(recipe: Recipe) -> None:
 
 
 def stage_table(stages: tuple[Stage, ...], vocab_size: int, ranks: int) -> str:
-    """A line for each stage, what each is, and what is to be said of all. vocab_size: ids of the
-    tokenizer."""
+    """Return a line for each stage, what each is, and what is to be said of all."""
     flops = [stage.iterations * _step_flops(stage.config, vocab_size) for stage in stages]
     rows = [_HEAD]
     for stage, cost in zip(stages, flops, strict=True):

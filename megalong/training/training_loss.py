@@ -1,20 +1,26 @@
-"""The loss of a step: what is minimised, what is reported, and which losses are spikes."""
+"""The numbers of a step: what is minimised, what is reported, loss spikes, and times."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import resource
 import statistics
+import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from megalong.data.batches import Batch
 
 
 @dataclass(frozen=True)
 class TrainingLoss:
-    """What is made of the token losses of a micro batch: the loss to differentiate, and sums to
-    report, which the ranks add up.
+    """From the token losses of a micro batch to the loss to differentiate, and to sums to report,
+    which the ranks add up.
 
     scale: of the gradient. sources: of the training data. z_loss_coeff: 0, or what weighs the
     squares of the logsumexps, which the losses then have beside them.
@@ -74,29 +80,25 @@ class TrainingLoss:
 
 
 def next_tokens(results: torch.Tensor, mask: torch.Tensor, source: None):
-    """The same where `megalong.model.next_tokens.NextTokens` were asked for: a loss, and the ids,
-    int64 (b,), -1 where another rank has the position."""
+    """Take apart what `NextTokens` give: a loss, and the ids, int64 (b,), -1 where another rank has
+    the position."""
     losses, tokens = results
     return losses.float().sum(), tokens[:, 0].long()
 
 
 def held_out_losses(losses: torch.Tensor, mask: torch.Tensor, source: None):
-    """The same of held-out batches: a loss, and the token losses, whether the labels are the
-    likeliest tokens where that is beside the losses, and the mask."""
+    """Take apart what held-out batches give: a loss, and the token losses, whether the labels are
+    the likeliest tokens (if asked), and the mask."""
     losses, likeliest = (losses, None) if losses.dim() == 2 else (losses[0], losses[1] > 0)
     losses = losses.float() * mask
     return losses.sum(), (losses, likeliest, mask)
 
 
 class StepResult:
-    """What one optimizer step reports. Its numbers may be read while the next step runs: who reads
-    one waits until the device has come that far.
+    """What one optimizer step reports; who reads a number waits until the device has come so far.
 
-    skipped: the weights were left alone. Where there is no `usual_loss`, DeepSpeed did so since the
-        gradients were not finite: an overflow of fp16, after which the loss scale is lowered, or
-        with any other precision a run gone wrong.
-    usual_loss: what the loss was too far above for an update (`megalong.training.training_loss`);
-        None: it was not.
+    skipped: the weights were left alone: the loss was too far above `usual_loss`, or, where that is
+        None, the gradients were not finite: an overflow of fp16, or a run gone wrong.
     """
 
     def __init__(
@@ -143,8 +145,8 @@ class StepResult:
 
     @property
     def by_source(self) -> dict[str, tuple[float, float]]:
-        """Of each source, by name, the sum of the losses of its predictions in the global batch, in
-        nats, and how many these were; empty where there is one source."""
+        """By source the sum of the losses of its predictions, in nats, and how many these were;
+        empty where there is one source."""
         numbers = self._read()[3:]
         if not numbers:
             return {}
@@ -159,12 +161,11 @@ class StepResult:
 
 
 class LossSpikes:
-    """The losses of the last steps, and which new one is a spike: one above `factor` times their
-    median.
+    """The losses of the last steps: a new one above `factor` times their median is a spike.
 
-    The losses of spikes are among them, so that a loss that stays high is the usual one after half
-    a window. Until half a window is full, none is a spike. One that is not finite never is: that is
-    a run gone wrong. One of 0, of a step with nothing to predict, says nothing of the usual one.
+    The losses of spikes are among them, so that one that stays high becomes the usual one. Until
+    half a window is full, none is a spike; one that is not finite never is. One of 0, of a step
+    with nothing to predict, does not count.
     """
 
     def __init__(self, factor: float, window: int, losses: Iterable[float] = ()):
@@ -173,9 +174,81 @@ class LossSpikes:
         self.losses = deque(losses, window)
 
     def usual_loss(self, loss: float) -> float | None:
-        """Take the loss of a step in, in nats. Returns the median that it is too far above, or None
-        where it is no spike."""
+        """Take a loss in. Returns the median that it is too far above; None: it is no spike."""
         median = statistics.median(self.losses) if 2 * len(self.losses) >= self.window else math.inf
         if loss:
             self.losses.append(loss)
         return median if math.isfinite(loss) and loss > self.factor * median else None
+
+
+class Meter:
+    """Measures the training on this rank. The clock runs all the time but in `pause`: a step's
+    seconds hold whatever a GPU computes while the host is ahead of it."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._save: tuple[float, float] | None = None  # begin, and seconds of standstill
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was measured so far."""
+        self._steps, self._waited, self._paused = 0, 0.0, 0.0
+        self._start = time.perf_counter()
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches; until one is there, the training waits for data."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches)
+            self._waited += time.perf_counter() - start
+            yield batch
+
+    def step(self) -> None:
+        """One step is done."""
+        self._steps += 1
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is done inside is no training: a save, an evaluation."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Inside, a checkpoint is saved, or copied to be written in the background."""
+        begin = time.perf_counter()
+        with self.pause():
+            yield
+        self._save = begin, time.perf_counter() - begin
+
+    def take_save(self, durable_at: float | None) -> dict[str, float]:
+        """Return the times of the last save, once, when it is on the disk. durable_at: of the last
+        checkpoint, as `time.perf_counter()` has it."""
+        if self._save is None or durable_at is None or durable_at < self._save[0]:
+            return {}
+        (begin, blocking), self._save = self._save, None
+        return {"save_seconds": durable_at - begin, "save_blocking_seconds": blocking}
+
+    def take(self) -> tuple[float, float]:
+        """Return the mean seconds of a step since the last call, and the share spent waiting for
+        data."""
+        seconds = time.perf_counter() - self._start - self._paused
+        result = seconds / self._steps, self._waited / seconds
+        self.restart()
+        return result
+
+    def take_memory(self) -> dict[str, Any]:
+        """Return the peak of this process's memory: on a GPU since the last call, on a CPU since
+        the start, the resident set."""
+        if self._device.type == "cuda":
+            peaks = {
+                "peak_memory_bytes": torch.cuda.max_memory_allocated(self._device),
+                "peak_reserved_bytes": torch.cuda.max_memory_reserved(self._device),
+            }
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return peaks
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {"peak_memory_bytes": resident * 1024}  # Linux counts in KiB

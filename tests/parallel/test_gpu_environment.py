@@ -1,7 +1,6 @@
 """What is set for GPUs, as far as that can be told without one."""
 
 import os
-import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -39,37 +38,13 @@ def test_the_users_word_on_the_allocator_counts(monkeypatch, name):
     }
 
 
-def test_the_users_patience_with_nccl_counts(monkeypatch):
-    monkeypatch.setenv(NAMES[2], "60000")
-    set_gpu_defaults()
-    assert os.environ[NAMES[2]] == "60000"
-
-
-ALLOCATOR = """
-import os, torch
-os.environ["PYTORCH_ALLOC_CONF"] = "{0}"  # after the import, as in a run
-torch._C._accelerator_setAllocatorSettings("{1}")
-"""
-
-
-def test_pytorch_reads_the_setting_after_its_import_and_knows_it():
-    environment = {name: value for name, value in os.environ.items() if name not in NAMES}
-    ours = mesh.ALLOCATOR_SETTINGS
-    for first, second, message in ((ours, ours, ""), ("expandable_segments:Perhaps", ours, "True")):
-        done = subprocess.run(
-            [sys.executable, "-c", ALLOCATOR.format(first, second)],
-            env=environment, capture_output=True, text=True,
-        )  # fmt: skip
-        assert (done.returncode == 0) == (not message) and message in done.stderr, done.stderr
-
-
 def test_the_watch_speaks_before_pytorch_aborts():
     """A node that falls silent is what takes the watch longest; a rank that fails has its own words
     first."""
     alive = rank_watchdog.KEEP_ALIVE
     probes = alive["TCP_KEEPIDLE"] + alive["TCP_KEEPINTVL"] * alive["TCP_KEEPCNT"]
     silence = max(probes, rank_watchdog.UNANSWERED / 1000)
-    assert silence + rank_watchdog.OWN_WORDS < mesh.seconds_until_abort()
+    assert silence + rank_watchdog.OWN_WORDS < 4 * mesh.DUMP_SECONDS  # PyTorch waits so often
 
 
 def test_this_pytorch_knows_the_variable():

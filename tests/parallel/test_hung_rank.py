@@ -1,11 +1,9 @@
 """A rank that hangs ends the job with a line that says which it is; one that takes its time not."""
 
-import _thread
 import errno
 import os
 import signal
 import socket
-import threading
 import time
 from queue import Queue
 from types import SimpleNamespace
@@ -17,7 +15,7 @@ import torch
 from megalong.config import Config
 from megalong.config.run import RunConfig
 from megalong.parallel import rank_watchdog
-from megalong.parallel.activity import Activity, Report, find_hung
+from megalong.parallel.rank_watchdog import Activity, Report, find_hung
 from megalong.utils.errors import UserError
 from tests.forked import run_ranks, started_ranks
 from tests.launching import PRETRAIN, REPOSITORY, small_run_flags
@@ -75,10 +73,6 @@ def test_who_does_not_hang(others):
     assert find_hung({"rank 0": (1, WAITS), "rank 1": (1, others)}, 30) is None
 
 
-def test_nobody_waits_for_ranks_that_read_data():
-    assert find_hung({"rank 0": (1, STUCK), "rank 1": (1, STUCK)}, 30) is None
-
-
 def stills(activity, *doings):
     """Seconds since it last moved, by looks from one line, each after one of these."""
     return [(doing(), activity.look())[1].still for doing in doings]
@@ -95,27 +89,6 @@ def test_a_process_moves_while_it_computes_and_after_a_pause():
     assert stills(Activity({}, 0, CPU), rest, rest, rest) == [0, 0, 0]
 
 
-def test_what_runs_beside_the_main_thread_counts():
-    """On a GPU autograd goes backward in threads that it makes itself, and compiles kernels."""
-    names = {name: threading.Event() for name in ("begun", "first", "second", "last")}
-    words = "begun.set(); first.wait(); second.set(); last.wait()"
-    code = compile(words, "/site-packages/triton/compiler/code_generator.py", "exec")
-    activity = Activity({}, 1000, CPU)
-    assert not activity.look().patient
-    _thread.start_new_thread(exec, (code, names))
-    names["begun"].wait()
-    assert activity.look().patient
-
-    def go_on():
-        names["first"].set()
-        names["second"].wait()
-        rest()
-
-    _, waits, moved = stills(activity, rest, rest, go_on)
-    names["last"].set()
-    assert waits > 0.2 and moved == 0
-
-
 @pytest.mark.parametrize("waits_for", ["", "all_reduce"])
 def test_a_rank_that_allocates_on_its_gpu_moves(monkeypatch, waits_for):
     """While it waits for another, the allocator is left alone: its lock may be held until then."""
@@ -124,7 +97,7 @@ def test_a_rank_that_allocates_on_its_gpu_moves(monkeypatch, waits_for):
         torch.cuda, "memory_stats", lambda _: {"allocation.all.allocated": next(counts)}
     )
     monkeypatch.setattr(Activity, "_collective", lambda *_: waits_for)
-    monkeypatch.setattr("megalong.parallel.activity.pause", lambda _: 1000)
+    monkeypatch.setattr("megalong.parallel.rank_watchdog.pause", lambda _: 1000)
     activity = Activity({}, 0.2, torch.device("cuda", 3))
     _, first, same, more = stills(activity, rest, rest, rest, rest)
     assert (first > 0, same > 0, more > 0) == ((True,) * 3 if waits_for else (False, True, False))
@@ -157,30 +130,6 @@ def test_a_rank_that_says_who_it_is_and_then_nothing(monkeypatch):
         connection.close()  # ends the watch
     while ended.get(timeout=60)[0] != "lost":
         pass
-
-
-@pytest.mark.parametrize("word", ["lost", "hung"])
-def test_rank_0_has_its_say_before_the_others_end(word, monkeypatch):
-    """When they do, a launcher kills it."""
-    happened = []
-    monkeypatch.setattr(rank_watchdog, "_say", lambda *_: happened.append("said"))
-    monkeypatch.setattr(rank_watchdog, "_end", lambda *words: happened.append(words))
-    patience, news = SimpleNamespace(record=None), threading.Event()
-    hub = SimpleNamespace(news=news, _patience=patience, _tell=happened.append)
-    rank_watchdog._Hub._spread(hub, word, "rank 1")
-    assert happened == ["said", f"{word} rank 1", (word, "rank 1", False, None)]
-    assert news.is_set()
-
-
-def test_the_record_of_an_earlier_hang_is_cleared(tmp_path, monkeypatch):
-    (tmp_path / "collectives").mkdir()
-    (tmp_path / "collectives" / "rank_7").touch()
-    nccl = SimpleNamespace(get_world_size=lambda: 2, get_backend=lambda: "nccl")
-    monkeypatch.setattr(rank_watchdog, "dist", nccl)
-    monkeypatch.setattr(rank_watchdog, "_Hub", Mock())
-    mesh = SimpleNamespace(is_main=True, groups_by_axis={}, device=CPU)
-    with rank_watchdog.watch_ranks(mesh, RunConfig(save=str(tmp_path)).resolve()):
-        assert list(tmp_path.iterdir()) == []
 
 
 def test_the_time_is_half_of_that_of_a_collective():

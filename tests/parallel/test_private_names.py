@@ -86,20 +86,6 @@ def test_private_names_stand_in_their_files(taken):
     assert taken["megalong/parallel/deepspeed_private.py"] <= listed
 
 
-def test_the_search_finds_them():
-    source = """
-from torch.utils._python_dispatch import A
-from torch import _C
-from megalong.own import _ours
-class Ours:
-    def _mine(self):
-        self._set = self._mine()
-        return self._set, self._inherited, other._attribute, getattr(other, "_by_name"), a.__dict__
-"""
-    expected = {"_python_dispatch", "_C", "_inherited", "_attribute", "_by_name"}
-    assert foreign_private_names(source) == expected
-
-
 def test_the_parser_has_its_own(taken):
     assert taken[COMMANDS] <= vars(argparse.ArgumentParser()).keys()
 

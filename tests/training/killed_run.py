@@ -1,11 +1,15 @@
-"""A training run whose first rank kills itself at a chosen point: `killed_run.py POINT N FLAGS`.
+"""A training run that is disturbed at a chosen point: `killed_run.py POINT N FLAGS`.
 
-POINT is "step" (in the middle of the N-th optimizer step of this process), or a point of its N-th
-save: "write" (the tensors are written, nothing else), "rename" (everything is written, under the
-temporary name) or "pointer" (renamed, but `latest` still names the one before).
+The first rank kills itself where POINT is "step" (in the middle of the N-th optimizer step of this
+process), or a point of its N-th save: "write" (the tensors are written, nothing else), "rename"
+(everything is written, under the temporary name) or "pointer" (renamed, but `latest` still names
+the one before).
+"asked": signal N had asked it to stop while it was starting. "limit": its last rank may not write
+large files any more from its N-th save on, as if its disk were full.
 """
 
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -13,6 +17,9 @@ from pathlib import Path
 import pretrain_longnet
 from megalong.checkpoint import folder, writing
 from megalong.training import engine
+from megalong.utils.errors import UserError
+
+LARGEST = 100_000  # bytes: metrics fit, tensors do not
 
 
 def kill_at(point: str, count: int) -> None:
@@ -59,6 +66,29 @@ def kill_at(point: str, count: int) -> None:
         raise ValueError(point)
 
 
+def limit_files(saves: int) -> None:
+    """From the `saves`-th save on."""
+    original, begun = writing.write_checkpoint, 0
+
+    def wrapped(*arguments):
+        nonlocal begun
+        begun += 1
+        if begun == saves and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST, resource.RLIM_INFINITY))
+        original(*arguments)
+
+    writing.write_checkpoint = wrapped
+
+
 if __name__ == "__main__":
-    kill_at(sys.argv[1], int(sys.argv[2]))
-    pretrain_longnet.main(sys.argv[3:])
+    point, number = sys.argv[1], int(sys.argv[2])
+    if point == "limit":
+        limit_files(number)
+    elif point != "asked":
+        kill_at(point, number)
+    try:
+        pretrain_longnet.main(sys.argv[3:], asked=[number] if point == "asked" else ())
+    except UserError as error:
+        if os.environ["RANK"] == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

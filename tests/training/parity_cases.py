@@ -102,13 +102,6 @@ TASK = {
 }
 LOW_PRECISION = ("bf16", "fp16")
 
-# Each in every layout of KINDS_LAYOUTS, in a launch of their own: `make test-long`.
-KINDS = ("dilated dense", "local dilated dilated", "sparse", "dense", "sparse local")
-MODELS_OF_KINDS = {f"kinds: {kinds}": {**ALL_KINDS, "attention": kinds} for kinds in KINDS} | {
-    "kinds: mlm": {**ALL_KINDS, "objective": "mlm", "mask_rate": 0.2},
-    "kinds: isolated": {**ALL_KINDS, "document_attention": "isolated", "eod_mask_loss": True},
-}
-
 # The same models, computed otherwise; `flags_of` adds the sizes of chunks and tiles.
 WITHOUT_LOGITS = {"linear_cross_entropy": True}
 MEMORY_PATH = {"memory_path": "on"}
@@ -270,12 +263,6 @@ def cases(which: str = "usual") -> list[tuple[str, int, str]]:
     return [case for case in found if (case in SELDOM) == (which == "seldom")]
 
 
-def cases_of_kinds() -> list[tuple[str, int, str]]:
-    """(layout, ZeRO stage, model) of the lists of kinds of attention."""
-    layouts = (("one", 1), *KINDS_LAYOUTS, ("dp2", 1), ("dp2", 3))
-    return [(*where, model) for model in MODELS_OF_KINDS for where in layouts]
-
-
 def flags_of(layout: str, stage: int, model: str) -> dict[str, object]:
     axes = {AXES[word[:2]]: int(word[2:]) for word in layout.split() if word[:-1] in AXES}
     sizes = {
@@ -290,7 +277,7 @@ def flags_of(layout: str, stage: int, model: str) -> dict[str, object]:
         tokens = 128 // axes.get(AXES["sp"], 1)
         flags |= {"tile_size": tokens * 3 // 8, "loss_chunk_size": tokens * 7 // 16}
     else:
-        flags = (MODELS | MODELS_OF_KINDS)[model]
+        flags = MODELS[model]
     if COPIES.get(model, (model,))[0] in BOTH:
         flags = {**flags, **TASK}
     return {**OPTIMIZER, **sizes, **flags, **axes, "zero_stage": stage}

@@ -1,6 +1,6 @@
 """Two training steps for each case, on however many ranks this was started with.
 
-    parity_worker.py CORPUS FILE [usual|seldom|kinds]
+    parity_worker.py CORPUS FILE [usual|seldom]
 
 Rank 0 writes {case: (losses, grad norms, weights by canonical name, evaluation)} to the file; the
 cases are those of `parity_cases`.
@@ -30,7 +30,7 @@ from megalong.training.evaluation import continued, evaluate, evaluate_task
 from megalong.training.learning_rate import learning_rate
 from megalong.training.run_data import open_run_data
 from tests.launching import small_run_flags
-from tests.training.parity_cases import LAYOUTS, cases, cases_of_kinds, flags_of
+from tests.training.parity_cases import LAYOUTS, cases, flags_of
 
 STEPS = 2
 MUON_STEPS = 5  # of its cases
@@ -68,7 +68,7 @@ def main(data_path: str, output: str, which: str = "usual") -> None:
     with process_group() as device:
         short = write_short_documents(Path(f"{output}-documents-{dist.get_rank()}"))
         masked = write_masked_documents(Path(f"{output}-masked-{dist.get_rank()}"))
-        for case in cases_of_kinds() if which == "kinds" else cases(which):
+        for case in cases(which):
             layout, stage, model = case
             if LAYOUTS[layout] != world_size():
                 continue

@@ -61,18 +61,13 @@ def layouts_of(optimizer: str) -> dict[str, int]:
     return MUON_LAYOUTS if optimizer == "muon" else LAYOUTS
 
 
-def pairs(which: str = "load") -> list[tuple[str, str, str]]:
+def pairs() -> list[tuple[str, str, str]]:
     """(the optimizer, the layout that loads, the one that saved): a way around through all layouts
-    for each optimizer, and of "seldom" another one for Adam; that all save the same is a test of
-    its own."""
-
-    def around(optimizer: str, step: int) -> list[tuple[str, str, str]]:
+    for each optimizer; that all save the same is a test of its own."""
+    found = []
+    for optimizer in OPTIMIZERS:
         layouts = list(layouts_of(optimizer))
-        return [(optimizer, to, layouts[number - step]) for number, to in enumerate(layouts)]
-
-    if which == "seldom":
-        return around("adam", 3)
-    found = [pair for optimizer in OPTIMIZERS for pair in around(optimizer, 1)]
+        found += [(optimizer, to, layouts[number - 1]) for number, to in enumerate(layouts)]
     return [*found, ("muon", "tp2-dp4-z2", "one"), ("adam", *UNEVEN), ("sgd", *UNEVEN)]
 
 
@@ -138,12 +133,11 @@ def main(corpus: str, folder: Path, *what: str) -> None:
                     if ranks == world_size():
                         save = folder / optimizer / "saved" / layout
                         run(optimizer, layout, train_iters=2, save=save)
-        for which in ("load", "seldom"):
-            for optimizer, to, source in pairs(which) if which in what else ():
-                if LAYOUTS.get(to, 8) == world_size():
-                    load = folder / optimizer / "saved" / source
-                    save = folder / optimizer / "resumed" / to / source
-                    run(optimizer, to, load=load, save=save, async_save=True)
+        for optimizer, to, source in pairs() if "load" in what else ():
+            if LAYOUTS.get(to, 8) == world_size():
+                load = folder / optimizer / "saved" / source
+                save = folder / optimizer / "resumed" / to / source
+                run(optimizer, to, load=load, save=save, async_save=True)
 
 
 if __name__ == "__main__":

@@ -167,16 +167,6 @@ def test_saving_over_another_run(corpus, finished_run):
     assert (finished_run / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_damaged_checkpoint(corpus, finished_run, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(finished_run, copy)
-    [tensors] = (copy / "iter_0000002").glob("*.distcp")
-    tensors.write_bytes(tensors.read_bytes()[:1000])
-    line = refused(1, *small_run_flags(corpus, save=copy, load=copy))
-    assert f"iter_0000002 is damaged: {tensors.name} has 1,000 bytes instead of" in line
-    assert "--load-fallback" in line
-
-
 def test_two_runs_in_one_folder(corpus, finished_run):
     import fcntl
 

@@ -15,7 +15,6 @@ from tests.training.parity_cases import (
     LOW_PRECISION,
     SELDOM,
     cases,
-    cases_of_kinds,
 )
 
 WORKER = __file__.replace("test_parity", "parity_worker")
@@ -43,9 +42,8 @@ def result_of(corpus, tmp_path_factory):
 
         return torch.load(made_once(tmp_path_factory, f"parity-{which}-{ranks}.pt", make))
 
-    def result(case, which=None):
-        which = which or ("seldom" if case in SELDOM else "usual")
-        return results(LAYOUTS[case[0]], which)[case]
+    def result(case):
+        return results(LAYOUTS[case[0]], "seldom" if case in SELDOM else "usual")[case]
 
     return result
 
@@ -97,14 +95,6 @@ def test_layout_equals_one_process(result_of, case):
 def test_a_loss_mask_means_what_is_done_by_hand(result_of):
     by_hand, one = (result_of(("one", 1, model)) for model in ("masked by hand", "masked"))
     assert_same_steps(by_hand, one, tolerance=1e-5)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("case", cases_of_kinds(), ids=lambda case: f"{case[0]}-{case[2]}")
-def test_kinds_of_attention_equal_one_process(result_of, case):
-    layout, _, model = case
-    reference = ("one vp" if "vp" in layout else "one", 1, model)
-    assert_same(result_of(reference, "kinds"), result_of(case, "kinds"), tolerance=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
-"""What a run says of itself: utilisation, memory, waiting, saves, a trace, Weights & Biases."""
+"""What a run says of itself: utilisation, memory, waiting, saves, a trace, curves."""
 
 import contextlib
 import gzip
 import importlib.util
 import json
+import os
 import re
 import shutil
 import sys
@@ -13,12 +14,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megalong.config import Config
 from megalong.config.arguments import parse_arguments
+from megalong.config.run import RunConfig
 from megalong.training import metrics, profiling
-from megalong.training import reports as meter_module
-from megalong.training.metrics import MetricsLog, check_wandb, read_metrics
+from megalong.training import training_loss as meter_module
+from megalong.training.metrics import MetricsLog, check_wandb, forget_after, read_metrics
 from megalong.training.profiling import Profiler
-from megalong.training.reports import Meter, Reports
+from megalong.training.training_loss import Meter
 from megalong.utils.errors import UserError
 from tests.forked import run_ranks
 from tests.launching import small_run_flags
@@ -172,14 +175,6 @@ def resolved(ranks=1, **changes):
     [
         ({"profile": True}, "--profile writes a trace into the run folder: set --save"),
         (
-            {"profile": True, "save": "x"},
-            "--profile-step-start 10 is after the last iteration, --train-iters 6",
-        ),
-        (
-            {"profile": True, "save": "x", "profile_step_start": 3, "profile_step_end": 3},
-            "set --profile-step-end 5",
-        ),
-        (
             {"profile": True, "save": "x", "profile_step_start": 2, "profile_ranks": "0 2"},
             "--profile-ranks 2: this launch has 2 ranks, numbered from 0",
         ),
@@ -291,40 +286,6 @@ def test_a_trace_that_cannot_be_written_ends_no_training(tmp_path, gpu_calls, er
     assert gpu_calls[2:] == ["forget"]
 
 
-def test_whatever_the_profiler_fails_with_ends_no_training(tmp_path, gpu_calls, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("no room")
-
-    monkeypatch.setattr(profiling.profile, "export_chrome_trace", fail)
-    monkeypatch.setattr(profiling, "write_memory_history", fail)
-    lines = profiled(tmp_path, range(1, 6))
-    assert [line.endswith("of iterations 2 to 3: no room") for line in lines] == [True, True]
-    assert gpu_calls[2:] == ["forget"]
-
-
-def test_memory_of_a_gpu_is_that_since_the_last_record(monkeypatch):
-    forgotten = []
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", forgotten.append)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 9)
-    assert Meter(GPU).take_memory() == {"peak_memory_bytes": 7, "peak_reserved_bytes": 9}
-    assert forgotten == [GPU]
-
-
-def test_growth_of_memory_is_said_after_a_spike_too():
-    reports = SimpleNamespace(
-        _memory_before=0, _begin=0.0, _first_iteration=0, _words_on_save=lambda record: [],
-        config=SimpleNamespace(training=SimpleNamespace(train_iters=9)), stage=None,
-    )  # fmt: skip
-    record = {"iteration": 1, "loss": 1.0, "learning_rate": 1.0, "grad_norm": 1.0, "mfu": 0.5}
-    record |= {"mfu_dense_equivalent": 0.5, "data_share": 0.0, "tokens_per_second": 1.0}
-    said = [
-        "peak memory" in Reports._line(reports, record | {"peak_memory_bytes": gib * 2**30})
-        for gib in (90, 20, 20.5, 21.5, 22, 23)
-    ]
-    assert said == [True, False, False, True, False, True]
-
-
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent / "stand_in"))
     assert importlib.util.find_spec("wandb")
@@ -332,3 +293,77 @@ if __name__ == "__main__":
     import pretrain_longnet
 
     pretrain_longnet.main(sys.argv[1:])
+
+
+def test_a_line_cut_short_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 1}\n{"iteration": 2}\n{"iterat')
+    assert read_metrics(path) == [{"iteration": 1}, {"iteration": 2}]
+
+
+def test_resuming_forgets_what_comes_after_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    records = [
+        {"iteration": 1},
+        {"iteration": 1, "split": "validation"},
+        {"iteration": 2},
+        {"iteration": 2, "split": "validation"},
+        {"iteration": 3},
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"it')
+    forget_after(path, 2)
+    assert read_metrics(path) == records[:4]
+    assert list(tmp_path.iterdir()) == [path]
+    forget_after(tmp_path / "absent.jsonl", 2)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_evaluation_takes_the_place_of_the_same_one_only(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    whole = {"iteration": 2, "split": "validation", "tokens": 99, "position_edges": [0, 4]}
+    earlier = [{"iteration": 2}, whole, whole | {"tokens": 9, "loss": 2.0}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in earlier))
+    with MetricsLog(Config(run=RunConfig(save=str(tmp_path))), 2, print) as log:
+        log.evaluation(whole | {"tokens": 9, "loss": 1.0})
+        log.training({"iteration": 3})
+    expected = [*earlier[:2], whole | {"tokens": 9, "loss": 1.0}, {"iteration": 3}]
+    assert read_metrics(path) == expected
+
+
+def test_samples_are_on_the_disk_with_a_checkpoint(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    with MetricsLog(Config(run=RunConfig(save=str(tmp_path))), 0, print) as log:
+        monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file)) or fsync(file))
+        log.make_durable()
+        log.sample({"iteration": 1, "number": 0, "prompt": "a", "text": "b"})
+        log.make_durable()
+    names = ["metrics.jsonl", "metrics.jsonl", "samples.jsonl"]
+    assert [found.st_ino for found in synced] == [(tmp_path / x).stat().st_ino for x in names]
+
+
+def test_every_source_and_every_set_has_its_curves(tmp_path):
+    points = {}
+    with MetricsLog(Config(run=RunConfig(save=str(tmp_path))), 0, print) as log:
+        log._boards.append(
+            SimpleNamespace(
+                scalars=lambda iteration, values: points.update(values), close=lambda failed: None
+            )
+        )
+        sources = {
+            "code": {"loss": 2.5, "share": 0.7, "epochs": 0.1},
+            "books": {"loss": None, "share": 0.3, "epochs": 0.2},
+        }
+        log.training({"iteration": 1, "loss": 2.5, "sources": sources})
+        log.evaluation(
+            {"iteration": 1, "split": "validation/code", "loss": 3.0, "perplexity": 20.0}
+        )
+    assert points == {
+        "train/loss": 2.5,
+        "source/code/loss": 2.5,
+        "source/code/share": 0.7,
+        "source/code/epochs": 0.1,
+        "source/books/share": 0.3,
+        "source/books/epochs": 0.2,
+        "validation/code/loss": 3.0,
+        "validation/code/perplexity": 20.0,
+    }

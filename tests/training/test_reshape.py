@@ -36,29 +36,8 @@ MOMENTS = {"adam": {"exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
 MOMENTS["muon"] = MOMENTS["adam"] | MOMENTS["sgd"]  # of each parameter its own
 
 
-@pytest.fixture(scope="module")
-def more_runs(runs, corpus, tmp_path_factory) -> Path:
-    def make(done: Path) -> None:
-        for ranks in (8, 2, 1):
-            run_ranks(ranks, WORKER, corpus, runs, "seldom", timeout=900)
-        done.touch()
-
-    made_once(tmp_path_factory, "reshape_seldom", make)
-    return runs
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("optimizer, to, source", pairs("seldom"), ids=str)
-def test_resumed_in_yet_another_layout(more_runs, optimizer, to, source):
-    assert_goes_on(more_runs, optimizer, to, source)
-
-
 @pytest.mark.parametrize("optimizer, to, source", pairs(), ids=str)
 def test_resumed_in_another_layout(runs, optimizer, to, source):
-    assert_goes_on(runs, optimizer, to, source)
-
-
-def assert_goes_on(runs, optimizer, to, source):
     whole, resumed = runs / optimizer / "whole", runs / optimizer / "resumed" / to / source
     records, expected = (
         read_metrics(resumed / "metrics.jsonl"),

@@ -4,7 +4,9 @@ import json
 import random
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -13,6 +15,7 @@ from megalong.checkpoint.folder import best, latest
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.config.arguments import parse_arguments
 from megalong.data.blend import History
+from megalong.training.engine_state import _load_random_states, _random_states
 from megalong.training.metrics import read_metrics
 from megalong.training.resuming import starting_point
 from tests.forked import run_ranks, started_ranks
@@ -213,3 +216,26 @@ def test_more_iterations_continue_the_same_stream(corpus, tmp_path):
     assert first["loss"] < numbers(whole)[0]["loss"] - 0.5
     assert (first["iteration"], first["consumed_samples"]) == (1, 32)
     assert second["iteration"] == 2
+
+
+MESH = SimpleNamespace(rank=3, device=torch.device("cpu"))
+
+
+def draw():
+    return [random.random(), torch.rand(1).item(), np.random.random()]
+
+
+def test_each_generator_for_itself():
+    states = _random_states(MESH)
+    assert sorted(states) == ["random.3.numpy", "random.3.python", "random.3.torch"]
+    first = draw()
+
+    def load(*names):
+        known = {f"random.3.{name}": states[f"random.3.{name}"] for name in names}
+        _load_random_states(SimpleNamespace(tensors=known, read=known.__getitem__), MESH)
+        return [a == b for a, b in zip(draw(), first, strict=True)]
+
+    assert load("python", "torch", "numpy") == [True, True, True]
+    assert load("torch", "numpy") == [False, True, True]
+    assert load("python") == [True, False, False]
+    assert load() == [False, False, False]

@@ -1,8 +1,9 @@
-"""Data that can be trained on, and is hardly what was meant."""
+"""What a run reads: data that is hardly what was meant, its blend, and where it goes on."""
 
 import json
 import resource
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,9 +12,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megalong.checkpoint.content import Progress
 from megalong.config.arguments import parse_arguments
+from megalong.data import index_cache
+from megalong.data.preprocessing.writer import DocumentWriter
 from megalong.hf.tokenizer_files import export_tokenizer
+from megalong.training import stages
 from megalong.training.run_data import check_same_masks, describe_training, open_run_data
-from megalong.training.stages import repeated
+from megalong.training.stages import blend_from, make_orders, repeated
 from megalong.utils.errors import UserError
 from tests.launching import small_run_flags
 
@@ -226,10 +230,6 @@ def test_what_is_evaluated_on_and_trained_on_is_told(three):
     "changes, message",
     [
         (
-            {"data_path": None, "train_data_path": "{}/code"},
-            "--split 80,15,5 divides the sources, and --train-data-path names what is divided",
-        ),
-        (
             {"valid_data_path": "{}/code", "split": None},
             "--data-path is divided by --split, which --valid-data-path stands in for: set"
             " --train-data-path",
@@ -241,15 +241,6 @@ def test_what_is_evaluated_on_and_trained_on_is_told(three):
         (
             {"data_path": "0.5 {0}/code 0.5 {0}/nowhere"},
             "--data-path {}/nowhere: no file",
-        ),
-        (
-            {
-                "data_path": None,
-                "split": None,
-                "train_data_path": "{}/code",
-                "valid_data_path": "x={}/nowhere",
-            },
-            "--valid-data-path {}/nowhere: no file",
         ),
         (
             {"data_path": "0.5 {0}/code 0.5 {0}/one", "split": "1,9,0"},
@@ -331,3 +322,45 @@ def test_ranks_that_find_other_loss_masks_end(monkeypatch, theirs):
         return check_same_masks(data)
     with pytest.raises(UserError, match=r"rank 1 finds .* of none, and rank 0 of code, validation"):
         check_same_masks(data)
+
+
+AT = 100  # the sample it goes on with, in a later epoch of both sources
+
+
+def write_run_blend(prefix, documents: int):
+    with DocumentWriter(str(prefix), np.uint16) as writer:
+        writer.add(np.full(documents * 50, 65, np.uint16), [50] * documents)
+        writer.commit({})
+
+
+@pytest.mark.parametrize("mode", ["stream", "document"])
+def test_the_orders_made_are_those_that_the_run_begins_with(tmp_path, monkeypatch, mode):
+    monkeypatch.setattr(index_cache, "LARGE", 1)
+    for name, documents in (("code", 40), ("books", 30)):
+        write_run_blend(tmp_path / name, documents)
+    cache = tmp_path / "cache"
+    flags = small_run_flags(
+        f"0.7 {tmp_path}/code 0.3 {tmp_path}/books",
+        split="1,0,0", sample_mode=mode, data_cache_path=cache,
+    )  # fmt: skip
+    config = parse_arguments(flags).resolve(1)
+    blend = open_run_data(config).train
+    seen = set()
+
+    def new() -> int:
+        made = {*cache.glob("*.npy")} - seen
+        seen.update(made)
+        return len(made)
+
+    assert new() == 0
+    make_orders(blend, None, config)
+    assert new() == 2  # the first epoch of each
+    progress = Progress(consumed_tokens=AT * 128, blend=blend.history(AT).values())
+    monkeypatch.setattr(stages, "read_progress", lambda checkpoint: progress)
+    make_orders(blend, Path("checkpoint"), config)
+    assert new() == 2
+    resumed, news = blend_from(blend, progress, config)
+    samples = [resumed.sample(i).tolist() for i in range(AT, AT + 3)]
+    assert not news and {resumed.source(i) for i in range(AT, AT + 3)} == {0, 1}
+    assert new() == 0
+    assert samples == [blend.sample(i).tolist() for i in range(AT, AT + 3)]

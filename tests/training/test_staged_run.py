@@ -1,24 +1,141 @@
-"""A run of several stages is the same, however often it is stopped, and in whatever layout."""
+"""Runs of stages: the table, where a run goes on, and what is the same however it was stopped."""
 
+import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from megalong.checkpoint.content import Progress
 from megalong.checkpoint.folder import checkpoint_folder, checkpoints, latest
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.config.recipe import parse_run
+from megalong.training import stages as stages_of_run
 from megalong.training.metrics import read_metrics, training_records
 from megalong.training.resuming import starting_point
-from megalong.training.stages import stages_ahead
+from megalong.training.stage_table import print_stages, stage_table
+from megalong.training.stages import begun, stages_ahead
 from megalong.utils.errors import UserError
 from tests.forked import run_ranks
 from tests.launching import PRETRAIN, made_once, run_here
+from tests.recipe_file import changed, stages_of, write_recipe
 from tests.training.staged_worker import ENDS, RESUMED, STAGES, STOPS, write_settings
 from tests.training.test_resume import KILLED_RUN, assert_same_run, numbers
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return write_recipe(tmp_path)
+
+
+def at(iteration: int, before: Progress | None = None) -> Progress:
+    """How far a run of the file has come after so many iterations."""
+    progress = before or Progress()
+    for stage in stages_of():
+        if stage.begin < iteration:
+            progress = begun(progress, stage, stage.config)
+    return dataclasses.replace(progress, iteration=iteration)
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """The names of the stages that a checkpoint of this progress leaves to be done."""
+
+    def names(progress: Progress) -> list[str | None]:
+        monkeypatch.setattr(stages_of_run, "found_checkpoint", lambda config: Path("c"))
+        monkeypatch.setattr(stages_of_run, "read_progress", lambda checkpoint: progress)
+        return [stage.name for stage in stages_ahead(stages_of())]
+
+    return names
+
+
+@pytest.mark.parametrize(
+    "change, flag",
+    [
+        (("    lr: 5.0e-4", "    lr: 5.0e-4\n    global_batch_size: 8"), "--global-batch-size"),
+        (("seq_length: 256", "seq_length: 512"), "--seq-length"),
+    ],
+)
+def test_tokens_are_not_counted_with_two_batches(file, ahead, change, flag):
+    begins, within, done = at(10), at(12), at(15)
+    changed(file, change)
+    assert ahead(begins) == ["short", "long"]
+    for progress in (within, done):
+        with pytest.raises(UserError, match=rf"stage long: {flag} is .*: set train_iters instead$"):
+            ahead(progress)
+    changed(file, ("train_tokens: 5e3", "train_iters: 4"))
+    assert ahead(within) == ["long"]
+
+
+def test_settings_of_the_optimizer_stay_once_a_stage_is_done(file, ahead):
+    within, done = at(6), at(12)
+    changed(file, ("save: run\n", "save: run\nsgd_momentum: 0.5\n"))  # it is Adam
+    assert ahead(done) == ["long"]
+    for setting, flag in (("adam_beta2: 0.9", "--adam-beta2"), ("precision: fp32", "--precision")):
+        changed(file, ("save: run\n", f"save: run\n{setting}\n"))
+        assert ahead(within) == ["short", "long"]
+        with pytest.raises(UserError, match=rf"stage short: is done .* where {flag} was"):
+            ahead(done)
+        changed(file, (f"{setting}\n", ""))
+
+
+def test_the_table_of_the_stages(file):
+    recipe = parse_run(["--config", "recipe.yaml", "--dry-run"])
+    assert recipe.dry_run == 0 and recipe.fewest_ranks == 2
+    assert parse_run(["--config", "recipe.yaml", "--dry-run", "8"]).dry_run == 8
+    lines = stage_table(recipe.resolve(2), 257, 2).splitlines()
+    head, short, long, *lines = lines
+    assert re.split(r"  +", head)[:5] == ["stage", "sequence", "batch", "iterations", "tokens"]
+    assert re.split(r"  +", short)[:5] == ["short", "64", "4", "10", "2,560"]
+    assert re.split(r"  +", long)[:5] == ["long", "256", "4", "5", "5,120"]
+    dilated = "dilated attention, segment length/dilation rate:"
+    assert [re.split(r"  +", line) for line in lines[1:11]] == [
+        ["attention", "short", f"{dilated} 16/1, 64/2"],
+        ["", "long", f"layers dilated dense, and so on: {dilated} 64/1, 256/4; dense attention"],
+        ["positions", "short", "rope, rotary_base 10000.0"],
+        ["", "long", "rope, rotary_base 50000.0"],
+        ["learning rate", "short", f"0.001 to {1e-3 / 8:.2g}, linear, warm-up 2"],
+        ["", "long", "0.0005 to 0.00021, WSD, exponential in the last 2"],
+        ["data", "short", "corpus"],
+        ["", "long", "a, b"],
+        ["layout", "short", "sequence 1 x tensor 1 x pipeline 1 x data 2, ZeRO 1, micro batch 2"],
+        ["", "long", "sequence 2 x tensor 1 x pipeline 1 x data 1, ZeRO 1, micro batch 2"],
+    ]
+    total, throughout, *more = lines[12:]
+    shares = [float(re.search(r"([\d.]+)%", line)[1]) for line in (short, long)]
+    assert sum(shares) == pytest.approx(100, abs=0.11) and shares[1] > 66
+    assert total.startswith("15 iterations, 7,680 tokens, ") and total.endswith("on 2 ranks")
+    ratio = float(throughout.split()[-4])
+    assert ratio == pytest.approx(shares[1] / 100 * 7680 / 5120, rel=0.01)
+    assert "train_tokens 5,000 are rounded up" in more[-1]
+
+
+def test_the_table_needs_no_data_and_says_what_is_odd(file, capsys):
+    changed(file, ("data_path: corpus\n", ""), ("    data_blend: blend.yaml\n", ""),
+            ("segment_lengths: [64, 256]", "segment_lengths: [64, 512]"),
+            ("rotary_base: 50000", "yarn_rotary_scaling_factor: 4\n"
+             "      yarn_original_max_position_embeddings: 64"))  # fmt: skip
+    with pytest.raises(UserError, match="--data-path is missing"):
+        stages_of()
+    print_stages(parse_run(["--config", "recipe.yaml", "--dry-run", "2"]))
+    told = capsys.readouterr().out
+    assert "\ndata           all    (not given)\n" in told
+    assert "rope, rotary_base 10000.0, yarn_rotary_scaling_factor 4.0, yarn_original_max" in told
+    assert told.endswith(
+        "\nstage long: --segment-lengths 512: above --seq-length 256, and so one segment, the whole"
+        " sequence\n"
+    )
+    flags = ("--valid-data-path", "v", "--tokenizer-type", "ByteTokenizer")
+    print_stages(parse_run([*flags, "--lr-decay-style", "constant", "--dry-run"]))
+    told = capsys.readouterr().out
+    assert "\ndata             (not given), valid_data_path v\n" in told
+    assert "\nlearning rate    0.0006, constant\n" in told
+
 
 WORKER = __file__.replace("test_staged_run", "staged_worker")
 
