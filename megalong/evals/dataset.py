@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from megalong.data.preprocessing.writer import DocumentWriter, token_dtype
+from megalong.data.indexed import token_dtype
+from megalong.data.preprocessing.writer import DocumentWriter
 from megalong.data.tokenizers.tokenizer import Tokenizer
 from megalong.evals.sample import Sample
 from megalong.evals.trials import Trials
