@@ -1,10 +1,9 @@
 """One endless stream of tokens, and samples of fixed length cut from it.
 
-Documents are concatenated in an order drawn anew for every epoch from (seed, epoch) alone, so
-that what comes at a position never depends on how long the run is planned to be. Sample i is the
-N + 1 tokens from position i * N (its last token is the first of the next sample): nothing is
-stored per sample, and any slice of a sample, say one sequence rank's, is found by a binary search
-in the cumulative lengths of the epoch's documents. So is where its documents begin and end.
+Documents are concatenated in the order of `megalong.data.document_order`. Sample i is the N + 1
+tokens from position i * N (its last token is the first of the next sample): nothing is stored per
+sample, and any slice of one is found by a binary search in the cumulative lengths of the epoch's
+documents. So is where its documents begin and end.
 """
 
 from __future__ import annotations

@@ -105,23 +105,21 @@ def preprocess(
     part_bytes: int = PART_BYTES,
     progress: tqdm,
 ) -> Summary:
-    """Tokenizes files into one .bin/.idx/.json per key, named by output_prefix().
+    """Tokenize files into one .bin/.idx/.json per key, named by output_prefix().
 
-    Documents keep the order of `files` and of the lines in them, whatever `workers` is. A broken
-    document is named above the progress bar, counted and left out; with strict it is a UserError.
-    A text without tokens is left out and counted as empty.
+    Documents keep the order of `files` and of the lines in them. The same call goes on where this
+    one was killed, from the last part noted in PREFIX.unfinished. A stream has to give the same
+    again, with overwrite too.
 
-    Whenever about part_bytes of input have been read since the last time, what is written is made
-    durable and noted in PREFIX.unfinished: the same call goes on from there, wherever this one was
-    killed. What differs by then, inputs, tokenizer or task, is refused, or with overwrite begun
-    anew.
-    partition: which share of a larger input `files` are; then there may be no documents in it, and
-    the hashes of the texts are kept for a merge.
-    Raises UserError where nothing is left to write, where the output cannot be written, and where a
-    worker dies (killed, or out of memory).
+    Args:
+        overwrite: begin anew where inputs, tokenizer or task differ from those of a killed call.
+        strict: a broken document is an error; else it is named, counted and left out.
+        partition: which share of a larger input `files` are; then there may be no documents in it,
+            and the hashes of the texts are kept for a merge.
+        part_bytes: of input, after which what is written is noted.
 
-    A stream, such as standard input, has to give the same again, with overwrite too: what it gives
-    is compared with what had been read of it, and then it cannot be read from its beginning.
+    Raises:
+        UserError: nothing is left to write, the output cannot be written, or a worker died.
     """
     start = time.monotonic()
     tokenizer = build_tokenizer(task.tokenizer_type, task.tokenizer_model)
