@@ -17,24 +17,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
 from megalong.data.tokenizers.tokenizer import TOKENIZERS
 from megalong.utils.command_line import ArgumentParser, run
 from megalong.utils.errors import UserError, counted
-
-if TYPE_CHECKING:
-    from megalong.data.document_samples import DocumentSamples
-    from megalong.data.indexed import Pair
-    from megalong.data.stream import Documents, TokenStream
-    from megalong.data.tokenizers.tokenizer import Tokenizer
 
 MODES = ("stream", "document")
 
@@ -79,23 +72,37 @@ def main() -> None:
     from megalong.utils.command_line import filter_library_logs
 
     filter_library_logs()
-    from megalong.data.inspection import describe, open_pairs
-    from megalong.data.shards import open_documents
+    from megalong.data.inspection import Dataset, TrainingFlags
+    from megalong.data.sources import LengthUpsampling
+    from megalong.utils.progress import progress_bar
 
     plots = []
     if args.output is not None:
         plots = _plot_files(args.prefix, args.output, args.overwrite)
+    flags = None
+    if args.seq_length is not None:
+        upsampling = args.length_upsampling and LengthUpsampling.parse(args.length_upsampling)
+        flags = TrainingFlags(args.seq_length, args.split, args.seed, upsampling or None)
     found = []
     for i, prefix in enumerate(args.prefix):
-        pairs = open_pairs(prefix)
-        documents = open_documents(prefix, place=prefix)
-        content = describe(documents, pairs)
-        if args.seq_length is not None:
-            content["training"] = describe_training(documents, args)
+        data = Dataset(prefix)
+        content = data.describe()
+        if flags is not None:
+            modes = MODES if args.sample_mode is None else (args.sample_mode,)
+            content["training"] = data.describe_training(flags, modes)
+        tokenizer, named = None, bool(args.tokenizer_type or args.tokenizer_model)
+        if args.decode is not None or (args.verify and named):
+            tokenizer = data.tokenizer(args.tokenizer_type, args.tokenizer_model)
         if args.verify:
-            content["verified"] = verified(documents, pairs, args)
+            ids = (tokenizer.vocab_size, tokenizer.eod) if named else (None, None)
+            with progress_bar(data.bytes_to_verify, "B", f"reading {prefix}") as progress:
+                content["verified"] = data.verify(*ids, progress)
         if args.decode is not None:
-            content["decoded"] = decoded(documents, pairs, args)
+            mode = args.sample_mode or "stream"
+            content["decoded"] = [
+                data.decoded(number, tokenizer, args.decode_tokens, flags, mode)
+                for number in args.decode
+            ]
         if plots:
             plot(content, plots[i])
             content["plot"] = str(plots[i])
@@ -104,122 +111,6 @@ def main() -> None:
             print("\n".join(in_words(content)), flush=True)
     if args.json:
         print(json.dumps(found, indent=2))
-
-
-def describe_training(documents: Documents, args: argparse.Namespace) -> dict[str, Any]:
-    """What training with these flags makes of a pair."""
-    from megalong.data.sources import LengthUpsampling
-
-    upsampling = args.length_upsampling and LengthUpsampling.parse(args.length_upsampling)
-    found: dict[str, Any] = {"seq_length": args.seq_length, "split": args.split, "modes": {}}
-    for mode in MODES if args.sample_mode is None else (args.sample_mode,):
-        samples = training_samples(documents, args, mode)
-        report = samples.context_report()
-        found["documents"] = len(samples.document_range)
-        found["tokens_per_epoch"] = samples.tokens_per_epoch
-        if upsampling is not None:
-            found["length_upsampling"] = upsampling.shares(samples.lengths)
-        found["modes"][mode] = {
-            "samples_per_epoch": samples.samples_per_epoch,
-            "with_context": dict(zip(map(str, report.bounds), report.with_context, strict=True)),
-            "uncut": dict(zip(map(str, report.bounds), report.uncut, strict=True)),
-            "mean_context": report.mean,
-            "in_words": report.in_words(),
-        }
-    return found
-
-
-def training_samples(
-    documents: Documents, args: argparse.Namespace, mode: str
-) -> TokenStream | DocumentSamples:
-    """The samples of a training on this pair alone."""
-    from megalong.data.document_samples import DocumentSamples
-    from megalong.data.sources import LengthUpsampling
-    from megalong.data.stream import TokenStream, split_documents
-
-    stream = TokenStream(
-        documents,
-        split_documents(documents.num_documents, args.split)[0],
-        args.seq_length,
-        args.seed,
-        upsampling=args.length_upsampling and LengthUpsampling.parse(args.length_upsampling),
-    )
-    return stream if mode == "stream" else DocumentSamples(stream)
-
-
-def verified(documents: Documents, pairs: list[Pair], args: argparse.Namespace) -> dict[str, Any]:
-    """What reading all tokens has found."""
-    from megalong.data.inspection import verify
-    from megalong.utils.progress import progress_bar
-
-    vocab_size = eod = None
-    if args.tokenizer_type or args.tokenizer_model:
-        tokenizer = tokenizer_of(documents, pairs, args)
-        vocab_size, eod = tokenizer.vocab_size, tokenizer.eod
-    size = sum(pair.bytes for pair in pairs)
-    size += sum(os.path.getsize(pair.mask_path) for pair in pairs if pair.masks_loss)
-    with progress_bar(size, "B", f"reading {documents.prefix}") as progress:
-        return verify(pairs, vocab_size, eod, progress)
-
-
-def decoded(
-    documents: Documents, pairs: list[Pair], args: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Documents, or samples, as text."""
-    import numpy as np
-
-    from megalong.data.inspection import in_text
-
-    tokenizer = tokenizer_of(documents, pairs, args)
-    found = []
-    for i in args.decode:
-        if args.seq_length is None:
-            if not 0 <= i < documents.num_documents:
-                count = counted(documents.num_documents, "document")
-                raise UserError(f"--decode {i}: {documents.prefix} has {count}, numbered from 0")
-            what, ids, starts = "document", documents.read(i), np.zeros(1, np.int64)
-            counts = documents.loss_mask(i)
-        else:
-            if i < 0:
-                raise UserError(f"--decode {i}: samples are numbered from 0")
-            samples = training_samples(documents, args, args.sample_mode or "stream")
-            ids = samples.sample(i, 0, args.seq_length)
-            counts = samples.loss_mask(i, 0, args.seq_length)
-            what, starts = "sample", np.unique(samples.document_bounds(i)[0])
-        if len(ids) and int(ids.max()) >= tokenizer.vocab_size:
-            raise UserError(
-                f"--decode {i}: token id {int(ids.max())} is not one of this tokenizer's"
-                f" {tokenizer.vocab_size}: {documents.prefix} was made with another"
-            )
-        parts = [
-            {"token": place, "text": text}
-            for place, text in in_text(tokenizer, ids, starts, args.decode_tokens, counts)
-        ]
-        found.append({what: i, "tokens": len(ids), "parts": parts})
-    return found
-
-
-def tokenizer_of(documents: Documents, pairs: list[Pair], args: argparse.Namespace) -> Tokenizer:
-    """That of the flags, or else that which made the data, where it says which, and it is there.
-    Raises UserError where it is not the one that made the data."""
-    from megalong.data.stream import check_tokenizer
-    from megalong.data.tokenizers.tokenizer import build_tokenizer
-
-    made = pairs[0].description
-    kind = args.tokenizer_type or made.get("tokenizer_type")
-    if kind is None:
-        raise UserError(
-            f"{pairs[0].prefix}: nothing says which tokenizer made it: give --tokenizer-type and"
-            " --tokenizer-model"
-        )
-    model = args.tokenizer_model
-    there = made.get("tokenizer_model")
-    if model is None and isinstance(there, str) and os.path.exists(there):
-        model = there
-    tokenizer = build_tokenizer(kind, model)
-    named = f"--tokenizer-type {kind}" if model is None else f"--tokenizer-model {model}"
-    check_tokenizer(documents, tokenizer, named, documents.prefix)
-    return tokenizer
 
 
 def in_words(content: dict[str, Any]) -> Iterator[str]:

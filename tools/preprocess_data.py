@@ -161,12 +161,8 @@ def print_summary(summary: Summary, kind: str) -> None:
 
 def main() -> int | None:
     args = parse_arguments()
-    from megalong.data.preprocessing.preprocess import (
-        TokenizingTask,
-        goes_on,
-        partition,
-        preprocess,
-    )
+    from megalong.data.preprocessing.inputs import partition
+    from megalong.data.preprocessing.preprocess import TokenizingTask, goes_on, preprocess
     from megalong.data.text.files import find_files, total_size
     from megalong.utils.progress import progress_bar
 

@@ -90,8 +90,11 @@ def read_texts(
 
 def main() -> None:
     args = parse_arguments()
-    from megalong.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
-    from megalong.data.tokenizers.tokenizer_training import sample_chunks, train_sentencepiece
+    from megalong.data.tokenizers.sentencepiece_tokenizer import (
+        SentencePieceTokenizer,
+        sample_chunks,
+        train_sentencepiece,
+    )
     from megalong.utils.files import writable_folder
     from megalong.utils.progress import human_bytes, progress_bar, stopwatch
 

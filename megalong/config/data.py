@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from megalong.config.flags import default, flag, flag_name
 from megalong.config.flags import default, flag, flag_name, refuse_without
 from megalong.data.length_upsampling import LengthUpsampling
 from megalong.data.loss_mask import may_mask_loss

@@ -353,11 +353,8 @@ def _check_rank(rank: int, size: int) -> None:
 
 @contextlib.contextmanager
 def made_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Iterator[Batch]]:
-    """Yields an iterator of the same batches, each made while the one before is in use; at the end
+    """Yield an iterator of the same batches, each made while the one before is in use; at the end
     of the context its thread is gone, and a batch that nobody took is forgotten.
-
-    Where a run stands in its data does not hang on it: what was trained on counts, not what was
-    made (`megalong.checkpoint.progress`).
 
     batches: read by the thread alone from now on. What it raises is raised by the new iterator,
         where the batch would have come.

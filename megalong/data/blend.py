@@ -189,8 +189,7 @@ class History:
             Phase(**phase | {"shares": {n: Fraction(s) for n, s in phase["shares"].items()}})
             for phase in values["phases"]
         )
-        masked = tuple(values.get("masked", ()))  # not in older checkpoints
-        return cls(**values | {"phases": phases, "masked": masked})
+        return cls(**values | {"phases": phases, "masked": tuple(values.get("masked", ()))})
 
     def values(self) -> dict[str, Any]:
         """This as what JSON has: an exact share is "7/10"."""

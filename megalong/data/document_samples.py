@@ -102,13 +102,7 @@ class DocumentSamples:
     def document_bounds(
         self, i: int, start: int = 0, stop: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Where the documents of tokens [start, stop) of sample i begin and end, in [0, N]; stop
-        None: N.
-
-        Returns for each token the place in the sample of its document's first token, and the place
-        after its document's last one, both `place_type(N)` (stop - start,) and clipped to [0, N].
-        Reads no tokens.
-        """
+        """Return where the documents of these tokens begin and end, as of `Samples`."""
         length = self.sequence_length
         stop = length if stop is None else stop
         if i < 0 or not 0 <= start <= stop <= length:

@@ -1,103 +1,52 @@
-"""Reading the documents of a .bin/.idx pair.
+"""Megatron's .bin/.idx format, and reading the documents of one pair or of many as one.
 
-The format is checked here first, since megatron.core answers a damaged pair with a bare assert or
-a numpy error, or not at all; then its IndexedDataset maps the files into memory.
+.bin: the tokens of all sequences, back to back, nothing else.
+.idx: magic, version, data type, number of sequences S, number of documents plus one, then
+    int32 (S,) tokens per sequence, int64 (S,) byte offset of each sequence in the .bin,
+    int64 (documents + 1,) the first sequence of each document, and S at the end.
+
+Pairs are checked first, since megatron.core answers a damaged one with a bare assert or a numpy
+error, or not at all.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import glob
 import json
 import os
+import struct
+import threading
 import warnings
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from megalong.data import loss_mask
-from megalong.data.preprocessing.writer import DTYPES, HEADER, MAGIC, VERSION
-from megalong.utils.errors import UserError
+from megalong.utils.errors import UserError, system_errors_of
 
-if TYPE_CHECKING:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, data type code, sequences, documents + 1
+DTYPES = {
+    1: np.dtype(np.uint8),
+    2: np.dtype(np.int8),
+    3: np.dtype(np.int16),
+    4: np.dtype(np.int32),
+    5: np.dtype(np.int64),
+    6: np.dtype(np.float64),
+    7: np.dtype(np.float32),
+    8: np.dtype(np.uint16),
+}
+SUFFIXES = (".bin", ".json", ".idx")  # .idx last: readers take its presence for completeness
 
 
-class IndexedDocuments:
-    """The documents of PREFIX.bin and PREFIX.idx, written by megalong or by Megatron, and of
-    PREFIX.loss where there is one (`megalong.data.loss_mask`).
-
-    lengths: int64 (num_documents,), tokens in each document.
-    max_token_id, vocab_size, prepend_bos: the largest id, the number of ids of the tokenizer, and
-        whether the documents begin with a token for that; from PREFIX.json, None where there is no
-        such file.
-    made_with: of the same file, what it says of the tokenizer: "tokenizer_sha256" (of its content,
-        `Tokenizer.fingerprint`) and "tokenizer_model"; empty where it says nothing.
-    masks_loss: whether some tokens may not count in the loss.
-    place: the flag, or the file, that the prefix is from, and the prefix; None: --data-path's.
-    Raises UserError that names the file and what is wrong with it.
-    """
-
-    def __init__(self, prefix: str, place: str | None = None) -> None:
-        self.prefix = str(prefix)
-        place = f"--data-path {self.prefix}" if place is None else place
-        pair = Pair.open(self.prefix, place)
-        index, description = pair.index, pair.description
-        # A document is one or more whole sequences; files of megalong have one in each.
-        self._first_sequence = index.first_sequence
-        self._sequence_lengths = index.sequence_lengths
-        self.lengths = index.document_lengths()
-        self.max_token_id: int | None = description.get("max_token_id")
-        self.vocab_size: int | None = description.get("vocab_size")
-        self.prepend_bos: bool | None = description.get("prepend_bos")
-        keys = ("tokenizer_sha256", "tokenizer_model")
-        self.made_with = {key: description[key] for key in keys if description.get(key)}
-        if not self.num_tokens:
-            raise UserError(f"{place}: {self.prefix}.bin holds no tokens")
-        self._dataset = _open_with_megatron_core(self.prefix)
-        self.masks_loss = pair.masks_loss
-        if self.masks_loss:
-            self._loss_mask = np.memmap(self.prefix + loss_mask.SUFFIX, np.uint8, mode="r")
-            # Documents lie one behind the other, whatever sequences they are made of.
-            self._starts = np.cumsum(self.lengths) - self.lengths
-
-    @property
-    def num_documents(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.lengths.sum())
-
-    def place(self, document: int) -> str:
-        """Which document that is, in words."""
-        return f"document {document} of {self.prefix}"
-
-    def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Tokens [start, stop) of a document; stop None: to its end.
-
-        Returns (stop - start,) in the data type of the file, a copy.
-        Raises IndexError for a range outside the document.
-        """
-        stop = checked_stop(self.lengths, document, start, stop)
-        parts = [np.zeros(0, dtype=self._dataset.index.dtype)]
-        begin = 0  # where the sequence begins in the document
-        for sequence in range(self._first_sequence[document], self._first_sequence[document + 1]):
-            size = int(self._sequence_lengths[sequence])
-            low, high = max(start - begin, 0), min(stop - begin, size)
-            if low < high:
-                parts.append(self._dataset.get(sequence, low, high - low))
-            begin += size
-        # A copy, since the dataset closes its mapping under views when it is collected.
-        return np.concatenate(parts)
-
-    def loss_mask(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Which of the tokens [start, stop) of a document count in the loss, bool (stop - start,),
-        a copy; stop None: to its end. Raises IndexError for a range outside the document."""
-        stop = checked_stop(self.lengths, document, start, stop)
-        if not self.masks_loss:
-            return np.ones(stop - start, bool)
-        begin = int(self._starts[document])
-        return self._loss_mask[begin + start : begin + stop] != 0
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Megatron's rule: uint16 below 65,500 ids, int32 from there on."""
+    return np.dtype(np.uint16 if vocab_size < 65_500 else np.int32)
 
 
 def checked_stop(lengths: np.ndarray, document: int, start: int, stop: int | None) -> int:
@@ -172,9 +121,13 @@ class Pair:
 def check_megatron_core(prefix: str, index: Index) -> str:
     """The version of Megatron-core, which reads what we do, where tried: the first and the last
     sequences of a pair. Raises UserError where it does not."""
-    from megatron.core import __version__ as megatron_core
+    from megatron.core import __version__ as megatron_core  # here: it takes seconds
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    dataset = _open_with_megatron_core(prefix)
+    with warnings.catch_warnings():
+        # It logs, for which it wants to know its rank; this need not be a distributed run.
+        warnings.filterwarnings("ignore", "Could not determine rank")
+        dataset = IndexedDataset(prefix, mmap=True)
     tokens = np.memmap(prefix + ".bin", index.dtype, mode="r")
     ends = np.cumsum(index.sequence_lengths, dtype=np.int64)
     for i in {*range(min(3, len(ends))), *range(max(len(ends) - 3, 0), len(ends))}:
@@ -182,16 +135,6 @@ def check_megatron_core(prefix: str, index: Index) -> str:
         if not np.array_equal(dataset[i], tokens[begin : ends[i]]):
             raise UserError(f"{prefix}: Megatron-core {megatron_core} reads sequence {i} otherwise")
     return megatron_core
-
-
-def _open_with_megatron_core(prefix: str) -> IndexedDataset:
-    # Imported here: it takes seconds, and indices alone are read without it.
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    with warnings.catch_warnings():
-        # It logs, for which it wants to know its rank; this need not be a distributed run.
-        warnings.filterwarnings("ignore", "Could not determine rank")
-        return IndexedDataset(prefix, mmap=True)
 
 
 def check_files_exist(prefix: str, place: str) -> None:
@@ -299,3 +242,182 @@ def read_description(prefix: str, documents: int, tokens: int) -> dict:
             f"has {documents:,} and {tokens:,}: the files are not of one run"
         )
     return sidecar
+
+
+OPEN_FILES = 128
+_OPENING_THREADS = 8  # a network file system takes milliseconds, and answers several at once
+
+
+def is_sharded(path: str) -> bool:
+    """Tell whether a path is a folder or a pattern of pairs, and not the prefix of one."""
+    if os.path.isfile(path + ".idx"):
+        return False
+    return os.path.isdir(path) or any(sign in path for sign in "*?[")
+
+
+class IndexedDocuments:
+    """The documents of a .bin/.idx pair, written by megalong or by Megatron, or of all pairs of a
+    folder or a pattern of prefixes (of which .bin or .idx may be the end).
+
+    The pairs stand one behind the other, in the order of their names. At most OPEN_FILES files are
+    open at a time, so that ten thousand pairs need no more file handles than a few.
+
+    prefix: as it was given. lengths: int64 (num_documents,), tokens in each document.
+    max_token_id, vocab_size, prepend_bos: the largest id, the number of ids of the tokenizer, and
+        whether the documents begin with a token for that; None where a PREFIX.json is missing.
+    made_with: what these say of the tokenizer: "tokenizer_sha256" (`Tokenizer.fingerprint`) and
+        "tokenizer_model"; empty where they say nothing.
+    masks_loss: whether some tokens may not count in the loss (`megalong.data.loss_mask`).
+    place: the flag, or the file, that the path is from, and the path; None: --data-path's.
+    Raises UserError that names the pair and what is wrong with it, also where two were made with
+    different tokenizers.
+    """
+
+    def __init__(self, path: str, place: str | None = None) -> None:
+        self.prefix = str(path)
+        self._place = place = f"--data-path {path}" if place is None else place
+        many = is_sharded(self.prefix)
+        prefixes = pair_prefixes(self.prefix, place) if many else [self.prefix]
+        with ThreadPoolExecutor(_OPENING_THREADS) as threads:
+            pairs = list(threads.map(lambda prefix: _open(prefix, place), prefixes))
+        lengths = [pair.index.document_lengths() for pair in pairs]
+        self.lengths = np.concatenate(lengths)
+        if not self.num_tokens:
+            what = (
+                f"the {len(pairs)} pairs of .bin and .idx hold"
+                if many
+                else f"{self.prefix}.bin holds"
+            )
+            raise UserError(f"{place}: {what} no tokens")
+        self._prefixes = prefixes
+        self._dtypes = [pair.index.dtype for pair in pairs]
+        self._masked = [pair.masks_loss for pair in pairs]
+        self.masks_loss = any(self._masked)
+        # The first token of each document in its .bin, where they lie one behind the other.
+        self._starts = np.concatenate([np.cumsum(of_pair) - of_pair for of_pair in lengths])
+        # The first document of each pair, and the number of documents.
+        self._first = np.cumsum([0, *map(len, lengths)], dtype=np.int64)
+        ids = [pair.description.get("max_token_id") for pair in pairs]
+        self.max_token_id: int | None = None if None in ids else max(ids)
+        self.vocab_size: int | None = _agreed(pairs, "vocab_size", place)
+        self.prepend_bos: bool | None = _agreed(pairs, "prepend_bos", place)
+        self.made_with = _made_with(pairs, place)
+        self._files: OrderedDict[str, int] = OrderedDict()  # path -> file descriptor, newest last
+        self._lock = threading.Lock()
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    def place(self, document: int) -> str:
+        """Which document that is, in words."""
+        shard = self._shard(document)
+        return f"document {document - int(self._first[shard])} of {self._prefixes[shard]}"
+
+    def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens [start, stop) of a document; stop None: to its end.
+
+        Returns (stop - start,) in the data type of its file, a copy. Safe among threads.
+        Raises IndexError for a range outside the document, UserError where its file has gone.
+        """
+        stop = checked_stop(self.lengths, document, start, stop)
+        shard = self._shard(document)
+        path = f"{self._prefixes[shard]}.bin"
+        return self._read(path, self._dtypes[shard], document, start, stop)
+
+    def loss_mask(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Which of the tokens [start, stop) of a document count in the loss, bool (stop - start,);
+        stop None: to its end. All do of a pair without a mask. Raises as `read`."""
+        stop = checked_stop(self.lengths, document, start, stop)
+        shard = self._shard(document)
+        if not self._masked[shard]:
+            return np.ones(stop - start, bool)
+        path = self._prefixes[shard] + loss_mask.SUFFIX
+        return self._read(path, np.dtype(np.uint8), document, start, stop) != 0
+
+    def _read(self, path: str, dtype: np.dtype, document: int, start: int, stop: int) -> np.ndarray:
+        """What a file that has one element a token has of these tokens."""
+        found = np.empty(stop - start, dtype)
+        into = memoryview(found).cast("B")
+        offset = (int(self._starts[document]) + start) * dtype.itemsize
+        with self._lock, system_errors_of(f"{self._place}:", path):
+            file = self._file(path)
+            while into:  # the system reads 2 GiB at most at a time
+                count = os.preadv(file, [into], offset)
+                if not count:
+                    raise UserError(f"{path}: has become shorter since it was opened")
+                into, offset = into[count:], offset + count
+        return found
+
+    def _shard(self, document: int) -> int:
+        return int(np.searchsorted(self._first, document, side="right")) - 1
+
+    def _file(self, path: str) -> int:
+        """The descriptor of a file; the one that was not used for longest is closed."""
+        if path in self._files:
+            self._files.move_to_end(path)
+            return self._files[path]
+        file = os.open(path, os.O_RDONLY)
+        self._files[path] = file
+        if len(self._files) > OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        return file
+
+    def __del__(self) -> None:
+        for file in getattr(self, "_files", {}).values():
+            os.close(file)
+
+
+def pair_prefixes(path: str, place: str) -> list[str]:
+    """The prefixes of the pairs of a folder or a pattern, by name. Raises UserError where there are
+    none."""
+    if os.path.isdir(path):
+        pattern, where = os.path.join(glob.escape(path), "*.idx"), "in the folder"
+    else:
+        stem, suffix = os.path.splitext(path)
+        pattern, where = (stem if suffix in (".bin", ".idx") else path) + ".idx", "of that name"
+    found = sorted(name.removesuffix(".idx") for name in glob.glob(pattern))
+    if not found:
+        raise UserError(f"{place}: no .bin/.idx pair {where}")
+    return found
+
+
+def _open(prefix: str, place: str) -> Pair:
+    """A pair that maps no file: there may be more of them than a process may map."""
+    with system_errors_of(f"{place}:", prefix):
+        pair = Pair.open(prefix, place)
+    return dataclasses.replace(pair, index=pair.index.in_memory())
+
+
+def _made_with(pairs: list[Pair], place: str) -> dict[str, str]:
+    """As of `IndexedDocuments`; the file is one of those that the pairs name."""
+    hashed = _agreed(pairs, "tokenizer_sha256", place)
+    if hashed is None:
+        return {}
+    known = {"tokenizer_sha256": hashed}
+    files = [pair.description.get("tokenizer_model") for pair in pairs]
+    file = next(filter(None, files), None)
+    return known if file is None else known | {"tokenizer_model": file}
+
+
+def _agreed(pairs: list[Pair], key: str, place: str) -> Any:
+    """What the descriptions say, those that say something; None where none does."""
+    known: dict[int, str] = {}
+    for pair in pairs:
+        value = pair.description.get(key)
+        if value is not None:
+            known.setdefault(value, pair.prefix)
+    if len(known) > 1:
+        (one, its), (other, others), *_ = known.items()
+        what = {
+            "vocab_size": "the tokenizer's ids", "prepend_bos": "--prepend-bos",
+            "tokenizer_sha256": "sha256 of the tokenizer",
+        }[key]  # fmt: skip
+        raise UserError(
+            f"{place}: made with different tokenizers: {what}: {one} in {its}, {other} in {others}"
+        )
+    return next(iter(known), None)

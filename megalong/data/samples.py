@@ -154,8 +154,13 @@ class Samples(Protocol):
     def document_bounds(
         self, i: int, start: int = 0, stop: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Where the documents of tokens [start, stop) of sample i begin and end, as places in the
-        sample in [0, N]; `place_type(N)` (stop - start,) each. Reads no tokens."""
+        """Return where the documents of tokens [start, stop) of sample i begin and end; stop None:
+        N.
+
+        For each token the place in the sample of its document's first token, and the place after
+        its document's last one, both `place_type(N)` (stop - start,) and clipped to [0, N]: a
+        document that goes on from the sample before begins at place 0. Reads no tokens.
+        """
         ...
 
     def context_report(self) -> ContextReport:

@@ -1,10 +1,9 @@
 """One endless stream of tokens, and samples of fixed length cut from it.
 
-Documents are concatenated in an order drawn anew for every epoch from (seed, epoch) alone, so
-that what comes at a position never depends on how long the run is planned to be. Sample i is the
-N + 1 tokens from position i * N (its last token is the first of the next sample): nothing is
-stored per sample, and any slice of a sample, say one sequence rank's, is found by a binary search
-in the cumulative lengths of the epoch's documents. So is where its documents begin and end.
+Documents are concatenated in the order of `megalong.data.document_order`. Sample i is the N + 1
+tokens from position i * N (its last token is the first of the next sample): nothing is stored per
+sample, and any slice of one is found by a binary search in the cumulative lengths of the epoch's
+documents. So is where its documents begin and end.
 """
 
 from __future__ import annotations
@@ -12,51 +11,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from megalong.data.document_order import DocumentOrder, IndexCache, find_epoch
+from megalong.data.indexed import IndexedDocuments
 from megalong.data.samples import ContextReport, place_type, runs_of
 from megalong.data.sources import LengthUpsampling
 from megalong.utils.errors import UserError
 
 if TYPE_CHECKING:
     from megalong.data.tokenizers.tokenizer import Tokenizer
-
-
-class Documents(Protocol):
-    """Tokens by documents: what --data-path names (`megalong.data.formats`), or a stand-in.
-
-    prefix: of --data-path. lengths: int64 (num_documents,), tokens in each document.
-    max_token_id, vocab_size, prepend_bos: the largest id, the number of ids of the tokenizer, and
-        whether the documents begin with a token for that; None where that is not known.
-    made_with: their tokenizer, as far as it is known: "tokenizer_sha256", "tokenizer_model".
-    masks_loss: whether some tokens may not count in the loss (`megalong.data.loss_mask`).
-    """
-
-    prefix: str
-    lengths: np.ndarray
-    max_token_id: int | None
-    vocab_size: int | None
-    prepend_bos: bool | None
-    made_with: dict[str, str]
-    masks_loss: bool
-
-    @property
-    def num_documents(self) -> int: ...
-
-    def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Tokens [start, stop) of a document, a copy; stop None: to its end."""
-        ...
-
-    def loss_mask(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Which of these tokens count in the loss, bool (stop - start,), a copy."""
-        ...
-
-    def place(self, document: int) -> str:
-        """Which document that is, in words: of which file, and where in it."""
-        ...
 
 
 def split_documents(num_documents: int, split: str) -> tuple[range, range, range]:
@@ -108,7 +74,7 @@ class TokenStream:
 
     def __init__(
         self,
-        documents: Documents,
+        documents: IndexedDocuments,
         document_range: range,
         sequence_length: int,
         seed: int = 0,
@@ -163,10 +129,7 @@ class TokenStream:
         return (self.tokens_per_epoch - 1) // self.sequence_length
 
     def sample(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Tokens [start, stop) of sample i, in [0, N + 1); stop None: N + 1.
-
-        Returns int64 (stop - start,). Reads only these tokens.
-        """
+        """Return tokens [start, stop) of sample i, as of `Samples`."""
         stop = self.sequence_length + 1 if stop is None else stop
         if i < 0 or not 0 <= start <= stop <= self.sequence_length + 1:
             raise IndexError(f"tokens [{start}, {stop}) of sample {i}")
@@ -202,13 +165,7 @@ class TokenStream:
     def document_bounds(
         self, i: int, start: int = 0, stop: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Where the documents of tokens [start, stop) of sample i begin and end, in [0, N]; stop
-        None: N.
-
-        Returns for each token the place in the sample of its document's first token, and the place
-        after its document's last one, both `place_type(N)` (stop - start,) and clipped to [0, N]: a
-        document that goes on from the sample before begins at place 0. Reads no tokens.
-        """
+        """Return where the documents of these tokens begin and end, as of `Samples`."""
         length = self.sequence_length
         stop = length if stop is None else stop
         if i < 0 or not 0 <= start <= stop <= length:
@@ -315,7 +272,7 @@ class TokenStream:
 
 
 def check_tokenizer(
-    documents: Documents, tokenizer: Tokenizer, tokenizer_flag: str, place: str | None = None
+    documents: IndexedDocuments, tokenizer: Tokenizer, tokenizer_flag: str, place: str | None = None
 ) -> None:
     """Raise UserError where the documents were made with another tokenizer.
 

@@ -19,10 +19,8 @@ from megalong.config import Config
 from megalong.config.model import scaling_oddities
 from megalong.config.stages import Stage
 from megalong.data.blend import Blend, shown_shares
-from megalong.data.tokenizers.tokenizer import Tokenizer
-from megalong.evals.scores import FEW_TOKENS, TaskScore, position_edges
 from megalong.evals.position_losses import FEW_TOKENS, position_edges
-from megalong.evals.scores import TaskScore
+from megalong.evals.scores import FEW_TOKENS, TaskScore, position_edges
 from megalong.model.build import DTYPES
 from megalong.model.flops import step_flops
 from megalong.model.parameters import count_parameters

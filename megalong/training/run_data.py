@@ -26,9 +26,9 @@ from megalong.data.batches import (
 from megalong.data.blend import Blend, Source
 from megalong.data.document_order import IndexCache
 from megalong.data.document_samples import DocumentSamples
-from megalong.data.shards import is_sharded, open_documents, pair_prefixes
+from megalong.data.indexed import IndexedDocuments, is_sharded, pair_prefixes
 from megalong.data.sources import SourceSpec, shares_of
-from megalong.data.stream import Documents, TokenStream, check_tokenizer, split_documents
+from megalong.data.stream import TokenStream, check_tokenizer, split_documents
 from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megalong.evals.trials import Trials, language_of
 from megalong.utils.errors import UserError, counted, did_you_mean, system_errors_of
@@ -218,11 +218,11 @@ class _Opened:
         self._cache = None if cache is None else IndexCache(cache)
         self._made_with: dict[int, str] = {}
 
-    def documents(self, spec: SourceSpec) -> Documents:
+    def documents(self, spec: SourceSpec) -> IndexedDocuments:
         """The documents of a source, if they are of the run's tokenizer. Raises UserError."""
         data = self._config.data
         with system_errors_of(spec.place.removesuffix(f" {spec.path}"), spec.path):
-            documents = open_documents(spec.path, spec.place)
+            documents = IndexedDocuments(spec.path, spec.place)
         made_with = documents.vocab_size
         for ids, other in self._made_with.items():
             if made_with not in (None, ids):
@@ -248,14 +248,14 @@ class _Opened:
         return documents
 
     def samples(
-        self, documents: Documents, part: range, name: str, salt: int = 0
+        self, documents: IndexedDocuments, part: range, name: str, salt: int = 0
     ) -> TokenStream | DocumentSamples:
         """A range of them to train on. Raises UserError where it holds nothing."""
         stream = self.stream(documents, part, name, True, salt)
         return DocumentSamples(stream) if self._config.data.sample_mode == "document" else stream
 
     def stream(
-        self, documents: Documents, part: range, name: str, shuffle: bool, salt: int = 0
+        self, documents: IndexedDocuments, part: range, name: str, shuffle: bool, salt: int = 0
     ) -> TokenStream:
         """A range of them as a stream. Raises UserError where it holds nothing."""
         config = self._config

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalong.data import formats
-from megalong.data.preprocessing.preprocess import partition, preprocess
+from megalong.data.preprocessing.inputs import partition
+from megalong.data.preprocessing.preprocess import preprocess
 from megalong.data.preprocessing.tokenizing import TokenizingTask
 from megalong.data.text.documents import Reading
 from megalong.data.tokenizers import backend
@@ -42,50 +42,6 @@ def test_the_same_ids_faster(usual, corpus, corpus_texts):
             assert tokenizer.decode(tokenizer.encode(text)) == text
     with pytest.raises(UnicodeEncodeError):
         fast.encode("\ud83d")
-
-
-def test_what_the_library_remembers_is_let_go(usual, monkeypatch):
-    gigatoken = pytest.importorskip("gigatoken")
-    loaded = []
-    load = gigatoken.Tokenizer.from_json
-
-    def counted(content):
-        loaded.append(content)
-        return load(content)
-
-    monkeypatch.setattr(gigatoken.Tokenizer, "from_json", counted)
-    monkeypatch.setattr(backend, "_LOOKED_AT_AFTER", 10)
-    monkeypatch.setattr(backend, "_REMEMBERED", -1)
-    fast = FastTokenizer(usual)
-    loaded.clear()
-    for _ in range(4):
-        assert fast.encode("some words") == usual.encode("some words")
-    assert len(loaded) == 2  # ten characters are not more than ten
-    assert len(set(loaded)) == 1
-
-
-def test_a_large_vocabulary_is_loaded_once(monkeypatch):
-    """It takes more than what may be remembered, and is not that."""
-
-    class Large:
-        loaded, times = False, 0
-
-        def __call__(self, text: str) -> np.ndarray:
-            self.times += not self.loaded
-            self.loaded = True
-            return np.frombuffer(text.encode(), np.uint8)
-
-        def forget(self) -> None:
-            self.loaded = False
-
-    usual, encoder = build_tokenizer("ByteTokenizer"), Large()
-    monkeypatch.setattr(usual, "fast_encoder", lambda: encoder)
-    monkeypatch.setattr(backend, "resident_bytes", lambda: encoder.loaded * 8 * backend._REMEMBERED)
-    monkeypatch.setattr(backend, "_LOOKED_AT_AFTER", 10)
-    fast = FastTokenizer(usual)
-    for _ in range(5):
-        assert fast.encode("some text") == list(b"some text")
-    assert encoder.times == 1
 
 
 def test_an_empty_partition(tokenizer_model, tmp_path):
@@ -151,19 +107,6 @@ def test_without_the_library_the_usual_one_is_used_and_said(usual, corpus, monke
         "tokenizer backend: the usual library; a faster one is gigatoken: pip install gigatoken"
     ]
     assert choose_backend(usual, "usual", [str(corpus)], Reading(), pytest.fail) is usual
-
-
-def test_what_else_is_wrong_is_not_taken_for_a_difference(usual, tmp_path, monkeypatch):
-    """Such as Parquet under another name, which cannot be read."""
-
-    def refuse(file: str) -> None:
-        raise UserError("Parquet needs pyarrow")
-
-    pytest.importorskip("gigatoken")
-    monkeypatch.setattr(formats, "check_pyarrow", refuse)
-    (tmp_path / "a").write_bytes(b"PAR1" + bytes(100) + b"PAR1")
-    with pytest.raises(UserError, match=r"^Parquet needs pyarrow"):
-        choose_backend(usual, "auto", [str(tmp_path / "a")], Reading(), pytest.fail)
 
 
 def test_a_failure_of_the_library_is_a_difference(usual):

@@ -116,15 +116,6 @@ def test_long_documents_have_samples_of_their_own(corpora):
     assert own <= set(begins)
 
 
-def test_the_seed_alone_decides(corpora):
-    documents = corpora(LENGTHS["mixed"])
-    first, again, other = (
-        [samples_of(documents, seed=seed).sample(i).tolist() for i in range(40)]
-        for seed in (1, 1, 2)
-    )
-    assert first == again != other
-
-
 def test_another_length_goes_on_at_the_same_place_of_the_order(corpora):
     """All but fewer than N tokens of what came before are the same documents of the order."""
     documents = corpora(LENGTHS["mixed"])
@@ -157,36 +148,12 @@ def test_document_bounds(corpora, name):
             assert part[1].tolist() == stop[low:high].tolist()
 
 
-def test_ranges_outside_a_sample(corpora):
-    samples = samples_of(corpora(LENGTHS["mixed"]))
-    for arguments in [(-1,), (0, 0, 18), (0, 5, 4), (0, -1, 4)]:
-        with pytest.raises(IndexError):
-            samples.sample(*arguments)
-    with pytest.raises(IndexError):
-        samples.document_bounds(0, 0, 17)
-
-
 def test_ids_beyond_the_vocabulary_are_named(corpora):
     documents = corpora(LENGTHS["mixed"])
     samples = DocumentSamples(TokenStream(documents, range(14), 16, 3, vocab_size=6100))
     with pytest.raises(ValueError, match=r"token id \d+ \(its token \d+\), but .* 6100 ids"):
         for i in range(samples.samples_per_epoch):
             samples.sample(i)
-
-
-def test_many_documents_are_found_by_their_counts():
-    class Many:
-        prefix, max_token_id = "many", None
-        lengths = np.random.default_rng(0).integers(1, 4000, 200_000)
-
-        def read(self, document, start, stop):
-            return np.zeros(stop - start, np.uint16)
-
-    samples = DocumentSamples(TokenStream(Many(), range(200_000), 2048, 1))
-    tokens = int(Many.lengths.sum())
-    assert samples.samples_per_epoch == tokens // 2048
-    for i in (0, tokens // 4096, 5 * tokens // 2048):
-        assert samples.sample(i).shape == (2049,)
 
 
 @pytest.mark.parametrize("mode", ["stream", "document"])

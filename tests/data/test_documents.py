@@ -2,10 +2,12 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
 import random
+import sys
 import tarfile
 import threading
 
@@ -15,7 +17,9 @@ from megalong.data.formats import raw_documents, texts
 from megalong.data.text import files
 from megalong.data.text.documents import BrokenDocument, Reading
 from megalong.data.text.files import find_files, is_stream, total_size
+from megalong.data.tokenizers.tokenizer import build_tokenizer
 from megalong.utils.errors import UserError
+from tests.data.test_preprocess import BYTES, TOOL, read_texts
 
 
 def read(path, keys=("text",), say=lambda line: None):
@@ -126,26 +130,6 @@ def test_compression_is_known_by_content(tmp_path, suffix, give):
     assert read(tmp_path / "empty") == [""]
     for pieces in ((), (1, 2, 4, 3), (12, 1)):
         assert read(give(compress(lines, suffix), pieces)) == ["x", "y"]
-
-
-def test_zstandard_that_begins_with_a_frame_to_be_skipped(tmp_path, give):
-    """As pzstd writes it."""
-    data = b"\x5e\x2a\x4d\x18\x04\0\0\0size" + compress(b'{"text": "x"}\n', ".zst")
-    (tmp_path / "a").write_bytes(data)
-    assert read(tmp_path / "a") == read(give(data)) == ["x"]
-
-
-def test_standard_input_that_does_not_wait_is_waited_for(monkeypatch):
-    """Whoever has opened it may share it with a program that has it so."""
-    source, target = os.pipe()
-    os.set_blocking(source, False)
-    with open(source) as pipe:
-        monkeypatch.setattr("sys.stdin", pipe)
-        os.write(target, b'{"text": ')
-        writer = threading.Timer(0.2, lambda: (os.write(target, b'"x"}'), os.close(target)))
-        writer.start()
-        assert read("-") == ["x"]
-        writer.join()
 
 
 def test_a_pipe_is_read_like_standard_input(tmp_path, give):
@@ -277,3 +261,184 @@ def test_an_archive_is_no_text(tmp_path, kind):
     with tarfile.open(path, f"w:{kind}") as archive:
         archive.add(__file__, "a.py")
     assert read(path) == [f"{path}: binary"]
+
+
+@pytest.fixture
+def trees(tmp_path):
+    """Two repositories beside each other, and what is in them by path."""
+    files = {
+        "b/README": b"two\n",
+        "b/z/last.c": b"int z;",
+        "b/a.c": b"int a;\n",
+        "b/.git/config": b"hidden",
+        "b/logo.png": b"\x89PNG\0\0",
+        "b/large.txt": b"x" * 3000,
+        "b/latin1.c": b"\xe9",
+        "a/src/package.json": b'{"name": 1}\n',
+        "a/main.py": b"",
+    }
+    for name, content in files.items():
+        path = tmp_path / "trees" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return tmp_path / "trees"
+
+
+REPOSITORIES = [
+    '==> main.py <==\n\n\n==> src/package.json <==\n{"name": 1}\n',
+    "==> README <==\ntwo\n\n==> a.c <==\nint a;\n\n==> z/last.c <==\nint z;\n",
+]
+
+
+@pytest.mark.parametrize("given", ["", "*"])
+def test_a_repository_a_document(trees, tmp_path, run_tool, given):
+    done = run_tool(
+        TOOL,
+        *("--input", trees / given, "--output-prefix", tmp_path / "out", *BYTES),
+        *("--documents", "repository", "--max-file-size", 2000),
+    )
+    assert done.returncode == 0, done.stderr
+    tokenizer = build_tokenizer("ByteTokenizer")
+    assert read_texts(tmp_path / "out_text_document", tokenizer) == REPOSITORIES
+    assert f"skipped {trees}/b/latin1.c: not UTF-8 (byte 0)" in done.stderr
+    assert "1 document skipped, 1 binary file left out, 1 too large file left out," in done.stdout
+    assert "2 folders, 1 document skipped" in done.stdout
+
+
+def test_a_folder_with_files_of_its_own_is_one_repository(trees):
+    (trees / "README").touch()
+    assert find_files([str(trees)], "repository") == [str(trees)]
+    assert total_size([str(trees)]) == total_size(find_files([str(trees)]))
+    with pytest.raises(UserError, match="a file; --documents repository wants folders"):
+        find_files([str(trees / "README")], "repository")
+
+
+def test_a_file_a_document_whatever_its_name(trees, tmp_path, run_tool):
+    done = run_tool(
+        TOOL,
+        *("--input", trees, "--output-prefix", tmp_path / "out", *BYTES),
+        *("--documents", "file", "--max-file-size", 2000),
+    )
+    assert done.returncode == 0, done.stderr
+    found = read_texts(tmp_path / "out_text_document", build_tokenizer("ByteTokenizer"))
+    assert found == ['{"name": 1}\n', "two\n", "int a;\n", "int z;"]
+    assert "1 document skipped, 1 binary file left out, 1 too large file left out," in done.stdout
+
+
+@pytest.mark.parametrize("documents", ["auto", "file"])
+def test_standard_input(tmp_path, monkeypatch, capsys, documents):
+    from tools import preprocess_data
+
+    content = "".join(json.dumps({"text": text}) + "\n" for text in ["x", "y"])
+    (tmp_path / "in").write_text(content)
+    with (tmp_path / "in").open() as file:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file.buffer))
+        command = ["tool", "--input", "-", "--output-prefix", str(tmp_path / "out"), *BYTES]
+        monkeypatch.setattr(sys, "argv", [*command, "--documents", documents])
+        assert preprocess_data.main() is None
+    found = read_texts(tmp_path / "out_text_document", build_tokenizer("ByteTokenizer"))
+    assert found == (["x", "y"] if documents == "auto" else [content])
+
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+
+def read_rows(path, *keys):
+    """The texts of all rows, or their messages."""
+    found, reading = [], Reading(keys or ("text",))
+    for document in raw_documents(str(path), reading, pytest.fail):
+        try:
+            found.append({key: str(value) for key, value in texts(document, reading).items()})
+        except BrokenDocument as error:
+            found.append(str(error))
+    return found
+
+
+def test_rows_in_order_with_sizes_that_add_up(tmp_path):
+    draw, path = random.Random(0), tmp_path / "a.parquet"
+    rows = ["x" * draw.randrange(9000) + f"\u00e9\n{i}" for i in range(3000)] + [""]
+    table = pyarrow.table({"n": range(len(rows)), "text": rows, "title": list(map(str, rows))})
+    parquet.write_table(table, path, row_group_size=1700, compression="zstd")
+    assert read_rows(path) == [{"text": row} for row in rows]
+    documents = list(raw_documents(str(path), Reading(), pytest.fail))
+    assert sum(document.size for document in documents) == path.stat().st_size
+    assert documents[7].place == f"{path}:8"
+    assert read_rows(path, "title", "text")[0] == {"title": rows[0], "text": rows[0]}
+
+
+@pytest.mark.parametrize("name", ["part-0", "a.jsonl", "a.txt"])
+def test_parquet_is_known_by_its_content(tmp_path, name, monkeypatch):
+    said, path = [], tmp_path / name
+    parquet.write_table(pyarrow.table({"text": ["a"]}), path)
+    [document] = raw_documents(str(path), Reading(), said.append)
+    assert texts(document, Reading()) == {"text": "a"}
+    assert said == [f"{path}: taken for Parquet, which it holds, whatever its name"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"{name}: Parquet needs pyarrow: pip install pyarrow"):
+        list(raw_documents(str(path), Reading(), said.append))
+
+
+def test_a_text_that_begins_like_parquet(tmp_path):
+    (tmp_path / "a.txt").write_text("PAR1 is a receptor")
+    assert read_rows(tmp_path / "a.txt") == [{"text": "PAR1 is a receptor"}]
+
+
+def test_parquet_from_a_stream_is_refused(tmp_path, monkeypatch):
+    parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "a.parquet")
+    with open(tmp_path / "a.parquet") as file, pytest.raises(UserError) as error:
+        monkeypatch.setattr("sys.stdin", file)
+        read_rows("-")
+    assert str(error.value).startswith("standard input: Parquet, which is read from its end")
+
+
+@pytest.mark.parametrize("kind", ["large_string", "dictionary", "string_view"])
+def test_kinds_of_strings(tmp_path, kind):
+    column = pyarrow.array(["a", "b", "a"])
+    if kind == "dictionary":
+        column = column.dictionary_encode()
+    else:
+        column = column.cast(getattr(pyarrow, kind)())
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert read_rows(tmp_path / "a.parquet") == [{"text": "a"}, {"text": "b"}, {"text": "a"}]
+
+
+def test_what_is_no_text_is_named_by_its_row(tmp_path):
+    path = tmp_path / "a.parquet"
+    broken = pyarrow.Array.from_buffers(
+        pyarrow.string(), 2, pyarrow.array([b"good", b"\xff"]).buffers()
+    )
+    table = pyarrow.table({"text": broken, "n": [1, 2], "list": [["a"], ["b"]], "no": ["x", None]})
+    parquet.write_table(table, path)
+    first, second = read_rows(path, "text", "n", "list", "no", "gone")
+    assert first["text"] == "good" and first["no"] == "x"
+    assert second["text"] == f"{path}:2: not UTF-8 (byte 0)"
+    assert second["no"] == f"{path}:2: 'no' is not a string but null"
+    for key in ("n", "list", "gone"):
+        assert first[key] == f"{path}:1: no column {key!r} of strings"
+    assert read_rows(path, "body") == [f"{path}:1: no column 'body' (there are: text, n, list, no)"]
+
+
+def test_broken_files(tmp_path):
+    path = tmp_path / "a.parquet"
+    rows = [f"{random.Random(i).getrandbits(4000)}" for i in range(2000)]
+    parquet.write_table(pyarrow.table({"text": rows}), path, row_group_size=500)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    [message] = read_rows(path)
+    assert message.startswith(f"{path}:1: unreadable from here on")
+    middle = len(whole) // 2
+    path.write_bytes(whole[:middle] + bytes(20_000) + whole[middle + 20_000 :])
+    found = read_rows(path)
+    assert 500 <= len(found) < 2000 and found[-2] == {"text": rows[len(found) - 2]}
+    assert found[-1].startswith(f"{path}:{len(found)}: unreadable from here on")
+
+
+def test_pages_are_compared_with_their_checksums(tmp_path):
+    """Where the writer has left some: a changed letter is no error of the format."""
+    path, rows = tmp_path / "a.parquet", ["one", "two", "three"]
+    plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    parquet.write_table(pyarrow.table({"text": rows}), path, write_page_checksum=True, **plain)
+    path.write_bytes(path.read_bytes().replace(b"two", b"too"))
+    [message] = read_rows(path)
+    assert message.startswith(f"{path}:1: unreadable from here on") and "CRC" in message

@@ -1,15 +1,18 @@
 """Reading pairs of ours and of Megatron, and the errors for damaged ones."""
 
-import gc
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from megalong.data.indexed import IndexedDocuments
+from megalong.data import indexed
+from megalong.data.indexed import IndexedDocuments, token_dtype
+from megalong.data.preprocessing.writer import DocumentWriter
+from megalong.data.stream import TokenStream
 from megalong.utils.errors import UserError
 
 DOCUMENTS = [[5, 6, 7], [], [8], [9, 10, 11, 12]]
@@ -45,17 +48,6 @@ def test_reads_documents_of_several_sequences(tmp_path):
             for stop in range(start, len(tokens) + 1):
                 part = read.read(i, start, stop)
                 assert part.tolist() == tokens[start:stop] and part.dtype == np.int32
-
-
-def test_what_was_read_outlives_the_documents(write_documents, recwarn):
-    documents = IndexedDocuments(write_documents(DOCUMENTS))
-    part = documents.read(3)
-    del documents
-    gc.collect()
-    assert part.tolist() == DOCUMENTS[3]
-    assert not [
-        w for w in recwarn if issubclass(w.category, pytest.PytestUnraisableExceptionWarning)
-    ]
 
 
 def test_ranges_outside_a_document_are_refused(write_documents):
@@ -153,3 +145,150 @@ def test_sidecar_of_another_run(write_documents):
         Path(prefix + ".json").write_text(text)
         with pytest.raises(ValueError, match=r"documents\.json: not a description"):
             IndexedDocuments(prefix)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_same_bytes_as_megatrons_builder(tmp_path, dtype):
+    random = np.random.default_rng(3)
+    documents = [random.integers(0, 5000, size) for size in (5, 1, 0, 1000, 37)]
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
+    for document in documents:
+        builder.add_document(torch.from_numpy(document), [len(document)])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+
+    with DocumentWriter(str(tmp_path / "ours"), dtype) as writer:
+        for part in (documents[:2], documents[2:]):
+            writer.add(np.concatenate(part).astype(dtype), [len(document) for document in part])
+        writer.commit({})
+    for suffix in (".bin", ".idx"):
+        ours, theirs = (tmp_path / (name + suffix) for name in ("ours", "theirs"))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_same_rule_for_the_data_type():
+    for vocab_size in (1, 257, 32_000, 65_499, 65_500, 65_536, 70_000, 250_000):
+        assert token_dtype(vocab_size) == np.dtype(DType.optimal_dtype(vocab_size))
+
+
+def test_without_commit_nothing_remains(tmp_path):
+    with pytest.raises(RuntimeError), DocumentWriter(str(tmp_path / "x"), np.uint16) as writer:
+        writer.add(np.ones(3, np.uint16), [3])
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_document_beyond_the_format_is_refused(tmp_path):
+    with (
+        pytest.raises(ValueError, match="2,147,483,648 tokens"),
+        DocumentWriter(str(tmp_path / "x"), np.uint16) as writer,
+    ):
+        writer.add(np.ones(3, np.uint16), [2**31])
+
+
+PARTS = {"part_0": [[1, 2, 3], [], [4]], "part_1": [], "part_2": [[5]], "other": [[], [6, 7], []]}
+
+
+def write(prefix: Path, documents, dtype=np.uint16, **description) -> None:
+    with DocumentWriter(str(prefix), dtype) as writer:
+        tokens = np.array([token for document in documents for token in document], dtype)
+        writer.add(tokens, [len(document) for document in documents])
+        writer.commit({"max_token_id": int(tokens.max(initial=0))} | description)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number, (name, documents) in enumerate(PARTS.items()):
+        write(folder / name, documents, (np.uint16, np.int32)[number % 2], vocab_size=9)
+    return folder
+
+
+def test_a_folder_is_its_pairs_by_name(folder):
+    documents = IndexedDocuments(f"{folder}/")
+    assert isinstance(documents, IndexedDocuments)
+    expected = [document for name in sorted(PARTS) for document in PARTS[name]]
+    assert documents.lengths.tolist() == [len(document) for document in expected]
+    assert (documents.num_documents, documents.num_tokens) == (7, 7)
+    assert (documents.max_token_id, documents.vocab_size) == (7, 9)
+    assert documents.made_with == {}
+    for i, document in enumerate(expected):
+        for start in range(len(document) + 1):
+            for stop in range(start, len(document) + 1):
+                assert documents.read(i, start, stop).tolist() == document[start:stop]
+        assert documents.read(i).tolist() == document
+    assert documents.place(5) == f"document 2 of {folder}/part_0"
+    assert documents.place(6) == f"document 0 of {folder}/part_2"
+    for arguments in [(7,), (-1,), (1, 0, 3), (1, 2, 1)]:
+        with pytest.raises(IndexError):
+            documents.read(*arguments)
+    stream = TokenStream(documents, range(7), 3, seed=1, vocab_size=9)
+    assert sorted(stream.tokens(0, 7).tolist()) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_pattern_picks_some(folder):
+    for end in ("", ".bin", ".idx"):
+        documents = IndexedDocuments(f"{folder}/part_[02]{end}")
+        assert documents.lengths.tolist() == [3, 0, 1, 1]
+    # A pair goes before a folder of that name.
+    write(folder.parent / "shards", [[8]])
+    assert isinstance(IndexedDocuments(str(folder)), IndexedDocuments)
+
+
+def test_few_files_are_open_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(indexed, "OPEN_FILES", 5)
+    for i in range(40):
+        write(tmp_path / f"part_{i:02d}", [[i, i + 1]])
+    before = len(os.listdir("/proc/self/fd"))
+    documents = IndexedDocuments(str(tmp_path))
+    assert len(os.listdir("/proc/self/fd")) == before
+    for i in np.random.default_rng(0).permutation(40).tolist():
+        assert documents.read(i).tolist() == [i, i + 1]
+        assert len(os.listdir("/proc/self/fd")) <= before + 5
+    del documents
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_is_wrong_names_the_pair(folder):
+    def message(path=folder) -> str:
+        with pytest.raises(UserError) as error:
+            IndexedDocuments(str(path))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert message(f"{folder}/none_*").endswith("/none_*: no .bin/.idx pair of that name")
+    (folder / "empty").mkdir()
+    assert message(folder / "empty").endswith("empty: no .bin/.idx pair in the folder")
+    write(folder / "empty" / "x", [[]])
+    assert "the 1 pairs of .bin and .idx hold no tokens" in message(folder / "empty")
+
+    documents = IndexedDocuments(str(folder))
+    (folder / "part_2.bin").rename(folder / "gone.bin")
+    with pytest.raises(UserError, match=r"--data-path .*shards/part_2\.bin: No such file"):
+        documents.read(6)
+    assert f"no file {folder}/part_2.bin; its pair is there" in message()
+    (folder / "part_2.bin").write_bytes(b"")
+    assert f"{folder}/part_2.bin: 0 bytes, but" in message()
+    os.truncate(folder / "part_0.bin", 2)
+    with pytest.raises(UserError, match=r"part_0\.bin: has become shorter"):
+        documents.read(3)
+
+    for name in ("part_0", "part_2"):
+        for suffix in (".bin", ".idx", ".json"):
+            (folder / (name + suffix)).unlink()
+    write(folder / "part_2", [[5]], vocab_size=8)
+    found = message()
+    assert "made with different tokenizers" in found
+    assert f"9 in {folder}/other, 8 in {folder}/part_2" in found
+    for name, hashed in (("other", "ab"), ("part_2", "cd")):
+        for suffix in (".bin", ".idx", ".json"):
+            (folder / (name + suffix)).unlink()
+        made_with = {"tokenizer_sha256": hashed, "tokenizer_model": f"{hashed}.model"}
+        write(folder / name, [[5]], vocab_size=9, **made_with)
+        if name == "part_2":
+            assert f"sha256 of the tokenizer: ab in {folder}/other, cd in" in message()
+            for suffix in (".bin", ".idx", ".json"):
+                (folder / ("part_2" + suffix)).unlink()
+    assert IndexedDocuments(str(folder)).made_with["tokenizer_model"] == "ab.model"
+    shutil.rmtree(folder)
+    assert "no file" in message()

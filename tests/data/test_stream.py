@@ -1,7 +1,10 @@
 """The order of the token stream, what a sample is, and that neither depends on anything else."""
 
+import multiprocessing
+import os
 import time
-from itertools import pairwise
+from functools import partial
+from itertools import chain, islice, pairwise
 
 import numpy as np
 import pytest
@@ -10,8 +13,12 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     parse_and_normalize_split,
 )
 
+from megalong.data import document_order
+from megalong.data.batches import training_batches
+from megalong.data.document_order import IndexCache
 from megalong.data.indexed import IndexedDocuments
 from megalong.data.stream import TokenStream, split_documents
+from megalong.utils.errors import UserError
 
 
 @pytest.fixture
@@ -63,18 +70,6 @@ def test_an_epoch_has_every_token_once_with_documents_whole(documents):
     assert len({tuple(tokens) for tokens in epochs}) == 4
 
 
-def test_order_depends_on_seed_and_epoch_only(documents):
-    part = range(40)
-
-    def first_epoch(seed, **options):
-        stream = TokenStream(documents, part, 8, seed, **options)
-        return stream.tokens(0, stream.tokens_per_epoch).tolist()
-
-    assert first_epoch(1) == first_epoch(1)
-    assert first_epoch(1) != first_epoch(2)
-    assert first_epoch(9, shuffle=False) == list(range(documents.num_tokens))
-
-
 def test_order_is_fixed_for_all_time():
     """A run must resume into the same order after an upgrade of numpy, or of megalong."""
 
@@ -100,16 +95,6 @@ def test_samples_overlap_by_one_token_and_cross_epochs(documents):
         assert sample[-1] == stream.sample(i + 1)[0]
 
 
-def test_a_sample_may_span_many_epochs(documents):
-    part = range(1, 4)
-    stream = TokenStream(documents, part, 1000, seed=3)
-    size = stream.tokens_per_epoch
-    assert size < 100 and stream.samples_per_epoch == 0
-    for e in range(9):
-        tokens = stream.sample(0)[e * size : (e + 1) * size]
-        assert sorted(tokens) == sorted(stream.tokens(0, size))
-
-
 def test_slices_are_parts_of_the_sample_in_any_order_of_reading(documents):
     stream = TokenStream(documents, range(40), 64, seed=3)
     whole = [stream.sample(i) for i in range(30)]
@@ -133,13 +118,6 @@ def test_a_slice_reads_only_what_it_must(documents, monkeypatch):
     monkeypatch.setattr(IndexedDocuments, "read", counted)
     stream.sample(1, 100, 120)
     assert sum(read) == 20
-
-
-def test_at_most_two_epochs_are_kept(documents):
-    stream = TokenStream(documents, range(40), 50, seed=3)
-    for i in range(10 * stream.samples_per_epoch):
-        stream.sample(i)
-        assert len(stream._epochs) <= 2
 
 
 def test_wrong_ids_are_named(documents, write_documents):
@@ -219,3 +197,166 @@ def test_bounds_of_a_million_documents_read_no_token():
     begin = time.perf_counter()
     stream.document_bounds(0)
     assert time.perf_counter() - begin < 1
+
+
+class Ramps:
+    """Documents whose tokens are their place among all: each token is unique in an epoch."""
+
+    prefix = "ramps"
+    max_token_id = vocab_size = prepend_bos = None
+    masks_loss = False
+
+    def __init__(self, lengths):
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self._starts = np.cumsum(self.lengths) - self.lengths
+
+    def read(self, document: int, start: int, stop: int) -> np.ndarray:
+        return self._starts[document] + np.arange(start, stop)
+
+
+def random_documents(seed: int) -> Ramps:
+    """Empty ones, of one token, of a few, and much longer than a sequence."""
+    random = np.random.default_rng(seed)
+    kinds = [0, 1, random.integers(2, 12), random.integers(100, 400)]
+    chosen = random.choice(4, size=int(random.integers(2, 40)), p=random.dirichlet(np.ones(4)))
+    lengths = [int(kinds[kind]) for kind in chosen]
+    return Ramps([*lengths, 1, 7])
+
+
+def run(stream, *, consumed=0, steps, batch=8, micro=1, ranks=1, shards=1):
+    """Tokens and labels by sample, put together from what every rank reads."""
+    width = stream.sequence_length // shards
+    rows: dict[int, dict[int, tuple[list, list]]] = {}
+    for rank in range(ranks):
+        for shard in range(shards):
+            batches = training_batches(
+                stream,
+                consumed_samples=consumed,
+                global_batch_size=batch,
+                micro_batch_size=micro,
+                data_parallel_rank=rank,
+                data_parallel_size=ranks,
+                sequence_range=(shard * width, (shard + 1) * width),
+            )
+            for m, part in enumerate(islice(batches, steps * batch // (micro * ranks))):
+                for j in range(micro):
+                    i = consumed + (m * ranks + rank) * micro + j
+                    row = part["tokens"][j].tolist(), part["labels"][j].tolist()
+                    assert shard not in rows.setdefault(i, {})
+                    rows[i][shard] = row
+    return {
+        i: tuple(list(chain(*(of[shard][k] for shard in sorted(of)))) for k in range(2))
+        for i, of in sorted(rows.items())
+    }
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_token_of_an_epoch_once_in_order_with_its_successor_as_label(seed):
+    documents, length = random_documents(seed), 12
+    stream = TokenStream(documents, range(len(documents.lengths)), length, seed)
+    epoch = stream.tokens_per_epoch
+    steps = -(-2 * epoch // (8 * length)) + 1  # over two borders of epochs
+    rows = run(stream, steps=steps)
+    tokens = [token for of_sample, _ in rows.values() for token in of_sample]
+    labels = [label for _, of_sample in rows.values() for label in of_sample]
+    assert labels[:-1] == tokens[1:]
+    for begin in (0, epoch):
+        one = tokens[begin : begin + epoch]
+        assert sorted(one) == list(range(epoch))
+        # Documents are whole: behind a token comes the next one, unless the document ends.
+        ends = set(np.cumsum(documents.lengths) - 1)
+        assert all(b == a + 1 for a, b in pairwise(one) if a not in ends)
+    for ranks, shards, micro in ((2, 4, 1), (4, 2, 2), (8, 1, 1), (1, 3, 8), (8, 12, 1)):
+        assert run(stream, steps=steps, ranks=ranks, shards=shards, micro=micro) == rows
+
+
+class Many:
+    prefix, max_token_id = "many", None
+
+    def __init__(self, seed: int = 0):
+        self.lengths = np.random.default_rng(seed).integers(0, 9, 3000)
+
+    def read(self, document: int, start: int, stop: int) -> np.ndarray:
+        return document + np.arange(start, stop)
+
+
+@pytest.fixture(autouse=True)
+def three_thousand_are_many(monkeypatch):
+    monkeypatch.setattr(document_order, "LARGE", 1000)
+
+
+def stream(folder, documents=None, **options) -> TokenStream:
+    cache = None if folder is None else IndexCache(str(folder))
+    return TokenStream(documents or Many(), range(3000), 100, cache=cache, **options)
+
+
+def test_the_order_is_that_without_a_cache(tmp_path):
+    for options in ({"seed": 1}, {"seed": 2}, {"seed": 1, "salt": 5}):
+        kept, plain = stream(tmp_path, **options), stream(None, **options)
+        for i in (0, 3, plain.samples_per_epoch + 1):
+            assert kept.sample(i).tolist() == plain.sample(i).tolist()
+    assert len(list(tmp_path.glob("*.npy"))) == 6  # two epochs of each
+    stream(tmp_path, Many(1), seed=1).sample(0)  # other documents
+    assert len(list(tmp_path.glob("*.npy"))) == 7
+    stream(tmp_path, seed=1).sample(0)
+    assert len(list(tmp_path.glob("*.npy"))) == 7 and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_broken_file_is_made_anew(tmp_path):
+    expected = stream(tmp_path).sample(0).tolist()
+    [file] = tmp_path.glob("*.npy")
+    os.truncate(file, 200)
+    assert stream(tmp_path).sample(0).tolist() == expected
+    assert file.stat().st_size > 200
+
+
+def test_small_ones_leave_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(document_order, "LARGE", 3001)
+    stream(tmp_path).sample(0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _sample(folder, made, results):
+    document_order.LARGE = 1000
+    original = TokenStream._index
+
+    def counted(self, epoch):
+        made.put(os.getpid())
+        return original(self, epoch)
+
+    TokenStream._index = counted
+    results.put(stream(folder).sample(3).tolist())
+
+
+def test_of_many_processes_one_makes_it(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    made, results = fork.Queue(), fork.Queue()
+    ranks = [fork.Process(target=_sample, args=(tmp_path, made, results)) for _ in range(6)]
+    for rank in ranks:
+        rank.start()
+    samples = [results.get(timeout=60) for _ in ranks]
+    for rank in ranks:
+        rank.join()
+    assert samples == [stream(None).sample(3).tolist()] * 6
+    made.get(timeout=1)
+    assert made.empty()
+
+
+def test_a_folder_that_users_share(tmp_path, monkeypatch):
+    """A lock of another user's can be read, and not written to."""
+    (tmp_path / "lock").touch(0o444)
+    monkeypatch.setattr(document_order.os, "open", partial(read_only, os.open))
+    expected = stream(None).sample(0).tolist()
+    assert stream(tmp_path).sample(0).tolist() == expected
+    assert len(list(tmp_path.glob("*.npy"))) == 1
+
+
+def read_only(open_file, path, flags, *mode):
+    if str(path).endswith("lock") and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        raise PermissionError(path)
+    return open_file(path, flags, *mode)
+
+
+def test_a_folder_that_cannot_be_written():
+    with pytest.raises(UserError, match=r"--data-cache-path /proc/x: cannot be made"):
+        IndexCache("/proc/x")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from megalong.data.tokenizers.sentencepiece_tokenizer import train_sentencepiece
 from megalong.data.tokenizers.tokenizer import build_tokenizer
-from megalong.data.tokenizers.tokenizer_training import train_sentencepiece
 from megalong.hf.tokenizer_files import export_tokenizer, plain_ids, tokenizer_of_export
 
 LIBRARY = sorted(Path(json.__file__).parent.parent.glob("*.py"))

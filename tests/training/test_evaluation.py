@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from megalong.evals.position_losses import position_edges
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megalong.config import Config
@@ -13,7 +14,6 @@ from megalong.config.arguments import parse_arguments
 from megalong.config.run import RunConfig
 from megalong.data.batches import IGNORE_INDEX
 from megalong.evals.scores import position_edges
-from megalong.evals.position_losses import position_edges
 from megalong.evals.trials import Trials, language_of
 from megalong.hf.evaluation import task_score
 from megalong.hf.loaded_model import load_model

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from megalong import __version__
 from megalong.data import loss_mask
-from megalong.data.indexed import Pair
-from megalong.data.preprocessing.output import (
+from megalong.data.indexed import SUFFIXES, Pair
+from megalong.data.preprocessing.unfinished import Unfinished
+from megalong.data.preprocessing.writer import (
     HASHED,
     HASHES,
     INPUTS,
@@ -25,9 +26,8 @@ from megalong.data.preprocessing.output import (
     KeyResult,
     KeySummary,
     Output,
+    refuse_existing,
 )
-from megalong.data.preprocessing.unfinished import Unfinished
-from megalong.data.preprocessing.writer import SUFFIXES, refuse_existing
 from megalong.utils.errors import UserError, counted
 
 PART_BYTES = 1 << 30
@@ -105,7 +105,7 @@ def _copy(sources: list[Pair], prefix: str, common: dict, job: Unfinished, progr
         source = sources[number]
         for chunk in _chunks(source, begin if number == first else 0, hashed):
             part, end = chunk
-            output.add(part)
+            output.add_part(part)
             progress.update(part.tokens.nbytes)
             unnoted += part.tokens.nbytes
             if unnoted >= PART_BYTES:
@@ -255,10 +255,8 @@ def _check_partitions(sources: list[Pair], progress: tqdm) -> None:
 
 def _share(source: Pair) -> str:
     share = source.description["partition"]
-    words = f"--partition {share['number']}/{share['count']}"
-    if "files" in share:  # not from the first versions
-        words += f" of {counted(share['files'], 'file')}, {share['bytes']:,} bytes"
-    return words
+    size = f"{counted(share['files'], 'file')}, {share['bytes']:,} bytes"
+    return f"--partition {share['number']}/{share['count']} of {size}"
 
 
 def _lines(source: Pair, name: str, suffix: str) -> Iterator[dict]:

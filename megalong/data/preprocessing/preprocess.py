@@ -16,11 +16,9 @@ import functools
 import hashlib
 import itertools
 import json
-import os
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -29,135 +27,28 @@ from tqdm import tqdm
 
 from megalong import __version__
 from megalong.data.formats import raw_documents
-from megalong.data.preprocessing.input_hashes import InputHashes
-from megalong.data.preprocessing.output import KeySummary, Output
+from megalong.data.indexed import token_dtype
+from megalong.data.preprocessing.inputs import (
+    INPUTS,
+    InputHashes,
+    Partition,
+    changed_input,
+    file_state,
+    removal,
+)
 from megalong.data.preprocessing.tokenizing import (
     BatchResult,
     TokenizingTask,
-    Workers,
+    tokenized,
 )
-from megalong.data.preprocessing.unfinished import DiskFull, InputSpent, Unfinished
-from megalong.data.preprocessing.writer import refuse_existing, token_dtype
-from megalong.data.text.documents import RawDocument, Reading, Remarks
-from megalong.data.text.files import content_files, is_stream, shown, total_size
+from megalong.data.preprocessing.unfinished import DiskFull, Unfinished
+from megalong.data.preprocessing.writer import KeySummary, Output, refuse_existing
+from megalong.data.text.documents import RawDocument, Remarks
+from megalong.data.text.files import is_stream, shown, total_size
 from megalong.data.tokenizers.backend import choose_backend
 from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megalong.utils.errors import UserError, counted
 from megalong.utils.progress import human_bytes
-
-_UNEVEN = 2  # times the mean share
-_LISTED = 16  # shares, in a line
-
-
-@dataclass(frozen=True)
-class Partition:
-    """Share `number`, from 1, of `count`. of: what tells the whole input from another; files,
-    bytes: how large that is."""
-
-    number: int
-    count: int
-    of: str
-    files: int
-    bytes: int
-
-    def __str__(self) -> str:
-        return f"{self.number}/{self.count}"
-
-
-def partition(
-    files: list[str], share: str, say: Callable[[str], object]
-) -> tuple[list[str], Partition]:
-    """The files of a share such as "3/16", which stand together; the files of all shares, in order,
-    are all files. Cut by size: a file goes where its middle lies.
-
-    say: hears how much that is, and where shares are uneven, since files are not cut.
-    Raises UserError naming --partition.
-    """
-    match = re.fullmatch(r"(\d+)/(\d+)", share)
-    number, count = map(int, match.groups()) if match else (0, 0)
-    if not 1 <= number <= count:
-        raise UserError(f"--partition {share}: k/n is expected, with k from 1 to n")
-    stream = next(filter(is_stream, files), None)
-    if stream is not None:
-        raise UserError(
-            f"--partition {share}: {shown(stream)} is no file, and cannot be cut by size"
-        )
-    sizes = [total_size([file]) or 0 for file in files]
-    digest = hashlib.sha256(repr(list(zip(files, sizes, strict=True))).encode()).hexdigest()
-    total, end, chosen, shares = sum(sizes), 0, [], [0] * count
-    for file, size in zip(files, sizes, strict=True):
-        middle = 2 * end + size  # of twice the total; 0 only where nothing has come yet
-        end += size
-        place = min(count * middle // (2 * total), count - 1) if total else 0
-        shares[place] += size
-        if place + 1 == number:
-            chosen.append(file)
-    name = f"--partition {share}"
-    size = human_bytes(shares[number - 1])
-    say(f"{name}: {len(chosen):,} of {counted(len(files), 'input file')}, {size}")
-    if max(shares) * count > _UNEVEN * total or 0 in shares:
-        more = f" and {count - _LISTED:,} more" if count > _LISTED else ""
-        say(
-            f"{name}: files are not cut, and so the shares are uneven:"
-            f" {', '.join(map(human_bytes, shares[:_LISTED]))}{more}, the largest"
-            f" {human_bytes(max(shares))}: take fewer shares, or cut the largest files in several"
-        )
-    return chosen, Partition(number, count, digest[:16], len(files), total)
-
-
-INPUTS = "inputs.jsonl"  # in the folder of an unfinished run
-
-
-def file_state(path: str) -> dict:
-    """What tells that a file, or a folder of files, has changed. Nothing is known of a stream."""
-    try:
-        stats = None if is_stream(path) else [os.stat(file) for file in content_files(path)]
-    except OSError:
-        stats = None
-    if stats is None:
-        return {"path": path, "size": None, "modified": None}
-    modified = max((stat.st_mtime_ns for stat in stats), default=None)
-    return {"path": path, "size": sum(stat.st_size for stat in stats), "modified": modified}
-
-
-def changed_input(
-    files: list[str], reading: Reading, bar: tqdm, folder: Path, progress: dict
-) -> str | None:
-    """Which of the files that have been read is no longer what it was. Raises InputSpent for a
-    stream."""
-    done = progress["place"][0]
-    try:
-        with open(folder / INPUTS, encoding="utf-8") as lines:
-            states = [json.loads(line) for line in itertools.islice(lines, done)]
-    except (OSError, ValueError) as error:
-        return f"{INPUTS} is damaged ({error})"
-    for path, then in zip(files, [*states, *progress["current"]], strict=False):
-        now = file_state(path)
-        if (now["size"], now["modified"]) != (then["size"], then["modified"]):
-            return f"{path} has changed since it was read"
-    # Last: once they are read, the job cannot begin anew.
-    for path, then in zip(files, states, strict=False):
-        if is_stream(path):
-            bar.write(f"{shown(path)}: read to see that it gives the same again", file=sys.stderr)
-            if stream_sha256(path, reading) != then["sha256"]:
-                raise InputSpent(
-                    f"{folder}: {shown(path)} gives something else than when it was read: give the"
-                    f" same as then to go on, or {removal(folder)}"
-                )
-    return None
-
-
-def stream_sha256(path: str, reading: Reading) -> str:
-    """The hash of all that a stream gives, as `_Run` takes it."""
-    digest = hashlib.sha256()
-    for document in raw_documents(path, reading, lambda line: None):
-        digest.update(document.data or b"")
-    return digest.hexdigest()
-
-
-def removal(folder: Path) -> str:
-    return f"remove {folder} to begin anew"
-
 
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 4096
@@ -166,8 +57,7 @@ SIDECAR_VERSION = 2
 
 
 class Place(NamedTuple):
-    """A place in the input: behind so many documents of a file, by its number, or in the first file
-    that is not there."""
+    """A place in the input: behind so many documents of a file, by its number."""
 
     file: int
     documents: int
@@ -215,23 +105,21 @@ def preprocess(
     part_bytes: int = PART_BYTES,
     progress: tqdm,
 ) -> Summary:
-    """Tokenizes files into one .bin/.idx/.json per key, named by output_prefix().
+    """Tokenize files into one .bin/.idx/.json per key, named by output_prefix().
 
-    Documents keep the order of `files` and of the lines in them, whatever `workers` is. A broken
-    document is named above the progress bar, counted and left out; with strict it is a UserError.
-    A text without tokens is left out and counted as empty.
+    Documents keep the order of `files` and of the lines in them. The same call goes on where this
+    one was killed, from the last part noted in PREFIX.unfinished. A stream has to give the same
+    again, with overwrite too.
 
-    Whenever about part_bytes of input have been read since the last time, what is written is made
-    durable and noted in PREFIX.unfinished: the same call goes on from there, wherever this one was
-    killed. What differs by then, inputs, tokenizer or task, is refused, or with overwrite begun
-    anew.
-    partition: which share of a larger input `files` are; then there may be no documents in it, and
-    the hashes of the texts are kept for a merge.
-    Raises UserError where nothing is left to write, where the output cannot be written, and where a
-    worker dies (killed, or out of memory).
+    Args:
+        overwrite: begin anew where inputs, tokenizer or task differ from those of a killed call.
+        strict: a broken document is an error; else it is named, counted and left out.
+        partition: which share of a larger input `files` are; then there may be no documents in it,
+            and the hashes of the texts are kept for a merge.
+        part_bytes: of input, after which what is written is noted.
 
-    A stream, such as standard input, has to give the same again, with overwrite too: what it gives
-    is compared with what had been read of it, and then it cannot be read from its beginning.
+    Raises:
+        UserError: nothing is left to write, the output cannot be written, or a worker died.
     """
     start = time.monotonic()
     tokenizer = build_tokenizer(task.tokenizer_type, task.tokenizer_model)
@@ -308,12 +196,10 @@ class _Run:
         tokenizer = choose_backend(
             self._tokenizer, task.backend, self._files, task.reading, self._remarks.say
         )
-        # The workers must be gone when an error is reported.
         with (
-            Workers(self._task, tokenizer, workers, self._job.folder) as pool,
-            InputHashes(self._files, self._sizes, self._place.file) as hashes,
+            InputHashes() as hashes,
+            tokenized(self._batches(hashes), task, tokenizer, workers, self._job.folder) as results,
         ):
-            results = pool.tokenized(self._batches(hashes))
             for (self._place, self._stream), result in results:
                 self._write(result, strict)
                 rate = (first.documents - summary.resumed) / (time.monotonic() - start + 1e-9)
@@ -331,7 +217,12 @@ class _Run:
                 raise NothingFound(_nothing_found(key, part, summary))
             self._outputs[key].count_repeats()
         self._finish_part(hashes)
-        self._finish()
+        ends = [
+            output.finish(self._description(key), self._inputs.path)
+            for key, output in self._outputs.items()
+        ]
+        # Their names are given by the caller.
+        self._job.plan_names(*(list(itertools.chain(*parts)) for parts in zip(*ends, strict=True)))
         return summary
 
     def space_needed(self) -> int | None:
@@ -349,14 +240,13 @@ class _Run:
         BATCH_BYTES."""
         batch, size, begin = [], 0, self._place
         for number in range(begin.file, len(self._files)):
-            path, position, count = self._files[number], 0, 0
-            hashes.reached(number)
+            path, count = self._files[number], 0
+            hashes.begin(number, path)
             digest = None
             if is_stream(path):
                 digest = self._streamed[number] = hashlib.sha256()
             found = raw_documents(path, self._task.reading, self._remarks.say)
             for count, document in enumerate(found, start=1):
-                position += document.size
                 if digest is not None:
                     digest.update(document.data or b"")
                 place = Place(number, count)
@@ -366,15 +256,17 @@ class _Run:
                             f"{document.place}: {document.error}; {begin.documents:,} documents"
                             " of it had been read before"
                         )
-                    if place == begin and digest is not None:
-                        self._check_stream(path, digest.hexdigest())
+                    if place == begin and digest and digest.hexdigest() != self._stream:
+                        raise UserError(
+                            f"{shown(path)} does not begin with what has been read of it:"
+                            f" {removal(self._job.folder)}"
+                        )
                     continue
                 if document.error is not None:  # and so is the last of its file
                     place = Place(number + 1, 0)
                 batch.append(document)
                 size += document.weight
                 if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
-                    hashes.reached(number, position)
                     yield batch, self._end(place)
                     batch, size = [], 0
             if Place(number, count) < begin:
@@ -390,13 +282,6 @@ class _Run:
         digest = self._streamed.get(place.file)
         return _End(place, None if digest is None else digest.hexdigest())
 
-    def _check_stream(self, path: str, digest: str) -> None:
-        if digest != self._stream:
-            raise UserError(
-                f"{shown(path)} does not begin with what has been read of it:"
-                f" {removal(self._job.folder)}"
-            )
-
     def _write(self, result: BatchResult, strict: bool) -> None:
         summary = self.summary
         for problem in result.problems:
@@ -407,7 +292,7 @@ class _Run:
             for key in [problem.key] if problem.key is not None else summary.keys:
                 self._outputs[key].skip(note)
         for key, part in result.keys.items():
-            self._outputs[key].add(part)
+            self._outputs[key].add_part(part)
         summary.skipped = self._remarks.skipped
         summary.cut_short += result.cut_short
         summary.left_out = dict(collections.Counter(summary.left_out) + result.left_out)
@@ -435,16 +320,6 @@ class _Run:
             lines.append(json.dumps(file_state(self._files[number]) | {"sha256": digest}) + "\n")
         self._inputs.write("".join(lines).encode())
         self._noted = self._place.file
-
-    def _finish(self) -> None:
-        """The files that come at the end. Their names are given by the caller."""
-        moves, obsolete = [], []
-        for key, output in self._outputs.items():
-            description = self._description(key)
-            output_moves, output_obsolete = output.finish(description, self._inputs.path)
-            moves += output_moves
-            obsolete += output_obsolete
-        self._job.plan_names(moves, obsolete)
 
     def _description(self, key: str) -> dict:
         """The sidecar PREFIX.json, besides what is counted."""

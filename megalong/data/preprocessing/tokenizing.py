@@ -19,9 +19,9 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from megalong.data.formats import texts
-from megalong.data.preprocessing.output import HASHED, KeyResult, Problem, text_hashes
+from megalong.data.indexed import token_dtype
 from megalong.data.preprocessing.unfinished import disk_errors
-from megalong.data.preprocessing.writer import token_dtype
+from megalong.data.preprocessing.writer import HASHED, KeyResult, Problem, text_hashes
 from megalong.data.text.documents import BrokenDocument, LeftOut, RawDocument, Reading
 from megalong.data.tokenizers.backend import FastTokenizer
 from megalong.data.tokenizers.tokenizer import Tokenizer
@@ -66,11 +66,14 @@ class TokenizingTask:
 
 @dataclass
 class BatchResult:
+    """Documents by key. left_out: files that are not meant to be read, by what they are.
+    cut_short: files whose rest cannot be read. size: bytes on disk."""
+
     keys: dict[str, KeyResult]
     problems: list[Problem]
-    left_out: collections.Counter  # files that are not meant to be read, by what they are
-    cut_short: int  # files whose rest cannot be read
-    size: int  # bytes on disk
+    left_out: collections.Counter
+    cut_short: int
+    size: int
 
 
 class _UnderWay(NamedTuple):
@@ -82,93 +85,67 @@ class _UnderWay(NamedTuple):
     future: Future
 
 
-class WorkerDied(UserError):
-    """A tokenizing process is gone."""
-
-
-class Workers:
-    """Processes that make tokens; with a number of 1 it is this process. A context manager.
-
-    folder: for a file that they are given the tokenizer by, until they end.
-    Raises WorkerDied from any method where a worker dies.
-    """
-
-    def __init__(
-        self, task: TokenizingTask, tokenizer: Tokenizer, number: int, folder: Path
-    ) -> None:
-        self._task, self._tokenizer, self._number = task, tokenizer, number
-        self._pickled = folder / PICKLED
-        self._pool: ProcessPoolExecutor | None = None
-        self._start()
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._end()
-
-    def tokenized(
-        self, batches: Iterator[tuple[list[RawDocument], End]]
-    ) -> Iterator[tuple[End, BatchResult]]:
-        """Yield the result of every batch, in order, with what tells where the batch ends."""
-        if self._pool is None:
-            for documents, end in batches:
-                yield end, tokenize_batch(documents, self._task, self._tokenizer)
-            return
-        under_way: collections.deque[_UnderWay] = collections.deque()
-        with _death_told(under_way):
-            for documents, end in batches:
-                weight = sum(document.weight for document in documents)
-                future = self._pool.submit(_tokenize_in_worker, documents)
-                under_way.append(_UnderWay(end, documents[0].place, weight, future))
-                while (
-                    len(under_way) >= BATCHES_PER_WORKER * self._number
-                    or sum(batch.weight for batch in under_way) > BYTES_UNDER_WAY
-                ):
-                    first = under_way[0]
-                    yield first.end, first.future.result()
-                    under_way.popleft()
-            while under_way:
-                first = under_way[0]
-                yield first.end, first.future.result()
-                under_way.popleft()
-
-    def _end(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            self._pool = None
-            self._pickled.unlink(missing_ok=True)
-
-    def _start(self) -> None:
-        if self._number == 1:
-            return
-        # Spawned, not forked: the caller may have threads. A worker is given the tokenizer as it is
-        # and imports neither Transformers nor torch, which would take hundreds of MB in each. It
-        # comes by a file: a start with as much in its pipe would wait for the new process to read.
-        if isinstance(self._tokenizer, FastTokenizer):
-            # The fast library, which looks all over large tables, takes 15% less time in large
-            # pages, which processes that start now have.
-            os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-        with disk_errors(self._pickled), open(self._pickled, "wb") as file:
-            pickle.dump(self._tokenizer, file)
-        self._pool = ProcessPoolExecutor(
-            self._number,
-            multiprocessing.get_context("spawn"),
-            _start_worker,
-            (self._task, self._pickled),
-        )
-        with _death_told():
-            for _ in range(self._number):
-                self._pool.submit(_ready)
-
-
 @contextlib.contextmanager
-def _death_told(under_way: collections.deque[_UnderWay] = ()) -> Iterator[None]:
+def tokenized(
+    batches: Iterator[tuple[list[RawDocument], End]],
+    task: TokenizingTask,
+    tokenizer: Tokenizer,
+    workers: int,
+    folder: Path,
+) -> Iterator[Iterator[tuple[End, BatchResult]]]:
+    """Yield the results of batches, in order, with what tells where each ends; the workers are gone
+    at the end of the context.
+
+    Args:
+        workers: processes that make tokens; with 1 it is this process.
+        folder: for a file that they are given the tokenizer by.
+
+    Raises:
+        UserError: a worker died.
+    """
+    if workers == 1:
+        yield ((end, tokenize_batch(batch, task, tokenizer)) for batch, end in batches)
+        return
+    if isinstance(tokenizer, FastTokenizer):
+        # The fast library, which looks all over large tables, takes 15% less time in large
+        # pages, which processes that start now have.
+        os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    # Spawned, not forked: the caller may have threads. A worker is given the tokenizer as it is
+    # and imports neither Transformers nor torch, which would take hundreds of MB in each. It
+    # comes by a file: a start with as much in its pipe would wait for the new process to read.
+    pickled = folder / PICKLED
+    with disk_errors(pickled), open(pickled, "wb") as file:
+        pickle.dump(tokenizer, file)
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (task, pickled))
     try:
-        yield
+        yield _tokenized_in(pool, batches, BATCHES_PER_WORKER * workers)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        pickled.unlink(missing_ok=True)
+
+
+def _tokenized_in(
+    pool: ProcessPoolExecutor, batches: Iterator[tuple[list[RawDocument], End]], most: int
+) -> Iterator[tuple[End, BatchResult]]:
+    """Yield the results of batches, of which at most so many are under way."""
+    under_way: collections.deque[_UnderWay] = collections.deque()
+    try:
+        for documents, end in batches:
+            weight = sum(document.weight for document in documents)
+            future = pool.submit(_tokenize_in_worker, documents)
+            under_way.append(_UnderWay(end, documents[0].place, weight, future))
+            while (
+                len(under_way) >= most or sum(batch.weight for batch in under_way) > BYTES_UNDER_WAY
+            ):
+                yield under_way[0].end, under_way[0].future.result()
+                under_way.popleft()
+        while under_way:
+            yield under_way[0].end, under_way[0].future.result()
+            under_way.popleft()
     except BrokenProcessPool:
         near = f" near {under_way[0].place}" if under_way else ""
-        raise WorkerDied(
+        raise UserError(
             f"a tokenizing worker died{near} (killed, or out of memory: try fewer --workers)"
         ) from None
 
@@ -185,13 +162,9 @@ def _start_worker(task: TokenizingTask, pickled: Path) -> None:
 
 
 def _exit_with_parent() -> None:
-    """A killed parent cannot stop its workers, and they would wait for it forever."""
+    """End with a killed parent, which cannot stop its workers: they would wait for it forever."""
     multiprocessing.parent_process().join()
     os._exit(1)
-
-
-def _ready() -> None:
-    """Asks for a worker to be there."""
 
 
 def _tokenize_in_worker(batch: list[RawDocument]) -> BatchResult:
@@ -201,11 +174,10 @@ def _tokenize_in_worker(batch: list[RawDocument]) -> BatchResult:
 def tokenize_batch(
     batch: list[RawDocument], task: TokenizingTask, tokenizer: Tokenizer
 ) -> BatchResult:
-    """Decodes, parses and tokenizes raw documents."""
+    """Decode, parse and tokenize raw documents."""
     made = {key: _Texts(task, tokenizer) for key in task.json_keys}
     problems: list[Problem] = []
     left_out: collections.Counter = collections.Counter()
-    cut_short = sum(document.error is not None for document in batch)
     for document in batch:
         try:
             values = texts(document, task.reading)
@@ -221,15 +193,19 @@ def tokenize_batch(
                 problems.append(_problem(document, text, key, task.json_keys))
             else:
                 made[key].add(text, prompt)
-    size = sum(document.size for document in batch)
-    results = {key: texts_of_key.result() for key, texts_of_key in made.items()}
-    return BatchResult(results, problems, left_out, cut_short, size)
+    return BatchResult(
+        {key: texts_of_key.result() for key, texts_of_key in made.items()},
+        problems,
+        left_out,
+        cut_short=sum(document.error is not None for document in batch),
+        size=sum(document.size for document in batch),
+    )
 
 
 def _problem(
     document: RawDocument, error: BrokenDocument, key: str | None, json_keys: tuple[str, ...]
 ) -> Problem:
-    """What `texts` says of a document (None), of one of its texts, or of a file in it."""
+    """Return a problem of a document (key None), of one of its texts, or of a file in it."""
     if key is not None and key not in json_keys:
         return Problem(key, None, str(error).removeprefix(f"{key}: "))
     reason = str(error).removeprefix(f"{document.place}: ")
