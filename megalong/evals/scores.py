@@ -175,18 +175,21 @@ def _shares(found: Sequence[float], counts: Sequence[int]) -> list[float | None]
     return [part / whole if whole else None for part, whole in zip(found, counts, strict=True)]
 
 
+def plot_buckets(
+    axis: Any, edges: Sequence[int], values: Sequence[float | None], label: str
+) -> None:
+    """Draw a line through the buckets that have a value, on an axis of matplotlib."""
+    centres = [(a + b) / 2 for a, b in pairwise(edges)]
+    points = [(x, y) for x, y in zip(centres, values, strict=True) if y is not None]
+    axis.plot(*zip(*points, strict=True), "o-", markersize=3, label=label)
+
+
 def plot_by_distance(axis: Any, records: Sequence[dict[str, Any]]) -> None:
     """Accuracy against how far back the model has to look, a line for each record of a TaskScore,
     on an axis of matplotlib."""
     for record in records:
-        centres = [(a + b) / 2 for a, b in pairwise(record["distance_edges"])]
-        points = [
-            (x, y)
-            for x, y in zip(centres, record["accuracy_by_distance"], strict=True)
-            if y is not None
-        ]
         label = f"{record['task']} of {record['length']:,} tokens: {record['accuracy']:.0%}"
-        axis.plot(*zip(*points, strict=True), "o-", markersize=3, label=label)
+        plot_buckets(axis, record["distance_edges"], record["accuracy_by_distance"], label)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set(

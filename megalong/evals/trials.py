@@ -102,7 +102,7 @@ def task_batches(
     without a sample, are zeros, which causal attention keeps from it.
 
     first_apart: the first token belongs to a document before it, which the text does not see. A
-    sample of bare ids is one document in any case, as it is in data of `megalong.evals.dataset`,
+    sample of bare ids is one document in any case, as it is in data of `write_dataset`,
     which only such models know."""
     start, stop = sequence_range
     apart = first_apart and not isinstance(trials.language, Ids)

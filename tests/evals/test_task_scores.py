@@ -107,11 +107,6 @@ def test_places_of_any_part_of_a_sequence(task):
         assert part == [(place, row) for place, row in whole if start <= place < stop]
 
 
-def test_answers_are_drafted_once():
-    trials = trials_of()
-    assert all(trials.answers(i) is trials.answers(i) for i in range(5))
-
-
 def test_a_batch_is_the_sample_and_asks_for_its_answers_only():
     trials = trials_of("copy", samples=3)
     sums = AnswerSums(trials)

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from megalong.hf.configuration_longnet import LongNetConfig
-from megalong.hf.generation import Continuation, Printer, continue_text
-from megalong.hf.loaded_model import LoadedModel
+from megalong.hf.loaded_model import Continuation, LoadedModel, Printer, continue_text
 from megalong.hf.modeling_longnet import LongNetForCausalLM
 from tests.launching import REPOSITORY
 

@@ -161,27 +161,8 @@ def test_a_scaling_that_is_given_takes_the_place_of_the_models_own(tmp_path):
         (Qwen3ForCausalLM, Qwen3Config(**SMALL, attention_bias=True), "only one of"),
         (LlamaForCausalLM, LlamaConfig(**SMALL, attention_bias=True), "only one of"),
         (LlamaForCausalLM, LlamaConfig(**SMALL, hidden_act="gelu"), "not silu"),
-        (
-            LlamaForCausalLM,
-            LlamaConfig(**SMALL, **rope("dynamic", factor=2.0)),
-            "in the way 'dynamic': .* or set --rotary-ntk-factor for training beyond",
-        ),
-        (
-            LlamaForCausalLM,
-            LlamaConfig(
-                **SMALL,
-                **rope(
-                    "longrope",
-                    factor=4.0,
-                    original_max_position_embeddings=32,
-                    short_factor=[1.0] * 8,
-                    long_factor=[2.0] * 8,
-                ),
-            ),
-            "in the way 'longrope': there are other frequencies",
-        ),
     ],
-    ids=["qwen3 biases", "biases", "activation", "dynamic", "longrope"],
+    ids=["qwen3 biases", "biases", "activation"],
 )
 def test_what_our_model_has_not_is_refused(kind, fields, reason, tmp_path):
     kind(fields).save_pretrained(tmp_path / "model")
@@ -198,6 +179,12 @@ def test_other_folders_are_refused(tmp_path):
         import_model(tmp_path, tmp_path / "run", {})
     with pytest.raises(UserError, match=r"no model\.safetensors"):
         SafetensorsReader(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_attention_heads": 2}')
+    with pytest.raises(UserError, match="is not complete"):
+        import_model(tmp_path, tmp_path / "run", {})
+    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="--tokenizer-model x is given without --tokenizer-type"):
+        import_model(tmp_path, tmp_path / "run", {"tokenizer_model": "x"})
 
 
 def test_a_tokenizer_of_transformers_comes_along(tmp_path):
