@@ -48,13 +48,13 @@ def model_classes(objective: str) -> dict[str, Any]:
 def longnet_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     """The fields of LongNetConfig for a model of ours, trained with this tokenizer; config:
     resolved."""
-    model = config.model
+    model, kinds = config.model, config.attention.attention
     return {
         **_common(config, tokenizer),
         **({"rope_parameters": model.rope_parameters} if model.has_rotary_positions else {}),
         **{theirs: getattr(model, ours) for ours, theirs in _SETTINGS.items()},
         **{name: _as_json(getattr(config.attention, name)) for name in PATTERN_FIELDS},
-        "attention": _kinds(config.attention.attention),
+        "attention": kinds[0] if len(kinds) == 1 else list(kinds),
         "document_attention": config.data.document_attention,
         "causal": config.training.causal,
     }
@@ -134,10 +134,6 @@ def _is_plain(config: Config, biases: tuple[bool, ...]) -> bool:
     return all(getattr(config.model, name) == value for name, value in fields.items())
 
 
-def _kinds(attention: tuple[str, ...]) -> str | list[str]:
-    return attention[0] if len(attention) == 1 else list(attention)
-
-
 def _as_json(value: Any) -> Any:
     """Lists for tuples."""
     return [_as_json(item) for item in value] if isinstance(value, tuple) else value
@@ -197,14 +193,13 @@ LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def _from_llama(config: dict[str, Any], where: str, scalings: Collection[str]) -> dict[str, Any]:
-    def refuse(what: str) -> None:
-        raise UserError(f"{where}: {what}, which megalong's model has not")
-
+    bias, refused = bool(config.get("attention_bias")), None
     if config.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act is {config['hidden_act']} and not silu")
-    bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
-    if bias != mlp_bias:
-        refuse("only one of attention_bias and mlp_bias is set: biases in some linear layers")
+        refused = f"hidden_act is {config['hidden_act']} and not silu"
+    elif bias != bool(config.get("mlp_bias")):
+        refused = "only one of attention_bias and mlp_bias is set: biases in some linear layers"
+    if refused:
+        raise UserError(f"{where}: {refused}, which megalong's model has not")
     return {
         **_windows(config),
         **_sizes(config),
@@ -244,22 +239,13 @@ _KEYS = {
     "default": set(),
     "linear": {"factor"},
     "llama3": {
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
     },
     "yarn": {
-        "factor",
-        "original_max_position_embeddings",
-        "beta_fast",
-        "beta_slow",
-        "attention_factor",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
+        "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
+        "mscale", "mscale_all_dim", "truncate",
     },
-}
+}  # fmt: skip
 # Those whose frequencies change with what is read, so that no training has just them.
 _CHANGING = {
     "dynamic": "the base grows with the length that is read. Up to its max_position_embeddings it"
@@ -307,11 +293,7 @@ def rotary_values(
     if kind == "llama3":
         values["rope_scaling_factor"] = _number(rope["factor"], "factor", where, least=1.0)
         values["rope_original_length"] = _original_length(rope, config, where)
-        low, high = _turns(
-            ("low_freq_factor", rope.get("low_freq_factor", 1)),
-            ("high_freq_factor", rope.get("high_freq_factor", 4)),
-            where,
-        )
+        low, high = _turns("low_freq_factor", 1, "high_freq_factor", 4, rope, where)
         values |= {"rope_low_freq_factor": low, "rope_high_freq_factor": high}
     if kind == "yarn":
         values |= _yarn(rope, config, where)
@@ -372,24 +354,23 @@ def _original_length(rope: dict[str, Any], config: dict[str, Any], where: str) -
     return int(_number(length, name, where, least=1.0))
 
 
-def _turns(slow: tuple[str, Any], fast: tuple[str, Any], where: str) -> tuple[float, float]:
-    """Turns in the original length below and above which pairs of channels are slow and fast. slow,
-    fast: their names in the file, and what stands there."""
-    values = [_number(value, name, where) for name, value in (slow, fast)]
-    if values[1] <= values[0]:
-        raise UserError(
-            f"{where}: {fast[0]} is {values[1]:g}, and has to be more than {slow[0]}, {values[0]:g}"
-        )
-    return values[0], values[1]
+def _turns(
+    slow: str, slow_default: int, fast: str, fast_default: int, rope: dict[str, Any], where: str
+) -> tuple[float, float]:
+    """Return the turns in the original length below and above which pairs of channels are slow and
+    fast, by their names in the file."""
+    low = _number(slow_default if rope.get(slow) is None else rope[slow], slow, where)
+    high = _number(fast_default if rope.get(fast) is None else rope[fast], fast, where)
+    if high <= low:
+        raise UserError(f"{where}: {fast} is {high:g}, and has to be more than {slow}, {low:g}")
+    return low, high
 
 
 def _yarn(rope: dict[str, Any], config: dict[str, Any], where: str) -> dict[str, Any]:
     original, factor = _original_length(rope, config, where), rope["factor"]
     if factor is None:  # as Transformers
         factor = config["max_position_embeddings"] / original
-    slow, fast = _turns(
-        ("beta_slow", rope.get("beta_slow") or 1), ("beta_fast", rope.get("beta_fast") or 32), where
-    )
+    slow, fast = _turns("beta_slow", 1, "beta_fast", 32, rope, where)
     values = {
         "yarn_rotary_scaling_factor": _number(factor, "factor", where, least=1.0),
         "yarn_original_max_position_embeddings": original,

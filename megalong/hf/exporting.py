@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -28,6 +29,7 @@ from megalong.hf.configs import (
     plain_config,
 )
 from megalong.hf.names import Entry, check_names, check_shape, check_vocabulary, entries
+from megalong.hf.tokenizer_files import check_tokenizer, export_tokenizer, open_tokenizer
 from megalong.model import rope_scaling
 from megalong.model.parameters import ParameterCount, count_parameters
 from megalong.utils.errors import UserError
@@ -54,11 +56,10 @@ def export(
     """Write a checkpoint as a folder for `AutoModelForCausalLM.from_pretrained`, or, of a
     masked-language model, `AutoModelForMaskedLM`.
 
-    load: run folder, or one checkpoint's. output: the folder. dtype: of the weights; None is
-    the precision of the training. tokenizer_model: the tokenizer, if not the one in the checkpoint.
-    verify: compare the checkpoint with its hashes first.
-    overwrite: replace an earlier export. model_type: of `configs.MODEL_TYPES`; others than longnet
-    are for dense models, and Transformers has their code.
+    load: run folder, or one checkpoint's. dtype: None is the precision of the training.
+    tokenizer_model: None is the one in the checkpoint. verify: compare the checkpoint with its
+    hashes first. overwrite: replace an earlier export. model_type: of `configs.MODEL_TYPES`; others
+    than longnet are for dense models, and Transformers has their code.
     Returns the provenance that the folder records, "parameters" (how many, in words) and "files".
     Raises UserError or OSError naming what is wrong.
     """
@@ -69,8 +70,6 @@ def export(
     tokenizer_model = tokenizer_model or checkpoint.tokenizer_model
     with written_aside(output, replaces=overwrite and _is_export(output)) as folder:
         if with_tokenizer:
-            from megalong.hf.tokenizer_files import export_tokenizer, open_tokenizer
-
             tokenizer = export_tokenizer(
                 config.data.tokenizer_type,
                 tokenizer_model,
@@ -81,15 +80,17 @@ def export(
             )
             pad = open_tokenizer(folder).pad_token_id
         else:
-            tokenizer = build_tokenizer(
-                config.data.tokenizer_type, tokenizer_model, not config.training.causal
-            )
-            pad = None
+            kind, with_mask = config.data.tokenizer_type, not config.training.causal
+            tokenizer, pad = build_tokenizer(kind, tokenizer_model, with_mask), None
         table = entries(config.model, tokenizer.vocab_size)
         check_vocabulary(str(checkpoint.folder), table, tokenizer.vocab_size, checkpoint.shapes)
         parameters = count_parameters(config.model, tokenizer.vocab_size)
         provenance = _provenance(checkpoint, config)
-        fields = _fields(config, tokenizer, model_type)
+        if model_type == "longnet":
+            fields = longnet_config(config, tokenizer)
+            fields |= {"model_type": model_type, **model_classes(config.training.objective)}
+        else:
+            fields = plain_config(config, tokenizer, model_type)
         if pad is not None:
             fields["pad_token_id"] = pad
         _write_json(folder / "config.json", {**fields, "dtype": dtype, "megalong": provenance})
@@ -120,19 +121,9 @@ def copy_model_files(folder: Path) -> None:
         (folder / file.name).write_text(code)
 
 
-def _fields(config: Config, tokenizer: Tokenizer, model_type: str) -> dict[str, Any]:
-    """What config.json says of the model."""
-    if model_type != "longnet":
-        return plain_config(config, tokenizer, model_type)
-    classes = model_classes(config.training.objective)
-    return {**classes, "model_type": "longnet", **longnet_config(config, tokenizer)}
-
-
 def _check_its_tokenizer(tokenizer: Tokenizer, folder: Path, model_type: str) -> None:
     """Raise UserError where Transformers, which asks config.json too, reads the tokenizer there as
     another one: for qwen2 it takes the class of Qwen2's, whatever the files say."""
-    from megalong.hf.tokenizer_files import check_tokenizer
-
     try:
         check_tokenizer(tokenizer, folder)
     except UserError as error:
@@ -179,7 +170,7 @@ def _write_weights(
     )
     for entry in table:
         check_shape(entry.name, entry.shape, checkpoint.shapes[entry.name])
-    shards = _plan_shards([list(entry.parts.items()) for entry in table], dtype, shard_bytes)
+    shards = _plan_shards(table, dtype, shard_bytes)
     files = ["model.safetensors"]
     if len(shards) > 1:
         files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
@@ -194,10 +185,9 @@ def _write_weights(
             shard = {name: ready.pop(name) for name in sorted(names)}
             save_file(shard, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
-        total = sum(_numel(shape) for entry in table for shape in entry.parts.values())
-        where = {
-            name: file for file, names in zip(files, shards, strict=True) for name in sorted(names)
-        }
+        total = sum(math.prod(shape) for entry in table for shape in entry.parts.values())
+        there = zip(files, shards, strict=True)
+        where = {name: file for file, names in there for name in sorted(names)}
         index = {"metadata": {"total_size": total * dtype.itemsize}, "weight_map": where}
         _write_json(folder / "model.safetensors.index.json", index)
     return len(files)
@@ -213,21 +203,17 @@ def _converted(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Ten
     return converted
 
 
-def _plan_shards(groups: list[list], dtype: torch.dtype, shard_bytes: int) -> list[set[str]]:
-    """Which tensors go into which file, in the order in which they will be read."""
+def _plan_shards(table: list[Entry], dtype: torch.dtype, shard_bytes: int) -> list[set[str]]:
+    """Return the tensors of each file, in the order in which they will be read."""
     shards, room = [set()], shard_bytes
-    for name, shape in (part for group in groups for part in group):
-        size = _numel(shape) * dtype.itemsize
+    for name, shape in (part for entry in table for part in entry.parts.items()):
+        size = math.prod(shape) * dtype.itemsize
         if size > room and shards[-1]:
             shards.append(set())
             room = shard_bytes
         shards[-1].add(name)
         room -= size
     return shards
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
 
 
 def _provenance(checkpoint: StoredModel, config: Config) -> dict[str, Any]:

@@ -46,12 +46,8 @@ class LongNetAttention(nn.Module):
     def __init__(self, config: LongNetConfig, layer: int):
         super().__init__()
         self.head_dim = config.head_dim
-        hidden, heads, kv_heads = (
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-        )
-        bias = config.linear_bias or config.qkv_bias
+        hidden, bias = config.hidden_size, config.linear_bias or config.qkv_bias
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.parts, self.causal = parts_of(config, layer), config.causal
         self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)

@@ -306,16 +306,8 @@ class LongNetForCausalLM(LongNetWithHead, GenerationMixin):
         position_ids: restart at 0 where another document begins (`LongNetModel.forward`).
         """
         loss_options = self._loss_options(loss_options)
-        outputs = self.model(
-            input_ids,
-            attention_mask,
-            cache,
-            inputs_embeds,
-            use_cache,
-            output_hidden_states,
-            output_attentions,
-            position_ids,
-        )
+        given = input_ids, attention_mask, cache, inputs_embeds, use_cache
+        outputs = self.model(*given, output_hidden_states, output_attentions, position_ids)
         hidden, keep = outputs.last_hidden_state, logits_to_keep
         ours = labels is not None and self.loss_function is ForCausalLMLoss  # and nobody's own
         if keep is None:
@@ -329,13 +321,8 @@ class LongNetForCausalLM(LongNetWithHead, GenerationMixin):
                 loss = next_token_loss(self.lm_head, hidden, labels, **loss_options)
             else:
                 loss = self.loss_function(logits=logits, labels=labels, **loss_options)
-        result = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        seen = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, cache=outputs.cache, **seen)
         return result if return_dict in (None, True) else result.to_tuple()
 
     @classmethod
@@ -378,21 +365,11 @@ class LongNetForMaskedLM(LongNetWithHead):
         position_ids: restart at 0 where another document begins (`LongNetModel.forward`).
         """
         loss_options = self._loss_options(loss_options)
-        outputs = self.model(
-            input_ids,
-            attention_mask,
-            inputs_embeds=inputs_embeds,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            position_ids=position_ids,
-        )
+        given = input_ids, attention_mask, None, inputs_embeds, None
+        outputs = self.model(*given, output_hidden_states, output_attentions, position_ids)
         logits, loss = self.lm_head(outputs.last_hidden_state), None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, **loss_options)
-        result = MaskedLMOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        seen = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        result = MaskedLMOutput(loss=loss, logits=logits, **seen)
         return result if return_dict in (None, True) else result.to_tuple()

@@ -10,6 +10,7 @@ Shape letters: b batch, s positions, h heads, d channels.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -99,14 +100,15 @@ class Documents:
         starts: list[int],
         under_way: list[int],
     ) -> Documents | None:
-        """Those of sequences whose real tokens come first; None where each is one document, which
-        began at place 0. Raises ValueError where positions jump otherwise than to 0, and where
-        nothing says where documents end.
+        """Return those of sequences whose real tokens come first; None where each is one document,
+        which began at place 0.
 
         A document begins where its position is 0 and, if the model was trained on documents that
         are kept apart, behind an end-of-sequence token and at a beginning-of-sequence token.
         tokens: None where there are only their embeddings. counts: of the real tokens. starts: the
         place of each first one. under_way: what `following` was before.
+        Raises ValueError where positions jump otherwise than to 0, and where nothing says where
+        documents end.
         """
         isolated = config.document_attention == "isolated"
         if isolated and tokens_bs is None and positions_bs is None:
@@ -120,11 +122,11 @@ class Documents:
         like = tokens_bs if positions_bs is None else positions_bs
         if like is None:
             raise ValueError("documents that were begun go on: give their position_ids")
-        device, length = like.device, like.shape[1]
-        places = torch.arange(length, device=device)
-        counts_b1 = torch.tensor(counts, device=device)[:, None]
-        begins_bs = torch.zeros(like.shape, dtype=torch.bool, device=device)
-        ends_bs = begins_bs
+        counts_b1, starts_b1, begun_b1 = (
+            torch.tensor(x, device=like.device)[:, None] for x in (counts, starts, under_way)
+        )
+        places = torch.arange(like.shape[1], device=like.device)
+        begins_bs = ends_bs = torch.zeros(like.shape, dtype=torch.bool, device=like.device)
         if positions_bs is not None:
             begins_bs = positions_bs == 0
             jumps_bs = (positions_bs.diff() != 1) & ~begins_bs[:, 1:]
@@ -137,34 +139,31 @@ class Documents:
             ends_bs = _are(tokens_bs, config.eos_token_id)
             begins_bs = begins_bs | _are(tokens_bs, config.bos_token_id)
             begins_bs[:, 1:] |= ends_bs[:, :-1]
-        starts_b1 = torch.tensor(starts, device=device)[:, None]
-        places_bs, begun_b1 = starts_b1 + places, torch.tensor(under_way, device=device)[:, None]
+        places_bs, stop_b1 = starts_b1 + places, starts_b1 + counts_b1
         first_bs = torch.where(begins_bs, places_bs, begun_b1).cummax(1).values
-        last_b1 = counts_b1 - 1
-        ended_b1 = ends_bs.gather(1, last_b1.clamp_min(0))
-        following_b1 = torch.where(
-            ended_b1, starts_b1 + counts_b1, first_bs.gather(1, last_b1.clamp_min(0))
-        )
+        last_b1 = (counts_b1 - 1).clamp_min(0)
+        following_b1 = torch.where(ends_bs.gather(1, last_b1), stop_b1, first_bs.gather(1, last_b1))
         following = torch.where(counts_b1 > 0, following_b1, begun_b1)[:, 0].tolist()
         if not any(following):  # they are in order: then all others are 0 too
             return None
         stop_bs = None
         if not config.causal:
-            next_bs = torch.where(begins_bs, places_bs, starts_b1 + counts_b1)
+            next_bs = torch.where(begins_bs, places_bs, stop_b1)
             stop_bs = next_bs.flip(1).cummin(1).values.flip(1).roll(-1, 1)
-            stop_bs[:, -1:] = starts_b1 + counts_b1
+            stop_bs[:, -1:] = stop_b1
         return cls(first_bs, stop_bs, following)
 
     def to(self, device: torch.device, *_, **__) -> Documents:
         """On another device: accelerate, which spreads layers over several, asks for that."""
-        stop_bs = None if self.stop_bs is None else self.stop_bs.to(device)
-        return Documents(self.first_bs.to(device), stop_bs, self.following)
+        return self._each(lambda x_bs: x_bs.to(device))
 
     def part(self, first: int, size: int) -> Documents:
         """Those of some of the positions."""
-        here = slice(first, first + size)
-        stop_bs = None if self.stop_bs is None else self.stop_bs[:, here]
-        return Documents(self.first_bs[:, here], stop_bs, self.following)
+        return self._each(lambda x_bs: x_bs[:, first : first + size])
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Documents:
+        stop_bs = None if self.stop_bs is None else change(self.stop_bs)
+        return Documents(change(self.first_bs), stop_bs, self.following)
 
     def seen(self, length: int) -> torch.Tensor:
         """Which of so many keys the queries at the same places may see, (b, 1, s, length)."""
@@ -208,16 +207,13 @@ class Padding:
         return x if self.order is None else _pick(x, self.order)
 
     def back(self, x):
-        """Undoes `to_end`."""
+        """Undo `to_end`."""
         return x if self.order is None else _pick(x, torch.argsort(self.order, dim=1))
 
     def square_back(self, x_bhss):
-        """Undoes `to_end` for a square of positions, with zeros where one of them is padding."""
+        """Undo `to_end` for a square of positions."""
         if self.order is None:
             return x_bhss
-        places = torch.arange(x_bhss.shape[-1], device=x_bhss.device)
-        real = places < torch.tensor(self.counts, device=x_bhss.device)[:, None]
-        x_bhss = x_bhss.masked_fill(~(real[:, None, :, None] & real[:, None, None]), 0.0)
         back = torch.argsort(self.order, dim=1)[:, None]
         x_bhss = x_bhss.gather(2, back[..., None].expand_as(x_bhss))
         return x_bhss.gather(3, back[..., None, :].expand_as(x_bhss))
