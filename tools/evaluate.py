@@ -213,35 +213,22 @@ def _trials(loaded: LoadedModel, args: argparse.Namespace) -> list[Trials]:
 # The columns of the table of each measurement, and what stands in them.
 TABLES = {
     "texts": {
-        "context": "{context:,}",
-        "tokens": "{tokens:,}",
-        "loss": "{loss:.4f}",
-        "perplexity": "{perplexity:.3f}",
-        "bits per byte": "{bits_per_byte:.4f}",
+        "context": "{context:,}", "tokens": "{tokens:,}", "loss": "{loss:.4f}",
+        "perplexity": "{perplexity:.3f}", "bits per byte": "{bits_per_byte:.4f}",
     },
     "prompts": {
-        "prompt": "{prompt:,}",
-        "suffix": "{suffix:,}",
-        "tokens": "{tokens:,}",
-        "loss": "{loss:.4f}",
-        "perplexity": "{perplexity:.3f}",
+        "prompt": "{prompt:,}", "suffix": "{suffix:,}", "tokens": "{tokens:,}",
+        "loss": "{loss:.4f}", "perplexity": "{perplexity:.3f}",
     },
     "passkey": {
-        "passkey in tokens": "{length:,}",
-        "depth": "{depth:.0%}",
-        "found": "{accuracy:.0%}",
+        "passkey in tokens": "{length:,}", "depth": "{depth:.0%}", "found": "{accuracy:.0%}",
         "loss": "{loss:.3f}",
     },
     "tasks": {
-        "task": "{task}",
-        "made of": "{style}",
-        "tokens": "{length:,}",
-        "answers": "{answers:,}",
-        "right": "{accuracy:.1%}",
-        "their tokens": "{token_accuracy:.1%}",
-        "loss": "{loss:.3f}",
+        "task": "{task}", "made of": "{style}", "tokens": "{length:,}", "answers": "{answers:,}",
+        "right": "{accuracy:.1%}", "their tokens": "{token_accuracy:.1%}", "loss": "{loss:.3f}",
     },
-}
+}  # fmt: skip
 
 
 def tables(results: dict) -> str:

@@ -9,6 +9,11 @@ from megalong.attention.pattern import DilatedPattern
 from megalong.model.rope_scaling import rope_frequencies
 
 KINDS = ("dilated", "dense", "local", "sparse")
+_CHOICES = {
+    "normalization": ("RMSNorm", "LayerNorm"),
+    "position_embedding_type": ("rope", "xpos", "none"),
+    "document_attention": ("mixed", "isolated"),
+}
 
 
 class LongNetConfig(PreTrainedConfig):
@@ -92,15 +97,9 @@ class LongNetConfig(PreTrainedConfig):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of"
                 f" num_key_value_heads ({self.num_key_value_heads})"
             )
-        for name, known in (
-            ("normalization", ("RMSNorm", "LayerNorm")),
-            ("position_embedding_type", ("rope", "xpos", "none")),
-            ("document_attention", ("mixed", "isolated")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
-                )
+        for name, known in _CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         for name in ("window_size", "sparse_block_size", "sparse_columns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

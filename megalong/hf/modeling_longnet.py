@@ -77,15 +77,12 @@ class LongNetModel(LongNetPreTrainedModel):
         Without gradients a layer takes `TILE` positions at a time, so that beyond the hidden states
         themselves memory does not grow with the length.
 
-        attention_mask: (b, s) or, with a cache, (b, all columns so far): 0 where there is padding.
-            Padding may be on either side, or between.
-        position_ids: (b or 1, s). Where they are 0, a document begins that sees nothing before it;
-            what they are elsewhere means nothing, as positions count on over the row. None: a row
-            is one document but, if the configuration's document_attention is "isolated", for what
-            its end-of-sequence (and beginning-of-sequence) tokens divide, which counts in any case.
-        output_attentions: of each layer what each position attends to, (b, h, s, s): zero where its
-            pattern, the future, padding or another document is. Of at most `TILE` positions, and
-            without a cache, which has not all of the past.
+        attention_mask: (b, s) or, with a cache, (b, all columns so far): 0 where there is padding,
+            on either side, or between.
+        position_ids: (b or 1, s), 0 where a document begins that sees nothing before it, and else
+            one more than before. If the configuration's document_attention is "isolated", its
+            end-of-sequence (and beginning-of-sequence) tokens divide documents in any case.
+        output_attentions: of each layer the weights, (b, h, s, s), of at most `TILE` positions.
         Raises ValueError for other masks and position_ids, for caches of other models, and where
             there are no attentions to give.
         """
@@ -93,11 +90,10 @@ class LongNetModel(LongNetPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = x.shape[:2]
-        keep = output_hidden_states or (
-            output_hidden_states is None and self.config.output_hidden_states
-        )
+        keep, config = output_hidden_states, self.config
+        keep = config.output_hidden_states if keep is None else keep
         if output_attentions is None:
-            output_attentions = self.config.output_attentions
+            output_attentions = config.output_attentions
         if output_attentions and (cache is not None or use_cache or length > TILE):
             raise ValueError(
                 f"output_attentions makes length x length numbers a head: give at most {TILE}"
@@ -183,12 +179,10 @@ class LongNetModel(LongNetPreTrainedModel):
         return out
 
     def _rotary(self, starts, length, device):
-        if self.config.position_embedding_type == "none":
+        kind, asked = self.config.position_embedding_type, (self.config, starts, length, device)
+        if kind == "none":
             return None
-        scales = None
-        if self.config.position_embedding_type == "xpos":
-            scales = xpos_scales(self.config, starts, length, device)
-        return *rotary_angles(self.config, starts, length, device), scales
+        return *rotary_angles(*asked), xpos_scales(*asked) if kind == "xpos" else None
 
 
 def is_divided(module: nn.Module) -> bool:

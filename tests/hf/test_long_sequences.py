@@ -1,17 +1,13 @@
 """A long sequence takes the memory of its hidden states, and gives what a short one would."""
 
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
 
 from megalong.hf import attention_longnet, evaluation, modeling_longnet
-from megalong.hf.loaded_model import LoadedModel, continue_text
+from megalong.hf.loaded_model import LoadedModel
 from megalong.hf.modeling_longnet import next_token_loss
-from megalong.utils.progress import progress_bar
 from tests.forked import REPOSITORY, run_ranks
 from tests.hf.test_transformers import batch_of, make_model, sequences
 
@@ -167,36 +163,6 @@ def loaded_model(**changes):
 
 def bytes_of(tokens):
     return bytes(token for token in tokens if token < 256).decode(errors="replace")
-
-
-def test_the_prompt_and_what_follows_are_printed_alike(capsys, monkeypatch):
-    bars = []
-
-    class Bar(tqdm):
-        """Notes what it is told."""
-
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
-            self.seen = []
-            bars.append(self)
-
-        def update(self, count):
-            self.seen.append(count)
-            return super().update(count)
-
-    monkeypatch.setattr("megalong.utils.progress.tqdm", Bar)
-    monkeypatch.setattr(
-        "megalong.hf.loaded_model.progress_bar", functools.partial(progress_bar, interval=0)
-    )
-    told = []
-    for chunk in (10, 1000):
-        continue_text(loaded_model(), "a prompt " * 9, max_new_tokens=12, temperature=0, top_p=1,
-                      seed=0, prefill_chunk_size=chunk)  # fmt: skip
-        out, shown = capsys.readouterr()
-        told.append(out)
-        assert ("82/82" in shown) == (chunk == 10)
-    assert told[0] == told[1] and told[0].startswith("a prompt " * 9)
-    assert [bar.seen for bar in bars] == [[10] * 8 + [2], [82]]  # nothing of what is generated
 
 
 @pytest.mark.parametrize("attention", ["dilated", "dense"])

@@ -121,24 +121,6 @@ def test_attentions_are_what_the_output_is_made_of():
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
 
 
-def test_gradients_with_and_without_checkpointing(mesh):
-    _, model = masked_model(mesh, **LADDERS)
-    tokens, found = random_tokens(2, 90), []
-    labels = torch.where(torch.rand(tokens.shape) < 0.2, tokens, -100)
-    for checkpointing in (False, True):
-        model.train()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        model.zero_grad()
-        loss = model(tokens, labels=labels).loss
-        loss.backward()
-        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
-    logits = model.eval()(tokens).logits
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    torch.testing.assert_close(found[0][0], expected.detach(), rtol=1e-5, atol=0)
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """A run of random weights, and its export."""
