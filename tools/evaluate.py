@@ -18,7 +18,8 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,34 +45,20 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--model", type=Path, required=True, help="checkpoint, run folder or Transformers folder")
-    add(
-        "--input",
-        nargs="*",
-        default=[],
-        help="files, folders or globs: plain text, a document a file, or JSON lines, one a line"
-        " (its text); .gz of either",
-    )
+    inputs = "files, folders or globs: plain text, a document a file, or JSON lines, one a line"
+    add("--input", nargs="*", default=[], help=f"{inputs} (its text); .gz of either")
     add("--max-bytes", type=int, help="take only so much of the beginning of each file")
-    add("--context-lengths", type=int, nargs="+", default=[2048], help="tokens of a window")
-    add(
-        "--prompt-lengths",
-        type=int,
-        nargs="*",
-        default=[],
-        help="tokens of --input that the same tokens behind them are predicted from",
-    )
+    counts = {"type": int, "nargs": "+"}
+    add("--context-lengths", **counts, default=[2048], help="tokens of a window")
+    behind = "tokens of --input that the same tokens behind them are predicted from"
+    add("--prompt-lengths", type=int, nargs="*", default=[], help=behind)
     add("--suffix-tokens", type=int, default=256, help="tokens that are predicted behind them")
     add("--passkey-lengths", type=int, nargs="*", default=[], help="tokens of a passkey trial")
-    add(
-        "--passkey-depths",
-        type=float,
-        nargs="+",
-        default=[0.0, 0.25, 0.5, 0.75, 1.0],
-        help="where the passkey is said, as a share of the text",
-    )
+    depths, where = [0.0, 0.25, 0.5, 0.75, 1.0], "where the passkey is said, as a share of the text"
+    add("--passkey-depths", type=float, nargs="+", default=depths, help=where)
     add("--passkey-trials", type=int, default=5, help="trials of each length and depth")
     add("--tasks", nargs="*", default=[], metavar="TASK", help=f"any of {', '.join(TASKS)}")
-    add("--task-lengths", type=int, nargs="+", default=[2048], help="tokens of a sample")
+    add("--task-lengths", **counts, default=[2048], help="tokens of a sample")
     add("--task-style", choices=STYLES, default="text", help="made of text, or of bare token ids")
     add("--task-samples", type=int, default=32, help="samples of each task and length")
     add("--output", type=Path, required=True, help="folder for evaluation.json, .md and .png")
@@ -84,17 +71,13 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError("nothing to do: give --input, --passkey-lengths or --tasks")
     if args.prompt_lengths and not args.input:
         raise UserError("--prompt-lengths are of the texts of --input: give it too")
-    at_least_one = {
-        "--context-lengths": args.context_lengths,
-        "--prompt-lengths": args.prompt_lengths or [1],
-        "--suffix-tokens": [args.suffix_tokens],
-        "--passkey-trials": [args.passkey_trials],
-        "--task-lengths": args.task_lengths,
-        "--task-samples": [args.task_samples],
-    }
-    for name, values in at_least_one.items():
-        if min(values) < 1:
-            raise UserError(f"{name} must be at least 1")
+    for name in (
+        "context_lengths", "prompt_lengths", "suffix_tokens", "passkey_trials", "task_lengths",
+        "task_samples",
+    ):  # fmt: skip
+        value = getattr(args, name)
+        if min(value if isinstance(value, list) else [value], default=1) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     for task in args.tasks:
         if task not in TASKS:
             raise UserError(f"--tasks {task}: no such task{did_you_mean(task, TASKS)}")
@@ -156,8 +139,12 @@ def evaluate(loaded: LoadedModel, texts: list[str], args: argparse.Namespace) ->
     from megalong.hf.evaluation import evaluate_texts, losses_by_prompt, passkey, task_score
     from megalong.utils.progress import progress_bar
 
-    results = {"model": str(args.model), "dtype": args.dtype}
-    results |= {"texts": [], "prompts": [], "passkey": [], "tasks": []}
+    say = partial(print, flush=True)
+
+    def hint(text: str) -> None:
+        print(f"hint: {text}", file=sys.stderr)
+
+    results = {"model": str(args.model), "dtype": args.dtype, **{name: [] for name in TABLES}}
     if texts:
         size = sum(len(text.encode()) for text in texts)
         for context in args.context_lengths:
@@ -165,22 +152,19 @@ def evaluate(loaded: LoadedModel, texts: list[str], args: argparse.Namespace) ->
             with progress_bar(size, "B", f"context {context}") as bar:
                 result = evaluate_texts(loaded, texts, context, edges, bar.update)
             results["texts"].append(result)
-            print(
+            say(
                 f"context {context}: perplexity {result['perplexity']:.3f},"
-                f" {result['bits_per_byte']:.4f} bits per byte, {result['tokens']} tokens",
-                flush=True,
+                f" {result['bits_per_byte']:.4f} bits per byte, {result['tokens']} tokens"
             )
-            if result["longest_window"] < context:
-                print(
-                    "hint: no text of --input is that long: the longest has"
-                    f" {counted(result['longest_window'], 'token')}, and is read as a whole",
-                    file=sys.stderr,
+            if (longest := result["longest_window"]) < context:
+                hint(
+                    "no text of --input is that long: the longest has"
+                    f" {counted(longest, 'token')}, and is read as a whole"
                 )
         if result["tokens"] < FEW_TOKENS:
-            print(
-                f"hint: --input has only {result['tokens']:,} tokens to predict, too few to tell"
-                f" good models apart: give it at least {FEW_TOKENS:,}",
-                file=sys.stderr,
+            hint(
+                f"--input has only {result['tokens']:,} tokens to predict, too few to tell good"
+                f" models apart: give it at least {FEW_TOKENS:,}"
             )
     if args.prompt_lengths:
         prompts = sorted(set(args.prompt_lengths))
@@ -188,34 +172,23 @@ def evaluate(loaded: LoadedModel, texts: list[str], args: argparse.Namespace) ->
             found = losses_by_prompt(loaded, texts, prompts, args.suffix_tokens, bar.update)
         results["prompts"] = found
         for result in found:
-            print(
-                f"behind {result['prompt']} tokens: loss {result['loss']:.4f} of"
-                f" {result['tokens']} tokens",
-                flush=True,
-            )
-    for length in args.passkey_lengths:
-        for depth in args.passkey_depths:
-            trials = args.passkey_trials
-            with progress_bar(
-                trials * (length - 1), "token", f"passkey at {depth:.0%} of {length}"
-            ) as bar:
-                result = passkey(loaded, length, depth, trials, on_tokens=bar.update)
-            results["passkey"].append(result)
-            print(
-                f"passkey at {depth:.0%} of {length}: found in {result['accuracy']:.0%},"
-                f" loss {result['loss']:.3f}",
-                flush=True,
-            )
+            said = f"loss {result['loss']:.4f} of {result['tokens']} tokens"
+            say(f"behind {result['prompt']} tokens: {said}")
+    for length, depth in product(args.passkey_lengths, args.passkey_depths):
+        tokens, name = args.passkey_trials * (length - 1), f"passkey at {depth:.0%} of {length}"
+        with progress_bar(tokens, "token", name) as bar:
+            result = passkey(loaded, length, depth, args.passkey_trials, on_tokens=bar.update)
+        results["passkey"].append(result)
+        say(f"{name}: found in {result['accuracy']:.0%}, loss {result['loss']:.3f}")
     for trials in trials_of_tasks:
         tokens = trials.samples * (trials.length - 1)
         with progress_bar(tokens, "token", f"{trials.task} of {trials.length}") as bar:
             score = task_score(loaded, trials, bar.update)
         results["tasks"].append({"style": args.task_style, **score.record()})
-        print(
+        say(
             f"{score.task} of {score.length}: {score.accuracy:.1%} of"
             f" {counted(score.answers, 'answer')} right, {score.token_accuracy:.1%} of their"
-            f" tokens, loss {score.loss:.3f}",
-            flush=True,
+            f" tokens, loss {score.loss:.3f}"
         )
     return results
 
@@ -229,64 +202,44 @@ def _trials(loaded: LoadedModel, args: argparse.Namespace) -> list[Trials]:
         language = language_of(args.task_style, loaded.encode, loaded.ids, loaded.first)
     except UserError as error:
         raise UserError(f"--task-style {args.task_style}: {error}") from None
-    found = [
-        Trials(task, language, length, args.task_samples)
-        for task in dict.fromkeys(args.tasks)
-        for length in args.task_lengths
-    ]
+    asked = product(dict.fromkeys(args.tasks), args.task_lengths)
+    found = [Trials(task, language, length, args.task_samples) for task, length in asked]
     for trials in found:
         trials.check("--tasks", "--task-lengths")
         loaded.check_length(trials.length - 1)
     return found
 
 
+# The columns of the table of each measurement, and what stands in them.
+TABLES = {
+    "texts": {
+        "context": "{context:,}", "tokens": "{tokens:,}", "loss": "{loss:.4f}",
+        "perplexity": "{perplexity:.3f}", "bits per byte": "{bits_per_byte:.4f}",
+    },
+    "prompts": {
+        "prompt": "{prompt:,}", "suffix": "{suffix:,}", "tokens": "{tokens:,}",
+        "loss": "{loss:.4f}", "perplexity": "{perplexity:.3f}",
+    },
+    "passkey": {
+        "passkey in tokens": "{length:,}", "depth": "{depth:.0%}", "found": "{accuracy:.0%}",
+        "loss": "{loss:.3f}",
+    },
+    "tasks": {
+        "task": "{task}", "made of": "{style}", "tokens": "{length:,}", "answers": "{answers:,}",
+        "right": "{accuracy:.1%}", "their tokens": "{token_accuracy:.1%}", "loss": "{loss:.3f}",
+    },
+}  # fmt: skip
+
+
 def tables(results: dict) -> str:
-    """The numbers as tables of Markdown."""
+    """Return the numbers as tables of Markdown."""
     parts = [f"# Evaluation of {results['model']}, {results['dtype']}"]
-    if results["texts"]:
-        parts.append(
-            _table(
-                ["context", "tokens", "loss", "perplexity", "bits per byte"],
-                [
-                    f"{r['context']:,} | {r['tokens']:,} | {r['loss']:.4f} | {r['perplexity']:.3f}"
-                    f" | {r['bits_per_byte']:.4f}"
-                    for r in results["texts"]
-                ],
-            )
-        )
-        parts.append(_position_table(results["texts"]))
-    if results["prompts"]:
-        parts.append(
-            _table(
-                ["prompt", "suffix", "tokens", "loss", "perplexity"],
-                [
-                    f"{r['prompt']:,} | {r['suffix']:,} | {r['tokens']:,} | {r['loss']:.4f} |"
-                    f" {r['perplexity']:.3f}"
-                    for r in results["prompts"]
-                ],
-            )
-        )
-    if results["passkey"]:
-        parts.append(
-            _table(
-                ["passkey in tokens", "depth", "found", "loss"],
-                [
-                    f"{r['length']:,} | {r['depth']:.0%} | {r['accuracy']:.0%} | {r['loss']:.3f}"
-                    for r in results["passkey"]
-                ],
-            )
-        )
-    if results["tasks"]:
-        parts.append(
-            _table(
-                ["task", "made of", "tokens", "answers", "right", "their tokens", "loss"],
-                [
-                    f"{r['task']} | {r['style']} | {r['length']:,} | {r['answers']:,} |"
-                    f" {r['accuracy']:.1%} | {r['token_accuracy']:.1%} | {r['loss']:.3f}"
-                    for r in results["tasks"]
-                ],
-            )
-        )
+    for name, columns in TABLES.items():
+        if found := results[name]:
+            rows = [" | ".join(columns.values()).format(**result) for result in found]
+            parts.append(_table(list(columns), rows))
+        if name == "texts" and found:
+            parts.append(_position_table(found))
     return "\n\n".join(parts) + "\n"
 
 
@@ -332,12 +285,12 @@ def plot(results: dict, path: Path) -> None:
 
 
 def _plot_positions(axis, results: list[dict]) -> None:
+    from megalong.evals.scores import plot_buckets
+
     for result in results:
         edges, losses = result["position_edges"], result["loss_by_position"]
-        centres = [(a + b) / 2 for a, b in pairwise(edges)]
-        points = [(x, y) for x, y in zip(centres, losses, strict=True) if y is not None]
         label = f"context {result['context']:,}: {result['bits_per_byte']:.3f} bits per byte"
-        axis.plot(*zip(*points, strict=True), "o-", markersize=3, label=label)
+        plot_buckets(axis, edges, losses, label)
     axis.set(xscale="log", xlabel="position in the window", ylabel="loss (nats per token)")
     axis.grid(alpha=0.3)
     axis.legend()

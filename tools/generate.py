@@ -31,7 +31,7 @@ from megalong.utils.errors import UserError, system_errors_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from megalong.hf.generation import Continuation
+    from megalong.hf.loaded_model import Continuation
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -76,8 +76,7 @@ def main() -> int | None:
     filter_library_logs()
     import torch
 
-    from megalong.hf.generation import continue_text
-    from megalong.hf.loaded_model import load_model
+    from megalong.hf.loaded_model import continue_text, load_model
 
     go_on = partial(
         continue_text,

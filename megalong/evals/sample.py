@@ -18,8 +18,8 @@ END = Phrase(".\n")
 
 @dataclass(frozen=True)
 class Answer:
-    """Tokens [start, stop) of a sample are to be told; the same tokens stand at `place`, in the
-    fact that answers the question."""
+    """Tokens [start, stop) of a sample to be told; the same tokens stand at `place`, in the fact
+    that answers the question."""
 
     start: int
     stop: int
@@ -43,9 +43,7 @@ class Sample:
     @property
     def answered(self) -> np.ndarray:
         """Which tokens are of answers, bool (length,)."""
-        import numpy as np
-
-        found = np.zeros(len(self.tokens), bool)
+        found = self.hay & False
         for answer in self.answers:
             found[answer.start : answer.stop] = True
         return found
@@ -65,16 +63,16 @@ class Draft:
     asked: list[tuple[int, int, int, int]] = field(default_factory=list)
 
     def tell(self, depth: float, phrase: Phrase, *words: tuple[int, ...]) -> int:
-        """Adds a fact. Returns its number."""
+        """Add a fact. Returns its number."""
         self.facts.append((depth, self.language.say(phrase, *words)))
         return len(self.facts) - 1
 
     def ask(self, phrase: Phrase, *words: tuple[int, ...]) -> None:
-        """Adds to the question."""
+        """Add to the question."""
         self.question += self.language.say(phrase, *words).tokens
 
     def answer(self, fact: int, words: slice) -> None:
-        """Adds to the question what is to be told: these words of a fact, one after the other."""
+        """Add to the question what is to be told: these words of a fact, one after the other."""
         tokens, places = self.facts[fact][1]
         places = places[words]
         start, stop = places[0][0], places[-1][1]
@@ -82,7 +80,7 @@ class Draft:
         self.question += tokens[start:stop]
 
     def answer_all(self, answers: Iterable[tuple[int, slice]]) -> None:
-        """The same of several (fact, words): a list, and its end."""
+        """Add several (fact, words): a list, and its end."""
         for number, (fact, words) in enumerate(answers):
             if number:
                 self.ask(AND_ONE_MORE)
@@ -95,52 +93,44 @@ class Draft:
         return 1 + sum(len(said.tokens) for _, said in self.facts) + len(self.question)
 
     def answers(self, length: int) -> list[Answer]:
-        """Where they are in a sample of this length, at least `size`."""
-        begins = self._begins(length)
-        offset = length - len(self.question)
+        """Return the answers in a sample of this length, at least `size`."""
+        begins, offset = dict(self._begins(length)), length - len(self.question)
         return [
             Answer(offset + start, offset + stop, begins[fact] + place)
             for fact, place, start, stop in self.asked
         ]
 
     def sample(self, length: int, draw: Random) -> Sample:
-        """The sample of exactly this length, at least `size`: the first token, haystack with the
-        facts in it, the question."""
+        """Return the sample of exactly this length, at least `size`: the first token, haystack with
+        the facts in it, the question."""
         import numpy as np  # the configuration needs the names of tasks alone
 
-        unit, begins = self.language.haystack_size, self._begins(length)
-        pieces, rest = divmod(length - self.size, unit)
+        unit = self.language.haystack_size
         tokens, hay = [self.language.first], np.zeros(length, bool)
 
-        def add_haystack(pieces: int, last: int = 0) -> None:
-            """Of so many pieces all tokens, or the last ones."""
+        def add_haystack(stop: int, last: int = 0) -> None:
+            """Add pieces up to this place; the last tokens of one, where they begin the text."""
+            pieces = 1 if last else (stop - len(tokens)) // unit
             added = self.language.haystack(pieces, draw, tokens)[-last:]
             hay[len(tokens) : len(tokens) + len(added)] = True
             tokens.extend(added)
 
-        if rest:
-            add_haystack(1, rest)
-        told = 0
-        for fact in self._order():
-            add_haystack((begins[fact] - len(tokens)) // unit)
+        if rest := (length - self.size) % unit:
+            add_haystack(1 + rest, rest)
+        for fact, begin in self._begins(length):
+            add_haystack(begin)
             tokens += self.facts[fact][1].tokens
-            told += len(self.facts[fact][1].tokens)
-        done = (len(tokens) - 1 - rest - told) // unit
-        add_haystack(pieces - done)
+        add_haystack(length - len(self.question))
         tokens += self.question
         return Sample(np.array(tokens, dtype=np.int64), self.answers(length), hay)
 
-    def _order(self) -> list[int]:
-        return sorted(range(len(self.facts)), key=lambda fact: self.facts[fact][0])
-
-    def _begins(self, length: int) -> list[int]:
-        """Where each fact begins."""
+    def _begins(self, length: int) -> list[tuple[int, int]]:
+        """Facts in the order of the text, and where each begins."""
         pieces, rest = divmod(length - self.size, self.language.haystack_size)
-        begins, told = [0] * len(self.facts), 0
-        for fact in self._order():
+        begins, told = [], 1 + rest
+        for fact in sorted(range(len(self.facts)), key=lambda fact: self.facts[fact][0]):
             depth, said = self.facts[fact]
-            hay = round(depth * pieces) * self.language.haystack_size
-            begins[fact] = 1 + rest + hay + told
+            begins.append((fact, told + round(depth * pieces) * self.language.haystack_size))
             told += len(said.tokens)
         return begins
 
@@ -148,13 +138,10 @@ class Draft:
 def largest_that_fits(
     length: int, most: int, least: int, draft_of: Callable[[int], Draft]
 ) -> Draft:
-    """The draft of the largest size, from `most` down to `least`, that has room in a sample of this
-    length; of `least` where none has."""
-    for size in range(most, least, -1):
-        draft = draft_of(size)
-        if draft.size <= length:
-            return draft
-    return draft_of(least)
+    """Return the draft of the largest size, from `most` down to `least`, that has room in a sample
+    of this length; of `least` where none has."""
+    drafts = (draft_of(size) for size in range(most, least, -1))
+    return next((draft for draft in drafts if draft.size <= length), None) or draft_of(least)
 
 
 # Language, length, depth of what is asked for, source of randomness.

@@ -6,7 +6,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,13 +79,17 @@ class PositionLosses:
     @property
     def by_position(self) -> list[float | None]:
         """The mean loss in each bucket; None where a bucket held no prediction."""
-        pairs = zip(self.sums.tolist(), self.counts.tolist(), strict=True)
-        return [total / count if count else None for total, count in pairs]
+        return _means(self.sums, self.counts)
+
+
+def _means(totals: torch.Tensor, counts: torch.Tensor) -> list[float | None]:
+    pairs = zip(totals.tolist(), counts.tolist(), strict=True)
+    return [total / count if count else None for total, count in pairs]
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Of one task at one length.
+    """The result of one task at one length.
 
     accuracy: share of the answers all of whose tokens are the likeliest, each after the right ones
         before it: greedy decoding would give them.
@@ -119,9 +123,7 @@ class AnswerSums:
     def __init__(self, trials: Trials, device: torch.device | str = "cpu"):
         self._trials = trials
         self._answers = [trials.answers(i) for i in range(trials.samples)]
-        self._first = [0]
-        for answers in self._answers:
-            self._first.append(self._first[-1] + len(answers))
+        self._first = list(accumulate(map(len, self._answers), initial=0))
         self.sums = torch.zeros(self._first[-1], 2, dtype=torch.float64, device=device)
 
     def places(self, sample: int, start: int, stop: int) -> tuple[list[int], list[int]]:
@@ -147,7 +149,7 @@ class AnswerSums:
         self.sums.index_add_(0, rows.clamp(min=0).flatten(), values)
 
     def score(self) -> TaskScore:
-        """What the sums, of all tokens of all answers, come to."""
+        """Return what the sums, of all tokens of all answers, come to."""
         answers = list(chain.from_iterable(self._answers))
         sizes = torch.tensor([answer.stop - answer.start for answer in answers])
         right, losses = self.sums.cpu().T
@@ -166,27 +168,26 @@ class AnswerSums:
             token_accuracy=(right.sum() / sizes.sum()).item(),
             loss=(losses.sum() / sizes.sum()).item(),
             distance_edges=edges,
-            accuracy_by_distance=_shares(found_by_bucket.tolist(), count.tolist()),
+            accuracy_by_distance=_means(found_by_bucket, count),
             answers_by_distance=count.tolist(),
         )
 
 
-def _shares(found: Sequence[float], counts: Sequence[int]) -> list[float | None]:
-    return [part / whole if whole else None for part, whole in zip(found, counts, strict=True)]
+def plot_buckets(
+    axis: Any, edges: Sequence[int], values: Sequence[float | None], label: str
+) -> None:
+    """Draw a line through the buckets that have a value, on an axis of matplotlib."""
+    centres = [(a + b) / 2 for a, b in pairwise(edges)]
+    points = [(x, y) for x, y in zip(centres, values, strict=True) if y is not None]
+    axis.plot(*zip(*points, strict=True), "o-", markersize=3, label=label)
 
 
 def plot_by_distance(axis: Any, records: Sequence[dict[str, Any]]) -> None:
     """Accuracy against how far back the model has to look, a line for each record of a TaskScore,
     on an axis of matplotlib."""
     for record in records:
-        centres = [(a + b) / 2 for a, b in pairwise(record["distance_edges"])]
-        points = [
-            (x, y)
-            for x, y in zip(centres, record["accuracy_by_distance"], strict=True)
-            if y is not None
-        ]
         label = f"{record['task']} of {record['length']:,} tokens: {record['accuracy']:.0%}"
-        axis.plot(*zip(*points, strict=True), "o-", markersize=3, label=label)
+        plot_buckets(axis, record["distance_edges"], record["accuracy_by_distance"], label)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set(

@@ -8,15 +8,38 @@ from random import Random
 from megalong.evals.language import Language, Mark, Phrase, Word
 from megalong.evals.sample import Draft, largest_that_fits
 
-NEEDLE = Phrase("The magic number of{} is{}.\n", mark=Mark.NEEDLE)
-QUESTION = Phrase(
-    "What is the magic number of{}? The magic number of{} is", mark=Mark.NEEDLE_QUESTION
-)
-QUESTION_OF_SEVERAL = Phrase(
-    "In their order, the magic numbers of{} are", mark=Mark.NEEDLES_QUESTION
-)
-
+NEEDLE = Phrase("The magic number of{} is{}.\n", Mark.NEEDLE)
+QUESTION = Phrase("What is the magic number of{}? The magic number of{} is", Mark.NEEDLE_QUESTION)
+QUESTION_OF_SEVERAL = Phrase("In their order, the magic numbers of{} are", Mark.NEEDLES_QUESTION)
 OTHERS = 3  # needles beside the one that is asked for, as in RULER
+
+PAIR, KEY, AFTER_VALUE = Phrase("{}:{}\n"), Phrase("{}:"), Phrase("\n")
+FEWEST_PAIRS = 2
+
+ROW = Phrase("Remember these numbers:{}.\n", Mark.ROW)
+REPEAT = Phrase("The numbers were:", Mark.ROW_QUESTION)
+AFTER_ROW = Phrase(".\n")
+ROW_LENGTH = 16  # words
+
+ASSIGN = Phrase("VAR{} ={}.\n", Mark.ASSIGNMENT)
+COPY = Phrase("VAR{} = VAR{}.\n", Mark.ASSIGNMENT_OF_VARIABLE)
+VARIABLES = Phrase(
+    "In their order, the variables that have the value{} are", Mark.VARIABLES_QUESTION
+)
+CHAINS, HOPS = 2, 4
+
+LIST = Phrase("{}")
+COMMON = Phrase(
+    "\nThe ten most common words, in the order in which they stand first in the list, are",
+    Mark.COMMON_QUESTION,
+)
+FREQUENT = Phrase(
+    "\nThe three most frequent words, the most frequent first, are", Mark.FREQUENT_QUESTION
+)
+MOST_KINDS = 110
+NUM_COMMON = 10
+NUM_FREQUENT, EXPONENT = 3, 2.0
+SHORTEST_LIST = 60  # in a shorter one the counts of the most frequent words may be equal
 
 
 def passkey(language: Language, length: int, depth: float, draw: Random) -> Draft:
@@ -43,7 +66,7 @@ def _of_many(language: Language, count: int, depth: float, draw: Random) -> Draf
     asked = draft.tell(depth, NEEDLE, keys[0], values[0])
     for key, value in zip(keys[1:], values[1:], strict=True):
         draft.tell(draw.random(), NEEDLE, key, value)
-    _ask(draft, QUESTION, keys[0], asked)
+    _ask(draft, keys[0], asked)
     return draft
 
 
@@ -53,9 +76,8 @@ def niah_multivalue(language: Language, length: int, depth: float, draw: Random)
     draft = Draft(language)
     [key], values = language.keys(1, draw), language.values(1 + OTHERS, draw)
     depths = [depth, *sorted(draw.uniform(depth, 1) for _ in range(OTHERS))]
-    facts = [
-        draft.tell(where, NEEDLE, key, value) for where, value in zip(depths, values, strict=True)
-    ]
+    told = zip(depths, values, strict=True)
+    facts = [draft.tell(where, NEEDLE, key, value) for where, value in told]
     draft.ask(QUESTION_OF_SEVERAL, key)
     draft.answer_all((fact, slice(1, 2)) for fact in facts)
     return draft
@@ -66,29 +88,16 @@ def niah_multiquery(language: Language, length: int, depth: float, draw: Random)
     draft = Draft(language)
     keys, values = language.keys(1 + OTHERS, draw), language.values(1 + OTHERS, draw)
     depths = [depth, *(draw.random() for _ in range(OTHERS))]
-    facts = [
-        draft.tell(where, NEEDLE, key, value)
-        for where, key, value in zip(depths, keys, values, strict=True)
-    ]
+    told = zip(depths, keys, values, strict=True)
+    facts = [draft.tell(where, NEEDLE, key, value) for where, key, value in told]
     for key, fact in zip(keys, facts, strict=True):
-        _ask(draft, QUESTION, key, fact)
+        _ask(draft, key, fact)
     return draft
 
 
-def _ask(draft: Draft, question: Phrase, key: tuple[int, ...], fact: int) -> None:
-    draft.ask(question, key, key)
+def _ask(draft: Draft, key: Word, fact: int) -> None:
+    draft.ask(QUESTION, key, key)
     draft.answer_all([(fact, slice(1, 2))])
-
-
-PAIR = Phrase("{}:{}\n")
-KEY = Phrase("{}:")
-AFTER_VALUE = Phrase("\n")
-ROW = Phrase("Remember these numbers:{}.\n", mark=Mark.ROW)
-REPEAT = Phrase("The numbers were:", mark=Mark.ROW_QUESTION)
-AFTER_ROW = Phrase(".\n")
-
-ROW_LENGTH = 16  # words
-FEWEST_PAIRS = 2
 
 
 def mqar(language: Language, length: int, depth: float, draw: Random) -> Draft:
@@ -119,68 +128,40 @@ def mqar(language: Language, length: int, depth: float, draw: Random) -> Draft:
 def copy(language: Language, length: int, depth: float, draw: Random) -> Draft:
     """A row of different words at `depth`, to be said again in the end: one answer. The row is
     shorter where the sample has no room for it."""
-    return largest_that_fits(
-        length, ROW_LENGTH, 2, lambda words: _row(language, words, depth, draw)
-    )
 
+    def of(words: int) -> Draft:
+        draft = Draft(language)
+        row = draft.tell(depth, ROW, *language.values(words, draw))
+        draft.ask(REPEAT)
+        draft.answer(row, slice(None))
+        draft.ask(AFTER_ROW)
+        return draft
 
-def _row(language: Language, words: int, depth: float, draw: Random) -> Draft:
-    draft = Draft(language)
-    row = draft.tell(depth, ROW, *language.values(words, draw))
-    draft.ask(REPEAT)
-    draft.answer(row, slice(None))
-    draft.ask(AFTER_ROW)
-    return draft
-
-
-ASSIGN = Phrase("VAR{} ={}.\n", mark=Mark.ASSIGNMENT)
-COPY = Phrase("VAR{} = VAR{}.\n", mark=Mark.ASSIGNMENT_OF_VARIABLE)
-VARIABLES = Phrase(
-    "In their order, the variables that have the value{} are", mark=Mark.VARIABLES_QUESTION
-)
-
-CHAINS, HOPS = 2, 4
+    return largest_that_fits(length, ROW_LENGTH, 2, of)
 
 
 def variable_tracking(language: Language, length: int, depth: float, draw: Random) -> Draft:
-    """RULER's multi-hop tracing (arXiv 2404.06654, section 3): chains of assignments, X = 12345,
-    Y = X, ..., each with a value of its own. All variables of one chain, which begins at `depth`,
-    are asked for in the order of their assignments. A chain has fewer hops where the sample has no
-    room for all."""
-    return largest_that_fits(length, HOPS, 1, lambda hops: _chains(language, hops, depth, draw))
+    """RULER's multi-hop tracing: chains of assignments, X = 12345, Y = X, ..., each with a value of
+    its own. All variables of one chain, which begins at `depth`, are asked for in the order of
+    their assignments. A chain has fewer hops where the sample has no room for all."""
 
+    def of(hops: int) -> Draft:
+        draft, asked = Draft(language), []
+        names = language.keys(CHAINS * (hops + 1), draw)
+        values = language.values(CHAINS, draw)
+        for chain, value in enumerate(values):
+            variables = names[chain * (hops + 1) :][: hops + 1]
+            begin = draw.random() if chain else depth
+            depths = sorted(draw.uniform(begin, 1) for _ in range(hops))
+            facts = [draft.tell(begin, ASSIGN, variables[0], value)]
+            for where, name, other in zip(depths, variables[1:], variables, strict=False):
+                facts.append(draft.tell(where, COPY, name, other))
+            asked = asked or facts
+        draft.ask(VARIABLES, values[0])
+        draft.answer_all((fact, slice(0, 1)) for fact in asked)
+        return draft
 
-def _chains(language: Language, hops: int, depth: float, draw: Random) -> Draft:
-    draft = Draft(language)
-    names = language.keys(CHAINS * (hops + 1), draw)
-    values = language.values(CHAINS, draw)
-    for chain, value in enumerate(values):
-        variables = names[chain * (hops + 1) :][: hops + 1]
-        begin = draw.random() if chain else depth
-        depths = [begin, *sorted(draw.uniform(begin, 1) for _ in range(hops))]
-        facts = [draft.tell(begin, ASSIGN, variables[0], value)]
-        for where, name, other in zip(depths[1:], variables[1:], variables, strict=False):
-            facts.append(draft.tell(where, COPY, name, other))
-        if not chain:
-            asked = facts
-    draft.ask(VARIABLES, values[0])
-    draft.answer_all((fact, slice(0, 1)) for fact in asked)
-    return draft
-
-
-LIST = Phrase("{}")
-COMMON = Phrase(
-    "\nThe ten most common words, in the order in which they stand first in the list, are",
-    mark=Mark.COMMON_QUESTION,
-)
-FREQUENT = Phrase(
-    "\nThe three most frequent words, the most frequent first, are", mark=Mark.FREQUENT_QUESTION
-)
-
-MOST_KINDS = 110
-NUM_COMMON = 10
-NUM_FREQUENT, EXPONENT = 3, 2.0
-SHORTEST_LIST = 60  # in a shorter one the counts of the most frequent words may be equal
+    return largest_that_fits(length, HOPS, 1, of)
 
 
 def common_words(language: Language, length: int, depth: float, draw: Random) -> Draft:
@@ -193,7 +174,7 @@ def common_words(language: Language, length: int, depth: float, draw: Random) ->
     counts = [left // others + (number < left % others) for number in range(others)]
     words = _shuffled([often] * NUM_COMMON + counts, draw)
     first = sorted(words.index(kind) for kind in range(NUM_COMMON))
-    return _draft(language, [kinds[word] for word in words], COMMON, first)
+    return _list(language, [kinds[word] for word in words], COMMON, first)
 
 
 def frequent_words(language: Language, length: int, depth: float, draw: Random) -> Draft:
@@ -202,30 +183,30 @@ def frequent_words(language: Language, length: int, depth: float, draw: Random) 
     kinds = language.keys(max(min(MOST_KINDS, language.num_keys), NUM_FREQUENT + 1), draw)
     size = _list_size(language, length, FREQUENT, kinds, NUM_FREQUENT)
     weights = [rank**-EXPONENT for rank in range(1, len(kinds) + 1)]
-    counts = [int(size * weight / sum(weights)) for weight in weights]
-    words = _shuffled(counts, draw)
+    words = _shuffled([int(size * weight / sum(weights)) for weight in weights], draw)
     first = [words.index(kind) for kind in range(NUM_FREQUENT)]
-    return _draft(language, [kinds[word] for word in words], FREQUENT, first)
+    return _list(language, [kinds[word] for word in words], FREQUENT, first)
 
 
 def _list_size(
     language: Language, length: int, question: Phrase, kinds: list[Word], asked: int
 ) -> int:
-    """How many words, the longest of these kinds, fit beside the question."""
+    """Return how many words, the longest of these kinds, fit beside the question."""
     longest = max(kinds, key=len)
-    room = length - _draft(language, [longest], question, [0] * asked).size + len(longest)
+    room = length - _list(language, [longest], question, [0] * asked).size + len(longest)
     return max(room // len(longest), SHORTEST_LIST)
 
 
 def _shuffled(counts: list[int], draw: Random) -> list[int]:
-    """Each number, from 0, as often as its count says."""
+    """Return each number, from 0, as often as its count says."""
     numbers = [number for number, count in enumerate(counts) for _ in range(count)]
     draw.shuffle(numbers)
     return numbers
 
 
-def _draft(language: Language, words: list[Word], question: Phrase, asked: list[int]) -> Draft:
-    """The list behind the haystack, and the question, which these of its words answer."""
+def _list(language: Language, words: list[Word], question: Phrase, asked: list[int]) -> Draft:
+    """Return the list behind the haystack, and the question, which these words of it answer: as
+    their places count where they stand first."""
     draft = Draft(language)
     fact = draft.tell(1.0, LIST, *words)
     draft.ask(question)

@@ -29,11 +29,8 @@ EVALUATION = "evaluation"
 def language_of(
     style: str, encode: Callable[[str], Sequence[int]], ids: Sequence[int], first: int
 ) -> Language:
-    """What tasks are said in: "text", that `encode` makes tokens of, or bare "ids", of these.
-
-    ids: those that may occur in samples: none that is special. first: what a sample begins with.
-    Raises UserError where there are too few ids.
-    """
+    """Return what tasks are said in: "text", which `encode` makes tokens of, or bare "ids", of
+    these, none special. first: what a sample begins with. Raises UserError for too few ids."""
     return Text(encode, first) if style == "text" else Ids(ids, first)
 
 
@@ -96,20 +93,23 @@ def task_batches(
     sequence_range: tuple[int, int],
     first_apart: bool = False,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Yields num_task_batches() micro batches on every rank, with the part of each sequence that is
-    in `sequence_range`. A sample stands at the beginning of a sequence; behind it, and in rows
-    without a sample, are zeros, which causal attention keeps from it.
+    """Yield num_task_batches() micro batches on every rank, with the part of each sequence that is
+    in `sequence_range`, as `megalong.data.batches` has them. A sample stands at the beginning of a
+    sequence; behind it, and in rows without a sample, are zeros, which causal attention keeps from
+    it.
 
+    labels are IGNORE_INDEX but where the next token is one of an answer; there answer, int64
+    (micro_batch, slice), is the row of `AnswerSums.sums` that it counts in, elsewhere -1.
     first_apart: the first token belongs to a document before it, which the text does not see. A
-    sample of bare ids is one document in any case, as it is in data of `megalong.evals.dataset`,
-    which only such models know."""
+    sample of bare ids is one document in any case, as it is in data of `write_dataset`.
+    """
     start, stop = sequence_range
     apart = first_apart and not isinstance(trials.language, Ids)
     beside = {"document_start": starts_behind_first(micro_batch_size, start, stop)} if apart else {}
     for batch in range(num_task_batches(trials, micro_batch_size, data_parallel_size)):
         first = (batch * data_parallel_size + data_parallel_rank) * micro_batch_size
-        tokens = np.zeros((micro_batch_size, stop - start), dtype=np.int64)
-        labels, rows = np.full_like(tokens, IGNORE_INDEX), np.full_like(tokens, -1)
+        shape = micro_batch_size, stop - start
+        tokens, labels, rows = (np.full(shape, x, np.int64) for x in (0, IGNORE_INDEX, -1))
         for row, number in enumerate(range(first, min(first + micro_batch_size, trials.samples))):
             sample = trials.sample(number).tokens
             part = sample[start:stop]
@@ -128,7 +128,7 @@ def task_batches(
 
 
 def num_task_batches(trials: Trials, micro_batch_size: int, data_parallel_size: int) -> int:
-    """Micro batches that task_batches() yields on every rank."""
+    """Return how many micro batches task_batches() yields on every rank."""
     return -(-trials.samples // (micro_batch_size * data_parallel_size))
 
 
@@ -143,7 +143,7 @@ _CHUNK = 256  # samples that are written at once
 
 
 def data_salt(seed: int) -> str:
-    """Of `Trials`: samples to train on, drawn apart from those of evaluations."""
+    """Return the salt of samples to train on, drawn apart from those of evaluations."""
     return f"data {seed}"
 
 
@@ -157,18 +157,16 @@ def write_dataset(
     overwrite: bool = False,
     on_samples: Callable[[int], object] = lambda count: None,
 ) -> None:
-    """Writes PREFIX.bin, .idx and .json: the first sample of each of these trials, the second of
-    each, and so on, a document each.
+    """Write PREFIX.bin, .idx and .json: the first sample of each of these trials, the second of
+    each, and so on, a document each; with a PREFIX.loss unless `loss`, of LOSSES, is "all".
 
-    loss: which tokens count, one of LOSSES; but for "all" with a PREFIX.loss
-    (`megalong.data.loss_mask`). description: what PREFIX.json says besides. on_samples: hears how
-    many more are written.
+    description: what PREFIX.json says besides. on_samples: hears how many more are written.
     Raises UserError where an output is there already and `overwrite` is not set.
     """
     dtype, counts_of = token_dtype(tokenizer.vocab_size), LOSSES[loss]
     masks = counts_of is not None
-    order = [(one, i) for i in range(max(t.samples for t in trials)) for one in trials]
-    order = [(one, i) for one, i in order if i < one.samples]
+    numbers = range(max(one.samples for one in trials))
+    order = [(one, i) for i in numbers for one in trials if i < one.samples]
     with DocumentWriter(prefix, dtype, overwrite=overwrite, masks_loss=masks) as writer:
         for start in range(0, len(order), _CHUNK):
             samples = [one.sample(i) for one, i in order[start : start + _CHUNK]]
@@ -176,11 +174,5 @@ def write_dataset(
             counts = np.concatenate(list(map(counts_of, samples))) if masks else None
             writer.add(tokens, [len(sample.tokens) for sample in samples], counts)
             on_samples(len(samples))
-        writer.commit(
-            {
-                "tokenizer_sha256": tokenizer.fingerprint,
-                "vocab_size": tokenizer.vocab_size,
-                "eod": tokenizer.eod,
-                **description,
-            }
-        )
+        about = {"tokenizer_sha256": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
+        writer.commit({**about, "eod": tokenizer.eod, **description})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -9,7 +10,6 @@ from megalong.config import Config
 from megalong.config.attention import PATTERN_FIELDS
 from megalong.config.flags import flag_name, shown
 from megalong.data.tokenizers.tokenizer import Tokenizer
-from megalong.hf.rotary_configs import rotary_values
 from megalong.utils.errors import UserError
 
 # Transformers' and torch's names of number formats, and what training's --precision is of them.
@@ -30,13 +30,6 @@ _SETTINGS = {
     "position_embedding_type": "position_embedding_type",
     "xpos_scale_base": "xpos_scale_base",
 }
-# Those that the folders of earlier versions have not.
-_ADDED = {
-    "qkv_bias": False,
-    "qk_norm": False,
-    "sub_layer_norm": False,
-    "xpos_scale_base": 512,
-}
 
 
 def model_classes(objective: str) -> dict[str, Any]:
@@ -55,13 +48,13 @@ def model_classes(objective: str) -> dict[str, Any]:
 def longnet_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     """The fields of LongNetConfig for a model of ours, trained with this tokenizer; config:
     resolved."""
-    model = config.model
+    model, kinds = config.model, config.attention.attention
     return {
         **_common(config, tokenizer),
         **({"rope_parameters": model.rope_parameters} if model.has_rotary_positions else {}),
         **{theirs: getattr(model, ours) for ours, theirs in _SETTINGS.items()},
         **{name: _as_json(getattr(config.attention, name)) for name in PATTERN_FIELDS},
-        "attention": _kinds(config.attention.attention),
+        "attention": kinds[0] if len(kinds) == 1 else list(kinds),
         "document_attention": config.data.document_attention,
         "causal": config.training.causal,
     }
@@ -141,10 +134,6 @@ def _is_plain(config: Config, biases: tuple[bool, ...]) -> bool:
     return all(getattr(config.model, name) == value for name, value in fields.items())
 
 
-def _kinds(attention: tuple[str, ...]) -> str | list[str]:
-    return attention[0] if len(attention) == 1 else list(attention)
-
-
 def _as_json(value: Any) -> Any:
     """Lists for tuples."""
     return [_as_json(item) for item in value] if isinstance(value, tuple) else value
@@ -162,7 +151,7 @@ def megalong_values(
     model_type = config.get("model_type")
     try:
         if model_type == "longnet":
-            return _from_longnet(_ADDED | config, where, scalings)
+            return _from_longnet(config, where, scalings)
         if model_type in LLAMA_FAMILY:
             return _from_llama(config, where, scalings)
     except KeyError as missing:
@@ -174,14 +163,13 @@ def megalong_values(
 
 
 def _from_longnet(config: dict[str, Any], where: str, scalings: Collection[str]) -> dict[str, Any]:
-    pattern = {name: config[name] for name in PATTERN_FIELDS if name in config}
     return {
         **_sizes(config),
         **{ours: config[theirs] for ours, theirs in _SETTINGS.items()},
-        **_longnet_positions(config, where, scalings),
-        **pattern,
-        "document_attention": config.get("document_attention", "mixed"),
-        "objective": "causal" if config.get("causal", True) else "mlm",
+        **(rotary_values(config, where, scalings) if "rope_parameters" in config else {}),
+        **{name: config[name] for name in PATTERN_FIELDS if name in config},
+        "document_attention": config["document_attention"],
+        "objective": "causal" if config["causal"] else "mlm",
         "init_method_std": config["initializer_range"],
     }
 
@@ -205,14 +193,13 @@ LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def _from_llama(config: dict[str, Any], where: str, scalings: Collection[str]) -> dict[str, Any]:
-    def refuse(what: str) -> None:
-        raise UserError(f"{where}: {what}, which megalong's model has not")
-
+    bias, refused = bool(config.get("attention_bias")), None
     if config.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act is {config['hidden_act']} and not silu")
-    bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
-    if bias != mlp_bias:
-        refuse("only one of attention_bias and mlp_bias is set: biases in some linear layers")
+        refused = f"hidden_act is {config['hidden_act']} and not silu"
+    elif bias != bool(config.get("mlp_bias")):
+        refused = "only one of attention_bias and mlp_bias is set: biases in some linear layers"
+    if refused:
+        raise UserError(f"{where}: {refused}, which megalong's model has not")
     return {
         **_windows(config),
         **_sizes(config),
@@ -246,11 +233,155 @@ def _windows(config: dict[str, Any]) -> dict[str, Any]:
     return {"attention": names[:period], "window_size": window}
 
 
-def _longnet_positions(
-    config: dict[str, Any], where: str, scalings: Collection[str]
+# What a scaling has in Transformers' file, besides what all have.
+_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_KEYS = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+    },
+    "yarn": {
+        "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
+        "mscale", "mscale_all_dim", "truncate",
+    },
+}  # fmt: skip
+# Those whose frequencies change with what is read, so that no training has just them.
+_CHANGING = {
+    "dynamic": "the base grows with the length that is read. Up to its max_position_embeddings it"
+    " is the same model without that: take it out of the file, or set --rotary-ntk-factor for"
+    " training beyond them",
+    "longrope": "there are other frequencies for inputs up to the original length than beyond it."
+    " Without the scaling (take it out of the file, or set another) it is another model",
+}
+# The flag of each kind.
+_FACTORS = {
+    "linear": "rotary_seq_len_interpolation_factor",
+    "llama3": "rope_scaling_factor",
+    "yarn": "yarn_rotary_scaling_factor",
+}
+# What published files have besides, and changes no frequency.
+_NOTES = {"finetuned"}
+
+
+def rotary_values(
+    config: dict[str, Any], where: str, instead: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Those of one of our exports. Earlier versions had our own names for them."""
-    if "rope_parameters" in config:
-        return rotary_values(config, where, scalings)
-    names = ("rotary_base", "rope_scaling_factor", "rope_original_length")
-    return {name: config[name] for name in names if name in config}
+    """The fields of megalong's configuration, by name, for the rotary positions of a config.json.
+
+    Transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling; either is
+    read as Transformers 5 does. where: the file, for errors. instead: factors of scalings, of
+    `megalong.config.rope.FACTORS`, that take the place of the file's: of one of another kind the
+    base alone is read. Raises UserError for positions that megalong has not, and where the factor
+    is missing.
+    """
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    _check_channels(rope, config, where)
+    if _FACTORS.get(kind) in instead:  # which is taken, whatever the file has
+        rope.setdefault("factor", 1.0)
+    replaced = instead and kind != "default" and _FACTORS.get(kind) not in instead
+    if replaced:
+        kind = "default"
+    else:
+        _check_kind(kind, rope, where)
+    base = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+    values = {"rotary_base": _number(base, "rope_theta", where)}
+    if kind == "linear":
+        factor = _number(rope["factor"], "factor", where, least=1.0)
+        values["rotary_seq_len_interpolation_factor"] = factor
+    if kind == "llama3":
+        values["rope_scaling_factor"] = _number(rope["factor"], "factor", where, least=1.0)
+        values["rope_original_length"] = _original_length(rope, config, where)
+        low, high = _turns("low_freq_factor", 1, "high_freq_factor", 4, rope, where)
+        values |= {"rope_low_freq_factor": low, "rope_high_freq_factor": high}
+    if kind == "yarn":
+        values |= _yarn(rope, config, where)
+    return values
+
+
+def _number(value: Any, name: str, where: str, least: float = 0.0) -> float:
+    """A number of the file. Raises UserError where it is none, not positive or below the least."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and 0 < value < math.inf and value >= least):
+        raise UserError(
+            f"{where}: {name} is {value!r}, and has to be a number"
+            f" {f'of at least {least:g}' if least else 'above 0'}"
+        )
+    return float(value)
+
+
+def _check_channels(rope: dict[str, Any], config: dict[str, Any], where: str) -> None:
+    layers = [name for name, value in rope.items() if isinstance(value, dict)]
+    if layers:
+        raise UserError(
+            f"{where}: rotary positions are others in layers of the kinds {', '.join(layers)}, and"
+            " megalong has the same in all layers"
+        )
+    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise UserError(
+            f"{where}: partial_rotary_factor is {partial}; megalong's positions turn all channels"
+        )
+
+
+def _check_kind(kind: Any, rope: dict[str, Any], where: str) -> None:
+    if kind not in _KEYS:
+        why = _CHANGING.get(
+            kind,
+            "megalong has those of plain RoPE, linear, llama3 and yarn. Without the scaling (take"
+            " it out of the file) it is another model, good up to its original length",
+        )
+        raise UserError(f"{where}: rotary positions are scaled in the way {kind!r}: {why}")
+    if "factor" in _KEYS[kind] and "factor" not in rope:
+        raise UserError(
+            f"{where}: rotary positions of the kind {kind} have no factor: write it there, or set"
+            f" {flag_name(_FACTORS[kind])}"
+        )
+    given = {name for name, value in rope.items() if value is not None}
+    unknown = given - _COMMON - _NOTES - _KEYS[kind]
+    if unknown:
+        raise UserError(
+            f"{where}: rotary positions of the kind {kind} have {', '.join(sorted(unknown))}, which"
+            " megalong does not know: take out of the file what is not about frequencies"
+        )
+
+
+def _original_length(rope: dict[str, Any], config: dict[str, Any], where: str) -> int:
+    """The length before the scaling, where Transformers looks for it."""
+    name = "original_max_position_embeddings"
+    length = config.get(name) or rope.get(name) or config["max_position_embeddings"]
+    return int(_number(length, name, where, least=1.0))
+
+
+def _turns(
+    slow: str, slow_default: int, fast: str, fast_default: int, rope: dict[str, Any], where: str
+) -> tuple[float, float]:
+    """Return the turns in the original length below and above which pairs of channels are slow and
+    fast, by their names in the file."""
+    low = _number(slow_default if rope.get(slow) is None else rope[slow], slow, where)
+    high = _number(fast_default if rope.get(fast) is None else rope[fast], fast, where)
+    if high <= low:
+        raise UserError(f"{where}: {fast} is {high:g}, and has to be more than {slow}, {low:g}")
+    return low, high
+
+
+def _yarn(rope: dict[str, Any], config: dict[str, Any], where: str) -> dict[str, Any]:
+    original, factor = _original_length(rope, config, where), rope["factor"]
+    if factor is None:  # as Transformers
+        factor = config["max_position_embeddings"] / original
+    slow, fast = _turns("beta_slow", 1, "beta_fast", 32, rope, where)
+    values = {
+        "yarn_rotary_scaling_factor": _number(factor, "factor", where, least=1.0),
+        "yarn_original_max_position_embeddings": original,
+        "yarn_beta_fast": fast,
+        "yarn_beta_slow": slow,
+        "yarn_correction_range_round_to_int": bool(rope.get("truncate", True)),
+    }
+    mscales = {name: rope.get(name) for name in ("mscale", "mscale_all_dim")}
+    if rope.get("attention_factor") is not None:
+        own = _number(rope["attention_factor"], "attention_factor", where)
+        values["yarn_attention_factor"] = own
+    elif all(mscales.values()):  # one alone has no effect
+        values |= {f"yarn_{name}": _number(x, name, where) for name, x in mscales.items()}
+    return values

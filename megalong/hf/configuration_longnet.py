@@ -5,10 +5,15 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from .pattern import DilatedPattern
-from .rope_scaling import rope_frequencies
+from megalong.attention.pattern import DilatedPattern
+from megalong.model.rope_scaling import rope_frequencies
 
 KINDS = ("dilated", "dense", "local", "sparse")
+_CHOICES = {
+    "normalization": ("RMSNorm", "LayerNorm"),
+    "position_embedding_type": ("rope", "xpos", "none"),
+    "document_attention": ("mixed", "isolated"),
+}
 
 
 class LongNetConfig(PreTrainedConfig):
@@ -82,8 +87,6 @@ class LongNetConfig(PreTrainedConfig):
         if self.segment_lengths is None:
             self.segment_lengths = [self.max_position_embeddings]
             self.dilation_rates = [1]
-        if self.rope_parameters is None:
-            self.rope_parameters = _rope_of_earlier_versions(kwargs)
         super().__post_init__(**kwargs)
         if self.position_embedding_type == "none":
             self.rope_parameters = None  # Transformers' default, which it checks against head_dim
@@ -94,15 +97,9 @@ class LongNetConfig(PreTrainedConfig):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of"
                 f" num_key_value_heads ({self.num_key_value_heads})"
             )
-        for name, known in (
-            ("normalization", ("RMSNorm", "LayerNorm")),
-            ("position_embedding_type", ("rope", "xpos", "none")),
-            ("document_attention", ("mixed", "isolated")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
-                )
+        for name, known in _CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         for name in ("window_size", "sparse_block_size", "sparse_columns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -142,23 +139,3 @@ class LongNetConfig(PreTrainedConfig):
             pattern = DilatedPattern(*fields, layer)
         offsets = pattern.offsets(heads, kv_heads)
         return [(*branch, list(row)) for branch, row in zip(pattern.branches, offsets, strict=True)]
-
-
-def _rope_of_earlier_versions(fields: dict) -> dict | None:
-    """`rope_parameters` of a config.json that has our own first names for them, which are taken out
-    of its fields; None where it has none of these."""
-    base = fields.pop("rotary_base", None)
-    factor = fields.pop("rope_scaling_factor", None)
-    length = fields.pop("rope_original_length", 8192)
-    if base is None and factor is None:
-        return None
-    plain = {"rope_type": "default", "rope_theta": 10000.0 if base is None else base}
-    if factor is None:
-        return plain
-    return plain | {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": length,
-    }

@@ -27,12 +27,11 @@ CHUNK = 8192  # tokens that a LongNet reads at once
 def hidden_states(
     loaded: LoadedModel, tokens: torch.Tensor, one_document: bool = False
 ) -> Iterator[torch.Tensor]:
-    """The hidden states of one sequence, (positions, hidden_size), a chunk after the other.
+    """Yield the hidden states of one sequence, (positions, hidden_size), a chunk after the other.
 
     tokens: ids, (1, positions). A LongNet keeps of the past what its cache does, so that memory
     does not grow with the length; other models, and dense attention, read all at once.
-    one_document: all of it is one for a LongNet that keeps documents apart, whatever tokens end one
-    elsewhere.
+    one_document: whatever tokens end a document elsewhere.
     """
     loaded.check_length(tokens.shape[1])
     base = loaded.model.base_model
@@ -143,15 +142,8 @@ def losses_by_prompt(
     results = []
     for prompt, found in losses.items():
         mean = torch.cat(found).double().mean().item()
-        results.append(
-            {
-                "prompt": prompt,
-                "suffix": suffix,
-                "tokens": suffix * len(found),
-                "loss": mean,
-                "perplexity": perplexity(mean),
-            }
-        )
+        result = {"prompt": prompt, "suffix": suffix, "tokens": suffix * len(found), "loss": mean}
+        results.append(result | {"perplexity": perplexity(mean)})
     return results
 
 
@@ -174,11 +166,8 @@ def task_score(
         done = 0
         for hidden in hidden_states(loaded, ids[:, :-1], one_document):
             places, rows = sums.places(number, done, done + len(hidden))
-            for some, of_answers in zip(
-                torch.tensor(places).split(LOGIT_ROWS),
-                torch.tensor(rows).split(LOGIT_ROWS),
-                strict=True,
-            ):
+            chunks = (torch.tensor(x).split(LOGIT_ROWS) for x in (places, rows))
+            for some, of_answers in zip(*chunks, strict=True):
                 if not len(some):
                     continue
                 logits = head(hidden[(some - done).to(hidden.device)]).float()
@@ -221,12 +210,8 @@ def passkey(
         logits = loaded.model.get_output_embeddings()(tail).float()
         found += bool((logits.argmax(-1) == ids[0, -answer:]).all())
         losses.append(F.cross_entropy(logits, ids[0, -answer:]).item())
-    return {
-        "length": length,
-        "depth": depth,
-        "accuracy": found / trials,
-        "loss": sum(losses) / trials,
-    }
+    result = {"length": length, "depth": depth, "accuracy": found / trials}
+    return result | {"loss": sum(losses) / trials}
 
 
 def _passkey_tokens(

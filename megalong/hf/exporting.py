@@ -3,7 +3,9 @@ time, without a GPU."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -18,6 +20,9 @@ import megalong
 from megalong.attention import pattern
 from megalong.checkpoint.reading import StoredModel
 from megalong.config import Config
+from megalong.checkpoint.stored_model import StoredModel
+from megalong.config import Config, RunConfig
+from megalong.config.arguments import to_yaml
 from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megalong.hf.configs import (
     DTYPE_OF_PRECISION,
@@ -25,21 +30,17 @@ from megalong.hf.configs import (
     model_classes,
     plain_config,
 )
-from megalong.hf.model_card import model_card
 from megalong.hf.names import Entry, check_names, check_shape, check_vocabulary, entries
+from megalong.hf.tokenizer_files import check_tokenizer, export_tokenizer, open_tokenizer
 from megalong.model import rope_scaling
-from megalong.model.parameters import count_parameters
+from megalong.model.parameters import ParameterCount, count_parameters
 from megalong.utils.errors import UserError
 from megalong.utils.files import written_aside
 from megalong.utils.progress import progress_bar
 
-# The code that travels with a model. Of the pattern, and of the rotary frequencies, there is one
-# file only, that of the training.
-MODEL_FILES = (
-    *sorted(Path(__file__).parent.glob("*_longnet.py")),
-    Path(pattern.__file__),
-    Path(rope_scaling.__file__),
-)
+# The code that travels with a model, and what it has from the training's, which goes beside it.
+MODEL_FILES = tuple(sorted(Path(__file__).parent.glob("*_longnet.py")))
+SHARED_MODULES = (pattern, rope_scaling)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
 
 
@@ -57,11 +58,10 @@ def export(
     """Write a checkpoint as a folder for `AutoModelForCausalLM.from_pretrained`, or, of a
     masked-language model, `AutoModelForMaskedLM`.
 
-    load: run folder, or one checkpoint's. output: the folder. dtype: of the weights; None is
-    the precision of the training. tokenizer_model: the tokenizer, if not the one in the checkpoint.
-    verify: compare the checkpoint with its hashes first.
-    overwrite: replace an earlier export. model_type: of `configs.MODEL_TYPES`; others than longnet
-    are for dense models, and Transformers has their code.
+    load: run folder, or one checkpoint's. dtype: None is the precision of the training.
+    tokenizer_model: None is the one in the checkpoint. verify: compare the checkpoint with its
+    hashes first. overwrite: replace an earlier export. model_type: of `configs.MODEL_TYPES`; others
+    than longnet are for dense models, and Transformers has their code.
     Returns the provenance that the folder records, "parameters" (how many, in words) and "files".
     Raises UserError or OSError naming what is wrong.
     """
@@ -72,8 +72,6 @@ def export(
     tokenizer_model = tokenizer_model or checkpoint.tokenizer_model
     with written_aside(output, replaces=overwrite and _is_export(output)) as folder:
         if with_tokenizer:
-            from megalong.hf.tokenizer_files import export_tokenizer, open_tokenizer
-
             tokenizer = export_tokenizer(
                 config.data.tokenizer_type,
                 tokenizer_model,
@@ -84,15 +82,17 @@ def export(
             )
             pad = open_tokenizer(folder).pad_token_id
         else:
-            tokenizer = build_tokenizer(
-                config.data.tokenizer_type, tokenizer_model, not config.training.causal
-            )
-            pad = None
+            kind, with_mask = config.data.tokenizer_type, not config.training.causal
+            tokenizer, pad = build_tokenizer(kind, tokenizer_model, with_mask), None
         table = entries(config.model, tokenizer.vocab_size)
         check_vocabulary(str(checkpoint.folder), table, tokenizer.vocab_size, checkpoint.shapes)
         parameters = count_parameters(config.model, tokenizer.vocab_size)
         provenance = _provenance(checkpoint, config)
-        fields = _fields(config, tokenizer, model_type)
+        if model_type == "longnet":
+            fields = longnet_config(config, tokenizer)
+            fields |= {"model_type": model_type, **model_classes(config.training.objective)}
+        else:
+            fields = plain_config(config, tokenizer, model_type)
         if pad is not None:
             fields["pad_token_id"] = pad
         _write_json(folder / "config.json", {**fields, "dtype": dtype, "megalong": provenance})
@@ -103,8 +103,8 @@ def export(
             names = ("bos_token_id", "eos_token_id", "pad_token_id")
             tokens = {name: fields[name] for name in names}
             _write_json(folder / "generation_config.json", {**tokens, "do_sample": False})
-        for file in MODEL_FILES if model_type == "longnet" else ():
-            shutil.copy(file, folder / file.name)
+        if model_type == "longnet":
+            copy_model_files(folder)
         for file in folder.glob("*.safetensors"):
             shutil.copymode(folder / "config.json", file)  # safetensors makes them private
         card = model_card(config, provenance, parameters, dtype, model_type)
@@ -112,19 +112,20 @@ def export(
     return {**provenance, "parameters": str(parameters), "files": files}
 
 
-def _fields(config: Config, tokenizer: Tokenizer, model_type: str) -> dict[str, Any]:
-    """What config.json says of the model."""
-    if model_type != "longnet":
-        return plain_config(config, tokenizer, model_type)
-    classes = model_classes(config.training.objective)
-    return {**classes, "model_type": "longnet", **longnet_config(config, tokenizer)}
+def copy_model_files(folder: Path) -> None:
+    """Write the code of a model there: files that import each other, torch and Transformers."""
+    for file in (*MODEL_FILES, *(Path(module.__file__) for module in SHARED_MODULES)):
+        code = file.read_text()
+        for module in SHARED_MODULES:
+            code = code.replace(
+                f"from {module.__name__} ", f"from .{module.__name__.split('.')[-1]} "
+            )
+        (folder / file.name).write_text(code)
 
 
 def _check_its_tokenizer(tokenizer: Tokenizer, folder: Path, model_type: str) -> None:
     """Raise UserError where Transformers, which asks config.json too, reads the tokenizer there as
     another one: for qwen2 it takes the class of Qwen2's, whatever the files say."""
-    from megalong.hf.tokenizer_files import check_tokenizer
-
     try:
         check_tokenizer(tokenizer, folder)
     except UserError as error:
@@ -171,7 +172,7 @@ def _write_weights(
     )
     for entry in table:
         check_shape(entry.name, entry.shape, checkpoint.shapes[entry.name])
-    shards = _plan_shards([list(entry.parts.items()) for entry in table], dtype, shard_bytes)
+    shards = _plan_shards(table, dtype, shard_bytes)
     files = ["model.safetensors"]
     if len(shards) > 1:
         files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
@@ -186,10 +187,9 @@ def _write_weights(
             shard = {name: ready.pop(name) for name in sorted(names)}
             save_file(shard, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
-        total = sum(_numel(shape) for entry in table for shape in entry.parts.values())
-        where = {
-            name: file for file, names in zip(files, shards, strict=True) for name in sorted(names)
-        }
+        total = sum(math.prod(shape) for entry in table for shape in entry.parts.values())
+        there = zip(files, shards, strict=True)
+        where = {name: file for file, names in there for name in sorted(names)}
         index = {"metadata": {"total_size": total * dtype.itemsize}, "weight_map": where}
         _write_json(folder / "model.safetensors.index.json", index)
     return len(files)
@@ -205,21 +205,17 @@ def _converted(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Ten
     return converted
 
 
-def _plan_shards(groups: list[list], dtype: torch.dtype, shard_bytes: int) -> list[set[str]]:
-    """Which tensors go into which file, in the order in which they will be read."""
+def _plan_shards(table: list[Entry], dtype: torch.dtype, shard_bytes: int) -> list[set[str]]:
+    """Return the tensors of each file, in the order in which they will be read."""
     shards, room = [set()], shard_bytes
-    for name, shape in (part for group in groups for part in group):
-        size = _numel(shape) * dtype.itemsize
+    for name, shape in (part for entry in table for part in entry.parts.items()):
+        size = math.prod(shape) * dtype.itemsize
         if size > room and shards[-1]:
             shards.append(set())
             room = shard_bytes
         shards[-1].add(name)
         room -= size
     return shards
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
 
 
 def _provenance(checkpoint: StoredModel, config: Config) -> dict[str, Any]:
@@ -239,3 +235,151 @@ def _provenance(checkpoint: StoredModel, config: Config) -> dict[str, Any]:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: {pipeline}
+tags: [{tags}]
+---
+
+# {name}
+
+{what}, pretrained with
+megalong: {parameters} in {dtype}, {layers} layers, {attention}. It was trained on
+sequences of {seq_length:,} tokens.
+
+{use}
+
+## Where it comes from
+
+| | |
+|---|---|
+| checkpoint | `{checkpoint}` |
+| iteration | {iteration:,} |
+| tokens of training | {tokens:,} |
+| precision of training | {training_precision} |
+| converted with | {versions} |
+
+The training's configuration, where it differs from megalong's defaults:
+
+```yaml
+{config}```
+"""
+
+
+_PAPER = "([arXiv 2307.02486](https://arxiv.org/abs/2307.02486))"
+
+_CAUSAL = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+The model's code is in this folder; it needs torch and transformers (5.24 or later) only. A text may
+name special tokens: `text + tokenizer.eos_token` ends a document; with `split_special_tokens=True`
+names are plain text, as they were in the training. The cache
+keeps what later tokens can still attend to: KEPT. With `prefill_chunk_size`
+`generate` reads a long prompt in chunks, in bounded memory; any size gives the same. With labels
+the loss of a long sequence is computed in chunks and comes without logits, unless `logits_to_keep`
+asks for some."""
+
+_MASKED = """\
+```python
+from transformers import pipeline
+
+fill = pipeline("fill-mask", FOLDER, trust_remote_code=True)
+print(fill(f"Once upon a {{fill.tokenizer.mask_token}}"))
+```
+
+The model's code is in this folder; it needs torch and transformers (5.24 or later) only. Attention
+looks both ways."""
+
+_EXACT = """
+The attention is the exact one, in PyTorch's operators, whether `attn_implementation`
+says `eager` or `sdpa`; `output_attentions=True` gives its weights, of up to 8,192 tokens."""
+
+_PLAIN = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = AutoModelForCausalLM.from_pretrained(FOLDER)
+```
+
+Its layers are those of Transformers' model type {model_type}, and need no code besides."""
+
+_APART = """
+
+The model was trained on documents that share a sequence without seeing each other: what stands
+behind an end-of-document token does not see what is before it."""
+
+_NOT_APART = """
+
+The model was trained on documents that share a sequence without seeing each other
+(`--document-attention isolated`), which Transformers' class does not know: there, what stands
+behind an end-of-document token sees what is before it. Give each document a sequence of its own."""
+
+_KEPT = {  # by kind of attention
+    "dilated": "of dilated attention at most the sum of segment length / dilation rate rows,"
+    " however long the sequence",
+    "local": "of local attention its window",
+    "sparse": "of sparse attention a block, and the columns of all before it",
+    "dense": "of dense attention everything",
+}
+
+
+def model_card(
+    config: Config,
+    provenance: dict[str, Any],
+    parameters: ParameterCount,
+    dtype: str,
+    model_type: str,
+) -> str:
+    """The text of README.md in an exported folder; model_type: of `configs.MODEL_TYPES`."""
+    versions = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())
+    causal = config.training.causal
+    tags, what = "megalong", "A dense language model"
+    apart = config.data.isolates_documents
+    use = _PLAIN.format(model_type=model_type) + (_NOT_APART if apart else "")
+    if model_type == "longnet":
+        tags = "longnet, dilated-attention, megalong"
+        what = f"A LongNet {'' if causal else 'masked-'}language model {_PAPER}"
+        kept = ", ".join(_KEPT[kind] for kind in config.attention.kinds)
+        use = _CAUSAL.replace("KEPT", kept) if causal else _MASKED.format()
+        use += (_APART if apart else "") + _EXACT
+    return _CARD.format(
+        pipeline="text-generation" if causal else "fill-mask",
+        tags=tags,
+        what=what,
+        use=use,
+        name=provenance["checkpoint"].split("/")[0],
+        dtype=dtype,
+        layers=config.model.num_layers,
+        attention=config.attention.description,
+        seq_length=config.model.seq_length,
+        config=to_yaml(_without_paths(config), leave_out="defaults"),
+        parameters=parameters,
+        **(provenance | {"versions": versions}),
+    )
+
+
+def _without_paths(config: Config) -> Config:
+    """The configuration without the folders of the machine that it ran on."""
+    names = {
+        name: Path(path).name
+        for name in ("data_blend", "tokenizer_model")
+        if (path := getattr(config.data, name)) is not None
+    }
+    paths = {
+        name: tuple(re.sub(r"[^=]*/", "", word) for word in words)  # NAME=/a/path is NAME=path
+        for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+        if (words := getattr(config.data, name)) is not None
+    }
+    data = dataclasses.replace(config.data, data_cache_path=None, **names, **paths)
+    return dataclasses.replace(config, data=data, run=RunConfig())

@@ -91,7 +91,11 @@ def import_model(source: Path, run_folder: Path, changes: dict[str, Any]) -> tup
     if "tokenizer_type" not in changes:
         values = {"prepend_bos": begins_with_bos(open_tokenizer(source))} | values
     given, config = _configuration(theirs, values, ids)
-    _check_rows(theirs, config, ids)
+    rows, here = theirs["vocab_size"], config.model.vocabulary_rows(ids)
+    if here < rows:
+        raise UserError(
+            f"--padded-vocab-size {here} is less than the model's {rows} rows: leave it out"
+        )
     weights = SafetensorsReader(source)
     table = {entry.name: entry for entry in entries(config.model, ids, theirs["vocab_size"])}
     _check_weights(source, theirs, weights, table)
@@ -180,15 +184,6 @@ def _vocabulary(rows: int, ids: int, values: dict[str, Any]) -> dict[str, int]:
     if ids == rows:
         return {"make_vocab_size_divisible_by": multiple or min(128, rows & -rows)}
     return {"padded_vocab_size": math.ceil(rows / (multiple or 1)) * (multiple or 1)}
-
-
-def _check_rows(theirs: dict[str, Any], config: Config, ids: int) -> None:
-    """Raise UserError where training would give the vocabulary fewer rows than the model has."""
-    rows, here = theirs["vocab_size"], config.model.vocabulary_rows(ids)
-    if here < rows:
-        raise UserError(
-            f"--padded-vocab-size {here} is less than the model's {rows} rows: leave it out"
-        )
 
 
 def _check_weights(

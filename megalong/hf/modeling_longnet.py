@@ -1,156 +1,39 @@
 """LongNet for Transformers: a Llama-like decoder with dilated attention, or an encoder like it.
 
 Travels in the exported folder (trust_remote_code); needs torch and transformers only. Modules are
-named as in Llama.
+named as in Llama. Positions, segments and offsets count from each sequence's first real token,
+wherever its padding is (`Padding`). Documents that share a row do not see each other (`Documents`).
 
-Positions, segments and offsets count from each sequence's first real token, wherever its padding is
-(`padding_longnet`).
-
-Documents that share a row do not see each other where `position_ids` restart at 0, nor, in a model
-that was trained so, behind the end of a document (`documents_longnet`).
-
-Shape letters: b batch, s sequence, h heads, d head_dim.
+Shape letters: b batch, s sequence, n rows (positions of all sequences), h heads or hidden size, d
+head_dim.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     MaskedLMOutput,
 )
 
-from .attention_longnet import attention, probabilities
-from .bidirectional_longnet import bidirectional_attention, bidirectional_probabilities
-from .cache_longnet import LongNetCache, LongNetCacheLayer
+from .attention_longnet import LongNetCache, LongNetCacheLayer
 from .configuration_longnet import LongNetConfig
-from .documents_longnet import Documents
-from .loss_longnet import is_divided, most_rows, next_token_loss
-from .padding_longnet import Padding
-from .parts_longnet import parts_of
-from .positions_longnet import check_length, rotary_angles, rotate, xpos_scales
+from .layers_longnet import LongNetDecoderLayer, make_norm
+from .positions_longnet import Documents, Padding, check_length, rotary_angles, xpos_scales
 
 TILE = 8192  # positions that go through a layer at once where nobody asks for a gradient
 MANY_LOGITS = 2**28  # more than so many are not made for a loss, nor unasked
-
-
-class LongNetRMSNorm(nn.Module):
-    """RMSNorm, computed in float32 whatever the model's dtype."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):
-        exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * F.rms_norm(exact, x.shape[-1:], eps=self.eps).to(x.dtype)
-
-
-def make_norm(config: LongNetConfig, size: int) -> nn.Module:
-    """The norm that the configuration names, of so many channels."""
-    norm = {"RMSNorm": LongNetRMSNorm, "LayerNorm": nn.LayerNorm}[config.normalization]
-    return norm(size, eps=config.norm_epsilon)
-
-
-def sub_layer_norm(config: LongNetConfig, size: int) -> nn.Module:
-    """What stands before a matrix that writes to the residual stream."""
-    return make_norm(config, size) if config.sub_layer_norm else nn.Identity()
-
-
-class LongNetAttention(nn.Module):
-    """Self-attention of the kind of one layer."""
-
-    def __init__(self, config: LongNetConfig, layer: int):
-        super().__init__()
-        self.head_dim = config.head_dim
-        hidden, heads, kv_heads = (
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-        )
-        bias = config.linear_bias or config.qkv_bias
-        self.parts, self.causal = parts_of(config, layer), config.causal
-        self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=config.linear_bias)
-        self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
-        self.attn_sub_norm = sub_layer_norm(config, heads * self.head_dim)
-
-    def forward(self, x, rotary, counts, documents, cache):
-        q, k = self._queries_and_keys(x, rotary)
-        v = self._heads(self.v_proj, x)
-        if not self.causal:
-            out = bidirectional_attention(q, k, v, self.parts, counts, documents)
-        elif cache is None:
-            first = None if documents is None else documents.first_bs
-            out, _ = attention(q, k, v, self.parts, first_bs=first)
-        else:
-            out = cache.attend(q, k, v, counts, documents)
-        return self.o_proj(self.attn_sub_norm(out.flatten(2)))
-
-    def probabilities(self, x, rotary, counts, documents):
-        """What each position attends to, (b, h, s, s), as `forward` without a cache does."""
-        q, k = self._queries_and_keys(x, rotary)
-        if not self.causal:
-            return bidirectional_probabilities(q, k, self.parts, counts, documents)
-        seen = None if documents is None else documents.seen(x.shape[1])
-        return probabilities(q, k, self.parts, seen)
-
-    def _queries_and_keys(self, x, rotary):
-        q, k = self._heads(self.q_proj, x), self._heads(self.k_proj, x)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
-            cos, sin, scales = rotary
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            if scales is not None:  # in float32
-                q, k = (q * scales).to(q.dtype), (k / scales).to(k.dtype)
-        return q, k
-
-    def _heads(self, projection, x):
-        return projection(x).unflatten(-1, (-1, self.head_dim))
-
-
-class LongNetMLP(nn.Module):
-    """SwiGLU, or GELU."""
-
-    def __init__(self, config: LongNetConfig):
-        super().__init__()
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.linear_bias
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias) if config.swiglu else None
-        self.up_proj = nn.Linear(hidden, inner, bias=bias)
-        self.ffn_sub_norm = sub_layer_norm(config, inner)
-        self.down_proj = nn.Linear(inner, hidden, bias=bias)
-
-    def forward(self, x):
-        if self.gate_proj is None:
-            x = F.gelu(self.up_proj(x))
-        else:
-            x = F.silu(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(self.ffn_sub_norm(x))
-
-
-class LongNetDecoderLayer(GradientCheckpointingLayer):
-    """Norm, attention, norm, MLP, with residuals."""
-
-    def __init__(self, config: LongNetConfig, layer: int):
-        super().__init__()
-        self.input_layernorm = make_norm(config, config.hidden_size)
-        self.self_attn = LongNetAttention(config, layer)
-        self.post_attention_layernorm = make_norm(config, config.hidden_size)
-        self.mlp = LongNetMLP(config)
-
-    def forward(self, x, rotary, counts, documents=None, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), rotary, counts, documents, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+CHUNK_LOGITS = 2**25  # logits of a loss that are held at once
 
 
 class LongNetPreTrainedModel(PreTrainedModel):
@@ -194,15 +77,12 @@ class LongNetModel(LongNetPreTrainedModel):
         Without gradients a layer takes `TILE` positions at a time, so that beyond the hidden states
         themselves memory does not grow with the length.
 
-        attention_mask: (b, s) or, with a cache, (b, all columns so far): 0 where there is padding.
-            Padding may be on either side, or between.
-        position_ids: (b or 1, s). Where they are 0, a document begins that sees nothing before it;
-            what they are elsewhere means nothing, as positions count on over the row. None: a row
-            is one document but, if the configuration's document_attention is "isolated", for what
-            its end-of-sequence (and beginning-of-sequence) tokens divide, which counts in any case.
-        output_attentions: of each layer what each position attends to, (b, h, s, s): zero where its
-            pattern, the future, padding or another document is. Of at most `TILE` positions, and
-            without a cache, which has not all of the past.
+        attention_mask: (b, s) or, with a cache, (b, all columns so far): 0 where there is padding,
+            on either side, or between.
+        position_ids: (b or 1, s), 0 where a document begins that sees nothing before it, and else
+            one more than before. If the configuration's document_attention is "isolated", its
+            end-of-sequence (and beginning-of-sequence) tokens divide documents in any case.
+        output_attentions: of each layer the weights, (b, h, s, s), of at most `TILE` positions.
         Raises ValueError for other masks and position_ids, for caches of other models, and where
             there are no attentions to give.
         """
@@ -210,11 +90,10 @@ class LongNetModel(LongNetPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = x.shape[:2]
-        keep = output_hidden_states or (
-            output_hidden_states is None and self.config.output_hidden_states
-        )
+        keep, config = output_hidden_states, self.config
+        keep = config.output_hidden_states if keep is None else keep
         if output_attentions is None:
-            output_attentions = self.config.output_attentions
+            output_attentions = config.output_attentions
         if output_attentions and (cache is not None or use_cache or length > TILE):
             raise ValueError(
                 f"output_attentions makes length x length numbers a head: give at most {TILE}"
@@ -300,18 +179,94 @@ class LongNetModel(LongNetPreTrainedModel):
         return out
 
     def _rotary(self, starts, length, device):
-        if self.config.position_embedding_type == "none":
+        kind, asked = self.config.position_embedding_type, (self.config, starts, length, device)
+        if kind == "none":
             return None
-        scales = None
-        if self.config.position_embedding_type == "xpos":
-            scales = xpos_scales(self.config, starts, length, device)
-        return *rotary_angles(self.config, starts, length, device), scales
+        return *rotary_angles(*asked), xpos_scales(*asked) if kind == "xpos" else None
 
 
-class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
-    """The language model: LongNetModel and the output layer."""
+def is_divided(module: nn.Module) -> bool:
+    """Whether DeepSpeed has divided the module's parameters among the ranks (ZeRO 3). These meet
+    whenever a module runs: all have to run it equally often, whatever the length of their input."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
+def most_rows(head: nn.Module, hidden_bsh: torch.Tensor) -> int:
+    """How many rows the head gets at most on a rank that has to run it as often as this one."""
+    rows = hidden_bsh.shape[:2].numel()
+    if not is_divided(head):
+        return rows
+    most = torch.tensor(rows, device=hidden_bsh.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
+
+
+def next_token_loss(
+    head: nn.Module,
+    hidden_bsh: torch.Tensor,
+    labels_bs: torch.Tensor,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    """What Transformers' ForCausalLMLoss makes of the head's logits, at least in float32: the mean
+    cross entropy of each position's next label, or the sum over num_items_in_batch.
+
+    Logits exist for a chunk of rows, in the backward pass too, where the head runs again. The
+    gradients of the head's weights are summed over the chunks in at least float32, but under
+    DeepSpeed's ZeRO 3 in their own dtype.
+    """
+    labels_bs = F.pad(labels_bs, (0, 1), value=ignore_index)[:, 1:].to(hidden_bsh.device)
+    labels_n = labels_bs.flatten()
+    weights, graph = {}, torch.is_grad_enabled()
+    if graph and not is_divided(head):  # such weights are whole only while the head runs
+        # Views: of a leaf autocast keeps one low-precision copy, and sums its gradients in that.
+        weights = {
+            name: weight.view_as(weight).to(torch.promote_types(weight.dtype, torch.float32))
+            for name, weight in head.named_parameters()
+            if weight.requires_grad
+        }
+
+    def of_chunk(rows_nh, wanted_n):
+        narrow = {name: w.to(head.get_parameter(name).dtype) for name, w in weights.items()}
+        logits = functional_call(head, narrow, (rows_nh,))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, wanted_n, ignore_index=ignore_index, reduction="sum")
+
+    count = -(-most_rows(head, hidden_bsh) // max(CHUNK_LOGITS // vocab_size, 1))
+    ends = [len(labels_n) * number // count for number in range(count + 1)]
+    sizes = [end - start for start, end in pairwise(ends)]
+    total = 0.0
+    for chunk in zip(hidden_bsh.flatten(0, 1).split(sizes), labels_n.split(sizes), strict=True):
+        part = checkpoint(of_chunk, *chunk, use_reentrant=False) if graph else of_chunk(*chunk)
+        total = total + part
+    if num_items_in_batch is None:
+        return total / (labels_n != ignore_index).sum()
+    if torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
+
+
+class LongNetWithHead(LongNetPreTrainedModel):
+    """LongNetModel and the output layer."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: LongNetConfig):
+        super().__init__(config)
+        self.model = LongNetModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _loss_options(self, given: dict) -> dict:
+        unknown = given.keys() - {"num_items_in_batch", "ignore_index"}
+        if unknown:
+            raise TypeError(f"LongNet takes no {', '.join(sorted(unknown))}")
+        return given | {"vocab_size": self.config.vocab_size}
+
+
+class LongNetForCausalLM(LongNetWithHead, GenerationMixin):
+    """The language model."""
 
     def __init__(self, config: LongNetConfig):
         if not config.causal:
@@ -320,9 +275,6 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
                 ' pipeline("fill-mask") does'
             )
         super().__init__(config)
-        self.model = LongNetModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
     def forward(
         self,
@@ -347,19 +299,9 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         there are not those of all.
         position_ids: restart at 0 where another document begins (`LongNetModel.forward`).
         """
-        unknown = loss_options.keys() - {"num_items_in_batch", "ignore_index"}
-        if unknown:
-            raise TypeError(f"LongNet takes no {', '.join(sorted(unknown))}")
-        outputs = self.model(
-            input_ids,
-            attention_mask,
-            cache,
-            inputs_embeds,
-            use_cache,
-            output_hidden_states,
-            output_attentions,
-            position_ids,
-        )
+        loss_options = self._loss_options(loss_options)
+        given = input_ids, attention_mask, cache, inputs_embeds, use_cache
+        outputs = self.model(*given, output_hidden_states, output_attentions, position_ids)
         hidden, keep = outputs.last_hidden_state, logits_to_keep
         ours = labels is not None and self.loss_function is ForCausalLMLoss  # and nobody's own
         if keep is None:
@@ -368,19 +310,13 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden[:, slice(-keep, None) if isinstance(keep, int) else keep])
         loss = None
         if labels is not None:
-            loss_options["vocab_size"] = self.config.vocab_size
             whole = isinstance(keep, int) and logits.shape[1] == hidden.shape[1]
             if ours and not whole:
                 loss = next_token_loss(self.lm_head, hidden, labels, **loss_options)
             else:
                 loss = self.loss_function(logits=logits, labels=labels, **loss_options)
-        result = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        seen = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, cache=outputs.cache, **seen)
         return result if return_dict in (None, True) else result.to_tuple()
 
     @classmethod
@@ -397,18 +333,13 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             model_kwargs["cache"] = self.model.new_cache()
 
 
-class LongNetForMaskedLM(LongNetPreTrainedModel):
-    """The masked-language model: a bidirectional LongNetModel and the output layer."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+class LongNetForMaskedLM(LongNetWithHead):
+    """The masked-language model."""
 
     def __init__(self, config: LongNetConfig):
         if config.causal:
             raise ValueError("this LongNet is a causal model: load it with AutoModelForCausalLM")
         super().__init__(config)
-        self.model = LongNetModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
     def forward(
         self,
@@ -427,25 +358,12 @@ class LongNetForMaskedLM(LongNetPreTrainedModel):
 
         position_ids: restart at 0 where another document begins (`LongNetModel.forward`).
         """
-        unknown = loss_options.keys() - {"num_items_in_batch", "ignore_index"}
-        if unknown:
-            raise TypeError(f"LongNet takes no {', '.join(sorted(unknown))}")
-        outputs = self.model(
-            input_ids,
-            attention_mask,
-            inputs_embeds=inputs_embeds,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            position_ids=position_ids,
-        )
+        loss_options = self._loss_options(loss_options)
+        given = input_ids, attention_mask, None, inputs_embeds, None
+        outputs = self.model(*given, output_hidden_states, output_attentions, position_ids)
         logits, loss = self.lm_head(outputs.last_hidden_state), None
         if labels is not None:
-            loss_options["vocab_size"] = self.config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, **loss_options)
-        result = MaskedLMOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        seen = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        result = MaskedLMOutput(loss=loss, logits=logits, **seen)
         return result if return_dict in (None, True) else result.to_tuple()

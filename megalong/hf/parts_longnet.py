@@ -22,8 +22,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .attention_longnet import NEVER, causal_attention, range_attention
-from .pattern import column_starts
+from megalong.attention.pattern import column_starts
+
+from .attention_longnet import NEVER, range_attention, row_attention
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,23 @@ class Branch:
         return -(-self.length // self.rate)
 
     def attend(self, q_bshd, k_bskd, v_bskd, start: int, past, first_bs=None):
-        """Of the positions from `start` on: output and log-sum-exp, (b, s, h, d or 1), and the rows
-        of keys and of values for the next call. past: those of the last one. first: where the
-        documents begin, if there are any."""
+        """Causal attention of the positions from `start` on: output and log-sum-exp, (b, s, h, d or
+        1), and the rows of keys and of values for the next call. past: those of the last one.
+        first: where the documents begin, if there are any."""
+        bounds = () if first_bs is None else (first_bs,)
+        *result, rows = self._attend(q_bshd, k_bskd, v_bskd, start, past, bounds, causal=True)
+        if (start + q_bshd.shape[1]) % self.length == 0:  # the next position begins a segment
+            rows = [x.new_empty(len(q_bshd), x.shape[1], 0, x.shape[3]) for x in rows]
+        return *result, rows
+
+    def attend_both_ways(self, q_bshd, k_bskd, v_bskd, bounds):
+        """Attention of whole sequences: pairs of output and log-sum-exp, to be merged. bounds: the
+        places between which the keys of each query lie, (b, s) both, or none."""
+        return [self._attend(q_bshd, k_bskd, v_bskd, 0, None, bounds, causal=False)[:2]]
+
+    def _attend(self, q_bshd, k_bskd, v_bskd, start, past, bounds, causal):
         batch, count = q_bshd.shape[:2]
-        parts = []
+        parts, hidden_gn = [], None
         for first, segments, size, before in pieces(start, count, self.length):
             here = slice(first, first + segments * size)
             earlier = past if before else (None, None)
@@ -69,19 +82,18 @@ class Branch:
                 self.key_rows(x[:, here], segments, before, old)
                 for x, old in zip((k_bskd, v_bskd), earlier, strict=True)
             ]
-            low_fhm = None
-            if first_bs is not None:
-                low_fhm = self.rows_before(first_bs[:, here], start + first, segments, before)
+            ends = [self.rows_before(x[:, here], start + first, segments, before) for x in bounds]
+            if not causal:  # what fills up the segment
+                places = torch.arange(rows[0].shape[2], device=q_bshd.device) * self.rate
+                hidden_gn = places + self.offsets(q_bshd.device)[:, None] >= size
             queries = self.query_rows(q_bshd[:, here], segments, before)
-            results = causal_attention(queries, *rows, low_fhm)
+            results = row_attention(queries, *rows, ends, causal, hidden_gn)
             parts.append(
                 [
                     self.to_positions(x, batch, size, before, missing)
                     for x, missing in zip(results, (0.0, NEVER), strict=True)
                 ]
             )
-        if (start + count) % self.length == 0:  # the next position begins a segment
-            rows = [x.new_empty(batch, x.shape[1], 0, x.shape[3]) for x in rows]
         return *(torch.cat(x, 1) for x in zip(*parts, strict=True)), rows
 
     def writes(self, places_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,12 +133,13 @@ class Branch:
         """The rows that there have to be when a position is written."""
         return place % self.length // self.rate + 1
 
-    def pairs(self, length: int, device: torch.device) -> torch.Tensor:
-        """Which keys the queries see, later ones among them: (g, length, length)."""
+    def pairs(self, length: int, device: torch.device, causal: bool) -> torch.Tensor:
+        """Which keys the queries see, (g, length, length)."""
         positions = torch.arange(length, device=device)
         kept_gs = positions % self.length % self.rate == self.offsets(device)[:, None]
         segment_s = positions // self.length
-        return kept_gs[..., None] & kept_gs[:, None] & (segment_s[:, None] == segment_s)
+        seen_gss = kept_gs[..., None] & kept_gs[:, None] & (segment_s[:, None] == segment_s)
+        return seen_gss.tril() if causal else seen_gss
 
     def offsets(self, device: torch.device) -> torch.Tensor:
         """The offset of each stream, (g,)."""
@@ -250,6 +263,14 @@ class Window:
         kept = kept + (slots - kept) % self.size - first  # where the last positions are among keys
         return out.transpose(1, 2), lse.transpose(1, 2), [x[:, :, kept] for x in keys]
 
+    def attend_both_ways(self, q_bshd, k_bskd, v_bskd, bounds):
+        """As of a Branch."""
+        places = torch.arange(q_bshd.shape[1], device=q_bshd.device)
+        first, stop = places - self.size + 1, places + self.size
+        ends = first.clamp_min(0), stop.clamp_max(len(places))
+        bounds = [x[:, None] for x in bounds]
+        return _in_ranges(q_bshd, k_bskd.transpose(1, 2), v_bskd.transpose(1, 2), [ends], bounds)
+
     def writes(self, places_b):
         """As of a Branch."""
         rows_bg = (places_b % self.size)[:, None].expand(-1, self.kv_heads)
@@ -268,11 +289,12 @@ class Window:
     def room(self, place: int) -> int:
         return min(place + 1, self.size)
 
-    def pairs(self, length: int, device):
+    def pairs(self, length: int, device, causal: bool):
         """As of a Branch."""
         positions = torch.arange(length, device=device)
-        near = positions > positions[:, None] - self.size
-        return near.expand(self.kv_heads, -1, -1)
+        back = positions[:, None] - positions
+        near = back < self.size if causal else back.abs() < self.size
+        return (near.tril() if causal else near).expand(self.kv_heads, -1, -1)
 
 
 @dataclass(frozen=True)
@@ -321,6 +343,24 @@ class Columns:
         out, lse = range_attention(q_bshd.transpose(1, 2), *keys, low, stops)
         return out.transpose(1, 2), lse.transpose(1, 2), keys
 
+    def attend_both_ways(self, q_bshd, k_bskd, v_bskd, bounds):
+        """As of a Branch: the blocks before that of the query, and those after it."""
+        s, device = q_bshd.shape[1], q_bshd.device
+        starts, blocks = torch.tensor(self.starts, device=device), s // self.block
+        if blocks == 0:
+            return []
+        block = torch.arange(blocks, device=device) * self.block
+        inside = torch.arange(self.columns, device=device)
+        places_kn = (starts[:, None, None] + block[:, None] + inside).flatten(1)
+        heads = torch.arange(self.kv_heads, device=device)[:, None]
+        keys = [x.transpose(1, 2)[:, heads, places_kn] for x in (k_bskd, v_bskd)]
+        columns = blocks * self.columns
+        before = torch.arange(s, device=device) // self.block * self.columns
+        after = (before + self.columns).clamp_max(columns)  # where those of later blocks begin
+        ranges = [(torch.zeros_like(before), before), (after, torch.full_like(before, columns))]
+        bounds = [self.rows_before(x).clamp_max(columns) for x in bounds]
+        return _in_ranges(q_bshd, *keys, ranges, bounds)
+
     def writes(self, places_b):
         """As of a Branch."""
         inside_bg = (places_b % self.block)[:, None] - torch.tensor(
@@ -352,9 +392,21 @@ class Columns:
     def room(self, place: int) -> int:
         return (place // self.block + 1) * self.columns
 
-    def pairs(self, length: int, device):
+    def pairs(self, length: int, device, causal: bool):
         """As of a Branch."""
         positions = torch.arange(length, device=device)
         takes_sg, _ = self.writes(positions)
         block_s = positions // self.block
-        return takes_sg.T[:, None] & (block_s < block_s[:, None])
+        other = block_s < block_s[:, None]
+        if not causal:
+            other = (block_s != block_s[:, None]) & (block_s < length // self.block)
+        return takes_sg.T[:, None] & other
+
+
+def _in_ranges(q_bshd, k_bknd, v_bknd, ranges, bounds):
+    """Attention to each of these ranges of rows, between the bounds, if there are any."""
+    if bounds:
+        low, high = bounds
+        ranges = [(torch.maximum(a, low), torch.minimum(b, high)) for a, b in ranges]
+    results = (range_attention(q_bshd.transpose(1, 2), k_bknd, v_bknd, *ends) for ends in ranges)
+    return [(out.transpose(1, 2), lse.transpose(1, 2)) for out, lse in results]

@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megalong.checkpoint.content import HUGGINGFACE_FILES, SENTENCEPIECE_FILE
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer
+
+from megalong.checkpoint.tokenizer import HUGGINGFACE_FILES, SENTENCEPIECE_FILE
 from megalong.data.tokenizers.huggingface_tokenizer import byte_level_alphabet
 from megalong.data.tokenizers.tokenizer import (
     EOD_PIECE,
@@ -61,19 +66,17 @@ def export_tokenizer(
                 shutil.copy(Path(tokenizer_model) / name, folder / name)
         settings = {}
     else:
-        if tokenizer_type == "ByteTokenizer":
-            backend, names = _bytes_backend(), {}
-            strips_space = False
-        elif tokenizer_type == "TikTokenizer":
-            backend, names = _tiktoken_backend(ours), {}
-            strips_space = False
-        else:
+        names, pieces = {}, tokenizer_type == "SentencePieceTokenizer"
+        if pieces:
             backend, names = _sentencepiece_backend(tokenizer_model)
-            strips_space = True  # a word's piece has the space before it
             # Beside tokenizer.json, for a way back without loss.
             shutil.copy(tokenizer_model, folder / SENTENCEPIECE_FILE)
+        elif tokenizer_type == "TikTokenizer":
+            backend = _tiktoken_backend(ours)
+        else:
+            backend = _bytes_backend()
         if with_mask:
-            _add_mask(backend, strips_space)
+            _add_mask(backend, strips_space=pieces)  # a word's piece has the space before it
             names["mask_token"] = backend.id_to_token(ours.mask)
         backend.save(str(folder / "tokenizer.json"))
         eod = backend.id_to_token(ours.eod)
@@ -103,7 +106,6 @@ def _set(folder: Path, changes: dict[str, Any]) -> None:
 
 def _begin_texts(folder: Path, bos: int | None) -> None:
     """Make the tokenizer there put this token before every text, or none."""
-    from tokenizers import Tokenizer as Backend
 
     def is_so() -> bool:
         return begins_with_bos(open_tokenizer(folder)) == (bos is not None)
@@ -137,44 +139,36 @@ def _begin_texts(folder: Path, bos: int | None) -> None:
 def check_tokenizer(ours: Tokenizer, folder: Path, with_mask: bool = False) -> None:
     """Raise UserError where AutoTokenizer does not read the files of a folder as our tokenizer."""
     theirs = open_tokenizer(folder)
+
+    def check(right: bool, what: str) -> None:
+        if not right:
+            raise UserError(
+                f"--tokenizer-model: {what}. Export without the tokenizer (--no-tokenizer) and add"
+                " its files by hand"
+            )
+
     lossless = all(ours.decode(ours.encode(text)) == text for text in _PROBES)
     for text in _PROBES:
         if not lossless:  # one that adds a prefix adds another one after each stand-in
             text = text.replace(SENTENCEPIECE_SPACE, "")
-        if plain_ids(theirs, text) != ours.encode(text):
-            raise UserError(
-                "--tokenizer-model: this tokenizer cannot be expressed as one of Transformers:"
-                f" {text!r} is cut into other tokens. Export without it (--no-tokenizer) and add"
-                " the tokenizer files by hand"
-            )
+        what = "this tokenizer cannot be expressed as one of Transformers"
+        same = plain_ids(theirs, text) == ours.encode(text)
+        check(same, f"{what}: {text!r} is cut into other tokens")
     ended = theirs.encode("a" + theirs.eos_token, add_special_tokens=False)
-    if ended != [*ours.encode("a"), ours.eod]:
-        raise UserError(
-            f"--tokenizer-model: in Transformers {theirs.eos_token!r} is not taken for the token"
-            " that ends a document. Export without the tokenizer (--no-tokenizer) and add its files"
-            " by hand"
-        )
-    if with_mask and theirs.mask_token_id != ours.mask:
-        raise UserError(
-            f"--tokenizer-model: in Transformers the mask token has id {theirs.mask_token_id}, and"
-            f" in the training {ours.mask}. Export without the tokenizer (--no-tokenizer) and add"
-            " its files by hand"
-        )
+    what = f"in Transformers {theirs.eos_token!r} is not taken for the token that ends a document"
+    check(ended == [*ours.encode("a"), ours.eod], what)
+    what = f"in Transformers the mask token has id {theirs.mask_token_id}, here {ours.mask}"
+    check(not with_mask or theirs.mask_token_id == ours.mask, what)
 
 
 def _add_mask(backend, strips_space: bool) -> None:
     """Give a tokenizer a mask token, behind all others, if it has none. strips_space: the space
     before it in a text is a part of what is masked."""
-    from tokenizers import AddedToken
-
     backend.add_special_tokens([AddedToken(MASK_PIECE, lstrip=strips_space, normalized=False)])
 
 
 def _bytes_backend():
     """Byte-level BPE without merges: the 256 bytes in their own order, then the end of document."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
-
     backend = Backend(models.BPE(vocab=byte_level_alphabet(), merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -185,9 +179,6 @@ def _bytes_backend():
 def _tiktoken_backend(ours: TiktokenTokenizer):
     """An encoding of tiktoken as byte-level BPE: two neighbours merge wherever together they have a
     rank, and a piece of the text that has one is never cut."""
-    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
-
     spelled = {byte: character for character, byte in byte_level_alphabet().items()}
     vocabulary = {"".join(spelled[byte] for byte in piece): i for piece, i in ours.ranks.items()}
     merges = _merges({piece: -i for piece, i in vocabulary.items()})
@@ -218,8 +209,6 @@ def _sentencepiece_backend(model_file: str):
     a text is then one unknown character more, made of bytes, as in the training tokenizer.
     """
     from sentencepiece import sentencepiece_model_pb2 as protobuf
-    from tokenizers import AddedToken, decoders, models, normalizers
-    from tokenizers import Tokenizer as Backend
 
     proto = protobuf.ModelProto()
     proto.ParseFromString(Path(model_file).read_bytes())
@@ -256,22 +245,14 @@ def _sentencepiece_backend(model_file: str):
             " fast tokenizer; export without it (--no-tokenizer)"
         )
     backend = Backend(model)
-    backend.normalizer = normalizers.Sequence(_normalizers(proto.normalizer_spec, normalizers))
+    backend.normalizer = normalizers.Sequence(_normalizers(proto.normalizer_spec))
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    backend.add_special_tokens(
-        [
-            AddedToken(piece, normalized=False)
-            for piece, kind in zip(pieces, kind_of, strict=True)
-            if kind in (kinds.CONTROL, kinds.UNKNOWN)
-        ]
-    )
-    backend.add_tokens(
-        [
-            AddedToken(piece, normalized=False)
-            for piece, kind in zip(pieces, kind_of, strict=True)
-            if kind == kinds.USER_DEFINED
-        ]
-    )
+    for add, of_kinds in (
+        (backend.add_special_tokens, (kinds.CONTROL, kinds.UNKNOWN)),
+        (backend.add_tokens, (kinds.USER_DEFINED,)),
+    ):
+        found = (piece for piece, kind in zip(pieces, kind_of, strict=True) if kind in of_kinds)
+        add([AddedToken(piece, normalized=False) for piece in found])
     names = {"unk_token": pieces[unknown]}
     if proto.trainer_spec.pad_id >= 0:
         names["pad_token"] = pieces[proto.trainer_spec.pad_id]
@@ -280,14 +261,12 @@ def _sentencepiece_backend(model_file: str):
     return backend, names
 
 
-def _normalizers(spec, normalizers) -> list:
+def _normalizers(spec) -> list:
     """SentencePiece's normalization, on spaces that stay spaces."""
     steps = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        from tokenizers import Regex
-
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(" "))
@@ -306,8 +285,6 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
 
 def open_tokenizer(folder: Path):
     """The tokenizer of a folder of Transformers; downloads nothing, and runs no code out of it."""
-    from transformers import AutoTokenizer
-
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
@@ -331,14 +308,9 @@ def tokenizer_of_export(folder: Path) -> tuple[str, str | None]:
         raise UserError(
             f"{folder} has no tokenizer.json: give --tokenizer-type and --tokenizer-model"
         )
-    from tokenizers import Tokenizer as Backend
-
-    found, plain, masked = (
-        Backend.from_file(str(tokenizer_json)),
-        _bytes_backend(),
-        _bytes_backend(),
-    )
-    _add_mask(masked, strips_space=False)
-    if found.to_str() in (plain.to_str(), masked.to_str()):
+    found, bytes_ = Backend.from_file(str(tokenizer_json)).to_str(), _bytes_backend()
+    plain = bytes_.to_str()
+    _add_mask(bytes_, strips_space=False)
+    if found in (plain, bytes_.to_str()):
         return "ByteTokenizer", None
     return "HuggingFaceTokenizer", str(folder)

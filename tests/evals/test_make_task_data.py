@@ -53,16 +53,6 @@ def test_what_follows_from_what_is_before_it_counts_alone(tmp_path):
     assert np.array_equal(written, counts) and 0 < counts.mean() < 1
 
 
-def test_samples_are_drawn_apart_from_those_of_evaluations(tmp_path):
-    make(tmp_path / "tasks", "--seed", 0)
-    tokens = (tmp_path / "tasks.bin").read_bytes()
-    language = language_of("ids", lambda text: [], range(256), 256)
-    for task in ("mqar", "copy"):
-        trials = Trials(task, language, 128, 9)
-        for i in range(9):
-            assert trials.sample(i).tokens.astype(np.uint16).tobytes() not in tokens
-
-
 def test_the_loss_of_the_answers_alone(tmp_path):
     """The data is the same, and what the training predicts is what an evaluation scores."""
     make(tmp_path / "all")

@@ -197,16 +197,6 @@ def test_rows_and_chains_are_as_long_as_there_is_room_for():
             assert found == size
 
 
-def test_of_ids_every_sort_is_apart_and_a_key_is_told_once():
-    sample = trials_of("ids", "mqar", 512).sample(3)
-    pairs = [(sample.tokens[a.place - 1], sample.tokens[a.place]) for a in sample.answers]
-    asked = [(sample.tokens[a.start - 1], sample.tokens[a.start]) for a in sample.answers]
-    assert pairs == asked and len({key for key, _ in pairs}) == len(pairs) == 64
-    assert Counter(sample.tokens.tolist()) >= Counter({int(key): 2 for key, _ in pairs})
-    counts = Counter(sample.tokens.tolist())
-    assert all(counts[int(token)] == 2 for pair in pairs for token in pair)
-
-
 def test_every_phrase_has_an_id():
     assert all(mark < MARKS for mark in Mark)
     said = language("ids").say(NEEDLE, (500,), (700,))

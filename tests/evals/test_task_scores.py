@@ -96,22 +96,6 @@ def test_ranks_add_up(task):
     assert num_task_batches(trials, 2, 1) == 3 and num_task_batches(trials, 2, replicas) == 1
 
 
-@pytest.mark.parametrize("task", ["mqar", "copy"])
-def test_places_of_any_part_of_a_sequence(task):
-    trials = trials_of(task)
-    sums = AnswerSums(trials)
-    whole = list(zip(*sums.places(1, *ALL), strict=True))
-    assert len(whole) == sum(answer.stop - answer.start for answer in trials.answers(1))
-    for start, stop in product(range(128), repeat=2):
-        part = list(zip(*sums.places(1, start, stop), strict=True))
-        assert part == [(place, row) for place, row in whole if start <= place < stop]
-
-
-def test_answers_are_drafted_once():
-    trials = trials_of()
-    assert all(trials.answers(i) is trials.answers(i) for i in range(5))
-
-
 def test_a_batch_is_the_sample_and_asks_for_its_answers_only():
     trials = trials_of("copy", samples=3)
     sums = AnswerSums(trials)

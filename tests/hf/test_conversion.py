@@ -19,8 +19,9 @@ from megalong.checkpoint.folder import checkpoint_folder, remove_old
 from megalong.checkpoint.reading import CheckpointReader, StoredModel
 from megalong.checkpoint.writing import write_first_checkpoint
 from megalong.hf.exporting import export, parse_size
+from megalong.checkpoint.stored_model import StoredModel
+from megalong.hf.exporting import export
 from megalong.hf.importing import import_model
-from megalong.hf.loaded_model import load_model
 from megalong.hf.names import check_names, check_vocabulary, entries
 from megalong.model.parameters import count_parameters
 from megalong.utils.errors import UserError
@@ -121,32 +122,6 @@ def test_auto_classes_load_the_folder(changes, tmp_path):
     import_model(tmp_path / "saved", tmp_path / "imported", {"tokenizer_type": "ByteTokenizer"})
 
 
-@pytest.mark.parametrize(
-    "earlier",
-    [
-        {"rotary_base": 500.0, "rope_scaling_factor": None, "rope_original_length": 8192},
-        {"rotary_base": 300.0, "rope_scaling_factor": 8.0, "rope_original_length": 50},
-    ],
-    ids=["plain", "llama3"],
-)
-def test_positions_of_an_earlier_export_are_read(earlier, tmp_path):
-    """Their names were our own once, and today's classes read such a folder, too."""
-    config, weights = random_checkpoint(
-        tmp_path / "run", **{name: value for name, value in earlier.items() if value is not None}
-    )
-    export(tmp_path / "run", tmp_path / "hf")
-    file = tmp_path / "hf" / "config.json"
-    fields = json.loads(file.read_text())
-    assert fields.pop("rope_parameters") == config.model.rope_parameters
-    file.write_text(json.dumps(fields | earlier))
-    model = load_model(tmp_path / "hf", "cpu", torch.float32).model
-    assert model.config.rope_parameters == config.model.rope_parameters
-    assert not earlier.keys() & model.config.to_dict().keys()
-    tokens = random_tokens(1, 150)
-    with torch.no_grad():
-        assert torch.equal(model(tokens).logits, huggingface_model(config, weights)(tokens).logits)
-
-
 def test_pipeline_and_the_model_card(tmp_path):
     random_checkpoint(tmp_path / "run", precision="bf16")
     export(tmp_path / "run", tmp_path / "hf")
@@ -182,6 +157,8 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half_done(tmp_path):
     (tmp_path / "hf").mkdir()
     with pytest.raises(UserError, match="is there already"):
         export(tmp_path / "run", tmp_path / "hf")
+    with pytest.raises(UserError, match="--max-shard-size lots"):
+        export(tmp_path / "run", tmp_path / "hf", max_shard_size="lots")
     (tmp_path / "link").symlink_to(tmp_path / "hf")
     for output, text in (
         ("hf", None),
@@ -280,12 +257,6 @@ def test_a_checkpoint_that_is_not_right_is_refused(tmp_path):
         export(tmp_path / "other", tmp_path / "hf")
 
 
-def test_sizes_of_shards():
-    assert [parse_size(x) for x in ("5GB", "1.5 mb", "100")] == [5 * 10**9, 1_500_000, 100]
-    with pytest.raises(UserError, match="--max-shard-size lots"):
-        parse_size("lots")
-
-
 def test_a_flipped_byte_is_found_before_anything_is_written(tmp_path):
     random_checkpoint(tmp_path / "run")
     [path] = (tmp_path / "run" / "iter_0000000").glob("*.distcp")
@@ -324,10 +295,3 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path, monkeypatch):
     assert len(made) == len(weights)
     stored = StoredModel(tmp_path / "run")
     assert all(torch.equal(stored.read(name), weight) for name, weight in weights.items())
-
-
-def test_an_imported_checkpoint_is_of_weights_alone(tmp_path):
-    """It has met no optimizer, and any goes on from it."""
-    _, weights = random_checkpoint(tmp_path / "run")
-    reader = CheckpointReader(StoredModel(tmp_path / "run").folder)
-    assert reader.tensors.keys() == {f"weights.{name}" for name in weights}

@@ -39,15 +39,6 @@ def tool():
     return tool
 
 
-def test_token_losses_are_those_of_the_logits(loaded, monkeypatch):
-    monkeypatch.setattr("megalong.hf.evaluation.LOGIT_ROWS", 7)
-    tokens = [256, *range(40)]
-    with torch.no_grad():
-        logits = loaded.model(torch.tensor([tokens[:-1]])).logits[0].log_softmax(-1)
-    expected = [-logits[i, token].item() for i, token in enumerate(tokens[1:])]
-    assert token_losses(loaded, tokens).tolist() == pytest.approx(expected, rel=1e-5)
-
-
 def test_every_token_counts_once_at_every_context_length(loaded):
     texts = ["caf\u00e9 " * 10, "x" * 33]
     for context in (10, 50, 1000):
@@ -219,13 +210,3 @@ def test_samples_of_ids_are_one_document_and_texts_are_not(tmp_path, attention, 
             scores[style, kept] = task_score(model, trials).loss
     assert scores["ids", "isolated"] == pytest.approx(scores["ids", "mixed"], abs=1e-6)
     assert scores["text", "isolated"] != pytest.approx(scores["text", "mixed"], abs=1e-4)
-
-
-def test_losses_by_position_stand_side_by_side(tool):
-    texts = [
-        {"context": 6, "position_edges": [0, 4, 6], "loss_by_position": [3.0, 2.5]},
-        {"context": 7, "position_edges": [0, 4, 6, 7], "loss_by_position": [3.0, 2.0, None]},
-    ]
-    rows = ["| position | loss at 6 | loss at 7 |", "| ---|---|--- |"]
-    rows += ["| 0 to 3 | 3.0000 | 3.0000 |", "| 4 to 5 | 2.5000 | 2.0000 |"]
-    assert tool._position_table(texts) == "\n".join(rows)

@@ -5,10 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from megalong.hf.configuration_longnet import LongNetConfig
-from megalong.hf.generation import Continuation, Printer, continue_text
-from megalong.hf.loaded_model import LoadedModel
-from megalong.hf.modeling_longnet import LongNetForCausalLM
+from megalong.hf.loaded_model import Continuation, LoadedModel, Printer
 from tests.launching import REPOSITORY
 
 
@@ -74,14 +71,3 @@ def test_a_conversation_goes_on_with_all_that_was_said(monkeypatch, capsys):
     tool.converse(go_on, "begin", tool.parse_arguments())
     assert asked == ["beginone\n", "beginone\n<1>ENDtwo\n"]
     assert capsys.readouterr().err == "(cut off after --max-new-tokens 7)\n"
-
-
-def test_a_prompt_that_is_not_read_leaves_nothing_behind_in_the_model(monkeypatch):
-    sizes = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LongNetForCausalLM(LongNetConfig(**sizes)).eval()
-    monkeypatch.setattr(model.model.norm, "forward", lambda x: 1 / 0)
-    settings = {"max_new_tokens": 1, "temperature": 0, "top_p": 1, "seed": 0}
-    with pytest.raises(ZeroDivisionError):
-        loaded = LoadedModel(model, lambda text: list(text.encode()), bytes, first=256)
-        continue_text(loaded, "abc", **settings, prefill_chunk_size=2)
-    assert not model.model._forward_hooks

@@ -128,33 +128,6 @@ def test_training_goes_on_with_tensor_parallelism(dense, text_file, tmp_path):
     assert shown.startswith("def") and len(shown) > 20
 
 
-def test_a_config_of_an_earlier_version_and_one_that_is_not_complete(dense, tmp_path):
-    export(dense, tmp_path / "hf")
-    config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    for name in ("qkv_bias", "qk_norm", "sub_layer_norm", "xpos_scale_base", "rope_parameters"):
-        del config[name]
-    config |= {"rotary_base": 300.0, "rope_scaling_factor": 4.0, "rope_original_length": 100}
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
-    _, imported = import_model(tmp_path / "hf", tmp_path / "again", {})
-    assert not imported.model.qk_layernorm and imported.data.prepend_bos
-    assert imported.model.rotary_base == 300 and imported.model.rope_original_length == 100
-    del config["hidden_size"]
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="has no hidden_size"):
-        import_model(tmp_path / "hf", tmp_path / "not", {})
-
-
-def test_a_scaling_that_is_set_takes_the_place_of_one_that_cannot_be_read(llama, tmp_path):
-    shutil.copytree(llama, tmp_path / "hf")
-    config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 300.0}
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"scaled in the way 'dynamic': .* --rotary-ntk-factor"):
-        import_model(tmp_path / "hf", tmp_path / "not", {})
-    _, imported = import_model(tmp_path / "hf", tmp_path / "again", {"rotary_ntk_factor": 2.0})
-    assert (imported.model.rotary_base, imported.model.rotary_ntk_factor) == (300.0, 2.0)
-
-
 def test_rows_for_tensor_parallelism(llama, tmp_path):
     """What the layout needs can be said, and is asked for, at the import."""
     changes = {"attention": "dense", "tensor_model_parallel_size": 2}
@@ -165,8 +138,3 @@ def test_rows_for_tensor_parallelism(llama, tmp_path):
         import_model(llama, tmp_path / "no", changes)
     _, config = import_model(llama, tmp_path / "yes", changes | {"padded_vocab_size": 302})
     assert config.model.padded_vocab_size == 302
-
-
-def test_half_a_tokenizer_is_refused(llama, tmp_path):
-    with pytest.raises(UserError, match="--tokenizer-model x is given without --tokenizer-type"):
-        import_model(llama, tmp_path / "run", {"tokenizer_model": "x"})

@@ -1,18 +1,13 @@
 """A long sequence takes the memory of its hidden states, and gives what a short one would."""
 
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
 
-from megalong.hf import attention_longnet, evaluation, loss_longnet, modeling_longnet
-from megalong.hf.generation import continue_text
+from megalong.hf import attention_longnet, evaluation, modeling_longnet
 from megalong.hf.loaded_model import LoadedModel
-from megalong.hf.loss_longnet import next_token_loss
-from megalong.utils.progress import progress_bar
+from megalong.hf.modeling_longnet import next_token_loss
 from tests.forked import REPOSITORY, run_ranks
 from tests.hf.test_transformers import batch_of, make_model, sequences
 
@@ -24,7 +19,7 @@ def small_tiles(monkeypatch):
     """Tiles of 13 positions, chunks of 7 rows of 50 logits."""
     monkeypatch.setattr(modeling_longnet, "TILE", 13)
     monkeypatch.setattr(evaluation, "CHUNK", 13)
-    monkeypatch.setattr(loss_longnet, "CHUNK_LOGITS", 7 * 50 + 3)
+    monkeypatch.setattr(modeling_longnet, "CHUNK_LOGITS", 7 * 50 + 3)
 
 
 def plain_loss(logits, labels, items=None):
@@ -54,7 +49,7 @@ def test_a_loss_in_chunks_is_the_plain_one(small_tiles, items, ignored, bias):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_loss_in_many_chunks_rounds_like_the_plain_one(monkeypatch, autocast):
     """A sum of the chunks' gradients in bfloat16 would be 15 times as far off."""
-    monkeypatch.setattr(loss_longnet, "CHUNK_LOGITS", 50)  # a chunk of one row
+    monkeypatch.setattr(modeling_longnet, "CHUNK_LOGITS", 50)  # a chunk of one row
     torch.manual_seed(0)
     exact = torch.nn.Linear(16, 50, bias=False, dtype=torch.bfloat16).double()
     hidden = (torch.randn(1, 300, 16) + 1).bfloat16()
@@ -145,15 +140,6 @@ def test_tiles_of_a_sequence_are_the_whole_one(changes, small_tiles):
     torch.testing.assert_close(after.logits[1], model(row).logits[0, 40:], **EXACT)
 
 
-def test_tiles_write_into_nothing_of_the_callers(small_tiles):
-    model = make_model()
-    embeds = model.model.embed_tokens(torch.stack(sequences(60))).detach()
-    before = embeds.clone()
-    with torch.no_grad():
-        model(inputs_embeds=embeds)
-    assert torch.equal(embeds, before)
-
-
 @pytest.mark.parametrize("chunk", [None, 9, 60, 1000])
 def test_a_long_prompt_is_read_in_chunks(small_tiles, chunk):
     """Of one sequence, and of a batch with padding on the left; beyond three times the longest
@@ -177,36 +163,6 @@ def loaded_model(**changes):
 
 def bytes_of(tokens):
     return bytes(token for token in tokens if token < 256).decode(errors="replace")
-
-
-def test_the_prompt_and_what_follows_are_printed_alike(capsys, monkeypatch):
-    bars = []
-
-    class Bar(tqdm):
-        """Notes what it is told."""
-
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
-            self.seen = []
-            bars.append(self)
-
-        def update(self, count):
-            self.seen.append(count)
-            return super().update(count)
-
-    monkeypatch.setattr("megalong.utils.progress.tqdm", Bar)
-    monkeypatch.setattr(
-        "megalong.hf.generation.progress_bar", functools.partial(progress_bar, interval=0)
-    )
-    told = []
-    for chunk in (10, 1000):
-        continue_text(loaded_model(), "a prompt " * 9, max_new_tokens=12, temperature=0, top_p=1,
-                      seed=0, prefill_chunk_size=chunk)  # fmt: skip
-        out, shown = capsys.readouterr()
-        told.append(out)
-        assert ("82/82" in shown) == (chunk == 10)
-    assert told[0] == told[1] and told[0].startswith("a prompt " * 9)
-    assert [bar.seen for bar in bars] == [[10] * 8 + [2], [82]]  # nothing of what is generated
 
 
 @pytest.mark.parametrize("attention", ["dilated", "dense"])
@@ -244,7 +200,7 @@ def test_no_tensor_is_out_of_proportion(monkeypatch):
         (modeling_longnet, "TILE", 64),
         (modeling_longnet, "MANY_LOGITS", 2**19),
         (attention_longnet, "TILE_SCORES", 2**14),
-        (loss_longnet, "CHUNK_LOGITS", 2**15),
+        (modeling_longnet, "CHUNK_LOGITS", 2**15),
         (evaluation, "CHUNK", 64),
         (evaluation, "LOGIT_ROWS", 16),
     ):

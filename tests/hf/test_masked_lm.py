@@ -21,6 +21,8 @@ from megalong.checkpoint.reading import CheckpointReader
 from megalong.data.tokenizers.sentencepiece_tokenizer import train_sentencepiece
 from megalong.data.tokenizers.tokenizer import ByteTokenizer, build_tokenizer
 from megalong.hf.bidirectional_longnet import bidirectional_attention, bidirectional_probabilities
+from megalong.data.tokenizers.tokenizer_training import train_sentencepiece
+from megalong.hf.attention_longnet import bidirectional_attention, probabilities
 from megalong.hf.configs import longnet_config
 from megalong.hf.configuration_longnet import LongNetConfig
 from megalong.hf.exporting import export
@@ -29,7 +31,7 @@ from megalong.hf.loaded_model import load_model
 from megalong.hf.modeling_longnet import LongNetForCausalLM, LongNetForMaskedLM
 from megalong.hf.names import entries
 from megalong.hf.parts_longnet import parts_of
-from megalong.hf.tokenizer_files import export_tokenizer, tokenizer_of_export
+from megalong.hf.tokenizer_files import export_tokenizer
 from megalong.model.build import build_model
 from megalong.model.names import named_parameters
 from megalong.model.parameters import EMBEDDING
@@ -115,28 +117,10 @@ def test_attentions_are_what_the_output_is_made_of():
         )
         parts, counts = parts_of(config, 0), [31, 12, 0]
         q, k, v = (torch.randn(3, 31, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
-        weights = bidirectional_probabilities(q, k, parts, counts)
+        weights = probabilities(q, k, parts, False, counts)
         expected = torch.einsum("bhij,bjhd->bihd", weights, v.repeat_interleave(2, 2))
         out = bidirectional_attention(q, k, v, parts, counts)
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
-
-
-def test_gradients_with_and_without_checkpointing(mesh):
-    _, model = masked_model(mesh, **LADDERS)
-    tokens, found = random_tokens(2, 90), []
-    labels = torch.where(torch.rand(tokens.shape) < 0.2, tokens, -100)
-    for checkpointing in (False, True):
-        model.train()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        model.zero_grad()
-        loss = model(tokens, labels=labels).loss
-        loss.backward()
-        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
-    logits = model.eval()(tokens).logits
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    torch.testing.assert_close(found[0][0], expected.detach(), rtol=1e-5, atol=0)
 
 
 @pytest.fixture(scope="module")
@@ -218,21 +202,6 @@ def test_what_needs_a_causal_model_refuses_it(exported):
     model = LongNetForMaskedLM(LongNetConfig(**fields))
     with pytest.raises(ValueError, match="no cache"):
         model.model(sequences(5)[0][None], use_cache=True)
-
-
-def test_a_sentencepiece_model_gets_a_mask_token(tmp_path):
-    """Which takes the space before it, as the pieces of words do."""
-    text = "the quick brown fox jumps over the lazy dog " * 20
-    (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece([text], 300))
-    source, folder = str(tmp_path / "tokenizer.model"), tmp_path / "hf"
-    folder.mkdir()
-    ours = export_tokenizer("SentencePieceTokenizer", source, folder, 128, with_mask=True)
-    plain = build_tokenizer("SentencePieceTokenizer", source)
-    theirs = AutoTokenizer.from_pretrained(folder)
-    assert theirs.mask_token_id == ours.mask == plain.vocab_size == len(theirs) - 1
-    ids = theirs("the quick <mask> fox")["input_ids"]
-    assert ids == [*plain.encode("the quick"), ours.mask, *plain.encode(" fox")]
-    assert tokenizer_of_export(folder)[0] == "SentencePieceTokenizer"
 
 
 @pytest.mark.parametrize("kind", [USER_DEFINED, CONTROL])

@@ -4,14 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from transformers import DataCollatorWithFlattening
 
 from megalong.hf import modeling_longnet
-from megalong.hf.attention_longnet import attention, probabilities
-from megalong.hf.bidirectional_longnet import bidirectional_attention, bidirectional_probabilities
+from megalong.hf.attention_longnet import attention, bidirectional_attention, probabilities
 from megalong.hf.configuration_longnet import LongNetConfig
-from megalong.hf.documents_longnet import Documents
 from megalong.hf.parts_longnet import parts_of
+from megalong.hf.positions_longnet import Documents
 from megalong.parallel import launch
 from tests.hf.models import VOCAB_SIZE, pair, random_tokens, resolved
 from tests.hf.test_masked_lm import masked_model
@@ -130,7 +128,7 @@ def test_attention_is_what_the_probabilities_say(fields):
         same = (starts[:, :, None] == starts[:, None])[:, None]
         assert (weights * ~same).abs().max() == 0
 
-    weights = probabilities(q, k, parts, Documents(starts, None, []).seen(128))
+    weights = probabilities(q, k, parts, True, counts, Documents(starts, None, []))
     check(attention(q, k, v, parts, first_bs=starts)[0], weights)
     past, out, at = None, [], 0
     for size in (41, 1, 50, 36):
@@ -141,24 +139,8 @@ def test_attention_is_what_the_probabilities_say(fields):
         at += size
     check(torch.cat(out, 1), weights)
     both = Documents(starts, stops, [])
-    weights = bidirectional_probabilities(q, k, parts, counts, both)
+    weights = probabilities(q, k, parts, False, counts, both)
     check(bidirectional_attention(q, k, v, parts, counts, both), weights)
-
-
-def test_what_the_flattening_collator_makes_is_the_texts_apart(mesh):
-    """With dense attention, which knows no places; losses and gradients."""
-    _, model = pair(mesh, attention="dense")
-    rows = [random_tokens(1, length, seed=length)[0] for length in (5, 1, 77, 20)]
-    batch = DataCollatorWithFlattening()([{"input_ids": row.tolist()} for row in rows])
-    loss = model(**batch).loss
-    losses = [
-        model(row[None], labels=row[None]).loss * (len(row) - 1) for row in rows if len(row) > 1
-    ]
-    apart = sum(losses) / (5 + 77 + 20 - 3)
-    torch.testing.assert_close(loss, apart)
-    weight = model.model.embed_tokens.weight
-    one, other = (torch.autograd.grad(x, weight)[0] for x in (loss, apart))
-    torch.testing.assert_close(one, other)
 
 
 @torch.no_grad()

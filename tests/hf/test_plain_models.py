@@ -76,16 +76,13 @@ def test_what_is_of_no_such_type_is_refused(changes, model_type, reason, tmp_pat
 
 
 @pytest.mark.parametrize("kept, said", [("isolated", True), ("mixed", False)])
-def test_the_card_says_that_documents_are_no_longer_apart(kept, said, tmp_path):
+def test_the_tool_takes_the_type_and_the_card_says_that_documents_are_not_apart(
+    kept, said, tmp_path
+):
     random_checkpoint(tmp_path / "run", **DENSE, document_attention=kept)
-    export(tmp_path / "run", tmp_path / "hf", model_type="llama")
-    card = (tmp_path / "hf" / "README.md").read_text()
-    assert ("behind an end-of-document token sees what is before it" in card) == said
-
-
-def test_the_tool_takes_the_type(tmp_path):
-    random_checkpoint(tmp_path / "run", **DENSE)
     tool = REPOSITORY / "tools" / "convert_to_hf.py"
     flags = ["--load", tmp_path / "run", "--output", tmp_path / "hf", "--model-type", "llama"]
     run_here(tool, *flags)
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "llama"
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert ("behind an end-of-document token sees what is before it" in card) == said

@@ -8,7 +8,7 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_grad
 
-from megalong.hf import loss_longnet, modeling_longnet
+from megalong.hf import modeling_longnet
 from megalong.parallel.deepspeed_private import skip_shared_memory_kernels
 from tests.hf.test_transformers import make_model, sequences
 
@@ -26,7 +26,7 @@ def main(tied: bool, checkpointing: bool) -> None:
     modeling_longnet.MANY_LOGITS = 10**9
     (sum(whole(row, labels=row).loss for row in rows) / 2).backward()
     # One rank alone would take its 13 rows at once, without chunks.
-    modeling_longnet.MANY_LOGITS, loss_longnet.CHUNK_LOGITS = 20 * 50, 3 * 50
+    modeling_longnet.MANY_LOGITS, modeling_longnet.CHUNK_LOGITS = 20 * 50, 3 * 50
     modeling_longnet.TILE = 12
     if checkpointing:
         model.gradient_checkpointing_enable()
