@@ -21,9 +21,9 @@ from megalong.dry_run.cluster import Cluster
 from megalong.dry_run.cost import step_cost
 from megalong.dry_run.ranks import layers_of_stage, ranks_to_plan
 from megalong.dry_run.work import Collective, Operation, Work
-from megalong.model.matrices import matrix_shapes
 from megalong.model.optimizers import optimizer_of
 from megalong.model.parameters import TABLE, is_layer_matrix
+from megalong.model.tensor_slices import matrix_shapes
 
 if TYPE_CHECKING:
     from megalong.dry_run.step import DryRun

@@ -17,17 +17,14 @@ from megatron.core.transformer import TransformerConfig
 
 from megalong.attention.backends import choose_backend
 from megalong.config import Config, ModelConfig
-from megalong.model.chunked.likeliest import is_likeliest
+from megalong.model.chunked.cross_entropy import is_likeliest
 from megalong.model.chunked.offload import HostOffload
-from megalong.model.chunked.tensor_ranks import TensorRanks
+from megalong.model.chunked.rows import TensorRanks
 from megalong.model.core_attention import CoreAttention
 from megalong.model.layer_spec import get_longnet_block_spec, use_transformer_engine
-from megalong.model.names import parameter_places
-from megalong.model.next_tokens import NextTokens
-from megalong.model.output import LossLayer, avoid_logits, label_logits
+from megalong.model.output import LossLayer, NextTokens, avoid_logits, label_logits
 from megalong.model.parameters import (
     Initial,
-    Packing,
     Row,
     deviations,
     gradient_is_summed,
@@ -36,8 +33,8 @@ from megalong.model.parameters import (
     used_rows,
 )
 from megalong.model.rotary import LongRotaryEmbedding, XposScales, score_scale
-from megalong.model.stage import PipelineStage
-from megalong.model.tensor_slices import cut_dimension, tensor_slice
+from megalong.model.stage import PipelineStage, parameter_places
+from megalong.model.tensor_slices import cut_dimension, tensor_slice, views_of_parts
 from megalong.model.tiled_layer import has_pieces, recomputes_by_itself, tensor_ranks
 from megalong.parallel.cpu import cuda_means_cpu
 from megalong.parallel.mesh import Mesh
@@ -339,12 +336,8 @@ def _scale_parts_(row: Row, whole: torch.Tensor, model: ModelConfig) -> None:
     if len(set(of_parts)) == 1:
         whole.mul_(of_parts[0])
         return
-    words = sizes(model, 0)
-    heights = [part.size(words)[0] for part in row.parts_of(model)]
-    if row.packing is Packing.GROUPED:
-        heads = model.num_query_groups
-        whole, heights = whole.unflatten(0, (heads, -1)), [n // heads for n in heights]
-    parts = whole.split(heights, dim=1 if row.packing is Packing.GROUPED else 0)
+    heights = [part.size(sizes(model, 0))[0] for part in row.parts_of(model)]
+    parts = views_of_parts(whole, heights, row.packing, model)
     for part, deviation in zip(parts, of_parts, strict=True):
         part.mul_(deviation)
 

@@ -16,7 +16,7 @@ from megalong.attention.documents import Documents
 from megalong.attention.exchange import SequenceGroup
 from megalong.attention.passes import Passes, attend
 from megalong.config import AttentionConfig, ModelConfig
-from megalong.model.chunked.xpos import scaled
+from megalong.model.chunked.rotary import scaled
 from megalong.model.rotary import XposScales
 
 

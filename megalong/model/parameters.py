@@ -249,6 +249,7 @@ TABLE: tuple[Row, ...] = (
 EMBEDDING, OUTPUT = TABLE[0].name, TABLE[-1].name
 
 _ROWS = {row.name: row for row in TABLE}
+_FUSED = {row.fused_name: row.name for row in TABLE if row.fused_name is not None}
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
 
 
@@ -266,6 +267,20 @@ def split_name(name: str) -> tuple[str, int | None]:
     if match is None:
         return name, None
     return f"{name[: match.start()]}{{}}{name[match.end() :]}", int(match[0])
+
+
+def canonical_name(local_name: str, first_layer: int = 0, tied: bool = False) -> str:
+    """Return the global name of a parameter that `named_parameters()` of a GPTModel calls
+    `local_name`.
+
+    first_layer: number of layers before this pipeline stage. tied: the output layer's weight is the
+    embedding's, of which the last of several stages has a copy.
+    """
+    pattern, layer = split_name(local_name)
+    name = _FUSED.get(pattern, pattern)
+    if layer is not None:
+        name = name.format(first_layer + layer)
+    return EMBEDDING if tied and name == OUTPUT else name
 
 
 def decays(name: str) -> bool:

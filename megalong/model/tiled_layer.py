@@ -18,13 +18,12 @@ from megatron.core.transformer import TransformerConfig, TransformerLayer
 
 from megalong.attention.documents import Documents
 from megalong.config import Config
-from megalong.model.chunked.activations import GELU, SWIGLU
 from megalong.model.chunked.attention import TiledAttention
 from megalong.model.chunked.layer import TiledLayer
-from megalong.model.chunked.mlp import TiledMLP
+from megalong.model.chunked.mlp import GELU, SWIGLU, TiledMLP
+from megalong.model.chunked.norms import Norm
 from megalong.model.chunked.offload import HostMemoryError, HostOffload
-from megalong.model.chunked.tensor_ranks import TensorRanks
-from megalong.model.chunked.weights import AttentionWeights, MLPWeights, Norm
+from megalong.model.chunked.rows import AttentionWeights, MLPWeights, TensorRanks
 from megalong.parallel.mesh import Mesh
 from megalong.utils.errors import UserError
 
@@ -115,7 +114,8 @@ class TiledTransformerLayer(TransformerLayer):
             attention = partial(self._attention_half, documents=attention_bias)
             x_sbh = self._half(attention, hidden_states, rotary_pos_emb)
             if self._mlp is not None:
-                return self._mlp(x_sbh, mlp_weights(self)), None
+                layer = TiledLayer(None, self._mlp, self._recompute)
+                return layer(x_sbh, None, None, mlp_weights(self)), None
             return self._half(self._mlp_half, x_sbh), None
 
     @contextlib.contextmanager

@@ -23,9 +23,8 @@ from megalong.data.tokenizers.tokenizer import Tokenizer
 from megalong.evals.position_losses import FEW_TOKENS, position_edges
 from megalong.evals.scores import TaskScore
 from megalong.model.build import DTYPES
-from megalong.model.flops import step_flops
+from megalong.model.flops import peak_flops, step_flops
 from megalong.model.parameters import count_parameters
-from megalong.model.peak_flops import peak_flops
 from megalong.parallel.mesh import Mesh
 from megalong.training.changes import other_ways
 from megalong.training.evaluation import Evaluation

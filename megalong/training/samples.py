@@ -11,7 +11,7 @@ import torch
 from megalong.config import Config
 from megalong.data.batches import Batch, starts_behind_first
 from megalong.data.masking import IGNORE_INDEX
-from megalong.model.next_tokens import NextTokens
+from megalong.model.output import NextTokens
 from megalong.parallel.mesh import Mesh
 from megalong.training.engine import TrainingEngine
 from megalong.training.sample_prompts import Prompt

@@ -70,7 +70,7 @@ class TrainingLoss:
 
 
 def next_tokens(results: torch.Tensor, mask: torch.Tensor, source: None):
-    """The same where `megalong.model.next_tokens.NextTokens` were asked for: a loss, and the ids,
+    """The same where `megalong.model.output.NextTokens` were asked for: a loss, and the ids,
     int64 (b,), -1 where another rank has the position."""
     losses, tokens = results
     return losses.float().sum(), tokens[:, 0].long()

@@ -5,8 +5,8 @@ import torch
 
 from megalong.config import ModelConfig
 from megalong.hf.names import entries
-from megalong.model.matrices import holds_queries, join_matrices, split_matrices
 from megalong.model.parameters import is_layer_matrix
+from megalong.model.tensor_slices import holds_queries, join_matrices, split_matrices
 
 
 @pytest.mark.parametrize("swiglu", [True, False])

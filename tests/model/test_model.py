@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from megalong.config import ModelConfig
 from megalong.config.arguments import parse_arguments
-from megalong.model import norms
+from megalong.model import layer_spec as norms
 from megalong.model.build import (
     DTYPES,
     build_model,
@@ -18,8 +18,8 @@ from megalong.model.build import (
     normal_numbers,
     transformer_config,
 )
-from megalong.model.names import canonical_name, named_parameters
 from megalong.model.parameters import count_parameters, decays, parameters
+from megalong.model.stage import canonical_name, named_parameters
 from megalong.model.tiled_layer import attention_weights, mlp_weights
 from megalong.parallel import launch
 from megalong.utils.errors import UserError

@@ -2,8 +2,8 @@
 
 import torch
 
-from megalong.model.chunked.tensor_ranks import ALONE
-from megalong.model.next_tokens import NextTokens
+from megalong.model.chunked.rows import ALONE
+from megalong.model.output import NextTokens
 
 S, B, H, V = 7, 3, 8, 11
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megalong.model.peak_flops import measured_flops, peak_flops, peak_of_name
+from megalong.model.flops import measured_flops, peak_flops, peak_of_name
 
 
 @pytest.mark.parametrize(

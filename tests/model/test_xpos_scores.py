@@ -8,8 +8,7 @@ import torch
 from megalong.attention import DilatedPattern, dilated_attention
 from megalong.config import ModelConfig
 from megalong.config.model import longest_xpos
-from megalong.model.chunked.rotary import rotate_
-from megalong.model.chunked.xpos import scale_, scaled
+from megalong.model.chunked.rotary import rotate_, scale_, scaled
 from megalong.model.rotary import XposScales, rotary_frequencies
 
 

@@ -1,6 +1,6 @@
 """Triton kernels of what is elementwise: each number read and written once.
 
-The modules with kernels are imported where they run, because they import triton.
+`kernels` is imported where they run, because it imports triton.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 
 def runs_on(x: torch.Tensor) -> bool:
-    """Whether the kernels run on such a tensor: on an NVIDIA GPU from Ampere on, with Triton
+    """Return whether the kernels run on such a tensor: on an NVIDIA GPU from Ampere on, with Triton
     installed; in Triton's interpreter (TRITON_INTERPRET=1) on the CPU, but for bfloat16, which it
     does not round to the nearest."""
     return _runs_on(x.device, x.dtype)
