@@ -1,8 +1,6 @@
-"""The Megatron-core layer spec of LongNet: a GPT layer with our attention in it.
+"""The Megatron-core layer spec of LongNet: a GPT layer with our attention and norms in it.
 
-Everything else of the layer is Megatron-core's own, but for the norms: apex's fused LayerNorm where
-that is installed and there is a GPU, else PyTorch's. With `--transformer-impl transformer_engine`
-or `auto` the modules are Transformer Engine's.
+With `--transformer-impl transformer_engine` or `auto` the modules are Transformer Engine's.
 """
 
 from __future__ import annotations
@@ -61,42 +59,6 @@ class RMSNorm(_AnySize, torch.nn.RMSNorm):
 NORMS = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}
 
 
-def get_longnet_layer_spec(
-    core_attention: Callable[..., Any],
-    normalization: str = "RMSNorm",
-    transformer_impl: str = "local",
-    qk_layernorm: bool = False,
-    tiled: dict[str, Any] | None = None,
-    sub_layer_norm: TensorRanks | None = None,
-) -> ModuleSpec:
-    """The spec of one layer, for `megatron.core.models.gpt.GPTModel`.
-
-    core_attention: makes the attention of a layer (`megalong.model.core_attention`).
-    tiled: what `TiledTransformerLayer` is made with besides; None: the layer is Megatron-core's.
-    normalization: "RMSNorm" or "LayerNorm".
-    transformer_impl: "local", "transformer_engine", or "auto" for the better of those available.
-    qk_layernorm: whether each head's queries and keys are normed.
-    sub_layer_norm: the ranks that share the matrices, where those that write to the residual stream
-        have a norm before them; None: they have none.
-    Raises UserError where Transformer Engine is asked for and cannot be used.
-    """
-    if use_transformer_engine(transformer_impl):
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
-    else:
-        spec = get_gpt_layer_local_spec(normalization=normalization)
-        norm = _local_norm(normalization)
-        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
-        if qk_layernorm:
-            attention = spec.submodules.self_attention.submodules
-            attention.q_layernorm = attention.k_layernorm = norm
-    spec.submodules.self_attention.submodules.core_attention = core_attention
-    if sub_layer_norm is not None:
-        _add_sub_layer_norms(spec, sub_layer_norm)
-    if tiled is not None:
-        spec.module, spec.params = TiledTransformerLayer, tiled
-    return spec
-
-
 def get_longnet_block_spec(
     config: TransformerConfig,
     core_attention: Callable[..., Any],
@@ -105,23 +67,33 @@ def get_longnet_block_spec(
     tiled: dict[str, Any] | None = None,
     sub_layer_norm: TensorRanks | None = None,
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage, or of a chunk of it, and the final norm.
+    """Return the layers of this pipeline stage, or of a chunk of it, and the final norm.
 
-    Megatron-core would choose the final norm by what is installed alone: Transformer Engine's, on
-    a machine without a GPU too, or apex's, which has no RMSNorm.
+    core_attention: makes the attention of a layer (`megalong.model.core_attention`).
+    transformer_impl: "local", "transformer_engine", or "auto" for the better of those available.
+    tiled: what `TiledTransformerLayer` is made with besides; None: the layer is Megatron-core's.
+    sub_layer_norm: the ranks that share the matrices, where those that write to the residual stream
+        have a norm before them; None: they have none.
+    Raises UserError where Transformer Engine is asked for and cannot be used.
     """
-    spec = get_longnet_layer_spec(
-        core_attention,
-        config.normalization,
-        transformer_impl,
-        config.qk_layernorm,
-        tiled,
-        sub_layer_norm,
-    )
+    # Megatron-core would choose the final norm by what is installed alone: Transformer Engine's, on
+    # a machine without a GPU too, or apex's, which has no RMSNorm.
     if use_transformer_engine(transformer_impl):
         from megatron.core.extensions.transformer_engine import TENorm as norm
+
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     else:
+        spec = get_gpt_layer_local_spec(normalization=config.normalization)
         norm = _local_norm(config.normalization)
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+        if config.qk_layernorm:
+            attention = spec.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = norm
+    spec.submodules.self_attention.submodules.core_attention = core_attention
+    if sub_layer_norm is not None:
+        _add_sub_layer_norms(spec, sub_layer_norm)
+    if tiled is not None:
+        spec.module, spec.params = TiledTransformerLayer, tiled
     return TransformerBlockSubmodules([spec] * get_num_layers_to_build(config, chunk), norm)
 
 
@@ -191,21 +163,18 @@ class DividedNorm(torch.nn.Module):
 
 
 def use_transformer_engine(transformer_impl: str) -> bool:
-    """Whether the layers are made of Transformer Engine modules."""
+    """Return whether the layers are made of Transformer Engine modules."""
     if transformer_impl == "local":
         return False
-    usable = use_gpu() and _transformer_engine_installed()
+    usable = use_gpu()
+    if usable:
+        try:
+            import transformer_engine.pytorch  # noqa: F401
+        except ImportError:
+            usable = False
     if transformer_impl == "transformer_engine" and not usable:
         raise UserError(
             "--transformer-impl transformer_engine needs a GPU and the package transformer_engine:"
             " install it, or set --transformer-impl local"
         )
     return usable
-
-
-def _transformer_engine_installed() -> bool:
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except ImportError:
-        return False
-    return True

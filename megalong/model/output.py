@@ -30,7 +30,7 @@ LOGITS, ROWS = 2**28, 4096
 
 def avoid_logits(model: GPTModel, config: Config, mesh: Mesh, used_rows: int) -> None:
     """Have the model of the last stage make losses in chunks of rows, and its final norm, if that
-    is ours, work in tiles of rows. used_rows: see LossLayer."""
+    is ours, work in tiles of rows."""
     ranks = tensor_ranks(config, mesh)
     batch = config.training.micro_batch_size
     chunk_size = max(tokens_of_a_chunk(config, model.vocab_size) // batch, 1)
@@ -40,7 +40,7 @@ def avoid_logits(model: GPTModel, config: Config, mesh: Mesh, used_rows: int) ->
 
 
 def tokens_of_a_chunk(config: Config, vocabulary: int) -> int:
-    """Whose logits exist at a time. vocabulary: rows of the embedding."""
+    """Return how many tokens' logits exist at a time. vocabulary: rows of the embedding."""
     ranks = config.parallel.tensor_model_parallel_size
     return config.memory.loss_chunk_size or min(ROWS, max(LOGITS * ranks // vocabulary, 1))
 
@@ -65,22 +65,17 @@ class NextTokens:
     def of_logits(
         self, logits_sbv: torch.Tensor, ranks: TensorRanks, used_rows: int
     ) -> torch.Tensor:
-        """Ids, int64 (b,), -1 where another rank has the position. logits: this tensor-parallel
-        rank's slice of the vocabulary. used_rows: of the vocabulary, those from there on only fill
-        it up."""
+        """Return ids, int64 (b,), -1 where another rank has the position. logits: this
+        tensor-parallel rank's slice of the vocabulary, which is filled up from used_rows on."""
         found = [(row, column) for column, row in enumerate(self.rows) if row is not None]
         rows = [logits_sbv[row, column] for row, column in found]
         return self._drawn(rows, logits_sbv, ranks, used_rows)
 
     def of_hidden(
-        self,
-        hidden_lbh: torch.Tensor,
-        weight_vh: torch.Tensor,
-        ranks: TensorRanks,
-        used_rows: int,
+        self, hidden_lbh: torch.Tensor, weight_vh: torch.Tensor, ranks: TensorRanks, used_rows: int
     ) -> torch.Tensor:
-        """The same of the logits hidden @ weight.T, of which only these rows are made. hidden: the
-        rows that are this tensor-parallel rank's own."""
+        """Return the same of the logits hidden @ weight.T, of which only these rows are made.
+        hidden: this tensor-parallel rank's own rows."""
         rows, own = [], len(hidden_lbh)
         for column, row in enumerate(self.rows):
             if row is not None:
@@ -116,22 +111,15 @@ def _noise(seed: int, size: int) -> torch.Tensor:
 
 
 class LossLayer(torch.nn.Module):
-    """Stands where Megatron-core's output layer stood, whose weight it takes.
+    """Megatron-core's output layer, but that it gives hidden states for logits, and makes losses of
+    them where it is called with labels.
 
-    Megatron-core asks its output layer for logits first and for losses of these then
-    (`compute_language_model_loss`). This one gives the hidden states for logits, and makes losses
-    of them where it is called with labels.
-
-    chunk_size: rows of the sequence whose logits exist at a time. used_rows: of the vocabulary,
-        those from there on only fill it up.
+    chunk_size: rows of the sequence whose logits exist at a time. used_rows: of the vocabulary, the
+    rest only fills it up.
     """
 
     def __init__(
-        self,
-        weight: torch.nn.Parameter | None,
-        chunk_size: int,
-        ranks: TensorRanks,
-        used_rows: int,
+        self, weight: torch.nn.Parameter | None, chunk_size: int, ranks: TensorRanks, used_rows: int
     ):
         """weight: None where it is the embedding's, and comes with every call."""
         super().__init__()
@@ -156,8 +144,7 @@ class LossLayer(torch.nn.Module):
         weight: torch.Tensor | None = None,
         beside: str | NextTokens | None = None,
     ) -> torch.Tensor:
-        """Token losses, (s, b): see `chunked/linear_cross_entropy.py`; (2, s, b) with what
-        `PipelineStage.forward` has beside them."""
+        """Return the token losses (s, b), or (2, s, b) with what is wanted beside them."""
         weight = self.weight if weight is None else weight
         chunks = {"chunk_size": self.chunk_size, "ranks": self.ranks}
         with_logsumexp = beside == "logsumexp"
@@ -178,9 +165,9 @@ class LossLayer(torch.nn.Module):
 def label_logits(
     logits_sbv: torch.Tensor, labels_sb: torch.Tensor, group: dist.ProcessGroup
 ) -> torch.Tensor:
-    """The logit of each token's label, (s, b), float32; differentiable.
+    """Return the logit of each token's label, (s, b), float32; differentiable.
 
-    logits: this tensor-parallel rank's slice of the vocabulary. group: of the ranks that have it.
+    logits: this rank's slice of the vocabulary, that the group shares.
     """
     size = logits_sbv.shape[-1]
     place, here = places(labels_sb.flatten(), size, group.rank() * size)

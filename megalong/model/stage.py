@@ -1,5 +1,4 @@
-"""What one pipeline stage holds of the model: one GPTModel, or several under the interleaved
-schedule, where a stage has every n-th chunk of layers."""
+"""A pipeline stage of the model: one GPTModel, or several under the interleaved schedule."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ class PipelineStage(torch.nn.Module):
         beside: str | NextTokens | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """The output of one chunk; the other arguments are those of GPTModel.
+        """Return the output of one chunk; the other arguments are those of GPTModel.
 
         document_start, document_stop: where documents are kept apart, those of this rank's
             positions (`megalong.data.batches`).

@@ -112,8 +112,7 @@ def test_channels_that_ranks_share(kind, size, monkeypatch):
     parts = [None if t is None else t.chunk(size, -1) for t in (x, weight, bias, grad)]
     with ThreadPoolExecutor(size) as pool:
         found = pool.map(
-            lambda rank: run(*(p and p[rank] for p in parts), how, Threads(size, rank)),
-            range(size),
+            lambda rank: run(*(p and p[rank] for p in parts), how, Threads(size, rank)), range(size)
         )
         found = list(found)
     for whole, *shares in zip(expected, *found, strict=True):

@@ -11,13 +11,9 @@ from megalong.model.flops import measured_flops, peak_flops, peak_of_name
     [
         ("NVIDIA H100 80GB HBM3", 989.4, 494.7, 67),
         ("NVIDIA H100 PCIe", 756, 378, 51),
-        ("NVIDIA H200", 989.4, 494.7, 67),
-        ("NVIDIA GB200", 2500, 1250, 80),
         ("NVIDIA B200", 2250, 1125, 75),
         ("NVIDIA A100-SXM4-80GB", 312, 156, 19.5),
         ("NVIDIA A10", 125, 62.5, 31.2),
-        ("NVIDIA L40S", 362.1, 183, 91.6),
-        ("NVIDIA GeForce RTX 4090", 165.2, 82.6, 82.6),
         ("NVIDIA RTX 6000 Ada Generation", 364.2, 182.1, 91.1),
     ],
 )

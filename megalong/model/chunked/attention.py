@@ -2,8 +2,7 @@
 
 Whole in memory are, for one group, queries, keys, values and output, and in the backward pass the
 gradients of these; for all heads, the output, in whose place the gradient of the queries grows, and
-the gradients of keys and values: with those of all heads the way back through projection and norm
-is one matrix product a tile, as it is without groups, and nothing is summed up over groups.
+the gradients of keys and values.
 
 Shape suffixes: l rows of this tensor rank's own, s rows of all of them, b batch, h hidden, a heads,
 g kv heads, d head_dim, n all that a matrix is applied to in a tile (rows x batch).
@@ -24,8 +23,8 @@ from megalong.model.chunked.rows import ALONE, AttentionWeights, GradientSums, T
 
 
 class Passes(Protocol):
-    """An attention of some heads, as two functions. kept: what the forward pass hands to the
-    backward pass besides, and to another forward pass of the same tensors; () where nothing."""
+    """An attention of some heads, as two functions. kept: handed from the forward pass to backward,
+    and to another forward pass of the same tensors."""
 
     def forward(
         self, q_bsad, k_bsgd, v_bsgd, kept: tuple[torch.Tensor, ...] | None = None
@@ -37,8 +36,7 @@ class Passes(Protocol):
 
 
 class Attended(NamedTuple):
-    """What attention leaves: the output of all heads (s, b, heads, head_dim), and for each group
-    the log-sum-exp and what its `Passes` keep."""
+    """The output of all heads, and for each group the log-sum-exp and what its `Passes` keep."""
 
     out_sbad: torch.Tensor
     lse: list[torch.Tensor]
@@ -58,9 +56,8 @@ class TiledAttention:
 
     group: query heads for each kv head. passes: the attention of each group of heads, equally many
         in each.
-    norm: also that before the output projection, where the weights have one.
-    qk_norm: of each head's queries and keys, where they have one.
-    scales: of queries at so many positions on a device (`scale_`), where there are some.
+    norm: also that before the output projection, where the weights have one. qk_norm: of each
+        head's queries and keys. scales: of queries at so many positions on a device (`scale_`).
     tile_size: rows of the sequence in a tile, for each tensor rank that has rows of its own.
     ranks: those that share the matrices: each has some of the heads.
     """
@@ -129,8 +126,7 @@ class TiledAttention:
     ) -> NormBackward | None:
         """Add a tile's share of the gradients of the output projection and the norm before it.
 
-        grad: of `output_tile`. Returns what `backward` needs of that norm, where there is one: it
-        is of all heads, which are at hand only here.
+        grad: of `output_tile`. Returns what `backward` needs of that norm, where there is one.
         """
         grad_sbh = self.ranks.enter(grad_lbh)
         out_sbr, back = self.ranks.tile(out_sbad, rows).flatten(2), None
@@ -156,11 +152,9 @@ class TiledAttention:
         grad_x_lbh: torch.Tensor,
         out_norms: Sequence[NormBackward | None],
     ) -> None:
-        """The gradient of x, from that of x + attention(norm(x)), after `output_backward_tile` of
-        all tiles, whose results are `out_norms`. The output in `attended` is overwritten.
-
-        grad_x: filled in; may be the same tensor as grad.
-        """
+        """Fill in the gradient of x, which may be the same tensor as grad, after
+        `output_backward_tile` of all tiles, whose results are `out_norms`. The output in `attended`
+        is overwritten."""
         gradients = self._attention_backward(
             grad_lbh, x_lbh, attended, weights, angles_sd, sums, out_norms
         )
@@ -219,7 +213,7 @@ class TiledAttention:
         return out_sbad, all_dk, all_dv
 
     def _project(self, x_lbh, weights, heads: _Heads, angles_sd, raw: list | None = None):
-        """Queries, keys and values of some heads, normed, rotated and scaled. raw: is given queries
+        """Queries, keys and values of some heads, normed, rotated and scaled. raw: takes queries
         and keys as they were before their norm, if they have one."""
         width = (self.group + 2) * self.head_dim
         packed = slice(heads.keys.start * width, heads.keys.stop * width)

@@ -12,21 +12,20 @@ rank's slice of the vocabulary; n = r x b.
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from megalong.model.chunked import triton
 from megalong.model.chunked.rows import (
     ALONE,
     TensorRanks,
     add_weight_gradient,
+    require_dense_rows,
     tiles,
     wide,
     wide_product,
 )
+from megalong.model.chunked.triton import kernels_for
 
 # Operators, so that fake tensors run no kernel. Not torch.library.custom_op: slow to call.
 torch.library.define(
@@ -71,20 +70,6 @@ def differentiate_logits_(
     out_nv = None if dtype == logits_nv.dtype else torch.empty_like(logits_nv, dtype=dtype)
     torch.ops.megalong.differentiate_logits_(logits_nv, labels_n, lse_n, grad_n, first, out_nv)
     return logits_nv if out_nv is None else out_nv
-
-
-def require_dense_rows(logits_nv: torch.Tensor) -> None:
-    if logits_nv.stride(1) != 1:
-        raise ValueError("cross entropy takes rows with their logits side by side")
-
-
-def kernels_for(x: torch.Tensor) -> ModuleType | None:
-    """Return the kernels, where they can run."""
-    if not triton.runs_on(x):
-        return None
-    from megalong.model.chunked.triton import kernels
-
-    return kernels
 
 
 def places(labels_n: torch.Tensor, size: int, first: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,14 +14,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 
-from megalong.model.chunked import triton
 from megalong.model.chunked.norms import Moments, Norm, NormBackward, norm, norm_backward
-from megalong.model.chunked.rows import ALONE, GradientSums, MLPWeights, TensorRanks, tiles, wide
+from megalong.model.chunked.rows import (
+    ALONE,
+    GradientSums,
+    MLPWeights,
+    TensorRanks,
+    require_dense_rows,
+    tiles,
+    wide,
+)
+from megalong.model.chunked.triton import kernels_for
 
 TILE = 2**17  # numbers at a time without the kernels: temporaries that stay in a cache
 
@@ -85,20 +93,6 @@ def gelu_slope(x: torch.Tensor) -> torch.Tensor:
 FUNCTIONS = MappingProxyType({"silu": (F.silu, silu_slope), "gelu": (F.gelu, gelu_slope)})
 
 
-def require_dense_rows(*tensors: torch.Tensor) -> None:
-    if any(x_nf.stride(1) != 1 for x_nf in tensors):
-        raise ValueError("an activation takes rows with their numbers side by side")
-
-
-def kernels_for(x_nf: torch.Tensor, function: str) -> ModuleType | None:
-    """Return the kernels, where they can run and know the function."""
-    if not triton.runs_on(x_nf):
-        return None
-    from megalong.model.chunked.triton import kernels
-
-    return kernels if function in kernels.FUNCTIONS else None
-
-
 def row_tiles(x_nf: torch.Tensor) -> Iterator[slice]:
     return tiles(len(x_nf), max(1, TILE // max(1, x_nf.shape[1])))
 
@@ -106,7 +100,7 @@ def row_tiles(x_nf: torch.Tensor) -> Iterator[slice]:
 @torch.library.impl("megalong::activate", "CompositeExplicitAutograd")
 def _(x_nf, function, gated):
     y_nf = empty_activation(x_nf, function, gated)
-    if on_gpu := kernels_for(x_nf, function):
+    if (on_gpu := kernels_for(x_nf)) and function in on_gpu.FUNCTIONS:
         on_gpu.activate(x_nf, y_nf, function, gated)
         return y_nf
     value, _ = FUNCTIONS[function]
@@ -122,7 +116,7 @@ def _(x_nf, function, gated):
 
 @torch.library.impl("megalong::activate_backward_", "CompositeExplicitAutograd")
 def _(grad_nf, x_nf, function, gated):
-    if on_gpu := kernels_for(x_nf, function):
+    if (on_gpu := kernels_for(x_nf)) and function in on_gpu.FUNCTIONS:
         return on_gpu.activate_backward(grad_nf, x_nf, function, gated)
     value, slope = FUNCTIONS[function]
     for rows in row_tiles(x_nf):
@@ -189,9 +183,17 @@ class TiledMLP:
         inner_nf = F.linear(normed_nh, weights.in_weight, weights.in_bias)
         grad_active_nf = grad_nh @ weights.out_weight
         if weights.out_norm_weight is not None:
-            grad_active_nf = self._out_norm_backward(
-                grad_active_nf, self.activation.forward(inner_nf), grad_nh, weights, sums
+            active_nf = self.activation.forward(inner_nf)
+            moments = Moments.of(active_nf, self.norm, self.ranks)
+            normed_nf = moments.normed(active_nf, weights.out_norm_weight, weights.out_norm_bias)
+            sums.add_weight("out", grad_nh, normed_nf)
+            back, shares = NormBackward.of(
+                grad_active_nf, active_nf, moments, weights.out_norm_weight, self.ranks
             )
+            sums.add_norm("out_norm", shares)
+            grad_nf = back.gradient(grad_active_nf, active_nf, weights.out_norm_weight)
+            grad_active_nf = grad_nf.to(grad_active_nf.dtype)
+            del active_nf, normed_nf, moments, back, grad_nf
         active_nf, grad_inner_nf = self.activation.backward(grad_active_nf, inner_nf)
         sums.add_weight("in", grad_inner_nf, normed_nh)
         sums.add_bias("in", grad_inner_nf)
@@ -202,15 +204,3 @@ class TiledMLP:
         grad_x_lbh, *gradients = norm_backward(self.ranks.leave(grad_sbh), *norm_inputs)
         sums.add_norm("norm", gradients)
         return grad_x_lbh.add_(grad_lbh)
-
-    def _out_norm_backward(self, grad_nf, active_nf, grad_nh, weights, sums) -> torch.Tensor:
-        """The gradient of the activation, from that of its norm; adds those of the norm and of the
-        matrix after it."""
-        moments = Moments.of(active_nf, self.norm, self.ranks)
-        normed_nf = moments.normed(active_nf, weights.out_norm_weight, weights.out_norm_bias)
-        sums.add_weight("out", grad_nh, normed_nf)
-        back, shares = NormBackward.of(
-            grad_nf, active_nf, moments, weights.out_norm_weight, self.ranks
-        )
-        sums.add_norm("out_norm", shares)
-        return back.gradient(grad_nf, active_nf, weights.out_norm_weight).to(grad_nf.dtype)

@@ -8,7 +8,7 @@ weight and bias are divided as the channels are.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +29,9 @@ class Norm(NamedTuple):
 def norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: str, eps: float
 ) -> torch.Tensor:
-    """The norm of each row of x (..., h), in its dtype; the values are those of torch.nn's modules.
+    """Return the norm of each row of x, in its dtype; the values are those of torch.nn's modules.
 
-    weight, bias: (h,); bias is None for RMSNorm. kind, eps: as of `Norm`.
-    Raises ValueError for another kind, or an RMSNorm with a bias.
+    Raises ValueError for another kind than those of `Norm`, or an RMSNorm with a bias.
     """
     if kind == "LayerNorm":
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
@@ -42,22 +41,18 @@ def norm(
 
 
 def norm_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    kind: str,
-    eps: float,
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *how: Any
 ) -> tuple[torch.Tensor, ...]:
-    """The gradients of x, of weight and, where there is one, of bias, from that of `norm`.
+    """Return the gradients of x, weight and, where there is one, bias, from that of `norm`; all in
+    the wide dtype, since what is summed up over tiles must not be rounded to 16 bits before.
 
-    All in the wide dtype: what is summed up over tiles must not be rounded to 16 bits before.
+    how: kind and eps.
     """
     dtype = wide(x.dtype)
     inputs = [None if tensor is None else tensor.detach().to(dtype) for tensor in (x, weight, bias)]
     needed = [tensor.requires_grad_() for tensor in inputs if tensor is not None]
     with torch.enable_grad():
-        out = norm(*inputs, kind, eps)
+        out = norm(*inputs, *how)
     return torch.autograd.grad(out, needed, grad.to(dtype))
 
 
@@ -70,11 +65,7 @@ def tiled_norm(
     eps: float,
     tile_size: int,
 ) -> torch.Tensor:
-    """`norm` with `tile_size` rows of x's first dimension at a time, forward and backward: only x
-    is kept, and beside x, the result and their gradients nothing grows with the sequence.
-
-    Raises ValueError where tile_size is not positive, and as `norm` does.
-    """
+    """Return `norm` of x with `tile_size` rows at a time, forward and backward: only x is kept."""
     return _TiledNorm.apply(x_sbh, weight, bias, kind, eps, tile_size)
 
 
@@ -151,8 +142,7 @@ class NormBackward(NamedTuple):
         weight: torch.Tensor,
         ranks: TensorRanks,
     ) -> tuple[NormBackward, list[torch.Tensor]]:
-        """From the gradient of the norm of x; and the gradients of weight and, for LayerNorm, of
-        bias, in the wide dtype."""
+        """From the gradient of the norm of x; also those of weight and, for LayerNorm, of bias."""
         standardized, grad = moments.standardized(x), grad.to(moments.inverse_deviation.dtype)
         products = grad * standardized
         rows = tuple(range(grad.ndim - 1))
@@ -180,10 +170,8 @@ def divided_norm(
     norm: Norm,
     ranks: TensorRanks,
 ) -> torch.Tensor:
-    """The norm of rows (s, b, channels of this rank), in their dtype; differentiable.
-
-    All ranks have to call it, and to go backward. Kept are x and two numbers a row.
-    """
+    """Return the norm of rows (s, b, channels of this rank), in their dtype; differentiable. All
+    ranks have to call it, and to go backward."""
     return _DividedNorm.apply(x_sbc, weight, bias, norm, ranks)
 
 

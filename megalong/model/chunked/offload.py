@@ -1,13 +1,8 @@
-"""What autograd saves waits for its backward pass in pinned memory of the host.
+"""Saved tensors of autograd wait for their backward pass in pinned memory of the host.
 
-    offload = HostOffload(device)
-    for layer in layers:
-        with offload.saving():
-            x = layer(x)
-
-A block of `saving` is a layer: when autograd asks for what one has saved, that of the block before
-begins to come back. Which one autograd asks for next is a guess, and where it is wrong (a pipeline
-has several micro batches under way) what is asked for comes later, but never wrong.
+A block of `HostOffload.saving` is a layer: when autograd asks for what one has saved, that of the
+block before begins to come back. Where that guess is wrong (a pipeline has several micro batches
+under way) what is asked for comes later, but never wrong.
 
 Streams. All copies run on one side stream, one after the other; everything else runs on the stream
 that is current, here called the main one.
@@ -16,9 +11,7 @@ that is current, here called the main one.
 - PyTorch's allocator gives freed memory to whatever the same stream does next, so all device memory
   here is the main stream's, and none is freed before the main stream has been told to wait for the
   copy that reads or writes it: for what goes out, when the next block saves; for what has come,
-  when it is used. `Tensor.record_stream` would be right as well, but leaves it to the time at which
-  the allocator looks when memory is free again: the peak would differ from run to run, and grow
-  where the host is far ahead of the device.
+  when it is used. With `Tensor.record_stream` the peak would differ from run to run.
 - A chunk of pinned memory is touched by the side stream alone, so whoever gets it next comes after
   whoever had it, and the host never waits.
 """
@@ -28,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,19 +61,16 @@ class HostOffload:
         """Bytes of pinned memory."""
         return self._chunks.bytes if self._chunks else 0
 
-    @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
+    def saving(self) -> contextlib.AbstractContextManager:
         """Send what autograd saves inside to the host.
 
         Raises HostMemoryError where that has no room. A tensor that is modified in place while it
         is copied is a RuntimeError, where the next block saves something or backward needs it.
         """
         if self._transfers is None:
-            yield
-            return
+            return contextlib.nullcontext()
         self._block += 1
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
-            yield
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Saved:
         if not self._goes(tensor):
@@ -150,8 +140,8 @@ class _Saved:
 
 
 class _Kept:
-    """The bytes of a tensor: on the host as long as somebody has saved it; on the device too until
-    they are let go for the first time, and from when they are brought until they are taken."""
+    """The bytes of a tensor: on the host as long as somebody has saved it; on the device until they
+    are let go, and from when they are brought until they are taken."""
 
     def __init__(self, tensor: torch.Tensor, transfers: Any, pool: PinnedChunks):
         self.transfers, self.pool = transfers, pool
@@ -195,8 +185,8 @@ class _Kept:
             self.device = None
 
     def check(self) -> None:
-        """Raises RuntimeError where somebody has written into the device's memory. Autograd itself
-        does not look at versions where there are hooks."""
+        """Raise RuntimeError where somebody has written into the device's memory: autograd does not
+        look at versions where there are hooks."""
         if self.device is not None and self.device._version != self.device_version:
             raise RuntimeError(
                 f"a tensor of {self.place[1]} bytes that backward needs has been modified by an"
@@ -223,8 +213,8 @@ class _Kept:
 
 
 class PinnedChunks:
-    """Pinned memory in chunks of one size, (size,) uint8, that are used again and again: it takes
-    long to allocate, and PyTorch, which rounds it up to a power of two, would waste up to half.
+    """Pinned memory in chunks of one size that are used again and again: it takes long to allocate,
+    and PyTorch, which rounds it up to a power of two, would waste up to half.
 
     allocate: bytes -> pinned memory. size: of a chunk, bytes. bytes: of all chunks that there are.
     """

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from megalong.model.chunked import triton
 from megalong.model.chunked.rows import tiles, wide
+from megalong.model.chunked.triton import kernels_for
 
 TILE = 2**17  # numbers rotated at a time without the kernel: temporaries that stay in a cache
 SCALED_TILE = 2**22  # numbers at a time in the dtype of the scales
@@ -46,10 +46,8 @@ def rotate_(x_sbhd: torch.Tensor, angles_sp: torch.Tensor, *, inverse: bool = Fa
 
 @torch.library.impl("megalong::rotate_", "CompositeExplicitAutograd")
 def _(x_sbhd, angles_sp, inverse):
-    if triton.runs_on(x_sbhd):
-        from megalong.model.chunked.triton import kernels
-
-        return kernels.rotate_(x_sbhd, angles_sp, inverse)
+    if on_gpu := kernels_for(x_sbhd):
+        return on_gpu.rotate_(x_sbhd, angles_sp, inverse)
     _, batch, heads, head_dim = x_sbhd.shape
     dtype = wide(x_sbhd.dtype)
     for rows in tiles(len(x_sbhd), max(1, TILE // max(1, batch * heads * head_dim))):

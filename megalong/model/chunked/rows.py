@@ -51,6 +51,12 @@ def add_weight_gradient(total_oi: torch.Tensor, grad_no: torch.Tensor, x_ni: tor
         total_oi += wide_product(grad_no.T, x_ni)
 
 
+def require_dense_rows(*tensors: torch.Tensor) -> None:
+    """Raise ValueError where the numbers of a row are not side by side."""
+    if any(x_nf.stride(1) != 1 for x_nf in tensors):
+        raise ValueError("these are not rows with their numbers side by side")
+
+
 @dataclass(frozen=True)
 class TensorRanks:
     """The ranks that share each layer's matrices, and this one's place among them.

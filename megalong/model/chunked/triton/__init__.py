@@ -1,14 +1,21 @@
-"""Triton kernels of what is elementwise: each number read and written once.
-
-`kernels` is imported where they run, because it imports triton.
-"""
+"""Triton kernels of what is elementwise: each number read and written once."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
+
+
+def kernels_for(x: torch.Tensor) -> ModuleType | None:
+    """Return the module of the kernels, where they run on such a tensor."""
+    if not runs_on(x):
+        return None
+    from megalong.model.chunked.triton import kernels
+
+    return kernels
 
 
 def runs_on(x: torch.Tensor) -> bool:
