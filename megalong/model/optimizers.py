@@ -43,7 +43,7 @@ class Optimizer(ABC):
 
     ZeRO steps it on flat partitions, which are cut anywhere in a parameter. So whatever it keeps of
     a parameter is elementwise: float32 tensors of the parameter's shape, zero before the first
-    step. A factored state, such as Adafactor's sums over rows and columns, does not fit.
+    step.
 
     moments: the names of these tensors, in PyTorch's state and in a checkpoint, of any parameter.
     deepspeed_types: the names by which a DeepSpeed file may ask for it, its own first.
@@ -154,11 +154,10 @@ class Muon(Optimizer):
     Keller Jordan, https://kellerjordan.github.io/posts/muon; Moonlight, arXiv 2502.16982.
 
     The update of a layer's matrix is the momentum with all its singular values made about 1. Weight
-    decay is decoupled, lr x weight decay, in both. With the defaults an update's root mean square
-    is about that of AdamW's, 0.2 to 0.4 (Moonlight, section 2.2), so that one learning rate fits
-    both; Megatron's own are --muon-extra-scale-factor 1 and no Nesterov momentum. Gate and up
-    projection of a gated MLP are two matrices, unlike Megatron's. In bf16 runs the iteration is in
-    bf16, as PyTorch's, else in float32.
+    decay is decoupled in both. With the defaults an update's root mean square is about that of
+    AdamW's (Moonlight, section 2.2), so that one learning rate fits both. Gate and up projection of
+    a gated MLP are two matrices, unlike Megatron's. The iteration is in bf16 in bf16 runs, as
+    PyTorch's, else in float32.
     """
 
     moments = ("momentum_buffer", *AdamW.moments)

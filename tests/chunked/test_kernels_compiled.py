@@ -75,19 +75,14 @@ def fresh_cache(tmp_path, monkeypatch):
 
 CASES = {
     "rotation-32": (ROTATE, rotation(32), 90, "bf16"),
-    "rotation-128-float32": (ROTATE, rotation(128), 90, "fp32"),
     "rotation-40-inverse": (ROTATE, rotation(40, True), 80, "fp16"),
     "swiglu": (ACTIVATE, activation("silu", True), 90, "bf16"),
     "swiglu-backward": (BACKWARD, activation("silu", True), 90, "bf16"),
-    "swiglu-backward-80": (BACKWARD, activation("silu", True), 80, "bf16"),
     "swiglu-backward-float32": (BACKWARD, activation("silu", True), 80, "fp32"),
     "gelu": (ACTIVATE, activation("gelu", False), 80, "bf16"),
     "gelu-backward": (BACKWARD, activation("gelu", False), 90, "bf16"),
-    "geglu-backward-narrow": (BACKWARD, activation("gelu", True, 112), 90, "fp32"),
     "logits": (READ, READING, 90, "fp32"),
-    "logits-80": (READ, READING, 80, "fp32"),
     "logits-backward": (DIFFERENTIATE, DIFFERENTIATING, 90, "bf16"),
-    "logits-backward-80": (DIFFERENTIATE, DIFFERENTIATING, 80, "fp16"),
     "logits-backward-float32": (DIFFERENTIATE, DIFFERENTIATING, 90, "fp32"),
 }
 

@@ -1,5 +1,4 @@
-"""Rows in tiles, the tensor-parallel ranks that share the matrices which tiles are multiplied
-with, and the weights, whose gradients are sums over tiles.
+"""Tiles of rows, the tensor-parallel ranks that share the matrices, and sums over tiles.
 
 Shape suffixes: s rows of all ranks, l rows of a rank's own, b batch.
 """
