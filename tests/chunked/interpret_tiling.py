@@ -15,7 +15,6 @@ import torch
 
 from megalong.model.chunked.cross_entropy import (
     differentiate_logits_,
-    linear_cross_entropy,
     read_logits_,
 )
 from megalong.model.chunked.rotary import rotate_
@@ -126,22 +125,6 @@ def test_rows_that_end_in_a_number_that_is_none():
     lse, target = read_logits_(x.clone(), labels)
     torch.testing.assert_close(lse[[0, 3]], expected[[0, 3]])
     assert lse[1:3].isnan().all() and torch.equal(target, x[torch.arange(4), labels])
-
-
-def test_losses_in_chunks(launches):
-    torch.manual_seed(0)
-    x = torch.randn(9, 2, 6).double().requires_grad_()
-    weight = torch.randn(1030, 6).double().requires_grad_()
-    labels = torch.randint(1030, (2, 9)).T
-    expected = torch.nn.functional.cross_entropy(
-        (x @ weight.T).flatten(0, 1), labels.flatten(), reduction="none"
-    ).view(9, 2)
-    losses = linear_cross_entropy(x, weight, labels, chunk_size=4)
-    torch.testing.assert_close(losses, expected)
-    grad = torch.randn(9).double()[:, None].expand(9, 2)
-    found, slopes = (torch.autograd.grad(y, [x, weight], grad) for y in (losses, expected))
-    torch.testing.assert_close(found, slopes)
-    assert launches == ["read_kernel"] * 3 + ["differentiate_kernel"] * 3
 
 
 def test_nothing_to_do():
