@@ -9,6 +9,7 @@ import torch
 
 from megalong.config import ModelConfig
 from megalong.model.parameters import Packing, parameters, sizes, used_rows
+from megalong.model.tensor_slices import join_parts, split_parts
 from megalong.utils.errors import UserError
 
 
@@ -26,12 +27,8 @@ class Entry:
         """Raises UserError where the tensor does not have its shape."""
         check_shape(self.name, self.shape, whole.shape)
         heights = [shape[0] for shape in self.parts.values()]
-        if self.packing is Packing.GROUPED:
-            heads = self.model.num_query_groups
-            grouped = whole.unflatten(0, (heads, -1)).split([n // heads for n in heights], 1)
-            parts = [part.flatten(0, 1) for part in grouped]
-        else:
-            parts = whole[: sum(heights)].split(heights)  # without what fills up the vocabulary
+        used = whole[: sum(heights)]  # without what fills up the vocabulary
+        parts = split_parts(used, heights, self.packing, self.model)
         return dict(zip(self.parts, parts, strict=True))
 
     def to_megalong(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -40,13 +37,10 @@ class Entry:
         for name, shape in self.parts.items():
             check_shape(name, shape, parts[name].shape)
         ordered = [parts[name] for name in self.parts]
-        if self.packing is Packing.GROUPED:
-            heads = self.model.num_query_groups
-            return torch.cat([part.unflatten(0, (heads, -1)) for part in ordered], 1).flatten(0, 1)
         if self.packing is Packing.PADDED:
             missing = self.shape[0] - len(ordered[0])
             return torch.nn.functional.pad(ordered[0], (0, 0, 0, missing))
-        return torch.cat(ordered) if len(ordered) > 1 else ordered[0]
+        return join_parts(ordered, self.packing, self.model)
 
 
 def entries(model: ModelConfig, vocab_size: int, rows_there: int | None = None) -> list[Entry]:

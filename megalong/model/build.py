@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +15,15 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
 from megalong.attention.backends import choose_backend
-from megalong.config import Config, ModelConfig
-from megalong.model.chunked.likeliest import is_likeliest
+from megalong.config import Config
+from megalong.model.chunked.cross_entropy import is_likeliest
 from megalong.model.chunked.offload import HostOffload
-from megalong.model.chunked.tensor_ranks import TensorRanks
+from megalong.model.chunked.rows import TensorRanks
 from megalong.model.core_attention import CoreAttention
 from megalong.model.layer_spec import get_longnet_block_spec, use_transformer_engine
-from megalong.model.names import parameter_places
-from megalong.model.next_tokens import NextTokens
-from megalong.model.output import LossLayer, avoid_logits, label_logits
+from megalong.model.output import LossLayer, NextTokens, avoid_logits, label_logits
 from megalong.model.parameters import (
     Initial,
-    Packing,
-    Row,
     deviations,
     gradient_is_summed,
     row_of,
@@ -36,8 +31,8 @@ from megalong.model.parameters import (
     used_rows,
 )
 from megalong.model.rotary import LongRotaryEmbedding, XposScales, score_scale
-from megalong.model.stage import PipelineStage
-from megalong.model.tensor_slices import cut_dimension, tensor_slice
+from megalong.model.stage import PipelineStage, parameter_places
+from megalong.model.tensor_slices import cut_dimension, tensor_slice, views_of_parts
 from megalong.model.tiled_layer import has_pieces, recomputes_by_itself, tensor_ranks
 from megalong.parallel.cpu import cuda_means_cpu
 from megalong.parallel.mesh import Mesh
@@ -65,34 +60,23 @@ def build_model(
     initialize: bool = True,
     divide: Callable[[torch.nn.Parameter], None] | None = None,
 ) -> PipelineStage:
-    """This rank's part of the model, on the mesh's device and in the precision of the training,
-    with the initial weights of `config.training.seed`.
+    """Return this rank's part of the model, on the mesh's device, in the precision of the training,
+    with the initial weights of `config.training.seed`. Needs `megalong.parallel.launch`.
 
     The parameters come into being one at a time, where they will stay: no more than one of them, in
     float32 and whole over its tensor-parallel ranks, is ever in the device's memory besides, and of
-    that a piece in the host's.
+    that a piece in the host's. `--memory-path auto`, where nobody has decided what it is, is no
+    more than the pieces that are given.
 
     vocab_size: the tokenizer's; the embedding may have more rows (`ModelConfig.vocabulary_rows`).
     initialize: False leaves the weights as memory is, for a checkpoint to fill them in.
     divide: called with each parameter as soon as it has its values, in the same order on every
         rank: for ZeRO 3, which keeps a part of it.
-    `--memory-path auto`, where nobody has decided what it is (`megalong.model.memory_path`), is no
-    more than the pieces that are given.
-
-    Needs Megatron-core's groups (`megalong.parallel.launch`).
     """
     if config.memory.memory_path == "auto":
         memory = config.memory.with_pieces(False, config.model, config.parallel)
         config = dataclasses.replace(config, memory=memory)
-    megatron_config = transformer_config(config)
-    chunks = config.parallel.chunks_per_stage(config.model)
-    shared = _Shared.of(config, mesh)
-    stage = PipelineStage(
-        [
-            _chunk(config, megatron_config, vocab_size, mesh, chunk, chunks, shared)
-            for chunk in range(chunks)
-        ]
-    )
+    stage = PipelineStage(_chunks(config, vocab_size, mesh))
     for name, module, attribute in list(parameter_places(stage)):
         parameter = _materialize(module, attribute, DTYPES[config.training.precision], mesh.device)
         # DeepSpeed counts a parameter once in the gradient norm, unless it is told of its parts.
@@ -107,39 +91,11 @@ def build_model(
     return stage
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shared:
-    """What the chunks of a stage share: angles and scales of positions, each of which is one table;
-    and what layers in tiles are made of, None without them."""
-
-    rotary: LongRotaryEmbedding | None
-    xpos: XposScales | None
-    tiled: dict[str, Any] | None
-
-    @classmethod
-    def of(cls, config: Config, mesh: Mesh) -> _Shared:
-        model, memory = config.model, config.memory
-        first_position = mesh.sequence_range(model.seq_length)[0]
-        rotary = xpos = tiled = None
-        if model.has_rotary_positions:
-            rotary = LongRotaryEmbedding(
-                model, first_position, one_per_pair=bool(memory.tiled_attention)
-            )
-        if model.position_embedding_type == "xpos":
-            xpos = XposScales(model, first_position)
-        if has_pieces(config):
-            offload = HostOffload(mesh.device) if memory.offload_activations else None
-            tiled = {"settings": config, "mesh": mesh, "offload": offload}
-        return cls(rotary, xpos, tiled)
-
-
 class _Model(GPTModel):
-    """Megatron-core's model without the collective, at its construction, that makes the copies of a
-    tied embedding equal: they have the same initial weights here, and no values yet there. And with
-    an output layer that may make losses itself.
+    """Megatron-core's model, whose output layer may make losses itself, without the collective that
+    makes the copies of a tied embedding equal: they have the same initial weights.
 
-    beside: what the losses have beside them, of `PipelineStage.forward`. used_rows: of the
-        vocabulary, those from there on only fill it up.
+    beside: as of `PipelineStage.forward`. used_rows: of the vocabulary, the rest only fills it up.
     """
 
     beside: str | NextTokens | None = None
@@ -151,7 +107,7 @@ class _Model(GPTModel):
     def compute_language_model_loss(
         self, labels: torch.Tensor, logits: torch.Tensor
     ) -> torch.Tensor:
-        """Token losses (b, s) of labels (b, s) and what the output layer gave: logits, or a
+        """Return the token losses (b, s) of labels (b, s) and what the output layer gave, a
         LossLayer hidden states; (2, b, s) with what is wanted beside them."""
         if isinstance(self.output_layer, LossLayer):
             tied = self.share_embeddings_and_output_weights
@@ -194,61 +150,75 @@ def _materialize(
     return parameter
 
 
-def _chunk(
-    config: Config,
-    megatron_config: TransformerConfig,
-    vocab_size: int,
-    mesh: Mesh,
-    chunk: int,
-    chunks: int,
-    shared: _Shared,
-) -> GPTModel:
-    """Chunk number `chunk` of the `chunks` that this stage holds, its parameters shapes only."""
-    model_config = config.model
+def _chunks(config: Config, vocab_size: int, mesh: Mesh) -> list[GPTModel]:
+    """The chunks that this stage holds, their parameters shapes only. They share the angles and the
+    scales of positions, each of which is one table."""
+    megatron_config, model_config, memory = transformer_config(config), config.model, config.memory
+    first_position = mesh.sequence_range(model_config.seq_length)[0]
+    rotary = xpos = tiled = None
+    if model_config.has_rotary_positions:
+        rotary = LongRotaryEmbedding(
+            model_config, first_position, one_per_pair=bool(memory.tiled_attention)
+        )
+    if model_config.position_embedding_type == "xpos":
+        xpos = XposScales(model_config, first_position)
+    if has_pieces(config):
+        offload = HostOffload(mesh.device) if memory.offload_activations else None
+        tiled = {"settings": config, "mesh": mesh, "offload": offload}
     core_attention = partial(
         CoreAttention,
         model=model_config,
         attention=config.attention,
         sequence=mesh.sequence,
         tensor_rank=mesh.tensor_parallel_rank,
-        xpos=shared.xpos,
+        xpos=xpos,
         causal=config.training.causal,
     )
-    numbered = chunk if chunks > 1 else None  # None is Megatron-core's word for one chunk
+    sub_layer_norm = tensor_ranks(config, mesh) if model_config.sub_layer_norm else None
     fused = use_transformer_engine(model_config.transformer_impl)
-    with cuda_means_cpu(), contextlib.nullcontext() if fused else torch.device("meta"):
-        model = _Model(
-            config=megatron_config,
-            transformer_layer_spec=get_longnet_block_spec(
-                megatron_config,
-                core_attention,
-                model_config.transformer_impl,
-                numbered,
-                shared.tiled,
-                tensor_ranks(config, mesh) if model_config.sub_layer_norm else None,
-            ),
-            vocab_size=model_config.vocabulary_rows(vocab_size),
-            max_sequence_length=model_config.seq_length,
-            pre_process=mesh.is_first_stage and chunk == 0,
-            post_process=mesh.is_last_stage and chunk == chunks - 1,
-            position_embedding_type="rope" if model_config.has_rotary_positions else "none",
-            rotary_base=model_config.rotary_base,
-            share_embeddings_and_output_weights=(
-                not model_config.untie_embeddings_and_output_weights
-            ),
-            vp_stage=numbered,
-        )
-        model.used_rows = used_rows(model_config, vocab_size)
-        if config.memory.linear_cross_entropy and model.post_process:
-            avoid_logits(model, config, mesh, model.used_rows)
-    if shared.rotary is not None:
-        model.rotary_pos_emb = shared.rotary
-    return model
+    found, chunks = [], config.parallel.chunks_per_stage(model_config)
+    for chunk in range(chunks):
+        numbered = chunk if chunks > 1 else None  # None is Megatron-core's word for one chunk
+        with cuda_means_cpu(), contextlib.nullcontext() if fused else torch.device("meta"):
+            model = _Model(
+                config=megatron_config,
+                transformer_layer_spec=get_longnet_block_spec(
+                    megatron_config,
+                    core_attention,
+                    model_config.transformer_impl,
+                    numbered,
+                    tiled,
+                    sub_layer_norm,
+                ),
+                vocab_size=model_config.vocabulary_rows(vocab_size),
+                max_sequence_length=model_config.seq_length,
+                pre_process=mesh.is_first_stage and chunk == 0,
+                post_process=mesh.is_last_stage and chunk == chunks - 1,
+                position_embedding_type="rope" if rotary is not None else "none",
+                rotary_base=model_config.rotary_base,
+                share_embeddings_and_output_weights=(
+                    not model_config.untie_embeddings_and_output_weights
+                ),
+                vp_stage=numbered,
+            )
+            model.used_rows = used_rows(model_config, vocab_size)
+            if memory.linear_cross_entropy and model.post_process:
+                avoid_logits(model, config, mesh, model.used_rows)
+        if rotary is not None:
+            model.rotary_pos_emb = rotary
+        found.append(model)
+    return found
 
 
 def transformer_config(config: Config) -> TransformerConfig:
-    """Megatron-core's configuration object for ours."""
+    """Return Megatron-core's configuration object for ours."""
     model, parallel = config.model, config.parallel
+    recomputation = {"recompute_granularity": parallel.recompute_granularity}
+    if recomputes_by_itself(config):
+        recomputation = {"recompute_granularity": None}
+    elif parallel.recompute_granularity == "full":
+        recomputation["recompute_method"] = parallel.recompute_method
+        recomputation["recompute_num_layers"] = parallel.recompute_num_layers
     return TransformerConfig(
         # Not the context-parallel size: of the sequence axis Megatron-core knows the group alone.
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -260,7 +230,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         batch_p2p_comm=parallel.virtual_pipeline_size(model) is None,
         batch_p2p_sync=False,  # would stop the host after each of them, for an old race in PyTorch
         sequence_parallel=parallel.divides_norms,
-        **_recomputation(config),
+        **recomputation,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -293,30 +263,13 @@ def transformer_config(config: Config) -> TransformerConfig:
     )
 
 
-def _recomputation(config: Config) -> dict[str, object]:
-    """What Megatron-core recomputes; nothing, where the layers do it themselves."""
-    parallel = config.parallel
-    if recomputes_by_itself(config):
-        return {"recompute_granularity": None}
-    if parallel.recompute_granularity != "full":
-        return {"recompute_granularity": parallel.recompute_granularity}
-    return {
-        "recompute_granularity": "full",
-        "recompute_method": parallel.recompute_method,
-        "recompute_num_layers": parallel.recompute_num_layers,
-    }
-
-
 @torch.no_grad()
 def initialize_parameter(
     name: str, parameter: torch.nn.Parameter, config: Config, mesh: Mesh
 ) -> None:
-    """Fill in initial values, those of the parameter's row in the table: made from its own seed, of
-    the run's seed and its canonical name, and from them the rank's part, so that they are the same
-    in every layout.
-
-    Random numbers are drawn on the host, so that they are the same on every device too.
-    """
+    """Fill in the initial values of the parameter's row in the table, made from a seed of the run's
+    seed and its canonical name: the same in every layout, and as they are drawn on the host, on
+    every device."""
     row, model, ranks = row_of(name), config.model, mesh.tensor_parallel_size
     if row.initial is Initial.ZEROS:
         parameter.zero_()
@@ -329,30 +282,19 @@ def initialize_parameter(
         if row.cut is not None:
             shape[row.cut] *= ranks
         values = normal_numbers(shape, generator, parameter.device)
-        _scale_parts_(row, values, model)
+        heights = [part.size(sizes(model, 0))[0] for part in row.parts_of(model)]
+        parts, factors = [values], deviations(row, model)
+        if len(set(factors)) > 1:
+            parts = views_of_parts(values, heights, row.packing, model)
+        for part, deviation in zip(parts, factors, strict=False):
+            part.mul_(deviation)
         parameter.copy_(tensor_slice(name, values, mesh.tensor_parallel_rank, ranks, model))
-
-
-def _scale_parts_(row: Row, whole: torch.Tensor, model: ModelConfig) -> None:
-    """Give each part of a parameter of normal random numbers its deviation."""
-    of_parts = deviations(row, model)
-    if len(set(of_parts)) == 1:
-        whole.mul_(of_parts[0])
-        return
-    words = sizes(model, 0)
-    heights = [part.size(words)[0] for part in row.parts_of(model)]
-    if row.packing is Packing.GROUPED:
-        heads = model.num_query_groups
-        whole, heights = whole.unflatten(0, (heads, -1)), [n // heads for n in heights]
-    parts = whole.split(heights, dim=1 if row.packing is Packing.GROUPED else 0)
-    for part, deviation in zip(parts, of_parts, strict=True):
-        part.mul_(deviation)
 
 
 def normal_numbers(
     shape: Sequence[int], generator: torch.Generator, device: torch.device, piece: int = 2**24
 ) -> torch.Tensor:
-    """`torch.randn(shape, generator=generator)`, float32, on any device.
+    """Return `torch.randn(shape, generator=generator)`, float32, on any device.
 
     generator: of the CPU. The host holds `piece` numbers (a multiple of 16) and a few at a time.
     """

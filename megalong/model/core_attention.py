@@ -1,7 +1,6 @@
-"""What stands in the place of Megatron-core's `core_attention` inside its SelfAttention.
+"""The `core_attention` inside Megatron-core's SelfAttention: no copies, and no attention mask.
 
-It reads Megatron's (sequence, batch, heads, head_dim) tensors as views, without copies, and never
-makes or reads an attention mask. Shape letters: s sequence, b batch, h heads, d head_dim.
+Shape letters: s sequence, b batch, h heads, d head_dim.
 """
 
 from __future__ import annotations
@@ -16,17 +15,15 @@ from megalong.attention.documents import Documents
 from megalong.attention.exchange import SequenceGroup
 from megalong.attention.passes import Passes, attend
 from megalong.config import AttentionConfig, ModelConfig
-from megalong.model.chunked.xpos import scaled
+from megalong.model.chunked.rotary import scaled
 from megalong.model.rotary import XposScales
 
 
 class CoreAttention(MegatronModule):
     """Self-attention of the kind that its layer has, over all ranks of the sequence.
 
-    model, attention: resolved. causal: whether a query sees no key after it. sequence: the ranks
-    that share a sequence; None where each has all of it. tensor_rank: this rank's place among those
-    that divide the heads; of the pattern it takes the part of its own. xpos: the scales of this
-    rank's positions, where they are encoded so.
+    model, attention: resolved. sequence: the ranks that share a sequence, if any. tensor_rank: this
+    rank's place among those that divide the heads. xpos: the scales of this rank's positions.
     """
 
     def __init__(
@@ -77,12 +74,11 @@ class CoreAttention(MegatronModule):
         attention_bias: Documents | None = None,
         packed_seq_params: None = None,
     ) -> torch.Tensor:
-        """Attention over (s, b, heads, d) queries and (s, b, kv heads, d) keys and values.
+        """Return the attention (s, b, heads * d).
 
         attention_bias: the documents of this rank's positions, where they are kept apart. Of what
         Megatron-core hands to all its layers, in every kind of recomputation, it is the one that
-        may be any object: the layers have the same, and what one has made of it serves the others.
-        Returns (s, b, heads * d).
+        may be any object.
         """
         assert attention_mask is None and packed_seq_params is None
         if self.xpos is not None:
@@ -95,11 +91,8 @@ class CoreAttention(MegatronModule):
         return out_bshd.transpose(0, 1).flatten(2)
 
     def passes(self, groups: int) -> list[Passes]:
-        """Forward and backward without autograd, one for each group of heads.
-
-        Group i has the i-th part of this rank's query heads and kv heads. groups: divides the kv
-        heads.
-        """
+        """Return forward and backward without autograd for each group of this rank's heads. groups:
+        divides the kv heads."""
         assert self._kv_heads % groups == 0
         heads = self._heads // groups
         parts = (

@@ -1,4 +1,4 @@
-"""The choice that `--memory-path auto` stands for, and what it costs.
+"""The choice of `--memory-path auto`, and its cost.
 
 The rungs, from the one that is fastest to the one that needs least of the device:
 - off: the layers as Megatron-core computes them;
@@ -46,8 +46,8 @@ class Needs:
 
 @dataclass(frozen=True)
 class Room:
-    """What there is for a rank: bytes of its device and of the host, whether the device is a GPU,
-    and how many ranks hold the same weights, over which ZeRO divides."""
+    """Bytes of a rank's device and its share of the host; whether the device is a GPU; and how many
+    ranks hold the same weights, over which ZeRO divides."""
 
     device: float
     host: float
@@ -56,13 +56,24 @@ class Room:
 
 
 def settle_memory_path(config: Config, vocab_size: int, mesh: Mesh) -> tuple[Config, str]:
-    """`choose_memory_path` for this launch; the same on every rank, which all call it."""
-    return choose_memory_path(config, vocab_size, _room(mesh))
+    """`choose_memory_path` for this launch, by the rank that has least; all ranks call it."""
+    on_gpu = mesh.device.type == "cuda"
+    # Where no launcher says how many ranks share the host: as many as it has GPUs, or all.
+    most = torch.cuda.device_count() if on_gpu else mesh.world_size
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", min(most, mesh.world_size)))
+    host = device = host_bytes_available() / here
+    if on_gpu:
+        device = torch.cuda.get_device_properties(mesh.device).total_memory
+    found = torch.tensor([device, host], dtype=torch.float64, device=mesh.device)
+    dist.all_reduce(found, op=dist.ReduceOp.MIN)
+    device, host = found.tolist()
+    replicas = mesh.data_parallel_size * mesh.sequence.size
+    return choose_memory_path(config, vocab_size, Room(device, host, on_gpu, replicas))
 
 
 def choose_memory_path(config: Config, vocab_size: int, room: Room) -> tuple[Config, str]:
-    """The configuration with nothing left open in its memory section, and a line that says what
-    was chosen and what it costs.
+    """Return the configuration with nothing left open in its memory section, and a line that says
+    what was chosen and what it costs.
 
     config: resolved. vocab_size: the tokenizer's.
     Raises UserError where what was asked to be offloaded does not fit in the host's memory.
@@ -73,7 +84,14 @@ def choose_memory_path(config: Config, vocab_size: int, room: Room) -> tuple[Con
     ]
     on_host = [pair for pair in rungs if pair[1].host <= USABLE * room.host]
     if not on_host:  # every rung has what was asked for
-        raise UserError(_no_room(*rungs[-1], room))
+        least, needed = rungs[-1]
+        way_out = "set --no-offload-activations, or a larger --sequence-parallel-size"
+        if least.parallel.recompute_granularity != "full":
+            way_out = f"set --recompute-granularity full, which keeps about half, or {way_out[4:]}"
+        raise UserError(
+            f"--offload-activations keeps {needed.host / GIB:.1f} GiB of each rank in the host's"
+            f" memory, which has {room.host / GIB:.1f} GiB left for it: {way_out}"
+        )
     fitting = (pair for pair in on_host if pair[1].device <= USABLE * room.device)
     # Where nothing seems to fit, what needs least has the best chance.
     chosen, needed = next(fitting, None) or min(on_host, key=lambda pair: pair[1].device)
@@ -81,8 +99,10 @@ def choose_memory_path(config: Config, vocab_size: int, room: Room) -> tuple[Con
 
 
 def needs(config: Config, vocab_size: int, replicas: int = 1, on_gpu: bool = True) -> Needs:
-    """An estimate, mostly of what grows with the sequence. config: nothing left open. replicas:
-    ranks that hold the same weights. on_gpu: whether the device is one, or a CPU."""
+    """Estimate, on the safe side, what a rank needs, mostly of what grows with the sequence.
+
+    config: nothing left open. replicas: ranks that hold the same weights. on_gpu: else on a CPU.
+    """
     model, parallel, memory = config.model, config.parallel, config.memory
     tensor = parallel.tensor_model_parallel_size
     tokens = config.training.micro_batch_size * model.seq_length // parallel.sequence_parallel_size
@@ -135,25 +155,20 @@ def needs(config: Config, vocab_size: int, replicas: int = 1, on_gpu: bool = Tru
     scratch = memory.tile_size * of_tile * inner if memory.tiled_mlp else 0
     if memory.linear_cross_entropy:  # never at the same time as a tile
         scratch = max(scratch, tokens_of_a_chunk(config, vocabulary) * logits)
-    kept *= _layers_under_way(config, replicas)
+    # Layers whose activations the first stage holds at once, over its micro batches.
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.chunks_per_stage(model)
+    microbatches = config.num_microbatches(max(replicas // parallel.sequence_parallel_size, 1))
+    under_way = stages if chunks == 1 else 2 * (stages - 1) + (chunks - 1) * stages + 1
+    kept *= model.num_layers // (stages * chunks) * min(under_way, microbatches * chunks)
     host = kept if memory.offload_activations else 0.0
     if config.data.isolates_documents:  # int32 bounds of all micro batches under way
         bounds = 4 if config.training.causal else 8
-        peak += bounds * parallel.pipeline_model_parallel_size
+        peak += bounds * stages
     peak += 0.0 if memory.offload_activations else kept
     return Needs(
         device=MARGIN * tokens * peak + scratch + _of_parameters(config, vocab_size, replicas),
         host=tokens * host,
     )
-
-
-def _layers_under_way(config: Config, replicas: int) -> int:
-    """Layers whose activations the first stage holds at once, over its micro batches."""
-    model, parallel = config.model, config.parallel
-    stages, chunks = parallel.pipeline_model_parallel_size, parallel.chunks_per_stage(model)
-    microbatches = config.num_microbatches(max(replicas // parallel.sequence_parallel_size, 1))
-    under_way = stages if chunks == 1 else 2 * (stages - 1) + (chunks - 1) * stages + 1
-    return model.num_layers // (stages * chunks) * min(under_way, microbatches * chunks)
 
 
 def _of_parameters(config: Config, vocab_size: int, replicas: int) -> float:
@@ -194,21 +209,6 @@ def _rungs(config: Config, room: Room) -> Iterator[Config]:
             yield dataclasses.replace(config, memory=pieces, parallel=way)
 
 
-def _room(mesh: Mesh) -> Room:
-    """Of the rank that has least."""
-    on_gpu = mesh.device.type == "cuda"
-    # Where no launcher says how many ranks share the host: as many as it has GPUs, or all.
-    most = torch.cuda.device_count() if on_gpu else mesh.world_size
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", min(most, mesh.world_size)))
-    host = device = host_bytes_available() / here
-    if on_gpu:
-        device = torch.cuda.get_device_properties(mesh.device).total_memory
-    found = torch.tensor([device, host], dtype=torch.float64, device=mesh.device)
-    dist.all_reduce(found, op=dist.ReduceOp.MIN)
-    device, host = found.tolist()
-    return Room(device, host, on_gpu, mesh.data_parallel_size * mesh.sequence.size)
-
-
 def _description(config: Config, vocab_size: int, needed: Needs, room: Room) -> str:
     memory = config.memory
     pieces = []
@@ -237,13 +237,3 @@ def _description(config: Config, vocab_size: int, needed: Needs, room: Room) -> 
     more = sum(executed_flops(config, vocab_size).values())
     more /= sum(executed_flops(plain, vocab_size).values())
     return f"memory path: {', '.join(pieces)} ({size}; {more - 1:.0%} more FLOPs than without)"
-
-
-def _no_room(config: Config, needed: Needs, room: Room) -> str:
-    way_out = "set --no-offload-activations, or a larger --sequence-parallel-size"
-    if config.parallel.recompute_granularity != "full":
-        way_out = f"set --recompute-granularity full, which keeps about half, or {way_out[4:]}"
-    return (
-        f"--offload-activations keeps {needed.host / GIB:.1f} GiB of each rank in the host's"
-        f" memory, which has {room.host / GIB:.1f} GiB left for it: {way_out}"
-    )

@@ -1,11 +1,8 @@
-"""One table of all parameters: whatever is known of a parameter stands in its row.
+"""One table of all that is known of parameters, without torch.
 
-Slices of tensor-parallel ranks, canonical names, initial weights, weight decay, gradient sums,
-conversion to Transformers and the parameter count all read it. Nothing here needs torch.
-
-Names are canonical: those of Megatron-core's local GPTModel with global layer numbers, for instance
-`decoder.layers.17.self_attention.linear_qkv.weight`, the same in every layout and with every module
-set. On Transformers' side they are Llama's, so that Llama's checkpoints go through the same table.
+Names are canonical: those of Megatron-core's local GPTModel with global layer numbers, the same in
+every layout and with every module set. On Transformers' side they are Llama's, so that Llama's
+checkpoints go through the same table.
 """
 
 from __future__ import annotations
@@ -24,6 +21,10 @@ Condition = Callable[[ModelConfig], bool]
 
 def _always(model: ModelConfig) -> bool:
     return True
+
+
+def _norms_heads(model: ModelConfig) -> bool:
+    return model.qk_layernorm
 
 
 class Packing(Enum):
@@ -64,7 +65,7 @@ class Part:
     gain: bool = False
 
     def size(self, words: dict[str, int]) -> tuple[int, ...]:
-        """The shape in numbers. words: `sizes` of a model."""
+        """Return the shape in numbers. words: `sizes` of a model."""
         return tuple(words[word] for word in self.shape.split())
 
 
@@ -89,12 +90,12 @@ class Row:
     fused_name: str | None = None
 
     def parts_of(self, model: ModelConfig) -> list[Part]:
-        """The parts that a model has."""
+        """Return the parts that a model has."""
         return [part for part in self.parts if part.exists(model)]
 
 
 def sizes(model: ModelConfig, vocabulary: int) -> dict[str, int]:
-    """The words that the shapes in the table are made of. vocabulary: rows of the embedding."""
+    """Return the words of shapes in the table. vocabulary: rows of the embedding."""
     return {
         "vocabulary": vocabulary,
         "hidden": model.hidden_size,
@@ -107,16 +108,9 @@ def sizes(model: ModelConfig, vocabulary: int) -> dict[str, int]:
 
 def _vocabulary(name: str, there: str, exists: Condition = _always) -> Row:
     """A matrix with a row for each id, divided over the tensor-parallel ranks."""
-    part = Part(f"{there}.weight", "vocabulary hidden")
-    return Row(
-        f"{name}.weight",
-        (part,),
-        exists,
-        Initial.NORMAL,
-        decays=True,
-        cut=0,
-        packing=Packing.PADDED,
-    )
+    parts = (Part(f"{there}.weight", "vocabulary hidden"),)
+    kinds = {"decays": True, "cut": 0, "packing": Packing.PADDED}
+    return Row(f"{name}.weight", parts, exists, Initial.NORMAL, **kinds)
 
 
 def _linear(
@@ -139,26 +133,12 @@ def _linear(
     biases = tuple(
         Part(f"{there}.bias", shape.split()[0], *rest) for there, shape, *rest in modules
     )
+    initial = Initial.NORMAL if column else Initial.RESIDUAL
+    of_weight = {"decays": True, "cut": 0 if column else 1, "packing": packing}
+    of_bias = {"decays": False, "cut": 0 if column else None, "packing": packing}
     return (
-        Row(
-            f"{name}.weight",
-            weights,
-            _always,
-            Initial.NORMAL if column else Initial.RESIDUAL,
-            decays=True,
-            cut=0 if column else 1,
-            packing=packing,
-        ),
-        Row(
-            f"{name}.bias",
-            biases,
-            bias,
-            Initial.ZEROS,
-            decays=False,
-            cut=0 if column else None,
-            sees=Sees.TOKENS,
-            packing=packing,
-        ),
+        Row(f"{name}.weight", weights, _always, initial, **of_weight),
+        Row(f"{name}.bias", biases, bias, Initial.ZEROS, sees=Sees.TOKENS, **of_bias),
     )
 
 
@@ -174,18 +154,10 @@ def _norm(
     """Weight and bias of a norm; RMSNorm has no bias. cut: as of a Row."""
 
     def row(kind: str, initial: Initial, exists: Condition) -> Row:
-        part = Part(f"{there}.{kind}", shape)
+        parts = (Part(f"{there}.{kind}", shape),)
         fused = fused_into and f"{fused_into}.layer_norm_{kind}"
-        return Row(
-            f"{name}.{kind}",
-            (part,),
-            exists,
-            initial,
-            decays=False,
-            cut=cut,
-            sees=sees,
-            fused_name=fused,
-        )
+        how = {"decays": False, "cut": cut, "sees": sees, "fused_name": fused}
+        return Row(f"{name}.{kind}", parts, exists, initial, **how)
 
     def has_bias(model: ModelConfig) -> bool:
         return exists(model) and model.normalization == "LayerNorm"
@@ -202,6 +174,12 @@ _HERE, _THERE = "decoder.layers.{}.", "model.layers.{}."
 _QKV, _FC1 = _HERE + "self_attention.linear_qkv", _HERE + "mlp.linear_fc1"
 _PROJ, _FC2 = _HERE + "self_attention.linear_proj", _HERE + "mlp.linear_fc2"
 
+
+def _norm_of_heads(letter: str) -> tuple[Row, Row]:
+    here, there = f"self_attention.{letter}_layernorm", f"self_attn.{letter}_norm"
+    return _norm(_HERE + here, _THERE + there, "head", _norms_heads, Sees.HEADS)
+
+
 TABLE: tuple[Row, ...] = (
     _vocabulary("embedding.word_embeddings", "model.embed_tokens"),
     *_norm(_HERE + "input_layernorm", _THERE + "input_layernorm", fused_into=_QKV),
@@ -214,20 +192,8 @@ TABLE: tuple[Row, ...] = (
         bias=lambda model: model.add_bias_linear or model.add_qkv_bias,
         packing=Packing.GROUPED,
     ),
-    *_norm(
-        _HERE + "self_attention.q_layernorm",
-        _THERE + "self_attn.q_norm",
-        "head",
-        exists=lambda model: model.qk_layernorm,
-        sees=Sees.HEADS,
-    ),
-    *_norm(
-        _HERE + "self_attention.k_layernorm",
-        _THERE + "self_attn.k_norm",
-        "head",
-        exists=lambda model: model.qk_layernorm,
-        sees=Sees.HEADS,
-    ),
+    *_norm_of_heads("q"),
+    *_norm_of_heads("k"),
     *_linear(_PROJ, (_THERE + "self_attn.o_proj", "hidden queries"), column=False),
     *_sub_layer_norm(_PROJ, _THERE + "self_attn.attn_sub_norm", "queries"),
     *_norm(_HERE + "pre_mlp_layernorm", _THERE + "post_attention_layernorm", fused_into=_FC1),
@@ -249,11 +215,12 @@ TABLE: tuple[Row, ...] = (
 EMBEDDING, OUTPUT = TABLE[0].name, TABLE[-1].name
 
 _ROWS = {row.name: row for row in TABLE}
+_FUSED = {row.fused_name: row.name for row in TABLE if row.fused_name is not None}
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
 
 
 def row_of(name: str) -> Row:
-    """The row of a parameter by its canonical name. Raises LookupError where the table has none."""
+    """Return the row of a parameter. Raises LookupError where the table has none."""
     pattern, _ = split_name(name)
     if pattern not in _ROWS:
         raise LookupError(f"no row for {name} in the table of parameters: {__file__}")
@@ -261,27 +228,40 @@ def row_of(name: str) -> Row:
 
 
 def split_name(name: str) -> tuple[str, int | None]:
-    """A parameter's name with {} for the number of its layer, and that number, if it has one."""
+    """Return a name with {} for the number of its layer, and that number, if it has one."""
     match = _LAYER.search(name)
     if match is None:
         return name, None
     return f"{name[: match.start()]}{{}}{name[match.end() :]}", int(match[0])
 
 
+def canonical_name(local_name: str, first_layer: int = 0, tied: bool = False) -> str:
+    """Return the global name of a parameter from that in a GPTModel.
+
+    first_layer: number of layers before this pipeline stage. tied: the output layer's weight is a
+    copy of the embedding's.
+    """
+    pattern, layer = split_name(local_name)
+    name = _FUSED.get(pattern, pattern)
+    if layer is not None:
+        name = name.format(first_layer + layer)
+    return EMBEDDING if tied and name == OUTPUT else name
+
+
 def decays(name: str) -> bool:
-    """Whether weight decay applies to a parameter."""
+    """Return whether weight decay applies to a parameter."""
     return row_of(name).decays
 
 
 def is_layer_matrix(name: str) -> bool:
-    """Whether a parameter is a matrix of a layer, or several in one; not so of the vocabulary's."""
+    """Return whether a parameter is a matrix of a layer, or several in one."""
     row = row_of(name)
     return "{}" in row.name and len(row.parts[0].shape.split()) == 2
 
 
 def gradient_is_summed(name: str, divides_norms: bool) -> bool:
-    """Whether each tensor-parallel rank has a part of a parameter's gradient, and the gradient is
-    their sum. divides_norms: whether Megatron's sequence parallelism is on."""
+    """Return whether a parameter's gradient is a sum over the tensor-parallel ranks. divides_norms:
+    whether Megatron's sequence parallelism is on."""
     row = row_of(name)
     return row.cut is None and (
         row.sees is Sees.HEADS or (row.sees is Sees.TOKENS and divides_norms)
@@ -289,7 +269,7 @@ def gradient_is_summed(name: str, divides_norms: bool) -> bool:
 
 
 def deviations(row: Row, model: ModelConfig) -> list[float]:
-    """The standard deviation of the initial values of each part of a NORMAL or RESIDUAL row.
+    """Return the standard deviation of the initial values of each part of a row.
 
     With sub-layer norms that of a layer's matrix is Xavier's, times a gain for all of them but
     those of queries and keys (MAGNETO, arXiv 2210.06423, section 2.3: sqrt(log 2N) for a decoder
@@ -307,7 +287,7 @@ def deviations(row: Row, model: ModelConfig) -> list[float]:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of one model: its canonical name and its shape, whole."""
+    """One parameter of one model, with its whole shape."""
 
     name: str
     shape: tuple[int, ...]
@@ -316,10 +296,8 @@ class Parameter:
 
 
 def parameters(model: ModelConfig, vocabulary: int) -> Iterator[Parameter]:
-    """Every parameter of a model, module by module.
-
-    model: resolved. vocabulary: rows of the embedding.
-    """
+    """Yield every parameter of a resolved model, module by module. vocabulary: rows of the
+    embedding."""
     words = sizes(model, vocabulary)
     for _, rows in itertools.groupby(TABLE, key=lambda row: row.name.rpartition(".")[0]):
         rows = [row for row in rows if row.exists(model)]
@@ -332,8 +310,8 @@ def parameters(model: ModelConfig, vocabulary: int) -> Iterator[Parameter]:
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """used: the parameters of a model, a shared embedding once: those that are exported.
-    padding: what training has besides, rows that fill up the vocabulary to a round number."""
+    """The parameters of a model that are exported, a shared embedding once, and those that fill up
+    the vocabulary to a round number."""
 
     used: int
     padding: int
@@ -347,12 +325,12 @@ class ParameterCount:
 
 
 def used_rows(model: ModelConfig, vocab_size: int) -> int:
-    """Rows of the embedding that are the model's own. vocab_size: the tokenizer's."""
+    """Return the rows of the embedding that are the model's own. vocab_size: the tokenizer's."""
     return model.padded_vocab_size or vocab_size
 
 
 def count_parameters(model: ModelConfig, vocab_size: int) -> ParameterCount:
-    """How many parameters the whole model has. model: resolved. vocab_size: the tokenizer's."""
+    """Count the parameters of a resolved model. vocab_size: the tokenizer's."""
 
     def count(vocabulary: int) -> int:
         return sum(math.prod(parameter.shape) for parameter in parameters(model, vocabulary))

@@ -1,9 +1,7 @@
 """Frequencies of the rotary encoding, plain or stretched for sequences beyond the first training's.
 
-The parameters are those that Transformers writes as `rope_parameters`, so that one definition
-serves the training and an exported folder, where a copy of this file goes. Plain Python: its
-numbers are float64, as angles at a billion positions need. A pair of channels that turns by
-`frequency` radians a position makes `length * frequency / (2 pi)` turns in a sequence.
+The parameters are Transformers' `rope_parameters`; a copy of this file goes into exported folders.
+Plain Python: its numbers are float64, as angles at a billion positions need.
 """
 
 from __future__ import annotations
@@ -14,14 +12,12 @@ from typing import Any
 
 
 def rope_frequencies(rope: Mapping[str, Any], head_dim: int) -> tuple[list[float], float]:
-    """Radians per position of each of the head_dim / 2 pairs of channels, and what cosines and
-    sines are multiplied by (1 but for YaRN).
+    """Return radians per position of each of the head_dim / 2 pairs of channels, and the factor of
+    cosines and sines (1 but for YaRN).
 
-    rope: `rope_theta`, `rope_type` and what that takes, under Transformers' names:
-        default: rope_theta^(-2 j / head_dim) for pair j (arXiv 2104.09864);
-        linear: all slower by `factor` (position interpolation, arXiv 2306.15595);
-        llama3: slow pairs slower by `factor`, fast ones as they were (see `_llama3`);
-        yarn: the same by other rules, and sharper scores (arXiv 2309.00071; see `_yarn`).
+    rope: `rope_theta`, `rope_type` and what that takes: default (arXiv 2104.09864); linear, all
+        slower by `factor` (arXiv 2306.15595); llama3, slow pairs slower by `factor`; yarn, the same
+        by other rules, and sharper scores (arXiv 2309.00071).
     Raises ValueError for another type, and KeyError where a parameter is missing.
     """
     base, kind = rope["rope_theta"], rope.get("rope_type", "default")
@@ -40,9 +36,8 @@ def rope_frequencies(rope: Mapping[str, Any], head_dim: int) -> tuple[list[float
 
 
 def _llama3(frequency: float, rope: Mapping[str, Any]) -> float:
-    """Of a pair in Llama 3.1: slower by the factor where it makes less than `low_freq_factor` turns
-    in the original length, as it was above `high_freq_factor`, and in between from one to the
-    other."""
+    """Llama 3.1: slower by the factor below `low_freq_factor` turns in the original length,
+    as it was above `high_freq_factor`, and in between from one to the other."""
     turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     stays = min(max((turns - low) / (high - low), 0.0), 1.0)
@@ -50,9 +45,9 @@ def _llama3(frequency: float, rope: Mapping[str, Any]) -> float:
 
 
 def _yarn(plain: list[float], rope: Mapping[str, Any], head_dim: int) -> list[float]:
-    """Of all pairs in YaRN (its section 3.2): slower by the factor where a pair makes less than
-    `beta_slow` turns in the original length, as it was above `beta_fast`; in between in proportion
-    to the number of the pair, which with `truncate` counts from and to whole numbers."""
+    """All pairs in YaRN (section 3.2): slower by the factor below `beta_slow` turns in the original
+    length, as they were above `beta_fast`; in between in proportion to the number of the pair,
+    which with `truncate` counts from and to whole numbers."""
 
     def pair_with(turns: float) -> float:
         length = rope["original_max_position_embeddings"]
@@ -72,7 +67,7 @@ def _yarn(plain: list[float], rope: Mapping[str, Any], head_dim: int) -> list[fl
 
 
 def yarn_attention_factor(rope: Mapping[str, Any]) -> float:
-    """What YaRN multiplies cosines and sines by, so that scores grow by its square: the given
+    """Return YaRN's factor of cosines and sines, by whose square scores grow: the given
     `attention_factor`, or 0.1 ln(factor) + 1 (its equation 22), or with `mscale` and
     `mscale_all_dim`, which weigh the logarithm, the ratio of two of these (DeepSeek-V2)."""
     if rope.get("attention_factor") is not None:

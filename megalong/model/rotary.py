@@ -1,8 +1,7 @@
 """Rotary position encoding that stays exact at any position, and the scales of xPos.
 
-Megatron-core multiplies float32 positions with float32 frequencies; past 2^24 tokens a float32 no
-longer holds the position, and long before that the angle has lost its fraction. Here the angle is
-computed in float64 and reduced to one turn, and only then becomes float32.
+A float32 does not hold positions past 2^24, nor long before that an angle's fraction: angles are
+computed in float64 and reduced to one turn, and only then become float32.
 """
 
 from __future__ import annotations
@@ -22,11 +21,10 @@ PIECE = 2**16  # positions at a time in float64: temporaries that do not grow wi
 
 
 class LongRotaryEmbedding(RotaryEmbedding):
-    """Angles of the rotary encoding for the positions `first_position`, `first_position` + 1, ...
+    """Angles of the positions `first_position`, ...: a drop-in for GPTModel's `rotary_pos_emb`.
 
-    A drop-in for GPTModel's `rotary_pos_emb` (RoPE, arXiv 2104.09864; half-rotation layout).
-    one_per_pair: each angle once, as `chunked/rotary.py` takes them; Megatron-core's own
-    rotation wants them twice.
+    one_per_pair: each angle once, as `chunked/rotary.py` takes them; Megatron-core's own rotation
+    wants them twice.
     """
 
     def __init__(self, model: ModelConfig, first_position: int = 0, *, one_per_pair: bool = False):
@@ -39,8 +37,8 @@ class LongRotaryEmbedding(RotaryEmbedding):
         self._of_newest: tuple[Any, torch.Tensor] | None = None
 
     def forward(self, length: int, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Angles in [0, 2 pi), float32, (length, 1, 1, kv_channels), on the model's device; with
-        one_per_pair (length, 1, 1, kv_channels / 2)."""
+        """Return angles in [0, 2 pi), float32, (length, 1, 1, kv_channels, or half of them with
+        one_per_pair)."""
         device = torch.cuda.current_device()  # the CPU where there is no GPU: see parallel/cpu.py
         if self._of_newest is None or self._of_newest[0] != (length, device):
             self._of_newest = (length, device), self._angles(length, device)
@@ -74,8 +72,7 @@ class XposScales:
         self._of_newest: tuple[Any, torch.Tensor] | None = None
 
     def __call__(self, length: int, device: torch.device) -> torch.Tensor:
-        """Those of queries, which decay with the position; keys are divided by them. (length,
-        kv_channels / 2), float32."""
+        """Return those of queries, float32 (length, kv_channels / 2); keys are divided by them."""
         if self._of_newest is None or self._of_newest[0] != (length, device):
             self._of_newest = (length, device), self._scales(length, device)
         return self._of_newest[1]
@@ -95,7 +92,7 @@ class XposScales:
 
 
 def rotary_frequencies(model: ModelConfig) -> torch.Tensor:
-    """Radians per position of each pair of channels, float64: (kv_channels / 2,)."""
+    """Return radians per position of each pair of channels, float64: (kv_channels / 2,)."""
     rope = model.rope_parameters
     if rope["rope_type"] == "default":
         # By torch's power, whose last bit may be another than Python's: so runs go on bit for bit
@@ -107,7 +104,7 @@ def rotary_frequencies(model: ModelConfig) -> torch.Tensor:
 
 
 def score_scale(model: ModelConfig) -> float | None:
-    """What scores are multiplied by, where positions change it; else None: 1 / sqrt(kv_channels).
+    """Return the factor of scores, where positions change it; else None: 1 / sqrt(kv_channels).
 
     YaRN multiplies cosines and sines of queries and keys alike: a score has the square of that.
     """

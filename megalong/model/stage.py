@@ -1,15 +1,15 @@
-"""What one pipeline stage holds of the model: one GPTModel, or several under the interleaved
-schedule, where a stage has every n-th chunk of layers."""
+"""A pipeline stage of the model: one GPTModel, or several under the interleaved schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from megatron.core.models.gpt import GPTModel
 
 from megalong.attention.documents import documents_of
-from megalong.model.next_tokens import NextTokens
+from megalong.model.output import NextTokens
+from megalong.model.parameters import canonical_name
 
 
 class PipelineStage(torch.nn.Module):
@@ -28,7 +28,7 @@ class PipelineStage(torch.nn.Module):
         beside: str | NextTokens | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """The output of one chunk; the other arguments are those of GPTModel.
+        """Return the output of one chunk; the other arguments are those of GPTModel.
 
         document_start, document_stop: where documents are kept apart, those of this rank's
             positions (`megalong.data.batches`).
@@ -59,3 +59,21 @@ class PipelineStage(torch.nn.Module):
     @property
     def is_last(self) -> bool:
         return self.chunks[-1].post_process
+
+
+def named_parameters(stage: PipelineStage) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield the parameters of a pipeline stage by canonical name."""
+    for name, module, attribute in parameter_places(stage):
+        yield name, getattr(module, attribute)
+
+
+def parameter_places(stage: PipelineStage) -> Iterator[tuple[str, torch.nn.Module, str]]:
+    """Yield canonical name, module, and name in that module of a stage's parameters."""
+    for model in stage.chunks:
+        layers = model.decoder.layers
+        first_layer = layers[0].layer_number - 1 if len(layers) else 0  # Megatron-core's 1 is our 0
+        tied = model.share_embeddings_and_output_weights
+        for local_name, _ in model.named_parameters():
+            module, _, attribute = local_name.rpartition(".")
+            name = canonical_name(local_name, first_layer, tied)
+            yield name, model.get_submodule(module), attribute

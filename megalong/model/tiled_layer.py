@@ -1,8 +1,5 @@
-"""A Transformer layer of Megatron-core's modules that computes with `megalong.model.chunked`.
-
-The modules hold the parameters; of the two halves of the layer, those that are tiled are computed
-from these, the other as Megatron-core does.
-"""
+"""A Transformer layer of Megatron-core's modules, whose tiled halves `megalong.model.chunked`
+computes."""
 
 from __future__ import annotations
 
@@ -18,31 +15,29 @@ from megatron.core.transformer import TransformerConfig, TransformerLayer
 
 from megalong.attention.documents import Documents
 from megalong.config import Config
-from megalong.model.chunked.activations import GELU, SWIGLU
 from megalong.model.chunked.attention import TiledAttention
 from megalong.model.chunked.layer import TiledLayer
-from megalong.model.chunked.mlp import TiledMLP
+from megalong.model.chunked.mlp import GELU, SWIGLU, TiledMLP
+from megalong.model.chunked.norms import Norm
 from megalong.model.chunked.offload import HostMemoryError, HostOffload
-from megalong.model.chunked.tensor_ranks import TensorRanks
-from megalong.model.chunked.weights import AttentionWeights, MLPWeights, Norm
+from megalong.model.chunked.rows import AttentionWeights, MLPWeights, TensorRanks
 from megalong.parallel.mesh import Mesh
 from megalong.utils.errors import UserError
 
 
 def recomputes_by_itself(config: Config) -> bool:
-    """Whether the layers recompute their activations themselves, rather than Megatron-core for
-    them."""
+    """Return whether the layers recompute their activations, rather than Megatron-core for them."""
     return has_pieces(config) and config.parallel.recomputes_each_layer
 
 
 def has_pieces(config: Config) -> bool:
-    """Whether a layer is another than Megatron-core's."""
+    """Return whether a layer is another than Megatron-core's."""
     memory = config.memory
     return bool(memory.tiled_mlp or memory.tiled_attention or memory.offload_activations)
 
 
 def tensor_ranks(config: Config, mesh: Mesh) -> TensorRanks:
-    """The ranks that share this one's matrices, for `megalong.model.chunked`."""
+    """Return the ranks that share this one's matrices."""
     return TensorRanks(
         mesh.tensor_parallel_size,
         mesh.tensor_parallel_rank,
@@ -51,18 +46,10 @@ def tensor_ranks(config: Config, mesh: Mesh) -> TensorRanks:
     )
 
 
-def _rows_of_a_tile(settings: Config, ranks: TensorRanks) -> int:
-    """Positions of each sequence of a micro batch. settings: with a piece that has tiles."""
-    tile_size = settings.memory.tile_size
-    assert tile_size is not None
-    return max(tile_size // settings.training.micro_batch_size // ranks.shares, 1)
-
-
 class TiledTransformerLayer(TransformerLayer):
     """Megatron-core's layer with the pieces of the memory path that `settings.memory` names.
 
-    settings: resolved, with nothing left open in its memory section. offload: where the layers of a
-    stage keep what their backward pass needs, with `--offload-activations`.
+    settings: nothing left open in its memory section. offload: of the stage, where there is one.
     """
 
     def __init__(
@@ -80,8 +67,10 @@ class TiledTransformerLayer(TransformerLayer):
         norm = Norm(model.normalization, model.norm_epsilon)
         self._recompute = recomputes_by_itself(settings)
         self._attention = self._mlp = None
+        if memory.tile_size is not None:  # rows of each sequence of a micro batch
+            batch = settings.training.micro_batch_size
+            rows = max(memory.tile_size // batch // ranks.shares, 1)
         if memory.tiled_mlp:
-            rows = _rows_of_a_tile(settings, ranks)
             self._mlp = TiledMLP(norm, SWIGLU if model.swiglu else GELU, rows, ranks)
         if memory.tiled_attention:
             self._attention = TiledAttention(
@@ -89,7 +78,7 @@ class TiledTransformerLayer(TransformerLayer):
                 model.num_attention_heads // model.num_query_groups,
                 self.self_attention.core_attention.passes(memory.attention_head_groups),
                 norm,
-                _rows_of_a_tile(settings, ranks),
+                rows,
                 qk_norm=norm if model.qk_layernorm else None,
                 scales=self.self_attention.core_attention.xpos,
                 ranks=ranks,
@@ -104,8 +93,7 @@ class TiledTransformerLayer(TransformerLayer):
         attention_bias: Documents | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """(sequence, batch, hidden) to the same; nothing else is asked of the layer here.
-        attention_bias: documents, as `CoreAttention.forward` takes them."""
+        """Return the layer's output. attention_bias: documents, as of `CoreAttention.forward`."""
         with self._saving():
             if self._attention is not None:
                 x_sbh = self._tiled(hidden_states, rotary_pos_emb, attention_bias)
@@ -115,12 +103,13 @@ class TiledTransformerLayer(TransformerLayer):
             attention = partial(self._attention_half, documents=attention_bias)
             x_sbh = self._half(attention, hidden_states, rotary_pos_emb)
             if self._mlp is not None:
-                return self._mlp(x_sbh, mlp_weights(self)), None
+                layer = TiledLayer(None, self._mlp, self._recompute)
+                return layer(x_sbh, None, None, mlp_weights(self)), None
             return self._half(self._mlp_half, x_sbh), None
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
-        """Inside, what the backward pass needs goes to the host, if it is to."""
+        """Send what the backward pass needs to the host, if it is to go there."""
         if self._offload is None:
             yield
             return
@@ -169,7 +158,7 @@ class TiledTransformerLayer(TransformerLayer):
 
 
 def attention_weights(layer: TransformerLayer) -> AttentionWeights:
-    """The parameters of a layer's attention half, wherever they are."""
+    """Return the parameters of a layer's attention half, wherever they are."""
     attention = layer.self_attention
     return AttentionWeights(
         *_norm(layer.input_layernorm, attention.linear_qkv),
@@ -184,7 +173,7 @@ def attention_weights(layer: TransformerLayer) -> AttentionWeights:
 
 
 def mlp_weights(layer: TransformerLayer) -> MLPWeights:
-    """The parameters of a layer's MLP half, wherever they are."""
+    """Return the parameters of a layer's MLP half, wherever they are."""
     mlp = layer.mlp
     return MLPWeights(
         *_norm(layer.pre_mlp_layernorm, mlp.linear_fc1),

@@ -21,8 +21,8 @@ import torch
 
 from megalong.config import Config
 from megalong.data.batches import IGNORE_INDEX, Batch
-from megalong.model.next_tokens import NextTokens
 from megalong.model.optimizers import optimizer_of
+from megalong.model.output import NextTokens
 from megalong.model.stage import PipelineStage
 from megalong.parallel.deepspeed_private import (
     full_shape,

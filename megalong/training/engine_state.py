@@ -18,8 +18,10 @@ from megalong.checkpoint.reading import CheckpointReader
 from megalong.config import Config, ModelConfig
 from megalong.data.batches import ADD_A_ROW
 from megalong.model.names import named_parameters
+from megalong.data.masking import ADD_A_ROW
 from megalong.model.optimizers import Optimizer
 from megalong.model.parameters import EMBEDDING, is_layer_matrix
+from megalong.model.stage import named_parameters
 from megalong.model.tensor_slices import cut_dimension, join_slices, tensor_slice
 from megalong.parallel.deepspeed_private import (
     fill,

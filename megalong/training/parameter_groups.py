@@ -8,12 +8,16 @@ from typing import Any
 import torch
 
 from megalong.config import Config
-from megalong.model.matrices import holds_queries, join_matrices, split_matrices
-from megalong.model.names import named_parameters
 from megalong.model.optimizers import Optimizer
 from megalong.model.parameters import decays, is_layer_matrix
-from megalong.model.stage import PipelineStage
-from megalong.model.tensor_slices import join_slices, tensor_slice
+from megalong.model.stage import PipelineStage, named_parameters
+from megalong.model.tensor_slices import (
+    holds_queries,
+    join_matrices,
+    join_slices,
+    split_matrices,
+    tensor_slice,
+)
 from megalong.parallel.deepspeed_private import (
     link_state,
     partitions,

@@ -22,9 +22,8 @@ from megalong.data.blend import Blend, shown_shares
 from megalong.evals.position_losses import FEW_TOKENS, position_edges
 from megalong.evals.scores import FEW_TOKENS, TaskScore, position_edges
 from megalong.model.build import DTYPES
-from megalong.model.flops import step_flops
+from megalong.model.flops import peak_flops, step_flops
 from megalong.model.parameters import count_parameters
-from megalong.model.peak_flops import peak_flops
 from megalong.parallel.mesh import Mesh
 from megalong.training.evaluation import Evaluation
 from megalong.training.metrics import MetricsLog

@@ -6,7 +6,7 @@ import random
 import torch
 import torch.nn.functional as F
 
-from megalong.model.chunked.activations import GELU, SWIGLU, Activation
+from megalong.model.chunked.mlp import GELU, SWIGLU, Activation
 
 GEGLU = Activation("gelu", gated=True)
 SILU = Activation("silu", gated=False)

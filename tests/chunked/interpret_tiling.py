@@ -13,11 +13,12 @@ import math
 import pytest
 import torch
 
-from megalong.model.chunked import triton
-from megalong.model.chunked.cross_entropy import differentiate_logits_, read_logits_
-from megalong.model.chunked.linear_cross_entropy import linear_cross_entropy
+from megalong.model.chunked.cross_entropy import (
+    differentiate_logits_,
+    read_logits_,
+)
 from megalong.model.chunked.rotary import rotate_
-from megalong.model.chunked.triton import activation_kernels, cross_entropy_kernels, rotary_kernel
+from megalong.model.chunked.triton import kernels
 from tests.chunked.cases import (
     ACTIVATIONS,
     activation_case,
@@ -35,17 +36,17 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-2}
 def launches(monkeypatch):
     """The names of the kernels that ran."""
     names = []
-    for module in (activation_kernels, cross_entropy_kernels, rotary_kernel):
+    original = kernels.launch
 
-        def launch(kernel, *arguments, original=module.launch, **constants):
-            names.append(kernel.__name__)
-            original(kernel, *arguments, **constants)
+    def launch(kernel, *arguments, **constants):
+        names.append(kernel.__name__)
+        original(kernel, *arguments, **constants)
 
-        monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr(kernels, "launch", launch)
     return names
 
 
-@pytest.mark.parametrize("seed", range(27))
+@pytest.mark.parametrize("seed", range(12))
 def test_rotation(seed, launches):
     dtype = list(TOLERANCE)[seed % 3]
     x, angles = rotary_case(seed)
@@ -75,21 +76,8 @@ def test_angles_at_the_ends_of_a_turn_and_between_quarters():
     assert (x[:, 0, 0].double() - exact).abs().max() < 1e-7
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_errors_are_no_larger_than_those_of_the_plain_rotation(dtype):
-    x, angles = rotary_case(5)
-    x, angles = x.to(dtype), angles.float()
-    exact = rotated(x.double(), angles.double())
-    cos, sin = (f(angles).to(dtype)[:, None, None] for f in (torch.cos, torch.sin))
-    first, second = x.chunk(2, -1)
-    plainly = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-    rotate_(x, angles)
-    ours, theirs = ((y.double() - exact).norm() for y in (x, plainly))
-    assert ours <= (1.25 if dtype == torch.float32 else 1) * theirs
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activation(name, seed, dtype, launches):
     activation = ACTIVATIONS[name]
@@ -108,7 +96,7 @@ def test_activation(name, seed, dtype, launches):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(4))
 def test_cross_entropy(seed, dtype, launches):
     """dtype: of the gradient."""
     x, labels, first, grad = logits_case(seed)
@@ -139,22 +127,6 @@ def test_rows_that_end_in_a_number_that_is_none():
     assert lse[1:3].isnan().all() and torch.equal(target, x[torch.arange(4), labels])
 
 
-def test_losses_in_chunks(launches):
-    torch.manual_seed(0)
-    x = torch.randn(9, 2, 6).double().requires_grad_()
-    weight = torch.randn(1030, 6).double().requires_grad_()
-    labels = torch.randint(1030, (2, 9)).T
-    expected = torch.nn.functional.cross_entropy(
-        (x @ weight.T).flatten(0, 1), labels.flatten(), reduction="none"
-    ).view(9, 2)
-    losses = linear_cross_entropy(x, weight, labels, chunk_size=4)
-    torch.testing.assert_close(losses, expected)
-    grad = torch.randn(9).double()[:, None].expand(9, 2)
-    found, slopes = (torch.autograd.grad(y, [x, weight], grad) for y in (losses, expected))
-    torch.testing.assert_close(found, slopes)
-    assert launches == ["read_kernel"] * 3 + ["differentiate_kernel"] * 3
-
-
 def test_nothing_to_do():
     rotate_(torch.zeros(0, 1, 2, 4), torch.zeros(0, 2))
     rotate_(torch.zeros(3, 1, 0, 4), torch.zeros(3, 2))
@@ -162,12 +134,8 @@ def test_nothing_to_do():
         assert activation.forward(torch.zeros(0, 6)).shape[0] == 0
 
 
-def test_bfloat16_is_left_to_pytorch():
-    assert triton.runs_on(torch.zeros(1)) and not triton.runs_on(torch.zeros(1).bfloat16())
-
-
 def test_a_function_that_has_no_kernel_runs_in_pytorch(launches, monkeypatch):
-    monkeypatch.setattr(activation_kernels, "FUNCTIONS", ())
+    monkeypatch.setattr(kernels, "FUNCTIONS", ())
     x, grad = torch.randn(3, 8), torch.randn(3, 4)
     y, _ = ACTIVATIONS["swiglu"].backward(grad, x.clone())
     assert torch.equal(y, ACTIVATIONS["swiglu"].forward(x)) and not launches

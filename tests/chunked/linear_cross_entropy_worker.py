@@ -7,9 +7,12 @@ import itertools
 import torch
 import torch.distributed as dist
 
-from megalong.model.chunked.likeliest import is_likeliest, linear_is_likeliest
-from megalong.model.chunked.linear_cross_entropy import linear_cross_entropy
-from megalong.model.chunked.tensor_ranks import TensorRanks
+from megalong.model.chunked.cross_entropy import (
+    is_likeliest,
+    linear_cross_entropy,
+    linear_is_likeliest,
+)
+from megalong.model.chunked.rows import TensorRanks
 
 ROWS, HIDDEN, VOCABULARY = 4 * 7, 6, 4 * 5
 

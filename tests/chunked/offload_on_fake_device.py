@@ -56,11 +56,11 @@ class Counted(CudaTransfers):
         super().copy(target, source)
 
 
-def step(layers: int, *, offloaded: bool, prefetch: bool = True) -> dict[str, int]:
+def step(layers: int, *, offloaded: bool) -> dict[str, int]:
     device = torch.device("cuda", 0)
     transfers = Counted(device)
     with fake_device_tensors(), HostSyncs(()), DeviceMemory() as memory:
-        offload = HostOffload(device, prefetch=prefetch, transfers=transfers)
+        offload = HostOffload(device, transfers=transfers)
         saving = offload.saving if offloaded else contextlib.nullcontext
         weights = [
             torch.nn.Parameter(torch.empty(WIDTH, WIDTH, dtype=torch.bfloat16, device=device))
@@ -98,7 +98,6 @@ def main(output: str) -> None:
     for layers in (4, 8):
         results[f"{layers} kept"] = step(layers, offloaded=False)
         results[f"{layers} offloaded"] = step(layers, offloaded=True)
-        results[f"{layers} no prefetch"] = step(layers, offloaded=True, prefetch=False)
     shape = (2**20,)
     gpu = {"device": "cuda"}
     results["pageable"] = caught(

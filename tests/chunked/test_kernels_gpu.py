@@ -130,37 +130,16 @@ def test_cross_entropy_of_more_than_two_to_the_31_logits():
     assert error(grad_x[-3:], slope) < 4e-3 and not grad_x[:-3].any()
 
 
-def test_nothing_waits_for_the_gpu_and_the_speed_is_shown():
-    """Bytes read and written in a second; a copy is as fast as it gets."""
-    x = torch.randn(2**18, 1, 12, 64, device="cuda").bfloat16()
-    angles = torch.rand(2**18, 32, device="cuda")
-    wide = torch.randn(2**16, 4096, device="cuda").bfloat16()
-    y = torch.randn(2**16, 2048, device="cuda").bfloat16()
-    swiglu = ACTIVATIONS["swiglu"]
-    logits = torch.randn(2**12, 2**15, device="cuda")
-    labels, row = torch.arange(2**12, device="cuda"), torch.ones(2**12, device="cuda")
-    sizes = {
-        "copy": (lambda: wide.clone(), 2 * wide.nbytes),
-        "rotation": (lambda: rotate_(x, angles), 2 * x.nbytes + angles.nbytes),
-        "swiglu": (lambda: swiglu.forward(wide), wide.nbytes + y.nbytes),
-        "swiglu backward": (lambda: swiglu.backward(y, wide), 2 * (wide.nbytes + y.nbytes)),
-        "logits": (lambda: read_logits_(logits, labels), logits.nbytes),
-        "logits backward": (
-            lambda: differentiate_logits_(logits, labels, row, row, dtype=torch.bfloat16),
-            logits.nbytes + logits.nbytes // 2,
-        ),
-    }
-    for name, (work, size) in sizes.items():
-        work()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
+def test_nothing_waits_for_the_gpu():
+    x, angles = torch.randn(99, 1, 12, 64, device="cuda"), torch.rand(99, 32, device="cuda")
+    logits, y = torch.randn(2, 99, 128, device="cuda")
+    labels, row = torch.arange(99, device="cuda"), torch.ones(99, device="cuda")
+    for mode in ("default", "error"):  # the first time kernels are compiled
+        torch.cuda.set_sync_debug_mode(mode)
         try:
-            start.record()
-            for _ in range(10):
-                work()
-            stop.record()
+            rotate_(x, angles)
+            ACTIVATIONS["swiglu"].backward(y[:, :64], ACTIVATIONS["gelu"].forward(y))
+            read_logits_(logits, labels)
+            differentiate_logits_(logits, labels, row, row, dtype=torch.bfloat16)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.synchronize()
-        print(f"{name}: {10 * size / start.elapsed_time(stop) / 1e6:,.0f} GB/s")

@@ -1,4 +1,4 @@
-"""Rotation in place against the plain formula, Megatron-core's, and itself backwards."""
+"""Rotation and scales in place: the plain formulas, Megatron-core's, and themselves backwards."""
 
 from types import SimpleNamespace
 
@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from megalong.model.chunked import rotary
-from megalong.model.chunked.rotary import rotate_
+from megalong.model.chunked.rotary import rotate_, scale_, scaled
 from tests.chunked.cases import rotary_case, rotated
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(20))
 def test_random_case(seed, monkeypatch):
     if seed % 2:
         monkeypatch.setattr(rotary, "TILE", 500)
+        monkeypatch.setattr(rotary, "SCALED_TILE", 500)
     x, angles = rotary_case(seed)
     around = x._base if x._is_view() else x
     before, untouched = x.clone(), around.clone()
@@ -28,8 +29,21 @@ def test_random_case(seed, monkeypatch):
     leaf = before.clone().requires_grad_()
     grad = torch.randn_like(leaf)
     (found,) = torch.autograd.grad(rotated(leaf, angles), leaf, grad)
-    rotate_(grad, angles, inverse=True)
-    torch.testing.assert_close(grad, found, rtol=0, atol=1e-12)
+    turned = grad.clone()
+    rotate_(turned, angles, inverse=True)
+    torch.testing.assert_close(turned, found, rtol=0, atol=1e-12)
+
+    scales, inverse = angles + 0.1, seed % 3 == 0
+    factors = torch.cat((scales, scales), -1)[:, None, None]
+    out = scaled(leaf, scales, inverse=inverse)
+    assert torch.equal(out, before / factors if inverse else before * factors)
+    (found,) = torch.autograd.grad(out, leaf, grad)
+    scale_(grad, scales, inverse=inverse)
+    assert torch.equal(found, grad)
+    scale_(x, scales, inverse=inverse)
+    assert torch.equal(x, out)
+    x.copy_(before)
+    assert torch.equal(around, untouched)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -58,14 +72,16 @@ def test_as_megatron(dtype):
 
 def test_what_does_not_fit_is_refused():
     x = torch.zeros(5, 1, 2, 6)
-    with pytest.raises(ValueError, match=r"takes angles .* got \(5, 6\)"):
-        rotate_(x, torch.zeros(5, 6))
-    with pytest.raises(ValueError, match=r"takes angles .* got \(4, 3\)"):
-        rotate_(x, torch.zeros(4, 3))
-    with pytest.raises(ValueError, match="side by side"):
-        rotate_(x.transpose(2, 3).contiguous().transpose(2, 3), torch.zeros(5, 3))
-    with pytest.raises(ValueError, match="no_grad"):
-        rotate_(x.requires_grad_(), torch.zeros(5, 3))
+    for y, angles in (
+        (x, torch.zeros(5, 6)),
+        (x, torch.zeros(4, 3)),
+        (x.transpose(2, 3).contiguous().transpose(2, 3), torch.zeros(5, 3)),
+        (x.clone().requires_grad_(), torch.zeros(5, 3)),
+    ):
+        with pytest.raises(ValueError):
+            rotate_(y, angles)
+    with pytest.raises(ValueError):
+        scale_(x, torch.zeros(4, 3))
 
 
 def test_a_change_under_autograd_is_noticed():

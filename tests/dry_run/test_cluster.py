@@ -12,7 +12,7 @@ from megalong.dry_run.cluster import (
     load_cluster,
     load_device,
 )
-from megalong.model.peak_flops import peak_of_name
+from megalong.model.flops import peak_of_name
 from megalong.utils.errors import UserError
 
 GPUS = ("a100-80gb", "h100-sxm", "h200", "b200")

@@ -11,7 +11,7 @@ from megalong.hf.configuration_longnet import LongNetConfig
 from megalong.hf.modeling_longnet import LongNetForCausalLM
 from megalong.hf.names import entries
 from megalong.model.build import build_model
-from megalong.model.names import named_parameters
+from megalong.model.stage import named_parameters
 from tests.launching import small_run_flags
 
 VOCAB_SIZE = 257

@@ -79,7 +79,7 @@ def model_of(name):
 @pytest.mark.parametrize("name", KINDS)
 def test_a_llama_computes_the_same_here(name, tmp_path):
     from megalong.model.build import build_model
-    from megalong.model.names import named_parameters
+    from megalong.model.stage import named_parameters
     from megalong.parallel import launch
 
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ from megalong.checkpoint.reading import StoredModel
 from megalong.config.arguments import parse_arguments
 from megalong.hf.exporting import export
 from megalong.model.build import build_model
-from megalong.model.names import named_parameters
+from megalong.model.stage import named_parameters
 from megalong.parallel import launch
 from tests.forked import run_ranks
 from tests.launching import PRETRAIN, small_run_flags

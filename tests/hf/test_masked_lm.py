@@ -33,8 +33,8 @@ from megalong.hf.names import entries
 from megalong.hf.parts_longnet import parts_of
 from megalong.hf.tokenizer_files import export_tokenizer
 from megalong.model.build import build_model
-from megalong.model.names import named_parameters
 from megalong.model.parameters import EMBEDDING
+from megalong.model.stage import named_parameters
 from megalong.parallel import launch
 from megalong.training.engine_state import load_checkpoint
 from megalong.utils.errors import UserError

@@ -1,4 +1,4 @@
-"""FLOPs by part: by hand, by PyTorch's counter over a real model, and by counting every score."""
+"""FLOPs by part: by hand, by PyTorch's counter, by counting every score; the peak of a device."""
 
 import pytest
 import torch
@@ -6,7 +6,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megalong.config.arguments import parse_arguments
 from megalong.model.build import build_model
-from megalong.model.flops import PARTS, forward_flops, step_flops
+from megalong.model.flops import (
+    PARTS,
+    forward_flops,
+    measured_flops,
+    peak_flops,
+    peak_of_name,
+    step_flops,
+)
 from megalong.parallel import launch
 from tests.launching import small_run_flags
 
@@ -58,8 +65,7 @@ def test_by_hand():
     "changes",
     [
         {},
-        {"no_swiglu": True, "add_bias_linear": True, "normalization": "LayerNorm"},
-        {"num_query_groups": 1, "untie_embeddings_and_output_weights": True, "kv_channels": 32},
+        {"no_swiglu": True, "add_bias_linear": True, "num_query_groups": 1, "kv_channels": 32},
         {"attention": "dense", "qk_layernorm": True, "recompute_granularity": "selective"},
     ],
     ids=lambda changes: " ".join(map(str, changes)) or "defaults",
@@ -110,3 +116,35 @@ def test_attention_is_the_exact_number_of_scores(rule):
     assert forward_flops(config, VOCAB_SIZE)["attention"] == scores * 4 * 16
     dense = forward_flops(config, VOCAB_SIZE, dense=True)["attention"]
     assert dense == LAYERS * HEADS * LENGTH * (LENGTH + 1) // 2 * 4 * 16
+
+
+@pytest.mark.parametrize(
+    "name, bf16, tf32, fp32",
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4, 494.7, 67),
+        ("NVIDIA H100 PCIe", 756, 378, 51),
+        ("NVIDIA B200", 2250, 1125, 75),
+        ("NVIDIA A100-SXM4-80GB", 312, 156, 19.5),
+        ("NVIDIA A10", 125, 62.5, 31.2),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2, 182.1, 91.1),
+    ],
+)
+def test_known_devices(name, bf16, tf32, fp32):
+    assert peak_of_name(name, torch.bfloat16) == peak_of_name(name, torch.float16) == bf16 * 1e12
+    assert peak_of_name(name, torch.float32, tf32=True) == tf32 * 1e12
+    assert peak_of_name(name, torch.float32) == fp32 * 1e12
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["NVIDIA A100-SXM4-80GB MIG 1g.10gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA X1000"],
+)
+def test_unknown_devices(name):
+    assert peak_of_name(name, torch.bfloat16) is None
+
+
+def test_a_cpu_is_measured():
+    cpu = torch.device("cpu")
+    peak, source = peak_flops(cpu, torch.float32)
+    assert source == "measured" and 1e8 < peak < 1e14
+    assert measured_flops(cpu, torch.bfloat16) > 1e7

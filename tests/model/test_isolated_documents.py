@@ -33,10 +33,7 @@ def mesh():
         yield mesh
 
 
-PATHS = {
-    "plain": {},
-    "memory path": {"memory_path": "on", "tile_size": 100, "loss_chunk_size": 60},
-}
+PATHS = {"plain": {}, "memory path": {"memory_path": "on", "tile_size": 100, "loss_chunk_size": 60}}
 
 
 @pytest.mark.parametrize("objective", ["causal", "mlm"])

@@ -5,7 +5,7 @@ import torch
 
 from megalong.config.arguments import parse_arguments
 from megalong.model.build import build_model
-from megalong.model.names import named_parameters
+from megalong.model.stage import named_parameters
 from megalong.parallel import launch
 from tests.launching import small_run_flags
 

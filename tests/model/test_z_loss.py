@@ -1,7 +1,5 @@
 """z-loss: the logsumexp of the logits, its square in what is minimised, and in a run's metrics."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,10 +7,8 @@ import torch.nn.functional as F
 from megalong.config.arguments import parse_arguments
 from megalong.model.build import build_model
 from megalong.parallel import launch
-from megalong.training.metrics import read_metrics
 from megalong.training.training_loss import TrainingLoss
-from tests.forked import run_ranks
-from tests.launching import PRETRAIN, small_run_flags
+from tests.launching import small_run_flags
 
 VOCAB_SIZE = 257
 COEFFICIENT = 0.01
@@ -89,16 +85,3 @@ def test_the_sums_of_several_sources(coefficient):
     z = (losses[1].square() * mask).sum().double()
     torch.testing.assert_close(loss.double(), 2 * (kept.sum() + coefficient * z))
     assert z_sum is None if not coefficient else z_sum == pytest.approx(z.item())
-
-
-def test_a_run_tells_it_apart_from_the_loss(corpus, tmp_path):
-    """That all layouts have the same is a test of tests/training/test_parity.py."""
-    flags = {"train_iters": 2, "z_loss_coeff": COEFFICIENT, "eval_iters": 1, "save": tmp_path}
-    said = run_ranks(1, PRETRAIN, *small_run_flags(corpus, **flags)).stdout
-    *steps, evaluation, _ = read_metrics(tmp_path / "metrics.jsonl")
-    # At the beginning all logits are nearly zero: the loss is ln(384 rows), and that squared.
-    for record in steps:
-        assert record["loss"] == pytest.approx(math.log(384), rel=0.1)
-        assert record["z_loss"] == pytest.approx(COEFFICIENT * math.log(384) ** 2, rel=0.2)
-        assert f"| z-loss {record['z_loss']:.2e} |" in said
-    assert evaluation["loss"] < steps[0]["loss"] and "z_loss" not in evaluation

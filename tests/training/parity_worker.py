@@ -22,7 +22,7 @@ from megalong.config import world_size
 from megalong.config.arguments import parse_arguments
 from megalong.data.batches import evaluation_batches, training_batches
 from megalong.model.build import build_model
-from megalong.model.names import named_parameters
+from megalong.model.stage import named_parameters
 from megalong.model.tensor_slices import join_slices
 from megalong.parallel import process_group, temporary_mesh
 from megalong.training.engine import TrainingEngine, weights_divider

@@ -18,7 +18,7 @@ from megalong.checkpoint.content import tensor_name
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.config import world_size
 from megalong.config.arguments import parse_arguments
-from megalong.model.names import named_parameters
+from megalong.model.stage import named_parameters
 from megalong.parallel import process_group, temporary_mesh
 from megalong.training.engine_state import kinds_of
 from megalong.training.loop import Trainer

@@ -78,7 +78,7 @@ with needed_packages():
     from megalong.attention.dense_pattern import DensePattern
     from megalong.attention.local_pattern import LocalPattern
     from megalong.attention.sparse_pattern import SparsePattern
-    from megalong.model.peak_flops import peak_of_name
+    from megalong.model.flops import peak_of_name
 
 # Bytes/s of the memory, by a part of the device's name; the first that fits. From the data sheets
 # of NVIDIA's A100 (2021), H100 (2023), H200 (2024) and HGX B200 (2025).

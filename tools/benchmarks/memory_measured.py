@@ -219,8 +219,7 @@ def gpu_step(values: dict[str, Any], vocabulary: int, steps: int = 3) -> dict[st
     import torch
 
     from megalong.config.arguments import config_from_values
-    from megalong.model.flops import executed_flops, step_flops
-    from megalong.model.peak_flops import peak_flops
+    from megalong.model.flops import executed_flops, peak_flops, step_flops
     from megalong.parallel import process_group
 
     config = config_from_values(values).resolve(1)

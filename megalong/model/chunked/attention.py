@@ -2,8 +2,7 @@
 
 Whole in memory are, for one group, queries, keys, values and output, and in the backward pass the
 gradients of these; for all heads, the output, in whose place the gradient of the queries grows, and
-the gradients of keys and values: with those of all heads the way back through projection and norm
-is one matrix product a tile, as it is without groups, and nothing is summed up over groups.
+the gradients of keys and values.
 
 Shape suffixes: l rows of this tensor rank's own, s rows of all of them, b batch, h hidden, a heads,
 g kv heads, d head_dim, n all that a matrix is applied to in a tile (rows x batch).
@@ -18,18 +17,14 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from megalong.model.chunked.divided_norms import Moments, NormBackward
-from megalong.model.chunked.norms import norm, norm_backward
-from megalong.model.chunked.rotary import rotate_
-from megalong.model.chunked.rows import tiles
-from megalong.model.chunked.tensor_ranks import ALONE, TensorRanks
-from megalong.model.chunked.weights import AttentionWeights, GradientSums, Norm
-from megalong.model.chunked.xpos import scale_
+from megalong.model.chunked.norms import Moments, Norm, NormBackward, norm, norm_backward
+from megalong.model.chunked.rotary import rotate_, scale_
+from megalong.model.chunked.rows import ALONE, AttentionWeights, GradientSums, TensorRanks, tiles
 
 
 class Passes(Protocol):
-    """An attention of some heads, as two functions. kept: what the forward pass hands to the
-    backward pass besides, and to another forward pass of the same tensors; () where nothing."""
+    """An attention of some heads, as two functions. kept: handed from the forward pass to backward,
+    and to another forward pass of the same tensors."""
 
     def forward(
         self, q_bsad, k_bsgd, v_bsgd, kept: tuple[torch.Tensor, ...] | None = None
@@ -41,8 +36,7 @@ class Passes(Protocol):
 
 
 class Attended(NamedTuple):
-    """What attention leaves: the output of all heads (s, b, heads, head_dim), and for each group
-    the log-sum-exp and what its `Passes` keep."""
+    """The output of all heads, and for each group the log-sum-exp and what its `Passes` keep."""
 
     out_sbad: torch.Tensor
     lse: list[torch.Tensor]
@@ -58,13 +52,12 @@ class _Heads(NamedTuple):
 
 @dataclass(frozen=True)
 class TiledAttention:
-    """How attention is computed, with its norm, projections and residual connection.
+    """Attention with its norm, projections and residual connection.
 
-    head_dim; group: query heads for each kv head.
-    passes: the attention of each group of heads, equally many in each.
-    norm: also that before the output projection, where the weights have one.
-    qk_norm: of each head's queries and keys, where they have one.
-    scales: of queries at so many positions on a device (`chunked/xpos.py`), where there are some.
+    group: query heads for each kv head. passes: the attention of each group of heads, equally many
+        in each.
+    norm: also that before the output projection, where the weights have one. qk_norm: of each
+        head's queries and keys. scales: of queries at so many positions on a device (`scale_`).
     tile_size: rows of the sequence in a tile, for each tensor rank that has rows of its own.
     ranks: those that share the matrices: each has some of the heads.
     """
@@ -85,7 +78,7 @@ class TiledAttention:
         angles_sd: torch.Tensor | None,
         kept: Sequence[tuple[torch.Tensor, ...]] | None = None,
     ) -> Attended:
-        """Attention of norm(x), before the output projection; without autograd.
+        """Return the attention of norm(x), before the output projection; without autograd.
 
         angles: of the rotary encoding (s, head_dim / 2), float32; None: there is none.
         kept: what an earlier call with the same x left.
@@ -113,7 +106,7 @@ class TiledAttention:
     def output_tile(
         self, x_lbh: torch.Tensor, rows: slice, out_sbad: torch.Tensor, weights: AttentionWeights
     ) -> torch.Tensor:
-        """Output projection and residual connection of one tile: x + out @ weight, of x[rows]."""
+        """Return x + out @ weight of one tile of x."""
         out_tile = self.ranks.tile(out_sbad, rows).flatten(2)
         if weights.out_norm_weight is not None:
             moments = Moments.of(out_tile, self.norm, self.ranks)
@@ -133,8 +126,7 @@ class TiledAttention:
     ) -> NormBackward | None:
         """Add a tile's share of the gradients of the output projection and the norm before it.
 
-        grad: of `output_tile`. Returns what `backward` needs of that norm, where there is one: it
-        is of all heads, which are at hand only here.
+        grad: of `output_tile`. Returns what `backward` needs of that norm, where there is one.
         """
         grad_sbh = self.ranks.enter(grad_lbh)
         out_sbr, back = self.ranks.tile(out_sbad, rows).flatten(2), None
@@ -160,11 +152,9 @@ class TiledAttention:
         grad_x_lbh: torch.Tensor,
         out_norms: Sequence[NormBackward | None],
     ) -> None:
-        """The gradient of x, from that of x + attention(norm(x)), after `output_backward_tile` of
-        all tiles, whose results are `out_norms`. The output in `attended` is overwritten.
-
-        grad_x: filled in; may be the same tensor as grad.
-        """
+        """Fill in the gradient of x, which may be the same tensor as grad, after
+        `output_backward_tile` of all tiles, whose results are `out_norms`. The output in `attended`
+        is overwritten."""
         gradients = self._attention_backward(
             grad_lbh, x_lbh, attended, weights, angles_sd, sums, out_norms
         )
@@ -174,7 +164,8 @@ class TiledAttention:
             grad_packed_nr = self._packed(
                 *(self.ranks.tile(gradient, rows) for gradient in gradients)
             )
-            sums.add_linear("qkv", grad_packed_nr, normed_nh)
+            sums.add_weight("qkv", grad_packed_nr, normed_nh)
+            sums.add_bias("qkv", grad_packed_nr)
             grad_sbh = (grad_packed_nr @ weights.qkv_weight).unflatten(0, (-1, x_lbh.shape[1]))
             grad_tile, *shares = norm_backward(self.ranks.leave(grad_sbh), *norm_inputs)
             sums.add_norm("norm", shares)
@@ -205,9 +196,11 @@ class TiledAttention:
                 rotate_(dq_sbad, angles_sd, inverse=True)
                 rotate_(dk_sbgd, angles_sd, inverse=True)
             if raw:
-                self._norm_backward_("q_norm", dq_sbad, raw[0], weights, sums)
-                self._norm_backward_("k_norm", dk_sbgd, raw[1], weights, sums)
-                del raw
+                for name, grad, x in zip(
+                    ("q_norm", "k_norm"), (dq_sbad, dk_sbgd), raw, strict=True
+                ):
+                    self._norm_backward_(name, grad, x, weights, sums)
+                del raw, grad, x
             if len(self.passes) == 1:
                 return dq_sbad, dk_sbgd, dv_sbgd
             if all_dk is None:
@@ -220,7 +213,7 @@ class TiledAttention:
         return out_sbad, all_dk, all_dv
 
     def _project(self, x_lbh, weights, heads: _Heads, angles_sd, raw: list | None = None):
-        """Queries, keys and values of some heads, normed, rotated and scaled. raw: is given queries
+        """Queries, keys and values of some heads, normed, rotated and scaled. raw: takes queries
         and keys as they were before their norm, if they have one."""
         width = (self.group + 2) * self.head_dim
         packed = slice(heads.keys.start * width, heads.keys.stop * width)
@@ -243,8 +236,10 @@ class TiledAttention:
                 raw += q_sbad, k_sbgd
                 q_sbad, k_sbgd = torch.empty_like(q_sbad), torch.empty_like(k_sbgd)
             before = raw or (q_sbad, k_sbgd)
-            self._norm_into("q_norm", q_sbad, before[0], weights)
-            self._norm_into("k_norm", k_sbgd, before[1], weights)
+            for name, out, x in zip(("q_norm", "k_norm"), (q_sbad, k_sbgd), before, strict=True):
+                how = *_norm_of(name, weights), *self.qk_norm
+                for tile in tiles(len(x), self.tile_size):
+                    out[tile] = norm(x[tile], *how)
         if angles_sd is not None:
             rotate_(q_sbad, angles_sd)
             rotate_(k_sbgd, angles_sd)
@@ -257,12 +252,6 @@ class TiledAttention:
             scales_sp = self.scales(len(q_sbad), q_sbad.device)
             scale_(q_sbad, scales_sp)
             scale_(k_sbgd, scales_sp, inverse=True)
-
-    def _norm_into(self, name, out_sbad, x_sbad, weights) -> None:
-        """The norm of queries or keys; out may be x itself."""
-        weight, bias = _norm_of(name, weights)
-        for rows in tiles(len(x_sbad), self.tile_size):
-            out_sbad[rows] = norm(x_sbad[rows], weight, bias, *self.qk_norm)
 
     def _norm_backward_(self, name, grad_sbad, x_sbad, weights, sums) -> None:
         """From the gradient after the norm of queries or keys to that before it, in place."""

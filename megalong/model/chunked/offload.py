@@ -1,13 +1,8 @@
-"""What autograd saves waits for its backward pass in pinned memory of the host.
+"""Saved tensors of autograd wait for their backward pass in pinned memory of the host.
 
-    offload = HostOffload(device)
-    for layer in layers:
-        with offload.saving():
-            x = layer(x)
-
-A block of `saving` is a layer: when autograd asks for what one has saved, that of the block before
-begins to come back. Which one autograd asks for next is a guess, and where it is wrong (a pipeline
-has several micro batches under way) what is asked for comes later, but never wrong.
+A block of `HostOffload.saving` is a layer: when autograd asks for what one has saved, that of the
+block before begins to come back. Where that guess is wrong (a pipeline has several micro batches
+under way) what is asked for comes later, but never wrong.
 
 Streams. All copies run on one side stream, one after the other; everything else runs on the stream
 that is current, here called the main one.
@@ -16,9 +11,7 @@ that is current, here called the main one.
 - PyTorch's allocator gives freed memory to whatever the same stream does next, so all device memory
   here is the main stream's, and none is freed before the main stream has been told to wait for the
   copy that reads or writes it: for what goes out, when the next block saves; for what has come,
-  when it is used. `Tensor.record_stream` would be right as well, but leaves it to the time at which
-  the allocator looks when memory is free again: the peak would differ from run to run, and grow
-  where the host is far ahead of the device.
+  when it is used. With `Tensor.record_stream` the peak would differ from run to run.
 - A chunk of pinned memory is touched by the side stream alone, so whoever gets it next comes after
   whoever had it, and the host never waits.
 """
@@ -28,19 +21,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 CHUNK = 32 * 2**20  # bytes: a power of two, since PyTorch rounds pinned memory up to one
-SMALLEST = CHUNK // 2  # bytes: a chunk for less would be more than half empty
-
-
-def pinned_bytes(nbytes: int, *, smallest: int = SMALLEST, chunk: int = CHUNK) -> int:
-    """The pinned memory that a saved tensor of so many bytes takes, in bytes."""
-    return -(-nbytes // chunk) * chunk if nbytes >= smallest else 0
 
 
 class HostMemoryError(RuntimeError):
@@ -50,62 +37,40 @@ class HostMemoryError(RuntimeError):
 class HostOffload:
     """Keeps what autograd saves in `saving` on the host, and brings it back for backward.
 
-    Goes to the host: a dense floating-point tensor of the device of at least `smallest` bytes that
-    is not a parameter, once however often it is saved. Everything else stays, and on a CPU all.
-    A tensor that somebody still holds on the device when it is asked for is not brought back.
+    Goes to the host: a dense floating-point tensor of the device that fills half a chunk and is not
+    a parameter, once however often it is saved. Everything else stays, and on a CPU all. A tensor
+    that somebody still holds on the device when it is asked for is not brought back. A block's come
+    back while the one after it goes backward, for which the device holds those of two.
 
-    device: of the activations. smallest: bytes.
-    limit: bytes of pinned memory at most; None is what the host gives. It is kept for later steps.
-    prefetch: bring a block's tensors while the one after it goes backward, for which the device
-        holds those of two; False: when they are asked for, or at `fetch_ahead`.
-    chunk: bytes, a power of two. transfers: the device; None is CUDA's.
+    device: of the activations. chunk: bytes of pinned memory, which is kept for later steps.
+    transfers: the device; None is CUDA's.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        *,
-        smallest: int = SMALLEST,
-        limit: int | None = None,
-        prefetch: bool = True,
-        chunk: int = CHUNK,
-        transfers: Any = None,
-    ):
+    def __init__(self, device: torch.device, *, chunk: int = CHUNK, transfers: Any = None):
         if transfers is None and device.type == "cuda":
             transfers = CudaTransfers(device)
-        self.smallest = smallest
-        self.prefetch = prefetch
+        self._smallest = chunk // 2  # bytes: a chunk for less would be more than half empty
         self._transfers = transfers
-        self._chunks = transfers and PinnedChunks(transfers.pinned, chunk, limit)
+        self._chunks = transfers and PinnedChunks(transfers.pinned, chunk)
         self._saved: weakref.WeakValueDictionary[int, _Saved] = weakref.WeakValueDictionary()
         self._numbers = itertools.count()
         self._block = 0  # number of the latest
-        self._asked = 0  # number of the one that autograd asked for last
 
     @property
     def host_bytes(self) -> int:
-        """The pinned memory that it has, in bytes."""
+        """Bytes of pinned memory."""
         return self._chunks.bytes if self._chunks else 0
 
-    @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
-        """Inside, what autograd saves goes to the host.
+    def saving(self) -> contextlib.AbstractContextManager:
+        """Send what autograd saves inside to the host.
 
         Raises HostMemoryError where that has no room. A tensor that is modified in place while it
-        is copied is a RuntimeError, where the next block saves something or backward needs it;
-        later it may be, since backward gets what it was.
+        is copied is a RuntimeError, where the next block saves something or backward needs it.
         """
         if self._transfers is None:
-            yield
-            return
+            return contextlib.nullcontext()
         self._block += 1
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
-            yield
-
-    def fetch_ahead(self) -> None:
-        """Begin to bring back what was saved in the block before the one that backward is at."""
-        if self._transfers is not None:
-            self._bring(self._before(self._asked))
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Saved:
         if not self._goes(tensor):
@@ -120,35 +85,32 @@ class HostOffload:
 
     def _goes(self, tensor: torch.Tensor) -> bool:
         owner = tensor if tensor._base is None else tensor._base
+        pairs = zip(tensor.shape, tensor.stride(), strict=True)
+        extent = 1 + sum((n - 1) * step for n, step in pairs)  # elements from first to last
         return (
             self._transfers.has(tensor)
             and tensor.is_floating_point()
-            and tensor.nbytes >= self.smallest
-            and tensor.numel() == _extent(tensor)
+            and tensor.nbytes >= self._smallest
+            and tensor.numel() == extent
             and not isinstance(owner, torch.nn.Parameter)
         )
 
     def _unpack(self, saved: torch.Tensor | _Saved) -> torch.Tensor:
         if isinstance(saved, torch.Tensor):
             return saved
-        self._asked = saved.block
-        before = self._before(saved.block)
+        blocks = (s.block for s in self._living() if s.block < saved.block)
+        before = max(blocks, default=None)  # the one that is expected next
         self._let_go_of_all_but(saved.block, before)
         self._bring(saved.block)
         saved.taken = True
         others = (s for s in self._living() if s.block == saved.block and not s.taken)
         data = saved.kept.take(keep=any(s.kept is saved.kept for s in others))
-        if self.prefetch:
-            self._bring(before)
+        self._bring(before)
         return data.view(saved.dtype).as_strided(saved.size, saved.stride)
 
     def _living(self) -> list[_Saved]:
         """What autograd may still ask for, in the order in which it was saved."""
         return list(self._saved.values())
-
-    def _before(self, block: int) -> int | None:
-        """The block before this one, of those that autograd still holds."""
-        return max((s.block for s in self._living() if s.block < block), default=None)
 
     def _bring(self, block: int | None) -> None:
         for saved in self._living():
@@ -178,8 +140,8 @@ class _Saved:
 
 
 class _Kept:
-    """The bytes of a tensor: on the host as long as somebody has saved it; on the device too until
-    they are let go for the first time, and from when they are brought until they are taken."""
+    """The bytes of a tensor: on the host as long as somebody has saved it; on the device until they
+    are let go, and from when they are brought until they are taken."""
 
     def __init__(self, tensor: torch.Tensor, transfers: Any, pool: PinnedChunks):
         self.transfers, self.pool = transfers, pool
@@ -223,8 +185,8 @@ class _Kept:
             self.device = None
 
     def check(self) -> None:
-        """Raises RuntimeError where somebody has written into the device's memory. Autograd itself
-        does not look at versions where there are hooks."""
+        """Raise RuntimeError where somebody has written into the device's memory: autograd does not
+        look at versions where there are hooks."""
         if self.device is not None and self.device._version != self.device_version:
             raise RuntimeError(
                 f"a tensor of {self.place[1]} bytes that backward needs has been modified by an"
@@ -251,15 +213,14 @@ class _Kept:
 
 
 class PinnedChunks:
-    """Pinned memory in chunks of one size, (size,) uint8, that are used again and again: it takes
-    long to allocate, and PyTorch, which rounds it up to a power of two, would waste up to half.
+    """Pinned memory in chunks of one size that are used again and again: it takes long to allocate,
+    and PyTorch, which rounds it up to a power of two, would waste up to half.
 
-    allocate: bytes -> pinned memory. size: of a chunk, bytes. limit: of them all, bytes.
-    bytes: of all chunks that there are.
+    allocate: bytes -> pinned memory. size: of a chunk, bytes. bytes: of all chunks that there are.
     """
 
-    def __init__(self, allocate: Callable[[int], torch.Tensor], size: int, limit: int | None):
-        self.allocate, self.size, self.limit = allocate, size, limit
+    def __init__(self, allocate: Callable[[int], torch.Tensor], size: int):
+        self.allocate, self.size = allocate, size
         self.bytes = 0
         self._free: list[torch.Tensor] = []
 
@@ -279,13 +240,13 @@ class PinnedChunks:
         self._free += chunks
 
     def _new(self, nbytes: int) -> torch.Tensor:
-        what = f"{nbytes} bytes of activations do not fit beside {self.bytes} in pinned memory"
-        if self.limit is not None and self.bytes + self.size > self.limit:
-            raise HostMemoryError(f"{what}: at most {self.limit} bytes are allowed")
         try:
             chunk = self.allocate(self.size)
         except RuntimeError as error:
-            raise HostMemoryError(f"{what}: {error}") from error
+            raise HostMemoryError(
+                f"{nbytes} bytes of activations do not fit beside {self.bytes} in pinned memory:"
+                f" {error}"
+            ) from error
         self.bytes += self.size
         return chunk
 
@@ -317,11 +278,6 @@ class CudaTransfers:
         """Tell the side stream to copy."""
         with torch.cuda.stream(self.side):
             target.copy_(source, non_blocking=True)
-
-
-def _extent(tensor: torch.Tensor) -> int:
-    """How many elements lie between a tensor's first and last, with both."""
-    return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, int]:
