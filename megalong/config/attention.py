@@ -9,12 +9,14 @@ from pkgutil import resolve_name
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from megalong.attention import DilatedPattern
-from megalong.attention.backends import BACKENDS
-from megalong.attention.dense_pattern import DensePattern
-from megalong.attention.local_pattern import LocalPattern
-from megalong.attention.matched_flops import matching_sparse, matching_window
-from megalong.attention.sparse_pattern import SparsePattern
+from megalong.attention import BACKENDS, DilatedPattern
+from megalong.attention.patterns import (
+    DensePattern,
+    LocalPattern,
+    SparsePattern,
+    matching_sparse,
+    matching_window,
+)
 from megalong.config.flags import flag, flag_name, shown
 from megalong.utils.errors import UserError
 
@@ -49,14 +51,14 @@ def _describe_branches(pattern: DilatedPattern) -> str:
     return f"dilated attention, segment length/dilation rate: {branches}"
 
 
-# To add one: the file of its pattern and that of its passes beside those of megalong/attention/
-# local*.py, and its row here, with its flags below.
+# To add one: its pattern in megalong/attention/patterns.py, the file of its passes beside local.py,
+# and its row here, with its flags below.
 KINDS = MappingProxyType(
     {
         "dilated": AttentionKind(
             pattern=lambda config: config.dilated_pattern(),
             describe=_describe_branches,
-            passes="megalong.attention.dilated_passes:DilatedPasses",
+            passes="megalong.attention.dilated:DilatedPasses",
             fields=("segment_lengths", "dilation_rates", "head_offsets"),
         ),
         "dense": AttentionKind(

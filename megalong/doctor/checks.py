@@ -198,7 +198,7 @@ def attention_backends() -> list[Finding]:
 
     import torch
 
-    from megalong.attention.backends import AUTO, BACKENDS
+    from megalong.attention import AUTO, BACKENDS
     from megalong.utils.machine import use_gpu
 
     device = torch.device("cuda" if use_gpu() else "cpu")

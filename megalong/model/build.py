@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
-from megalong.attention.backends import choose_backend
+from megalong.attention.operators import choose_backend
 from megalong.config import Config, ModelConfig
 from megalong.model.chunked.likeliest import is_likeliest
 from megalong.model.chunked.offload import HostOffload

@@ -17,7 +17,7 @@ Transformer without the pattern would have had to compute for the same tokens.
 
 from __future__ import annotations
 
-from megalong.attention.dense_pattern import DensePattern
+from megalong.attention.patterns import DensePattern
 from megalong.config import Config
 
 PARTS = ("qkv", "attention", "attention_output", "mlp", "logits")

@@ -5,8 +5,8 @@ import torch
 from band_cases import random_case, run_band, run_definition
 
 from megalong.attention import reference, sdpa
-from megalong.attention.band import Band
-from megalong.attention.sdpa_pieces import pieces
+from megalong.attention.patterns import Band
+from megalong.attention.sdpa_bands import pieces
 
 CASES = [random_case(seed) for seed in range(100)]
 

@@ -8,8 +8,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from megalong.attention import DilatedPattern, dilated_attention, operators
-from megalong.attention.backends import choose_backend
-from megalong.attention.band import ALL, Band
+from megalong.attention.operators import choose_backend
+from megalong.attention.patterns import ALL, Band
 
 NAMES = ("grouped", "tail", "grouped-block", "whole-megatron-layout", "head-dim-large")
 CORNERS = [case for case in corners() if case.name in NAMES]

@@ -31,13 +31,6 @@ def test_slice_of_heads_keeps_the_offsets_of_the_whole_model():
     assert pattern.for_heads(8, 4, 4, 8).offsets(4, 2) == tuple(row[4:] for row in whole)
 
 
-def test_segments_and_rows():
-    pattern = DilatedPattern((8,), (3,))
-    assert list(pattern.segments(0, 20)) == [(0, 8), (8, 16), (16, 20)]
-    assert list(pattern.sparse_rows(0, (8, 16), 1)) == [9, 12, 15]
-    assert list(pattern.sparse_rows(0, (16, 18), 2)) == []
-
-
 @pytest.mark.parametrize("case", [*corners(), *map(random_case, range(40))], ids=lambda c: c.name)
 def test_pairs_are_those_of_the_definition(case):
     shape = (case.length, case.heads, case.kv_heads, case.causal)
@@ -64,11 +57,6 @@ def test_geometric_ladder_is_linear():
         pattern = DilatedPattern.geometric(length)
         pairs = pattern.attention_pairs(length, 1, 1, causal=False)
         assert pairs <= 4 / 3 * 2048 * length
-
-
-def test_is_hashable_and_normalises_lists():
-    built = DilatedPattern([8, 16], [1, 2], [[0, 0], [1, 0]])
-    assert hash(built) == hash(DilatedPattern((8, 16), (1, 2), ((0, 0), (1, 0))))
 
 
 @pytest.mark.parametrize("case", [*corners(), *map(random_case, range(8))], ids=lambda c: c.name)

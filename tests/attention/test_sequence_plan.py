@@ -10,10 +10,8 @@ from torch._subclasses import FakeTensorMode
 
 from megalong.attention import DilatedPattern
 from megalong.attention.exchange import AllGather
-from megalong.attention.remote_rows import remote_rows
-from megalong.attention.sequence_plan import gathered_rows, make_plan
-from megalong.attention.shard_rows import shard_rows
-from megalong.attention.shards import Shards, between
+from megalong.attention.sequence_parallel import remote_rows, shard_rows
+from megalong.attention.sequence_plan import Shards, between, gathered_rows, make_plan
 
 CPU = torch.device("cpu")
 

@@ -33,9 +33,9 @@ with needed_packages():
 
     from megalong.attention import DilatedPattern
     from megalong.attention.dense import DensePasses, Ring
-    from megalong.attention.dense_pattern import DensePattern
-    from megalong.attention.dilated_passes import DilatedPasses
+    from megalong.attention.dilated import DilatedPasses
     from megalong.attention.exchange import SequenceGroup
+    from megalong.attention.patterns import DensePattern
     from megalong.parallel.traffic import CountTraffic
 
 

@@ -35,7 +35,7 @@ with needed_packages():
     from contenders import document_bounds
 
     from megalong.attention.dense import DensePasses
-    from megalong.attention.dilated_passes import DilatedPasses
+    from megalong.attention.dilated import DilatedPasses
     from megalong.attention.documents import Documents
     from megalong.attention.local import LocalPasses
     from megalong.attention.sparse import SparsePasses
