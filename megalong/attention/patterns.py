@@ -102,15 +102,26 @@ class Band:
 ALL = Band()
 
 
+class BandPattern:
+    """Base class of patterns that are one band, the same in every layer and for every head."""
+
+    def band(self, causal: bool) -> Band:
+        raise NotImplementedError
+
+    def at_layer(self, layer: int) -> BandPattern:
+        return self
+
+    def for_heads(self, heads: int, kv_heads: int, start: int, stop: int) -> BandPattern:
+        return self
+
+    def attention_pairs(self, sequence_length: int, heads: int, kv_heads: int, causal: bool) -> int:
+        """The exact number of (query, key) pairs, summed over heads, of one sequence."""
+        return heads * self.band(causal).pairs(sequence_length, sequence_length)
+
+
 @dataclass(frozen=True)
-class DensePattern:
-    """The same in every layer and for every head."""
-
-    def at_layer(self, layer: int) -> DensePattern:
-        return self
-
-    def for_heads(self, heads: int, kv_heads: int, start: int, stop: int) -> DensePattern:
-        return self
+class DensePattern(BandPattern):
+    """Every pair of positions, as in a vanilla Transformer."""
 
     def band(self, causal: bool) -> Band:
         return Band(after=1 if causal else None)
@@ -123,28 +134,20 @@ class DensePattern:
         """As of DilatedPattern: all."""
         return kv_heads * sequence_length
 
-    def attention_pairs(self, sequence_length: int, heads: int, kv_heads: int, causal: bool) -> int:
-        """The exact number of (query, key) pairs, summed over heads, of one sequence."""
-        return heads * self.band(causal).pairs(sequence_length, sequence_length)
-
 
 @dataclass(frozen=True)
-class LocalPattern:
-    """window: positions that a query sees, with its own. Raises ValueError where it is below 1."""
+class LocalPattern(BandPattern):
+    """A window that slides with the query.
+
+    window: positions that a query sees, its own and those before it; without a causal mask as many
+        on the other side. Raises ValueError where it is below 1.
+    """
 
     window: int
 
     def __post_init__(self):
         if self.window < 1:
             raise ValueError(f"window must be at least 1, got {self.window}")
-
-    def at_layer(self, layer: int) -> LocalPattern:
-        """The same in every layer."""
-        return self
-
-    def for_heads(self, heads: int, kv_heads: int, start: int, stop: int) -> LocalPattern:
-        """The same for every head."""
-        return self
 
     def band(self, causal: bool) -> Band:
         return Band(before=self.window - 1, after=1 if causal else self.window)
@@ -157,15 +160,19 @@ class LocalPattern:
         """As of DilatedPattern: the window."""
         return kv_heads * min(self.window, sequence_length)
 
-    def attention_pairs(self, sequence_length: int, heads: int, kv_heads: int, causal: bool) -> int:
-        """The exact number of (query, key) pairs, summed over heads, of one sequence."""
-        return heads * self.band(causal).pairs(sequence_length, sequence_length)
-
 
 @dataclass(frozen=True)
 class SparsePattern:
-    """block: positions of a block. columns: of these, how many sum it up. starts: the first of them
-    for each kv head; None is the rule above. Raises ValueError naming the field to change."""
+    """The fixed pattern of the Sparse Transformer (Child et al., arXiv 1904.10509, section 4.3).
+
+    A query sees its own block, and of each block before it some columns at its end, which sum that
+    block up; without a causal mask those of the later blocks too. kv head 0 takes the last columns
+    of a block, kv head 1 those before them, and so on (section 5.1 there). A block that the
+    sequence ends in has no columns.
+
+    block: positions of a block. columns: of these, how many sum it up. starts: the first of them
+    for each kv head; None is the rule above. Raises ValueError naming the field to change.
+    """
 
     block: int
     columns: int

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -64,7 +65,10 @@ def forward(
 
     with torch.autocast(q_bshd.device.type, enabled=False):
         if kept is None:
-            arriving = [exchange.start(sequence, k_bsgd, v_bsgd) for exchange in shard.exchanges]
+            arriving = [
+                exchange.collective.start(sequence, exchange.leaving.take(k_bsgd, v_bsgd))
+                for exchange in shard.exchanges
+            ]
         else:
             arriving = [(rows, None) for rows in kept]
         out_bshd, lse_bsh = _joined(map(attend, plan.base))
@@ -226,8 +230,7 @@ class SharedRows:
         x_bsh[:, self.positions, self.heads] = sums_bn.to(x_bsh.dtype)[:, self.places]
 
 
-@dataclass(frozen=True)
-class ShardRows:
+class ShardRows(NamedTuple):
     """A plan's exchanges, and the rows that are summed up.
 
     queries: parts are those of `Plan.further`, then of the attention of every exchange.
@@ -341,17 +344,12 @@ def _rows_before(bound_bs: torch.Tensor, attention: RemoteAttention) -> torch.Te
     return rows_hn.view_as(bound_hbm).transpose(0, 1).contiguous()
 
 
-@dataclass(frozen=True)
-class RemoteRows:
+class RemoteRows(NamedTuple):
     """One exchange, and what is done with the rows that it brings."""
 
     collective: AllGather | AllToAll
     leaving: LeavingRows
     attention: tuple[RemoteAttention, ...]
-
-    def start(self, sequence: SequenceGroup, k_bsgd: torch.Tensor, v_bsgd: torch.Tensor):
-        """Begin the exchange. Returns the list that will hold what arrives, and the work."""
-        return self.collective.start(sequence, self.leaving.take(k_bsgd, v_bsgd))
 
 
 @tensor_cache

@@ -22,11 +22,6 @@ def test_ends_and_pairs_are_those_of_the_definition():
         assert case.band.sees_all == (case.band.before is case.band.after is None)
 
 
-def test_pairs_need_no_loop_and_there_may_be_none():
-    assert Band(after=1).pairs(2**40, 2**40) == 2**39 * (2**40 + 1)
-    assert Band(before=3, after=1).pairs(0, 5) == Band(before=3, after=1).pairs(5, 0) == 0
-
-
 @pytest.mark.parametrize(
     ("fields", "name"),
     [

@@ -146,13 +146,6 @@ def test_shapes_without_numbers():
         assert attend("cuda")[2].device.type == "cuda"
 
 
-def test_compiled_refuses():
-    q = torch.randn(1, 40, 4, 8)
-    compiled = torch.compile(dilated_attention, backend="aot_eager", fullgraph=True)
-    with pytest.raises(ValueError, match="must be auto, triton, sdpa, reference"):
-        compiled(q, q, q, LADDER, backend="flash")
-
-
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 @pytest.mark.parametrize("case", [*CORNERS, random_case(3, 100)], ids=lambda case: case.name)
 def test_flops_are_those_of_the_pairs(case, backend):

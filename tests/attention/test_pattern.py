@@ -19,12 +19,6 @@ def test_offset_rules():
     assert pattern.at_layer(7).offsets(6, 6) == pattern.offsets(6, 6)
 
 
-def test_depth_covers_every_residue():
-    layered = DilatedPattern((64,), (16,), "layer")
-    seen = {offset for layer in range(4) for offset in layered.at_layer(layer).offsets(4, 4)[0]}
-    assert seen == set(range(16))
-
-
 def test_slice_of_heads_keeps_the_offsets_of_the_whole_model():
     pattern = DilatedPattern((8, 16), (2, 4), "layer", layer=5)
     whole = pattern.offsets(8, 4)

@@ -95,24 +95,36 @@ def forward(q_bshd, k_bsgd, v_bsgd, pattern, *, causal, scale, documents=None):
     return out_bshd, lse_bhs
 
 
-def launch_forward(
-    tables: Tables, base: bool, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, partial_bhrd,
-    partial_lse_bhr, *, causal, scale, gathered=False, band=None, ranges: Ranges = NO_RANGES,
+def launch_tiles(
+    name: str, kernel, tables: Tables, base: bool, tensors, strided, partial_rows: int, *, causal,
+    scale, gathered=False, band=None, ranges: Ranges = NO_RANGES,
 ):  # fmt: skip
-    """One launch of the forward kernel, over the base or over all sparse branches."""
-    names = constants("forward", q_bshd, causal)
-    tiles = tile_table(tables, base, names["BLOCK_M"], causal)
+    """One launch of a kernel, over the base or over all sparse branches.
+
+    tensors: what it reads and writes, q and k first. strided: those of which it takes the strides.
+    """
+    q_bshd, k_bsgd = tensors[:2]
+    of_keys = name == "dkdv"
+    names = constants(name, q_bshd, causal)
+    block = names["BLOCK_N" if of_keys else "BLOCK_M"]
+    tiles = tile_table(tables, base, block, causal and not of_keys)
     (batch, length, heads, _), kv_heads = q_bshd.shape, k_bsgd.shape[2]
+    owners = (kv_heads if base else kv_heads * tables.slots) if of_keys else heads
     launch(
-        forward_kernel, batch * heads * len(tiles), q_bshd.device,
-        q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, partial_bhrd, partial_lse_bhr,
-        *strides(q_bshd, k_bsgd, v_bsgd, out_bshd),
-        tiles, tables.branches, tables.offsets, tables.offsets if band is None else band, *ranges,
-        len(tiles), len(tables.shapes), heads, kv_heads, length, k_bsgd.shape[1],
-        partial_lse_bhr.shape[2], ranges.heads, scale,
+        kernel, batch * owners * len(tiles), q_bshd.device, *tensors, *strides(*strided),
+        tiles, tables.branches, tables.offsets, *((tables.classes,) if of_keys else ()),
+        tables.offsets if band is None else band, *ranges,
+        len(tiles), len(tables.shapes), heads, kv_heads, *((tables.slots,) if of_keys else ()),
+        length, k_bsgd.shape[1], partial_rows, ranges.heads, scale,
         MERGE=base, ATTENDS=tables.attends or not base, GATHERED=gathered,
         BANDED=band is not None, **names,
     )  # fmt: skip
+
+
+def launch_forward(tables, base, q, k, v, out, lse, partial, partial_lse, **options):
+    tensors, strided = (q, k, v, out, lse, partial, partial_lse), (q, k, v, out)
+    rows = partial_lse.shape[2]
+    launch_tiles("forward", forward_kernel, tables, base, tensors, strided, rows, **options)
 
 
 def backward(
@@ -157,48 +169,17 @@ def launch_delta(out_bshd, grad_bshd):
     return delta_bhs
 
 
-def launch_dq(
-    tables: Tables, base: bool, q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta_bhs, dq_bshd,
-    partial_bhrd, *, causal, scale, gathered=False, band=None, ranges: Ranges = NO_RANGES,
-):  # fmt: skip
-    """One launch of the dq kernel, over the base or over all sparse branches."""
-    names = constants("dq", q_bshd, causal)
-    tiles = tile_table(tables, base, names["BLOCK_M"], causal)
-    (batch, length, heads, _), kv_heads = q_bshd.shape, k_bsgd.shape[2]
-    launch(
-        dq_kernel, batch * heads * len(tiles), q_bshd.device,
-        q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta_bhs, dq_bshd, partial_bhrd,
-        *strides(q_bshd, k_bsgd, v_bsgd, grad_bshd, dq_bshd),
-        tiles, tables.branches, tables.offsets, tables.offsets if band is None else band, *ranges,
-        len(tiles), len(tables.shapes), heads, kv_heads, length, k_bsgd.shape[1],
-        partial_bhrd.shape[2], ranges.heads, scale,
-        MERGE=base, ATTENDS=tables.attends or not base, GATHERED=gathered,
-        BANDED=band is not None, **names,
-    )  # fmt: skip
+def launch_dq(tables, base, q, k, v, grad, lse, delta, dq, partial, **options):
+    tensors, strided = (q, k, v, grad, lse, delta, dq, partial), (q, k, v, grad, dq)
+    launch_tiles("dq", dq_kernel, tables, base, tensors, strided, partial.shape[2], **options)
 
 
 def launch_dkdv(
-    tables: Tables, base: bool, q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta_bhs,
-    dk_bsgd, dv_bsgd, partial_dk, partial_dv, *, causal, scale, gathered=False, band=None,
-    ranges: Ranges = NO_RANGES,
+    tables, base, q, k, v, grad, lse, delta, dk, dv, partial_dk, partial_dv, **options
 ):  # fmt: skip
-    """One launch of the dkdv kernel, over the base or over all sparse branches."""
-    names = constants("dkdv", q_bshd, causal)
-    tiles = tile_table(tables, base, names["BLOCK_N"], False)
-    (batch, length, heads, _), kv_heads = q_bshd.shape, k_bsgd.shape[2]
-    slots = tables.slots
-    launch(
-        dkdv_kernel, batch * kv_heads * len(tiles) * (1 if base else slots), q_bshd.device,
-        q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta_bhs, dk_bsgd, dv_bsgd,
-        partial_dk, partial_dv,
-        *strides(q_bshd, k_bsgd, v_bsgd, grad_bshd, dk_bsgd, dv_bsgd),
-        tiles, tables.branches, tables.offsets, tables.classes,
-        tables.offsets if band is None else band, *ranges,
-        len(tiles), len(tables.shapes), heads, kv_heads, slots, length, k_bsgd.shape[1],
-        partial_dk.shape[3], ranges.heads, scale,
-        MERGE=base, ATTENDS=tables.attends or not base, GATHERED=gathered,
-        BANDED=band is not None, **names,
-    )  # fmt: skip
+    tensors = (q, k, v, grad, lse, delta, dk, dv, partial_dk, partial_dv)
+    strided, rows = (q, k, v, grad, dk, dv), partial_dk.shape[3]
+    launch_tiles("dkdv", dkdv_kernel, tables, base, tensors, strided, rows, **options)
 
 
 def attend_rows(q_bmhd, k_bngd, v_bngd, band: Band, *, scale: float, ranges=None):
