@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from megalong.attention import DilatedPattern
+from megalong.attention.dilated import sequence_parallel_attention
 from megalong.attention.exchange import AllGather
-from megalong.attention.remote_rows import remote_rows
-from megalong.attention.sequence_parallel import sequence_parallel_attention
-from megalong.attention.sequence_plan import make_plan
-from megalong.attention.shards import Shards
+from megalong.attention.sequence_parallel import remote_rows
+from megalong.attention.sequence_plan import Shards, make_plan
 from megalong.config import ModelConfig
 from megalong.config.arguments import config_from_values
 from megalong.data.batches import training_batches

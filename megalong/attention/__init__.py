@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     from megalong.attention.pattern import DilatedPattern
     from megalong.attention.reference import dilated_attention_reference
 
+# The backends: their names, and the modules with the four functions that `operators` describes.
+BACKENDS = MappingProxyType(
+    {
+        "triton": "megalong.attention.triton",
+        "sdpa": "megalong.attention.sdpa",
+        "reference": "megalong.attention.reference",
+    }
+)
+AUTO = ("triton", "sdpa")  # what "auto" tries, in this order
+
 __all__ = ["DilatedPattern", "dense_attention", "dilated_attention", "dilated_attention_reference"]
 
 _MODULES = MappingProxyType(

@@ -37,14 +37,12 @@ import torch
 import torch.nn.functional as F
 
 from megalong.attention import operators
-from megalong.attention.arguments import checked
-from megalong.attention.band import ALL, Band
-from megalong.attention.dense_pattern import DensePattern
 from megalong.attention.documents import Documents, RowRanges, checked_documents
 from megalong.attention.exchange import AllToAll, SequenceGroup
+from megalong.attention.passes import Passes, merge
 from megalong.attention.pattern import DilatedPattern
-from megalong.attention.shard_rows import merge
-from megalong.attention.tensor_cache import kept_with_tensor
+from megalong.attention.patterns import ALL, Band
+from megalong.attention.tensors import kept_with_tensor
 
 
 def dense_attention(
@@ -77,7 +75,7 @@ def dense_attention(
 
 
 @dataclass(frozen=True)
-class DensePasses:
+class DensePasses(Passes):
     """Dense attention of some heads, or of all, of a layer (`passes.Passes`). What goes round is
     not kept: another forward pass exchanges it again.
 
@@ -85,22 +83,11 @@ class DensePasses:
         kept apart, it is what dilated attention takes.
     """
 
-    pattern: DensePattern
-    sequence: SequenceGroup | None = None
-    scale: float | None = None
-    backend: str = "auto"
-    causal: bool = True
-    documents: Documents | None = None
-
-    @staticmethod
-    def subgroup_sizes(pattern: DensePattern, shard: int, ranks: int) -> tuple[int, ...]:
-        return ()
-
     @torch.no_grad()
     def forward(self, q_bshd, k_bsgd, v_bsgd, kept: tuple[torch.Tensor, ...] | None = None):
-        options = self._options(q_bshd, k_bsgd, v_bsgd)
+        options = self.options(q_bshd, k_bsgd, v_bsgd)
         documents = checked_documents(self.documents, q_bshd, self.causal)
-        if not self._sharded:
+        if not self.sharded:
             whole = DilatedPattern((max(q_bshd.shape[1], 1),), (1,))
             options |= {"causal": self.causal, "documents": documents}
             return *operators.forward(q_bshd, k_bsgd, v_bsgd, whole, **options), ()
@@ -124,9 +111,9 @@ class DensePasses:
 
     @torch.no_grad()
     def backward(self, grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, kept):
-        options, dtype = self._options(q_bshd, k_bsgd, v_bsgd), q_bshd.dtype
+        options, dtype = self.options(q_bshd, k_bsgd, v_bsgd), q_bshd.dtype
         documents = checked_documents(self.documents, q_bshd, self.causal)
-        if not self._sharded:
+        if not self.sharded:
             whole = DilatedPattern((max(q_bshd.shape[1], 1),), (1,))
             tensors = (grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs)
             options |= {"causal": self.causal, "documents": documents}
@@ -150,15 +137,11 @@ class DensePasses:
             del dq, dkv
         return tuple(x.to(dtype) for x in ring.swap_back(dq_bshd, *gradients.home()))
 
-    @property
-    def _sharded(self) -> bool:
-        return self.sequence is not None and self.sequence.size > 1
-
-    def _options(self, q_bshd, k_bsgd, v_bsgd) -> dict:
-        backend = self.backend
-        if backend == "auto" and self.documents is None:
-            backend = "sdpa"
-        return {"scale": checked(q_bshd, k_bsgd, v_bsgd, self.scale), "backend": backend}
+    def options(self, q_bshd, k_bsgd, v_bsgd) -> dict:
+        options = super().options(q_bshd, k_bsgd, v_bsgd)
+        if self.backend == "auto" and self.documents is None:
+            options["backend"] = "sdpa"
+        return options
 
 
 class Part(NamedTuple):

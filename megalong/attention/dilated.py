@@ -1,17 +1,17 @@
-"""Dilated attention: the public function, its autograd and its checks.
-
-Shape suffixes: b batch, s sequence, h query heads, g kv heads, d head_dim.
-"""
+"""Dilated attention: the public functions, on a whole sequence and on a sharded one."""
 
 from __future__ import annotations
 
-import torch
-from torch.autograd.function import once_differentiable
+from dataclasses import dataclass
 
-from megalong.attention import operators
-from megalong.attention.arguments import checked
+import torch
+
+from megalong.attention import operators, sequence_parallel
 from megalong.attention.documents import checked_documents, copied, documents_of
+from megalong.attention.exchange import SequenceGroup
+from megalong.attention.passes import Passes, attend_with_lse
 from megalong.attention.pattern import DilatedPattern
+from megalong.attention.sequence_plan import subgroup_sizes
 
 
 def dilated_attention(
@@ -51,47 +51,73 @@ def dilated_attention(
     sequence) in natural units and float32 (float64 for float64 inputs). lse is not
     differentiable, in any backend. Raises ValueError naming the argument to change.
     """
-    scale = checked_scale(q, k, v, pattern, scale)
-    # torch.compile takes no tensor twice in one autograd.Function.
-    k = k.view_as(k) if k is q else k
-    v = v.view_as(v) if v is q or v is k else v
+    return sequence_parallel_attention(
+        q, k, v, pattern, None, causal=causal, scale=scale, backend=backend,
+        document_start=document_start, document_stop=document_stop, return_lse=return_lse,
+    )  # fmt: skip
+
+
+def sequence_parallel_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: DilatedPattern,
+    sequence: SequenceGroup | None,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    backend: str = "auto",
+    document_start: torch.Tensor | None = None,
+    document_stop: torch.Tensor | None = None,
+    return_lse: bool = False,
+):
+    """`dilated_attention` of this rank's queries within the whole sequence.
+
+    Called by all ranks of the sequence group, with shards of equal length: rank p holds the
+    positions [p l, (p + 1) l). Equals the slice of dilated_attention on the whole sequence, for
+    any pattern; nothing is approximated. The bytes that go over the network are in `sequence_plan`.
+
+    q: (batch, shard, heads, head_dim); k, v: (batch, shard, kv_heads, head_dim).
+    sequence: the ranks; its subgroups must hold the sizes `sequence_plan.subgroup_sizes`.
+    document_start, document_stop: of the shard's positions, with places in the whole sequence.
+    The other arguments, the results and the errors are those of dilated_attention.
+    """
     given = documents_of(document_start, document_stop)
     documents = copied(checked_documents(given, q, causal))
-    bounds = (documents.start_bs, documents.stop_bs) if documents else (None, None)
-    out_bshd, lse_bhs = _DilatedAttention.apply(
-        q, k, v, *bounds, pattern, bool(causal), scale, backend
-    )
-    return (out_bshd, lse_bhs) if return_lse else out_bshd
+    passes = DilatedPasses(pattern, sequence, scale, backend, bool(causal), documents)
+    out, lse = attend_with_lse(q, k, v, passes)
+    return (out, lse) if return_lse else out
 
 
-class _DilatedAttention(torch.autograd.Function):
-    """Keeps q, k, v, output and log-sum-exp; every backend recomputes the rest."""
+@dataclass(frozen=True)
+class DilatedPasses(Passes):
+    """Dilated attention of some heads, or of all, of a layer."""
 
-    @staticmethod
-    def forward(ctx, q, k, v, document_start, document_stop, pattern, causal, scale, backend):
-        ctx.pattern = pattern
-        ctx.options = {"causal": causal, "scale": scale, "backend": backend}
-        documents = documents_of(document_start, document_stop)
-        out, lse = operators.forward(q, k, v, pattern, documents=documents, **ctx.options)
-        ctx.save_for_backward(q, k, v, out, lse, document_start, document_stop)
-        ctx.mark_non_differentiable(lse)
-        return out, lse
+    subgroup_sizes = staticmethod(subgroup_sizes)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out, _):
-        *tensors, document_start, document_stop = ctx.saved_tensors
-        documents = documents_of(document_start, document_stop)
-        gradients = operators.backward(
-            grad_out, *tensors, ctx.pattern, documents=documents, **ctx.options
-        )
-        return (*gradients, *[None] * 6)
+    def forward(self, q_bshd, k_bsgd, v_bsgd, kept: tuple[torch.Tensor, ...] | None = None):
+        options, inputs = self.options(q_bshd, k_bsgd, v_bsgd), (q_bshd, k_bsgd, v_bsgd)
+        with torch.no_grad():
+            if not self.sharded:
+                return *operators.forward(*inputs, self.pattern, **options), ()
+            return sequence_parallel.forward(
+                *inputs, self.pattern, self.sequence, kept=kept, **options
+            )
 
+    def backward(self, grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, kept):
+        options = self.options(q_bshd, k_bsgd, v_bsgd)
+        tensors = (grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs)
+        with torch.no_grad():
+            if not self.sharded:
+                return operators.backward(*tensors, self.pattern, **options)
+            return sequence_parallel.backward(
+                *tensors, kept, self.pattern, self.sequence, **options
+            )
 
-def checked_scale(q, k, v, pattern, scale) -> float:
-    """The scale to compute with. Raises ValueError naming the argument to change."""
-    scale = checked(q, k, v, scale)
-    if not isinstance(pattern, DilatedPattern):
-        raise ValueError(f"pattern must be a DilatedPattern, got {type(pattern).__name__}")
-    pattern.offsets(q.shape[2], k.shape[2])  # a table must fit the heads
-    return scale
+    def options(self, q_bshd, k_bsgd, v_bsgd) -> dict:
+        options = Passes.options(self, q_bshd, k_bsgd, v_bsgd)
+        if not isinstance(self.pattern, DilatedPattern):
+            raise ValueError(f"pattern must be a DilatedPattern, got {type(self.pattern).__name__}")
+        self.pattern.offsets(q_bshd.shape[2], k_bsgd.shape[2])  # a table must fit the heads
+        documents = checked_documents(self.documents, q_bshd, self.causal)
+        return {**options, "causal": self.causal, "documents": documents}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megalong.attention.tensor_cache import kept_with_tensor
+from megalong.attention.tensors import kept_with_tensor
 
 
 @dataclass(frozen=True, eq=False)

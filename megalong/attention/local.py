@@ -1,4 +1,4 @@
-"""Local attention (`local_pattern`), on a whole sequence and on a sharded one.
+"""Local attention (`patterns.LocalPattern`), on a whole sequence and on a sharded one.
 
 A rank gets from the ranks before it (and after it) the keys and values that its first (and last)
 queries see, however many shards that is, while it computes what lies within its shard; the parts
@@ -16,34 +16,21 @@ from typing import NamedTuple
 import torch
 
 from megalong.attention import operators
-from megalong.attention.arguments import checked
-from megalong.attention.band import Band
 from megalong.attention.documents import Documents, RowRanges, checked_documents, places_before
-from megalong.attention.exchange import AllToAll, SequenceGroup
-from megalong.attention.local_pattern import LocalPattern
-from megalong.attention.shard_rows import merge
+from megalong.attention.exchange import AllToAll
+from megalong.attention.passes import Passes, merge
+from megalong.attention.patterns import Band, LocalPattern
 
 
 @dataclass(frozen=True)
-class LocalPasses:
+class LocalPasses(Passes):
     """Local attention of some heads, or of all, of a layer (`passes.Passes`)."""
 
-    pattern: LocalPattern
-    sequence: SequenceGroup | None = None
-    scale: float | None = None
-    backend: str = "auto"
-    causal: bool = True
-    documents: Documents | None = None
-
-    @staticmethod
-    def subgroup_sizes(pattern: LocalPattern, shard: int, ranks: int) -> tuple[int, ...]:
-        return ()
-
     def forward(self, q_bshd, k_bsgd, v_bsgd, kept: tuple[torch.Tensor, ...] | None = None):
-        options, band = self._options(q_bshd, k_bsgd, v_bsgd), self.pattern.band(self.causal)
+        options, band = self.options(q_bshd, k_bsgd, v_bsgd), self.pattern.band(self.causal)
         documents, own = self._documents(q_bshd)
         with torch.no_grad():
-            if not self._sharded:
+            if not self.sharded:
                 results = operators.attend_rows(q_bshd, k_bsgd, v_bsgd, band, ranges=own, **options)
                 return *results, ()
             near = self._neighbours(q_bshd)
@@ -70,11 +57,11 @@ class LocalPasses:
             return out_bshd, lse_bhs, (rows,)
 
     def backward(self, grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, kept):
-        options, band = self._options(q_bshd, k_bsgd, v_bsgd), self.pattern.band(self.causal)
+        options, band = self.options(q_bshd, k_bsgd, v_bsgd), self.pattern.band(self.causal)
         tensors = (grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs)
         documents, own = self._documents(q_bshd)
         with torch.no_grad():
-            if not self._sharded:
+            if not self.sharded:
                 sums = operators.attend_rows_backward(*tensors, band, ranges=own, **options)
                 return tuple(x.to(q_bshd.dtype) for x in sums)
             near, (rows,) = self._neighbours(q_bshd), kept
@@ -97,17 +84,10 @@ class LocalPasses:
             near.add_returned(of_keys, returned)
             return tuple(x.to(q_bshd.dtype) for x in (dq_bshd, *of_keys))
 
-    @property
-    def _sharded(self) -> bool:
-        return self.sequence is not None and self.sequence.size > 1
-
-    def _options(self, q_bshd, k_bsgd, v_bsgd) -> dict:
-        return {"scale": checked(q_bshd, k_bsgd, v_bsgd, self.scale), "backend": self.backend}
-
     def _documents(self, q_bshd) -> tuple[Documents | None, RowRanges | None]:
         """Those of the shard, and the ranges that they leave its queries of its own keys."""
         documents, length = checked_documents(self.documents, q_bshd, self.causal), q_bshd.shape[1]
-        first = self.sequence.rank * length if self._sharded else 0
+        first = self.sequence.rank * length if self.sharded else 0
         return documents, documents and documents.ranges(places_before, 0, length, first, length)
 
     def _neighbours(self, q_bshd) -> Neighbours:

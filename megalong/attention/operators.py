@@ -1,17 +1,41 @@
-"""The four functions of a backend as PyTorch operators: megalong::dilated_attention and so on.
+"""The four functions of a backend, as PyTorch operators: megalong::dilated_attention and so on.
 
-Whatever watches or replaces operators sees these: torch.compile keeps them in its graph, fake
-tensors get fake results and run no kernel, FlopCounterMode counts them. The functions below are
-those of `backends`, with the name of the backend as one more argument; everything that computes
-dilated attention calls them.
+A backend is a module with four functions, and one that says where they cannot run:
 
-Results are laid out in memory as a fake result says: out, dq, dk and dv in the order of axes of q,
-k and v (`empty_rows`), lse contiguous.
+    forward(q, k, v, pattern, *, causal, scale, documents=None) -> (out, lse)
+        Dilated attention. q (batch, sequence, heads, head_dim); k, v (batch, sequence, kv_heads,
+        head_dim); out like q; lse (batch, heads, sequence). A query without keys gets output 0 and
+        log-sum-exp -inf. documents (`documents.Documents`): places in this sequence; a query at t
+        sees the keys start <= key < stop of its own document alone.
+    backward(grad_out, q, k, v, out, lse, pattern, *, causal, scale, documents=None) -> (dq, dk, dv)
+        The gradients that go through these keys, in the dtype of q, k and v.
+    attend_rows(q, k, v, band, *, scale, ranges=None) -> (out, lse)
+        Attention of queries (batch, m, heads, head_dim) to other rows (batch, n, kv_heads,
+        head_dim), of which each sees what its band (`patterns.Band`) and its range of `ranges`
+        (`documents.RowRanges`) have in common. out like q; lse (batch, heads, m).
+    attend_rows_backward(grad_out, q, k, v, out, lse, band, *, scale, ranges=None) -> (dq, dk, dv)
+        The gradients that go through these keys, in the dtype of lse: they are added to others.
+    unsupported(device, dtype, head_dim) -> str | None
+        Why it cannot run on such inputs; None where it can. Does not import what may be missing.
 
-FLOPs count 4 head_dim for each (query, key) pair of the pattern in the forward pass, and 2.5 times
-as much in the backward pass (`DilatedPattern.attention_flops`), whatever the kernels do: masked
-corners of tiles do not count, nor does a second recomputation of the scores. Where documents are
-kept apart, the pairs that this takes away count too: how many they are is known to the device only.
+Both attentions are parts of one softmax that other keys may belong to. The parts merge by their
+log-sum-exps (LongNet, arXiv 2307.02486, eq. 9-12), and in a backward function out and lse are those
+of the whole softmax: P = exp(scores - lse), dS = P (dP - rowsum(dO O)), however many keys are
+elsewhere. So gradients of the parts only add. Other finite numbers in keys that a query does not
+see change nothing in its results, to the last bit.
+
+Inputs are checked: one dtype and device, float64, float32, bfloat16 or float16; any strides; empty
+ones too. lse is natural and in at least float32, as is all computation. Results may have any
+strides, but share no memory with inputs. Nothing is differentiable, autocast is off. Nothing waits
+for a GPU, except that "sdpa" reads the bounds of documents there, once for a batch.
+
+To add a backend, name its module in BACKENDS of `megalong.attention` and its place in AUTO.
+
+Everything that computes attention calls the operators below. torch.compile keeps them in its graph,
+fake tensors get fake results and run no kernel, FlopCounterMode counts them: 4 head_dim for each
+(query, key) pair of the pattern forward and 2.5 times as much backward, whatever the kernels do and
+documents take away. Results are laid out as a fake result says: out, dq, dk and dv in the order of
+axes of q, k and v (`empty_rows`), lse contiguous.
 
 Shape suffixes: b batch, s sequence, m query rows, n key rows, h query heads, g kv heads, d
 head_dim.
@@ -20,15 +44,41 @@ head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from megalong.attention.backends import choose_backend
-from megalong.attention.band import ALL, Band
+from megalong.attention import AUTO, BACKENDS
 from megalong.attention.documents import Documents, RowRanges, documents_of, ranges_of
 from megalong.attention.pattern import DilatedPattern
-from megalong.attention.strides import empty_rows, laid_out_like
+from megalong.attention.patterns import ALL, Band
+from megalong.attention.tensors import empty_rows, laid_out_like
+
+
+def choose_backend(name: str, q: torch.Tensor) -> ModuleType:
+    """The module of a backend by name; "auto" takes the first of AUTO that can run on q.
+
+    Raises ValueError where the name is none, or nothing can run.
+    """
+    return _choose(name, q.device, q.dtype, q.shape[-1])
+
+
+@lru_cache(maxsize=256)
+def _choose(name: str, device, dtype, head_dim: int) -> ModuleType:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend must be auto, {', '.join(BACKENDS)}; got {name!r}")
+    reasons = []
+    for candidate in AUTO if name == "auto" else (name,):
+        module = import_module(BACKENDS[candidate])
+        reason = module.unsupported(device, dtype, head_dim)
+        if reason is None:
+            return module
+        reasons.append(f"{candidate}: {reason}")
+    raise ValueError(f"no attention backend can run on these inputs ({'; '.join(reasons)})")
+
 
 # Not torch.library.custom_op: its wrappers in Python take 30 to 100 microseconds a call.
 torch.library.define(
@@ -62,8 +112,7 @@ def forward(
     """Dilated attention: out like q, lse (batch, heads, sequence) in at least float32.
 
     q (batch, sequence, heads, head_dim); k, v (batch, sequence, kv_heads, head_dim). backend: as
-    `choose_backend` takes it; ValueError where that cannot run. documents: with places in this
-    sequence, as `backends` says.
+    `choose_backend` takes it; ValueError where that cannot run.
     """
     bounds = (documents.start_bs, documents.stop_bs) if documents else (None, None)
     return ops.dilated_attention(q, k, v, *bounds, pattern.text, causal, scale, backend)

@@ -221,7 +221,7 @@ class DilatedPattern:
 
 def column_starts(block: int, columns: int, kv_heads: int) -> tuple[int, ...]:
     """Where in a block the columns of each kv head begin that sum the block up: kv head 0 has the
-    last ones, kv head 1 those before them, and so on round (`sparse_pattern`)."""
+    last ones, kv head 1 those before them, and so on round (`patterns.SparsePattern`)."""
     places = block // columns
     return tuple(block - columns * (1 + head % places) for head in range(kv_heads))
 

@@ -15,9 +15,9 @@ import math
 
 import torch
 
-from megalong.attention.band import Band
 from megalong.attention.documents import Documents, RowRanges
 from megalong.attention.pattern import DilatedPattern
+from megalong.attention.patterns import Band
 
 
 def dilated_attention_reference(

@@ -1,4 +1,4 @@
-"""Fixed sparse attention (`sparse_pattern`): the own block, and columns of the other ones.
+"""Fixed sparse attention (`patterns.SparsePattern`): the own block, and columns of the other ones.
 
 Columns are few: their keys and values are gathered, and all queries attend to them, block by block.
 On the sequence axis the blocks that cross a border of shards are exchanged as the segments of
@@ -19,33 +19,24 @@ import numpy as np
 import torch
 
 from megalong.attention import operators
-from megalong.attention.arguments import checked
-from megalong.attention.band import Band
-from megalong.attention.dilated_passes import DilatedPasses
-from megalong.attention.documents import Documents, RowRanges, checked_documents
+from megalong.attention.dilated import DilatedPasses
+from megalong.attention.documents import RowRanges, checked_documents
 from megalong.attention.exchange import AllToAll, SequenceGroup
-from megalong.attention.shard_rows import merge
-from megalong.attention.sparse_pattern import SparsePattern
-from megalong.attention.tensor_cache import kept_with_tensor, tensor_cache
+from megalong.attention.passes import Passes, merge
+from megalong.attention.patterns import Band, SparsePattern
+from megalong.attention.tensors import kept_with_tensor, tensor_cache
 
 
 @dataclass(frozen=True)
-class SparsePasses:
+class SparsePasses(Passes):
     """Fixed sparse attention of some heads, or of all, of a layer (`passes.Passes`)."""
-
-    pattern: SparsePattern
-    sequence: SequenceGroup | None = None
-    scale: float | None = None
-    backend: str = "auto"
-    causal: bool = True
-    documents: Documents | None = None
 
     @staticmethod
     def subgroup_sizes(pattern: SparsePattern, shard: int, ranks: int) -> tuple[int, ...]:
         return DilatedPasses.subgroup_sizes(pattern.own_block, shard, ranks)
 
     def forward(self, q_bshd, k_bsgd, v_bsgd, kept: tuple[torch.Tensor, ...] | None = None):
-        options, columns = self._options(q_bshd, k_bsgd, v_bsgd), self._columns(q_bshd, k_bsgd)
+        options, columns = self.options(q_bshd, k_bsgd, v_bsgd), self._columns(q_bshd, k_bsgd)
         with torch.no_grad():
             own_p2bd = columns.take(k_bsgd, v_bsgd)
             if kept is None:
@@ -68,7 +59,7 @@ class SparsePasses:
             return out_bshd, lse_bhs, (others_p2bd, *of_block)
 
     def backward(self, grad_bshd, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, kept):
-        options, columns = self._options(q_bshd, k_bsgd, v_bsgd), self._columns(q_bshd, k_bsgd)
+        options, columns = self.options(q_bshd, k_bsgd, v_bsgd), self._columns(q_bshd, k_bsgd)
         others_p2bd, *of_block = kept
         with torch.no_grad():
             keys = columns.keys(others_p2bd, columns.take(k_bsgd, v_bsgd))
@@ -95,9 +86,6 @@ class SparsePasses:
     def _own_block(self) -> DilatedPasses:
         options = (self.scale, self.backend, self.causal, self.documents)
         return DilatedPasses(self.pattern.own_block, self.sequence, *options)
-
-    def _options(self, q_bshd, k_bsgd, v_bsgd) -> dict:
-        return {"scale": checked(q_bshd, k_bsgd, v_bsgd, self.scale), "backend": self.backend}
 
     def _ranges(self, q_bshd, k_bsgd, columns: Columns) -> RowRanges | None:
         """What documents leave the queries of the columns."""

@@ -23,6 +23,15 @@ from megalong.config.flags import (
     require_positive,
     shown,
 )
+from megalong.attention import BACKENDS, DilatedPattern
+from megalong.attention.patterns import (
+    DensePattern,
+    LocalPattern,
+    SparsePattern,
+    matching_sparse,
+    matching_window,
+)
+from megalong.config.flags import flag, flag_name, shown
 from megalong.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,8 +64,8 @@ def _describe_branches(pattern: DilatedPattern) -> str:
     return f"dilated attention, segment length/dilation rate: {branches}"
 
 
-# To add one: the file of its pattern and that of its passes beside those of megalong/attention/
-# local*.py, and its row here, with its flags below.
+# To add one: its pattern in megalong/attention/patterns.py, the file of its passes beside local.py,
+# and its row here, with its flags below.
 KINDS = MappingProxyType(
     {
         "dilated": AttentionKind(
@@ -64,7 +73,7 @@ KINDS = MappingProxyType(
                 config.segment_lengths, config.dilation_rates, config.head_offsets
             ),
             describe=_describe_branches,
-            passes="megalong.attention.dilated_passes:DilatedPasses",
+            passes="megalong.attention.dilated:DilatedPasses",
             fields=("segment_lengths", "dilation_rates", "head_offsets"),
         ),
         "dense": AttentionKind(

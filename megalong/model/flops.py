@@ -16,6 +16,7 @@ import time
 import torch
 
 from megalong.attention.dense_pattern import DensePattern
+from megalong.attention.patterns import DensePattern
 from megalong.config import Config
 
 PARTS = ("qkv", "attention", "attention_output", "mlp", "logits")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megalong.attention.band import Band
 from megalong.attention.documents import RowRanges
+from megalong.attention.patterns import Band
 
 SCALE = 0.3
 LEAST = -1e300  # the score of a key that is not seen; finite, so that gradients are

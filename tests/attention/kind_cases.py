@@ -9,14 +9,12 @@ import torch
 from document_cases import bounds, random_ids, same_document
 
 from megalong.attention.dense import DensePasses
-from megalong.attention.dense_pattern import DensePattern
 from megalong.attention.documents import Documents
 from megalong.attention.local import LocalPasses
-from megalong.attention.local_pattern import LocalPattern
 from megalong.attention.passes import Passes
+from megalong.attention.patterns import DensePattern, LocalPattern, SparsePattern
 from megalong.attention.reference import softmax_with_multiplicity
 from megalong.attention.sparse import SparsePasses
-from megalong.attention.sparse_pattern import SparsePattern
 
 
 @dataclass(frozen=True)

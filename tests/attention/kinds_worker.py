@@ -15,8 +15,7 @@ from megalong.attention.dense import DensePasses
 from megalong.attention.exchange import AllToAll, SequenceGroup
 from megalong.attention.local import LocalPasses
 from megalong.attention.passes import attend
-from megalong.attention.sequence_plan import gathered_rows, make_plan
-from megalong.attention.shards import Shards
+from megalong.attention.sequence_plan import Shards, gathered_rows, make_plan
 from megalong.parallel.traffic import CountTraffic
 
 NARROW, WIDE = 2, 4  # bytes of bfloat16 and float32

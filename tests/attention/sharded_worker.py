@@ -13,12 +13,10 @@ import torch.distributed as dist
 from document_cases import bounds, random_ids
 
 from megalong.attention import DilatedPattern, dilated_attention_reference
-from megalong.attention.dilated_passes import DilatedPasses
+from megalong.attention.dilated import DilatedPasses, sequence_parallel_attention
 from megalong.attention.documents import documents_of
 from megalong.attention.exchange import SequenceGroup
-from megalong.attention.sequence_parallel import sequence_parallel_attention
-from megalong.attention.sequence_plan import gathered_rows, subgroup_sizes
-from megalong.attention.shards import Shards
+from megalong.attention.sequence_plan import Shards, gathered_rows, subgroup_sizes
 from megalong.parallel.traffic import CountTraffic
 from tests.quick_interpreter import quick_interpreter
 

@@ -13,14 +13,12 @@ from attention_cases import needs_inductor
 
 from megalong.attention import DilatedPattern, dilated_attention
 from megalong.attention.dense import DensePasses
-from megalong.attention.dense_pattern import DensePattern
 from megalong.attention.documents import Documents
 from megalong.attention.local import LocalPasses
-from megalong.attention.local_pattern import LocalPattern
 from megalong.attention.passes import attend
+from megalong.attention.patterns import DensePattern, LocalPattern, SparsePattern
 from megalong.attention.reference import offered_keys
 from megalong.attention.sparse import SparsePasses
-from megalong.attention.sparse_pattern import SparsePattern
 
 TOOLS = Path(__file__).parents[2] / "tools" / "benchmarks"
 PATTERNS = {

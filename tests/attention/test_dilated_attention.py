@@ -1,11 +1,14 @@
 """The public function: layouts, causality, autograd and error messages."""
 
+import dataclasses
+
 import pytest
 import torch
-from attention_cases import assert_agree, corners, random_case, run_backend, run_reference
+from attention_cases import assert_agree, corners, random_case, run_backend
 
 from megalong.attention import DilatedPattern, dense_attention, dilated_attention
-from megalong.attention.backends import choose_backend
+from megalong.attention.dilated import DilatedPasses
+from megalong.attention.operators import choose_backend
 
 PATTERN = DilatedPattern((8, 16, 32), (1, 2, 4))
 
@@ -26,21 +29,6 @@ def test_one_dense_branch_is_dense_attention():
             dilated_attention(q, k, v, whole, causal=causal, scale=0.2),
             dense_attention(q, k, v, causal=causal, scale=0.2),
         )
-
-
-def test_same_branch_twice_changes_the_log_sum_exp_only():
-    q, k, v = qkv()
-    once, lse = dilated_attention(q, k, v, DilatedPattern((8,), (1,)), return_lse=True)
-    twice, lse_twice = dilated_attention(q, k, v, DilatedPattern((8, 8), (1, 1)), return_lse=True)
-    torch.testing.assert_close(once, twice)
-    torch.testing.assert_close(lse + torch.log(torch.tensor(2.0)), lse_twice)
-
-
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
-@pytest.mark.parametrize("case", corners()[1:4], ids=lambda case: case.name)
-def test_backends(case, backend):
-    inputs = case.inputs()
-    assert_agree(run_backend(case, inputs, backend), run_reference(case, inputs), 1e-12)
 
 
 def test_views_of_a_fused_projection():
@@ -175,3 +163,38 @@ def test_refuses():
     refuse("table for 2 heads", pattern=DilatedPattern((8,), (2,), ((0, 1),)))
     refuse("backend must be auto, triton, sdpa, reference", backend="flash")
     refuse("scale must be positive", scale=-1.0)
+
+
+def cut(case, inputs, group, groups):
+    """One of so many groups of heads, as a case of its own."""
+    heads, kv_heads = (
+        slice(group * n // groups, (group + 1) * n // groups) for n in (case.heads, case.kv_heads)
+    )
+    pattern = case.pattern.for_heads(case.heads, case.kv_heads, heads.start, heads.stop)
+    parts = (heads, kv_heads, kv_heads, heads)
+    inputs = [x[:, :, part] for x, part in zip(inputs, parts, strict=True)]
+    sizes = {"heads": case.heads // groups, "kv_heads": case.kv_heads // groups}
+    return dataclasses.replace(case, pattern=pattern, **sizes), inputs
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("case", corners(), ids=lambda case: case.name)
+def test_groups_of_heads_find_what_all_heads_do(case, backend):
+    inputs = case.inputs()
+    whole = run_backend(case, inputs, backend)
+    for groups in (n for n in range(2, case.kv_heads + 1) if case.kv_heads % n == 0):
+        parts = [run_backend(*cut(case, inputs, g, groups), backend) for g in range(groups)]
+        axes = {name: 1 if name == "lse" else 2 for name in whole}
+        together = {name: torch.cat([p[name] for p in parts], axes[name]) for name in whole}
+        assert_agree(together, whole, 1e-12)
+
+
+def test_passes_record_nothing_and_name_bad_inputs():
+    case = corners()[0]
+    q, k, v, grad = (x.requires_grad_() for x in case.inputs())
+    passes = DilatedPasses(case.pattern)
+    out, lse, kept = passes.forward(q, k, v)
+    gradients = passes.backward(grad, q, k, v, out, lse, kept)
+    assert kept == () and not any(x.requires_grad for x in (out, lse, *gradients))
+    with pytest.raises(ValueError, match=r"k is torch\.float32"):
+        passes.forward(q, k.float(), v)

@@ -20,15 +20,13 @@ from megalong.attention import (
     reference,
     sdpa,
     sdpa_bands,
-    sdpa_documents,
-    sdpa_gathered,
+    sdpa_calls,
 )
 from megalong.attention.documents import Documents, RowRanges
 from megalong.attention.reference import offered_keys, softmax_with_multiplicity
-from megalong.attention.sdpa_blocks import blocks
+from megalong.attention.sdpa import blocks, calls_within
 from megalong.attention.sdpa_calls import InPlace
-from megalong.attention.sdpa_documents import calls_within
-from megalong.attention.tensor_cache import kept_with_tensor
+from megalong.attention.tensors import kept_with_tensor
 
 CASES = [
     dataclasses.replace(case, document_seed=seed, batch=max(case.batch, 2))
@@ -62,17 +60,6 @@ def test_dilated_attention_equals_the_definition(poisoned):
         assert_agree(run_reference(case, inputs), expected, 1e-12)
         for backend in ("sdpa", "reference"):
             assert_agree(run_backend(case, inputs, backend), expected, 1e-10)
-
-
-def test_one_document_is_what_there_was(monkeypatch):
-    """The same calls, so the same bits."""
-    case = dataclasses.replace(corners()[2], batch=2)
-    inputs = case.inputs()
-    plain = run_backend(case, inputs, "sdpa")
-    start = torch.zeros(2, case.length, dtype=torch.int32)
-    options = {**case.options, "document_start": start}
-    out = dilated_attention(*inputs[:3], case.pattern, backend="sdpa", **options)
-    assert torch.equal(out, plain["out"])
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -172,9 +159,9 @@ def test_calls_grow_with_the_lengths_and_not_with_the_documents():
 @pytest.mark.parametrize("long", [1, 12])
 def test_long_pieces_equal_the_definition(long, monkeypatch):
     """What is computed where it is, beside what is copied, a few rows at once."""
-    for module in (sdpa_documents, sdpa_bands):
+    for module in (sdpa, sdpa_bands):
         monkeypatch.setattr(module, "LONG", long)
-    monkeypatch.setattr(sdpa_gathered, "COPIED", 50)
+    monkeypatch.setattr(sdpa_calls, "COPIED", 50)
     for case in CASES[::2]:
         inputs = case.inputs()
         assert_agree(run_backend(case, inputs, "sdpa"), run_definition(case, inputs), 1e-10)

@@ -9,9 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from megalong.attention import DilatedPattern
 from megalong.attention.dense import Ring
 from megalong.attention.exchange import SequenceGroup
-from megalong.attention.local_pattern import LocalPattern
-from megalong.attention.matched_flops import matching_sparse, matching_window
 from megalong.attention.passes import attend
+from megalong.attention.patterns import LocalPattern, matching_sparse, matching_window
 from tests.forked import run_ranks
 
 WORKER = __file__.replace("test_kinds", "kinds_worker")

@@ -19,23 +19,10 @@ def test_offset_rules():
     assert pattern.at_layer(7).offsets(6, 6) == pattern.offsets(6, 6)
 
 
-def test_depth_covers_every_residue():
-    layered = DilatedPattern((64,), (16,), "layer")
-    seen = {offset for layer in range(4) for offset in layered.at_layer(layer).offsets(4, 4)[0]}
-    assert seen == set(range(16))
-
-
 def test_slice_of_heads_keeps_the_offsets_of_the_whole_model():
     pattern = DilatedPattern((8, 16), (2, 4), "layer", layer=5)
     whole = pattern.offsets(8, 4)
     assert pattern.for_heads(8, 4, 4, 8).offsets(4, 2) == tuple(row[4:] for row in whole)
-
-
-def test_segments_and_rows():
-    pattern = DilatedPattern((8,), (3,))
-    assert list(pattern.segments(0, 20)) == [(0, 8), (8, 16), (16, 20)]
-    assert list(pattern.sparse_rows(0, (8, 16), 1)) == [9, 12, 15]
-    assert list(pattern.sparse_rows(0, (16, 18), 2)) == []
 
 
 @pytest.mark.parametrize("case", [*corners(), *map(random_case, range(40))], ids=lambda c: c.name)
@@ -64,11 +51,6 @@ def test_geometric_ladder_is_linear():
         pattern = DilatedPattern.geometric(length)
         pairs = pattern.attention_pairs(length, 1, 1, causal=False)
         assert pairs <= 4 / 3 * 2048 * length
-
-
-def test_is_hashable_and_normalises_lists():
-    built = DilatedPattern([8, 16], [1, 2], [[0, 0], [1, 0]])
-    assert hash(built) == hash(DilatedPattern((8, 16), (1, 2), ((0, 0), (1, 0))))
 
 
 @pytest.mark.parametrize("case", [*corners(), *map(random_case, range(8))], ids=lambda c: c.name)

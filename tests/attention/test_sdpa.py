@@ -8,7 +8,7 @@ import pytest
 import torch
 from attention_cases import assert_agree, corners, random_case, run_backend, run_reference
 
-from megalong.attention import DilatedPattern, dilated_attention, sdpa_blocks, sdpa_operators
+from megalong.attention import DilatedPattern, dilated_attention, sdpa, sdpa_operators
 
 CORNERS = corners()
 
@@ -107,16 +107,19 @@ def test_heads_of_the_mod_rule_share_calls():
     """Diagonals: min(r, heads / r) blocks for a branch, not one for each offset."""
     for rate, blocks in ((1, 1), (2, 2), (4, 3), (8, 2), (16, 1)):
         pattern = DilatedPattern((64,), (rate,))
-        assert len(sdpa_blocks.blocks(pattern, 128, 12, 12)) == blocks
+        assert len(sdpa.blocks(pattern, 128, 12, 12)) == blocks
     pattern = DilatedPattern((32,), (4,))
-    assert len(sdpa_blocks.blocks(pattern, 96, 4, 4)) == 1  # equal segments go together
+    assert len(sdpa.blocks(pattern, 96, 4, 4)) == 1  # equal segments go together
 
 
 def test_blocks_are_views():
     """Where a batch row holds whole segments nothing is copied, whatever the rate."""
     x = torch.randn(2, 64, 4, 8)
-    for block in sdpa_blocks.blocks(DilatedPattern((16, 32, 64), (1, 2, 8)), 64, 4, 4):
-        assert block.fold_queries(x).untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    for block in sdpa.blocks(DilatedPattern((16, 32, 64), (1, 2, 8)), 64, 4, 4):
+        assert (
+            block.fold(block.view_queries(x)).untyped_storage().data_ptr()
+            == x.untyped_storage().data_ptr()
+        )
 
 
 MEASURE_PEAK = r"""

@@ -10,18 +10,14 @@ from torch._subclasses import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megalong.attention import DilatedPattern
-from megalong.attention.exchange import AllGather, AllToAll, SequenceGroup
-from megalong.attention.remote_rows import remote_rows
-from megalong.attention.sequence_parallel import sequence_parallel_attention
-from megalong.attention.sequence_plan import gathered_rows, make_plan, subgroup_sizes
-from megalong.attention.shard_rows import merge
-from megalong.attention.shards import (
-    Segment,
+from megalong.attention.dilated import sequence_parallel_attention
+from megalong.attention.exchange import SequenceGroup
+from megalong.attention.passes import merge
+from megalong.attention.sequence_plan import (
     Shards,
-    crossing_segments,
-    local_attention,
+    gathered_rows,
     pairs_of_rank,
-    segment_at,
+    subgroup_sizes,
 )
 from tests.forked import run_ranks
 from tests.launching import ranks_command, run
@@ -88,77 +84,6 @@ def test_a_merge_has_the_same_bits_whatever_the_order_of_axes_in_memory():
 
 # Four ranks of 16 positions.
 LADDER = DilatedPattern((8, 16, 32, 64), (1, 2, 4, 8))
-
-
-def plan_of(rank, pattern=LADDER, causal=True, heads=4, kv_heads=2):
-    return make_plan(pattern, Shards(rank, 4, 16), heads, kv_heads, causal)
-
-
-def exchange_of(*args, **options):
-    """The only one of a plan: its collective, and the attention to what arrives."""
-    [exchange] = remote_rows(plan_of(*args, **options), torch.device("cpu"))
-    return exchange.collective, exchange.attention
-
-
-def test_one_collective_for_each_size_of_subgroup():
-    pattern = DilatedPattern((8, 32, 32, 64, 128), (1, 2, 4, 8, 16))
-    for rank in range(4):
-        sizes = [exchange.collective.ranks for exchange in plan_of(rank, pattern).exchanges]
-        assert sizes == [2, 4]
-    assert subgroup_sizes(pattern, 16, 4) == [2, 4]
-
-
-def test_local_branches_exchange_nothing_and_stay_as_they_are():
-    pattern = DilatedPattern((4, 16), (1, 3))
-    for rank in range(4):
-        plan = plan_of(rank, pattern)
-        assert plan.exchanges == ()
-        [local] = plan.local
-        assert (local.start, local.stop) == (0, 16)
-        assert local.pattern.offsets(4, 2) == pattern.offsets(4, 2)
-
-
-def test_rows_that_are_rarer_than_shards_go_where_they_are_needed():
-    """r > l: most ranks have no row, and nobody is sent what none of its queries sees."""
-    pattern = DilatedPattern((64,), (32,), ((0, 1, 2, 3),))
-    for rank in range(4):
-        collective, attention = exchange_of(rank, pattern)
-        assert isinstance(collective, AllToAll)
-        # rows 0..3 and 32..35: the third rank's queries see the first rank's rows
-        assert sum(collective.received) == (4 if rank == 2 else 0)
-        assert sum(collective.sent) == (4 if rank == 0 else 0)
-        assert len(attention) == (1 if rank == 2 else 0)
-
-
-def test_earlier_ranks_are_attended_to_in_full_and_later_ones_not_at_all():
-    pattern = DilatedPattern((64,), (2,))
-    for rank in range(4):
-        collective, attention = exchange_of(rank, pattern)
-        assert isinstance(collective, AllGather)
-        assert {len(a.key_rows) for a in attention} == ({8 * rank} if rank else set())
-        _, attention = exchange_of(rank, pattern, causal=False)
-        assert {len(a.key_rows) for a in attention} == {24}
-
-
-@pytest.mark.parametrize(
-    "position, length, expected",
-    [(0, 8, (0, 8)), (17, 8, (16, 24)), (63, 8, (56, 64)), (62, 10, (60, 64)), (9, 99, (0, 64))],
-)
-def test_segment_at(position, length, expected):
-    assert segment_at(position, length, 64) == expected
-
-
-def test_crossing_segments_are_those_of_the_borders():
-    found = crossing_segments(LADDER, Shards(1, 4, 16))
-    assert found == [Segment(2, 0, 32), Segment(3, 0, 64)]
-    found = crossing_segments(DilatedPattern((13,), (1,)), Shards(1, 4, 16))
-    assert found == [Segment(0, 13, 26), Segment(0, 26, 39)]
-
-
-def test_a_shard_in_the_middle_of_a_segment_has_shifted_offsets():
-    [local] = local_attention(DilatedPattern((48,), (5,)), Shards(1, 3, 16), heads=3, kv_heads=3)
-    # 16 positions lie before the shard: those 16 + t with (16 + t) mod 5 = 0, 1, 2
-    assert local.pattern.offsets(3, 3) == ((4, 0, 1),)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,8 @@ from torch._subclasses import FakeTensorMode
 
 from megalong.attention import DilatedPattern
 from megalong.attention.exchange import AllGather
-from megalong.attention.remote_rows import remote_rows
-from megalong.attention.sequence_plan import gathered_rows, make_plan
-from megalong.attention.shard_rows import shard_rows
-from megalong.attention.shards import Shards, between
+from megalong.attention.sequence_parallel import remote_rows, shard_rows
+from megalong.attention.sequence_plan import Shards, between, gathered_rows, make_plan
 
 CPU = torch.device("cpu")
 
@@ -244,24 +242,6 @@ def test_what_is_gathered_has_one_place_for_each_row_of_the_fullest_rank(seed):
         assert lists == expected
         rows = gathered_rows(case.pattern, case.shards(rank), case.heads, case.kv_heads)
         assert rows == expected.total()
-
-
-@pytest.mark.parametrize("seed", range(120))
-def test_groups_of_heads_exchange_together_what_all_heads_do(seed):
-    """No filler is added where heads are taken some at a time."""
-    case = Case(seed)
-    for rank in range(case.ranks):
-        lengths = {groups: Counter() for groups in (1, 2, 3) if case.kv_heads % groups == 0}
-        for groups, total in lengths.items():
-            heads, kv_heads = case.heads // groups, case.kv_heads // groups
-            for start in range(0, case.heads, heads):
-                part = case.pattern.for_heads(case.heads, case.kv_heads, start, start + heads)
-                plan = make_plan(part, case.shards(rank), heads, kv_heads, case.causal)
-                for exchange in plan.exchanges:
-                    size = getattr(exchange.collective, "ranks", 0)
-                    total["out", size] += exchange.leaving.length
-                    total["in", size] += exchange.arriving.length
-        assert all(total == lengths[1] for total in lengths.values())
 
 
 def without_branch(pairs: Counter) -> Counter:

@@ -18,7 +18,7 @@ from tests.launching import REPOSITORY
 WORKER = __file__.replace("test_private_names", "private_names_worker")
 ATTENTION = "megalong/attention/sdpa_operators.py"  # of torch.ops.aten
 OFFLOAD = "megalong/model/chunked/offload.py"  # of torch.Tensor
-TENSOR_CACHE = "megalong/attention/tensor_cache.py"  # of torch.Tensor
+TENSOR_CACHE = "megalong/attention/tensors.py"  # of torch.Tensor
 COMMANDS = "megalong/utils/command_line.py"  # of argparse.ArgumentParser
 GIGATOKEN = "megalong/data/tokenizers/backend.py"  # of a version's tokenizer, if it has it
 FENCES = {

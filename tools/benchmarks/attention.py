@@ -75,9 +75,7 @@ with needed_packages():
     )
 
     from megalong.attention import DilatedPattern
-    from megalong.attention.dense_pattern import DensePattern
-    from megalong.attention.local_pattern import LocalPattern
-    from megalong.attention.sparse_pattern import SparsePattern
+    from megalong.attention.patterns import DensePattern, LocalPattern, SparsePattern
     from megalong.model.flops import peak_of_name
 
 # Bytes/s of the memory, by a part of the device's name; the first that fits. From the data sheets

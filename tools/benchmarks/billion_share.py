@@ -19,11 +19,10 @@ import torch
 from memory_measured import resident
 
 from megalong.attention import DilatedPattern, operators
+from megalong.attention.dilated import sequence_parallel_attention
 from megalong.attention.exchange import SequenceGroup
-from megalong.attention.sequence_parallel import sequence_parallel_attention
-from megalong.attention.sequence_plan import make_plan, subgroup_sizes
-from megalong.attention.shard_rows import shard_rows
-from megalong.attention.shards import Shards, pairs_of_rank
+from megalong.attention.sequence_parallel import shard_rows
+from megalong.attention.sequence_plan import Shards, make_plan, pairs_of_rank, subgroup_sizes
 from megalong.config.arguments import config_from_values
 from megalong.dry_run.share import (
     Clock,

@@ -38,14 +38,15 @@ with needed_packages():
     from ranks import is_rank, join, measured_on
 
     from megalong.attention import DilatedPattern
+    from megalong.attention.dilated import sequence_parallel_attention
     from megalong.attention.exchange import AllToAll, SequenceGroup
-    from megalong.attention.sequence_parallel import sequence_parallel_attention
     from megalong.attention.sequence_plan import (
+        Shards,
         gathered_rows,
         make_plan,
+        pairs_of_rank,
         subgroup_sizes,
     )
-    from megalong.attention.shards import Shards, pairs_of_rank
     from megalong.parallel.traffic import CountTraffic
 
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_to_all")

@@ -34,13 +34,12 @@ from megalong.attention import (
     sdpa_operators,
 )
 from megalong.attention.dense import DensePasses
-from megalong.attention.dense_pattern import DensePattern
-from megalong.attention.dilated_passes import DilatedPasses
+from megalong.attention.dilated import DilatedPasses
 from megalong.attention.documents import Documents
 from megalong.attention.local import LocalPasses
 from megalong.attention.passes import attend
+from megalong.attention.patterns import DensePattern, SparsePattern
 from megalong.attention.sparse import SparsePasses
-from megalong.attention.sparse_pattern import SparsePattern
 
 
 def dense(backend: SDPBackend, pattern, q, k):

@@ -187,8 +187,8 @@ def rows(arguments: Namespace, _: Path) -> dict[str, object]:
     import torch.distributed as dist
 
     from megalong.attention import DilatedPattern, dilated_attention
+    from megalong.attention.dilated import sequence_parallel_attention
     from megalong.attention.exchange import SequenceGroup
-    from megalong.attention.sequence_parallel import sequence_parallel_attention
     from megalong.attention.sequence_plan import subgroup_sizes
     from megalong.utils.torch_private import FakeStore
 

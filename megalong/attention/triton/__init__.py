@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -34,28 +35,8 @@ def unsupported(device, dtype, head_dim) -> str | None:
     return None
 
 
-# The modules with kernels are imported where they run, because they import triton.
-
-
-def forward(*inputs, **options):
-    from megalong.attention.triton import launch
-
-    return launch.forward(*inputs, **options)
-
-
-def backward(*inputs, **options):
-    from megalong.attention.triton import launch
-
-    return launch.backward(*inputs, **options)
-
-
-def attend_rows(*inputs, **options):
-    from megalong.attention.triton import rows
-
-    return rows.attend_rows(*inputs, **options)
-
-
-def attend_rows_backward(*inputs, **options):
-    from megalong.attention.triton import rows
-
-    return rows.attend_rows_backward(*inputs, **options)
+def __getattr__(name: str):
+    """The other functions of a backend, from where they run: kernels import triton."""
+    if name not in ("forward", "backward", "attend_rows", "attend_rows_backward"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.launch"), name)

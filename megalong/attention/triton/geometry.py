@@ -103,7 +103,7 @@ def seeing_queries(
 
 @triton.jit
 def band_ends(row, keys, band_ptr):
-    """The first key row that a query row sees, and the one after the last (`band.Band`)."""
+    """The first key row that a query row sees, and the one after the last (`patterns.Band`)."""
     block = (tl.load(band_ptr + 2) + row) // tl.load(band_ptr + 3)
     size = tl.load(band_ptr + 4)
     start = (block - tl.load(band_ptr)) * size

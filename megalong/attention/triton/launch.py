@@ -10,19 +10,27 @@ Shape suffixes: b batch, s sequence, h query heads, g kv heads, d head_dim.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton.language as tl
 
-from megalong.attention.strides import dense_rows, empty_rows
+from megalong.attention.pattern import DilatedPattern
+from megalong.attention.patterns import Band
+from megalong.attention.tensors import PATTERNS, dense_rows, empty_rows
 from megalong.attention.triton.backward_kernels import delta_kernel, dkdv_kernel, dq_kernel
 from megalong.attention.triton.forward_kernel import forward_kernel
-from megalong.attention.triton.ranges import (
+from megalong.attention.triton.tables import (
     NO_RANGES,
     Ranges,
+    Tables,
     keys_in_documents,
+    keys_in_ranges,
+    pattern_tables,
     queries_in_documents,
+    queries_in_ranges,
+    tile_table,
 )
-from megalong.attention.triton.tables import Tables, pattern_tables, tile_table
 from megalong.attention.triton.tile_sizes import (
     generation_of,
     padded_head_dim,
@@ -87,24 +95,36 @@ def forward(q_bshd, k_bsgd, v_bsgd, pattern, *, causal, scale, documents=None):
     return out_bshd, lse_bhs
 
 
-def launch_forward(
-    tables: Tables, base: bool, q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, partial_bhrd,
-    partial_lse_bhr, *, causal, scale, gathered=False, band=None, ranges: Ranges = NO_RANGES,
+def launch_tiles(
+    name: str, kernel, tables: Tables, base: bool, tensors, strided, partial_rows: int, *, causal,
+    scale, gathered=False, band=None, ranges: Ranges = NO_RANGES,
 ):  # fmt: skip
-    """One launch of the forward kernel, over the base or over all sparse branches."""
-    names = constants("forward", q_bshd, causal)
-    tiles = tile_table(tables, base, names["BLOCK_M"], causal)
+    """One launch of a kernel, over the base or over all sparse branches.
+
+    tensors: what it reads and writes, q and k first. strided: those of which it takes the strides.
+    """
+    q_bshd, k_bsgd = tensors[:2]
+    of_keys = name == "dkdv"
+    names = constants(name, q_bshd, causal)
+    block = names["BLOCK_N" if of_keys else "BLOCK_M"]
+    tiles = tile_table(tables, base, block, causal and not of_keys)
     (batch, length, heads, _), kv_heads = q_bshd.shape, k_bsgd.shape[2]
+    owners = (kv_heads if base else kv_heads * tables.slots) if of_keys else heads
     launch(
-        forward_kernel, batch * heads * len(tiles), q_bshd.device,
-        q_bshd, k_bsgd, v_bsgd, out_bshd, lse_bhs, partial_bhrd, partial_lse_bhr,
-        *strides(q_bshd, k_bsgd, v_bsgd, out_bshd),
-        tiles, tables.branches, tables.offsets, tables.offsets if band is None else band, *ranges,
-        len(tiles), len(tables.shapes), heads, kv_heads, length, k_bsgd.shape[1],
-        partial_lse_bhr.shape[2], ranges.heads, scale,
+        kernel, batch * owners * len(tiles), q_bshd.device, *tensors, *strides(*strided),
+        tiles, tables.branches, tables.offsets, *((tables.classes,) if of_keys else ()),
+        tables.offsets if band is None else band, *ranges,
+        len(tiles), len(tables.shapes), heads, kv_heads, *((tables.slots,) if of_keys else ()),
+        length, k_bsgd.shape[1], partial_rows, ranges.heads, scale,
         MERGE=base, ATTENDS=tables.attends or not base, GATHERED=gathered,
         BANDED=band is not None, **names,
     )  # fmt: skip
+
+
+def launch_forward(tables, base, q, k, v, out, lse, partial, partial_lse, **options):
+    tensors, strided = (q, k, v, out, lse, partial, partial_lse), (q, k, v, out)
+    rows = partial_lse.shape[2]
+    launch_tiles("forward", forward_kernel, tables, base, tensors, strided, rows, **options)
 
 
 def backward(
@@ -149,45 +169,83 @@ def launch_delta(out_bshd, grad_bshd):
     return delta_bhs
 
 
-def launch_dq(
-    tables: Tables, base: bool, q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta_bhs, dq_bshd,
-    partial_bhrd, *, causal, scale, gathered=False, band=None, ranges: Ranges = NO_RANGES,
-):  # fmt: skip
-    """One launch of the dq kernel, over the base or over all sparse branches."""
-    names = constants("dq", q_bshd, causal)
-    tiles = tile_table(tables, base, names["BLOCK_M"], causal)
-    (batch, length, heads, _), kv_heads = q_bshd.shape, k_bsgd.shape[2]
-    launch(
-        dq_kernel, batch * heads * len(tiles), q_bshd.device,
-        q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta_bhs, dq_bshd, partial_bhrd,
-        *strides(q_bshd, k_bsgd, v_bsgd, grad_bshd, dq_bshd),
-        tiles, tables.branches, tables.offsets, tables.offsets if band is None else band, *ranges,
-        len(tiles), len(tables.shapes), heads, kv_heads, length, k_bsgd.shape[1],
-        partial_bhrd.shape[2], ranges.heads, scale,
-        MERGE=base, ATTENDS=tables.attends or not base, GATHERED=gathered,
-        BANDED=band is not None, **names,
-    )  # fmt: skip
+def launch_dq(tables, base, q, k, v, grad, lse, delta, dq, partial, **options):
+    tensors, strided = (q, k, v, grad, lse, delta, dq, partial), (q, k, v, grad, dq)
+    launch_tiles("dq", dq_kernel, tables, base, tensors, strided, partial.shape[2], **options)
 
 
 def launch_dkdv(
-    tables: Tables, base: bool, q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta_bhs,
-    dk_bsgd, dv_bsgd, partial_dk, partial_dv, *, causal, scale, gathered=False, band=None,
-    ranges: Ranges = NO_RANGES,
+    tables, base, q, k, v, grad, lse, delta, dk, dv, partial_dk, partial_dv, **options
 ):  # fmt: skip
-    """One launch of the dkdv kernel, over the base or over all sparse branches."""
-    names = constants("dkdv", q_bshd, causal)
-    tiles = tile_table(tables, base, names["BLOCK_N"], False)
-    (batch, length, heads, _), kv_heads = q_bshd.shape, k_bsgd.shape[2]
-    slots = tables.slots
-    launch(
-        dkdv_kernel, batch * kv_heads * len(tiles) * (1 if base else slots), q_bshd.device,
-        q_bshd, k_bsgd, v_bsgd, grad_bshd, lse_bhs, delta_bhs, dk_bsgd, dv_bsgd,
-        partial_dk, partial_dv,
-        *strides(q_bshd, k_bsgd, v_bsgd, grad_bshd, dk_bsgd, dv_bsgd),
-        tiles, tables.branches, tables.offsets, tables.classes,
-        tables.offsets if band is None else band, *ranges,
-        len(tiles), len(tables.shapes), heads, kv_heads, slots, length, k_bsgd.shape[1],
-        partial_dk.shape[3], ranges.heads, scale,
-        MERGE=base, ATTENDS=tables.attends or not base, GATHERED=gathered,
-        BANDED=band is not None, **names,
+    tensors = (q, k, v, grad, lse, delta, dk, dv, partial_dk, partial_dv)
+    strided, rows = (q, k, v, grad, dk, dv), partial_dk.shape[3]
+    launch_tiles("dkdv", dkdv_kernel, tables, base, tensors, strided, rows, **options)
+
+
+def attend_rows(q_bmhd, k_bngd, v_bngd, band: Band, *, scale: float, ranges=None):
+    q_bmhd, k_bngd, v_bngd = map(dense_rows, (q_bmhd, k_bngd, v_bngd))
+    (batch, queries, heads, head_dim), kv_heads = q_bmhd.shape, k_bngd.shape[2]
+    out_bmhd = empty_rows(q_bmhd)
+    lse_bhm = q_bmhd.new_empty(batch, heads, queries, dtype=accumulator(q_bmhd.dtype))
+    if not q_bmhd.numel() or not k_bngd.numel():
+        return out_bmhd.zero_(), lse_bhm.fill_(-torch.inf)
+    launch_forward(
+        one_segment(queries, heads, kv_heads, q_bmhd.device), True,
+        q_bmhd, k_bngd, v_bngd, out_bmhd, lse_bhm,
+        q_bmhd.new_empty(batch, heads, 0, head_dim), lse_bhm.new_empty(batch, heads, 0),
+        causal=False, scale=scale, gathered=True, band=band_tensor(band, q_bmhd, k_bngd),
+        ranges=keys_in_ranges(ranges),
     )  # fmt: skip
+    return out_bmhd, lse_bhm
+
+
+def attend_rows_backward(
+    grad_bmhd, q_bmhd, k_bngd, v_bngd, out_bmhd, lse_bhm, band: Band, *, scale: float, ranges=None
+):  # fmt: skip
+    grad_bmhd, q_bmhd, k_bngd, v_bngd, out_bmhd = map(
+        dense_rows, (grad_bmhd, q_bmhd, k_bngd, v_bngd, out_bmhd)
+    )
+    lse_bhm = lse_bhm.contiguous()
+    batch, queries, heads, head_dim = q_bmhd.shape
+    keys, kv_heads = k_bngd.shape[1:3]
+    gradients = [empty_rows(x, lse_bhm.dtype) for x in (q_bmhd, k_bngd, v_bngd)]
+    dq_bmhd, dk_bngd, dv_bngd = gradients
+    if not q_bmhd.numel() or not k_bngd.numel():
+        return tuple(x.zero_() for x in gradients)
+    inputs = (q_bmhd, k_bngd, v_bngd, grad_bmhd, lse_bhm, launch_delta(out_bmhd, grad_bmhd))
+    options = {"causal": False, "scale": scale, "gathered": True}
+    options["band"] = band_tensor(band, q_bmhd, k_bngd)
+    launch_dq(
+        one_segment(queries, heads, kv_heads, q_bmhd.device), True, *inputs, dq_bmhd,
+        lse_bhm.new_empty(batch, heads, 0, head_dim), ranges=keys_in_ranges(ranges), **options,
+    )  # fmt: skip
+    nothing = lse_bhm.new_empty(batch, kv_heads, 1, 0, head_dim)
+    launch_dkdv(
+        one_segment(keys, heads, kv_heads, q_bmhd.device), True, *inputs, dk_bngd, dv_bngd,
+        nothing, nothing, ranges=queries_in_ranges(ranges, keys), **options,
+    )  # fmt: skip
+    return dq_bmhd, dk_bngd, dv_bngd
+
+
+def one_segment(rows: int, heads: int, kv_heads: int, device: torch.device) -> Tables:
+    """The tables of rows that are all neighbours and belong together."""
+    return pattern_tables(DilatedPattern((rows,), (1,)), rows, heads, kv_heads, device)
+
+
+def band_tensor(band: Band, q_bmhd, k_bngd) -> torch.Tensor | None:
+    """What the kernels read of a band; None where all queries see all keys."""
+    if band.sees_all:
+        return None
+    return _band_tensor(band, q_bmhd.shape[1], k_bngd.shape[1], q_bmhd.device)
+
+
+@lru_cache(maxsize=PATTERNS)
+def _band_tensor(band: Band, queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    """before, after, first, query_block and key_block, int32: clipped to what makes a difference,
+    so that the kernels' arithmetic stays within 32 bits."""
+    most_before = (band.first + queries) // band.query_block + 1
+    most_after = -(-keys // band.key_block) + 1
+    before = most_before if band.before is None else min(band.before, most_before)
+    after = most_after if band.after is None else min(band.after, most_after)
+    values = (before, after, band.first, band.query_block, band.key_block)
+    return torch.tensor(values, dtype=torch.int32).to(device)

@@ -21,9 +21,9 @@ from band_cases import BandCase, run_band, run_definition
 
 from megalong.attention import DilatedPattern, dilated_attention
 from megalong.attention import triton as triton_backend
-from megalong.attention.backends import choose_backend
-from megalong.attention.band import ALL, Band
-from megalong.attention.dilated_passes import DilatedPasses
+from megalong.attention.dilated import DilatedPasses
+from megalong.attention.operators import choose_backend
+from megalong.attention.patterns import ALL, Band
 from megalong.attention.triton import attend_rows, attend_rows_backward, launch, tile_sizes
 
 pytestmark = pytest.mark.usefixtures("quick", "poisoned")
@@ -198,40 +198,10 @@ def test_strides_of_zero_and_last_strides():
         torch.testing.assert_close(found, gradients[2], rtol=0, atol=1e-12)
 
 
-def dense_rows(q, k, v, scale):
-    """attend_rows in plain PyTorch: output and log-sum-exp."""
-    group = q.shape[2] // k.shape[2]
-    k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
-    lse = torch.logsumexp(scores, -1)
-    return torch.einsum("bhij,bjhd->bihd", torch.exp(scores - lse[..., None]), v), lse
-
-
-@pytest.mark.parametrize(
-    ("queries", "keys"), [(20, 60), (33, 70), (17, 5), (20, 16), (16, 32), (32, 15), (1, 1)]
-)
-def test_attend_rows(queries, keys):
-    """Queries of one rank against rows of others."""
-    generator = torch.Generator().manual_seed(queries)
-    q, grad = (
-        torch.randn(1, 3 * queries, 2, 8, generator=generator, dtype=torch.float64)[:, 1::3]
-        for _ in range(2)
-    )
-    k, v = (torch.randn(1, keys, 1, 8, generator=generator, dtype=torch.float64) for _ in range(2))
-    q, k, v = (x.requires_grad_() for x in (q, k, v))
-    with torch.no_grad():
-        out, lse = attend_rows(q, k, v, ALL, scale=0.3)
-        turned = lse.mT.contiguous().mT  # a merged log-sum-exp may come in any layout
-        found = attend_rows_backward(grad, q, k, v, out, turned, ALL, scale=0.3)
-    expected, expected_lse = dense_rows(q, k, v, 0.3)
-    torch.testing.assert_close(out, expected.detach(), rtol=0, atol=1e-12)
-    torch.testing.assert_close(lse, expected_lse.detach(), rtol=0, atol=1e-12)
-    torch.testing.assert_close(
-        found, torch.autograd.grad(expected, (q, k, v), grad), rtol=0, atol=1e-12
-    )
-
-
 BANDS = {
+    "more keys than queries": BandCase(ALL, 33, 70),
+    "fewer keys than a tile": BandCase(ALL, 17, 5),
+    "one query and one key": BandCase(ALL, 1, 1),
     "window": BandCase(Band(19, 1), 50, 50),
     "window of one": BandCase(Band(0, 1), 20, 20),
     "window on both sides": BandCase(Band(5, 6), 40, 40, heads=1),
@@ -271,45 +241,6 @@ def test_shares_of_gradients_are_in_float32():
     assert out.dtype == torch.float16 and lse.dtype == torch.float32
     for share in attend_rows_backward(out, q, k, v, out, lse, ALL, scale=0.3):
         assert share.dtype == torch.float32
-
-
-def test_attend_rows_merge_to_attention_over_all_keys():
-    """What the sequence axis does: parts by key, merged log-sum-exp, gradients that add."""
-    q, k, v, grad = (torch.randn(1, 40, 2, 8, dtype=torch.float64) for _ in range(4))
-    local, local_grad = q[:, 24:], grad[:, 24:]
-    within = DilatedPattern((16,), (1,))
-    earlier = (local, k[:, :24], v[:, :24])
-    here = (local, k[:, 24:], v[:, 24:])
-    results = [
-        attend_rows(*earlier, ALL, scale=0.3),
-        launch.forward(*here, within, causal=True, scale=0.3),
-    ]
-    lse = torch.logaddexp(results[0][1], results[1][1])
-    out = sum(o * torch.exp(part - lse).transpose(1, 2)[..., None] for o, part in results)
-    shares = [
-        attend_rows_backward(local_grad, *earlier, out, lse, ALL, scale=0.3),
-        launch.backward(local_grad, *here, out, lse, within, causal=True, scale=0.3),
-    ]
-    whole = [x.clone().requires_grad_() for x in (q, k, v)]
-    expected = dilated_attention(
-        *whole, DilatedPattern((40,), (1,)), backend="reference", scale=0.3
-    )[:, 24:]
-    dq, dk, dv = torch.autograd.grad(expected, whole, local_grad)
-    torch.testing.assert_close(out, expected.detach(), rtol=0, atol=1e-13)
-    torch.testing.assert_close(shares[0][0] + shares[1][0], dq[:, 24:], rtol=0, atol=1e-13)
-    for number, wanted in ((1, dk), (2, dv)):
-        keys = torch.cat([shares[0][number], shares[1][number]], dim=1)
-        torch.testing.assert_close(keys, wanted, rtol=0, atol=1e-13)
-
-
-def test_passes_equal_the_public_function():
-    case = small_case(3)
-    *qkv, grad = case.inputs(torch.float32)
-    passes = DilatedPasses(case.pattern, backend="triton", **case.options)
-    out, lse, kept = passes.forward(*qkv)
-    gradients = passes.backward(grad, *qkv, out, lse, kept)
-    expected = run_backend(case, (*qkv, grad), "triton").values()
-    assert all(map(torch.equal, (out, lse, *gradients), expected))
 
 
 def test_compiled_equals_eager():

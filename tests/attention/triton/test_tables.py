@@ -83,25 +83,9 @@ def test_classes_are_the_offsets_of_a_group(case):
         assert tables.slots == 1
 
 
-def test_longest_tiles_first():
-    pattern = DilatedPattern((64, 256), (1, 2))
-    tables = pattern_tables(pattern, 256, 2, 2, torch.device("cpu"))
-    for last_first, tiles in ((True, [3, 2, 1, 0]), (False, [0, 1, 2, 3])):
-        lines = tile_table(tables, True, 16, last_first)
-        assert lines[:4, 2].tolist() == tiles and lines[:4, 1].tolist() == [0] * 4
-
-
 def test_compact_rows_are_a_fraction():
     """A ladder of ratio 4 keeps 1/4 + 1/16 + ... < 1/3 of the rows between its two launches."""
     pattern = DilatedPattern.geometric(2**20)
     tables = pattern_tables(pattern, 2**20, 16, 16, torch.device("cpu"))
     assert tables.sparse_rows < 2**20 / 3
     assert len(tile_table(tables, True, 128, True)) == 2**20 // 128
-
-
-def test_tables_are_built_once():
-    pattern = DilatedPattern((64, 256), (1, 2))
-    arguments = (pattern, 300, 2, 2, torch.device("cpu"))
-    tables = pattern_tables(*arguments)
-    assert pattern_tables(*arguments) is tables
-    assert tile_table(tables, True, 16, True) is tile_table(tables, True, 16, True)
