@@ -481,7 +481,8 @@ def ran(rows: list[Row]) -> str:
     machines, versions = (
         "; ".join(dict.fromkeys(row[name] for row in rows)) for name in ("machine", "versions")
     )
-    return f"Ran on {machines}; {dates}; commit {commits}; {versions}; {clock(round(seconds, 1))} in all."
+    took = clock(round(seconds, 1))
+    return f"Ran on {machines}; {dates}; commit {commits}; {versions}; {took} in all."
 
 
 # ------------------------------------------------------------------------------ another seed

@@ -10,9 +10,9 @@ each; each that ends leaves OUTPUT/EXPERIMENT_SCALE/cells/CELL.json, and is not 
 the same command goes on with the rest, and with trainings that were under way from their last
 checkpoints. --plan only says what there is to do. In the end, and with --report of what there is,
 OUTPUT/EXPERIMENT_SCALE has cells.csv, made of those files, and report.md and a plot, made of
-cells.csv alone. A cell that takes longer than its minutes is cut and left out of the means; a larger
---minutes lets it go on. --check-seed runs chosen cells with a seed that the grid has not, and says
-in another_seed.md whether they lie where the others would have them.
+cells.csv alone. A cell that takes longer than its minutes is cut and left out of the means; a
+larger --minutes lets it go on. --check-seed runs chosen cells with a seed that the grid has not,
+and says in another_seed.md whether they lie where the others would have them.
 """
 
 from __future__ import annotations
