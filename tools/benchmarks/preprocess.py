@@ -9,17 +9,14 @@ that they are long), and then has these tokenize them, taking turns, --rounds ti
 
     ours       tools/preprocess_data.py --tokenizer-backend usual
     fast       tools/preprocess_data.py --tokenizer-backend fast
-    library    the tokenizer's own encoding of a batch, by as many threads, of text in memory
-    gigatoken  what `fast` tokenizes with, alone, in as many processes, of text in memory
     megatron   Megatron-LM's tools/preprocess_data.py, of a clone that --megatron names
 
-Of each: seconds of the whole command (of `library` and `gigatoken`: of encoding alone), megabytes
-and tokens a second, processor seconds of all its processes (which tell most on a machine with
-other work), and their peak memory, shared pages counted once. Checked: all make as many tokens,
-and those who write them the same ones. Documents with U+2581 are left out, which SentencePiece's
-library takes for a space. Writes preprocess.json, preprocess.md and preprocess.png into --output;
-what was measured there with the same settings is not measured again, so that the contenders may
-come one by one.
+Of each: seconds of the whole command, megabytes and tokens a second, processor seconds of all its
+processes (which tell most on a machine with other work), and their peak memory, shared pages
+counted once. Checked: all make the same tokens. Documents with U+2581 are left out, which
+SentencePiece's library, and so Megatron-LM, takes for a space. Writes preprocess.json,
+preprocess.md and preprocess.png into --output; what was measured there with the same settings is
+not measured again, so that the contenders may come one by one.
 """
 
 from __future__ import annotations
@@ -28,7 +25,6 @@ import argparse
 import filecmp
 import itertools
 import json
-import multiprocessing
 import os
 import statistics
 import subprocess
@@ -56,17 +52,12 @@ with needed_packages():
 
     from megalong.data.indexed import Pair
 
-CONTENDERS = ("ours", "fast", "library", "gigatoken", "megatron")
-_IN_MEMORY = ("library", "gigatoken")  # what they read and write is not part of the time
-_SLICE_BYTES = 1 << 24  # of text that the library encodes at a time: its results take memory
+CONTENDERS = ("ours", "fast", "megatron")
 _LARGEST_FILE = 1 << 20
 
 
 def main() -> None:
     args = parse_arguments()
-    if args.as_contender:
-        encode_in_memory(args)
-        return
     args.work.mkdir(parents=True, exist_ok=True)
     args.output.mkdir(parents=True, exist_ok=True)
     corpus = args.work / f"corpus_{args.max_bytes}.jsonl"
@@ -111,7 +102,7 @@ def check_same(args: argparse.Namespace, runs: dict[str, list[dict]]) -> None:
     tokens = {name: rows[0]["tokens"] for name, rows in runs.items() if rows}
     if len(set(tokens.values())) > 1:
         raise UserError(f"not the same number of tokens: {tokens}")
-    first, *others = [prefix_of(x, args) for x in args.contenders if x not in _IN_MEMORY] or [""]
+    first, *others = [prefix_of(name, args) for name in args.contenders]
     for other, suffix in itertools.product(others, (".bin", ".idx")):
         if not filecmp.cmp(first + suffix, other + suffix, shallow=False):
             raise UserError(f"{first + suffix} and {other + suffix} differ")
@@ -131,8 +122,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--rounds", type=int, default=3)
     add("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     add("--megatron", type=Path, help="a clone of Megatron-LM")
-    add("--as-contender", choices=_IN_MEMORY, help=argparse.SUPPRESS)
-    add("--corpus", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.output = args.output or args.work
     if args.megatron is None and "megatron" in args.contenders:
@@ -178,9 +167,6 @@ def command_of(name: str, args: argparse.Namespace, corpus: Path) -> list[str]:
     tokenizer = ["--tokenizer-type", args.tokenizer_type]
     tokenizer += ["--tokenizer-model", args.tokenizer_model] if args.tokenizer_model else []
     workers = ["--workers", str(args.workers)]
-    if name in _IN_MEMORY:
-        command = [sys.executable, __file__, "--work", str(args.work), *tokenizer, *workers]
-        return [*command, "--as-contender", name, "--corpus", str(corpus)]
     common = ["--output-prefix", str(args.work / name), "--append-eod", *tokenizer, *workers]
     if name == "megatron":
         tool = args.megatron / "tools" / "preprocess_data.py"
@@ -196,8 +182,6 @@ def run(command: list[str], args: argparse.Namespace, name: str) -> dict[str, fl
     it fails."""
     path = os.pathsep.join([str(args.megatron)] if name == "megatron" else [])
     environment = {**os.environ, "PYTHONPATH": path or os.environ.get("PYTHONPATH", "")}
-    if name == "gigatoken":  # as the workers of `fast` have it
-        environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     with (args.work / f"{name}.log").open("w") as log:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -242,96 +226,8 @@ class PeakMemory:
             self._most = max(self._most, total)
 
 
-def encode_in_memory(args: argparse.Namespace) -> None:
-    """Encode the corpus by a library alone; writes the seconds, and the tokens of each document
-    with its end, to NAME.json."""
-    encode = encode_with_library if args.as_contender == "library" else encode_with_gigatoken
-    seconds, processor_seconds, lengths = encode(args)
-    result = {"seconds": seconds, "processor_seconds": processor_seconds, "lengths": lengths}
-    (args.work / f"{args.as_contender}.json").write_text(json.dumps(result))
-
-
-def encode_with_library(args: argparse.Namespace) -> tuple[float, float, list[int]]:
-    """Seconds and processor seconds of the tokenizer's own function for batches, and lengths."""
-    texts = [json.loads(line)["text"] for line in args.corpus.open()]
-    encode = library_batch(args)
-    seconds, processor_seconds = 0.0, 0.0
-    lengths, batch, size = [], [], 0
-    for i, text in enumerate(texts):
-        batch.append(text)
-        size += len(text)
-        if size >= _SLICE_BYTES or i == len(texts) - 1:
-            start, begin = time.perf_counter(), time.process_time()
-            found = encode(batch)
-            seconds += time.perf_counter() - start
-            processor_seconds += time.process_time() - begin
-            lengths += [length + 1 for length in found]
-            batch, size = [], 0
-    return seconds, processor_seconds, lengths
-
-
-def encode_with_gigatoken(args: argparse.Namespace) -> tuple[float, float, list[int]]:
-    """Seconds until the last of args.workers processes is done with its share, their processor
-    seconds, and lengths."""
-    encoder = build_tokenizer(args.tokenizer_type, args.tokenizer_model).fast_encoder()
-    context = multiprocessing.get_context("spawn")
-    ready, results = context.Barrier(args.workers + 1), context.Queue()
-    processes = [
-        context.Process(target=encode_share, args=(args, i, encoder, ready, results))
-        for i in range(args.workers)
-    ]
-    for process in processes:
-        process.start()
-    ready.wait()
-    start = time.perf_counter()
-    shares = [results.get() for _ in processes]
-    seconds = time.perf_counter() - start
-    for process in processes:
-        process.join()
-    lengths = dict(pair for _, share in shares for pair in share)
-    return seconds, sum(share[0] for share in shares), [lengths[i] for i in range(len(lengths))]
-
-
-def encode_share(args: argparse.Namespace, number: int, encoder, ready, results) -> None:
-    """Every args.workers-th document, from `number` on."""
-    lines = itertools.islice(args.corpus.open(), number, None, args.workers)
-    texts = [json.loads(line)["text"] for line in lines]
-    encoder(texts[0][:100])  # a copy loads the library at the first text
-    ready.wait()
-    start = time.process_time()
-    lengths = [len(encoder(text)) + 1 for text in texts]
-    seconds = time.process_time() - start
-    results.put((seconds, list(zip(itertools.count(number, args.workers), lengths))))
-
-
-def library_batch(args: argparse.Namespace):
-    """A function that encodes texts by args.workers threads and counts the tokens of each."""
-    os.environ["RAYON_NUM_THREADS"] = str(args.workers)
-    tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model)
-    if args.tokenizer_type == "SentencePieceTokenizer":
-        import sentencepiece
-
-        model = sentencepiece.SentencePieceProcessor(model_file=args.tokenizer_model)
-        return lambda texts: list(map(len, model.encode(texts, num_threads=args.workers)))
-    if args.tokenizer_type == "HuggingFaceTokenizer":
-        backend = tokenizer.library  # with its own settings, as it is loaded
-        return lambda texts: [
-            len(encoding.ids)
-            for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)
-        ]
-    if args.tokenizer_type == "TikTokenizer":
-        encoding = tokenizer.library
-        return lambda texts: list(
-            map(len, encoding.encode_ordinary_batch(texts, num_threads=args.workers))
-        )
-    raise UserError(f"--tokenizer-type {args.tokenizer_type} has no function for batches")
-
-
 def made_by(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """Return the tokens of a contender; of one in memory what it has measured itself too."""
-    if name in _IN_MEMORY:
-        measured = json.loads((args.work / f"{name}.json").read_text())
-        return measured | {"tokens": sum(measured.pop("lengths"))}
+    """Return the tokens of a contender."""
     prefix = prefix_of(name, args)
     return {"tokens": int(Pair.open(prefix, prefix).index.document_lengths().sum())}
 
