@@ -38,7 +38,8 @@ with needed_packages():
     from cost import cost_of
     from grid import Cell, Grid, read_grid
     from machine import machine, processors
-    from report import check_others, table_of, write_check, write_report
+    from report import check_others, write_check, write_report
+    from table import table_of
 
 from megalong.utils.errors import UserError, counted, did_you_mean
 from megalong.utils.progress import clock, progress_bar
