@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
-from report import MEASURES
+from table import MEASURES
 
 from megalong.config import Config
 from megalong.utils.errors import UserError, did_you_mean

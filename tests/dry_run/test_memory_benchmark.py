@@ -42,7 +42,7 @@ def test_the_ladder_is_written(tmp_path):
     [
         ("ladder --shapes 1.2B", ["--shapes 1.2B: ", '"125M"', "; did you mean 1.3B?"]),
         ("ladder --rungs plane", ["--rungs plane: ", '"all on but tiled MLP"', "mean plain?"]),
-        ("time --rungs plain", ["--rungs plain: ", '"all on, two tensors a layer"']),
+        ("measured --rungs plain", ["--rungs plain: ", '"all on, two tensors a layer"']),
     ],
 )
 def test_a_name_that_is_not_known_is_one_line(tmp_path, flags, words):

@@ -149,26 +149,6 @@ def test_a_start_that_fails_is_tried_once(tiny, tmp_path, monkeypatch):
     assert len(tried) == 1
 
 
-def test_starts_read_other_texts_than_what_follows():
-    [cell, *_] = read_grid(FOLDER / "perplexity.yaml", "cpu").cells
-    of_text, of_recall = cell.start, cell.start.start
-    assert cell.data is of_text.data is None and of_recall.data is not None
-    assert of_text.flags["seed"] != cell.flags["seed"]
-
-
-@pytest.mark.parametrize("scale", ["cpu", "gpu"])
-@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
-def test_every_position_is_in_every_branch_but_where_that_is_asked(path, scale):
-    for cell in read_grid(path, scale).cells:
-        rates = [
-            rate
-            for settings in (cell.flags, *cell.stages)
-            for rate in settings.get("dilation_rates", ())
-        ]
-        if not cell.values.get("pattern", "").startswith("rate-"):
-            assert max(rates, default=0) <= cell.flags["num_attention_heads"], cell.name
-
-
 def test_prompts_are_asked_of_the_trainings_of_perplexity():
     for scale in ("cpu", "gpu"):
         trained = {

@@ -96,16 +96,13 @@ def test_directories_and_texts_are_documents_and_some_are_held_out(packages, tmp
     assert str(tmp_path) not in (tmp_path / "corpus.json").read_text()
 
 
-def test_held_out_documents_may_be_shorter(packages, tmp_path):
-    fetch(packages, tmp_path, "--held-out-document-bytes", 100)
-    train, held_out = (records(tmp_path / f"{part}.jsonl") for part in ("train", "held_out"))
-    assert {len(record["text"]) for record in held_out} == {100}
-    assert min(len(record["text"]) for record in train) > 300
-
-
 def test_a_larger_corpus_has_the_documents_of_a_smaller_one(packages, tmp_path):
     fetch(packages, tmp_path / "all")
-    fetch(packages, tmp_path / "few", "--max-bytes", 5000, "--max-held-out-bytes", 1000)
+    few = ("--max-bytes", 5000, "--max-held-out-bytes", 1000)
+    fetch(packages, tmp_path / "few", *few)
+    fetch(packages, tmp_path / "cut", *few, "--held-out-document-bytes", 100)
+    cut = records(tmp_path / "cut" / "held_out.jsonl")
+    assert {len(record["text"]) for record in cut} == {100}
     for part in ("train", "held_out"):
         every, few = (records(tmp_path / size / f"{part}.jsonl") for size in ("all", "few"))
         assert 0 < len(few) < len(every) and every[: len(few)] == few

@@ -14,8 +14,9 @@ from tests.launching import REPOSITORY
 FOLDER = REPOSITORY / "examples" / "experiments"
 sys.path.insert(0, str(FOLDER))
 from grid import Grid, read_grid  # noqa: E402
-from report import check_others, table_of, write_check, write_report  # noqa: E402
+from report import check_others, write_check, write_report  # noqa: E402
 from statistics_of_seeds import PowerLaw, Spread  # noqa: E402
+from table import table_of  # noqa: E402
 
 RESULTS = sorted(path.parent for path in (FOLDER / "results").glob("*/cells.csv"))
 

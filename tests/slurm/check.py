@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from tests.launching import REPOSITORY, small_run_flags
@@ -135,34 +136,16 @@ def _start(story: Story, script: Path, options: str, ranks: int, **more: object)
     story.line = re.search(rf"on {ranks} cpu ranks", story.line).group()
 
 
-@case("start, 1 x 2 ranks, torchrun")
-def _(story: Story) -> None:
-    _start(story, TORCHRUN, ONE_BY_TWO, 2)
-
-
-@case("start, 1 x 2 ranks, deepspeed")
-def _(story: Story) -> None:
-    _start(story, DEEPSPEED, ONE_BY_TWO, 2)
-
-
-@case("start, 2 x 2 ranks, torchrun")
-def _(story: Story) -> None:
-    _start(story, TORCHRUN, TWO_BY_TWO, 4)
-
-
-@case("start, 2 x 2 ranks, deepspeed")
-def _(story: Story) -> None:
-    _start(story, DEEPSPEED, TWO_BY_TWO, 4)
-
-
-@case("--ntasks-per-node=2")
-def _(story: Story) -> None:
-    _start(story, TORCHRUN, f"{TWO_BY_ONE} --ntasks-per-node=2", 2)
-
-
-@case("--exclusive, 2 of 4 GPUs")
-def _(story: Story) -> None:
-    _start(story, TORCHRUN, f"{ONE_BY_TWO} --exclusive", 2)
+STARTS = {
+    "start, 1 x 2 ranks, torchrun": (TORCHRUN, ONE_BY_TWO, 2),
+    "start, 1 x 2 ranks, deepspeed": (DEEPSPEED, ONE_BY_TWO, 2),
+    "start, 2 x 2 ranks, torchrun": (TORCHRUN, TWO_BY_TWO, 4),
+    "start, 2 x 2 ranks, deepspeed": (DEEPSPEED, TWO_BY_TWO, 4),
+    "--ntasks-per-node=2": (TORCHRUN, f"{TWO_BY_ONE} --ntasks-per-node=2", 2),
+    "--exclusive, 2 of 4 GPUs": (TORCHRUN, f"{ONE_BY_TWO} --exclusive", 2),
+}
+for _name, (_script, _options, _ranks) in STARTS.items():
+    case(_name)(partial(_start, script=_script, options=_options, ranks=_ranks))
 
 
 @case("a copy without --exclusive, on GPUs 2 and 3")
@@ -194,7 +177,7 @@ def _(story: Story) -> None:
 # Stopped, and to go on.
 
 
-def _told(story: Story, *signal: str, script: Path = TORCHRUN) -> None:
+def _told(story: Story, signal: list[str], script: Path) -> None:
     story.start(script)
     story.job.wait_for("iteration 2/")
     story.job.signal(*signal)
@@ -202,24 +185,14 @@ def _told(story: Story, *signal: str, script: Path = TORCHRUN) -> None:
     story.sees("^requeued: ")
 
 
-@case("USR1 to the script, torchrun")
-def _(story: Story) -> None:
-    _told(story, "--batch", "--signal=USR1")
-
-
-@case("USR1 to the step, deepspeed")
-def _(story: Story) -> None:
-    _told(story, "--signal=USR1", script=DEEPSPEED)
-
-
-@case("TERM to the script, deepspeed")
-def _(story: Story) -> None:
-    _told(story, "--batch", "--signal=TERM", script=DEEPSPEED)
-
-
-@case("TERM to the step, torchrun")
-def _(story: Story) -> None:
-    _told(story, "--signal=TERM")
+SIGNALS = {
+    "USR1 to the script, torchrun": (["--batch", "--signal=USR1"], TORCHRUN),
+    "USR1 to the step, deepspeed": (["--signal=USR1"], DEEPSPEED),
+    "TERM to the script, deepspeed": (["--batch", "--signal=TERM"], DEEPSPEED),
+    "TERM to the step, torchrun": (["--signal=TERM"], TORCHRUN),
+}
+for _name, (_signal, _script) in SIGNALS.items():
+    case(_name)(partial(_told, signal=_signal, script=_script))
 
 
 @case("USR1 in second 1")

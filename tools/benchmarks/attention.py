@@ -24,8 +24,8 @@ sequence and are kept apart. What the first call plans of a batch is left out, a
 it.
 
 TFLOP/s count useful work: 4 head_dim operations forward and 2.5 times as many backward for each
-pair of a query and a key that the pattern offers, in one document where these are kept apart (a
-dense contender's pairs are all of the causal ones). The roofline is the longer of work / peak rate
+pair of a query and a key that the pattern offers, those between documents included (a dense
+contender's pairs are all of the causal ones). The roofline is the longer of work / peak rate
 and bytes / bandwidth, where every input is read and every result is written once; the share is that
 time / the measured time.
 
@@ -38,10 +38,8 @@ in each measure.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -49,6 +47,7 @@ import time
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
 
@@ -56,23 +55,8 @@ from megalong.utils.command_line import needed_packages
 
 with needed_packages():
     import torch
-    from attention_report import (
-        MEASURES,
-        Setting,
-        comparisons,
-        comparisons_text,
-        isolated_text,
-        plot,
-        row_text,
-    )
-    from contenders import (
-        CONTENDERS,
-        ON_CPU,
-        TORCHSCALE,
-        contenders,
-        documents_of,
-        pairs_in_documents,
-    )
+    from common import axes_of, resident, write
+    from contenders import CONTENDERS, ON_CPU, contenders, documents_of
 
     from megalong.attention import DilatedPattern
     from megalong.attention.patterns import DensePattern, LocalPattern, SparsePattern
@@ -92,6 +76,24 @@ BANDWIDTH = {
 }
 
 
+MEASURES = ("forward", "backward", "forward+backward")
+# The first that was measured; the rest is baseline.
+OURS = (
+    "dilated (triton)", "dilated (sdpa)", "local (triton)", "local (sdpa)", "sparse (triton)",
+    "sparse (sdpa)", "dense (ours)",
+)  # fmt: skip
+
+DOCUMENTS = ", documents: "  # in the name of a contender that keeps so many apart
+
+
+class Setting(NamedTuple):
+    """What is measured by sequence length."""
+
+    pattern: str
+    head_dim: int
+    kv_heads: int
+
+
 KINDS = ("local", "sparse", "dense")  # the other patterns are dilated
 SPARSE_COLUMNS = 32
 
@@ -107,30 +109,24 @@ def main():
         for row in measure(args, setting, length):
             print(row_text(row), flush=True)
             results.append(row)
-        write(args, results)  # each time: a run that is cut off leaves what it has
-    print("\n".join(comparisons_text(comparisons(results)) + isolated_text(results)))
+        save(args, results)  # each time: a run that is cut off leaves what it has
+    print("\n".join(comparisons_text(comparisons(results))))
     if args.output:
-        title = f"{machine(args)['device']}, {args.dtype}, {args.heads} heads, causal"
-        plot(results, title, args.output / "attention.png")
+        plot(results, args.output / "attention.png")
         print(f"wrote {args.output}/attention.json, attention.txt and attention.png")
 
 
-def write(args, results: list[dict]):
-    """attention.json and attention.txt, if there is a folder for them."""
+def save(args, results: list[dict]):
+    """Write attention.json and attention.txt, if there is a folder for them."""
     if not args.output:
         return
     args.output.mkdir(parents=True, exist_ok=True)
     compared, about = comparisons(results), machine(args)
-    flags = {
-        k: v
-        for k, v in vars(args).items()
-        if k not in ("output", "measure_memory", "known", "torchscale")
-    }
-    report = {"machine": about, "flags": flags, "results": results}
-    report["comparisons"] = compared
-    (args.output / "attention.json").write_text(json.dumps(report, indent=1) + "\n")
-    lines = [f"{about}", f"{flags}", "", *map(row_text, results)]
-    lines += comparisons_text(compared) + isolated_text(results)
+    hidden = ("output", "measure_memory", "known")
+    flags = {k: v for k, v in vars(args).items() if k not in hidden}
+    report = {"machine": about, "flags": flags, "results": results, "comparisons": compared}
+    write(args.output / "attention.json", report)
+    lines = [f"{about}", f"{flags}", "", *map(row_text, results), *comparisons_text(compared)]
     (args.output / "attention.txt").write_text("\n".join(lines) + "\n")
 
 
@@ -153,27 +149,21 @@ def parse_arguments():
     add(
         "--contenders",
         nargs="+",
-        choices=(*CONTENDERS, TORCHSCALE),
+        choices=list(CONTENDERS),
         help="default: all that the device can run",
     )
     add("--device", default="cpu")
     add("--dtype", default="float32", choices=("float64", "float32", "bfloat16", "float16"))
     add("--repeats", type=int, default=3, help="medians are over so many runs")
     add("--quick", action="store_true", help="short sequences and one run: to see that all works")
-    add("--torchscale", type=Path, help="a clone of torchscale: its own class is a contender")
     add("--output", type=Path, help="folder for the results")
     add("--measure-memory", help=argparse.SUPPRESS)  # one child's only task: a contender
     args = parser.parse_args()
-    try:
-        args.known = contenders(args.torchscale, args.documents)
-    except (FileNotFoundError, ModuleNotFoundError) as error:
-        parser.error(f"--torchscale: {error}")
+    args.known = contenders(args.documents)
     if args.quick:
         args.lengths, args.first_segment_length, args.repeats = [512], 128, 1
     args.kv_heads = args.kv_heads or [args.heads]
-    args.contenders = args.contenders or [
-        *(CONTENDERS if on_gpu(args) else ON_CPU), *([TORCHSCALE] if args.torchscale else ())
-    ]  # fmt: skip
+    args.contenders = args.contenders or list(CONTENDERS if on_gpu(args) else ON_CPU)
     apart = [x for x in args.known if documents_of(x) and x.partition(",")[0] in args.contenders]
     args.contenders += apart
     return args
@@ -331,11 +321,8 @@ def work(args, setting: Setting, length: int, name: str, pattern) -> dict:
     """{measure: (useful FLOPs, least seconds on this device or None)}."""
     if name.startswith("dense"):
         pattern = DensePattern()
-    heads, documents = (args.heads, setting.kv_heads), documents_of(name)
-    if documents:
-        pairs = pairs_in_documents(pattern, length, *heads, documents)
-    else:
-        pairs = pattern.attention_pairs(length, *heads, causal=True)
+    heads = (args.heads, setting.kv_heads)
+    pairs = pattern.attention_pairs(length, *heads, causal=True)
     forward = 4 * setting.head_dim * args.batch * pairs
     flops = {"forward": forward, "backward": 2.5 * forward, "forward+backward": 3.5 * forward}
     # Forward: q, k, v in, output and log-sum-exp out. Backward: these and the output's gradient in,
@@ -369,8 +356,6 @@ def peak_of_child(args, setting: Setting, length: int, name: str) -> int:
     command += ["--kv-heads", str(setting.kv_heads), "--dtype", args.dtype]
     for field in ("batch", "heads", "first_segment_length"):
         command += [f"--{field.replace('_', '-')}", str(getattr(args, field))]
-    if args.torchscale:
-        command += ["--torchscale", str(args.torchscale)]
     if documents_of(name):
         command += ["--documents", str(documents_of(name))]
     path = os.pathsep.join(entry for entry in sys.path if entry)
@@ -385,18 +370,9 @@ def resident_peak(args, setting: Setting, length: int, name: str) -> int:
         time_once(args, name, args.known[name](pattern, *tensors[:2]), *tensors)
 
     run(256)  # libraries loaded, threads started
-    before = resident_bytes("VmRSS")
+    before = resident("VmRSS")
     run(length)
-    return resident_bytes("VmHWM") - before
-
-
-def resident_bytes(field: str) -> int:
-    """Resident memory now (VmRSS) or at its peak (VmHWM), in bytes.
-
-    getrusage would not do: its peak is inherited from the process that started this one.
-    """
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{field}:\s*(\d+)", status)[1])
+    return resident("VmHWM") - before
 
 
 def machine(args) -> dict:
@@ -414,6 +390,70 @@ def cpu_name() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
+
+
+def setting_of(row: dict) -> Setting:
+    return Setting(*(row[field] for field in Setting._fields))
+
+
+def row_text(row: dict) -> str:
+    text = "{pattern} d{head_dim:<3} kv{kv_heads:<3} {length:>8}  {contender:<16}".format(**row)
+    if "error" in row:
+        return f"{text}  {row['error']}"
+    for kind in (kind for kind in MEASURES if kind in row):
+        found = row[kind]
+        text += f"  {kind} {found['seconds'] * 1e3:9.3f} ms {found['teraflops']:7.3g} TFLOP/s"
+        if found["share_of_roofline"]:
+            text += f" {found['share_of_roofline']:4.0%}"
+    if "peak_memory_bytes" in row:
+        text += f"  peak {row['peak_memory_bytes'] / 2**20:7.0f} MiB"
+    return text
+
+
+def comparisons(results: list[dict]) -> list[dict]:
+    """What we offer beside every baseline: settings, lengths, measures and times."""
+    found, cases = [], {}
+    for row in results:
+        if "error" not in row:
+            key = (*setting_of(row), row["length"])
+            cases.setdefault(key, {})[row["contender"]] = row
+    for case, kind in product(cases.values(), MEASURES):
+        name = next((name for name in OURS if name in case), None)
+        for baseline, row in case.items() if name else ():
+            if baseline != name and kind in row and DOCUMENTS not in baseline:
+                where = {**setting_of(row)._asdict(), "length": row["length"]}
+                times = {"seconds": row[kind]["seconds"], "ours": case[name][kind]["seconds"]}
+                found.append({**where, "measure": kind, "baseline": baseline, **times})
+    return found
+
+
+def comparisons_text(compared: list[dict]) -> list[str]:
+    line = "{pattern} d{head_dim} kv{kv_heads} {length:>8}  {measure:<16}  {x:6.2f} x  {baseline}"
+    text = [line.format(**row, x=row["seconds"] / row["ours"]) for row in compared]
+    lost = sum(row["seconds"] < row["ours"] for row in compared)
+    return ["", f"ours is so many times as fast ({lost} times a baseline is faster)", *text]
+
+
+def plot(results: list[dict], path: Path):
+    """Plot time, TFLOP/s and memory of forward and backward by length, a line for each setting."""
+    both = MEASURES[2]
+    figure, axes = axes_of(3, 6, 5)
+    rows = [row for row in results if both in row]
+    for key in dict.fromkeys((*setting_of(row), row["contender"]) for row in rows):
+        mine = [row for row in rows if (*setting_of(row), row["contender"]) == key]
+        values = (
+            [row[both]["seconds"] for row in mine],
+            [row[both]["teraflops"] for row in mine],
+            [row["peak_memory_bytes"] / 2**20 for row in mine],
+        )
+        label = f"{key[0]} d{key[1]} kv{key[2]}: {key[3]}"
+        for panel, numbers in zip(axes, values, strict=True):
+            panel.plot([row["length"] for row in mine], numbers, "o-", label=label)
+    for panel, name in zip(axes, ("seconds", "TFLOP/s", "peak MiB"), strict=True):
+        panel.set(xlabel="sequence length (tokens)", ylabel=f"{both}: {name}", yscale="log")
+        panel.set_xscale("log", base=2)
+    axes[0].legend(fontsize="x-small")
+    figure.savefig(path, dpi=80)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ with its segment, so that segment length / dilation rate is the same everywhere:
 
 Measured for each number of ranks, as rank 0 sees it: bytes by collective of one layer, forward and
 backward, beside what `gathered_rows` says they are; medians of the time of one layer, and of the
-same with the local branches alone. Then the time of a layer is projected to clusters of given
-speed: compute from the exact number of (query, key) pairs of the busiest rank, and communication,
-in the worst case overlapped with nothing, from bytes and latency. Writes communication.json and
+same with the local branches alone. Writes communication.json and
 communication.png into --output.
 """
 
@@ -35,18 +33,16 @@ from megalong.utils.command_line import needed_packages
 with needed_packages():
     import torch
     import torch.distributed as dist
-    from ranks import is_rank, join, measured_on
+    from common import axes_of, is_rank, join, measured_on, write
 
     from megalong.attention import DilatedPattern
-    from megalong.attention.dilated import sequence_parallel_attention
-    from megalong.attention.exchange import AllToAll, SequenceGroup
+    from megalong.attention.exchange import SequenceGroup
+    from megalong.attention.sequence_parallel import sequence_parallel_attention
     from megalong.attention.sequence_plan import (
-        Shards,
         gathered_rows,
-        make_plan,
-        pairs_of_rank,
         subgroup_sizes,
     )
+    from megalong.attention.shards import Shards
     from megalong.parallel.traffic import CountTraffic
 
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_to_all")
@@ -67,16 +63,8 @@ def main() -> None:
             f" and rank (formula: {row['formula_bytes']:,}), {row['seconds']:.3f} s a layer,"
             f" {row['local_seconds']:.3f} s of it local"
         )
-    projected = [project(args, ranks) for ranks in args.projected_ranks]
-    for row in projected:
-        print(
-            f"{row['ranks']:6,} ranks, {row['sequence_length']:>13,} tokens: compute"
-            f" {1e3 * row['compute_seconds']:.1f} ms, communication"
-            f" {1e3 * row['communication_seconds']:.2f} ms a layer, busiest rank"
-            f" {row['imbalance']:.3f} x the mean"
-        )
-    report = {"settings": settings(args), "measured": measured, "projected": projected}
-    (args.output / "communication.json").write_text(json.dumps(report, indent=1) + "\n")
+    report = {"settings": settings(args), "measured": measured}
+    write(args.output / "communication.json", report)
     plot(report, args.output / "communication.png")
     print(f"wrote {args.output}/communication.json and communication.png")
 
@@ -96,15 +84,6 @@ def parse_arguments():
     add("--dtype", default="float32", choices=("float32", "bfloat16"))
     add("--repeats", type=int, default=5, help="medians are over so many runs")
     add("--output", type=Path, default=Path("runs/communication"))
-    add("--projected-ranks", type=int, nargs="+", default=[8, 64, 512, 4096, 8192])
-    add("--projected-shard-length", type=int, default=131072)
-    add("--projected-segment-rows", type=int, default=2048)
-    add("--projected-heads", type=int, default=16)
-    add("--projected-kv-heads", type=int, default=4)
-    add("--projected-head-dim", type=int, default=128)
-    add("--bandwidth", type=float, default=50.0, help="GB/s a rank sends and receives")
-    add("--latency", type=float, default=20.0, help="microseconds a step of a collective")
-    add("--tflops", type=float, default=400.0, help="of attention on one rank, bf16")
     return parser.parse_args()
 
 
@@ -169,82 +148,23 @@ def measure_as_rank(args) -> None:
     dist.destroy_process_group()
 
 
-def project(args, ranks: int) -> dict:
-    """The time of one layer, forward and backward, in bf16, on ranks of the given speed."""
-    shard, rows = args.projected_shard_length, args.projected_segment_rows
-    heads, kv_heads, head_dim = (
-        args.projected_heads, args.projected_kv_heads, args.projected_head_dim,
-    )  # fmt: skip
-    pattern = DilatedPattern.geometric(ranks * shard, first_segment_length=rows)
-    # The first, a middle and the last rank of the longest segment bound the others' work.
-    places = [Shards(rank, ranks, shard) for rank in sorted({0, ranks // 2, ranks - 1})]
-    pairs = [pairs_of_rank(pattern, place, heads, kv_heads) for place in places]
-    total = pattern.attention_pairs(ranks * shard, heads, kv_heads, causal=True)
-    # 4 head_dim operations a pair forward, 10 backward, where the scores are recomputed
-    compute = 14 * head_dim * max(pairs) / (1e12 * args.tflops)
-    rows_moved = gathered_rows(pattern, places[0], heads, kv_heads)
-    rows_moved += max(rows_sent(pattern, place, heads, kv_heads) for place in places)
-    bytes_ = rows_moved * 2 * head_dim * (2 + 4)
-    sizes = subgroup_sizes(pattern, shard, ranks)
-    steps = sum(m.bit_length() for m in sizes)
-    return {
-        "ranks": ranks,
-        "sequence_length": ranks * shard,
-        "subgroup_sizes": sizes,
-        "bytes": bytes_,
-        "compute_seconds": compute,
-        "communication_seconds": bytes_ / (1e9 * args.bandwidth) + 2 * steps * 1e-6 * args.latency,
-        "imbalance": max(pairs) / (total / ranks),
-    }
-
-
-def rows_sent(pattern: DilatedPattern, place: Shards, heads: int, kv_heads: int) -> int:
-    """Rows of the all-to-all of the branches whose rows are rarer than shards."""
-    plan = make_plan(pattern, place, heads, kv_heads, True)
-    return sum(
-        max(exchange.leaving.length, exchange.arriving.length)
-        for exchange in plan.exchanges
-        if isinstance(exchange.collective, AllToAll)
-    )
-
-
 def plot(report: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    measured, projected = report["measured"], report["projected"]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2))
+    measured = report["measured"]
+    figure, (left, right) = axes_of(2, 5)
     ranks = [row["ranks"] for row in measured]
     left.plot(ranks, [row["bytes"] / 2**20 for row in measured], "o", label="counted")
     left.plot(ranks, [row["formula_bytes"] / 2**20 for row in measured], "-", label="formula")
     left.set(title="Traffic of a rank, one layer", ylabel="MiB, forward and backward")
     left.set_ylim(bottom=0)
-    middle.plot(ranks, [row["seconds"] for row in measured], "o-", label="whole layer")
-    middle.plot(ranks, [row["local_seconds"] for row in measured], "o--", label="local branches")
-    middle.set(title="Time of a layer, measured", ylabel="seconds (processes share the cores)")
-    for axes in (left, middle):
+    right.plot(ranks, [row["seconds"] for row in measured], "o-", label="whole layer")
+    right.plot(ranks, [row["local_seconds"] for row in measured], "o--", label="local branches")
+    right.set(title="Time of a layer", ylabel="seconds (processes share the cores)")
+    for axes in (left, right):
         axes.set(xlabel="ranks; the sequence grows with them", xscale="log", xticks=ranks)
         axes.set_xticklabels([str(count) for count in ranks])
         axes.minorticks_off()
-    tokens = [row["sequence_length"] for row in projected]
-    right.plot(tokens, [1e3 * row["compute_seconds"] for row in projected], "o-", label="compute")
-    right.plot(
-        tokens,
-        [1e3 * row["communication_seconds"] for row in projected],
-        "o--",
-        label="communication, if nothing hid it",
-    )
-    right.set(
-        title="Time of a layer, projected", xlabel="tokens in the sequence", xscale="log",
-        ylabel="milliseconds, forward and backward", ylim=(0, None),
-    )  # fmt: skip
-    for axes in (left, middle, right):
         axes.legend()
-        axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=80)
 
 
 if __name__ == "__main__":

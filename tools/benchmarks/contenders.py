@@ -16,12 +16,8 @@ documents, of random lengths, that are kept apart.
 from __future__ import annotations
 
 import random
-import sys
-from collections import Counter
 from functools import partial
-from itertools import pairwise, product
-from pathlib import Path
-from types import SimpleNamespace
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -73,42 +69,6 @@ def document_bounds(length: int, documents: int) -> tuple[torch.Tensor, torch.Te
 def document_starts(length: int, documents: int) -> list[int]:
     """Where documents of random lengths begin in a sequence; the same for the same arguments."""
     return [0, *sorted(random.Random(0).sample(range(1, length), min(documents, length) - 1))]
-
-
-def pairs_in_documents(pattern, length: int, heads: int, kv_heads: int, documents: int) -> int:
-    """The causal (query, key) pairs of an attention that lie in one document, of all heads."""
-    starts = document_starts(length, documents)
-    if isinstance(pattern, SparsePattern):
-        own_block = pairs_in_documents(pattern.own_block, length, heads, kv_heads, documents)
-        return own_block + column_pairs(pattern, length, heads, kv_heads, starts)
-    if not isinstance(pattern, DilatedPattern):  # the same wherever a document begins
-        sizes = Counter(stop - start for start, stop in pairwise([*starts, length]))
-        return sum(
-            times * pattern.attention_pairs(size, heads, kv_heads, causal=True)
-            for size, times in sizes.items()
-        )
-    pairs = 0
-    for (width, rate), offsets in zip(
-        pattern.branches, pattern.offsets(heads, kv_heads), strict=True
-    ):
-        ends = sorted({*starts, *range(0, length, width), length})
-        for (start, stop), offset in product(pairwise(ends), offsets):
-            first = start // width * width + offset
-            rows = len(range(first, stop, rate)) - len(range(first, start, rate))
-            pairs += rows * (rows + 1) // 2
-    return pairs
-
-
-def column_pairs(pattern: SparsePattern, length: int, heads: int, kv_heads: int, starts) -> int:
-    """Those of queries and the columns of the blocks before theirs."""
-    start_i = torch.tensor(starts)
-    start_i = start_i.repeat_interleave(start_i.diff(append=torch.tensor([length])))
-    seen_i, pairs = torch.arange(length) // pattern.block * pattern.columns, 0
-    for first in pattern.first_columns(kv_heads):
-        of_block = (start_i % pattern.block - first).clamp(0, pattern.columns)
-        before_i = start_i // pattern.block * pattern.columns + of_block
-        pairs += heads // kv_heads * int((seen_i - before_i).clamp(min=0).sum())
-    return pairs
 
 
 def of_kind(passes, backend: str, pattern, q, k):
@@ -166,44 +126,6 @@ def gathered(pattern, q, k):
         return sum(weight[..., None] * out for weight, out in zip(weights, outs, strict=True))
 
     return attention
-
-
-def torchscale(folder: Path):
-    """The contender that is torchscale's own class, from a clone of it, around PyTorch's operator.
-
-    Its projections are left out, and flash-attn's function, which needs a GPU, gives way to the
-    operator that ours uses. Its heads take other rows than "mod" gives them: as many.
-    Raises FileNotFoundError where the folder is no clone of torchscale.
-    """
-    if not (folder / "torchscale/component/dilated_attention.py").is_file():
-        raise FileNotFoundError(f"{folder}: no torchscale/component/dilated_attention.py there")
-    sys.path.insert(0, str(folder))
-    from torchscale.component.dilated_attention import DilatedAttention
-
-    def contender(pattern, q, k):
-        heads, head_dim = q.shape[2:]
-        settings = SimpleNamespace(
-            segment_length=pattern.segment_lengths, dilated_ratio=pattern.dilation_rates,
-            flash_attention=True, seq_parallel=False, multiway=False, xpos_rel_pos=False,
-        )  # fmt: skip
-        layer = DilatedAttention(settings, heads * head_dim, heads, self_attention=True)
-        layer.q_proj = layer.k_proj = layer.v_proj = layer.out_proj = torch.nn.Identity()
-
-        def operator(*folded_xnd, is_causal, **_):
-            q_bhnd, k_bhnd, v_bhnd = (x.unflatten(0, (-1, heads)) for x in folded_xnd)
-            out, lse = sdpa_operators.attend(q_bhnd, k_bhnd, v_bhnd, is_causal, head_dim**-0.5)
-            return out.transpose(1, 2).flatten(2), lse
-
-        layer.attention_ops = operator
-
-        def attention(q, k, v):
-            k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (k, v))
-            out, _ = layer(q.flatten(2), k.flatten(2), v.flatten(2), is_causal=True)
-            return out.unflatten(2, (heads, head_dim))
-
-        return attention
-
-    return contender
 
 
 def mixed_as_torchscale(q, k, v, pattern, **options):
@@ -314,18 +236,11 @@ ON_CPU = (
     "dense (flash)", "dilated (gather)", "dilated (sdpa)", "local (flex)", "local (masked)",
     "local (sdpa)", "sparse (sdpa)", "dense (ours)",
 )  # fmt: skip
-TORCHSCALE = "dilated (torchscale)"
 
 
-def contenders(torchscale_folder: Path | None = None, documents: tuple[int, ...] = ()) -> dict:
-    """CONTENDERS, torchscale's own class where a clone of it is given, and ours with each of these
-    numbers of documents.
-
-    Raises FileNotFoundError or ModuleNotFoundError where torchscale cannot be used.
-    """
+def contenders(documents: tuple[int, ...] = ()) -> dict:
+    """Return CONTENDERS, and ours with each of these numbers of documents."""
     found = dict(CONTENDERS)
-    if torchscale_folder is not None:
-        found[TORCHSCALE] = torchscale(torchscale_folder)
     kinds = {"dilated": DilatedPasses, "local": LocalPasses, "sparse": SparsePasses}
     ours = {f"{kind} ({x})": (kinds[kind], x) for kind, x in product(kinds, ("sdpa", "triton"))}
     ours["dense (ours)"] = DensePasses, "auto"

@@ -9,26 +9,22 @@ that they are long), and then has these tokenize them, taking turns, --rounds ti
 
     ours       tools/preprocess_data.py --tokenizer-backend usual
     fast       tools/preprocess_data.py --tokenizer-backend fast
-    library    the tokenizer's own encoding of a batch, by as many threads, of text in memory
-    gigatoken  what `fast` tokenizes with, alone, in as many processes, of text in memory
     megatron   Megatron-LM's tools/preprocess_data.py, of a clone that --megatron names
 
-Of each: seconds of the whole command (of `library` and `gigatoken`: of encoding alone), megabytes
-and tokens a second, processor seconds of all its processes (which tell most on a machine with other
-work), and their peak memory, shared pages counted once. Checked: all make as many tokens, and those
-who write them the same ones; with a SentencePiece model but for documents with a character that the
-library does not give back (`preprocess_same`). With --times N ours reads the text N times over, for
-the memory of a larger input. Writes preprocess.json and preprocess.md into --output; a run that was
-measured into the same folder, with the same tokenizer, is not measured again, so that the
-contenders may come one by one.
+Of each: seconds of the whole command, megabytes and tokens a second, processor seconds of all its
+processes (which tell most on a machine with other work), and their peak memory, shared pages
+counted once. Checked: all make the same tokens. Documents with U+2581 are left out, which
+SentencePiece's library, and so Megatron-LM, takes for a space. Writes preprocess.json,
+preprocess.md and preprocess.png into --output; what was measured there with the same settings is
+not measured again, so that the contenders may come one by one.
 """
 
 from __future__ import annotations
 
 import argparse
+import filecmp
 import itertools
 import json
-import multiprocessing
 import os
 import statistics
 import subprocess
@@ -41,6 +37,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not
 
 from megalong.data.formats import texts_of_folder
 from megalong.data.tokenizers.tokenizer import TOKENIZERS, build_tokenizer
+from megalong.data.text.source_file import texts_of_folder
+from megalong.data.tokenizers.tokenizer import (
+    SENTENCEPIECE_SPACE,
+    TOKENIZERS,
+    build_tokenizer,
+)
 from megalong.utils.command_line import REPOSITORY, ArgumentParser, needed_packages
 from megalong.utils.command_line import run as run_command
 from megalong.utils.errors import UserError
@@ -48,21 +50,16 @@ from megalong.utils.errors import UserError
 with needed_packages():
     import numpy as np
     import psutil
-    from preprocess_same import check_same, counts, documents_apart
+    from common import axes_of, write
 
     from megalong.data.indexed import Pair
 
-CONTENDERS = ("ours", "fast", "library", "gigatoken", "megatron")
-_IN_MEMORY = ("library", "gigatoken")  # what they read and write is not part of the time
-_SLICE_BYTES = 1 << 24  # of text that the library encodes at a time: its results take memory
+CONTENDERS = ("ours", "fast", "megatron")
 _LARGEST_FILE = 1 << 20
 
 
 def main() -> None:
     args = parse_arguments()
-    if args.as_contender:
-        encode_in_memory(args)
-        return
     args.work.mkdir(parents=True, exist_ok=True)
     args.output.mkdir(parents=True, exist_ok=True)
     corpus = args.work / f"corpus_{args.max_bytes}.jsonl"
@@ -70,20 +67,13 @@ def main() -> None:
         write_corpus(args.sources, corpus, args.max_bytes)
     text_bytes, documents = measure_corpus(corpus)
     tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model)
-    apart = documents_apart(corpus, tokenizer)
-    print(
-        f"{corpus}: {documents:,} documents, {text_bytes:,} bytes of text"
-        + (f"; with U+2581 {len(apart):,}" if apart else ""),
-        flush=True,
-    )
+    print(f"{corpus}: {documents:,} documents, {text_bytes:,} bytes of text", flush=True)
     settings = {
         "text_bytes": text_bytes,
         "documents": documents,
-        "documents_apart": len(apart),
         "tokenizer": args.tokenizer_type,
         "fingerprint": tokenizer.fingerprint,
         "workers": args.workers,
-        "times": args.times,
     }
     runs = runs_so_far(args, settings)
     for round_number in range(args.rounds):
@@ -92,26 +82,33 @@ def main() -> None:
         for name in order:
             if len(runs.setdefault(name, [])) > round_number:
                 continue
-            measured = run(command_of(name, args, corpus), args, name)
-            measured |= made_by(name, args, apart)
-            runs[name].append(measured)
-            seconds, tokens = measured["seconds"], measured["tokens"]
-            rate = text_bytes * times_of(name, settings) / seconds / 1e6
-            print(
-                f"{name:9} {seconds:8.1f} s {rate:7.2f} MB/s {tokens / seconds / 1e3:9.1f}"
-                f" Ktokens/s, {measured['processor_seconds']:.1f} s of processors,"
-                f" peak {measured['peak_bytes'] / 2**20:,.0f} MiB",
-                flush=True,
-            )
-            write_results(args, runs, settings)
-    # Of files, those of this call that have the text as often.
-    prefixes = {
-        name: prefix_of(name, args)
-        for name in args.contenders
-        if name not in _IN_MEMORY and times_of(name, settings) == args.times
-    }
-    for line in check_same(per_reading(runs, settings), prefixes, corpus, apart, tokenizer):
-        print(line)
+            runs[name].append(run(command_of(name, args, corpus), args, name) | made_by(name, args))
+            print(line_of(name, runs[name], text_bytes), flush=True)
+            write(args.output / "preprocess.json", {"settings": settings, "runs": runs})
+    header = ("", "rounds", "seconds", "MB/s", "tokens/s", "processor seconds", "peak memory")
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    names = [name for name in CONTENDERS if runs.get(name)]
+    lines += [line_of(name, runs[name], text_bytes) for name in names]
+    (args.output / "preprocess.md").write_text("\n".join(lines) + "\n")
+    figure, (axes,) = axes_of()
+    axes.bar(
+        names, [median(runs[name], "tokens") / median(runs[name], "seconds") for name in names]
+    )
+    axes.set(ylabel="tokens/s")
+    figure.savefig(args.output / "preprocess.png", dpi=80)
+    check_same(args, runs)
+
+
+def check_same(args: argparse.Namespace, runs: dict[str, list[dict]]) -> None:
+    """Raise UserError where contenders have made other tokens."""
+    tokens = {name: rows[0]["tokens"] for name, rows in runs.items() if rows}
+    if len(set(tokens.values())) > 1:
+        raise UserError(f"not the same number of tokens: {tokens}")
+    first, *others = [prefix_of(name, args) for name in args.contenders]
+    for other, suffix in itertools.product(others, (".bin", ".idx")):
+        if not filecmp.cmp(first + suffix, other + suffix, shallow=False):
+            raise UserError(f"{first + suffix} and {other + suffix} differ")
+    print(f"as many tokens: {', '.join(tokens)}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -125,11 +122,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--tokenizer-model")
     add("--workers", type=int, default=os.cpu_count())
     add("--rounds", type=int, default=3)
-    add("--times", type=int, default=1, help="how often ours reads the corpus, in one run")
     add("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     add("--megatron", type=Path, help="a clone of Megatron-LM")
-    add("--as-contender", choices=_IN_MEMORY, help=argparse.SUPPRESS)
-    add("--corpus", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.output = args.output or args.work
     if args.megatron is None and "megatron" in args.contenders:
@@ -148,19 +142,6 @@ def runs_so_far(args: argparse.Namespace, settings: dict) -> dict[str, list[dict
     return results["runs"]
 
 
-def times_of(name: str, settings: dict) -> int:
-    """How often a contender reads the text."""
-    return settings["times"] if name in ("ours", "fast") else 1
-
-
-def per_reading(runs: dict[str, list[dict]], settings: dict) -> dict[str, tuple[float, float]]:
-    """By contender its tokens, and those of the documents apart, of reading the text once."""
-    return {
-        name: tuple(rows[0][key] / times_of(name, settings) for key in ("tokens", "tokens_apart"))
-        for name, rows in runs.items()
-    }
-
-
 def write_corpus(sources: list[Path], corpus: Path, max_bytes: int) -> None:
     """JSON lines of max_bytes of text, of evenly drawn directories of the sources."""
     partial, size = corpus.with_suffix(".partial"), 0
@@ -169,7 +150,7 @@ def write_corpus(sources: list[Path], corpus: Path, max_bytes: int) -> None:
     with partial.open("w") as file:
         for i in order:
             text = "\n".join(texts_of_folder(folders[i], _LARGEST_FILE))
-            if text and size < max_bytes:
+            if text and size < max_bytes and SENTENCEPIECE_SPACE not in text:
                 size += len(text.encode())
                 file.write(json.dumps({"text": text}) + "\n")
     if size < max_bytes:
@@ -188,22 +169,13 @@ def command_of(name: str, args: argparse.Namespace, corpus: Path) -> list[str]:
     tokenizer = ["--tokenizer-type", args.tokenizer_type]
     tokenizer += ["--tokenizer-model", args.tokenizer_model] if args.tokenizer_model else []
     workers = ["--workers", str(args.workers)]
-    if name in _IN_MEMORY:
-        command = [sys.executable, __file__, "--work", str(args.work), *tokenizer, *workers]
-        return [*command, "--as-contender", name, "--corpus", str(corpus)]
     common = ["--output-prefix", str(args.work / name), "--append-eod", *tokenizer, *workers]
     if name == "megatron":
         tool = args.megatron / "tools" / "preprocess_data.py"
         return [sys.executable, str(tool), "--input", str(corpus), *common]
-    inputs = [str(corpus)]
-    for i in range(1, args.times):  # a file is read once, whatever its names
-        link = args.work / f"again_{i}.jsonl"
-        link.unlink(missing_ok=True)
-        link.symlink_to(corpus)
-        inputs.append(str(link))
     tool = REPOSITORY / "tools" / "preprocess_data.py"
     backend = "fast" if name == "fast" else "usual"
-    command = [sys.executable, str(tool), "--input", *inputs, *common, "--overwrite"]
+    command = [sys.executable, str(tool), "--input", str(corpus), *common, "--overwrite"]
     return [*command, "--tokenizer-backend", backend]
 
 
@@ -212,8 +184,6 @@ def run(command: list[str], args: argparse.Namespace, name: str) -> dict[str, fl
     it fails."""
     path = os.pathsep.join([str(args.megatron)] if name == "megatron" else [])
     environment = {**os.environ, "PYTHONPATH": path or os.environ.get("PYTHONPATH", "")}
-    if name == "gigatoken":  # as the workers of `fast` have it
-        environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     with (args.work / f"{name}.log").open("w") as log:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -258,99 +228,10 @@ class PeakMemory:
             self._most = max(self._most, total)
 
 
-def encode_in_memory(args: argparse.Namespace) -> None:
-    """Encode the corpus by a library alone; writes the seconds, and the tokens of each document
-    with its end, to NAME.json."""
-    encode = encode_with_library if args.as_contender == "library" else encode_with_gigatoken
-    seconds, processor_seconds, lengths = encode(args)
-    result = {"seconds": seconds, "processor_seconds": processor_seconds, "lengths": lengths}
-    (args.work / f"{args.as_contender}.json").write_text(json.dumps(result))
-
-
-def encode_with_library(args: argparse.Namespace) -> tuple[float, float, list[int]]:
-    """Seconds and processor seconds of the tokenizer's own function for batches, and lengths."""
-    texts = [json.loads(line)["text"] for line in args.corpus.open()]
-    encode = library_batch(args)
-    seconds, processor_seconds = 0.0, 0.0
-    lengths, batch, size = [], [], 0
-    for i, text in enumerate(texts):
-        batch.append(text)
-        size += len(text)
-        if size >= _SLICE_BYTES or i == len(texts) - 1:
-            start, begin = time.perf_counter(), time.process_time()
-            found = encode(batch)
-            seconds += time.perf_counter() - start
-            processor_seconds += time.process_time() - begin
-            lengths += [length + 1 for length in found]
-            batch, size = [], 0
-    return seconds, processor_seconds, lengths
-
-
-def encode_with_gigatoken(args: argparse.Namespace) -> tuple[float, float, list[int]]:
-    """Seconds until the last of args.workers processes is done with its share, their processor
-    seconds, and lengths."""
-    encoder = build_tokenizer(args.tokenizer_type, args.tokenizer_model).fast_encoder()
-    context = multiprocessing.get_context("spawn")
-    ready, results = context.Barrier(args.workers + 1), context.Queue()
-    processes = [
-        context.Process(target=encode_share, args=(args, i, encoder, ready, results))
-        for i in range(args.workers)
-    ]
-    for process in processes:
-        process.start()
-    ready.wait()
-    start = time.perf_counter()
-    shares = [results.get() for _ in processes]
-    seconds = time.perf_counter() - start
-    for process in processes:
-        process.join()
-    lengths = dict(pair for _, share in shares for pair in share)
-    return seconds, sum(share[0] for share in shares), [lengths[i] for i in range(len(lengths))]
-
-
-def encode_share(args: argparse.Namespace, number: int, encoder, ready, results) -> None:
-    """Every args.workers-th document, from `number` on."""
-    lines = itertools.islice(args.corpus.open(), number, None, args.workers)
-    texts = [json.loads(line)["text"] for line in lines]
-    encoder(texts[0][:100])  # a copy loads the library at the first text
-    ready.wait()
-    start = time.process_time()
-    lengths = [len(encoder(text)) + 1 for text in texts]
-    seconds = time.process_time() - start
-    results.put((seconds, list(zip(itertools.count(number, args.workers), lengths))))
-
-
-def library_batch(args: argparse.Namespace):
-    """A function that encodes texts by args.workers threads and counts the tokens of each."""
-    os.environ["RAYON_NUM_THREADS"] = str(args.workers)
-    tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model)
-    if args.tokenizer_type == "SentencePieceTokenizer":
-        import sentencepiece
-
-        model = sentencepiece.SentencePieceProcessor(model_file=args.tokenizer_model)
-        return lambda texts: list(map(len, model.encode(texts, num_threads=args.workers)))
-    if args.tokenizer_type == "HuggingFaceTokenizer":
-        backend = tokenizer.library  # with its own settings, as it is loaded
-        return lambda texts: [
-            len(encoding.ids)
-            for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)
-        ]
-    if args.tokenizer_type == "TikTokenizer":
-        encoding = tokenizer.library
-        return lambda texts: list(
-            map(len, encoding.encode_ordinary_batch(texts, num_threads=args.workers))
-        )
-    raise UserError(f"--tokenizer-type {args.tokenizer_type} has no function for batches")
-
-
-def made_by(name: str, args: argparse.Namespace, apart: list[int]) -> dict[str, float]:
-    """The tokens of a contender; of one in memory what it has measured itself too."""
-    if name in _IN_MEMORY:
-        measured = json.loads((args.work / f"{name}.json").read_text())
-        return measured | counts(measured.pop("lengths"), apart, 1)
+def made_by(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """Return the tokens of a contender."""
     prefix = prefix_of(name, args)
-    times = 1 if name == "megatron" else args.times
-    return counts(Pair.open(prefix, prefix).index.document_lengths(), apart, times)
+    return {"tokens": int(Pair.open(prefix, prefix).index.document_lengths().sum())}
 
 
 def prefix_of(name: str, args: argparse.Namespace) -> str:
@@ -358,28 +239,18 @@ def prefix_of(name: str, args: argparse.Namespace) -> str:
     return f"{args.work / name}_text_document"
 
 
-def write_results(args: argparse.Namespace, runs: dict[str, list[dict]], settings: dict) -> None:
-    text_bytes = settings["text_bytes"]
-    lines = [
-        f"{settings['documents']:,} documents, {text_bytes / 1e6:,.1f} MB of text,"
-        f" {settings['tokenizer']}, {settings['workers']} workers; medians.",
-        "",
-        "| | rounds | seconds | MB/s | tokens/s | processor seconds | peak memory |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name in filter(runs.get, CONTENDERS):
-        seconds = statistics.median(run["seconds"] for run in runs[name])
-        processor_seconds = statistics.median(run["processor_seconds"] for run in runs[name])
-        peak = max(run["peak_bytes"] for run in runs[name])
-        rate = text_bytes * times_of(name, settings) / seconds / 1e6
-        lines.append(
-            f"| {name} | {len(runs[name])} | {seconds:.1f} | {rate:.2f} |"
-            f" {runs[name][0]['tokens'] / seconds:,.0f} | {processor_seconds:.1f} |"
-            f" {peak / 2**20:,.0f} MiB |"
-        )
-    (args.output / "preprocess.md").write_text("\n".join(lines) + "\n")
-    results = {"settings": settings, "runs": runs}
-    (args.output / "preprocess.json").write_text(json.dumps(results, indent=2) + "\n")
+def line_of(name: str, rows: list[dict], text_bytes: int) -> str:
+    """Return a line of the table: medians of the rounds."""
+    seconds, tokens = median(rows, "seconds"), median(rows, "tokens")
+    return (
+        f"| {name} | {len(rows)} | {seconds:.1f} | {text_bytes / seconds / 1e6:.2f} |"
+        f" {tokens / seconds:,.0f} | {median(rows, 'processor_seconds'):.1f} |"
+        f" {max(row['peak_bytes'] for row in rows) / 2**20:,.0f} MiB |"
+    )
+
+
+def median(rows: list[dict], name: str) -> float:
+    return statistics.median(row[name] for row in rows)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ failed.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import statistics
@@ -42,8 +43,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import memory_measured
-from shapes import SHAPES, VOCABULARY, flags
+from common import SHAPES, VOCABULARY, axes_of, flags, in_process, write
 
 from megalong.utils.command_line import REPOSITORY, ArgumentParser, run
 
@@ -85,7 +85,7 @@ def measure(arguments: Namespace, output: Path, scratch: Path) -> int:
             results[part] = {"error": f"{type(error).__name__}: {error}"}
         results[part]["seconds"] = round(time.perf_counter() - start, 1)
         print(json.dumps(results[part]), flush=True)
-        (output / "training.json").write_text(json.dumps(results, indent=1) + "\n")
+        write(output / "training.json", results)
     plot(results, output / "training.png")
     return 1 if failed else 0
 
@@ -238,8 +238,8 @@ def long(arguments: Namespace, _: Path) -> dict[str, object]:
     vocabulary = 256 if arguments.tiny else VOCABULARY
     environment = {"DS_ACCELERATOR": arguments.device}
     with ThreadPoolExecutor(1) as other:
-        dry = other.submit(memory_measured.in_process, "dry", values, vocabulary)
-        real = memory_measured.in_process("gpu", values, vocabulary, environment)
+        dry = other.submit(in_process, "dry", values, vocabulary)
+        real = in_process("gpu", values, vocabulary, environment)
     return {**real, "dry run": dry.result(), "flags": flags(values)}
 
 
@@ -300,31 +300,20 @@ def device_name(device: str) -> str:
 
 
 def plot(results: dict[str, object], path: Path) -> None:
-    """Losses by step; nothing where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
+    """Plot losses by step; nothing where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
         print("matplotlib is not installed: no plot")
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    compared = results.get("precision", {})
-    curves = {name: value for name, value in compared.items() if name == "fp32 on the CPU"}
-    curves |= {
-        f"{name} on {results['device']}": compared[name]["losses"]
-        for name in BOUNDS
-        if name in compared
-    }
-    if not curves:
-        return
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for label, values in curves.items():
-        axes.plot(range(1, len(values) + 1), values, label=label, marker="o", markersize=3)
+    compared = dict(results.get("precision", {}))
+    figure, (axes,) = axes_of()
+    for name in ("fp32 on the CPU", *BOUNDS):
+        if name in compared:
+            found = compared[name]
+            values = found if isinstance(found, list) else found["losses"]
+            axes.plot(range(1, len(values) + 1), values, label=name, marker="o", markersize=3)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=80)
 
 
 PARTS = {"train": train, "precision": precision, "rows": rows, "long": long}

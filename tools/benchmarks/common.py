@@ -1,13 +1,6 @@
-"""Real steps of a small model on the CPU: peak of resident memory beside a dry run's, and time.
+"""What the benchmarks share: models, processes that make a training step, ranks of a launch.
 
-What is compared: resident memory of a process at its peak, over a step of the training's engine,
-less what it was before the model was built, when a smaller model had made a step and all libraries
-were loaded; and the bytes that the dry run of the same configuration counts on its device. The CPU
-offloads nothing, so the pieces are on but for the offload; PyTorch's attention computes both, in
-the dry run by the operators that it has for the CPU. The C library gives freed memory back at once
-(MALLOC_MMAP_THRESHOLD_), as the device's allocator would give it to the next tensor.
-
-As a script, one such process: `memory_measured.py real|dry|gpu CONFIG OUTPUT`, both files JSON.
+As a script, one such process: `common.py real|dry|gpu CONFIG OUTPUT`, both files JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +10,6 @@ import ctypes
 import gc
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,110 +20,118 @@ from typing import Any
 from unittest import mock
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-VOCABULARY = 8000
-MODEL = {
-    "num_layers": 4,
-    "hidden_size": 256,
-    "num_attention_heads": 4,
-    "ffn_hidden_size": 704,
-    "make_vocab_size_divisible_by": 1,
-    "micro_batch_size": 1,
-    "global_batch_size": 1,
-    "precision": "fp32",
-    "tile_size": 4096,
-    "attention_backend": "sdpa",
-    "data_path": "unread",
-    "tokenizer_type": "ByteTokenizer",
+VOCABULARY = 32_000
+# Llama's building blocks (RMSNorm, SwiGLU, RoPE, no biases) in sizes of GPT-3's, as fields of
+# megalong's configuration. Embeddings are tied but in 7B, as in Llama 2.
+SHAPES: dict[str, dict[str, Any]] = {
+    "125M": {
+        "num_layers": 12,
+        "hidden_size": 768,
+        "num_attention_heads": 12,
+        "ffn_hidden_size": 2048,
+    },
+    "760M": {
+        "num_layers": 24,
+        "hidden_size": 1536,
+        "num_attention_heads": 16,
+        "ffn_hidden_size": 4096,
+    },
+    "1.3B": {
+        "num_layers": 24,
+        "hidden_size": 2048,
+        "num_attention_heads": 16,
+        "ffn_hidden_size": 5504,
+    },
+    "7B": {
+        "num_layers": 32,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "ffn_hidden_size": 11008,
+        "untie_embeddings_and_output_weights": True,
+    },
 }
-FULL = {
-    "recompute_granularity": "full",
-    "recompute_method": "uniform",
-    "recompute_num_layers": 1,
-}
-ON = {"memory_path": "on", "offload_activations": False}
-RUNGS = {
-    "full recomputation": {"memory_path": "off", **FULL},
-    "all on, one tensor a layer": {**ON, **FULL},
-    "all on, two tensors a layer": ON,
-}
-MEASURED = list(RUNGS)[1:]  # without them a long sequence needs more memory than most have
 
+
+# The C library gives freed memory back at once, as a GPU's allocator would give it to the next
+# tensor.
+CPU_MEMORY = {
+    "DS_ACCELERATOR": "cpu",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+}
 # Of gradients there are to be few at a time beside what is measured.
 DEEPSPEED = {"zero_optimization": {"reduce_bucket_size": 100_000}}
-ENVIRONMENT = {
-    "real": {
-        "DS_ACCELERATOR": "cpu",
-        "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-    },
-    "dry": {},
-}
-BOUND = 0.05  # of the difference between measured and dry
 
 
-def compare(rung: str, length: int) -> dict[str, Any]:
-    """A real step and a dry one, each in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        deepspeed = Path(folder, "deepspeed.json")
-        deepspeed.write_text(json.dumps(DEEPSPEED))
-        values = MODEL | RUNGS[rung] | {"seq_length": length, "deepspeed_config": str(deepspeed)}
-        real, dry = in_process("real", values), in_process("dry", values)
-    return {
-        "rung": rung,
-        "length": length,
-        "measured": real["peak"] - real["before"],
-        "dry": dry["peak"],
-        "difference": (real["peak"] - real["before"]) / dry["peak"] - 1,
-        "process": real,
-        "kinds": dry["kinds"],
-    }
+def flags(values: dict[str, Any]) -> str:
+    """Fields of the configuration as flags of pretrain_longnet.py."""
+    words = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words.append(f"--{flag} {value}")
+    return " ".join(words)
 
 
-def take_turns(length: int, repeats: int) -> dict[str, Any]:
-    """Steps of each rung in turn, each in a process of its own: seconds of each, and the medians
-    beside that of the first rung."""
-    seconds: dict[str, list[float]] = {rung: [] for rung in RUNGS}
-    for _ in range(repeats):
-        for rung in RUNGS:
-            seconds[rung].append(timed(rung, length))
-    medians = {rung: statistics.median(values) for rung, values in seconds.items()}
-    base = next(iter(medians.values()))
-    return {
-        "length": length,
-        "seconds": seconds,
-        "medians": medians,
-        "ratios": {rung: median / base for rung, median in medians.items()},
-    }
+def write(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def by_length(lengths: list[int], rungs: list[str], repeats: int) -> Iterator[dict[str, Any]]:
-    """The time per token of a step with everything on, by length: the median of `repeats` steps,
-    of fewer where these would have more than a million tokens together."""
-    for rung in rungs:
-        for length in lengths:
-            steps = max(1, min(repeats, 2**20 // length))
-            seconds = [timed(rung, length) for _ in range(steps)]
-            row = {"rung": rung, "length": length, "seconds": seconds}
-            yield {**row, "microseconds_per_token": 1e6 * statistics.median(seconds) / length}
+def axes_of(count: int = 1, width: float = 6, height: float = 4) -> tuple[Any, Any]:
+    """Return a figure and a list of so many axes beside each other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * count, height), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    for each in axes:
+        each.grid(alpha=0.3)
+    return figure, axes
 
 
-def timed(rung: str, length: int) -> float:
-    """Seconds of a step in a process that has made a small one before. A process of its own: gloo
-    leaves threads behind that go on polling when a model and its process groups are gone."""
-    values = MODEL | RUNGS[rung] | {"seq_length": length}
-    return in_process("real", values, environment={"DS_ACCELERATOR": "cpu"})["seconds"]
+def is_rank() -> bool:
+    """Return whether this process is one of the ranks."""
+    return "RANK" in os.environ
+
+
+def measured_on(ranks: int, folder: Path, *flags: str) -> dict:
+    """Run this script again on so many processes, with further flags. Return what its rank 0 writes
+    as JSON to --output, here a file in the folder."""
+    file = folder / f"ranks-{ranks}.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={ranks}", *sys.argv, "--output", str(file), *flags]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    row = json.loads(file.read_text())
+    file.unlink()
+    return row
+
+
+def join(device_type: str) -> Any:
+    """Join the others, with one thread, by gloo or NCCL. Return the device of this rank."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    if device_type == "cpu":
+        return torch.device("cpu")
+    device = torch.device(device_type, dist.get_rank())
+    torch.cuda.set_device(device)
+    return device
 
 
 def in_process(
     kind: str,
     values: dict[str, Any],
-    vocabulary: int = VOCABULARY,
+    vocabulary: int,
     environment: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What the script writes. Raises RuntimeError with what it printed where it fails."""
+    """Run this script in a process of its own, return what it writes. Raise RuntimeError with what
+    it printed where it fails."""
     paths = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    variables = {**os.environ, "PYTHONPATH": paths, **(environment or ENVIRONMENT[kind])}
+    variables = {**os.environ, "PYTHONPATH": paths, **(environment or {})}
     with tempfile.TemporaryDirectory() as folder:
         config, output = Path(folder, "config.json"), Path(folder, "output.json")
         config.write_text(json.dumps([values, vocabulary]))
@@ -148,7 +148,7 @@ def real_step(values: dict[str, Any], vocabulary: int) -> dict[str, Any]:
 
     with process_group() as device:
         with engine(
-            values | {"num_layers": 1, "seq_length": 2 * values["tile_size"]}, device
+            values | {"num_layers": 1, "seq_length": 2 * values["tile_size"]}, device, vocabulary
         ) as step:
             step()
         gc.collect()
@@ -160,7 +160,7 @@ def real_step(values: dict[str, Any], vocabulary: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def engine(values: dict[str, Any], device: Any, vocabulary: int = VOCABULARY) -> Iterator[Any]:
+def engine(values: dict[str, Any], device: Any, vocabulary: int) -> Iterator[Any]:
     """A function that makes a training step and returns its seconds."""
     import torch
 
