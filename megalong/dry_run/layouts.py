@@ -260,6 +260,14 @@ def searched_settings(config: Config) -> dict[str, Any]:
     return found
 
 
+def layout_settings(config: Config) -> dict[str, Any]:
+    """Return what `possible_layouts` may vary and this layout has set, by field name."""
+    settings = {name: v for name, v in searched_settings(config).items() if v is not None}
+    if config.memory.memory_path == "on":
+        settings["offload_activations"] = config.memory.offload_activations
+    return settings
+
+
 def replicas_of(config: Config, ranks: int) -> int:
     """Return how many ranks hold the same weights."""
     parallel = config.parallel

@@ -11,8 +11,9 @@ from megalong.attention import DilatedPattern, dilated_attention
 from megalong.attention.sequence_parallel import sequence_parallel_attention
 from megalong.attention.sequence_plan import gathered_rows, subgroup_sizes
 from megalong.attention.shards import Shards
-from megalong.dry_run.share import Rehearsal, SyntheticRows, answered, lone_rank, lone_sequence
+from megalong.dry_run.share import SyntheticRows, answered, lone_rank, lone_sequence
 from megalong.parallel.traffic import CountTraffic
+from tests.dry_run.rehearsal import Rehearsal
 from tests.dry_run.share_worker import CASES
 from tests.forked import run_ranks
 from tests.launching import made_once
