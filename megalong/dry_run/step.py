@@ -1,19 +1,11 @@
-"""One rank of a launch, of any size, runs a training step on a device that is not there.
+"""A training step of one rank of a launch of any size, run on a device that is not there.
 
-    from megalong.dry_run import fake_device
-    fake_device.load()
-    import torch
-    fake_device.pretend()
-    from megalong.dry_run.step import dry_run
-    result = dry_run(config, vocab_size, rank=5, ranks=8)
-
-That is a GPU. Without the fake device the rank is one of a launch on the CPU, as training itself
-takes the CPU where there is no GPU (or DS_ACCELERATOR is cpu): other attention, another optimizer,
-other temporaries, all as that launch has them (tools/benchmarks/predicted.py compares the two).
+That is a GPU (`fake_device`). Without the fake device the rank is one of a launch on the CPU, as
+training itself takes the CPU where there is no GPU, or DS_ACCELERATOR is cpu.
 
 The step is the training's own: TrainingEngine, Megatron-core's schedule, DeepSpeed's optimizer.
-Its collectives send nothing. So what it says of memory and traffic cannot differ from the code, and
-what would stop a GPU (`host_syncs`) or fail on one (tensors on the wrong device) stops it here.
+Its collectives send nothing. What would stop a GPU (`fake_tensors.HostSyncs`) or fail on one
+(tensors on the wrong device) stops it here.
 """
 
 from __future__ import annotations
@@ -89,40 +81,42 @@ def few_tiles(memory: DeviceMemory, recorder: WorkRecorder) -> Iterator[None]:
         yield
 
 
-# Settings of offload_optimizer under which it is not the whole update that the host computes.
-_WHOLE = {"ratio": 1.0, "super_offload": False}
-
-
 def check_offload(config: Config) -> None:
-    """Raise UserError where the DeepSpeed file offloads what cannot be planned."""
+    """Raise UserError where the DeepSpeed file offloads what cannot be planned: all but an
+    optimizer that is wholly in the host's memory."""
     file = config.training.deepspeed_config
-    if file is None:
-        return
-    zero = read_deepspeed_file(file).get("zero_optimization")
+    zero = read_deepspeed_file(file).get("zero_optimization") if file is not None else None
     if not isinstance(zero, dict):
         return
-
-    def refuse(key: str, instead: str) -> None:
-        raise UserError(
-            f"--deepspeed-config {file}: zero_optimization.{key} cannot be planned: {instead}"
-        )
-
     weights, optimizer = (
         given if isinstance(given := zero.get(key), dict) else {}
         for key in ("offload_param", "offload_optimizer")
     )
-    for old in ("cpu_offload", "cpu_offload_param"):
-        if zero.get(old):
-            refuse(old, "set offload_optimizer instead, which took its place")
-    if weights.get("device", "none") != "none":
-        refuse("offload_param", "leave it out; --zero-stage 3 divides the weights over the ranks")
-    if optimizer.get("device") == "nvme":
-        refuse("offload_optimizer.device nvme", "set it to cpu, or leave offload_optimizer out")
-    for key, usual in _WHOLE.items():
-        if optimizer.get("device") == "cpu" and optimizer.get(key, usual) != usual:
-            refuse(f"offload_optimizer.{key}", "leave it out")
-    if "zenflow" in zero:
-        refuse("zenflow", "leave it out")
+    on_host = optimizer.get("device") == "cpu"
+    replaced = "set offload_optimizer instead, which took its place"
+    divides = "leave it out; --zero-stage 3 divides the weights over the ranks"
+    without = "set it to cpu, or leave offload_optimizer out"
+    for key, refused, instead in (
+        ("cpu_offload", zero.get("cpu_offload"), replaced),
+        ("cpu_offload_param", zero.get("cpu_offload_param"), replaced),
+        ("offload_param", weights.get("device", "none") != "none", divides),
+        ("offload_optimizer.device nvme", optimizer.get("device") == "nvme", without),
+        (
+            "offload_optimizer.ratio",
+            on_host and optimizer.get("ratio", 1.0) != 1.0,
+            "leave it out",
+        ),
+        (
+            "offload_optimizer.super_offload",
+            on_host and optimizer.get("super_offload"),
+            "leave it out",
+        ),
+        ("zenflow", "zenflow" in zero, "leave it out"),
+    ):
+        if refused:
+            raise UserError(
+                f"--deepspeed-config {file}: zero_optimization.{key} cannot be planned: {instead}"
+            )
 
 
 # Where a step waits for the device, and why: but for what a flag asks for, none of it is ours.
