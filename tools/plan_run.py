@@ -141,7 +141,7 @@ def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> i
     from megalong.config.arguments import config_from_values
     from megalong.config.deepspeed_file import keeps_optimizer_on_host
     from megalong.dry_run import fake_device
-    from megalong.dry_run.layouts import possible_layouts
+    from megalong.dry_run.layouts import check_offload, possible_layouts
     from megalong.dry_run.plan_text import (
         Training,
         as_json,
@@ -152,7 +152,6 @@ def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> i
         ways_out_of,
     )
     from megalong.dry_run.search import Search, search
-    from megalong.dry_run.step import check_offload
     from megalong.utils.progress import progress_bar
 
     values = given | _data(given)

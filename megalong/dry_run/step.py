@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from megalong.config import Config
-from megalong.config.deepspeed_file import keeps_optimizer_on_host, read_deepspeed_file
+from megalong.config.deepspeed_file import keeps_optimizer_on_host
 from megalong.data.batches import Batch
 from megalong.dry_run import fake_device
 from megalong.dry_run.fake_tensors import (
@@ -34,6 +34,7 @@ from megalong.dry_run.fake_tensors import (
     fake_device_tensors,
     forget_tables,
 )
+from megalong.dry_run.layouts import check_offload
 from megalong.dry_run.memory import BLOCK, DeviceMemory
 from megalong.dry_run.recorder import Parts, WorkRecorder
 from megalong.dry_run.share import lone_mesh
@@ -50,7 +51,6 @@ from megalong.parallel.mesh import Mesh
 from megalong.parallel.schedule import run_schedule
 from megalong.parallel.traffic import Counts
 from megalong.training.engine import TrainingEngine, weights_divider
-from megalong.utils.errors import UserError
 from megalong.utils.machine import use_gpu
 
 
@@ -79,44 +79,6 @@ def few_tiles(memory: DeviceMemory, recorder: WorkRecorder) -> Iterator[None]:
             if module is not rows and getattr(module, "tiles", None) is rows.tiles:
                 stack.enter_context(mock.patch.object(module, "tiles", few))
         yield
-
-
-def check_offload(config: Config) -> None:
-    """Raise UserError where the DeepSpeed file offloads what cannot be planned: all but an
-    optimizer that is wholly in the host's memory."""
-    file = config.training.deepspeed_config
-    zero = read_deepspeed_file(file).get("zero_optimization") if file is not None else None
-    if not isinstance(zero, dict):
-        return
-    weights, optimizer = (
-        given if isinstance(given := zero.get(key), dict) else {}
-        for key in ("offload_param", "offload_optimizer")
-    )
-    on_host = optimizer.get("device") == "cpu"
-    replaced = "set offload_optimizer instead, which took its place"
-    divides = "leave it out; --zero-stage 3 divides the weights over the ranks"
-    without = "set it to cpu, or leave offload_optimizer out"
-    for key, refused, instead in (
-        ("cpu_offload", zero.get("cpu_offload"), replaced),
-        ("cpu_offload_param", zero.get("cpu_offload_param"), replaced),
-        ("offload_param", weights.get("device", "none") != "none", divides),
-        ("offload_optimizer.device nvme", optimizer.get("device") == "nvme", without),
-        (
-            "offload_optimizer.ratio",
-            on_host and optimizer.get("ratio", 1.0) != 1.0,
-            "leave it out",
-        ),
-        (
-            "offload_optimizer.super_offload",
-            on_host and optimizer.get("super_offload"),
-            "leave it out",
-        ),
-        ("zenflow", "zenflow" in zero, "leave it out"),
-    ):
-        if refused:
-            raise UserError(
-                f"--deepspeed-config {file}: zero_optimization.{key} cannot be planned: {instead}"
-            )
 
 
 # Where a step waits for the device, and why: but for what a flag asks for, none of it is ours.
