@@ -141,10 +141,17 @@ def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> i
     from megalong.config.arguments import config_from_values
     from megalong.config.training import keeps_optimizer_on_host
     from megalong.dry_run import fake_device
-    from megalong.dry_run.layouts import possible_layouts
-    from megalong.dry_run.plan_text import Training, as_json, check_emit, explained, rejected, table
+    from megalong.dry_run.layouts import check_offload, possible_layouts
+    from megalong.dry_run.plan_text import (
+        Training,
+        as_json,
+        check_emit,
+        explained,
+        rejected,
+        table,
+        ways_out_of,
+    )
     from megalong.dry_run.search import Search, search
-    from megalong.dry_run.step import check_offload
     from megalong.utils.progress import progress_bar
 
     values = given | _data(given)
@@ -209,7 +216,7 @@ def plan(given: dict[str, Any], args: argparse.Namespace, cluster: Cluster) -> i
         print("\nNo layout could be run.")
         return 1
     if not best:
-        print(_ways_out(values, vocab_size, cluster, args.gpus))
+        print(ways_out_of(values, vocab_size, cluster, args.gpus))
         return 1
     _check_explain(number, len(best))
     if args.explain is not None:
@@ -224,37 +231,11 @@ def stage_settings(layout: PlannedLayout, args: argparse.Namespace) -> str:
     import yaml
 
     from megalong.config.stages import HOW
+    from megalong.dry_run.layouts import layout_settings
 
     given = {name: value for name, value in vars(args).items() if name in HOW}
-    settings = given | layout_settings(layout)
+    settings = given | layout_settings(layout.config)
     return textwrap.indent(yaml.safe_dump(settings, sort_keys=False), " " * 4)
-
-
-def layout_settings(layout: PlannedLayout) -> dict[str, Any]:
-    """What `possible_layouts` may vary, as this layout has it, by field name."""
-    from megalong.dry_run.layouts import searched_settings
-
-    settings = {k: v for k, v in searched_settings(layout.config).items() if v is not None}
-    if layout.config.memory.memory_path == "on":
-        settings["offload_activations"] = layout.config.memory.offload_activations
-    return settings
-
-
-def _ways_out(values: dict[str, Any], vocab_size: int, cluster: Cluster, ranks: int) -> str:
-    """A line for each thing that would make the model fit."""
-    from megalong.dry_run.layouts import ways_out
-    from megalong.dry_run.plan_text import layout_name
-
-    found = ways_out(values, vocab_size, cluster, ranks)
-    if not found:
-        return (
-            "\nNo layout fits, nor with other settings of it, more GPUs or a shorter sequence: a"
-            " smaller model would."
-        )
-    lines = [f"    {what}: {layout_name(config, more)}" for what, config, more in found]
-    return "\nNo layout fits. By the estimate of --memory-path auto these would:\n" + "\n".join(
-        lines
-    )
 
 
 def _vocabulary(values: dict[str, Any]) -> int:
@@ -282,9 +263,10 @@ def emit(
 ) -> None:
     """Write what starts a layout, and say what it lacks. given: settings by name."""
     from megalong.config.arguments import config_from_values
+    from megalong.dry_run.layouts import layout_settings
     from megalong.dry_run.plan_text import duration, layout_name, write_launch_files
 
-    config = config_from_values({**given, **layout_settings(layout)})
+    config = config_from_values({**given, **layout_settings(layout.config)})
     predicted = ""
     if "train_iters" in given:
         seconds = given["train_iters"] * layout.cost.total

@@ -412,7 +412,9 @@ def rough_seconds(config: Config, vocab_size: int, cluster: Cluster, ranks: int)
 
     Counted are FLOPs at the rate of large products, weights and activations at the memory's
     bandwidth, launches, and the collectives of the axes, none of them hidden.
-    config: resolved, nothing left open in its memory section.
+
+    Args:
+        config: resolved, nothing left open in its memory section.
     """
     parallel, model, training = config.parallel, config.model, config.training
     tensor, sequence = parallel.tensor_model_parallel_size, parallel.sequence_parallel_size

@@ -22,6 +22,7 @@ from typing import Any
 
 from megalong.config import Config, flag_name
 from megalong.config.arguments import config_from_values
+from megalong.config.deepspeed_file import read_deepspeed_file
 from megalong.config.flags import require_positive, shown
 from megalong.config.memory import PIECES, USABLE
 from megalong.dry_run.cluster import Cluster
@@ -260,6 +261,14 @@ def searched_settings(config: Config) -> dict[str, Any]:
     return found
 
 
+def layout_settings(config: Config) -> dict[str, Any]:
+    """Return what `possible_layouts` may vary and this layout has set, by field name."""
+    settings = {name: v for name, v in searched_settings(config).items() if v is not None}
+    if config.memory.memory_path == "on":
+        settings["offload_activations"] = config.memory.offload_activations
+    return settings
+
+
 def replicas_of(config: Config, ranks: int) -> int:
     """Return how many ranks hold the same weights."""
     parallel = config.parallel
@@ -318,3 +327,41 @@ def _smallest(
         if fits and (found is None or needed.device < least):
             least, found = needed.device, config
     return found
+
+
+def check_offload(config: Config) -> None:
+    """Raise UserError where the DeepSpeed file offloads what cannot be planned: all but an
+    optimizer that is wholly in the host's memory."""
+    file = config.training.deepspeed_config
+    zero = read_deepspeed_file(file).get("zero_optimization") if file is not None else None
+    if not isinstance(zero, dict):
+        return
+    weights, optimizer = (
+        given if isinstance(given := zero.get(key), dict) else {}
+        for key in ("offload_param", "offload_optimizer")
+    )
+    on_host = optimizer.get("device") == "cpu"
+    replaced = "set offload_optimizer instead, which took its place"
+    divides = "leave it out; --zero-stage 3 divides the weights over the ranks"
+    without = "set it to cpu, or leave offload_optimizer out"
+    for key, refused, instead in (
+        ("cpu_offload", zero.get("cpu_offload"), replaced),
+        ("cpu_offload_param", zero.get("cpu_offload_param"), replaced),
+        ("offload_param", weights.get("device", "none") != "none", divides),
+        ("offload_optimizer.device nvme", optimizer.get("device") == "nvme", without),
+        (
+            "offload_optimizer.ratio",
+            on_host and optimizer.get("ratio", 1.0) != 1.0,
+            "leave it out",
+        ),
+        (
+            "offload_optimizer.super_offload",
+            on_host and optimizer.get("super_offload"),
+            "leave it out",
+        ),
+        ("zenflow", "zenflow" in zero, "leave it out"),
+    ):
+        if refused:
+            raise UserError(
+                f"--deepspeed-config {file}: zero_optimization.{key} cannot be planned: {instead}"
+            )

@@ -13,7 +13,7 @@ from megalong.config import Config
 from megalong.config.arguments import to_yaml
 from megalong.config.memory import USABLE
 from megalong.dry_run.cluster import Cluster
-from megalong.dry_run.layouts import searched_settings
+from megalong.dry_run.layouts import searched_settings, ways_out
 from megalong.dry_run.search import PlannedLayout, Search
 from megalong.utils.errors import UserError, aligned, counted
 from megalong.utils.progress import human_bytes
@@ -260,6 +260,20 @@ def rejected(search: Search, training: Training, most: int = 5) -> str:
         if len(search.refused) > most:
             lines.append(f"    and {len(search.refused) - most} other reasons")
     return "\n".join(lines)
+
+
+def ways_out_of(values: Mapping[str, Any], vocab_size: int, cluster: Cluster, ranks: int) -> str:
+    """Return a line for each thing that would make the model fit."""
+    found = ways_out(values, vocab_size, cluster, ranks)
+    if not found:
+        return (
+            "\nNo layout fits, nor with other settings of it, more GPUs or a shorter sequence: a"
+            " smaller model would."
+        )
+    lines = [f"    {what}: {layout_name(config, more)}" for what, config, more in found]
+    return "\n".join(
+        ["\nNo layout fits. By the estimate of --memory-path auto these would:", *lines]
+    )
 
 
 def explained(layout: PlannedLayout, training: Training) -> str:

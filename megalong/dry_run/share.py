@@ -16,9 +16,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 from unittest import mock
@@ -92,52 +91,6 @@ class SyntheticRows:
             numbers = torch.tensor(ranks).repeat_interleave(rows) * LIST + places
             self._lines[key] = ((numbers * SPREADS >> 40) % TABLE).to(device)
         return self._lines[key]
-
-
-class Rehearsal:
-    """The other ranks' own rows, for launches of which every rank's share fits, one after another.
-
-    What a rank puts into its collectives is noted, and answers the others in the next round:
-
-        rehearsal = Rehearsal()
-        for _ in range(1 + collectives, one waiting for the other):
-            for rank in range(ranks):
-                with lone_rank(rank, ranks), answered(sequence, rehearsal.of(rank)):
-                    ...  # the same each time
-            rehearsal.next_round()
-
-    A collective is right from the round on after that in which what all ranks put into it was
-    right; so after as many rounds all are, exactly as in a launch.
-    """
-
-    def __init__(self) -> None:
-        self._notes: dict[int, dict[Group, list[Exchanged]]] = {}
-        self._last: dict[int, dict[Group, list[Exchanged]]] = {}
-
-    def of(self, rank: int) -> _Part:
-        """The neighbours of this rank in this round."""
-        self._notes[rank] = defaultdict(list)
-        return _Part(self._notes[rank], self._last)
-
-    def next_round(self) -> None:
-        self._last, self._notes = self._notes, {}
-
-
-class _Part:
-    """notes: what this rank puts in, is added to them. last: what all ranks have put in before."""
-
-    def __init__(self, notes: dict[Group, list[Exchanged]], last: dict[int, dict]):
-        self._notes, self._last = notes, last
-
-    def answer(self, exchanged: Exchanged) -> None:
-        ranks = tuple(exchanged.ranks)
-        number = len(self._notes[ranks])
-        self._notes[ranks].append(exchanged.noted())
-        if self._last:
-            parts = [self._last[rank][ranks][number].part_of(exchanged.me) for rank in ranks]
-            parts[exchanged.me] = exchanged.part_of(exchanged.me)
-            whole = sum(parts) if exchanged.kind == "reduce_scatter" else torch.cat(parts)
-            exchanged.result.copy_(whole)
 
 
 SPREADS = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio, signed: its products differ in all bits
@@ -235,11 +188,6 @@ class Exchanged:
         if self.kind == "reduce_scatter":
             return self.put_in.chunk(len(self.ranks))[place]
         return self.put_in.split(list(self.sent))[place]
-
-    def noted(self) -> Exchanged:
-        """The same, with a copy of what was put in and no result."""
-        put_in = self.put_in.detach().clone()
-        return replace(self, put_in=put_in, result=put_in.new_empty(0))
 
 
 class Neighbours(Protocol):

@@ -1,19 +1,12 @@
-"""One rank of a launch, of any size, runs a training step on a device that is not there.
+"""A training step of one rank of a launch of any size, run on a device that is not there.
 
-    from megalong.dry_run import fake_device
-    fake_device.load()
-    import torch
-    fake_device.pretend()
-    from megalong.dry_run.step import dry_run
-    result = dry_run(config, vocab_size, rank=5, ranks=8)
-
-That is a GPU. Without the fake device the rank is one of a launch on the CPU, as training itself
-takes the CPU where there is no GPU (or DS_ACCELERATOR is cpu): other attention, another optimizer,
-other temporaries, all as that launch has them (tests/dry_run/test_predictions.py compares the two).
+That is a GPU (`fake_device`). Without the fake device the rank is one of a launch on the CPU, as
+training itself takes the CPU where there is no GPU, or DS_ACCELERATOR is cpu: attention,
+optimizer and temporaries are that launch's (tests/dry_run/test_predictions.py compares the two).
 
 The step is the training's own: TrainingEngine, Megatron-core's schedule, DeepSpeed's optimizer.
-Its collectives send nothing. So what it says of memory and traffic cannot differ from the code, and
-what would stop a GPU (`host_syncs`) or fail on one (tensors on the wrong device) stops it here.
+Its collectives send nothing. What would stop a GPU (`fake_tensors.HostSyncs`) or fail on one
+(tensors on the wrong device) stops it here.
 """
 
 from __future__ import annotations
@@ -33,6 +26,7 @@ import torch.distributed as dist
 
 from megalong.config import Config
 from megalong.config.training import keeps_optimizer_on_host, read_deepspeed_file
+from megalong.config.deepspeed_file import keeps_optimizer_on_host
 from megalong.data.batches import Batch
 from megalong.dry_run import fake_device
 from megalong.dry_run.fake_tensors import (
@@ -42,6 +36,7 @@ from megalong.dry_run.fake_tensors import (
     fake_device_tensors,
     forget_tables,
 )
+from megalong.dry_run.layouts import check_offload
 from megalong.dry_run.memory import BLOCK, DeviceMemory
 from megalong.dry_run.recorder import Parts, WorkRecorder
 from megalong.dry_run.share import lone_mesh
@@ -58,7 +53,6 @@ from megalong.parallel.mesh import Mesh
 from megalong.parallel.schedule import run_schedule
 from megalong.parallel.traffic import Counts
 from megalong.training.engine import TrainingEngine, weights_divider
-from megalong.utils.errors import UserError
 from megalong.utils.machine import use_gpu
 
 
@@ -87,42 +81,6 @@ def few_tiles(memory: DeviceMemory, recorder: WorkRecorder) -> Iterator[None]:
             if module is not rows and getattr(module, "tiles", None) is rows.tiles:
                 stack.enter_context(mock.patch.object(module, "tiles", few))
         yield
-
-
-# Settings of offload_optimizer under which it is not the whole update that the host computes.
-_WHOLE = {"ratio": 1.0, "super_offload": False}
-
-
-def check_offload(config: Config) -> None:
-    """Raise UserError where the DeepSpeed file offloads what cannot be planned."""
-    file = config.training.deepspeed_config
-    if file is None:
-        return
-    zero = read_deepspeed_file(file).get("zero_optimization")
-    if not isinstance(zero, dict):
-        return
-
-    def refuse(key: str, instead: str) -> None:
-        raise UserError(
-            f"--deepspeed-config {file}: zero_optimization.{key} cannot be planned: {instead}"
-        )
-
-    weights, optimizer = (
-        given if isinstance(given := zero.get(key), dict) else {}
-        for key in ("offload_param", "offload_optimizer")
-    )
-    for old in ("cpu_offload", "cpu_offload_param"):
-        if zero.get(old):
-            refuse(old, "set offload_optimizer instead, which took its place")
-    if weights.get("device", "none") != "none":
-        refuse("offload_param", "leave it out; --zero-stage 3 divides the weights over the ranks")
-    if optimizer.get("device") == "nvme":
-        refuse("offload_optimizer.device nvme", "set it to cpu, or leave offload_optimizer out")
-    for key, usual in _WHOLE.items():
-        if optimizer.get("device") == "cpu" and optimizer.get(key, usual) != usual:
-            refuse(f"offload_optimizer.{key}", "leave it out")
-    if "zenflow" in zero:
-        refuse("zenflow", "leave it out")
 
 
 # Where a step waits for the device, and why: but for what a flag asks for, none of it is ours.

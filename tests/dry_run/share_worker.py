@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from megalong.config.arguments import config_from_values
-from megalong.dry_run.share import Rehearsal, numbered_batches, share
+from megalong.dry_run.share import numbered_batches, share
 from megalong.model.build import build_model
 from megalong.training.engine import TrainingEngine
+from tests.dry_run.rehearsal import Rehearsal
 
 VOCABULARY = 97
 LAYERS = 2

@@ -6,14 +6,17 @@ from dataclasses import replace
 import pytest
 
 from megalong.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
-from megalong.dry_run.cluster import COLLECTIVES, Cluster, Curve, Device, Link
+from megalong.config.arguments import config_from_values
+from megalong.dry_run.cluster import COLLECTIVES, Cluster, Curve, Device, Link, load_cluster
 from megalong.dry_run.cost import (
     Overlap,
     operation_seconds,
     phase_cost,
     pipeline_bubble,
+    rough_seconds,
     step_cost,
 )
+from megalong.dry_run.search import DOUBT
 from megalong.dry_run.work import TO_DEVICE, TO_HOST, Collective, Operation, Work
 from megalong.model.flops import step_flops
 from megalong.utils.errors import UserError
@@ -273,3 +276,33 @@ def test_a_pipeline():
     assert cost.total == pytest.approx(19.0)
     with pytest.raises(ValueError, match="work of 1 pipeline stages"):
         step_cost(stages[:1], cluster(), run, 100, 2)
+
+
+# Of the 1.3B model and a sequence of 2^20 tokens on 8 H100: tensor, sequence and pipeline degrees,
+# and seconds of a step by dry runs.
+PLANNED = {
+    (1, 8, 1): 3.005,
+    (2, 4, 1): 3.562,
+    (4, 2, 1): 4.295,
+    (1, 4, 2): 5.912,
+    (8, 1, 1): 6.755,
+    (2, 2, 2): 7.078,
+}
+
+
+def test_closed_formulas_order_layouts_as_dry_runs_do():
+    values = {
+        "num_layers": 24, "hidden_size": 2048, "num_attention_heads": 32, "seq_length": 2**20,
+        "segment_lengths": (2048, 16384, 131072, 1048576), "dilation_rates": (1, 8, 64, 512),
+        "global_batch_size": 1, "micro_batch_size": 1, "memory_path": "on", "precision": "bf16",
+        "offload_activations": False, "data_path": ("c",), "tokenizer_type": "ByteTokenizer",
+    }  # fmt: skip
+    keys = ("tensor_model_parallel_size", "sequence_parallel_size", "pipeline_model_parallel_size")
+    rough = {}
+    for degrees in PLANNED:
+        layout = config_from_values({**values, **dict(zip(keys, degrees, strict=True))})
+        rough[degrees] = rough_seconds(layout.resolve(8), 32_000, load_cluster("h100"), 8)
+    for one, seconds in PLANNED.items():
+        for other, more in PLANNED.items():
+            assert seconds > more or rough[one] <= DOUBT * rough[other]
+        assert 0.5 * seconds < rough[one] < seconds

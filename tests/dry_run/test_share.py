@@ -16,7 +16,9 @@ from megalong.attention.dilated import sequence_parallel_attention
 from megalong.attention.sequence_plan import Shards, gathered_rows, subgroup_sizes
 from megalong.dry_run.neighbours import Rehearsal, SyntheticRows
 from megalong.dry_run.share import answered, lone_rank, lone_sequence
+from megalong.dry_run.share import SyntheticRows, answered, lone_rank, lone_sequence
 from megalong.parallel.traffic import CountTraffic
+from tests.dry_run.rehearsal import Rehearsal
 from tests.dry_run.share_worker import CASES
 from tests.forked import run_ranks
 from tests.launching import made_once

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megalong.config.arguments import config_from_values
-from megalong.dry_run.step import check_offload
+from megalong.dry_run.layouts import check_offload
 from megalong.model.memory_path import needs
 from megalong.model.parameters import count_parameters
 from megalong.utils.errors import UserError
