@@ -202,7 +202,7 @@ def attention_backends() -> list[Finding]:
     """The backends that "auto" can choose from, for inputs as training has them here."""
     import torch
 
-    from megalong.attention.backends import AUTO, BACKENDS
+    from megalong.attention import AUTO, BACKENDS
 
     device = torch.device("cuda" if use_gpu() else "cpu")
     dtype = torch.bfloat16 if use_gpu() else torch.float32

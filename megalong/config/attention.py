@@ -9,20 +9,6 @@ from pkgutil import resolve_name
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from megalong.attention import DilatedPattern
-from megalong.attention.backends import BACKENDS
-from megalong.attention.dense_pattern import DensePattern
-from megalong.attention.local_pattern import LocalPattern
-from megalong.attention.matched_flops import matching_sparse, matching_window
-from megalong.attention.sparse_pattern import SparsePattern
-from megalong.config.flags import (
-    changed_fields,
-    flag,
-    flag_name,
-    refuse_without,
-    require_positive,
-    shown,
-)
 from megalong.attention import BACKENDS, DilatedPattern
 from megalong.attention.patterns import (
     DensePattern,
@@ -31,7 +17,14 @@ from megalong.attention.patterns import (
     matching_sparse,
     matching_window,
 )
-from megalong.config.flags import flag, flag_name, shown
+from megalong.config.flags import (
+    changed_fields,
+    flag,
+    flag_name,
+    refuse_without,
+    require_positive,
+    shown,
+)
 from megalong.utils.errors import UserError
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 
 from megalong.config.flags import default, flag, flag_name, refuse_without
-from megalong.data.length_upsampling import LengthUpsampling
 from megalong.data.loss_mask import may_mask_loss
 from megalong.data.sources import LengthUpsampling, SourceSpec, sources_of_file, sources_of_flag
 from megalong.data.tokenizers.tokenizer import TOKENIZERS

@@ -22,9 +22,9 @@ from typing import Any
 
 from megalong.config import Config, flag_name
 from megalong.config.arguments import config_from_values
-from megalong.config.deepspeed_file import read_deepspeed_file
 from megalong.config.flags import require_positive, shown
 from megalong.config.memory import PIECES, USABLE
+from megalong.config.training import read_deepspeed_file
 from megalong.dry_run.cluster import Cluster
 from megalong.utils.errors import UserError, counted
 

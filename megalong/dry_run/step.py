@@ -25,8 +25,7 @@ import torch
 import torch.distributed as dist
 
 from megalong.config import Config
-from megalong.config.training import keeps_optimizer_on_host, read_deepspeed_file
-from megalong.config.deepspeed_file import keeps_optimizer_on_host
+from megalong.config.training import keeps_optimizer_on_host
 from megalong.data.batches import Batch
 from megalong.dry_run import fake_device
 from megalong.dry_run.fake_tensors import (

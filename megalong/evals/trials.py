@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from megalong.data.batches import IGNORE_INDEX, starts_behind_first
-from megalong.data.preprocessing.writer import DocumentWriter, token_dtype
+from megalong.data.indexed import token_dtype
+from megalong.data.preprocessing.writer import DocumentWriter
 from megalong.data.tokenizers.tokenizer import Tokenizer
 from megalong.evals import TASKS
 from megalong.evals.language import Ids, Language, Text

@@ -19,8 +19,6 @@ from safetensors.torch import save_file
 import megalong
 from megalong.attention import pattern
 from megalong.checkpoint.reading import StoredModel
-from megalong.config import Config
-from megalong.checkpoint.stored_model import StoredModel
 from megalong.config import Config, RunConfig
 from megalong.config.arguments import to_yaml
 from megalong.data.tokenizers.tokenizer import Tokenizer, build_tokenizer

@@ -14,12 +14,11 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megalong.checkpoint.content import HUGGINGFACE_FILES, SENTENCEPIECE_FILE
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
-from megalong.checkpoint.tokenizer import HUGGINGFACE_FILES, SENTENCEPIECE_FILE
+from megalong.checkpoint.content import HUGGINGFACE_FILES, SENTENCEPIECE_FILE
 from megalong.data.tokenizers.huggingface_tokenizer import byte_level_alphabet
 from megalong.data.tokenizers.tokenizer import (
     EOD_PIECE,

@@ -14,12 +14,9 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
-from megalong.attention.backends import choose_backend
+from megalong.attention.operators import choose_backend
 from megalong.config import Config
 from megalong.model.chunked.cross_entropy import is_likeliest
-from megalong.attention.operators import choose_backend
-from megalong.config import Config, ModelConfig
-from megalong.model.chunked.likeliest import is_likeliest
 from megalong.model.chunked.offload import HostOffload
 from megalong.model.chunked.rows import TensorRanks
 from megalong.model.core_attention import CoreAttention

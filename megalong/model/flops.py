@@ -15,7 +15,6 @@ import time
 
 import torch
 
-from megalong.attention.dense_pattern import DensePattern
 from megalong.attention.patterns import DensePattern
 from megalong.config import Config
 

@@ -17,8 +17,6 @@ from megalong.checkpoint.manifest import DamagedCheckpoint
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.config import Config, ModelConfig
 from megalong.data.batches import ADD_A_ROW
-from megalong.model.names import named_parameters
-from megalong.data.masking import ADD_A_ROW
 from megalong.model.optimizers import Optimizer
 from megalong.model.parameters import EMBEDDING, is_layer_matrix
 from megalong.model.stage import named_parameters

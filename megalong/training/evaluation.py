@@ -14,7 +14,7 @@ from megalong.config import Config
 from megalong.data.batches import IGNORE_INDEX, Batch, made_ahead, starts_behind_first
 from megalong.evals.scores import AnswerSums, PositionLosses, TaskScore, perplexity, position_edges
 from megalong.evals.trials import Trials, num_task_batches, task_batches
-from megalong.model.next_tokens import NextTokens
+from megalong.model.output import NextTokens
 from megalong.parallel.mesh import Mesh
 from megalong.training.engine import TrainingEngine
 from megalong.training.run_data import Prompt

@@ -25,7 +25,6 @@ from megalong.data.batches import (
     num_evaluation_batches,
     training_batches,
 )
-from megalong.data.prefetch import made_ahead
 from megalong.model.build import build_model, check_backend
 from megalong.model.memory_path import settle_memory_path
 from megalong.parallel import build_mesh, process_group, temporary_mesh, watch_ranks

@@ -19,7 +19,6 @@ from megalong.config import Config
 from megalong.config.model import scaling_oddities
 from megalong.config.stages import Stage
 from megalong.data.blend import Blend, shown_shares
-from megalong.evals.position_losses import FEW_TOKENS, position_edges
 from megalong.evals.scores import FEW_TOKENS, TaskScore, position_edges
 from megalong.model.build import DTYPES
 from megalong.model.flops import peak_flops, step_flops

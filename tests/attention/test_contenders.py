@@ -13,8 +13,6 @@ from attention_cases import needs_inductor
 
 from megalong.attention import DilatedPattern, dilated_attention
 from megalong.attention.dense import DensePasses
-from megalong.attention.documents import Documents
-from megalong.attention.dense_pattern import DensePattern
 from megalong.attention.local import LocalPasses
 from megalong.attention.passes import attend
 from megalong.attention.patterns import DensePattern, LocalPattern, SparsePattern

@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from megalong.attention import DilatedPattern, dilated_attention
-from megalong.attention.dilated_passes import DilatedPasses
 from megalong.attention.dilated import DilatedPasses
-from megalong.model.chunked.activations import GELU, SWIGLU
 from megalong.model.chunked.attention import TiledAttention
 from megalong.model.chunked.layer import TiledLayer
 from megalong.model.chunked.mlp import GELU, SWIGLU, TiledMLP

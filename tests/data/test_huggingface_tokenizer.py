@@ -7,8 +7,8 @@ import shutil
 import sys
 
 import pytest
-from megalong.checkpoint.tokenizer import kept_tokenizer, tokenizer_files
 
+from megalong.checkpoint.content import kept_tokenizer, tokenizer_files
 from megalong.config import DataConfig
 from megalong.data.text.documents import Reading
 from megalong.data.tokenizers import huggingface_tokenizer

@@ -8,14 +8,8 @@ import torch
 import torch.distributed as dist
 
 from megalong.attention import DilatedPattern, dilated_attention
-from megalong.attention.sequence_parallel import sequence_parallel_attention
-from megalong.attention.sequence_plan import gathered_rows, subgroup_sizes
-from megalong.attention.shards import Shards
-from megalong.dry_run.share import Rehearsal, SyntheticRows, answered, lone_rank, lone_sequence
 from megalong.attention.dilated import sequence_parallel_attention
 from megalong.attention.sequence_plan import Shards, gathered_rows, subgroup_sizes
-from megalong.dry_run.neighbours import Rehearsal, SyntheticRows
-from megalong.dry_run.share import answered, lone_rank, lone_sequence
 from megalong.dry_run.share import SyntheticRows, answered, lone_rank, lone_sequence
 from megalong.parallel.traffic import CountTraffic
 from tests.dry_run.rehearsal import Rehearsal

@@ -16,10 +16,8 @@ from transformers import (
 import megalong.attention.pattern
 from megalong.checkpoint import writing
 from megalong.checkpoint.folder import checkpoint_folder, remove_old
-from megalong.checkpoint.reading import CheckpointReader, StoredModel
+from megalong.checkpoint.reading import StoredModel
 from megalong.checkpoint.writing import write_first_checkpoint
-from megalong.hf.exporting import export, parse_size
-from megalong.checkpoint.stored_model import StoredModel
 from megalong.hf.exporting import export
 from megalong.hf.importing import import_model
 from megalong.hf.names import check_names, check_vocabulary, entries

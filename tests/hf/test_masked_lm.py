@@ -20,8 +20,6 @@ from megalong.checkpoint.manifest import DamagedCheckpoint
 from megalong.checkpoint.reading import CheckpointReader
 from megalong.data.tokenizers.sentencepiece_tokenizer import train_sentencepiece
 from megalong.data.tokenizers.tokenizer import ByteTokenizer, build_tokenizer
-from megalong.hf.bidirectional_longnet import bidirectional_attention, bidirectional_probabilities
-from megalong.data.tokenizers.tokenizer_training import train_sentencepiece
 from megalong.hf.attention_longnet import bidirectional_attention, probabilities
 from megalong.hf.configs import longnet_config
 from megalong.hf.configuration_longnet import LongNetConfig

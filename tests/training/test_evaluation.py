@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from megalong.evals.position_losses import position_edges
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megalong.config import Config

@@ -12,7 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megalong.checkpoint.content import Progress
 from megalong.config.arguments import parse_arguments
-from megalong.data import index_cache
+from megalong.data import document_order
 from megalong.data.preprocessing.writer import DocumentWriter
 from megalong.hf.tokenizer_files import export_tokenizer
 from megalong.training import stages
@@ -335,7 +335,7 @@ def write_run_blend(prefix, documents: int):
 
 @pytest.mark.parametrize("mode", ["stream", "document"])
 def test_the_orders_made_are_those_that_the_run_begins_with(tmp_path, monkeypatch, mode):
-    monkeypatch.setattr(index_cache, "LARGE", 1)
+    monkeypatch.setattr(document_order, "LARGE", 1)
     for name, documents in (("code", 40), ("books", 30)):
         write_run_blend(tmp_path / name, documents)
     cache = tmp_path / "cache"

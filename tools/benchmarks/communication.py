@@ -36,13 +36,13 @@ with needed_packages():
     from common import axes_of, is_rank, join, measured_on, write
 
     from megalong.attention import DilatedPattern
+    from megalong.attention.dilated import sequence_parallel_attention
     from megalong.attention.exchange import SequenceGroup
-    from megalong.attention.sequence_parallel import sequence_parallel_attention
     from megalong.attention.sequence_plan import (
+        Shards,
         gathered_rows,
         subgroup_sizes,
     )
-    from megalong.attention.shards import Shards
     from megalong.parallel.traffic import CountTraffic
 
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_to_all")

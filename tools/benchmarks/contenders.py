@@ -34,7 +34,7 @@ from megalong.attention.dilated import DilatedPasses
 from megalong.attention.documents import Documents
 from megalong.attention.local import LocalPasses
 from megalong.attention.passes import attend
-from megalong.attention.patterns import DensePattern, SparsePattern
+from megalong.attention.patterns import DensePattern
 from megalong.attention.sparse import SparsePasses
 
 

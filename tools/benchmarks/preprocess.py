@@ -36,8 +36,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
 
 from megalong.data.formats import texts_of_folder
-from megalong.data.tokenizers.tokenizer import TOKENIZERS, build_tokenizer
-from megalong.data.text.source_file import texts_of_folder
 from megalong.data.tokenizers.tokenizer import (
     SENTENCEPIECE_SPACE,
     TOKENIZERS,

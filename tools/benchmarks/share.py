@@ -192,10 +192,9 @@ def measure(part: str, case: dict[str, Any], settings: dict[str, Any]) -> dict[s
 @contextlib.contextmanager
 def attention(case: dict[str, Any], settings: dict[str, Any]) -> Iterator[tuple[Run, Any]]:
     """One layer's attention, forward and backward, of inputs that are drawn."""
-    from megalong.attention.sequence_parallel import sequence_parallel_attention
+    from megalong.attention.dilated import sequence_parallel_attention
     from megalong.attention.sequence_plan import subgroup_sizes
-    from megalong.dry_run.neighbours import SyntheticRows
-    from megalong.dry_run.share import Clock, answered, lone_rank, lone_sequence
+    from megalong.dry_run.share import Clock, SyntheticRows, answered, lone_rank, lone_sequence
 
     ranks, rank = case["ranks"], case["rank"]
     heads, kv_heads = settings["heads"], settings["kv_heads"]
@@ -231,8 +230,7 @@ def attention(case: dict[str, Any], settings: dict[str, Any]) -> Iterator[tuple[
 def training_step(case: dict[str, Any], settings: dict[str, Any]) -> Iterator[tuple[Run, Any]]:
     """A step of the training's engine, with all layers."""
     from megalong.config.arguments import config_from_values
-    from megalong.dry_run.neighbours import SyntheticRows
-    from megalong.dry_run.share import Clock, numbered_batches, share
+    from megalong.dry_run.share import Clock, SyntheticRows, numbered_batches, share
     from megalong.model.build import build_model
     from megalong.training.engine import TrainingEngine
 
