@@ -35,11 +35,13 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone need not be installed
 
-from megalong.data.text.documents import add_reading_flags, reading_of
-from megalong.data.tokenizers.backend import BACKENDS
-from megalong.data.tokenizers.tokenizer import TOKENIZERS
-from megalong.utils.command_line import ArgumentParser, run
+from megalong.utils.command_line import ArgumentParser, needed_packages, run
 from megalong.utils.errors import UserError, counted
+
+with needed_packages():
+    from megalong.data.text.documents import add_reading_flags, reading_of
+    from megalong.data.tokenizers.backend import BACKENDS
+    from megalong.data.tokenizers.tokenizer import TOKENIZERS
 
 if TYPE_CHECKING:
     from megalong.data.preprocessing.preprocess import Summary

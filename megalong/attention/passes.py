@@ -113,7 +113,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_bshd, _):
-        tensors, kept = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        saved = ctx.saved_tensors  # once: recomputation unpacks a tensor a single time
+        tensors, kept = saved[:5], saved[5:]
         return *ctx.passes.backward(grad_bshd, *tensors, kept), None
 
 

@@ -164,9 +164,7 @@ class TrainingEngine:
         sums = self.mesh.sum_of_losses(sum(results, start=nothing))
         loss_sum, by_source, z_sum = loss_function.parts(sums)
         loss = loss_sum.double() / predictions
-        usual_loss = None
-        if self.spikes is not None:  # the host waits for it; on all ranks the same, to the last bit
-            usual_loss = self.spikes.usual_loss(self.mesh.of_main(loss).item())
+        usual_loss = self._usual_loss(loss)
         self.tied_embedding.sum_gradients()
         if usual_loss is None:
             self.deepspeed.step()
@@ -181,6 +179,12 @@ class TrainingEngine:
             by_source,
             usual_loss,
         )
+
+    def _usual_loss(self, loss: torch.Tensor) -> float | None:
+        """Return the usual loss where this one is a spike. The host waits for the loss."""
+        if self.spikes is None:
+            return None
+        return self.spikes.usual_loss(self.mesh.of_main(loss).item())  # the same on all ranks
 
     def _predictions(self, batches: Iterator[Batch]) -> tuple[int | torch.Tensor, Iterator[Batch]]:
         """How many predictions the global batch has, at least 1, and its micro batches."""

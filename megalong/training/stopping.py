@@ -15,11 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
-import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Launchers:
@@ -124,12 +125,15 @@ class StopRequest:
         if not self._reason:
             self._reason, self._first = reason, time.monotonic()
 
-    def check(self, group: dist.ProcessGroup | None = None) -> None:
+    def check(self, group: ProcessGroup | None = None) -> None:
         """Raise Stopped on every rank if any of them has been asked.
 
         Called by every rank of the run at the same point. group: all of them, over gloo, so that
         nobody waits for a GPU; None where gloo is what they talk over anyway.
         """
+        import torch  # not before the flags are parsed: Launchers is made before that
+        import torch.distributed as dist
+
         reason = self._reason
         if not reason and time.monotonic() >= self._deadline:
             reason = CLOCK

@@ -273,8 +273,8 @@ def test_a_run_and_its_continuation_sample_prompts(corpus, tmp_path, prompts):
         ({"sample_prompts": "no.txt"}, "--sample-prompts no.txt: No such file"),
         ({"sample_tokens": 200}, "'abc': 4 tokens, and --sample-tokens 200 more, are longer than"),
         ({"sample_tokens": 0}, "--sample-tokens 0 must be positive"),
-        ({"sample_temperature": -1}, "--sample-temperature must be a number"),
-        ({"objective": "mlm"}, "with --objective mlm leave them out"),
+        ({"sample_temperature": -1}, "--sample-temperature -1.0 must be"),
+        ({"objective": "mlm"}, "--sample-prompts abc .*--objective causal"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_sample_prompts(corpus, changes, message):
