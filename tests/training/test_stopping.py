@@ -121,7 +121,7 @@ def test_a_killed_rank_ends_the_job(corpus, tmp_path, launcher, lost):
 
 
 def test_the_clock_stops_a_run(monkeypatch):
-    monkeypatch.setattr(stopping.dist, "all_reduce", lambda tensor, op, group: None)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, op, group: None)
     stopping.StopRequest(exit_minutes=1).check()
     with pytest.raises(stopping.Stopped, match="--exit-duration-in-mins"):
         stopping.StopRequest(exit_minutes=0).check()
